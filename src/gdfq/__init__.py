@@ -1,0 +1,45 @@
+"""Make a trained neural network small and fast when its training data cannot be had.
+
+The names below are loaded when first used, so that `import gdfq` (and with it
+`gdfq --help`) does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from gdfq.version import __version__
+
+if TYPE_CHECKING:
+    from gdfq.errors import GdfqError, UsageError
+    from gdfq.pipeline import generate, quantize
+    from gdfq.quantized import QuantizedNetwork, load
+    from gdfq.recipes import RECIPES, Recipe
+
+_HOME = {
+    "GdfqError": "gdfq.errors",
+    "UsageError": "gdfq.errors",
+    "generate": "gdfq.pipeline",
+    "quantize": "gdfq.pipeline",
+    "QuantizedNetwork": "gdfq.quantized",
+    "load": "gdfq.quantized",
+    "RECIPES": "gdfq.recipes",
+    "Recipe": "gdfq.recipes",
+}
+
+__all__ = [
+    "RECIPES",
+    "GdfqError",
+    "QuantizedNetwork",
+    "Recipe",
+    "UsageError",
+    "__version__",
+    "generate",
+    "load",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gdfq' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,250 @@
+"""Capture: any `nn.Module` becomes one flat graph of ATen operators.
+
+`torch.export` is the tracer: it follows control flow that depends on shapes, sees functional
+and module calls alike (a functional ReLU is a ReLU), gives one node per call of a shared module,
+and keeps parameter names. Nothing after capture looks at the user's module again.
+"""
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from gdfq import operators
+from gdfq.errors import UsageError
+
+_EXPORT_LOCK = threading.Lock()  # concurrent torch.export calls fail
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A full-precision classifier as a graph: the teacher.
+
+    network maps [N, *input_shape] to logits [N, classes] for any N; it is in evaluation form,
+    its tensors need no gradient, and its convolution weights lie in channels_last order.
+    """
+
+    network: fx.GraphModule
+    input_shape: tuple[int, ...]
+    classes: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(tensor.device for tensor in tensors_of(self.network).values())
+
+    def to(self, device: torch.device) -> "Captured":
+        """The same teacher on a device."""
+        return replace(self, network=self.network.to(device))
+
+    @property
+    def batch_norms(self) -> tuple[fx.Node, ...]:
+        """The batch-norm nodes that hold running statistics, in order of execution."""
+        return tuple(
+            node
+            for node in self.network.graph.nodes
+            if operators.name_of(node) == operators.BATCH_NORM
+        )
+
+
+def capture(model: nn.Module, example_input: Tensor) -> Captured:
+    """Capture a classifier; `model` itself is left as it is.
+
+    example_input: [N, *input_shape], float, N >= 1, in the network's normalised input space.
+
+    Raises UsageError when the weights hold NaN or infinity, the network does not accept the
+    input, cannot be traced, uses an operator outside `operators.ALLOWED`, or does not return
+    one tensor of logits [N, classes].
+    """
+    _check_weights(model)
+    model = copy.deepcopy(model).cpu().float().eval()
+    example = example_input.detach().cpu().float()
+    expected = _run_once(model, example)
+    graph_module = _export(model, example)
+    _simplify(graph_module)
+    _fold_constants(graph_module)
+    graph_module.graph.eliminate_dead_code()
+    network = flat_module(graph_module.graph, tensors_of(graph_module))
+    _check_operators(network)
+    with torch.no_grad():
+        got = network(example)
+    if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        raise UsageError(
+            "a network in evaluation mode must give the same output each time; the captured graph "
+            f"differs from the module by {float((got - expected).abs().max()):.3g}. "
+            "Remove randomness or state from its forward."
+        )
+    return Captured(network, tuple(example.shape[1:]), expected.shape[1])
+
+
+def flat_module(graph: fx.Graph, tensors: dict[str, Tensor]) -> fx.GraphModule:
+    """A graph module over copies of `tensors`, in channels_last order, that need no gradient."""
+
+    def prepared(tensor: Tensor) -> Tensor:
+        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        copied = tensor.detach().clone(memory_format=layout)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+
+    used = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    unique = {id(tensors[name]): prepared(tensors[name]) for name in used}
+    return fx.GraphModule({name: unique[id(tensors[name])] for name in used}, graph)
+
+
+def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph refers to, by the name it uses."""
+    names = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
+    return {name: _attribute(module, name) for name in names}
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    value: object = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UsageError(
+                f"weights must be finite; {name!r} holds NaN or infinity. Check the weights file."
+            )
+
+
+def _run_once(model: nn.Module, example: Tensor) -> Tensor:
+    shape = "x".join(map(str, example.shape[1:]))
+    try:
+        with torch.no_grad():
+            output = model(example)
+    except Exception as error:
+        raise UsageError(
+            f"the network must accept an input of {shape}; it failed with: {error}. "
+            "Give the shape it was trained on (--input CxHxW, or example_input)."
+        ) from error
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            "the network must return one tensor of logits; "
+            f"it returned a {type(output).__name__}{_length(output)}. "
+            "Wrap it so that it returns its logits alone."
+        )
+    if output.ndim != 2 or output.shape[0] != example.shape[0] or output.shape[1] < 2:
+        raise UsageError(
+            "the network must be a classifier, with logits [batch, classes] and two classes or "
+            f"more; for {example.shape[0]} images it returned a tensor {list(output.shape)}. "
+            "Networks for other tasks are not supported yet."
+        )
+    return output
+
+
+def _length(output: object) -> str:
+    return f" of {len(output)} values" if isinstance(output, tuple | list | dict) else ""
+
+
+def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    # Two images: export takes a batch of one for a constant.
+    batch = torch.cat([example, example])[:2] if len(example) < 2 else example
+    with _EXPORT_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
+        try:
+            dynamic = {0: torch.export.Dim.DYNAMIC}
+            program = torch.export.export(model, (batch,), dynamic_shapes=(dynamic,))
+            # No decomposition, only functional form: x.add_(y) becomes x + y.
+            module = program.run_decompositions({}).module(check_guards=False)
+        except Exception as error:
+            raise UsageError(
+                "the network must be traceable by torch.export with any batch size; tracing "
+                f"failed with: {str(error).strip().splitlines()[0]}. "
+                "Make its forward independent of the values and of the number of the images."
+            ) from error
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _simplify(module: fx.GraphModule) -> None:
+    """Bring equivalent spellings to one: batch norms, views, and operators that do nothing."""
+    graph = module.graph
+    aten = torch.ops.aten
+    (output,) = graph.find_nodes(op="output")
+    output.args = (output.args[0][0],) if isinstance(output.args[0], tuple) else output.args
+    # Export flattens inputs through pytree; a plain graph needs no such code.
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in list(graph.nodes):
+        name = operators.name_of(node)
+        if name == "aten._native_batch_norm_legit_no_training.default":
+            x, weight, bias, mean, variance, momentum, eps = node.args
+            (first,) = (user for user in node.users if user.args[1] == 0)
+            with graph.inserting_before(node):
+                args = (x, weight, bias, mean, variance, False, momentum, eps, False)
+                replacement = graph.call_function(aten.batch_norm.default, args)
+            replacement.meta = dict(first.meta)
+            first.replace_all_uses_with(replacement)
+        elif name in {"aten.view.default", "aten._unsafe_view.default"}:
+            node.target = aten.reshape.default  # a view fails on channels_last tensors
+        elif name in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+        elif node.op == "call_function" and "assert" in name:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+_IDENTITIES = frozenset(
+    {
+        "aten.alias.default",
+        "aten.detach.default",
+        "aten.dropout.default",  # captured in evaluation mode
+        "aten.feature_dropout.default",
+        "aten.alpha_dropout.default",
+        "aten.lift_fresh_copy.default",
+        "aten.contiguous.default",
+    }
+)
+
+
+def _fold_constants(module: fx.GraphModule) -> None:
+    """Replace what depends on tensors of the network alone (weight standardisation, say)."""
+    graph = module.graph
+    constants: dict[fx.Node, Tensor] = {
+        node: _attribute(module, str(node.target)) for node in graph.find_nodes(op="get_attr")
+    }
+    function: Callable[..., object]
+    for node in list(graph.nodes):
+        inputs = node.all_input_nodes
+        known = operators.name_of(node) in operators.ALLOWED
+        if not known or not all(n in constants for n in inputs):
+            continue
+        function = node.target
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
+        with torch.no_grad():
+            value = function(*args, **kwargs)
+        if not isinstance(value, Tensor):
+            continue
+        name = f"folded_{node.name}"
+        learned = any(isinstance(constants[n], nn.Parameter) for n in inputs)
+        setattr(module, name, nn.Parameter(value) if learned else nn.Buffer(value))
+        with graph.inserting_before(node):
+            constant = graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        constants[constant] = value
+    graph.eliminate_dead_code()
+
+
+def _check_operators(module: fx.GraphModule) -> None:
+    unknown = sorted(
+        {
+            operators.name_of(node)
+            for node in module.graph.nodes
+            if node.op == "call_function" and operators.name_of(node) not in operators.ALLOWED
+        }
+    )
+    if unknown:
+        raise UsageError(
+            "a network may use the operators of gdfq.operators.ALLOWED; "
+            f"this one also uses {', '.join(unknown)}. Replace them by equivalent ones, "
+            "or report the network so that they can be added."
+        )

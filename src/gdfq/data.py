@@ -1,0 +1,220 @@
+"""Where real images come from: `.npz` files, image folders, tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdfq.errors import UsageError
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class ImageData(Protocol):
+    """Images with or without labels."""
+
+    labels: Tensor | None
+    """Integers [N], or None."""
+
+    def __len__(self) -> int: ...
+
+    def images(self, chosen: Tensor) -> Tensor:
+        """The images of the given indices: uint8 pixels, or floats that are already normalised."""
+        ...
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """(pixel / 255 − mean) / std, per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> "Preprocessing":
+        """Mean 0 and std 1 where they are not given.
+
+        Raises UsageError when their lengths are not `channels` or a std is not positive.
+        """
+        mean, std = tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels)
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise UsageError(
+                    f"{name} needs one value for each of the {channels} input channels; "
+                    f"got {len(values)}: {', '.join(map(str, values))}."
+                )
+            if not np.isfinite(values).all():
+                raise UsageError(f"{name} must be finite; got {', '.join(map(str, values))}.")
+        if min(std) <= 0:
+            raise UsageError(f"std must be positive; got {', '.join(map(str, std))}.")
+        return cls(mean, std)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 pixels [N, C, *] become normalised floats; floats are taken as normalised."""
+        if not images.is_floating_point():
+            shape = (1, -1, *([1] * (images.ndim - 2)))
+            mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
+            images = (images.float() / 255 - mean) / std
+        layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+        return images.contiguous(memory_format=layout)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The inverse: normalised floats become uint8 pixels, clipped to 0..255."""
+        shape = (1, -1, *([1] * (images.ndim - 2)))
+        mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
+        return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayData:
+    """Images that are in memory."""
+
+    array: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def images(self, chosen: Tensor) -> Tensor:
+        return self.array[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class FolderData:
+    """Image files, read when asked for: shorter side resized to fit, then cropped at the centre."""
+
+    files: tuple[Path, ...]
+    labels: Tensor | None
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def images(self, chosen: Tensor) -> Tensor:
+        return torch.stack([self._read(self.files[int(i)]) for i in chosen])
+
+    def _read(self, file: Path) -> Tensor:
+        from PIL import Image, ImageOps
+
+        channels, height, width = self.shape
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("L" if channels == 1 else "RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UsageError(
+                f"every file of an image folder must be a readable image; {file} is not: {error}."
+            ) from error
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image))
+        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def load_data(
+    data: "str | Path | Tensor | tuple[Tensor, Tensor] | ImageData",
+    input_shape: tuple[int, ...],
+    classes: int,
+) -> ImageData:
+    """Images for a network of the given input shape and number of classes.
+
+    data: an `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (a
+    sub-folder for each class; their sorted order is the class index), a tensor of images (uint8
+    pixels, or floats that are already normalised), or a pair of images and labels.
+
+    Raises UsageError for missing, unreadable or empty data, other shapes, labels out of range.
+    """
+    if isinstance(data, str | Path):
+        path = Path(data)
+        if path.is_dir():
+            loaded: ImageData = _folder(path, input_shape)
+        else:
+            loaded = _npz(path)
+    elif isinstance(data, Tensor):
+        loaded = ArrayData(data, None)
+    elif isinstance(data, tuple):
+        loaded = ArrayData(data[0], data[1].long())
+    else:
+        loaded = data
+    _check(loaded, input_shape, classes)
+    return loaded
+
+
+def _npz(path: Path) -> ArrayData:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "labels") if name in file}
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no data at {path}. Give an .npz file or a folder.") from error
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError) as error:
+        raise UsageError(_not_npz(path, error)) from error
+    except Exception as error:  # zipfile and zlib raise types of their own
+        raise UsageError(_not_npz(path, error)) from error
+    if set(arrays) != {"images", "labels"}:
+        raise UsageError(
+            f"an .npz file must hold 'images' and 'labels'; {path} lacks "
+            f"{', '.join(sorted({'images', 'labels'} - set(arrays)))}."
+        )
+    images, labels = arrays["images"], arrays["labels"]
+    if images.dtype != np.uint8:
+        raise UsageError(f"'images' must be uint8 pixels; in {path} they are {images.dtype}.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(f"'labels' must be integers; in {path} they are {labels.dtype}.")
+    return ArrayData(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _not_npz(path: Path, error: Exception) -> str:
+    return f"data must be a readable .npz file or an image folder; {path} is neither: {error}."
+
+
+def _folder(path: Path, input_shape: tuple[int, ...]) -> FolderData:
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+        raise UsageError(
+            "an image folder needs a network with 1 or 3 input channels [C, H, W]; "
+            f"this one takes {list(input_shape)}. Use an .npz file."
+        )
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    found = [
+        (file, index)
+        for index, folder in enumerate(classes)
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in _SUFFIXES
+    ]
+    channels, height, width = input_shape
+    return FolderData(
+        tuple(file for file, _ in found),
+        torch.tensor([index for _, index in found], dtype=torch.long),
+        (channels, height, width),
+    )
+
+
+def _check(data: ImageData, input_shape: tuple[int, ...], classes: int) -> None:
+    if not len(data):
+        raise UsageError(
+            "data must hold at least one image; this holds none. "
+            "An image folder has one sub-folder for each class with the images in it."
+        )
+    shape = tuple(data.images(torch.tensor([0])).shape[1:])
+    if shape != input_shape:
+        raise UsageError(
+            f"images must have the network's input shape {list(input_shape)}; "
+            f"these are {list(shape)}. Resize them or give another --input."
+        )
+    if data.labels is None:
+        return
+    if data.labels.ndim != 1 or len(data.labels) != len(data):
+        raise UsageError(
+            f"there must be one label for each image; got labels {list(data.labels.shape)} "
+            f"for {len(data)} images."
+        )
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= classes:
+        raise UsageError(
+            f"labels must lie in 0..{classes - 1}, the network's classes; these span "
+            f"{low}..{high}. Check that data and network belong together."
+        )

@@ -1,0 +1,46 @@
+"""Accuracy on labelled images."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.data import ImageData, Preprocessing
+from gdfq.errors import UsageError
+
+
+@torch.no_grad()
+def logits_of(
+    network: Callable[[Tensor], Tensor],
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    batch: int = 250,
+) -> Tensor:
+    """The network's logits [N, C], on the CPU, for all images in order."""
+    order = torch.arange(len(data))
+    return torch.cat(
+        [
+            network(preprocessing(data.images(chosen)).to(device)).cpu()
+            for chosen in order.split(batch)
+        ]
+    )
+
+
+def top1(
+    network: nn.Module,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+) -> float:
+    """Share of images, in percent, whose highest logit is that of the label.
+
+    The network is taken as it is: put it into evaluation mode first.
+    Raises UsageError for data without labels.
+    """
+    if data.labels is None:
+        raise UsageError("accuracy needs labels; this data has none. Give (images, labels).")
+    answers = logits_of(network, data, preprocessing, device=device).argmax(1)
+    return 100 * float((answers == data.labels).double().mean())

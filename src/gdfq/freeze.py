@@ -1,0 +1,147 @@
+"""Freezing: the tuned student becomes integer codes, scales and zero points."""
+
+import torch
+from torch import Tensor, fx
+
+from gdfq import operators
+from gdfq.capture import flat_module, tensors_of
+from gdfq.errors import GdfqError
+from gdfq.quantizers import MinMaxWeight, MovingRange, QuantizedTensor
+from gdfq.student import Student, StudentBatchNorm
+
+
+@torch.no_grad()
+def freeze(student: Student) -> fx.GraphModule:
+    """The student's integer form: codes, scales and zero points, batch norms folded.
+
+    A batch norm y = s x + t that alone follows a convolution or linear layer becomes part of it:
+    s multiplies the channel's scale (a negative s mirrors its codes), t joins the bias. The
+    result consists of tensors and of operators in `operators.ALLOWED` alone, so that it can be
+    stored as data.
+
+    Raises GdfqError when an activation quantizer has never seen a batch.
+    """
+    return _Freezer(student).run()
+
+
+class _Freezer:
+    """One walk over the student's graph that writes the frozen one."""
+
+    def __init__(self, student: Student) -> None:
+        self.source = student.network
+        self.modules = dict(student.network.named_modules())
+        self.source_tensors = tensors_of(student.network)
+        self.graph = fx.Graph()
+        self.tensors: dict[str, Tensor] = {}
+        self.new: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.source.graph.nodes:
+            module = self._module(node)
+            if node.op == "get_attr" or isinstance(module, MinMaxWeight):
+                continue  # written where they are used
+            if isinstance(module, MovingRange):
+                self.new[node] = self._activation(node, module)
+            elif isinstance(module, StudentBatchNorm):
+                folded = self._norm_behind(node.args[0]) is module
+                self.new[node] = self.new[node.args[0]] if folded else self._norm(node, module)
+            elif self._weight_quantizer(node) is not None:
+                self.new[node] = self._layer(node)
+            else:
+                self.new[node] = self.graph.node_copy(node, self._get)
+        self.graph.eliminate_dead_code()
+        return flat_module(self.graph, self.tensors)
+
+    def _get(self, node: fx.Node) -> fx.Node:
+        """The frozen graph's node for a node of the student's."""
+        if node not in self.new and node.op == "get_attr":
+            name = str(node.target)
+            self.new[node] = self._constant(name, self.source_tensors[name])
+        return self.new[node]
+
+    def _constant(self, name: str, value: Tensor) -> fx.Node:
+        self.tensors[name] = value.detach()
+        return self.graph.get_attr(name)
+
+    def _module(self, node: object) -> torch.nn.Module | None:
+        is_call = isinstance(node, fx.Node) and node.op == "call_module"
+        return self.modules[str(node.target)] if is_call else None  # type: ignore[attr-defined]
+
+    def _weight_quantizer(self, node: fx.Node) -> MinMaxWeight | None:
+        module = self._module(node.args[1]) if len(node.args) > 1 else None
+        return module if isinstance(module, MinMaxWeight) else None
+
+    def _norm_behind(self, node: fx.Node) -> StudentBatchNorm | None:
+        """The batch norm that folds into a layer: its only user."""
+        if self._weight_quantizer(node) is None or len(node.users) != 1:
+            return None
+        module = self._module(next(iter(node.users)))
+        return module if isinstance(module, StudentBatchNorm) else None
+
+    def _activation(self, node: fx.Node, module: MovingRange) -> fx.Node:
+        if not module.batches:
+            raise GdfqError(
+                f"every activation range must be known; that of {node.target} is not. "
+                "Calibrate the student first."
+            )
+        scale = self._constant(f"{node.name}.scale", module.scale)
+        zero_point = self._constant(f"{node.name}.zero_point", module.zero_point)
+        arguments = (self.new[node.args[0]], scale, zero_point, module.bits)  # type: ignore[index]
+        return self.graph.call_function(operators.resolve("gdfq.fake_quantize"), arguments)
+
+    def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
+        norm = module.current()
+        parts = {n: getattr(norm, n) for n in ("weight", "bias", "mean", "variance")}
+        constants = [self._constant(f"{node.name}.{n}", value) for n, value in parts.items()]
+        arguments = (self.new[node.args[0]], *constants, False, 0.0, norm.eps, False)  # type: ignore[index]
+        return self.graph.call_function(operators.resolve(operators.BATCH_NORM), arguments)
+
+    def _layer(self, node: fx.Node) -> fx.Node:
+        """A convolution or linear layer, with the batch norm behind it folded in."""
+        x, weight_node, bias_node, *rest = (*node.args, None)[: max(3, len(node.args))]
+        quantizer = self._weight_quantizer(node)
+        assert quantizer is not None
+        assert isinstance(weight_node, fx.Node)
+        tensor_node = weight_node.args[0]
+        assert isinstance(tensor_node, fx.Node)
+        name = str(tensor_node.target)
+        weight = quantizer.quantized(self.source_tensors[name])
+        bias = (
+            self.source_tensors[str(bias_node.target)] if isinstance(bias_node, fx.Node) else None
+        )
+        norm = self._norm_behind(node)
+        if norm is not None:
+            scale, shift = norm.current().scale_and_shift()
+            weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
+            bias = shift if bias is None else shift + scale * bias
+        base = name.removesuffix(".weight")
+        if f"{base}.codes" in self.tensors:  # a shared layer may have a batch norm for each use
+            base = f"{base}.{node.name}"
+        parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}
+        constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
+        dequantized = self.graph.call_function(
+            operators.resolve("gdfq.dequantize"), (*constants, weight.bits)
+        )
+        new_bias = None if bias is None else self._constant(f"{base}.bias", bias)
+        arguments, keywords = fx.node.map_arg((rest, node.kwargs), self._get)
+        function = node.target
+        assert callable(function)
+        return self.graph.call_function(
+            function, (self._get(x), dequantized, new_bias, *arguments), keywords  # type: ignore[arg-type]
+        )
+
+
+def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
+    """The quantized tensor times `factor`, which broadcasts as its scale does; codes stay exact.
+
+    −(q − z) = (−1−q) − (−1−z): a negative factor mirrors the codes within their bounds.
+    """
+    negative, zero = factor < 0, factor == 0
+    codes = torch.where(negative, -1 - tensor.codes, tensor.codes)
+    zero_point = torch.where(negative, -1 - tensor.zero_point, tensor.zero_point)
+    return QuantizedTensor(
+        codes.masked_fill(zero, 0),
+        torch.where(zero, 1.0, tensor.scale * factor.abs()),
+        zero_point.masked_fill(zero, 0),
+        tensor.bits,
+    )

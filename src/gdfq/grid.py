@@ -1,0 +1,144 @@
+"""What a quantized number is: the affine grid of k bits, as pure functions.
+
+Equation Q1 (arXiv 2003.03603, section 3.4; `docs/equations.md`), for a range [l, u] and k bits:
+
+    Δ = (u − l) / (2^k − 1)
+    q = clamp(round(x / Δ) + z, −2^(k−1), 2^(k−1) − 1)
+    x_q = Δ (q − z)
+
+z is the integer zero point that maps l to the lowest code, written in the sign convention of
+ONNX and PyTorch (the paper's z₀ is −z). Rounding is half to even and happens before z is
+added, as in ONNX's QuantizeLinear.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfq.errors import UsageError
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Widths of weights and activations, each 2..8."""
+
+    weights: int
+    activations: int
+
+    def __post_init__(self) -> None:
+        for what, k in (("weights", self.weights), ("activations", self.activations)):
+            if not MIN_BITS <= k <= MAX_BITS:
+                raise UsageError(
+                    f"{what} need a width of {MIN_BITS} to {MAX_BITS} bits; got {k}. "
+                    "Write the widths as for instance w4a4 or w4a8."
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> "Bits":
+        """Read `w4a8`-like text. Raises UsageError for anything else."""
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        if match is None:
+            raise UsageError(
+                f"bits are written w<weights>a<activations>, each 2..8; got {text!r}. "
+                "Use for instance w4a4, w3a3 or w4a8."
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"w{self.weights}a{self.activations}"
+
+
+class Layout(Enum):
+    """Where a weight keeps its output channels."""
+
+    ROWS = "rows"  # convolution [O, I/g, *k] and linear [O, I]
+    TRANSPOSED = "transposed"  # transposed convolution [I, O/g, *k]
+
+
+def code_bounds(bits: int) -> tuple[int, int]:
+    """Lowest and highest signed code of `bits` bits."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid that spans [low, high] (Q1), elementwise.
+
+    A range without extent is widened to contain 0, so that a constant is represented exactly;
+    a range that is only 0 gets the scale 1.
+
+    Returns scale (> 0) and zero point (integers, in low's dtype), shaped as `low`.
+    """
+    flat = high <= low
+    low = torch.where(flat, low.clamp(max=0), low)
+    high = torch.where(flat, high.clamp(min=0), high)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+    zero_point = code_bounds(bits)[0] - (low / scale).round()
+    return scale, zero_point
+
+
+def along_channels(values: Tensor, weight: Tensor, layout: Layout, groups: int = 1) -> Tensor:
+    """One value for each output channel [O], shaped to broadcast against `weight`."""
+    ones = [1] * (weight.ndim - 2)
+    if layout is Layout.ROWS:
+        return values.view(-1, 1, *ones)
+    # Row i of [I, O/g, *k] belongs to group i // (I/g), which owns O/g of the channels.
+    rows = weight.shape[0] // groups
+    return values.view(groups, weight.shape[1]).repeat_interleave(rows, 0).view(
+        weight.shape[0], weight.shape[1], *ones
+    )
+
+
+def channel_range(weight: Tensor, layout: Layout, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each output channel, shaped to broadcast against `weight`."""
+    if layout is Layout.ROWS:
+        channels = weight.flatten(1)
+    else:  # [I, O/g, *k] -> [g, I/g, O/g, *k] -> [g, O/g, I/g, *k] -> [O, ...]
+        channels = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    low, high = channels.amin(1), channels.amax(1)
+    return (
+        along_channels(low, weight, layout, groups),
+        along_channels(high, weight, layout, groups),
+    )
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes q of Q1, as whole numbers in x's dtype; scale and zero point broadcast."""
+    low, high = code_bounds(bits)
+    return (x / scale).round_().add_(zero_point).clamp_(low, high)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The numbers x_q that codes stand for (Q1), in scale's dtype.
+
+    `bits` does not enter the value; it tells writers of files how many bits a code needs.
+    """
+    return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """x rounded to its grid and back (Q1): dequantize(quantize(x))."""
+    return quantize(x, scale, zero_point, bits).sub_(zero_point).mul_(scale)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Fake quantization whose derivative is taken as 1 everywhere, clipped values included."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        return fake_quantize(x, scale, zero_point, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
+
+
+def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` with the straight-through estimator ∂x_q/∂x = 1 (Q2)."""
+    return _StraightThrough.apply(x, scale, zero_point, bits)

@@ -1,0 +1,191 @@
+"""The operators a network may consist of, and what each is to a quantizer.
+
+This table is the only place that knows operator names. A captured or stored graph may call
+nothing else: the file format's safety rests on it (`artifacts/graphs.py`).
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from gdfq import grid
+
+CONVOLUTIONS = frozenset(
+    f"aten.conv{d}d.{form}" for d in (1, 2, 3) for form in ("default", "padding")
+)
+TRANSPOSED_CONVOLUTIONS = frozenset(
+    {"aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"}
+)
+LINEARS = frozenset({"aten.linear.default"})
+WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
+"""Operators (input, weight, bias, ...) whose weight is quantized."""
+
+BATCH_NORM = "aten.batch_norm.default"
+
+# Operators that only move numbers, so that a quantized input gives an output on the same grid.
+GRID_PRESERVING = frozenset(
+    {
+        "aten.adaptive_max_pool2d.default",
+        "aten.channel_shuffle.default",
+        "aten.chunk.default",
+        "aten.clone.default",
+        "aten.constant_pad_nd.default",
+        "aten.contiguous.default",
+        "aten.expand.default",
+        "aten.flatten.using_ints",
+        "aten.flip.default",
+        "aten.getitem",
+        "aten.max_pool1d.default",
+        "aten.max_pool2d.default",
+        "aten.max_pool3d.default",
+        "aten.movedim.int",
+        "aten.pad.default",
+        "aten.permute.default",
+        "aten.pixel_shuffle.default",
+        "aten.pixel_unshuffle.default",
+        "aten.reflection_pad2d.default",
+        "aten.relu.default",
+        "aten.repeat.default",
+        "aten.replication_pad2d.default",
+        "aten.reshape.default",
+        "aten.roll.default",
+        "aten.select.int",
+        "aten.slice.Tensor",
+        "aten.split.Tensor",
+        "aten.split_with_sizes.default",
+        "aten.squeeze.default",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+        "aten.t.default",
+        "aten.transpose.int",
+        "aten.unbind.int",
+        "aten.unflatten.int",
+        "aten.unsqueeze.default",
+        "aten.upsample_nearest1d.vec",
+        "aten.upsample_nearest2d.vec",
+        "aten.upsample_nearest3d.vec",
+        "getitem",
+    }
+) - {"aten.getitem", "aten.relu.default"}
+
+POOLING = frozenset(
+    {
+        "aten.adaptive_avg_pool1d.default",
+        "aten.adaptive_avg_pool2d.default",
+        "aten.adaptive_avg_pool3d.default",
+        "aten.avg_pool1d.default",
+        "aten.avg_pool2d.default",
+        "aten.avg_pool3d.default",
+        "aten.mean.default",
+        "aten.mean.dim",
+        "aten.sum.dim_IntList",
+    }
+)
+MERGING = frozenset(
+    {
+        "aten.add.Tensor",
+        "aten.bmm.default",
+        "aten.cat.default",
+        "aten.div.Tensor",
+        "aten.matmul.default",
+        "aten.mul.Tensor",
+        "aten.stack.default",
+        "aten.sub.Tensor",
+    }
+)
+MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
+    "aten.adaptive_max_pool2d.default"
+}
+
+INTEGER_CONSUMERS = WEIGHTED | POOLING | MERGING | MAX_POOLING
+"""Operators that an integer runtime computes from quantized inputs: the `full` placement."""
+
+_OTHERS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "abs.default amax.default amin.default arange.default arange.start as_strided.default "
+        "baddbmm.default broadcast_to.default celu.default clamp.default clamp_max.default "
+        "clamp_min.default cos.default cumsum.default einsum.default elu.default embedding.default "
+        "eq.Scalar erf.default exp.default full.default full_like.default gather.default "
+        "ge.Scalar gelu.default glu.default group_norm.default gt.Scalar hardsigmoid.default "
+        "hardswish.default hardtanh.default index.Tensor index_select.default "
+        "instance_norm.default layer_norm.default le.Scalar leaky_relu.default "
+        "linalg_vector_norm.default log.default log_softmax.int logical_not.default lt.Scalar "
+        "masked_fill.Scalar max.dim maximum.default min.dim minimum.default mish.default "
+        "native_layer_norm.default neg.default new_ones.default new_zeros.default ones.default "
+        "ones_like.default pow.Tensor_Scalar prelu.default reciprocal.default relu.default "
+        "relu6.default rms_norm.default rsqrt.default rsub.Scalar scalar_tensor.default "
+        "scaled_dot_product_attention.default selu.default sigmoid.default silu.default "
+        "sin.default softmax.int softplus.default softsign.default sqrt.default square.default "
+        "std.correction sub.Scalar add.Scalar mul.Scalar div.Scalar sym_size.int tanh.default "
+        "tril.default triu.default threshold.default to.dtype type_as.default unfold.default "
+        "upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec "
+        "upsample_trilinear3d.vec var.correction var.dim where.self zeros.default "
+        "zeros_like.default floor_divide.default remainder.Scalar"
+    ).split()
+)
+
+_PYTHON: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "truediv": operator.truediv,
+    "mod": operator.mod,
+    "neg": operator.neg,
+    "gdfq.fake_quantize": grid.fake_quantize,
+    "gdfq.dequantize": grid.dequantize,
+}
+_PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
+
+ALLOWED = (
+    WEIGHTED
+    | INTEGER_CONSUMERS
+    | GRID_PRESERVING
+    | _OTHERS
+    | {BATCH_NORM, *_PYTHON}
+)
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the operator that a call node calls ("" for nodes that call none)."""
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    return _PYTHON_NAMES.get(target) or str(target)
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """The function behind an allowed operator's name. Raises KeyError for any other name."""
+    if name not in ALLOWED:
+        raise KeyError(name)
+    if name in _PYTHON:
+        return _PYTHON[name]
+    _, packet, overload = name.split(".")
+    function: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
+    return function
+
+
+def is_rectifier(node: fx.Node) -> bool:
+    """Whether the node is a ReLU or a ReLU with a ceiling (ReLU6, hardtanh or clamp from 0)."""
+    name = name_of(node)
+    if name in {"aten.relu.default", "aten.relu6.default"}:
+        return True
+    if name in {"aten.hardtanh.default", "aten.clamp.default", "aten.clamp_min.default"}:
+        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+        return isinstance(low, int | float) and low == 0
+    return False
+
+
+def keeps_grid(node: fx.Node) -> bool:
+    """Whether the node only moves numbers: its output lies on the grid of its (first) input."""
+    name = name_of(node)
+    if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
+        # A pad value other than 0 need not lie on the grid.
+        values = [a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int | float)]
+        return all(value == 0 for value in values)
+    return name in GRID_PRESERVING

@@ -1,0 +1,174 @@
+"""The whole method, top to bottom: capture → source → student → calibrate → tune → freeze."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.capture import Captured, capture
+from gdfq.data import ImageData, Preprocessing, load_data
+from gdfq.errors import UsageError
+from gdfq.freeze import freeze
+from gdfq.grid import Bits
+from gdfq.progress import Listener, Step, silent
+from gdfq.quantized import Card, QuantizedNetwork
+from gdfq.recipes import Recipe, find_recipe
+from gdfq.sources.images import ImageSource
+from gdfq.student import PLACEMENTS, Placement, Scheme, build_student
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.distill import tune_
+
+Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
+
+
+def quantize(
+    model: nn.Module,
+    example_input: Tensor,
+    bits: str | Bits = "w4a4",
+    recipe: str | Recipe = "paper",
+    *,
+    data: Data | None = None,
+    placement: Placement | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str = "auto",
+    listener: Listener = silent,
+) -> QuantizedNetwork:
+    """Quantize a trained classifier; without `data` no real image is used.
+
+    model: any nn.Module that maps images to logits; it is not changed.
+    example_input: [N, C, H, W], one input or more as the network takes them (normalised).
+    bits: widths of weights and activations, 2..8 each, as "w4a4".
+    recipe: a name in `gdfq.RECIPES` or a Recipe of your own.
+    data: real images to tune on instead of synthetic ones (see `gdfq.data.load_data`).
+    placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
+    steps: batches in all; the recipe's own by default.
+    mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
+    device: "cpu", "cuda" or "auto".
+    listener: is called with every `gdfq.progress.Step`.
+
+    Raises UsageError for input that cannot be used, GdfqError for a run that fails.
+    """
+    bits = Bits.parse(bits) if isinstance(bits, str) else bits
+    recipe = find_recipe(recipe).with_steps(steps)
+    recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
+    clock = _Clock()
+
+    teacher = _captured(model, example_input, device)
+    preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std)
+    source = recipe.source
+    if data is not None:
+        images = load_data(data, teacher.input_shape, teacher.classes)
+        source = ImageSource(images, preprocessing, recipe.source.batch)
+    clock.lap("capture")
+
+    batches = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
+    scheme = Scheme(bits, recipe.placement)
+    tuning = recipe.tuning
+    student = build_student(
+        teacher, scheme, fixed_statistics=tuning is None or tuning.fixed_statistics
+    )
+    calibration = islice(batches, recipe.calibration)
+    calibrate_(student, calibration, steps=recipe.calibration, listener=listener)
+    clock.lap("calibrate")
+    if tuning is not None:
+        for _ in islice(batches, recipe.warmup - recipe.calibration):
+            pass  # the generator goes on learning; the student waits
+        clock.lap("warmup")
+        tune_(
+            student,
+            batches,
+            tuning,
+            first_step=recipe.warmup,
+            total_steps=recipe.steps,
+            listener=listener,
+        )
+        clock.lap("tune")
+    network = freeze(student)
+    clock.lap("freeze")
+
+    card = Card(
+        input_shape=teacher.input_shape,
+        classes=teacher.classes,
+        preprocessing=preprocessing,
+        bits=bits,
+        placement=recipe.placement,
+        recipe=recipe.name,
+        seed=seed,
+    )
+    return QuantizedNetwork(network, card, {"seconds": clock.seconds(), "steps": recipe.steps})
+
+
+def generate(
+    model: nn.Module,
+    example_input: Tensor,
+    count: int = 1024,
+    recipe: str | Recipe = "paper",
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    listener: Listener = silent,
+) -> tuple[Tensor, Tensor]:
+    """Synthetic images alone: [count, *input_shape] normalised floats, and their labels [count].
+
+    The recipe's source runs its `steps`; the images are its last ones, when a generator has
+    learned most. Raises UsageError and GdfqError as `quantize` does.
+    """
+    if count < 1:
+        raise UsageError(f"count must be at least 1; got {count}.")
+    recipe = find_recipe(recipe).with_steps(steps)
+    teacher = _captured(model, example_input, device)
+    needed = -(-count // recipe.source.batch)
+    total = max(recipe.steps, needed)
+    images, labels = [], []
+    stream = recipe.source.stream(teacher, steps=total, seed=seed, listener=listener)
+    for step, batch in enumerate(stream, start=1):
+        listener(Step("generate", step, total, batch.losses))
+        if step > total - needed:
+            images.append(batch.images.cpu())
+            labels.append(batch.labels.cpu())
+    return torch.cat(images)[:count], torch.cat(labels)[:count]
+
+
+def _captured(model: nn.Module, example_input: Tensor, device: str) -> Captured:
+    """The teacher on its device."""
+    return capture(model, example_input).to(find_device(device))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU if there is one. Raises UsageError otherwise."""
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if name == "auto":
+        return torch.device(available[-1])
+    if name not in available:
+        raise UsageError(f"device must be one of auto, {', '.join(available)} here; got {name!r}.")
+    return torch.device(name)
+
+
+def _check_placement(placement: Placement) -> Placement:
+    if placement not in PLACEMENTS:
+        raise UsageError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}.")
+    return placement
+
+
+class _Clock:
+    """Seconds of each stage, and their total."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._laps[stage], self._last = now - self._last, now
+
+    def seconds(self) -> dict[str, float]:
+        laps = {"total": self._last - self._started, **self._laps}
+        return {stage: round(seconds, 3) for stage, seconds in laps.items()}

@@ -1,0 +1,125 @@
+"""What a run says while it runs: steps go to listeners, which print or record them."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a stage: index counts from 1 to total; losses are scalars."""
+
+    stage: str
+    index: int
+    total: int
+    losses: Mapping[str, Tensor]
+
+
+Listener = Callable[[Step], None]
+
+
+def silent(step: Step) -> None:
+    """The listener that does nothing."""
+
+
+class History:
+    """Writes every n-th step, and the last, as one JSON line: about `lines` lines a stage."""
+
+    def __init__(self, path: Path, lines: int = 500) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._lines = lines
+
+    def __call__(self, step: Step) -> None:
+        if step.index % max(1, step.total // self._lines) and step.index != step.total:
+            return
+        losses = {name: float(value) for name, value in step.losses.items()}
+        record = {"stage": step.stage, "step": step.index, **losses}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Terminal:
+    """Progress on standard error: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, out: TextIO | None = None, interval: float = 10.0) -> None:
+        self._out = out or sys.stderr
+        self._interval = interval
+        self._stage = ""
+        self._started = self._printed = time.monotonic()
+        self._first = 0
+        self._bar = _rich_bar(self._out) if self._out.isatty() else None
+
+    def __enter__(self) -> "Terminal":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, step: Step) -> None:
+        now = time.monotonic()
+        if step.stage != self._stage:
+            self._stage, self._started, self._first = step.stage, now, step.index - 1
+            self._printed = now - self._interval
+            if self._bar is not None:
+                self._task = self._bar.add_task(step.stage, total=step.total, losses="")
+        finished = step.index == step.total
+        if now - self._printed < (0.2 if self._bar is not None else self._interval):
+            if not finished:
+                return
+        self._printed = now
+        losses = "  ".join(f"{name} {float(value):.4g}" for name, value in step.losses.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step.index, losses=losses)
+            return
+        done = step.index - self._first
+        left = (now - self._started) / done * (step.total - step.index)
+        remaining = f"  {_duration(left)} left" if done > 1 and not finished else ""
+        print(
+            f"{step.stage} {step.index}/{step.total}  {losses}{remaining}",
+            file=self._out,
+            flush=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rich_bar(out: TextIO):  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:>9}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+        console=Console(file=out),
+    )

@@ -1,0 +1,179 @@
+"""Recipes: which source, which quantizers, which losses with which weights, how many steps.
+
+A recipe is a frozen value. A new method is a new value here, or one new source, quantizer or
+loss beside the others.
+"""
+
+from dataclasses import dataclass, replace
+
+from gdfq.errors import UsageError
+from gdfq.schedules import SgdConfig
+from gdfq.sources import Source
+from gdfq.sources.generator import GeneratorSource
+from gdfq.sources.images import GivenImages
+from gdfq.sources.optimised import OptimisedSource
+from gdfq.student import Placement
+from gdfq.tuning.distill import Distillation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method, whole. Steps are batches taken from the source.
+
+    The first `calibration` steps set the activation ranges, the student is not updated in the
+    first `warmup` steps (the generator learns), and the rest tune it. Without `tuning` all
+    steps calibrate.
+    """
+
+    name: str
+    summary: str
+    source: Source
+    steps: int
+    calibration: int
+    warmup: int
+    tuning: Distillation | None
+    placement: Placement
+
+    def with_steps(self, steps: int | None) -> "Recipe":
+        """The recipe shortened or lengthened to `steps`.
+
+        Learning-rate milestones are parts of the run and so scale with it; calibration and
+        warm-up keep min(their published steps, steps / 4), because ranges frozen on a generator
+        that has not learned are noise.
+        """
+        if steps is None:
+            return self
+        if steps < 1:
+            raise UsageError(f"steps must be at least 1; got {steps}.")
+        if self.tuning is None:
+            return replace(self, steps=steps, calibration=steps, warmup=steps)
+        if steps < 4:
+            raise UsageError(
+                f"recipe {self.name!r} calibrates in a quarter of its steps and so needs at "
+                f"least 4; got {steps}."
+            )
+        quarter = steps // 4
+        return replace(
+            self,
+            steps=steps,
+            calibration=min(self.calibration, quarter),
+            warmup=min(self.warmup, quarter),
+        )
+
+
+_EPOCH = 200  # iterations, in all published schedules
+
+PAPER = Recipe(
+    name="paper",
+    summary="GDFQ as published for CIFAR",
+    source=GeneratorSource(batch=200),
+    steps=400 * _EPOCH,
+    calibration=4 * _EPOCH,
+    warmup=4 * _EPOCH,
+    tuning=Distillation(SgdConfig(lr=1e-4)),
+    placement="t1",
+)
+
+PAPER_IMAGENET = replace(
+    PAPER,
+    name="paper-imagenet",
+    summary="GDFQ as published for ImageNet",
+    source=GeneratorSource(batch=16, conditioning="conditional-batch-norm"),
+    warmup=50 * _EPOCH,
+    tuning=Distillation(SgdConfig(lr=1e-6)),
+)
+
+assert isinstance(PAPER.source, GeneratorSource)
+assert PAPER.tuning is not None
+
+_ABLATIONS = (
+    replace(
+        PAPER,
+        name="paper-no-boundary",
+        summary="paper without the class-boundary loss",
+        source=replace(PAPER.source, class_boundary=0.0),
+    ),
+    replace(
+        PAPER,
+        name="paper-no-statistics",
+        summary="paper without the batch-norm statistics loss",
+        source=replace(PAPER.source, statistics=0.0),
+    ),
+    replace(
+        PAPER,
+        name="paper-untrained",
+        summary="paper with neither generator loss",
+        source=replace(PAPER.source, class_boundary=0.0, statistics=0.0, stop=0.0),
+    ),
+    replace(
+        PAPER,
+        name="paper-moving-statistics",
+        summary="paper without fixed batch-norm statistics",
+        tuning=replace(PAPER.tuning, fixed_statistics=False),
+    ),
+    replace(
+        PAPER,
+        name="paper-no-distillation",
+        summary="paper without the distillation loss",
+        tuning=replace(PAPER.tuning, distillation=0.0),
+    ),
+    replace(
+        PAPER,
+        name="paper-separate",
+        summary="paper with the generator trained first, then fixed",
+        source=replace(PAPER.source, head_start=1.0, stop=0.0),
+    ),
+    replace(
+        PAPER,
+        name="paper-early-stop",
+        summary="paper with the generator stopped after a quarter of the steps",
+        source=replace(PAPER.source, stop=0.25),
+    ),
+    replace(
+        PAPER,
+        name="paper-standard-kl",
+        summary="paper with the KL averaged over the batch alone (C times stronger)",
+        tuning=replace(PAPER.tuning, reduction="batch"),
+    ),
+)
+
+_BASELINES = (
+    replace(
+        PAPER,
+        name="round",
+        summary="direct rounding; ranges from generated images, no training",
+        steps=PAPER.calibration,
+        tuning=None,
+    ),
+    Recipe(
+        name="zeroq",
+        summary="direct rounding; ranges from optimised images (ZeroQ)",
+        source=OptimisedSource(),
+        steps=1,
+        calibration=1,
+        warmup=1,
+        tuning=None,
+        placement="t1",
+    ),
+    replace(
+        PAPER,
+        name="real",
+        summary="paper's tuning on real images (--data)",
+        source=GivenImages(batch=PAPER.source.batch),
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (PAPER, PAPER_IMAGENET, *_ABLATIONS, *_BASELINES)
+}
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe by name, or the recipe itself. Raises UsageError for an unknown name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise UsageError(
+            f"there is no recipe {recipe!r}. Choose one of: {', '.join(RECIPES)}."
+        )
+    return RECIPES[recipe]

@@ -1,0 +1,218 @@
+"""The knowledge-matching generator of GDFQ (arXiv 2003.03603, section 3.2) as a source.
+
+It learns from the teacher alone: its loss has no term of the student, so its batches are a stream
+that anything downstream can take.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdfq.capture import Captured
+from gdfq.errors import GdfqError, UsageError
+from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
+from gdfq.progress import Listener, Step, silent
+from gdfq.randomness import stream as random_stream
+from gdfq.schedules import AdamConfig, StepDecay
+from gdfq.sources import Batch
+from gdfq.sources.upsampling import upsampled_convolution
+from gdfq.statistics import StatisticsNetwork
+
+Conditioning = Literal["label-embedding", "conditional-batch-norm"]
+
+_HIDDEN = (128, 128, 64)
+_NORM_EPS = (1e-5, 0.8, 0.8)
+"""The published code passes 0.8 as the second and third norm's eps; the results rest on it."""
+
+
+class Generator(nn.Module):
+    """z [N, latent], y [N] -> images [N, channels, height, width] of zero mean and unit variance.
+
+    linear → BN → (up ×2 → conv 3×3 → BN → LeakyReLU 0.2) twice → conv 3×3 → tanh → BN without
+    affine parameters. The class enters in one of the two published forms: "label-embedding"
+    multiplies z by a learned embedding of y (CIFAR), "conditional-batch-norm" gives each class
+    its own scale and shift in the three batch norms (ImageNet).
+
+    The output's batch norm makes images zero-mean and unit-variance per channel, which is the
+    normalised input space of a network. Sizes that are not multiples of 4 are generated at the
+    next multiple and cropped at the centre.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        classes: int,
+        *,
+        latent: int,
+        conditioning: Conditioning,
+        random: torch.Generator,
+    ) -> None:
+        super().__init__()
+        channels, *self.size = image_shape
+        self.latent = latent
+        self.base = [math.ceil(s / 4) for s in self.size]
+        embeds = conditioning == "label-embedding"
+        first, second, third = _HIDDEN
+        with torch.device("meta"):  # no initialisation from the global random state
+            self.embedding = nn.Embedding(classes, latent) if embeds else None
+            self.linear = nn.Linear(latent, first * math.prod(self.base))
+            self.norms = nn.ModuleList(
+                _ConditionalNorm(1 if embeds else classes, width, eps)
+                for width, eps in zip(_HIDDEN, _NORM_EPS, strict=True)
+            )
+            self.convolutions = nn.ModuleList(
+                nn.Conv2d(i, o, 3, padding=1)
+                for i, o in ((first, second), (second, third), (third, channels))
+            )
+        self.to_empty(device="cpu").to(memory_format=torch.channels_last)
+        _initialise(self, random)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        if self.embedding is not None:
+            z, labels = z * self.embedding(labels), torch.zeros_like(labels)
+        x = self.linear(z).view(-1, _HIDDEN[0], *self.base)
+        x = self.norms[0](x, labels)
+        for convolution, norm in zip(self.convolutions, list(self.norms)[1:], strict=False):
+            x = upsampled_convolution(x, convolution.weight, convolution.bias)
+            x = F.leaky_relu_(norm(x, labels), 0.2)
+        x = self.convolutions[2](x).tanh()
+        x = F.batch_norm(x, None, None, training=True)
+        top, left = ((4 * b - s) // 2 for b, s in zip(self.base, self.size, strict=True))
+        return x[..., top : top + self.size[0], left : left + self.size[1]]
+
+
+class _ConditionalNorm(nn.Module):
+    """Batch norm over the batch, with a scale and shift for each class (one for all if 1)."""
+
+    def __init__(self, classes: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(classes, channels))
+        self.shift = nn.Parameter(torch.empty(classes, channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        if len(self.scale) == 1:
+            return F.batch_norm(
+                x, None, None, self.scale[0], self.shift[0], training=True, eps=self.eps
+            )
+        x = F.batch_norm(x, None, None, training=True, eps=self.eps)
+        scale, shift = (p[labels][:, :, None, None] for p in (self.scale, self.shift))
+        return torch.addcmul(shift, x, scale)
+
+
+@torch.no_grad()
+def _initialise(generator: Generator, random: torch.Generator) -> None:
+    """PyTorch's default initialisations, drawn from an explicit random stream."""
+    if generator.embedding is not None:
+        generator.embedding.weight.normal_(generator=random)
+    for layer in (generator.linear, *generator.convolutions):
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        assert layer.bias is not None
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        layer.weight.uniform_(-bound, bound, generator=random)
+        layer.bias.uniform_(-bound, bound, generator=random)
+    for norm in generator.norms:
+        assert isinstance(norm, _ConditionalNorm)
+        norm.scale.fill_(1)
+        norm.shift.fill_(0)
+
+
+@dataclass(frozen=True)
+class GeneratorSource:
+    """Images from a generator that trains while it supplies them.
+
+    L(G) = class_boundary · L_CE + statistics · L_BNS              (equation 6; β = statistics)
+
+    Each step is one generator update on a fresh batch, then that batch is yielded, as published.
+    """
+
+    batch: int
+    conditioning: Conditioning = "label-embedding"
+    latent: int = 100
+    class_boundary: float = 1.0
+    statistics: float = 0.1
+    optimizer: AdamConfig = AdamConfig(lr=1e-3, betas=(0.5, 0.999))  # noqa: RUF009 (frozen)
+    decay: StepDecay = StepDecay()  # noqa: RUF009 (frozen)
+    head_start: float = 0.0
+    """Part of the steps trained before the first batch is yielded (1: separate training)."""
+    stop: float = 1.0
+    """Part of the yielded batches after which the generator no longer trains."""
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches, training on the way.
+
+        Raises UsageError for inputs that are not images [C, H, W] and, when the statistics loss
+        has a weight, for networks without batch norms; GdfqError when the loss is not finite.
+        """
+        if len(teacher.input_shape) != 3:
+            raise UsageError(
+                "the generator makes images [channels, height, width]; "
+                f"this network takes {list(teacher.input_shape)}. Give real data instead."
+            )
+        loss = _GeneratorLoss(self, teacher)
+        generator = Generator(
+            teacher.input_shape,
+            teacher.classes,
+            latent=self.latent,
+            conditioning=self.conditioning,
+            random=random_stream(seed, "generator.init"),
+        ).to(teacher.device)
+        optimizer = self.optimizer.build(generator.parameters())
+        ahead = round(self.head_start * steps)
+        last = ahead + round(self.stop * steps)
+        planned = ahead + steps if self.stop else ahead  # stopping early leaves the schedule
+        draw = random_stream(seed, "generator.draw")
+        for step in range(ahead + steps):
+            z = torch.randn(self.batch, self.latent, generator=draw).to(teacher.device)
+            labels = torch.randint(teacher.classes, (self.batch,), generator=draw)
+            labels = labels.to(teacher.device)
+            # The consumer's gradient mode must not reach in here, nor ours reach out.
+            with torch.set_grad_enabled(step < last):
+                images = generator(z, labels)
+                logits, losses = loss(images, labels)
+                if step < last:
+                    self.decay.apply_(optimizer, self.optimizer.lr, step, planned)
+                    optimizer.zero_grad()
+                    losses["generator"].backward()
+                    optimizer.step()
+            detached = {name: value.detach() for name, value in losses.items()}
+            if not bool(detached["generator"].isfinite()):
+                raise GdfqError(
+                    f"the generator's loss must stay finite; at step {step} its parts are "
+                    + ", ".join(f"{name} {float(value)}" for name, value in detached.items())
+                    + ". Use another seed, and check that mean and std are the network's own."
+                )
+            if step < ahead:
+                listener(Step("generator", step + 1, ahead, detached))
+            else:
+                yield Batch(images.detach(), labels, logits.detach(), detached)
+
+
+class _GeneratorLoss:
+    """L(G) with its parts for the log; parts of weight 0 are not computed."""
+
+    def __init__(self, config: GeneratorSource, teacher: Captured) -> None:
+        self.config = config
+        self.teacher = teacher.network
+        self.with_statistics = StatisticsNetwork(teacher) if config.statistics else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total = images.new_zeros(()) + 0 * images.sum()
+        losses: dict[str, Tensor] = {}
+        if self.with_statistics is not None:
+            logits, seen = self.with_statistics(images)
+            losses["bns"] = batch_norm_statistics_loss(seen, self.with_statistics.stored)
+            total = total + self.config.statistics * losses["bns"]
+        else:
+            logits = self.teacher(images)
+        if self.config.class_boundary:
+            losses["boundary"] = class_boundary_loss(logits, labels)
+            total = total + self.config.class_boundary * losses["boundary"]
+        return logits, {"generator": total, **losses}

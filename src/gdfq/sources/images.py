@@ -1,0 +1,63 @@
+"""Given images as a source: few-shot runs, and the upper bound that real data sets."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gdfq.capture import Captured
+from gdfq.data import ImageData, Preprocessing
+from gdfq.errors import UsageError
+from gdfq.progress import Listener, silent
+from gdfq.randomness import stream as random_stream
+from gdfq.sources import Batch
+
+
+@dataclass(frozen=True)
+class GivenImages:
+    """Stands in a recipe for images that the user must give."""
+
+    batch: int
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> NoReturn:
+        """Raises UsageError: there are no images yet."""
+        raise UsageError(
+            "this recipe tunes on real images and none were given. "
+            "Give them with --data (or data=...), or choose a data-free recipe such as 'paper'."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource:
+    """Batches of given images in a new random order each epoch.
+
+    Without labels the teacher's answers are the labels. The last, smaller batch of an epoch is
+    kept.
+    """
+
+    data: ImageData
+    preprocessing: Preprocessing
+    batch: int
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches."""
+        draw = random_stream(seed, "images.order")
+        pending: list[Tensor] = []
+        for _ in range(steps):
+            if not pending:
+                order = torch.randperm(len(self.data), generator=draw)
+                pending = list(order.split(self.batch))
+            chosen = pending.pop(0)
+            images = self.preprocessing(self.data.images(chosen)).to(teacher.device)
+            with torch.no_grad():
+                logits = teacher.network(images)
+            labels = logits.argmax(1)
+            if self.data.labels is not None:
+                labels = self.data.labels[chosen].to(teacher.device)
+            yield Batch(images, labels, logits)

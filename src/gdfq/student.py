@@ -1,0 +1,198 @@
+"""The student: a trainable copy of the teacher's graph with fake quantizers in it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gdfq import operators
+from gdfq.capture import Captured, tensors_of
+from gdfq.grid import Bits, Layout
+from gdfq.quantizers import MinMaxWeight, MovingRange
+from gdfq.statistics import BatchNorm, batch_norm_of
+
+ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
+"""Where the student keeps its quantizers and batch norms."""
+
+Placement = Literal["t1", "full"]
+PLACEMENTS: tuple[Placement, ...] = ("t1", "full")
+
+_SIGNAL_BITS = 8
+"""Width of the network's input and of convolution outputs without a ReLU in `full` placement."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is quantized, and to how many bits.
+
+    placement "t1" (the protocol of the published tables): all weights; of the activations only
+    the outputs of ReLUs. "full" (deployable): all weights, and every tensor that enters a
+    convolution, linear layer, addition, multiplication, concatenation or pooling, and every
+    convolution or linear output without a ReLU; the logits stay float.
+    """
+
+    bits: Bits
+    placement: Placement
+
+
+class StudentBatchNorm(nn.Module):
+    """Batch norm whose affine parameters train; its statistics are fixed (FBNS) or follow."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, norm: BatchNorm, fixed_statistics: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.clone())
+        self.bias = nn.Parameter(norm.bias.clone())
+        self.register_buffer("mean", norm.mean.clone())
+        self.register_buffer("variance", norm.variance.clone())
+        self.eps, self.fixed_statistics = norm.eps, fixed_statistics
+
+    def forward(self, x: Tensor) -> Tensor:
+        follows = self.training and not self.fixed_statistics
+        return F.batch_norm(
+            x, self.mean, self.variance, self.weight, self.bias, follows, eps=self.eps
+        )
+
+    def current(self) -> BatchNorm:
+        """Its present values, detached."""
+        values = (self.weight, self.bias, self.mean, self.variance)
+        return BatchNorm(*(value.detach() for value in values), self.eps)
+
+
+class Student(nn.Module):
+    """The trainable student: [N, *input_shape] -> logits [N, classes].
+
+    Its graph keeps the teacher's nodes; the quantizer of an activation is the submodule
+    `fake_activation.<node>`, that of a weight `fake_weight.<node>`.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.network = graph_module
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+    @property
+    def activations(self) -> Iterator[MovingRange]:
+        """All activation quantizers."""
+        return (module for module in self.modules() if isinstance(module, MovingRange))
+
+
+def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
+    """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
+    nodes = list(teacher.network.graph.nodes)
+    if scheme.placement == "t1":
+        return {n: scheme.bits.activations for n in nodes if operators.is_rectifier(n)}
+    (output,) = (node for node in nodes if node.op == "output")
+    logits = _grid_source(output.args[0])
+    wanted = {
+        _grid_source(source)
+        for node in nodes
+        if operators.name_of(node) in operators.INTEGER_CONSUMERS
+        for source in node.all_input_nodes
+        if _is_activation(source)
+    }
+    wanted |= {
+        _after_batch_norm(node)
+        for node in nodes
+        if operators.name_of(node) in operators.WEIGHTED and not _feeds_rectifier_only(node)
+    }
+    signals = {
+        _after_batch_norm(node)
+        for node in nodes
+        if operators.name_of(node) in operators.WEIGHTED or node.op == "placeholder"
+    }
+    return {
+        node: _SIGNAL_BITS if node in signals else scheme.bits.activations
+        for node in nodes
+        if node in wanted - {logits}
+    }
+
+
+def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool = True) -> Student:
+    """A trainable copy of the teacher with the scheme's quantizers; ranges are not yet known.
+
+    With fixed_statistics False the batch norms' running statistics follow in training mode.
+    """
+    widths = activation_widths(teacher, scheme)
+    graph = fx.Graph()
+    attributes: dict[str, Tensor | nn.Module] = _trainable(tensors_of(teacher.network))
+    new: dict[fx.Node, fx.Node] = {}
+
+    def call(kind: str, name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
+        target = f"{kind}.{name.replace('.', '_')}"
+        attributes[target] = module
+        return graph.call_module(target, (argument,))
+
+    for node in teacher.network.graph.nodes:
+        if node in teacher.batch_norms:
+            norm = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
+            new[node] = call(BATCH_NORM, node.name, norm, new[node.args[0]])
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+            if has_weight(node):
+                quantizer = MinMaxWeight(scheme.bits.weights, *_layout(node))
+                with graph.inserting_before(new[node]):
+                    weight = call(WEIGHT, node.name, quantizer, new[node.args[1]])
+                new[node].update_arg(1, weight)
+        if node in widths:
+            new[node] = call(ACTIVATION, node.name, MovingRange(widths[node]), new[node])
+    graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
+    used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
+    chosen = {name: value for name, value in attributes.items() if name in used}
+    return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
+
+
+def has_weight(node: fx.Node) -> bool:
+    """Whether the node is a convolution or linear layer with a weight of its own."""
+    return (
+        operators.name_of(node) in operators.WEIGHTED and node.args[1].op == "get_attr"  # type: ignore[union-attr]
+    )
+
+
+def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
+    """Copies of the teacher's tensors; its parameters train, and shared ones stay shared."""
+    copies = {
+        id(tensor): nn.Parameter(tensor.detach().clone())
+        if isinstance(tensor, nn.Parameter)
+        else tensor.clone()
+        for tensor in tensors.values()
+    }
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _layout(node: fx.Node) -> tuple[Layout, int]:
+    """Where the node's weight keeps its output channels, and the number of its groups."""
+    if operators.name_of(node) in operators.TRANSPOSED_CONVOLUTIONS:
+        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+        assert isinstance(groups, int)
+        return Layout.TRANSPOSED, groups
+    return Layout.ROWS, 1
+
+
+def _after_batch_norm(node: fx.Node) -> fx.Node:
+    """The batch norm that alone follows the node and will be folded into it, or the node."""
+    (user,) = node.users if len(node.users) == 1 else (node,)
+    return user if operators.name_of(user) == operators.BATCH_NORM else node
+
+
+def _feeds_rectifier_only(node: fx.Node) -> bool:
+    return all(operators.is_rectifier(user) for user in _after_batch_norm(node).users)
+
+
+def _grid_source(node: fx.Node) -> fx.Node:
+    """The node whose numbers the given node merely moves."""
+    while operators.keeps_grid(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_activation(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op != "get_attr" and isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,1 @@
+"""What is done to the student with a stream of batches: calibrate, then tune."""
