@@ -93,7 +93,13 @@ def run_row(network: str, bits: str, recipe_name: str, steps: int | None, seed: 
                 if step in marks:
                     seconds = time.perf_counter() - started - excluded[0]
                     student.eval()
-                    along.append({"step": step, "seconds": round(seconds, 1), "top1": accuracy(freeze(student))})
+                    along.append(
+                        {
+                            "step": step,
+                            "seconds": round(seconds, 1),
+                            "top1": accuracy(freeze(student)),
+                        }
+                    )
                     student.train()
                 yield batch
 
@@ -118,7 +124,9 @@ def run_row(network: str, bits: str, recipe_name: str, steps: int | None, seed: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", default=["cifar10_resnet20"], choices=NETWORKS)
     parser.add_argument("--bits", nargs="+", default=["w4a4"])
     parser.add_argument("--recipes", nargs="+", default=["round", "zeroq", "paper", "real"])
@@ -141,7 +149,13 @@ def main() -> None:
         if not path.exists():
             path.write_text(json.dumps(run_row(*row), indent=1) + "\n")
         result = json.loads(path.read_text())
-        print(path.stem, result["teacher"]["all"], result["student"]["all"], f"{result['seconds']} s", flush=True)
+        print(
+            path.stem,
+            result["teacher"]["all"],
+            result["student"]["all"],
+            f"{result['seconds']} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet of 6n + 2 layers for 32×32 images."""
 
-    def __init__(self, n: int, classes: int, *, projects: bool = False, head: str = "linear") -> None:
+    def __init__(
+        self, n: int, classes: int, *, projects: bool = False, head: str = "linear"
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -61,9 +63,7 @@ class MobileNetV1(nn.Module):
         super().__init__()
 
         def conv(i: int, o: int, s: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
-            )
+            return nn.Sequential(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
         def dw(i: int, o: int, s: int = 1) -> nn.Sequential:
             return nn.Sequential(

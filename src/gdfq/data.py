@@ -17,8 +17,10 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", 
 class ImageData(Protocol):
     """Images with or without labels."""
 
-    labels: Tensor | None
-    """Integers [N], or None."""
+    @property
+    def labels(self) -> Tensor | None:
+        """Integers [N], or None."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -1,5 +1,7 @@
 """Freezing: the tuned student becomes integer codes, scales and zero points."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -43,8 +45,9 @@ class _Freezer:
             if isinstance(module, MovingRange):
                 self.new[node] = self._activation(node, module)
             elif isinstance(module, StudentBatchNorm):
-                folded = self._norm_behind(node.args[0]) is module
-                self.new[node] = self.new[node.args[0]] if folded else self._norm(node, module)
+                (x,) = node.all_input_nodes
+                folded = self._norm_behind(x) is module
+                self.new[node] = self.new[x] if folded else self._norm(node, module)
             elif self._weight_quantizer(node) is not None:
                 self.new[node] = self._layer(node)
             else:
@@ -64,8 +67,9 @@ class _Freezer:
         return self.graph.get_attr(name)
 
     def _module(self, node: object) -> torch.nn.Module | None:
-        is_call = isinstance(node, fx.Node) and node.op == "call_module"
-        return self.modules[str(node.target)] if is_call else None  # type: ignore[attr-defined]
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        return self.modules[str(node.target)]
 
     def _weight_quantizer(self, node: fx.Node) -> MinMaxWeight | None:
         module = self._module(node.args[1]) if len(node.args) > 1 else None
@@ -86,29 +90,27 @@ class _Freezer:
             )
         scale = self._constant(f"{node.name}.scale", module.scale)
         zero_point = self._constant(f"{node.name}.zero_point", module.zero_point)
-        arguments = (self.new[node.args[0]], scale, zero_point, module.bits)  # type: ignore[index]
+        (x,) = node.all_input_nodes
+        arguments = (self.new[x], scale, zero_point, module.bits)
         return self.graph.call_function(operators.resolve("gdfq.fake_quantize"), arguments)
 
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()
         parts = {n: getattr(norm, n) for n in ("weight", "bias", "mean", "variance")}
         constants = [self._constant(f"{node.name}.{n}", value) for n, value in parts.items()]
-        arguments = (self.new[node.args[0]], *constants, False, 0.0, norm.eps, False)  # type: ignore[index]
+        (x,) = node.all_input_nodes
+        arguments: Any = (self.new[x], *constants, False, 0.0, norm.eps, False)
         return self.graph.call_function(operators.resolve(operators.BATCH_NORM), arguments)
 
     def _layer(self, node: fx.Node) -> fx.Node:
         """A convolution or linear layer, with the batch norm behind it folded in."""
-        x, weight_node, bias_node, *rest = (*node.args, None)[: max(3, len(node.args))]
+        arguments: tuple[Any, ...] = node.args if len(node.args) > 2 else (*node.args, None)
+        x, weight_node, bias_node, *rest = arguments
         quantizer = self._weight_quantizer(node)
         assert quantizer is not None
-        assert isinstance(weight_node, fx.Node)
-        tensor_node = weight_node.args[0]
-        assert isinstance(tensor_node, fx.Node)
-        name = str(tensor_node.target)
+        name = str(weight_node.args[0].target)
         weight = quantizer.quantized(self.source_tensors[name])
-        bias = (
-            self.source_tensors[str(bias_node.target)] if isinstance(bias_node, fx.Node) else None
-        )
+        bias = None if bias_node is None else self.source_tensors[str(bias_node.target)]
         norm = self._norm_behind(node)
         if norm is not None:
             scale, shift = norm.current().scale_and_shift()
@@ -123,11 +125,10 @@ class _Freezer:
             operators.resolve("gdfq.dequantize"), (*constants, weight.bits)
         )
         new_bias = None if bias is None else self._constant(f"{base}.bias", bias)
-        arguments, keywords = fx.node.map_arg((rest, node.kwargs), self._get)
-        function = node.target
-        assert callable(function)
+        rest, keywords = fx.node.map_arg((rest, node.kwargs), self._get)
+        function: Any = node.target
         return self.graph.call_function(
-            function, (self._get(x), dequantized, new_bias, *arguments), keywords  # type: ignore[arg-type]
+            function, (self._get(x), dequantized, new_bias, *rest), keywords
         )
 
 

@@ -90,8 +90,10 @@ def along_channels(values: Tensor, weight: Tensor, layout: Layout, groups: int =
         return values.view(-1, 1, *ones)
     # Row i of [I, O/g, *k] belongs to group i // (I/g), which owns O/g of the channels.
     rows = weight.shape[0] // groups
-    return values.view(groups, weight.shape[1]).repeat_interleave(rows, 0).view(
-        weight.shape[0], weight.shape[1], *ones
+    return (
+        values.view(groups, weight.shape[1])
+        .repeat_interleave(rows, 0)
+        .view(weight.shape[0], weight.shape[1], *ones)
     )
 
 

@@ -50,10 +50,11 @@ def distillation_loss(
     kl = F.kl_div(
         F.log_softmax(student_logits / temperature, 1),
         F.log_softmax(teacher_logits / temperature, 1),
-        reduction={"batch": "batchmean", "element": "mean"}[reduction],
+        reduction="batchmean",
         log_target=True,
     )
-    return kl * temperature**2
+    classes = {"batch": 1, "element": student_logits.shape[1]}[reduction]
+    return kl * (temperature**2 / classes)
 
 
 def _concatenate(seen: Statistics, stored: Statistics) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,9 @@ def _factory(spec: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise UsageError(f"the factory {spec} must run without arguments; it failed with: {error!r}.") from error
+        raise UsageError(
+            f"the factory {spec} must run without arguments; it failed with: {error!r}."
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"the factory {spec} must return an nn.Module; it returned a {type(model).__name__}."
@@ -84,7 +86,9 @@ def _import_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise UsageError(f"the module {name!r} must be importable; it failed with: {error!r}.") from error
+        raise UsageError(
+            f"the module {name!r} must be importable; it failed with: {error!r}."
+        ) from error
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
@@ -130,7 +134,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+    ) as error:
         raise UsageError(
             "weights must be a safetensors file or a torch state dict without pickled code; "
             f"{path} is neither: {str(error).splitlines()[0]}"

@@ -105,27 +105,105 @@ INTEGER_CONSUMERS = WEIGHTED | POOLING | MERGING | MAX_POOLING
 
 _OTHERS = frozenset(
     f"aten.{name}"
-    for name in (
-        "abs.default amax.default amin.default arange.default arange.start as_strided.default "
-        "baddbmm.default broadcast_to.default celu.default clamp.default clamp_max.default "
-        "clamp_min.default cos.default cumsum.default einsum.default elu.default embedding.default "
-        "eq.Scalar erf.default exp.default full.default full_like.default gather.default "
-        "ge.Scalar gelu.default glu.default group_norm.default gt.Scalar hardsigmoid.default "
-        "hardswish.default hardtanh.default index.Tensor index_select.default "
-        "instance_norm.default layer_norm.default le.Scalar leaky_relu.default "
-        "linalg_vector_norm.default log.default log_softmax.int logical_not.default lt.Scalar "
-        "masked_fill.Scalar max.dim maximum.default min.dim minimum.default mish.default "
-        "native_layer_norm.default neg.default new_ones.default new_zeros.default ones.default "
-        "ones_like.default pow.Tensor_Scalar prelu.default reciprocal.default relu.default "
-        "relu6.default rms_norm.default rsqrt.default rsub.Scalar scalar_tensor.default "
-        "scaled_dot_product_attention.default selu.default sigmoid.default silu.default "
-        "sin.default softmax.int softplus.default softsign.default sqrt.default square.default "
-        "std.correction sub.Scalar add.Scalar mul.Scalar div.Scalar sym_size.int tanh.default "
-        "tril.default triu.default threshold.default to.dtype type_as.default unfold.default "
-        "upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec "
-        "upsample_trilinear3d.vec var.correction var.dim where.self zeros.default "
-        "zeros_like.default floor_divide.default remainder.Scalar"
-    ).split()
+    for name in [
+        "abs.default",
+        "amax.default",
+        "amin.default",
+        "arange.default",
+        "arange.start",
+        "as_strided.default",
+        "baddbmm.default",
+        "broadcast_to.default",
+        "celu.default",
+        "clamp.default",
+        "clamp_max.default",
+        "clamp_min.default",
+        "cos.default",
+        "cumsum.default",
+        "einsum.default",
+        "elu.default",
+        "embedding.default",
+        "eq.Scalar",
+        "erf.default",
+        "exp.default",
+        "full.default",
+        "full_like.default",
+        "gather.default",
+        "ge.Scalar",
+        "gelu.default",
+        "glu.default",
+        "group_norm.default",
+        "gt.Scalar",
+        "hardsigmoid.default",
+        "hardswish.default",
+        "hardtanh.default",
+        "index.Tensor",
+        "index_select.default",
+        "instance_norm.default",
+        "layer_norm.default",
+        "le.Scalar",
+        "leaky_relu.default",
+        "linalg_vector_norm.default",
+        "log.default",
+        "log_softmax.int",
+        "logical_not.default",
+        "lt.Scalar",
+        "masked_fill.Scalar",
+        "max.dim",
+        "maximum.default",
+        "min.dim",
+        "minimum.default",
+        "mish.default",
+        "native_layer_norm.default",
+        "neg.default",
+        "new_ones.default",
+        "new_zeros.default",
+        "ones.default",
+        "ones_like.default",
+        "pow.Tensor_Scalar",
+        "prelu.default",
+        "reciprocal.default",
+        "relu.default",
+        "relu6.default",
+        "rms_norm.default",
+        "rsqrt.default",
+        "rsub.Scalar",
+        "scalar_tensor.default",
+        "scaled_dot_product_attention.default",
+        "selu.default",
+        "sigmoid.default",
+        "silu.default",
+        "sin.default",
+        "softmax.int",
+        "softplus.default",
+        "softsign.default",
+        "sqrt.default",
+        "square.default",
+        "std.correction",
+        "sub.Scalar",
+        "add.Scalar",
+        "mul.Scalar",
+        "div.Scalar",
+        "sym_size.int",
+        "tanh.default",
+        "tril.default",
+        "triu.default",
+        "threshold.default",
+        "to.dtype",
+        "type_as.default",
+        "unfold.default",
+        "upsample_bicubic2d.vec",
+        "upsample_bilinear2d.vec",
+        "upsample_linear1d.vec",
+        "upsample_trilinear3d.vec",
+        "var.correction",
+        "var.dim",
+        "where.self",
+        "zeros.default",
+        "zeros_like.default",
+        "floor_divide.default",
+        "remainder.Scalar",
+    ]
 )
 
 _PYTHON: dict[str, Callable[..., Any]] = {
@@ -142,13 +220,7 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 
-ALLOWED = (
-    WEIGHTED
-    | INTEGER_CONSUMERS
-    | GRID_PRESERVING
-    | _OTHERS
-    | {BATCH_NORM, *_PYTHON}
-)
+ALLOWED = WEIGHTED | INTEGER_CONSUMERS | GRID_PRESERVING | _OTHERS | {BATCH_NORM, *_PYTHON}
 
 
 def name_of(node: fx.Node) -> str:

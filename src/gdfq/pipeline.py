@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gdfq.capture import Captured, capture
+from gdfq.capture import Captured, capture, tensors_of
 from gdfq.data import ImageData, Preprocessing, load_data
 from gdfq.errors import UsageError
+from gdfq.evaluate import top1
 from gdfq.freeze import freeze
 from gdfq.grid import Bits
 from gdfq.progress import Listener, Step, silent
@@ -32,6 +34,7 @@ def quantize(
     recipe: str | Recipe = "paper",
     *,
     data: Data | None = None,
+    test: Data | None = None,
     placement: Placement | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -47,6 +50,8 @@ def quantize(
     bits: widths of weights and activations, 2..8 each, as "w4a4".
     recipe: a name in `gdfq.RECIPES` or a Recipe of your own.
     data: real images to tune on instead of synthetic ones (see `gdfq.data.load_data`).
+    test: labelled images; teacher and student are measured on them at the end, into the result's
+        `metrics`, and they are used for nothing else.
     placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
     steps: batches in all; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
@@ -66,6 +71,9 @@ def quantize(
     if data is not None:
         images = load_data(data, teacher.input_shape, teacher.classes)
         source = ImageSource(images, preprocessing, recipe.source.batch)
+    held_out = None if test is None else load_data(test, teacher.input_shape, teacher.classes)
+    if held_out is not None and held_out.labels is None:
+        raise UsageError("test images need labels; these have none. Give (images, labels).")
     clock.lap("capture")
 
     batches = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
@@ -102,7 +110,14 @@ def quantize(
         recipe=recipe.name,
         seed=seed,
     )
-    return QuantizedNetwork(network, card, {"seconds": clock.seconds(), "steps": recipe.steps})
+    metrics: dict[str, Any] = {"seconds": clock.seconds(), "steps": recipe.steps}
+    if held_out is not None:
+        for name, module in (("teacher", teacher.network), ("student", network)):
+            accuracy = top1(module, held_out, preprocessing, device=teacher.device)
+            metrics[name] = {"top1": round(accuracy, 4)}
+        metrics["test_images"] = len(held_out)
+    metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
+    return QuantizedNetwork(network, card, metrics)
 
 
 def generate(

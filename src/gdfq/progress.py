@@ -44,7 +44,15 @@ class History:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "History":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
 
 
@@ -81,9 +89,9 @@ class Terminal:
             if self._bar is not None:
                 self._task = self._bar.add_task(step.stage, total=step.total, losses="")
         finished = step.index == step.total
-        if now - self._printed < (0.2 if self._bar is not None else self._interval):
-            if not finished:
-                return
+        pause = 0.2 if self._bar is not None else self._interval
+        if now - self._printed < pause and not finished:
+            return
         self._printed = now
         losses = "  ".join(f"{name} {float(value):.4g}" for name, value in step.losses.items())
         if self._bar is not None:

@@ -33,7 +33,8 @@ class QuantizedNetwork(nn.Module):
     """A frozen low-bit classifier: normalised images [N, *input_shape] -> logits [N, classes].
 
     Weights are integer codes; activations are rounded to their grids while it runs. `metrics`
-    holds the seconds and steps of the run that made it (empty after `load`).
+    holds the seconds and steps of the run that made it, and the top-1 accuracies of teacher and
+    student if test images were given (empty after `load`).
     """
 
     def __init__(

@@ -63,14 +63,17 @@ class Recipe:
 
 _EPOCH = 200  # iterations, in all published schedules
 
+_GENERATOR = GeneratorSource(batch=200)
+_DISTILLATION = Distillation(SgdConfig(lr=1e-4))
+
 PAPER = Recipe(
     name="paper",
     summary="GDFQ as published for CIFAR",
-    source=GeneratorSource(batch=200),
+    source=_GENERATOR,
     steps=400 * _EPOCH,
     calibration=4 * _EPOCH,
     warmup=4 * _EPOCH,
-    tuning=Distillation(SgdConfig(lr=1e-4)),
+    tuning=_DISTILLATION,
     placement="t1",
 )
 
@@ -83,57 +86,54 @@ PAPER_IMAGENET = replace(
     tuning=Distillation(SgdConfig(lr=1e-6)),
 )
 
-assert isinstance(PAPER.source, GeneratorSource)
-assert PAPER.tuning is not None
-
 _ABLATIONS = (
     replace(
         PAPER,
         name="paper-no-boundary",
         summary="paper without the class-boundary loss",
-        source=replace(PAPER.source, class_boundary=0.0),
+        source=replace(_GENERATOR, class_boundary=0.0),
     ),
     replace(
         PAPER,
         name="paper-no-statistics",
         summary="paper without the batch-norm statistics loss",
-        source=replace(PAPER.source, statistics=0.0),
+        source=replace(_GENERATOR, statistics=0.0),
     ),
     replace(
         PAPER,
         name="paper-untrained",
         summary="paper with neither generator loss",
-        source=replace(PAPER.source, class_boundary=0.0, statistics=0.0, stop=0.0),
+        source=replace(_GENERATOR, class_boundary=0.0, statistics=0.0, stop=0.0),
     ),
     replace(
         PAPER,
         name="paper-moving-statistics",
         summary="paper without fixed batch-norm statistics",
-        tuning=replace(PAPER.tuning, fixed_statistics=False),
+        tuning=replace(_DISTILLATION, fixed_statistics=False),
     ),
     replace(
         PAPER,
         name="paper-no-distillation",
         summary="paper without the distillation loss",
-        tuning=replace(PAPER.tuning, distillation=0.0),
+        tuning=replace(_DISTILLATION, distillation=0.0),
     ),
     replace(
         PAPER,
         name="paper-separate",
         summary="paper with the generator trained first, then fixed",
-        source=replace(PAPER.source, head_start=1.0, stop=0.0),
+        source=replace(_GENERATOR, head_start=1.0, stop=0.0),
     ),
     replace(
         PAPER,
         name="paper-early-stop",
         summary="paper with the generator stopped after a quarter of the steps",
-        source=replace(PAPER.source, stop=0.25),
+        source=replace(_GENERATOR, stop=0.25),
     ),
     replace(
         PAPER,
         name="paper-standard-kl",
         summary="paper with the KL averaged over the batch alone (C times stronger)",
-        tuning=replace(PAPER.tuning, reduction="batch"),
+        tuning=replace(_DISTILLATION, reduction="batch"),
     ),
 )
 
@@ -173,7 +173,5 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:
-        raise UsageError(
-            f"there is no recipe {recipe!r}. Choose one of: {', '.join(RECIPES)}."
-        )
+        raise UsageError(f"there is no recipe {recipe!r}. Choose one of: {', '.join(RECIPES)}.")
     return RECIPES[recipe]

@@ -46,9 +46,7 @@ class StepDecay:
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     factor: float = 0.1
 
-    def apply_(
-        self, optimizer: torch.optim.Optimizer, base: float, step: int, total: int
-    ) -> None:
+    def apply_(self, optimizer: torch.optim.Optimizer, base: float, step: int, total: int) -> None:
         """Set the learning rate of `step` (from 0) out of `total`."""
         passed = sum(step >= round(milestone * total) for milestone in self.milestones)
         for group in optimizer.param_groups:

@@ -100,17 +100,22 @@ class BatchNorm:
 
 def batch_norm_of(teacher: Captured, node: fx.Node) -> BatchNorm:
     """The values of a batch-norm node (absent affine parameters are 1 and 0)."""
-    tensors = tensors_of(teacher.network)
-    weight, bias, mean, variance = (
-        None if argument is None else tensors[argument.target] for argument in node.args[1:5]
-    )
+    tensors: dict[Any, Any] = {None: None, **tensors_of(teacher.network)}
+    _, *arguments, eps = _arguments(node)
+    weight, bias, mean, variance = (tensors[getattr(a, "target", None)] for a in arguments)
     return BatchNorm(
         torch.ones_like(mean) if weight is None else weight,
         torch.zeros_like(mean) if bias is None else bias,
         mean,
         variance,
-        node.args[7],
+        eps,
     )
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Input, weight, bias, mean, variance and eps of a batch-norm node."""
+    x, weight, bias, mean, variance, _training, _momentum, eps, _cudnn = node.args
+    return x, weight, bias, mean, variance, eps
 
 
 def _with_moments(teacher: Captured, norms: list[BatchNorm]) -> fx.GraphModule:

@@ -59,8 +59,8 @@ class StudentBatchNorm(nn.Module):
 
     def current(self) -> BatchNorm:
         """Its present values, detached."""
-        values = (self.weight, self.bias, self.mean, self.variance)
-        return BatchNorm(*(value.detach() for value in values), self.eps)
+        weight, bias = self.weight.detach(), self.bias.detach()
+        return BatchNorm(weight, bias, self.mean, self.variance, self.eps)
 
 
 class Student(nn.Module):

@@ -69,7 +69,7 @@ class Generator(nn.Module):
                 nn.Conv2d(i, o, 3, padding=1)
                 for i, o in ((first, second), (second, third), (third, channels))
             )
-        self.to_empty(device="cpu").to(memory_format=torch.channels_last)
+        self.to_empty(device="cpu")
         _initialise(self, random)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -78,7 +78,8 @@ class Generator(nn.Module):
         x = self.linear(z).view(-1, _HIDDEN[0], *self.base)
         x = self.norms[0](x, labels)
         for convolution, norm in zip(self.convolutions, list(self.norms)[1:], strict=False):
-            x = upsampled_convolution(x, convolution.weight, convolution.bias)
+            weight, bias = convolution.parameters()
+            x = upsampled_convolution(x, weight, bias)
             x = F.leaky_relu_(norm(x, labels), 0.2)
         x = self.convolutions[2](x).tanh()
         x = F.batch_norm(x, None, None, training=True)

@@ -1,0 +1,184 @@
+"""The command line. Torch is imported by the commands that need it, not to print help."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gdfq.errors import GdfqError, UsageError
+from gdfq.version import __version__
+
+_PATH = click.Path(path_type=Path)
+
+
+class _Shape(click.ParamType):
+    name = "CxHxW"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        parts = str(value).lower().split("x")
+        if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) < 2:
+            self.fail(f"a shape is written as for instance 3x32x32; got {value!r}.", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+class _Numbers(click.ParamType):
+    name = "a,b,c"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(
+                f"give numbers with commas between, as 0.5,0.5,0.5; got {value!r}.", param, ctx
+            )
+
+
+def _network_options(command: Any) -> Any:
+    """The options that say which network it is."""
+    options = [
+        click.argument("model"),
+        click.option(
+            "--weights", type=_PATH, help="safetensors file or torch state dict of the network"
+        ),
+        click.option(
+            "--input",
+            "input_shape",
+            type=_Shape(),
+            required=True,
+            help="shape of one input, e.g. 3x32x32",
+        ),
+        click.option("--mean", type=_Numbers(), help="of the input normalisation  [default: 0]"),
+        click.option("--std", type=_Numbers(), help="of the input normalisation  [default: 1]"),
+        click.option("--seed", default=0, show_default=True, help="of all randomness"),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+        ),
+        click.option("--steps", type=int, help="batches in all  [default: the recipe's]"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gdfq")
+def cli() -> None:
+    """Make a trained neural network small and fast when its training data cannot be had.
+
+    MODEL is path/to/file.py:factory or package.module:factory: a callable without arguments that
+    returns an nn.Module. Naming it runs its code.
+
+    DATA is an .npz file with `images` (uint8, N x C x H x W) and `labels`, or a folder with one
+    sub-folder of images for each class.
+    """
+
+
+@cli.command("quantize")
+@_network_options
+@click.option("--bits", default="w4a4", show_default=True, help="of weights and activations, 2..8")
+@click.option(
+    "--recipe",
+    default="paper",
+    show_default=True,
+    help="paper, paper-imagenet, round, zeroq, real, or an ablation (gdfq recipes lists all)",
+)
+@click.option("--out", type=_PATH, required=True, help="folder for the run; must not hold one yet")
+@click.option(
+    "--placement",
+    type=click.Choice(["t1", "full"]),
+    help="t1: weights and ReLU outputs, as published; full: deployable  [default: the recipe's]",
+)
+@click.option(
+    "--test", type=_PATH, help="labelled DATA to measure accuracy on; used for nothing else"
+)
+@click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
+def quantize_command(**options: Any) -> None:
+    """Quantize MODEL without its data and write the run into a folder."""
+    from gdfq.run import run
+
+    run(**options)
+
+
+@cli.command("evaluate")
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option("--test", type=_PATH, required=True, help="labelled DATA")
+def evaluate_command(folder: Path, test: Path) -> None:
+    """Top-1 accuracy of the quantized network in DIR."""
+    from gdfq.quantized import load
+
+    click.echo(f"top-1 {load(folder).evaluate(test):.2f} %")
+
+
+@cli.command("generate")
+@_network_options
+@click.option("--recipe", default="paper", show_default=True, help="whose source makes the images")
+@click.option("--count", default=1024, show_default=True, help="how many images")
+@click.option("--out", type=_PATH, required=True, help="folder for images.npz and images.npy")
+def generate_command(**options: Any) -> None:
+    """Make synthetic images from MODEL alone.
+
+    Writes images.npz (uint8 `images` and `labels`, as --test and --data read them) and
+    images.npy (normalised float32, as the network takes them).
+    """
+    from gdfq.run import write_images
+
+    write_images(**options)
+
+
+@cli.command("recipes")
+def recipes_command() -> None:
+    """List all recipes."""
+    from gdfq.recipes import RECIPES
+
+    for recipe in RECIPES.values():
+        click.echo(f"{recipe.name:24}{recipe.summary}")
+
+
+@cli.command("demo")
+@click.option("--out", type=_PATH, default=Path("demo-run"), show_default=True)
+def demo_command(out: Path) -> None:
+    """Train a small network on handwritten digits, lose the data, quantize it, compare."""
+    from gdfq.run import demo
+
+    demo(out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 success, 1 failure, 2 bad use, 130 interrupted."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
+    try:
+        cli.main(arguments, prog_name="gdfq", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except UsageError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        return 2
+    except GdfqError as error:
+        click.secho(f"failed: {error}", fg="red", err=True)
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        click.secho("stopped; no finished run was written.", fg="yellow", err=True)
+        return 130
+    except (OSError, MemoryError) as error:
+        click.secho(f"failed: {type(error).__name__}: {error}", fg="red", err=True)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        click.secho(f"This is a bug in gdfq {__version__}; please report it.", fg="red", err=True)
+        return 1
+    return 0

@@ -1,0 +1,227 @@
+"""The command line's jobs: the pipeline with files around it."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import nn
+
+from gdfq.data import Preprocessing
+from gdfq.errors import UsageError
+from gdfq.grid import Bits
+from gdfq.models import load_model, weights_hash
+from gdfq.pipeline import find_device, generate, quantize
+from gdfq.progress import History, Step, Terminal
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import find_recipe
+from gdfq.runs import RunFolder, as_values
+from gdfq.student import Placement
+from gdfq.version import __version__
+
+
+def run(
+    *,
+    model: str,
+    weights: Path | None,
+    input_shape: tuple[int, ...],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    bits: str,
+    recipe: str,
+    out: Path,
+    placement: Placement | None,
+    test: Path | None,
+    data: Path | None,
+    steps: int | None,
+    seed: int,
+    device: str,
+) -> None:
+    """`gdfq quantize`."""
+    chosen = find_recipe(recipe).with_steps(steps)
+    Bits.parse(bits)
+    folder = RunFolder(out)
+    network = load_model(model, weights)
+    _warn_about_normalisation(mean, std)
+    config = {
+        "gdfq": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": str(find_device(device)),
+        "command": shlex.join(["gdfq", *sys.argv[1:]]),
+        "model": model,
+        "weights": None if weights is None else str(weights),
+        "weights_sha256": weights_hash(network),
+        "input": list(input_shape),
+        "normalisation": as_values(Preprocessing.of(input_shape[0], mean, std)),
+        "bits": bits,
+        "placement": placement or chosen.placement,
+        "recipe": as_values(chosen),
+        "seed": seed,
+        "data": None if data is None else str(data),
+        "test": None if test is None else str(test),
+    }
+    quantized = _quantize_into(
+        folder,
+        config,
+        network,
+        torch.zeros(1, *input_shape),
+        bits=bits,
+        recipe=chosen,
+        data=data,
+        test=test,
+        placement=placement,
+        seed=seed,
+        mean=mean,
+        std=std,
+        device=device,
+    )
+    _summary(quantized, out)
+
+
+def _quantize_into(
+    folder: RunFolder,
+    config: dict[str, Any],
+    network: nn.Module,
+    example: torch.Tensor,
+    **options: Any,
+) -> QuantizedNetwork:
+    """Quantize with the history, student and metrics written into the folder."""
+    folder.begin(config)
+    with ExitStack() as stack:
+        history = stack.enter_context(History(folder.history))
+        terminal = stack.enter_context(Terminal())
+
+        def listener(step: Step) -> None:
+            history(step)
+            terminal(step)
+
+        quantized = quantize(network, example, listener=listener, **options)
+    quantized.save(folder.path)
+    folder.finish(quantized.metrics)
+    return quantized
+
+
+def write_images(
+    *,
+    model: str,
+    weights: Path | None,
+    input_shape: tuple[int, ...],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    recipe: str,
+    out: Path,
+    count: int,
+    steps: int | None,
+    seed: int,
+    device: str,
+) -> None:
+    """`gdfq generate`."""
+    preprocessing = Preprocessing.of(input_shape[0], mean, std)
+    if (out / "images.npz").exists():
+        raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
+    network = load_model(model, weights)
+    _warn_about_normalisation(mean, std)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the out folder must be writable; {out} cannot be made: {error.strerror}."
+        ) from error
+    with Terminal() as terminal:
+        images, labels = generate(
+            network,
+            torch.zeros(1, *input_shape),
+            count,
+            recipe,
+            steps=steps,
+            seed=seed,
+            device=device,
+            listener=terminal,
+        )
+    np.save(out / "images.npy", images.contiguous().numpy())
+    np.savez_compressed(
+        out / "images.npz", images=preprocessing.pixels(images).numpy(), labels=labels.numpy()
+    )
+    click.echo(
+        f"{len(images)} images: {out / 'images.npz'} (pixels), {out / 'images.npy'} (floats)"
+    )
+
+
+def demo(out: Path) -> None:
+    """`gdfq demo`."""
+    from gdfq import demo as digits
+
+    folder = RunFolder(out)
+    training, held_out = digits.load_digits()
+    test = (held_out.images, held_out.labels)
+    click.echo(f"training a small network on {len(training.labels)} handwritten digits ...")
+    network = digits.train(training)
+    del training
+    click.echo("the training digits are gone; quantizing to W4A4 from the network alone ...")
+    example = torch.zeros(1, *digits.INPUT_SHAPE)
+    common: dict[str, Any] = {
+        "bits": "w4a4",
+        "test": test,
+        "mean": digits.PREPROCESSING.mean,
+        "std": digits.PREPROCESSING.std,
+    }
+    config = {
+        "gdfq": __version__,
+        "torch": torch.__version__,
+        "command": "gdfq demo",
+        "weights_sha256": weights_hash(network),
+        "bits": "w4a4",
+        "recipe": as_values(digits.RECIPE),
+        "seed": 0,
+    }
+    tuned = _quantize_into(folder, config, network, example, recipe=digits.RECIPE, **common)
+    with Terminal() as terminal:
+        rounded = quantize(network, example, recipe=digits.ROUNDING, listener=terminal, **common)
+    rows = (
+        ("full precision", tuned.metrics["teacher"]["top1"], 0.0),
+        (
+            "direct rounding",
+            rounded.metrics["student"]["top1"],
+            rounded.metrics["seconds"]["total"],
+        ),
+        ("GDFQ", tuned.metrics["student"]["top1"], tuned.metrics["seconds"]["total"]),
+    )
+    click.echo(f"\n{'':18}{'top-1':>8}{'seconds':>10}   on {len(held_out.labels)} digits")
+    for name, accuracy, seconds in rows:
+        click.echo(f"{name:18}{accuracy:7.2f}%{seconds:10.0f}")
+    click.echo(f"\nthe run is in {out}; load it with gdfq.load({str(out)!r})")
+
+
+def _warn_about_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    missing = " and ".join(
+        f"--{name}" for name, value in (("mean", mean), ("std", std)) if value is None
+    )
+    if missing:
+        click.secho(
+            f"warning: no {missing} given, so mean 0 and std 1 are used: the network is taken to "
+            "expect pixels in 0..1. If it was trained on normalised images, the result will be "
+            "poor: give their mean and std.",
+            fg="yellow",
+            err=True,
+        )
+
+
+def _summary(quantized: QuantizedNetwork, out: Path) -> None:
+    metrics = quantized.metrics
+    for name in ("teacher", "student"):
+        if metrics.get(name):
+            click.echo(f"{name:10}top-1 {metrics[name]['top1']:.2f} %")
+    size = (out / "student.safetensors").stat().st_size
+    click.echo(
+        f"{'size':10}{metrics['float_bytes'] / 1024:.0f} KiB float, {size / 1024:.0f} KiB now"
+    )
+    click.echo(f"{'time':10}{metrics['seconds']['total']:.0f} s, {metrics['steps']} steps")
+    click.echo(f"{'run':10}{out}")

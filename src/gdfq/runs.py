@@ -1,0 +1,63 @@
+"""The run folder: what a run writes, in which order, and what makes it finished.
+
+config.json is written first, history.jsonl grows, the student follows, metrics.json is last: a
+folder with metrics.json is a finished run.
+"""
+
+import os
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from gdfq.errors import UsageError
+from gdfq.files import write_json
+
+CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
+
+
+class RunFolder:
+    """A folder that is about to hold a run.
+
+    Raises UsageError when it cannot be written or already holds a finished run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the out folder must be writable; {path} cannot be made: {error.strerror}."
+            ) from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UsageError(f"the out folder must be writable; {path} is not. Choose another.")
+        if (path / METRICS).exists():
+            raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
+
+    @property
+    def history(self) -> Path:
+        return self.path / HISTORY
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Remove what an unfinished run left and write the configuration."""
+        from gdfq.artifacts.packed import GRAPH_FILE, TENSOR_FILE
+
+        for name in (GRAPH_FILE, TENSOR_FILE, HISTORY):
+            (self.path / name).unlink(missing_ok=True)
+        write_json(self.path / CONFIG, config)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics, which makes the run a finished one."""
+        write_json(self.path / METRICS, metrics)
+
+
+def as_values(value: object) -> Any:
+    """A frozen configuration as plain JSON values, each with the name of its class."""
+    if is_dataclass(value) and not isinstance(value, type):
+        inside = {field.name: as_values(getattr(value, field.name)) for field in fields(value)}
+        return {"class": type(value).__name__, **inside}
+    if isinstance(value, tuple | list):
+        return [as_values(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
