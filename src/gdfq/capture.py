@@ -8,8 +8,8 @@ and keeps parameter names. Nothing after capture looks at the user's module agai
 import copy
 import threading
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,7 +67,7 @@ def capture(model: nn.Module, example_input: Tensor) -> Captured:
     _simplify(graph_module)
     _fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
-    network = flat_module(graph_module.graph, tensors_of(graph_module))
+    network = flat_module(_renamed(graph_module.graph), tensors_of(graph_module))
     _check_operators(network)
     with torch.no_grad():
         got = network(example)
@@ -192,6 +192,19 @@ def _simplify(module: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
 
 
+def _renamed(graph: fx.Graph) -> fx.Graph:
+    """The same graph with its operators named in order: conv2d, conv2d_1, ..."""
+    new_graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), new.__getitem__)
+        _, *packet = operators.name_of(node).split(".")
+        name = packet[0] if packet else node.name
+        new[node] = new_graph.create_node(node.op, node.target, args, kwargs, name)
+        new[node].meta = dict(node.meta)
+    return new_graph
+
+
 _IDENTITIES = frozenset(
     {
         "aten.alias.default",
@@ -208,29 +221,28 @@ _IDENTITIES = frozenset(
 def _fold_constants(module: fx.GraphModule) -> None:
     """Replace what depends on tensors of the network alone (weight standardisation, say)."""
     graph = module.graph
-    constants: dict[fx.Node, Tensor] = {
+    known: dict[fx.Node, Any] = {
         node: _attribute(module, str(node.target)) for node in graph.find_nodes(op="get_attr")
     }
-    function: Callable[..., object]
     for node in list(graph.nodes):
         inputs = node.all_input_nodes
-        known = operators.name_of(node) in operators.ALLOWED
-        if not known or not all(n in constants for n in inputs):
+        function: Any = node.target
+        is_random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
+        if node.op != "call_function" or is_random or not all(n in known for n in inputs):
             continue
-        function = node.target
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         with torch.no_grad():
-            value = function(*args, **kwargs)
+            known[node] = value = function(*args, **kwargs)
         if not isinstance(value, Tensor):
-            continue
+            continue  # a tuple of tensors: what is taken out of it folds
         name = f"folded_{node.name}"
-        learned = any(isinstance(constants[n], nn.Parameter) for n in inputs)
+        learned = any(isinstance(known[n], nn.Parameter) for n in inputs)
         setattr(module, name, nn.Parameter(value) if learned else nn.Buffer(value))
         with graph.inserting_before(node):
             constant = graph.get_attr(name)
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
-        constants[constant] = value
+        known[constant] = getattr(module, name)
     graph.eliminate_dead_code()
 
 

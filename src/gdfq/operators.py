@@ -37,7 +37,6 @@ GRID_PRESERVING = frozenset(
         "aten.expand.default",
         "aten.flatten.using_ints",
         "aten.flip.default",
-        "aten.getitem",
         "aten.max_pool1d.default",
         "aten.max_pool2d.default",
         "aten.max_pool3d.default",
@@ -47,7 +46,6 @@ GRID_PRESERVING = frozenset(
         "aten.pixel_shuffle.default",
         "aten.pixel_unshuffle.default",
         "aten.reflection_pad2d.default",
-        "aten.relu.default",
         "aten.repeat.default",
         "aten.replication_pad2d.default",
         "aten.reshape.default",
@@ -69,7 +67,7 @@ GRID_PRESERVING = frozenset(
         "aten.upsample_nearest3d.vec",
         "getitem",
     }
-) - {"aten.getitem", "aten.relu.default"}
+)
 
 POOLING = frozenset(
     {

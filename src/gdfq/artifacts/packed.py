@@ -63,7 +63,8 @@ def save(quantized: QuantizedNetwork, folder: Path) -> None:
             packed[name] = pack(tensor, widths[name])
         else:
             packed[name] = tensor.contiguous().clone()
-    data = to_safetensors(packed, {"format": FORMAT, "version": str(VERSION)})
+    # One key of metadata: with more, safetensors' order, and so the hash, is a matter of chance.
+    data = to_safetensors(packed, {"schema": f"{FORMAT}/{VERSION}"})
     card = {**asdict(quantized.card), "bits": str(quantized.card.bits)}
     document = {
         "format": FORMAT,

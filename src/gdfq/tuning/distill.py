@@ -1,5 +1,6 @@
 """Tuning as published: cross-entropy and distillation on the stream's batches."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -70,10 +71,11 @@ def tune_(
             losses = config.losses(student(batch.images), batch)
             optimizer.zero_grad()
             losses["student"].backward()
-        if not bool(losses["student"].isfinite()):
+        value = losses["student"].item()
+        if not math.isfinite(value):
             raise GdfqError(
-                f"the student's loss must stay finite; it is {float(losses['student'])} at step "
-                f"{step}. Lower the learning rate or use more bits."
+                f"the student's loss must stay finite; it is {value} at step {step}. "
+                "Lower the learning rate or use more bits."
             )
         optimizer.step()
         logged = {**batch.losses, **{k: v.detach() for k, v in losses.items()}}

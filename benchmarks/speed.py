@@ -1,0 +1,223 @@
+"""Where the time of one `paper` step goes: a table, and benchmarks/results/speed.json.
+
+    python benchmarks/speed.py [--threads 2] [--batch 200] [--rounds 7]
+
+CIFAR-10 ResNet-20 (random weights: time does not depend on them). All variants are measured in
+turn in one process, round by round, so that drift of the machine's speed hits them alike; the
+table gives medians and, in brackets, the fastest and slowest round.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from networks import cifar10_resnet20
+from torch import Tensor
+
+from gdfq.capture import capture
+from gdfq.grid import Bits
+from gdfq.losses import batch_norm_statistics_loss
+from gdfq.progress import silent
+from gdfq.randomness import stream
+from gdfq.recipes import PAPER
+from gdfq.sources import Batch
+from gdfq.sources.generator import Generator
+from gdfq.sources.upsampling import upsampled_convolution
+from gdfq.statistics import StatisticsNetwork, moments
+from gdfq.student import Scheme, build_student
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.distill import tune_
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each job in each round, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            begun = time.perf_counter()
+            job()
+            if number:
+                times[name].append(1000 * (time.perf_counter() - begun))
+    return times
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance with the two-pass backward, not fused with the batch norm."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mean, variance = moments(x)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_variance):
+        x, mean = ctx.saved_tensors
+        n = x.numel() / mean.numel()
+        slope = (2 / n) * grad_variance
+        shape = (1, -1, 1, 1)
+        return torch.addcmul((grad_mean / n - slope * mean).view(shape), x, slope.view(shape))
+
+
+def by_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    columns = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    mean = columns.mean(0)
+    return mean, (columns - mean).square().mean(0)
+
+
+def by_var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def by_matmul(x: Tensor) -> tuple[Tensor, Tensor]:
+    columns = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    ones = columns.new_full((1, len(columns)), 1 / len(columns))
+    mean = (ones @ columns)[0]
+    return mean, (ones @ columns.square())[0] - mean.square()
+
+
+def hooked(model: torch.nn.Module, x: Tensor, formula: Callable, stored: list) -> Tensor:
+    """The statistics loss with module hooks and the given formula for the moments."""
+    seen = []
+    handles = [
+        m.register_forward_pre_hook(lambda _, inputs: seen.append(formula(inputs[0])))
+        for m in model.modules()
+        if isinstance(m, torch.nn.BatchNorm2d)
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return batch_norm_statistics_loss(seen, stored)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    model = cifar10_resnet20().eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    teacher = capture(model, torch.zeros(1, 3, 32, 32))
+    network = StatisticsNetwork(teacher)
+    random = stream(0, "speed")
+    images = torch.randn(options.batch, 3, 32, 32, generator=random)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (options.batch,), generator=random)
+    leaf = images.clone().requires_grad_()
+    z = torch.randn(options.batch, 100, generator=random)
+    generator = Generator(
+        (3, 32, 32), 10, latent=100, conditioning="label-embedding", random=random
+    )
+    student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    logits = teacher.network(images)
+    batch = Batch(images, labels, logits)
+    calibrate_(student, [batch], steps=1, listener=silent)
+    tuning = PAPER.tuning
+
+    def plain_loss() -> Tensor:
+        return F.cross_entropy(teacher.network(leaf), labels)
+
+    def with_statistics() -> Tensor:
+        output, seen = network(leaf)
+        return F.cross_entropy(output, labels) + 0.1 * batch_norm_statistics_loss(
+            seen, network.stored
+        )
+
+    def generate() -> Tensor:
+        return generator(z, labels)
+
+    def generator_gradients() -> None:
+        generate().backward(images)
+        generator.zero_grad()
+
+    def tune_once() -> None:
+        tune_(student, [batch], tuning, first_step=0, total_steps=1, listener=silent)
+
+    source = PAPER.source.stream(teacher, steps=10**6, seed=0)
+
+    def whole_step() -> None:
+        tune_(student, islice(source, 1), tuning, first_step=0, total_steps=1, listener=silent)
+
+    float_model = cifar10_resnet20().train().to(memory_format=torch.channels_last)
+    float_optimizer = tuning.optimizer.build(float_model.parameters())
+
+    def float_step() -> None:
+        float_optimizer.zero_grad()
+        F.cross_entropy(float_model(images), labels).backward()
+        float_optimizer.step()
+
+    enlarged = (
+        torch.randn(options.batch, 128, 16, 16)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
+    kernel = (
+        torch.randn(64, 128, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    )
+    bias = torch.zeros(64, requires_grad=True)
+
+    def convolve(fast: bool) -> None:
+        if fast:
+            y = upsampled_convolution(enlarged, kernel, bias)
+        else:
+            y = F.conv2d(F.interpolate(enlarged, scale_factor=2), kernel, bias, padding=1)
+        torch.autograd.grad(y, (enlarged, kernel, bias), torch.ones_like(y))
+
+    formulas = {
+        "naive mean and variance": by_sum,
+        "var_mean": by_var_mean,
+        "matmul": by_matmul,
+        "own moments": _Moments.apply,
+    }
+    jobs: dict[str, Callable[[], object]] = {
+        "whole paper step": whole_step,
+        "plain float training step": float_step,
+        "generator: forward": lambda: generate().detach(),
+        "generator: forward, backward": generator_gradients,
+        "teacher: forward": lambda: teacher.network(images),
+        "teacher: forward, backward": lambda: torch.autograd.grad(plain_loss(), leaf),
+        "teacher: the same with statistics": lambda: torch.autograd.grad(with_statistics(), leaf),
+        "student: one update": tune_once,
+        "up x2 and 3x3: as written": lambda: convolve(False),
+        "up x2 and 3x3: phases": lambda: convolve(True),
+        **{
+            f"statistics by hooks, {name}": lambda f=f: torch.autograd.grad(hooked(model, leaf, f, network.stored), leaf)
+            for name, f in formulas.items()
+        },
+    }  # fmt: skip
+    times = measure(jobs, options.rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        print(f"{name:48}{medians[name]:8.0f} ms  [{min(values):.0f}, {max(values):.0f}]")
+    plain, both = (
+        times[f"teacher: {n}"] for n in ("forward, backward", "the same with statistics")
+    )
+    ratio = statistics.median(b / a - 1 for a, b in zip(plain, both, strict=True))
+    print(f"{'statistics / teacher forward and backward':48}{100 * ratio:8.0f} %")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{'peak memory of this process':48}{peak:8.0f} MiB")
+    RESULTS.mkdir(exist_ok=True)
+    document = {
+        "threads": options.threads, "batch": options.batch, "rounds": options.rounds,
+        "torch": torch.__version__, "median_ms": medians, "ms": times,
+        "statistics_share": ratio, "peak_mib": peak,
+    }  # fmt: skip
+    (RESULTS / "speed.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m gdfq`."""
+
+from gdfq.cli import main
+
+main()

@@ -1,0 +1,159 @@
+"""Small networks that between them use what capture must understand."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHAPE = (3, 8, 8)
+CLASSES = 5
+
+
+class Residual(nn.Module):
+    """Functional ReLUs, an in-place addition, and one batch norm with a negative scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(x))
+        y += x
+        y = F.relu(y, inplace=True)
+        y = F.avg_pool2d(y, y.size(3))
+        return self.fc(y.view(y.size(0), -1))
+
+
+class Branches(nn.Module):
+    """ReLU6, grouped, depthwise and dilated convolutions, concatenation, pooling, padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6())
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(2)
+        self.same = nn.Conv2d(16, 6, 3, padding="same")
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        a = F.hardtanh(self.grouped(x), 0.0, 6.0)
+        b = self.norm(self.depthwise(x))
+        x = self.pool(torch.cat([a, b], 1))
+        x = F.pad(x, (1, 1, 1, 1))
+        return self.fc(F.adaptive_avg_pool2d(self.same(x).relu(), 1).flatten(1))
+
+
+class Shared(nn.Module):
+    """One convolution used twice, each time with its own batch norm, and a shared ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm in self.norms:
+            x = self.relu(norm(self.conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class Transposed(nn.Module):
+    """Transposed convolutions (one grouped), LeakyReLU, PReLU, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 6, 2, stride=2, bias=False)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.grouped = nn.ConvTranspose2d(6, 8, 3, padding=1, groups=2)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.act = nn.PReLU()
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.norm1(self.up(x)), 0.1)
+        x = self.act(self.norm2(self.grouped(x)))
+        return self.fc(self.drop(x.amax((2, 3))))
+
+
+class Preactivation(nn.Module):
+    """Batch norms before convolutions and behind a linear layer, squeeze and excitation, SiLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm0 = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(8, affine=False)
+        self.squeeze = nn.Conv2d(8, 8, 1)
+        self.fc1 = nn.Linear(8, 8)
+        self.norm2 = nn.BatchNorm1d(8)
+        self.fc2 = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm1(self.conv(F.relu(self.norm0(x)))))
+        x = x * torch.sigmoid(self.squeeze(x.mean((2, 3), keepdim=True)))
+        x = F.relu(self.norm2(self.fc1(x.mean((2, 3)))))
+        return self.fc2(x)
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """A batch norm that also activates, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class Standardised(nn.Module):
+    """Weight standardisation: the convolution's weight is computed; and an activating norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = ActivatedNorm(8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        variance, mean = torch.var_mean(weight, (1, 2, 3), keepdim=True)
+        x = self.norm(F.conv2d(x, (weight - mean) / (variance + 1e-5).sqrt(), padding=1))
+        channels = x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)  # channel shuffle
+        return self.fc(channels.mean((2, 3)))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls
+    for cls in (Residual, Branches, Shared, Transposed, Preactivation, Standardised)
+}
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    """The network in evaluation mode with weights and running statistics of ordinary size."""
+    random = torch.Generator().manual_seed(seed)
+    network = NETWORKS[name]()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else 4
+            parameter.normal_(0, fan**-0.5, generator=random)
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if module.affine:
+                    module.weight.uniform_(0.5, 1.5, generator=random)
+                    module.weight[0].neg_()
+                module.running_mean.normal_(0, 0.3, generator=random)
+                module.running_var.uniform_(0.5, 2.0, generator=random)
+    return network.eval()
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,138 @@
+import json
+
+import networks
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import gdfq
+from gdfq import UsageError, operators
+from gdfq.artifacts.graphs import graph_from_json, graph_to_json
+from gdfq.artifacts.packed import GRAPH_FILE, TENSOR_FILE, pack, unpack
+from gdfq.capture import capture, tensors_of
+
+
+@given(bits=st.integers(2, 8), data=st.data())
+def test_packing_round_trips_at_the_true_width(bits, data):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    count = int(torch.tensor(shape).prod())
+    values = data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+    codes = torch.tensor(values, dtype=torch.int8).view(shape)
+    packed = pack(codes, bits)
+    assert len(packed) == -(-count * bits // 8)
+    assert torch.equal(unpack(packed, bits, shape), codes)
+
+
+def test_packing_by_hand():
+    # 4 bits: codes -8, 7, 0 are 0, 15, 8 unsigned; the first lies in the low half of its byte.
+    assert pack(torch.tensor([-8, 7, 0], dtype=torch.int8), 4).tolist() == [0xF0, 0x08]
+
+
+def test_graphs_round_trip_through_json(any_network):
+    captured = capture(any_network, networks.images(1))
+    text = json.dumps(graph_to_json(captured.network.graph), allow_nan=False)
+    again = graph_from_json(json.loads(text), tensors_of(captured.network))
+    x = networks.images(3)
+    assert torch.equal(again(x), captured.network(x))
+
+
+def test_every_allowed_operator_exists():
+    for name in operators.ALLOWED:
+        assert callable(operators.resolve(name))
+
+
+@pytest.fixture
+def saved(residual, tiny, tmp_path):
+    quantized = gdfq.quantize(residual, networks.images(1), "w3a5", tiny, placement="full")
+    quantized.save(tmp_path / "out")
+    return quantized, tmp_path / "out"
+
+
+def test_what_is_loaded_is_what_was_saved(saved):
+    quantized, folder = saved
+    loaded = gdfq.load(folder)
+    x = networks.images(9)
+    assert torch.equal(loaded(x), quantized(x))
+    assert loaded.card == quantized.card
+    assert not any(path.name.endswith(".partial") for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_network_survives_the_round_trip(name, tiny, tmp_path):
+    quantized = gdfq.quantize(networks.make(name), networks.images(1), "w4a4", tiny)
+    quantized.save(tmp_path)
+    x = networks.images(5)
+    assert torch.equal(gdfq.load(tmp_path)(x), quantized(x))
+
+
+def test_codes_are_packed_on_disk(saved):
+    _, folder = saved
+    tensors = load_file(folder / TENSOR_FILE)
+    assert tensors["conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
+
+
+def _edit(folder, change):
+    path = folder / GRAPH_FILE
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def _first(document, kind):
+    return next(node for node in document["graph"] if node["kind"] == kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=99), "version 99"),
+        (lambda d: d.update(format="other"), "'other'"),
+        (lambda d: d.update(sha256="0" * 64), "damaged or was changed"),
+        (lambda d: d.pop("graph"), "damaged"),
+        (lambda d: d.update(graph={}), "damaged"),
+        (lambda d: d.update(card={}), "damaged"),
+        (lambda d: _first(d, "operator").update(target="os.system"), r"calls 'os\.system'"),
+        (lambda d: _first(d, "operator").update(target="aten.set_.default"), r"aten\.set_"),
+        (lambda d: _first(d, "tensor").update(target="x; import os"), "not in the file"),
+        (lambda d: _first(d, "operator").update(name="a b"), "not a new node name"),
+        (lambda d: _first(d, "operator").update(kwargs={"a=1); f(": 0}), "impossible name"),
+        (lambda d: _first(d, "operator").update(args=[{"node": "nowhere"}]), "not readable"),
+        (lambda d: _first(d, "operator").update(kind="module"), "unknown kind"),
+        (lambda d: d["graph"].pop(), "one input"),
+    ],
+)
+def test_a_changed_file_does_not_load(saved, change, message):
+    _, folder = saved
+    _edit(folder, change)
+    with pytest.raises(UsageError, match=message):
+        gdfq.load(folder)
+
+
+def test_altered_tensors_do_not_load(saved):
+    _, folder = saved
+    tensors = load_file(folder / TENSOR_FILE)
+    tensors["fc.bias"] += 1
+    save_file(tensors, folder / TENSOR_FILE)
+    with pytest.raises(UsageError, match="damaged or was changed"):
+        gdfq.load(folder)
+
+
+@pytest.mark.parametrize("name", [GRAPH_FILE, TENSOR_FILE])
+def test_half_a_result_does_not_load(saved, name):
+    _, folder = saved
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match="has finished"):
+        gdfq.load(folder)
+
+
+def test_a_write_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):
+    quantized, _ = saved
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        quantized.save(tmp_path / "full")
+    assert list((tmp_path / "full").iterdir()) == []
+    with pytest.raises(UsageError):
+        gdfq.load(tmp_path / "full")

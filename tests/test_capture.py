@@ -1,0 +1,114 @@
+import copy
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gdfq import UsageError, operators
+from gdfq.capture import capture
+
+
+def test_captured_network_equals_the_module_for_any_batch(any_network):
+    captured = capture(any_network, networks.images(1))
+    assert captured.classes == networks.CLASSES
+    for count in (1, 2, 7):
+        x = networks.images(count, seed=count)
+        assert torch.allclose(captured.network(x), any_network(x), atol=1e-5)
+
+
+def test_the_module_is_left_as_it_is():
+    model = networks.make("Residual").train()
+    before = copy.deepcopy(model.state_dict())
+    captured = capture(model, networks.images(2))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    for tensor in captured.network.buffers():
+        tensor.add_(1)  # shares no memory with the module
+    assert torch.equal(model.conv1.weight, before["conv1.weight"])
+
+
+def test_batch_norms_of_every_kind_are_found():
+    counts = {
+        name: len(capture(networks.make(name), networks.images(1)).batch_norms)
+        for name in networks.NETWORKS
+    }
+    assert counts == {
+        "Residual": 2,
+        "Branches": 2,
+        "Shared": 2,
+        "Transposed": 2,
+        "Preactivation": 3,
+        "Standardised": 1,
+    }
+
+
+def test_an_activating_norm_keeps_its_activation():
+    captured = capture(networks.make("Standardised"), networks.images(1))
+    assert any(operators.is_rectifier(node) for node in captured.network.graph.nodes)
+
+
+def test_weight_standardisation_becomes_a_constant():
+    captured = capture(networks.make("Standardised"), networks.images(1))
+    (conv,) = (
+        n for n in captured.network.graph.nodes if operators.name_of(n) in operators.CONVOLUTIONS
+    )
+    assert conv.args[1].op == "get_attr"
+
+
+class Outputs(nn.Module):
+    def __init__(self, give):
+        super().__init__()
+        self.fc = nn.Linear(192, 5)
+        self.give = give
+
+    def forward(self, x):
+        return self.give(self.fc(x.flatten(1)))
+
+
+class ByValue(Outputs):
+    def forward(self, x):
+        return self.fc(x.flatten(1)) if x.sum() > 0 else -self.fc(x.flatten(1))
+
+
+class BatchOfTwo(Outputs):
+    def forward(self, x):
+        return (
+            self.fc(x.reshape(2, -1, 192).flatten(0, 1))
+            if x.shape[0] == 2
+            else self.fc(x.flatten(1))
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Outputs(lambda y: (y, y)), "one tensor of logits.*tuple of 2"),
+        (Outputs(lambda y: {"logits": y}), "one tensor of logits.*dict of 1"),
+        (Outputs(lambda y: y[:, :1]), "two classes or more"),
+        (Outputs(lambda y: y[:, :, None]), "must be a classifier"),
+        (Outputs(lambda y: y.sum(0)), "must be a classifier"),
+        (Outputs(lambda y: F.dropout(y, 0.5, training=True)), "native_dropout"),
+        (Outputs(lambda y: torch.special.bessel_j0(y)), r"also uses aten\.special_bessel_j0"),
+        (ByValue(None), "traceable"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(model, message):
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        capture(model, networks.images(1))
+
+
+def test_wrong_input_shape_is_refused(residual):
+    with pytest.raises(UsageError, match="must accept an input of 1x8x8"):
+        capture(residual, torch.zeros(1, 1, 8, 8))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = networks.make("Residual")
+    with torch.no_grad():
+        model.conv1.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UsageError, match=r"conv1\.weight.*NaN"):
+        capture(model, networks.images(1))

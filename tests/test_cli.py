@@ -1,0 +1,258 @@
+"""The command line is a contract: options, files, exit codes, clear errors."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import gdfq
+from gdfq.cli import _exit_code
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a factory, its weights in several forms, and labelled images."""
+    (tmp_path / "net.py").write_text(
+        "from networks import Residual\n"
+        "def factory():\n    return Residual()\n"
+        "def broken():\n    raise RuntimeError('no disk')\n"
+        "def nothing():\n    return None\n"
+        "value = 3\n"
+    )
+    (tmp_path / "networks.py").write_text((HERE / "networks.py").read_text())
+    state = networks.make("Residual").state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pt")
+    prefixed = {
+        f"module.{name}": value
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    torch.save({"state_dict": prefixed, "epoch": 3}, tmp_path / "nested.pt")
+    images = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % networks.CLASSES)
+    np.savez(tmp_path / "far.npz", images=images, labels=np.arange(40))
+    return tmp_path
+
+
+def arguments(place, *more, model="factory", weights="w.safetensors", out="out"):
+    return [
+        *("quantize", f"{place}/net.py:{model}", "--weights", f"{place}/{weights}"),
+        *("--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"),
+        *("--steps", "4", "--out", f"{place}/{out}", *more),
+    ]
+
+
+def test_the_whole_run(place, capsys):
+    test = ["--test", f"{place}/test.npz"]
+    assert _exit_code(arguments(place, "--bits", "w4a6", "--seed", "5", *test)) == 0
+    out = place / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "history.jsonl",
+        "metrics.json",
+        "student.json",
+        "student.safetensors",
+    ]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == 4
+    assert metrics["seconds"]["total"] >= metrics["seconds"]["tune"] > 0
+    assert 0 <= metrics["teacher"]["top1"] <= 100
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipe"]["source"]["statistics"] == 0.1
+    assert config["recipe"]["tuning"]["optimizer"]["lr"] == 1e-4
+    assert (config["seed"], config["bits"], config["placement"]) == (5, "w4a6", "t1")
+    assert len(config["weights_sha256"]) == 64
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [(h["stage"], h["step"]) for h in history] == [
+        ("calibrate", 1),
+        ("tune", 2),
+        ("tune", 3),
+        ("tune", 4),
+    ]
+    assert {"generator", "bns", "boundary", "student", "ce", "kd"} <= history[-1].keys()
+    printed = capsys.readouterr()
+    assert "tune 4/4" in printed.err  # plain lines when piped
+    assert "\x1b" not in printed.err
+
+    # The saved network needs neither the factory nor its weights.
+    for name in ("net.py", "networks.py", "w.safetensors"):
+        (place / name).unlink()
+    assert gdfq.load(out).evaluate(place / "test.npz") == pytest.approx(metrics["student"]["top1"])
+    assert _exit_code(["evaluate", str(out), *test]) == 0
+    assert f"top-1 {metrics['student']['top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["w.pt", "nested.pt"])
+def test_every_form_of_weights_gives_the_same_network(place, weights):
+    assert _exit_code(arguments(place, out="a")) == 0
+    assert _exit_code(arguments(place, weights=weights, out="b")) == 0
+    a, b = ((place / run / "student.safetensors").read_bytes() for run in "ab")
+    assert a == b
+
+
+def test_generate_writes_images_that_can_be_given_back(place):
+    made = ["generate", *arguments(place, out="fakes")[1:], "--count", "10"]
+    assert _exit_code(made) == 0
+    floats = np.load(place / "fakes" / "images.npy")
+    assert floats.shape == (10, *networks.SHAPE)
+    with np.load(place / "fakes" / "images.npz") as file:
+        expected = ((floats * 0.3 + 0.5) * 255).round().clip(0, 255)
+        assert np.array_equal(file["images"], expected)
+        assert file["labels"].shape == (10,)
+    data = ["--recipe", "real", "--data", f"{place}/fakes/images.npz"]
+    assert _exit_code(arguments(place, *data)) == 0
+    assert _exit_code(made) == 2  # already there
+
+
+def test_absent_mean_and_std_are_said_loudly(place, capsys):
+    call = arguments(place)
+    for option in ("--mean", "--std"):
+        del call[call.index(option) : call.index(option) + 2]
+    assert _exit_code(call) == 0
+    assert "warning: no --mean and --std given" in capsys.readouterr().err
+
+
+def broken_weights(place, change):
+    state = networks.make("Residual").state_dict()
+    change(state)
+    save_file(state, place / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "call", "message"),
+    [
+        (None, {"model": "absent"}, "has no 'absent'"),
+        (None, {"model": "value"}, "is a int"),
+        (None, {"model": "nothing"}, "returned a NoneType"),
+        (None, {"model": "broken"}, "no disk"),
+        (None, {"weights": "absent.pt"}, "no weights file"),
+        (None, {"weights": "net.py"}, "without pickled code"),
+        (None, {"weights": "test.npz"}, "is neither"),
+        (lambda p: broken_weights(p, lambda s: s.pop("fc.bias")), {}, "missing: fc.bias"),
+        (
+            lambda p: broken_weights(p, lambda s: s.update(extra=torch.zeros(1))),
+            {},
+            "surplus: extra",
+        ),
+        (
+            lambda p: broken_weights(p, lambda s: s.update({"fc.bias": torch.zeros(6)})),
+            {},
+            r"another shape: fc.bias [6] for [5]",
+        ),
+        (lambda p: broken_weights(p, lambda s: s["fc.bias"].fill_(torch.nan)), {}, "NaN"),
+        (lambda p: (p / "out").write_text("a file"), {}, "must be writable"),
+        (lambda p: (p / "net.py").write_text("1/0"), {}, "must be importable"),
+    ],
+)
+def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message):
+    if prepare is not None:
+        prepare(place)
+    assert _exit_code(arguments(place, **call)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bits", "4"], "w4a4"),
+        (["--bits", "w9a4"], "2 to 8"),
+        (["--recipe", "fastest"], "no recipe 'fastest'"),
+        (["--input", "3by8"], "3x32x32"),
+        (["--input", "0x8x8"], "3x32x32"),
+        (["--input", "3x8"], "must accept an input of 3x8"),
+        (["--input", "1x8x8"], "each of the 1 input channels"),
+        (["--mean", "a,b,c"], "commas between"),
+        (["--mean", "0.5"], "each of the 3 input channels"),
+        (["--placement", "t2"], "t2"),
+        (["--device", "cuda"], "cuda"),
+        (["--nonsense"], "--nonsense"),
+        (["--steps", "2"], "at least 4"),
+        (["--recipe", "real"], "--data"),
+        (["--test", "absent.npz"], "no data at absent.npz"),
+        (["--test", "{place}/far.npz"], "labels must lie in 0..4"),
+        (["--test", "{place}/net.py"], "is neither"),
+    ],
+)
+def test_bad_options(place, capsys, more, message):
+    if "cuda" in more and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    more = [part.format(place=place) for part in more]
+    assert _exit_code(arguments(place, *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (place / "out" / "metrics.json").exists()
+
+
+def test_a_finished_run_is_never_overwritten(place, capsys):
+    assert _exit_code(arguments(place)) == 0
+    before = (place / "out" / "student.safetensors").read_bytes()
+    assert _exit_code(arguments(place, "--seed", "1")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (place / "out" / "student.safetensors").read_bytes() == before
+
+
+def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
+    folder = place / "out"
+    assert _exit_code(arguments(place)) == 0
+    (folder / "metrics.json").unlink()
+    (folder / "student.json").unlink()
+    assert _exit_code(["evaluate", str(folder), "--test", f"{place}/test.npz"]) == 2
+    assert "a run that has finished" in capsys.readouterr().err
+    assert _exit_code(arguments(place)) == 0
+
+
+def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
+    def diverge(self, student_logits, batch):
+        return {"student": student_logits.sum() * torch.nan}
+
+    monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", diverge)
+    assert _exit_code(arguments(place)) == 1
+    assert "failed: the student's loss must stay finite" in capsys.readouterr().err
+    assert not (place / "out" / "student.json").exists()
+
+
+def gdfq_process(*call):
+    return subprocess.Popen(
+        [sys.executable, "-m", "gdfq", *call], stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_control_c_stops_cleanly(place):
+    process = gdfq_process(*arguments(place, "--steps", "100000"))
+    history = place / "out" / "history.jsonl"
+    for _ in range(600):
+        if history.exists() and history.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped" in error
+    assert "Traceback" not in error
+    assert not (place / "out" / "student.json").exists()
+    assert not (place / "out" / "metrics.json").exists()
+
+
+def test_help_and_version_do_not_import_torch(capsys):
+    probe = "import sys, gdfq.cli; sys.exit('torch' in sys.modules or gdfq.cli._exit_code(['-h']))"
+    assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+    assert _exit_code(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"gdfq, version {gdfq.__version__}"
+    for command in ("quantize", "evaluate", "generate", "demo", "recipes"):
+        assert _exit_code([command, "--help"]) == 0
+    assert _exit_code(["recipes"]) == 0
+    assert "GDFQ as published for CIFAR" in capsys.readouterr().out

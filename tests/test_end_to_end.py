@@ -1,0 +1,74 @@
+"""Real images: the digits that scikit-learn ships, and the CIFAR-10 network of ../shared."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import gdfq
+from gdfq import demo
+from gdfq.models import load_model
+from gdfq.recipes import find_recipe
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    training, held_out = demo.load_digits()
+    return demo.train(training), training, (held_out.images, held_out.labels)
+
+
+def quantize(digits, bits, recipe, **more):
+    network, _, test = digits
+    return gdfq.quantize(
+        network,
+        torch.zeros(1, *demo.INPUT_SHAPE),
+        bits,
+        recipe,
+        mean=demo.PREPROCESSING.mean,
+        std=demo.PREPROCESSING.std,
+        test=test,
+        **more,
+    ).metrics
+
+
+def test_gdfq_beats_direct_rounding_on_real_digits(digits):
+    """What `make demo` shows: most of what 4-bit rounding loses comes back without data."""
+    rounded = quantize(digits, "w4a4", demo.ROUNDING)
+    tuned = quantize(digits, "w4a4", demo.RECIPE)
+    teacher = tuned["teacher"]["top1"]
+    assert teacher > 93
+    assert tuned["student"]["top1"] > rounded["student"]["top1"] + 1
+    assert tuned["student"]["top1"] > teacher - 8
+
+
+def test_eight_bits_cost_next_to_nothing(digits):
+    metrics = quantize(digits, "w8a8", find_recipe("zeroq"))
+    assert abs(metrics["student"]["top1"] - metrics["teacher"]["top1"]) < 1
+
+
+def test_real_images_tune_at_least_as_well(digits):
+    _, training, _ = digits
+    recipe = find_recipe("real").with_steps(200)
+    few = quantize(digits, "w4a4", recipe, data=(training.images, training.labels))
+    assert few["student"]["top1"] > few["teacher"]["top1"] - 8
+
+
+def test_cifar10_resnet20_at_eight_bits(shared):
+    network = load_model(
+        f"{BENCHMARKS}/networks.py:cifar10_resnet20", shared / "models/cifar10_resnet20.safetensors"
+    )
+    result = gdfq.quantize(
+        network,
+        torch.zeros(1, 3, 32, 32),
+        "w8a8",
+        "real",
+        steps=8,
+        data=shared / "data/cifar10_train5k.npz",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        test=shared / "data/cifar10_test.npz",
+    )
+    assert result.metrics["teacher"]["top1"] == pytest.approx(91.73, abs=0.02)
+    assert result.metrics["student"]["top1"] > 91.4

@@ -1,0 +1,252 @@
+import copy
+from dataclasses import replace
+
+import networks
+import numpy as np
+import pytest
+import torch
+
+import gdfq
+from gdfq import RECIPES, UsageError
+from gdfq.data import ArrayData, load_data
+from gdfq.recipes import PAPER
+from gdfq.sources.generator import GeneratorSource
+from gdfq.sources.optimised import OptimisedSource
+from gdfq.tuning.distill import Distillation
+
+
+def state(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def small(recipe):
+    """A recipe at a size for tests."""
+    source = recipe.source
+    if isinstance(source, GeneratorSource):
+        source = replace(source, batch=8)
+    elif isinstance(source, OptimisedSource):
+        source = replace(source, batch=8, iterations=5)
+    return replace(recipe, source=source)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs(name, residual):
+    data = (networks.images(24), torch.arange(24) % 5) if name == "real" else None
+    result = gdfq.quantize(
+        residual, networks.images(1), "w4a4", small(RECIPES[name]), data=data, steps=8
+    )
+    logits = result(networks.images(3))
+    assert logits.shape == (3, networks.CLASSES)
+    assert logits.isfinite().all()
+    assert result.metrics["steps"] == 8
+    assert {"total", "capture", "calibrate"} <= result.metrics["seconds"].keys()
+
+
+def test_the_teacher_is_unchanged_to_the_bit_and_so_is_the_random_state(tiny):
+    model = networks.make("Residual").train()
+    before = copy.deepcopy(model.state_dict())
+    random = torch.random.get_rng_state()
+    gdfq.quantize(model, networks.images(1), "w4a4", tiny)
+    assert same(model.state_dict(), before)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+
+
+def test_one_seed_gives_the_same_bits(residual, tiny):
+    a, b, other = (
+        state(gdfq.quantize(residual, networks.images(1), "w4a4", tiny, seed=seed))
+        for seed in (3, 3, 4)
+    )
+    assert same(a, b)
+    assert not same(a, other)
+
+
+@pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a8", "w8a4", "w5a6", "w7a7"])
+@pytest.mark.parametrize("placement", ["t1", "full"])
+def test_widths_and_placements(residual, tiny, bits, placement):
+    result = gdfq.quantize(residual, networks.images(1), bits, tiny, placement=placement)
+    codes = [t for n, t in result.network.named_buffers() if n.endswith("codes")]
+    assert max(len(t.unique()) for t in codes) <= 2 ** int(bits[1])
+    assert result.card.placement == placement
+    assert str(result.card.bits) == bits
+
+
+def test_tuning_moves_the_student_towards_its_labels(residual, tiny):
+    """Cross-entropy on the stream falls when the student may learn."""
+    heard = []
+    recipe = replace(
+        tiny.with_steps(80),
+        tuning=replace(PAPER.tuning, optimizer=replace(PAPER.tuning.optimizer, lr=1e-2)),
+    )
+    gdfq.quantize(residual, networks.images(1), "w4a4", recipe, listener=heard.append)
+    tuned = [step for step in heard if step.stage == "tune"]
+    assert [step.index for step in tuned][:2] == [3, 4]
+    assert set(tuned[0].losses) == {"generator", "bns", "boundary", "student", "ce", "kd"}
+    assert float(tuned[-1].losses["ce"]) < float(tuned[0].losses["ce"])
+
+
+def test_a_short_run_scales_the_published_schedule():
+    assert (PAPER.steps, PAPER.calibration, PAPER.warmup) == (80_000, 800, 800)
+    imagenet = RECIPES["paper-imagenet"]
+    assert (imagenet.calibration, imagenet.warmup) == (800, 10_000)
+    short = imagenet.with_steps(2000)
+    assert (short.steps, short.calibration, short.warmup) == (2000, 500, 500)
+    long = imagenet.with_steps(100_000)
+    assert (long.calibration, long.warmup) == (800, 10_000)
+    assert RECIPES["round"].with_steps(60).calibration == 60
+
+
+def test_the_published_values():
+    generator, tuning = PAPER.source, PAPER.tuning
+    assert (generator.batch, generator.latent, generator.statistics) == (200, 100, 0.1)
+    assert (generator.optimizer.lr, generator.optimizer.betas) == (1e-3, (0.5, 0.999))
+    assert (tuning.temperature, tuning.reduction, tuning.fixed_statistics) == (20, "element", True)
+    assert tuning.optimizer.lr == 1e-4
+    assert RECIPES["paper-imagenet"].tuning.optimizer.lr == 1e-6
+    assert RECIPES["paper-imagenet"].source.batch == 16
+    assert RECIPES["paper-imagenet"].source.conditioning == "conditional-batch-norm"
+
+
+def test_the_student_loss_by_hand():
+    from gdfq.schedules import SgdConfig
+    from gdfq.sources import Batch
+
+    student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
+    batch = Batch(torch.zeros(1), torch.tensor([0]), teacher)
+    config = Distillation(SgdConfig(lr=0.1), temperature=1.0, distillation=3.0)
+    p, q = (logits.double().softmax(1)[0] for logits in (teacher, student))
+    kl = float((p * (p / q).log()).sum()) / 2
+    expected = float(-q[0].log()) + 3 * kl
+    assert float(config.losses(student, batch)["student"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_few_real_images_take_the_place_of_the_source(residual, tiny):
+    data = (networks.images(20), torch.arange(20) % 5)
+    few = gdfq.quantize(residual, networks.images(1), "w4a4", tiny, data=data)
+    none = gdfq.quantize(residual, networks.images(1), "w4a4", tiny)
+    assert not same(state(few), state(none))
+
+
+def test_evaluation_counts_right_answers(residual, tiny):
+    result = gdfq.quantize(residual, networks.images(1), "w8a8", tiny)
+    images = networks.images(40)
+    answers = result(images).argmax(1)
+    wrong = answers.clone()
+    wrong[:10] = (wrong[:10] + 1) % 5
+    assert result.evaluate((images, answers)) == 100
+    assert result.evaluate((images, wrong)) == 75
+
+
+def test_test_images_only_measure(residual, tiny):
+    test = (networks.images(20), torch.arange(20) % 5)
+    with_test = gdfq.quantize(residual, networks.images(1), "w4a4", tiny, test=test)
+    without = gdfq.quantize(residual, networks.images(1), "w4a4", tiny)
+    assert same(state(with_test), state(without))
+    assert 0 <= with_test.metrics["teacher"]["top1"] <= 100
+    assert "student" not in without.metrics
+
+
+def test_pixels_are_normalised(tmp_path, residual, tiny):
+    """uint8 images with mean and std give what normalised floats give."""
+    pixels = torch.randint(0, 256, (30, *networks.SHAPE), dtype=torch.uint8)
+    labels = torch.arange(30) % 5
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    result = gdfq.quantize(residual, networks.images(1), "w8a8", tiny, mean=mean, std=std)
+    column = (1, 3, 1, 1)
+    floats = (pixels / 255 - torch.tensor(mean).view(column)) / torch.tensor(std).view(column)
+    np.savez(tmp_path / "d.npz", images=pixels.numpy(), labels=labels.numpy())
+    assert result.evaluate(tmp_path / "d.npz") == result.evaluate((floats, labels))
+
+
+def test_generate_gives_the_last_images(residual, tiny):
+    images, labels = gdfq.generate(residual, networks.images(1), 12, tiny, seed=1)
+    assert images.shape == (12, *networks.SHAPE)
+    assert labels.shape == (12,)
+    assert int(labels.max()) < networks.CLASSES
+    again, _ = gdfq.generate(residual, networks.images(1), 12, tiny, seed=1)
+    assert torch.equal(images, again)
+    many, _ = gdfq.generate(residual, networks.images(1), 100, tiny)  # more than its steps give
+    assert len(many) == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": "w1a4"}, "2 to 8 bits"),
+        ({"recipe": "papr"}, "no recipe 'papr'.*paper-imagenet"),
+        ({"steps": 3}, "at least 4"),
+        ({"steps": 0}, "at least 1"),
+        ({"placement": "half"}, "one of t1, full"),
+        ({"device": "tpu"}, "one of auto, cpu"),
+        ({"mean": (0.5,)}, "each of the 3 input channels; got 1"),
+        ({"std": (1, 0, 1)}, "must be positive"),
+        ({"mean": (0, float("nan"), 0)}, "finite"),
+        ({"recipe": "real"}, "--data"),
+        ({"data": "nowhere.npz"}, "no data at nowhere.npz"),
+        ({"test": (torch.zeros(0, 3, 8, 8), torch.zeros(0))}, "at least one image"),
+        ({"test": (torch.zeros(2, 3, 8, 8), torch.tensor([0, 5]))}, r"0\.\.4.*0\.\.5"),
+        ({"test": (torch.zeros(2, 3, 8, 8), torch.tensor([-1, 0]))}, r"-1\.\.0"),
+        ({"test": (torch.zeros(2, 3, 8, 8), torch.tensor([0]))}, "one label for each"),
+        ({"test": (torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]))}, "input shape"),
+        ({"test": torch.zeros(2, 3, 8, 8)}, "need labels"),
+    ],
+)
+def test_bad_options_are_refused(residual, options, message):
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        gdfq.quantize(residual, networks.images(1), **options)
+
+
+def test_image_folders(tmp_path):
+    from PIL import Image
+
+    for name, colour in (("b", (255, 0, 0)), ("a", (0, 255, 0))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 16), colour).save(tmp_path / name / "x.png")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    data = load_data(tmp_path, (3, 8, 8), 2)
+    assert data.labels.tolist() == [0, 1]  # a before b
+    images = data.images(torch.tensor([0, 1]))
+    assert images.shape == (2, 3, 8, 8)
+    assert images[:, :, 3, 3].tolist() == [[0, 255, 0], [255, 0, 0]]
+    assert load_data(tmp_path, (1, 8, 8), 2).images(torch.tensor([0])).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(b"not a zip"), "neither"),
+        (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8)), "lacks labels"),
+        (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8)), labels=[0]), "uint8"),
+        (
+            lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8), labels=[0.5]),
+            "integers",
+        ),
+        (
+            lambda p: np.savez(p, images=np.array([None], object), labels=[0]),
+            "neither",  # an object array would need pickle
+        ),
+        (lambda p: p.mkdir(), "at least one image"),
+    ],
+)
+def test_unreadable_data_is_refused(tmp_path, make, message):
+    path = tmp_path / "data.npz"
+    make(path)
+    with pytest.raises(UsageError, match=message):
+        load_data(path, (3, 8, 8), 5)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bad.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UsageError, match=r"bad\.png"):
+        load_data(tmp_path, (3, 8, 8), 5)
+
+
+def test_data_can_be_an_object_of_ones_own():
+    data = ArrayData(networks.images(2), None)
+    assert load_data(data, networks.SHAPE, 5) is data

@@ -1,0 +1,192 @@
+from dataclasses import replace
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gdfq import UsageError
+from gdfq.capture import capture
+from gdfq.data import ArrayData, Preprocessing
+from gdfq.errors import GdfqError
+from gdfq.randomness import stream
+from gdfq.schedules import AdamConfig, SgdConfig, StepDecay
+from gdfq.sources.generator import Generator, GeneratorSource
+from gdfq.sources.images import GivenImages, ImageSource
+from gdfq.sources.optimised import OptimisedSource
+from gdfq.sources.upsampling import upsampled_convolution
+from gdfq.statistics import StatisticsNetwork
+
+FORMS = ("label-embedding", "conditional-batch-norm")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 1, 1), (3, 2, 7, 2)])
+def test_upsampled_convolution_is_exact(shape):
+    random = torch.Generator().manual_seed(0)
+    n, i, h, w = shape
+    x, weight, bias, grad = (
+        torch.randn(*s, dtype=torch.double, generator=random)
+        for s in (shape, (5, i, 3, 3), (5,), (n, 5, 2 * h, 2 * w))
+    )
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    expected = F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
+    got = upsampled_convolution(x, weight, bias)
+    assert torch.allclose(got, expected)
+    for a, b in zip(
+        torch.autograd.grad(got, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (4, 10, 13), (3, 5, 4)])
+def test_generated_images_have_the_shape_and_unit_statistics(form, shape):
+    classes = 7
+    generator = Generator(
+        shape, classes, latent=100, conditioning=form, random=stream(0, "generator.init")
+    )
+    z = torch.randn(50, 100, generator=stream(0, "z"))
+    images = generator(z, torch.arange(50) % classes)
+    assert images.shape == (50, *shape)
+    if not any(s % 4 for s in shape[1:]):  # cropping moves the statistics a little
+        variance, mean = torch.var_mean(images, (0, 2, 3), correction=0)
+        assert torch.allclose(mean, torch.zeros(shape[0]), atol=1e-4)
+        assert torch.allclose(variance, torch.ones(shape[0]), atol=1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_class_decides_the_image(form):
+    generator = Generator((3, 8, 8), 4, latent=100, conditioning=form, random=stream(0, "i"))
+    if form == "conditional-batch-norm":  # all classes start alike, as published
+        with torch.no_grad():
+            generator.norms[0].scale[1] *= 2
+    z = torch.randn(1, 100, generator=stream(0, "z")).expand(8, 100)
+    images = generator(z, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    assert torch.allclose(images[0], images[3], atol=1e-5)
+    assert not torch.allclose(images[0], images[4], atol=1e-2)
+
+
+def test_the_published_architecture_has_the_published_sizes():
+    generator = Generator(
+        (3, 32, 32), 10, latent=100, conditioning="label-embedding", random=stream(0, "i")
+    )
+    # embedding 10·100; linear 100·8192+8192; BN 2·128, 2·128, 2·64; convolutions 128→128→64→3.
+    expected = 1000 + 827_392 + 640 + (128 * 128 * 9 + 128) + (64 * 128 * 9 + 64) + (3 * 64 * 9 + 3)
+    assert sum(p.numel() for p in generator.parameters()) == expected
+
+
+def test_the_generator_learns_the_teachers_knowledge(teacher):
+    source = GeneratorSource(batch=32)
+    batches = list(source.stream(teacher, steps=150, seed=0))
+    first, last = batches[0].losses, batches[-1].losses
+    assert float(last["generator"]) < 0.85 * float(first["generator"])
+    assert set(first) == {"generator", "bns", "boundary"}
+    batch = batches[-1]
+    assert torch.allclose(batch.teacher_logits, teacher.network(batch.images), atol=1e-4)
+    assert not batch.images.requires_grad
+    assert not batch.teacher_logits.requires_grad
+
+
+def test_the_loss_is_the_weighted_sum(teacher):
+    (batch,) = GeneratorSource(batch=8, class_boundary=2.0, statistics=0.5).stream(
+        teacher, steps=1, seed=0
+    )
+    losses = {name: float(value) for name, value in batch.losses.items()}
+    assert losses["generator"] == pytest.approx(2 * losses["boundary"] + 0.5 * losses["bns"])
+
+
+def test_a_consumer_without_gradients_does_not_stop_the_generator(teacher):
+    def run():
+        return [b.images for b in GeneratorSource(batch=8).stream(teacher, steps=4, seed=0)]
+
+    with torch.no_grad():
+        inside = run()
+    assert torch.is_grad_enabled()
+    for a, b in zip(inside, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_alternating_separate_and_stopped(teacher):
+    """The published schedule trains at each step; the ablations differ only in when."""
+
+    def losses(**changes):
+        source = GeneratorSource(batch=8, **changes)
+        return [float(b.losses["bns"]) for b in source.stream(teacher, steps=12, seed=0)]
+
+    published = losses()
+    assert losses(stop=0.5)[:7] == published[:7]
+    assert losses(stop=0.5)[8:] != published[8:]
+    heard = []
+    source = GeneratorSource(batch=8, head_start=1.0, stop=0.0)
+    batches = list(source.stream(teacher, steps=12, seed=0, listener=heard.append))
+    assert len(batches) == 12
+    assert [float(s.losses["bns"]) for s in heard] == published
+
+
+def test_a_loss_that_is_not_finite_stops_the_generator(teacher):
+    source = GeneratorSource(batch=8, optimizer=AdamConfig(lr=float("inf")))
+    with pytest.raises(GdfqError, match="must stay finite"):
+        list(source.stream(teacher, steps=3, seed=0))
+
+
+def test_the_generator_needs_images_and_batch_norms():
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
+    with pytest.raises(UsageError, match="has none"):
+        next(GeneratorSource(batch=8).stream(capture(plain, networks.images(1)), steps=1, seed=0))
+    flat = capture(torch.nn.Sequential(torch.nn.Linear(12, 5)), torch.zeros(1, 12))
+    with pytest.raises(UsageError, match="makes images"):
+        next(GeneratorSource(batch=8).stream(flat, steps=1, seed=0))
+
+
+def test_optimised_images_match_the_statistics(teacher):
+    network = StatisticsNetwork(teacher)
+    source = OptimisedSource(batch=16, iterations=60, optimizer=AdamConfig(lr=0.1))
+    heard = []
+    (batch,) = source.stream(teacher, steps=1, seed=0, listener=heard.append)
+    assert float(heard[-1].losses["bns"]) < 0.5 * float(heard[0].losses["bns"])
+    assert torch.equal(batch.labels, teacher.network(batch.images).argmax(1))
+    assert not network.stored[0][0].requires_grad
+
+
+def test_given_images_come_once_an_epoch_in_a_seeded_order(teacher):
+    images = networks.images(10)
+    data = ArrayData(images, torch.arange(10) % 5)
+    source = ImageSource(data, Preprocessing.of(3, None, None), batch=4)
+    batches = list(source.stream(teacher, steps=3, seed=0))
+    assert [len(b.labels) for b in batches] == [4, 4, 2]
+    seen = torch.cat([b.images for b in batches])
+    assert torch.equal(seen[:, 0, 0, 0].sort().values, images[:, 0, 0, 0].sort().values)
+    again = list(source.stream(teacher, steps=3, seed=0))
+    assert torch.equal(again[0].images, batches[0].images)
+    other = next(source.stream(teacher, steps=1, seed=1))
+    assert not torch.equal(other.images, batches[0].images)
+
+
+def test_labels_of_given_images_default_to_the_teachers(teacher):
+    source = ImageSource(ArrayData(networks.images(4), None), Preprocessing.of(3, None, None), 4)
+    (batch,) = source.stream(teacher, steps=1, seed=0)
+    assert torch.equal(batch.labels, batch.teacher_logits.argmax(1))
+
+
+def test_a_recipe_for_real_images_without_them_is_refused(teacher):
+    with pytest.raises(UsageError, match="--data"):
+        GivenImages(4).stream(teacher, steps=1, seed=0)
+
+
+def test_published_learning_rate_steps():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = SgdConfig(lr=1e-4).build([parameter])
+    rates = []
+    for epoch in (0, 99, 100, 199, 200, 300, 399):
+        StepDecay().apply_(optimizer, 1e-4, epoch * 200, 400 * 200)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-7, 1e-7])
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
+
+
+def test_sources_are_values():
+    assert replace(GeneratorSource(batch=8), batch=9) == GeneratorSource(batch=9)
+    assert hash(GeneratorSource(batch=8)) == hash(GeneratorSource(batch=8))

@@ -1,0 +1,63 @@
+import networks
+import pytest
+import torch
+from torch import nn
+
+from gdfq import UsageError
+from gdfq.capture import capture
+from gdfq.losses import batch_norm_statistics_loss
+from gdfq.statistics import StatisticsNetwork, moments
+
+
+def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The statistics loss by hooks and textbook formulas."""
+    layers = []
+
+    def hook(module, inputs):
+        (value,) = inputs
+        dims = [d for d in range(value.ndim) if d != 1]
+        mean = value.mean(dims)
+        shape = (1, -1, *([1] * (value.ndim - 2)))
+        variance = ((value - mean.view(shape)) ** 2).mean(dims)
+        layers.append(
+            ((mean - module.running_mean) ** 2).mean()
+            + ((variance - module.running_var) ** 2).mean()
+        )
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(layers).mean()
+
+
+def test_loss_and_gradient_against_hooks(any_network):
+    network = StatisticsNetwork(capture(any_network, networks.images(1)))
+    x = networks.images(6).requires_grad_()
+    logits, seen = network(x)
+    assert torch.allclose(logits, any_network(x), atol=1e-5)
+    loss = batch_norm_statistics_loss(seen, network.stored)
+    (grad,) = torch.autograd.grad(loss + logits.square().mean(), x)
+
+    exact = any_network.double()
+    y = x.detach().double().requires_grad_()
+    expected = independent_loss(exact, y)
+    (expected_grad,) = torch.autograd.grad(expected + exact(y).square().mean(), y)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert torch.allclose(grad.double(), expected_grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 4), (5, 7, 3, 4), (5, 7, 2, 3, 4)])
+def test_moments_of_every_rank(shape):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    mean, variance = moments(x)
+    columns = x.double().transpose(0, 1).reshape(7, -1)
+    assert torch.allclose(mean.double(), columns.mean(1))
+    assert torch.allclose(variance.double(), columns.var(1, correction=0), rtol=1e-4)
+
+
+def test_a_network_without_batch_norm_is_refused():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(UsageError, match="this network has none"):
+        StatisticsNetwork(capture(plain, networks.images(1)))
