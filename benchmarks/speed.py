@@ -13,6 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def main() -> None:
     def tune_once() -> None:
         tune_(student, [batch], tuning, first_step=0, total_steps=1, listener=silent)
 
-    source = PAPER.source.stream(teacher, steps=10**6, seed=0)
+    config = replace(PAPER.source, batch=options.batch)
+    source = config.stream(teacher, steps=10**6, seed=0)
 
     def whole_step() -> None:
         tune_(student, islice(source, 1), tuning, first_step=0, total_steps=1, listener=silent)
