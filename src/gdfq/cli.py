@@ -113,9 +113,12 @@ def quantize_command(**options: Any) -> None:
 @click.option("--test", type=_PATH, required=True, help="labelled DATA")
 def evaluate_command(folder: Path, test: Path) -> None:
     """Top-1 accuracy of the quantized network in DIR."""
+    from gdfq.progress import Terminal
     from gdfq.quantized import load
 
-    click.echo(f"top-1 {load(folder).evaluate(test):.2f} %")
+    with Terminal() as terminal:
+        accuracy = load(folder).evaluate(test, listener=terminal)
+    click.echo(f"top-1 {accuracy:.2f} %")
 
 
 @cli.command("generate")

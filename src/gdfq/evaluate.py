@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gdfq.data import ImageData, Preprocessing
 from gdfq.errors import UsageError
+from gdfq.progress import Listener, Step, silent
 
 
 @torch.no_grad()
@@ -17,15 +18,15 @@ def logits_of(
     *,
     device: torch.device,
     batch: int = 250,
+    listener: Listener = silent,
 ) -> Tensor:
     """The network's logits [N, C], on the CPU, for all images in order."""
-    order = torch.arange(len(data))
-    return torch.cat(
-        [
-            network(preprocessing(data.images(chosen)).to(device)).cpu()
-            for chosen in order.split(batch)
-        ]
-    )
+    logits = []
+    parts = torch.arange(len(data)).split(batch)
+    for step, chosen in enumerate(parts, start=1):
+        logits.append(network(preprocessing(data.images(chosen)).to(device)).cpu())
+        listener(Step("evaluate", step, len(parts), {}))
+    return torch.cat(logits)
 
 
 def top1(
@@ -34,6 +35,7 @@ def top1(
     preprocessing: Preprocessing,
     *,
     device: torch.device,
+    listener: Listener = silent,
 ) -> float:
     """Share of images, in percent, whose highest logit is that of the label.
 
@@ -42,5 +44,6 @@ def top1(
     """
     if data.labels is None:
         raise UsageError("accuracy needs labels; this data has none. Give (images, labels).")
-    answers = logits_of(network, data, preprocessing, device=device).argmax(1)
+    logits = logits_of(network, data, preprocessing, device=device, listener=listener)
+    answers = logits.argmax(1)
     return 100 * float((answers == data.labels).double().mean())

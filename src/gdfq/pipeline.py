@@ -86,8 +86,9 @@ def quantize(
     calibrate_(student, calibration, steps=recipe.calibration, listener=listener)
     clock.lap("calibrate")
     if tuning is not None:
-        for _ in islice(batches, recipe.warmup - recipe.calibration):
-            pass  # the generator goes on learning; the student waits
+        waiting = islice(batches, recipe.warmup - recipe.calibration)
+        for step, batch in enumerate(waiting, start=recipe.calibration + 1):
+            listener(Step("warmup", step, recipe.warmup, batch.losses))  # the student waits
         clock.lap("warmup")
         tune_(
             student,
@@ -113,7 +114,9 @@ def quantize(
     metrics: dict[str, Any] = {"seconds": clock.seconds(), "steps": recipe.steps}
     if held_out is not None:
         for name, module in (("teacher", teacher.network), ("student", network)):
-            accuracy = top1(module, held_out, preprocessing, device=teacher.device)
+            accuracy = top1(
+                module, held_out, preprocessing, device=teacher.device, listener=listener
+            )
             metrics[name] = {"top1": round(accuracy, 4)}
         metrics["test_images"] = len(held_out)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())

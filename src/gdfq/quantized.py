@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from gdfq.data import Preprocessing, load_data
 from gdfq.evaluate import top1
 from gdfq.grid import Bits
+from gdfq.progress import Listener, silent
 from gdfq.student import Placement
 from gdfq.version import __version__
 
@@ -53,10 +54,11 @@ class QuantizedNetwork(nn.Module):
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
-    def evaluate(self, data: Any) -> float:
+    def evaluate(self, data: Any, *, listener: Listener = silent) -> float:
         """Top-1 accuracy in percent on labelled images (see `gdfq.data.load_data`)."""
         images = load_data(data, self.card.input_shape, self.card.classes)
-        return top1(self, images, self.card.preprocessing, device=self.device)
+        preprocessing = self.card.preprocessing
+        return top1(self, images, preprocessing, device=self.device, listener=listener)
 
     def save(self, path: str | Path) -> None:
         """Write `student.json` and `student.safetensors` into the folder `path`."""

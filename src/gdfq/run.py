@@ -100,7 +100,8 @@ def _quantize_into(
         terminal = stack.enter_context(Terminal())
 
         def listener(step: Step) -> None:
-            history(step)
+            if step.losses:
+                history(step)
             terminal(step)
 
         quantized = quantize(network, example, listener=listener, **options)
