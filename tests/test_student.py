@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from gdfq.capture import capture
-from gdfq.errors import GdfqError
+from gdfq.errors import GdfqError, UsageError
 from gdfq.freeze import freeze, rescaled
 from gdfq.grid import Bits, dequantize
 from gdfq.progress import silent
@@ -194,3 +194,14 @@ def test_parameters_train_and_buffers_do_not(teacher):
     assert "network.student_batch_norm.batch_norm.weight" in names
     for tensor in teacher.network.parameters():
         assert not tensor.requires_grad
+
+
+def test_there_must_be_something_to_quantize():
+    smooth = nn.Sequential(nn.Conv2d(3, 5, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    teacher = capture(smooth, networks.images(1))
+    with pytest.raises(UsageError, match="Use placement 'full'"):
+        build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    build_student(teacher, Scheme(Bits(4, 4), "full"))
+    empty = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(UsageError, match="has none"):
+        build_student(capture(empty, networks.images(1)), Scheme(Bits(4, 4), "t1"))

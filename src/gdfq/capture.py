@@ -34,7 +34,8 @@ class Captured:
 
     @property
     def device(self) -> torch.device:
-        return next(tensor.device for tensor in tensors_of(self.network).values())
+        tensors = tensors_of(self.network).values()
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def to(self, device: torch.device) -> "Captured":
         """The same teacher on a device."""

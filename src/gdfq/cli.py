@@ -103,7 +103,7 @@ def cli() -> None:
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
-    from gdfq.run import run
+    from gdfq.commands import run
 
     run(**options)
 
@@ -132,7 +132,7 @@ def generate_command(**options: Any) -> None:
     Writes images.npz (uint8 `images` and `labels`, as --test and --data read them) and
     images.npy (normalised float32, as the network takes them).
     """
-    from gdfq.run import write_images
+    from gdfq.commands import write_images
 
     write_images(**options)
 
@@ -150,7 +150,7 @@ def recipes_command() -> None:
 @click.option("--out", type=_PATH, default=Path("demo-run"), show_default=True)
 def demo_command(out: Path) -> None:
     """Train a small network on handwritten digits, lose the data, quantize it, compare."""
-    from gdfq.run import demo
+    from gdfq.commands import demo
 
     demo(out)
 

@@ -5,6 +5,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gdfq.errors import UsageError
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder if it is not there. Raises UsageError when it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the out folder must be writable; {path} cannot be made: {error.strerror}. "
+            "Choose another --out."
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"the out folder must be writable; {path} is not. Choose another --out.")
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name in the same folder, force it to disk, then rename."""

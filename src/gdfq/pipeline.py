@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.capture import Captured, capture, tensors_of
+from gdfq.card import Card
 from gdfq.data import ImageData, Preprocessing, load_data
 from gdfq.errors import UsageError
 from gdfq.evaluate import top1
 from gdfq.freeze import freeze
 from gdfq.grid import Bits
 from gdfq.progress import Listener, Step, silent
-from gdfq.quantized import Card, QuantizedNetwork
+from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.images import ImageSource
 from gdfq.student import PLACEMENTS, Placement, Scheme, build_student

@@ -1,33 +1,17 @@
 """The quantized network: what a run gives, runs as a module, and is saved and loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.data import Preprocessing, load_data
+from gdfq.artifacts import packed
+from gdfq.card import Card
+from gdfq.data import load_data
 from gdfq.evaluate import top1
-from gdfq.grid import Bits
 from gdfq.progress import Listener, silent
-from gdfq.student import Placement
-from gdfq.version import __version__
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a user of the network must know to use it."""
-
-    input_shape: tuple[int, ...]
-    classes: int
-    preprocessing: Preprocessing
-    bits: Bits
-    placement: Placement
-    recipe: str
-    seed: int
-    gdfq_version: str = __version__
 
 
 class QuantizedNetwork(nn.Module):
@@ -62,9 +46,7 @@ class QuantizedNetwork(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write `student.json` and `student.safetensors` into the folder `path`."""
-        from gdfq.artifacts.packed import save
-
-        save(self, Path(path))
+        packed.save(self.network, self.card, Path(path))
 
 
 def load(path: str | Path) -> QuantizedNetwork:
@@ -72,6 +54,4 @@ def load(path: str | Path) -> QuantizedNetwork:
 
     Raises UsageError when there is no finished network, or it is damaged or of a newer version.
     """
-    from gdfq.artifacts.packed import read
-
-    return read(Path(path))
+    return QuantizedNetwork(*packed.read(Path(path)))

@@ -103,7 +103,7 @@ _ABLATIONS = (
         PAPER,
         name="paper-untrained",
         summary="paper with neither generator loss",
-        source=replace(_GENERATOR, class_boundary=0.0, statistics=0.0, stop=0.0),
+        source=replace(_GENERATOR, class_boundary=0.0, statistics=0.0),
     ),
     replace(
         PAPER,

@@ -4,13 +4,13 @@ config.json is written first, history.jsonl grows, the student follows, metrics.
 folder with metrics.json is a finished run.
 """
 
-import os
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from gdfq.artifacts.packed import GRAPH_FILE, TENSOR_FILE
 from gdfq.errors import UsageError
-from gdfq.files import write_json
+from gdfq.files import make_folder, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 
@@ -23,14 +23,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"the out folder must be writable; {path} cannot be made: {error.strerror}."
-            ) from error
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise UsageError(f"the out folder must be writable; {path} is not. Choose another.")
+        make_folder(path)
         if (path / METRICS).exists():
             raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
 
@@ -40,8 +33,6 @@ class RunFolder:
 
     def begin(self, config: dict[str, Any]) -> None:
         """Remove what an unfinished run left and write the configuration."""
-        from gdfq.artifacts.packed import GRAPH_FILE, TENSOR_FILE
-
         for name in (GRAPH_FILE, TENSOR_FILE, HISTORY):
             (self.path / name).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config)

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from gdfq import operators
 from gdfq.capture import Captured, tensors_of
+from gdfq.errors import UsageError
 from gdfq.grid import Bits, Layout
 from gdfq.quantizers import MinMaxWeight, MovingRange
 from gdfq.statistics import BatchNorm, batch_norm_of
@@ -119,8 +120,19 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
     """A trainable copy of the teacher with the scheme's quantizers; ranges are not yet known.
 
     With fixed_statistics False the batch norms' running statistics follow in training mode.
+
+    Raises UsageError when the scheme finds no weight or no activation to quantize.
     """
     widths = activation_widths(teacher, scheme)
+    if not any(has_weight(node) for node in teacher.network.graph.nodes):
+        raise UsageError(
+            "there must be a convolution or linear layer to quantize; this network has none."
+        )
+    if not widths:
+        raise UsageError(
+            f"placement {scheme.placement!r} quantizes the outputs of ReLUs, and this network has "
+            "none: its activations would stay float. Use placement 'full'."
+        )
     graph = fx.Graph()
     attributes: dict[str, Tensor | nn.Module] = _trainable(tensors_of(teacher.network))
     new: dict[fx.Node, fx.Node] = {}

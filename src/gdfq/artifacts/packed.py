@@ -18,11 +18,11 @@ from torch import Tensor, fx
 from gdfq import operators
 from gdfq.artifacts.graphs import graph_from_json, graph_to_json
 from gdfq.capture import tensors_of
+from gdfq.card import Card
 from gdfq.data import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.files import write_atomically
 from gdfq.grid import Bits, code_bounds
-from gdfq.quantized import Card, QuantizedNetwork
 
 FORMAT, VERSION = "gdfq-student", 1
 GRAPH_FILE, TENSOR_FILE = "student.json", "student.safetensors"
@@ -49,14 +49,14 @@ def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
     return torch.from_numpy(codes.astype(np.int8))
 
 
-def save(quantized: QuantizedNetwork, folder: Path) -> None:
-    """Write both files into the folder, which is made if needed."""
+def save(network: fx.GraphModule, card: Card, folder: Path) -> None:
+    """Write a frozen network and its card into the folder, which is made if needed."""
     from safetensors.torch import save as to_safetensors
 
-    widths = _code_widths(quantized.network)
+    widths = _code_widths(network)
     packed: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
-    for name, tensor in tensors_of(quantized.network).items():
+    for name, tensor in tensors_of(network).items():
         tensor = tensor.detach().cpu()
         if name in widths:
             table[name] = {"bits": widths[name], "shape": list(tensor.shape)}
@@ -65,14 +65,13 @@ def save(quantized: QuantizedNetwork, folder: Path) -> None:
             packed[name] = tensor.contiguous().clone()
     # One key of metadata: with more, safetensors' order, and so the hash, is a matter of chance.
     data = to_safetensors(packed, {"schema": f"{FORMAT}/{VERSION}"})
-    card = {**asdict(quantized.card), "bits": str(quantized.card.bits)}
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "card": card,
+        "card": {**asdict(card), "bits": str(card.bits)},
         "sha256": hashlib.sha256(data).hexdigest(),
         "codes": table,
-        "graph": graph_to_json(quantized.network.graph),
+        "graph": graph_to_json(network.graph),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / GRAPH_FILE).unlink(missing_ok=True)
@@ -80,8 +79,8 @@ def save(quantized: QuantizedNetwork, folder: Path) -> None:
     write_atomically(folder / GRAPH_FILE, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def read(folder: Path) -> QuantizedNetwork:
-    """Read a saved student. Raises UsageError as `gdfq.load` says."""
+def read(folder: Path) -> tuple[fx.GraphModule, Card]:
+    """Read what `save` wrote. Raises UsageError as `gdfq.load` says."""
     from safetensors import SafetensorError
     from safetensors.torch import load as from_safetensors
 
@@ -113,7 +112,7 @@ def read(folder: Path) -> QuantizedNetwork:
         graph = document["graph"]
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(folder, GRAPH_FILE) from error
-    return QuantizedNetwork(_channels_last(graph_from_json(graph, tensors)), card)
+    return _channels_last(graph_from_json(graph, tensors)), card
 
 
 def _code_widths(network: fx.GraphModule) -> dict[str, int]:

@@ -167,7 +167,8 @@ class GeneratorSource:
         ).to(teacher.device)
         optimizer = self.optimizer.build(generator.parameters())
         ahead = round(self.head_start * steps)
-        last = ahead + round(self.stop * steps)
+        learns = bool(self.class_boundary or self.statistics)
+        last = ahead + round(self.stop * steps) if learns else 0
         planned = ahead + steps if self.stop else ahead  # stopping early leaves the schedule
         draw = random_stream(seed, "generator.draw")
         for step in range(ahead + steps):
@@ -205,7 +206,7 @@ class _GeneratorLoss:
         self.with_statistics = StatisticsNetwork(teacher) if config.statistics else None
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total = images.new_zeros(()) + 0 * images.sum()
+        total = images.new_zeros(())
         losses: dict[str, Tensor] = {}
         if self.with_statistics is not None:
             logits, seen = self.with_statistics(images)

@@ -15,6 +15,7 @@ from torch import nn
 
 from gdfq.data import Preprocessing
 from gdfq.errors import UsageError
+from gdfq.files import make_folder
 from gdfq.grid import Bits
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, quantize
@@ -130,12 +131,7 @@ def write_images(
         raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
     network = load_model(model, weights)
     _warn_about_normalisation(mean, std)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"the out folder must be writable; {out} cannot be made: {error.strerror}."
-        ) from error
+    make_folder(out)
     with Terminal() as terminal:
         images, labels = generate(
             network,

@@ -1,0 +1,22 @@
+"""The card of a quantized network."""
+
+from dataclasses import dataclass
+
+from gdfq.data import Preprocessing
+from gdfq.grid import Bits
+from gdfq.student import Placement
+from gdfq.version import __version__
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a user of the network must know to use it."""
+
+    input_shape: tuple[int, ...]
+    classes: int
+    preprocessing: Preprocessing
+    bits: Bits
+    placement: Placement
+    recipe: str
+    seed: int
+    gdfq_version: str = __version__
