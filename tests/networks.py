@@ -84,7 +84,7 @@ class Transposed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.leaky_relu(self.norm1(self.up(x)), 0.1)
         x = self.act(self.norm2(self.grouped(x)))
-        return self.fc(self.drop(x.amax((2, 3))))
+        return self.fc(F.relu(self.drop(x.amax((2, 3)))))
 
 
 class Preactivation(nn.Module):
