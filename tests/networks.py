@@ -131,9 +131,29 @@ class Standardised(nn.Module):
         return self.fc(channels.mean((2, 3)))
 
 
+class Awkward(nn.Module):
+    """Names and tensors that could be confused with ours; products with bare matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv.scale = nn.Parameter(torch.empty(4, 1, 1))
+        self.norm = nn.BatchNorm2d(4, affine=False)
+        self.quantized = nn.Parameter(torch.empty(8, 8))
+        self.mask = nn.Parameter(torch.ones(8, dtype=torch.int64), requires_grad=False)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - 0.5) / 0.25  # normalises inside
+        y = F.relu(self.norm(self.conv(x))) * self.conv.scale + self.conv.bias.view(-1, 1, 1)
+        y = torch.cat([y.max(2)[0].max(2)[0], y.mean((2, 3))], 1) @ self.quantized
+        y = F.linear(y * self.mask, self.quantized)
+        return self.fc(F.relu(y.unflatten(1, (2, 4)).flatten(1)))
+
+
 NETWORKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (Residual, Branches, Shared, Transposed, Preactivation, Standardised)
+    for cls in (Residual, Branches, Shared, Transposed, Preactivation, Standardised, Awkward)
 }
 
 
@@ -142,7 +162,7 @@ def make(name: str, seed: int = 0) -> nn.Module:
     random = torch.Generator().manual_seed(seed)
     network = NETWORKS[name]()
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in filter(torch.is_floating_point, network.parameters()):
             fan = parameter[0].numel() if parameter.ndim > 1 else 4
             parameter.normal_(0, fan**-0.5, generator=random)
         for module in network.modules():

@@ -71,7 +71,7 @@ def test_every_network_survives_the_round_trip(name, tiny, tmp_path):
 def test_codes_are_packed_on_disk(saved):
     _, folder = saved
     tensors = load_file(folder / TENSOR_FILE)
-    assert tensors["conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
+    assert tensors["quantized.conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
 
 
 def _edit(folder, change):
@@ -94,6 +94,11 @@ def _first(document, kind):
         (lambda d: d.pop("graph"), "damaged"),
         (lambda d: d.update(graph={}), "damaged"),
         (lambda d: d.update(card={}), "damaged"),
+        (lambda d: d["card"].update(classes="x"), "damaged"),
+        (lambda d: d["card"]["preprocessing"].update(mean=[0.0]), "damaged|each of the 3"),
+        (lambda d: next(iter(d["codes"].values())).update(shape=[10**9]), "damaged"),
+        (lambda d: _first(d, "tensor").update(target=[]), "not text"),
+        (lambda d: _first(d, "input").update(name="import"), "not a new node name"),
         (lambda d: _first(d, "operator").update(target="os.system"), r"calls 'os\.system'"),
         (lambda d: _first(d, "operator").update(target="aten.set_.default"), r"aten\.set_"),
         (lambda d: _first(d, "tensor").update(target="x; import os"), "not in the file"),
@@ -114,7 +119,7 @@ def test_a_changed_file_does_not_load(saved, change, message):
 def test_altered_tensors_do_not_load(saved):
     _, folder = saved
     tensors = load_file(folder / TENSOR_FILE)
-    tensors["fc.bias"] += 1
+    tensors["quantized.fc.bias"] += 1
     save_file(tensors, folder / TENSOR_FILE)
     with pytest.raises(UsageError, match="damaged or was changed"):
         gdfq.load(folder)

@@ -132,8 +132,8 @@ def broken_weights(place, change):
 @pytest.mark.parametrize(
     ("prepare", "call", "message"),
     [
-        (None, {"model": "absent"}, "has no 'absent'"),
-        (None, {"model": "value"}, "is a int"),
+        (None, {"model": "absent"}, "'absent' is not there"),
+        (None, {"model": "value"}, "'value' is a int"),
         (None, {"model": "nothing"}, "returned a NoneType"),
         (None, {"model": "broken"}, "no disk"),
         (None, {"weights": "absent.pt"}, "no weights file"),
@@ -256,3 +256,27 @@ def test_help_and_version_do_not_import_torch(capsys):
         assert _exit_code([command, "--help"]) == 0
     assert _exit_code(["recipes"]) == 0
     assert "GDFQ as published for CIFAR" in capsys.readouterr().out
+
+
+def test_files_of_others_are_not_touched(place, capsys):
+    folder = place / "project"
+    folder.mkdir()
+    for name in ("config.json", "student.json"):
+        (folder / name).write_text('{"mine": 1}')
+    assert _exit_code(arguments(place, out="project")) == 2
+    assert "has config.json, student.json" in capsys.readouterr().err
+    assert (folder / "student.json").read_text() == '{"mine": 1}'
+
+
+def test_a_factory_may_import_its_neighbours_late(place):
+    (place / "late.py").write_text("def factory():\n    import net\n    return net.factory()\n")
+    call = arguments(place)
+    call[1] = f"{place}/late.py:factory"
+    assert _exit_code(call) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world"])
+def test_files_that_are_no_weights(place, capsys, content):
+    (place / "bad.pt").write_bytes(content)
+    assert _exit_code(arguments(place, weights="bad.pt")) == 2
+    assert "without pickled code" in capsys.readouterr().err

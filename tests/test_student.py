@@ -205,3 +205,35 @@ def test_there_must_be_something_to_quantize():
     empty = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UsageError, match="has none"):
         build_student(capture(empty, networks.images(1)), Scheme(Bits(4, 4), "t1"))
+
+
+def test_a_network_that_normalises_inside_keeps_eight_bits_to_its_first_layer():
+    chosen = widths("Awkward", "full")
+    assert (chosen["x"], chosen["sub"], chosen["div"]) == (8, 8, 8)
+
+
+def test_bare_matrices_are_quantized_as_the_linear_layers_that_they_are():
+    frozen = freeze(calibrated(networks.make("Awkward"), "w2a8", "t1"))
+    codes = [name for name, _ in frozen.named_buffers() if name.endswith("codes")]
+    assert len(codes) == 4  # convolution, product, linear with the same matrix, fc
+
+
+def test_a_norm_without_affine_parameters_gets_none_to_train():
+    student = build_student(
+        capture(networks.make("Awkward"), networks.images(1)), Scheme(Bits(4, 4), "t1")
+    )
+    (norm,) = (m for m in student.modules() if isinstance(m, StudentBatchNorm))
+    assert not list(norm.parameters())
+    other = build_student(
+        capture(networks.make("Residual"), networks.images(1)), Scheme(Bits(4, 4), "t1")
+    )
+    assert all(p.requires_grad for p in other.parameters())
+
+
+def test_images_that_are_not_finite_are_refused(teacher):
+    student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    images = networks.images(4)
+    images[0, 0, 0, 0] = torch.nan
+    batch = Batch(images, torch.zeros(4, dtype=torch.long), torch.zeros(4, networks.CLASSES))
+    with pytest.raises(GdfqError, match="must be finite"):
+        calibrate_(student, [batch], steps=1, listener=silent)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gdfq import operators
-from gdfq.errors import UsageError
+from gdfq.errors import UsageError, first_line
 
 _EXPORT_LOCK = threading.Lock()  # concurrent torch.export calls fail
 
@@ -60,12 +60,18 @@ def capture(model: nn.Module, example_input: Tensor) -> Captured:
     input, cannot be traced, uses an operator outside `operators.ALLOWED`, or does not return
     one tensor of logits [N, classes].
     """
+    if not isinstance(model, nn.Module) or not isinstance(example_input, Tensor):
+        raise UsageError(
+            "capture needs an nn.Module and a tensor of example inputs; got a "
+            f"{type(model).__name__} and a {type(example_input).__name__}."
+        )
     _check_weights(model)
     model = copy.deepcopy(model).cpu().float().eval()
     example = example_input.detach().cpu().float()
     expected = _run_once(model, example)
     graph_module = _export(model, example)
     _simplify(graph_module)
+    _products_to_linear(graph_module.graph)
     _fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
     network = flat_module(_renamed(graph_module.graph), tensors_of(graph_module))
@@ -111,6 +117,11 @@ def _attribute(module: nn.Module, name: str) -> Tensor:
 
 def _check_weights(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise UsageError(
+                f"weights must be there; {name!r} is not initialised yet (a lazy module). "
+                "Run the network once and load its weights first."
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UsageError(
                 f"weights must be finite; {name!r} holds NaN or infinity. Check the weights file."
@@ -124,7 +135,7 @@ def _run_once(model: nn.Module, example: Tensor) -> Tensor:
             output = model(example)
     except Exception as error:
         raise UsageError(
-            f"the network must accept an input of {shape}; it failed with: {error}. "
+            f"the network must accept an input of {shape}; it failed with: {first_line(error)}. "
             "Give the shape it was trained on (--input CxHxW, or example_input)."
         ) from error
     if not isinstance(output, Tensor):
@@ -159,7 +170,7 @@ def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
         except Exception as error:
             raise UsageError(
                 "the network must be traceable by torch.export with any batch size; tracing "
-                f"failed with: {str(error).strip().splitlines()[0]}. "
+                f"failed with: {first_line(error)}. "
                 "Make its forward independent of the values and of the number of the images."
             ) from error
     assert isinstance(module, fx.GraphModule)
@@ -219,6 +230,27 @@ _IDENTITIES = frozenset(
 )
 
 
+def _products_to_linear(graph: fx.Graph) -> None:
+    """Write the product with a weight matrix, x @ W (+ b), as the linear layer that it is."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        bias, x, weight, *scales = {
+            "aten.matmul.default": (None, *node.args),
+            "aten.mm.default": (None, *node.args),
+            "aten.addmm.default": (*node.args, *node.kwargs.values()),
+        }.get(operators.name_of(node), (None, None, None))
+        if scales or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            continue
+        if weight.meta["val"].ndim != 2:
+            continue
+        with graph.inserting_before(node):
+            transposed = graph.call_function(aten.t.default, (weight,))  # folded afterwards
+            linear = graph.call_function(aten.linear.default, (x, transposed, bias))
+        linear.meta = dict(node.meta)
+        node.replace_all_uses_with(linear)
+    graph.eliminate_dead_code()
+
+
 def _fold_constants(module: fx.GraphModule) -> None:
     """Replace what depends on tensors of the network alone (weight standardisation, say)."""
     graph = module.graph
@@ -237,7 +269,9 @@ def _fold_constants(module: fx.GraphModule) -> None:
         if not isinstance(value, Tensor):
             continue  # a tuple of tensors: what is taken out of it folds
         name = f"folded_{node.name}"
-        learned = any(isinstance(known[n], nn.Parameter) for n in inputs)
+        learned = value.is_floating_point() and any(
+            isinstance(known[n], nn.Parameter) for n in inputs
+        )
         setattr(module, name, nn.Parameter(value) if learned else nn.Buffer(value))
         with graph.inserting_before(node):
             constant = graph.get_attr(name)

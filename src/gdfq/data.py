@@ -63,6 +63,7 @@ class Preprocessing:
             shape = (1, -1, *([1] * (images.ndim - 2)))
             mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
             images = (images.float() / 255 - mean) / std
+        images = images.float()
         layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
         return images.contiguous(memory_format=layout)
 
@@ -137,12 +138,18 @@ def load_data(
             loaded: ImageData = _folder(path, input_shape)
         else:
             loaded = _npz(path)
-    elif isinstance(data, Tensor):
-        loaded = ArrayData(data, None)
-    elif isinstance(data, tuple):
-        loaded = ArrayData(data[0], data[1].long())
-    else:
+    elif isinstance(data, Tensor | np.ndarray):
+        loaded = ArrayData(torch.as_tensor(data), None)
+    elif isinstance(data, tuple | list) and len(data) == 2:
+        images, labels = (torch.as_tensor(part) for part in data)
+        loaded = ArrayData(images, labels.long())
+    elif hasattr(data, "images") and hasattr(data, "labels"):
         loaded = data
+    else:
+        raise UsageError(
+            "data must be an .npz file, an image folder, a tensor of images or a pair of images "
+            f"and labels; got a {type(data).__name__}."
+        )
     _check(loaded, input_shape, classes)
     return loaded
 
@@ -201,7 +208,13 @@ def _check(data: ImageData, input_shape: tuple[int, ...], classes: int) -> None:
             "data must hold at least one image; this holds none. "
             "An image folder has one sub-folder for each class with the images in it."
         )
-    shape = tuple(data.images(torch.tensor([0])).shape[1:])
+    first = data.images(torch.tensor([0]))
+    if first.dtype != torch.uint8 and not first.is_floating_point():
+        raise UsageError(
+            "images must be uint8 pixels or floats that are already normalised; "
+            f"these are {first.dtype}."
+        )
+    shape = tuple(first.shape[1:])
     if shape != input_shape:
         raise UsageError(
             f"images must have the network's input shape {list(input_shape)}; "

@@ -1,6 +1,12 @@
 """The two errors a caller can expect. Each message says what must hold, what came, what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class GdfqError(Exception):
     """A run that could not go on (the command line exits with 1)."""
 

@@ -11,6 +11,9 @@ from gdfq.errors import GdfqError
 from gdfq.quantizers import MinMaxWeight, MovingRange, QuantizedTensor
 from gdfq.student import Student, StudentBatchNorm
 
+_OURS = "quantized"
+"""Names of what freezing makes begin with this, apart from the network's own tensors."""
+
 
 @torch.no_grad()
 def freeze(student: Student) -> fx.GraphModule:
@@ -63,6 +66,8 @@ class _Freezer:
         return self.new[node]
 
     def _constant(self, name: str, value: Tensor) -> fx.Node:
+        if name in self.tensors:
+            raise GdfqError(f"two tensors of the network would be called {name!r}; rename one.")
         self.tensors[name] = value.detach()
         return self.graph.get_attr(name)
 
@@ -88,8 +93,8 @@ class _Freezer:
                 f"every activation range must be known; that of {node.target} is not. "
                 "Calibrate the student first."
             )
-        scale = self._constant(f"{node.name}.scale", module.scale)
-        zero_point = self._constant(f"{node.name}.zero_point", module.zero_point)
+        scale = self._constant(f"{_OURS}.{node.name}.scale", module.scale)
+        zero_point = self._constant(f"{_OURS}.{node.name}.zero_point", module.zero_point)
         (x,) = node.all_input_nodes
         arguments = (self.new[x], scale, zero_point, module.bits)
         return self.graph.call_function(operators.resolve("gdfq.fake_quantize"), arguments)
@@ -97,7 +102,9 @@ class _Freezer:
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()
         parts = {n: getattr(norm, n) for n in ("weight", "bias", "mean", "variance")}
-        constants = [self._constant(f"{node.name}.{n}", value) for n, value in parts.items()]
+        constants = [
+            self._constant(f"{_OURS}.{node.name}.{n}", value) for n, value in parts.items()
+        ]
         (x,) = node.all_input_nodes
         arguments: Any = (self.new[x], *constants, False, 0.0, norm.eps, False)
         return self.graph.call_function(operators.resolve(operators.BATCH_NORM), arguments)
@@ -116,9 +123,9 @@ class _Freezer:
             scale, shift = norm.current().scale_and_shift()
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
-        base = name.removesuffix(".weight")
-        if f"{base}.codes" in self.tensors:  # a shared layer may have a batch norm for each use
-            base = f"{base}.{node.name}"
+        base = f"{_OURS}.{name.removesuffix('.weight')}"
+        while f"{base}.codes" in self.tensors:  # shared, and folded with several batch norms
+            base += "_"
         parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}
         constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
         dequantized = self.graph.call_function(

@@ -1,6 +1,6 @@
 """What a quantized number is: the affine grid of k bits, as pure functions.
 
-Equation Q1 (arXiv 2003.03603, section 3.4; `docs/equations.md`), for a range [l, u] and k bits:
+Equation Q1 (arXiv 2003.03603; `docs/equations.md`), for a range [l, u] and k bits:
 
     Δ = (u − l) / (2^k − 1)
     q = clamp(round(x / Δ) + z, −2^(k−1), 2^(k−1) − 1)
@@ -88,6 +88,8 @@ def along_channels(values: Tensor, weight: Tensor, layout: Layout, groups: int =
     ones = [1] * (weight.ndim - 2)
     if layout is Layout.ROWS:
         return values.view(-1, 1, *ones)
+    if groups == 1:
+        return values.view(1, -1, *ones)
     # Row i of [I, O/g, *k] belongs to group i // (I/g), which owns O/g of the channels.
     rows = weight.shape[0] // groups
     return (

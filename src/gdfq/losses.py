@@ -14,7 +14,7 @@ Statistics = Sequence[tuple[Tensor, Tensor]]
 
 
 def class_boundary_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """L_CE(G) = E[CE(M(x̂), y)], arXiv 2003.03603 equation 4.
+    """L_CE(G) = E[CE(M(x̂), y)]: the classification boundary loss of arXiv 2003.03603.
 
     teacher_logits [N, C], labels [N] -> scalar.
     """
@@ -22,7 +22,8 @@ def class_boundary_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def batch_norm_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
-    """L_BNS(G) = 1/L Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ²_l(x̂), σ²_l)], arXiv 2003.03603 equation 5.
+    """L_BNS(G) = 1/L Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ²_l(x̂), σ²_l)]:
+    the batch-norm statistics loss of arXiv 2003.03603.
 
     The mean square error is the mean over a layer's channels. Written as one weighted sum over
     all K channels, because a loop of small operations over L layers costs more than the sum.
@@ -32,7 +33,7 @@ def batch_norm_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
 
 
 def standard_deviation_loss(seen: Statistics, stored: Statistics) -> Tensor:
-    """Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ_l(x̂), σ_l)]: ZeroQ's form (arXiv 2001.00281, equation 3).
+    """Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ_l(x̂), σ_l)]: ZeroQ's form (arXiv 2001.00281).
 
     Standard deviations instead of variances, and the sum over layers instead of their mean.
     """
@@ -42,7 +43,7 @@ def standard_deviation_loss(seen: Statistics, stored: Statistics) -> Tensor:
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str
 ) -> Tensor:
-    """T² KL(softmax(M/T) ‖ softmax(Q/T)), arXiv 2003.03603 equation 7; logits [N, C] -> scalar.
+    """T² KL(softmax(M/T) ‖ softmax(Q/T)); logits [N, C] -> scalar.
 
     `reduction` is "batch" (the mean over the batch: the standard definition) or "element" (the
     mean over batch *and classes*, C times smaller: what the published numbers were made with).

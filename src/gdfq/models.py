@@ -3,15 +3,16 @@
 import hashlib
 import importlib
 import importlib.util
-import pickle
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gdfq.errors import UsageError
+from gdfq.errors import UsageError, first_line
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
@@ -32,9 +33,10 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of the model's state."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -45,18 +47,25 @@ def _factory(spec: str) -> nn.Module:
             "MODEL is path/to/file.py:factory or package.module:factory, a callable that returns "
             f"an nn.Module; got {spec!r}."
         )
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    if not hasattr(module, name):
-        raise UsageError(f"MODEL must name a factory; {place} has no {name!r}.")
-    factory = getattr(module, name)
-    if not callable(factory):
-        raise UsageError(f"MODEL must name a callable; {spec} is a {type(factory).__name__}.")
-    try:
-        model = factory()
-    except Exception as error:
-        raise UsageError(
-            f"the factory {spec} must run without arguments; it failed with: {error!r}."
-        ) from error
+    is_file = place.endswith(".py")
+    if is_file and not Path(place).is_file():
+        raise UsageError(f"MODEL names a file that must exist; there is none at {place}.")
+    # A file finds its neighbours, a package is found from here: as when Python runs them.
+    with _importable_from(Path(place).parent if is_file else Path()):
+        try:
+            module = _import_file(Path(place)) if is_file else importlib.import_module(place)
+        except Exception as error:
+            raise UsageError(f"{place} must be importable; it failed with: {error!r}.") from error
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            found = f"is a {type(factory).__name__}" if hasattr(module, name) else "is not there"
+            raise UsageError(f"MODEL must name a callable; {name!r} {found} in {place}.")
+        try:
+            model = factory()
+        except Exception as error:
+            raise UsageError(
+                f"the factory {spec} must run without arguments; it failed with: {error!r}."
+            ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"the factory {spec} must return an nn.Module; it returned a {type(model).__name__}."
@@ -64,37 +73,34 @@ def _factory(spec: str) -> nn.Module:
     return model
 
 
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"MODEL names a file that must exist; there is none at {path}.")
-    module_spec = importlib.util.spec_from_file_location(f"_gdfq_model_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickling look modules up by name
-    sys.path.insert(0, str(path.parent.resolve()))  # its neighbours, as when it is run
+@contextmanager
+def _importable_from(folder: Path) -> Iterator[None]:
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{path} must be importable; it failed with: {error!r}.") from error
+        yield
     finally:
-        sys.path.pop(0)
+        sys.path.remove(entry)
+
+
+def _import_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_gdfq_model_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
     return module
-
-
-def _import_module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise UsageError(
-            f"the module {name!r} must be importable; it failed with: {error!r}."
-        ) from error
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
     """Load a file's weights into the model; all must be there, and no others."""
     given = _read_weights(path)
-    wanted = model.state_dict()
+    wanted = {
+        name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
+    }
+    if all(name.startswith("module.") for name in given) and not given.keys() <= wanted.keys():
+        given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
     missing = [n for n in wanted if n not in given and not n.endswith("num_batches_tracked")]
     surplus = [n for n in given if n not in wanted]
     shapes = [
@@ -123,8 +129,11 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _contents(state: object) -> str:
+    return _few([str(key) for key in state]) if isinstance(state, dict) else "something else"
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -134,23 +143,16 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # torch.load raises types of every kind for broken files
         raise UsageError(
             "weights must be a safetensors file or a torch state dict without pickled code; "
-            f"{path} is neither: {str(error).splitlines()[0]}"
+            f"{path} is neither: {first_line(error)}"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UsageError(
-            f"weights must be a dictionary of tensors; {path} holds a {type(state).__name__} "
-            "of something else. Save model.state_dict()."
+            f"weights must be a dictionary of tensors, perhaps under 'state_dict'; {path} holds "
+            f"a {type(state).__name__} of {_contents(state)}. Save model.state_dict()."
         )
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state

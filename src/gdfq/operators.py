@@ -29,6 +29,8 @@ BATCH_NORM = "aten.batch_norm.default"
 GRID_PRESERVING = frozenset(
     {
         "aten.adaptive_max_pool2d.default",
+        "aten.amax.default",
+        "aten.amin.default",
         "aten.channel_shuffle.default",
         "aten.chunk.default",
         "aten.clone.default",
@@ -37,9 +39,11 @@ GRID_PRESERVING = frozenset(
         "aten.expand.default",
         "aten.flatten.using_ints",
         "aten.flip.default",
+        "aten.max.dim",
         "aten.max_pool1d.default",
         "aten.max_pool2d.default",
         "aten.max_pool3d.default",
+        "aten.min.dim",
         "aten.movedim.int",
         "aten.pad.default",
         "aten.permute.default",
@@ -65,7 +69,6 @@ GRID_PRESERVING = frozenset(
         "aten.upsample_nearest1d.vec",
         "aten.upsample_nearest2d.vec",
         "aten.upsample_nearest3d.vec",
-        "getitem",
     }
 )
 
@@ -98,6 +101,8 @@ MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
     "aten.adaptive_max_pool2d.default"
 }
 
+AFFINE = frozenset(f"aten.{name}.Tensor" for name in ("add", "sub", "mul", "div"))
+
 INTEGER_CONSUMERS = WEIGHTED | POOLING | MERGING | MAX_POOLING
 """Operators that an integer runtime computes from quantized inputs: the `full` placement."""
 
@@ -105,9 +110,21 @@ _OTHERS = frozenset(
     f"aten.{name}"
     for name in [
         "abs.default",
-        "amax.default",
-        "amin.default",
+        "_to_copy.default",
+        "adaptive_max_pool1d.default",
+        "adaptive_max_pool3d.default",
+        "addcmul.default",
         "arange.default",
+        "clip.default",
+        "log1p.default",
+        "log_sigmoid.default",
+        "logsumexp.default",
+        "max.other",
+        "min.other",
+        "sign.default",
+        "std.dim",
+        "var_mean.correction",
+        "var_mean.dim",
         "arange.start",
         "baddbmm.default",
         "broadcast_to.default",
@@ -146,9 +163,7 @@ _OTHERS = frozenset(
         "logical_not.default",
         "lt.Scalar",
         "masked_fill.Scalar",
-        "max.dim",
         "maximum.default",
-        "min.dim",
         "minimum.default",
         "mish.default",
         "native_layer_norm.default",
@@ -252,6 +267,8 @@ def is_rectifier(node: fx.Node) -> bool:
 def keeps_grid(node: fx.Node) -> bool:
     """Whether the node only moves numbers: its output lies on the grid of its (first) input."""
     name = name_of(node)
+    if name == "getitem":  # one of several outputs
+        return keeps_grid(node.all_input_nodes[0])
     if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
         # A pad value other than 0 need not lie on the grid.
         values = [a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int | float)]

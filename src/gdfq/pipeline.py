@@ -61,7 +61,7 @@ def quantize(
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
-    bits = Bits.parse(bits) if isinstance(bits, str) else bits
+    bits = bits if isinstance(bits, Bits) else Bits.parse(str(bits))
     recipe = find_recipe(recipe).with_steps(steps)
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
@@ -137,15 +137,16 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Synthetic images alone: [count, *input_shape] normalised floats, and their labels [count].
 
-    The recipe's source runs its `steps`; the images are its last ones, when a generator has
-    learned most. Raises UsageError and GdfqError as `quantize` does.
+    The recipe's source runs its `steps`, or as many as `count` images need if that is more; the
+    images are its last ones, when a generator has learned most. Raises UsageError and GdfqError
+    as `quantize` does.
     """
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
-    recipe = find_recipe(recipe).with_steps(steps)
+    recipe = find_recipe(recipe)
     teacher = _captured(model, example_input, device)
     needed = -(-count // recipe.source.batch)
-    total = max(recipe.steps, needed)
+    total = max(recipe.steps if steps is None else steps, needed)
     images, labels = [], []
     stream = recipe.source.stream(teacher, steps=total, seed=seed, listener=listener)
     for step, batch in enumerate(stream, start=1):

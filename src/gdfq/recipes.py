@@ -34,6 +34,13 @@ class Recipe:
     tuning: Distillation | None
     placement: Placement
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.calibration <= self.warmup <= self.steps:
+            raise UsageError(
+                "a recipe needs 1 <= calibration <= warmup <= steps; "
+                f"got {self.calibration}, {self.warmup}, {self.steps}."
+            )
+
     def with_steps(self, steps: int | None) -> "Recipe":
         """The recipe shortened or lengthened to `steps`.
 
@@ -43,8 +50,8 @@ class Recipe:
         """
         if steps is None:
             return self
-        if steps < 1:
-            raise UsageError(f"steps must be at least 1; got {steps}.")
+        if not isinstance(steps, int) or steps < 1:
+            raise UsageError(f"steps must be a whole number of at least 1; got {steps}.")
         if self.tuning is None:
             return replace(self, steps=steps, calibration=steps, warmup=steps)
         if steps < 4:

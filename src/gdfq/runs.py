@@ -4,6 +4,7 @@ config.json is written first, history.jsonl grows, the student follows, metrics.
 folder with metrics.json is a finished run.
 """
 
+import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,22 @@ from gdfq.files import make_folder, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 
+_FILES = (CONFIG, METRICS, HISTORY, GRAPH_FILE, TENSOR_FILE)
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether a file is the configuration of a run."""
+    try:
+        return "gdfq" in json.loads(config.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
 
 class RunFolder:
     """A folder that is about to hold a run.
 
-    Raises UsageError when it cannot be written or already holds a finished run.
+    Raises UsageError when it cannot be written, or holds a finished run or files of such names
+    that no run wrote. An unfinished run may be begun again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,6 +38,12 @@ class RunFolder:
         make_folder(path)
         if (path / METRICS).exists():
             raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
+        present = [name for name in _FILES if (path / name).exists()]
+        if present and not _is_ours(path / CONFIG):
+            raise UsageError(
+                f"the out folder must not hold files of the names that a run writes; {path} "
+                f"has {', '.join(present)}. Choose another --out."
+            )
 
     @property
     def history(self) -> Path:

@@ -91,6 +91,8 @@ class BatchNorm:
     mean: Tensor
     variance: Tensor
     eps: float
+    affine: bool
+    """Whether weight and bias are the network's own; otherwise they are 1 and 0."""
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """s and t of y = s x + t, each [channels]."""
@@ -109,6 +111,7 @@ def batch_norm_of(teacher: Captured, node: fx.Node) -> BatchNorm:
         mean,
         variance,
         eps,
+        weight is not None,
     )
 
 

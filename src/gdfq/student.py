@@ -39,15 +39,16 @@ class Scheme:
 
 
 class StudentBatchNorm(nn.Module):
-    """Batch norm whose affine parameters train; its statistics are fixed (FBNS) or follow."""
+    """Batch norm whose affine parameters, if any, train; statistics are fixed (FBNS) or follow."""
 
     mean: Tensor
     variance: Tensor
 
     def __init__(self, norm: BatchNorm, fixed_statistics: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(norm.weight.clone())
-        self.bias = nn.Parameter(norm.bias.clone())
+        kind = nn.Parameter if norm.affine else nn.Buffer
+        self.weight = kind(norm.weight.detach().clone())
+        self.bias = kind(norm.bias.detach().clone())
         self.register_buffer("mean", norm.mean.clone())
         self.register_buffer("variance", norm.variance.clone())
         self.eps, self.fixed_statistics = norm.eps, fixed_statistics
@@ -61,7 +62,8 @@ class StudentBatchNorm(nn.Module):
     def current(self) -> BatchNorm:
         """Its present values, detached."""
         weight, bias = self.weight.detach(), self.bias.detach()
-        return BatchNorm(weight, bias, self.mean, self.variance, self.eps)
+        affine = isinstance(self.weight, nn.Parameter)
+        return BatchNorm(weight, bias, self.mean, self.variance, self.eps, affine)
 
 
 class Student(nn.Module):
@@ -104,10 +106,8 @@ def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
         for node in nodes
         if operators.name_of(node) in operators.WEIGHTED and not _feeds_rectifier_only(node)
     }
-    signals = {
-        _after_batch_norm(node)
-        for node in nodes
-        if operators.name_of(node) in operators.WEIGHTED or node.op == "placeholder"
+    signals = _input_signals(nodes) | {
+        _after_batch_norm(node) for node in nodes if operators.name_of(node) in operators.WEIGHTED
     }
     return {
         node: _SIGNAL_BITS if node in signals else scheme.bits.activations
@@ -136,6 +136,7 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
     graph = fx.Graph()
     attributes: dict[str, Tensor | nn.Module] = _trainable(tensors_of(teacher.network))
     new: dict[fx.Node, fx.Node] = {}
+    norms: dict[tuple[str, ...], StudentBatchNorm] = {}
 
     def call(kind: str, name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
         target = f"{kind}.{name.replace('.', '_')}"
@@ -144,8 +145,10 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
 
     for node in teacher.network.graph.nodes:
         if node in teacher.batch_norms:
-            norm = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
-            new[node] = call(BATCH_NORM, node.name, norm, new[node.args[0]])
+            key = tuple(str(argument) for argument in node.args[1:])
+            if key not in norms:  # a batch norm that is used twice is one
+                norms[key] = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
+            new[node] = call(BATCH_NORM, node.name, norms[key], new[node.args[0]])
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
             if has_weight(node):
@@ -172,7 +175,7 @@ def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
     """Copies of the teacher's tensors; its parameters train, and shared ones stay shared."""
     copies = {
         id(tensor): nn.Parameter(tensor.detach().clone())
-        if isinstance(tensor, nn.Parameter)
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         else tensor.clone()
         for tensor in tensors.values()
     }
@@ -195,7 +198,24 @@ def _after_batch_norm(node: fx.Node) -> fx.Node:
 
 
 def _feeds_rectifier_only(node: fx.Node) -> bool:
-    return all(operators.is_rectifier(user) for user in _after_batch_norm(node).users)
+    """Whether ReLUs alone use the node's output, perhaps reshaped."""
+    return all(
+        operators.is_rectifier(user)
+        or (operators.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
+        for user in _after_batch_norm(node).users
+    )
+
+
+def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The network's input, and what scaling and shifting by constants makes of it."""
+    signals = {node for node in nodes if node.op == "placeholder"}
+    for node in nodes:
+        sources = [
+            _grid_source(source) for source in node.all_input_nodes if _is_activation(source)
+        ]
+        if operators.name_of(node) in operators.AFFINE and len(sources) == 1:
+            signals |= {node} if sources[0] in signals else set()
+    return signals
 
 
 def _grid_source(node: fx.Node) -> fx.Node:

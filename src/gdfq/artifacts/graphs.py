@@ -3,12 +3,14 @@
 import math
 import re
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from gdfq import operators
+from gdfq.capture import flat_module
 from gdfq.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -46,9 +48,11 @@ def graph_from_json(nodes: object, tensors: Mapping[str, Tensor]) -> fx.GraphMod
             name, kind, target = entry["name"], entry["kind"], entry["target"]
             args = tuple(_from_json(value, known) for value in entry["args"])
             kwargs = {key: _from_json(value, known) for key, value in entry["kwargs"].items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise _broken(f"a node is not readable ({error!r})") from error
-        if not (isinstance(name, str) and _NAME.fullmatch(name)) or name in known:
+        if not (isinstance(name, str) and isinstance(target, str)):
+            raise _broken("a node's name or target is not text")
+        if not _NAME.fullmatch(name) or iskeyword(name) or name in known:
             raise _broken(f"{name!r} is not a new node name")
         if not all(_NAME.fullmatch(key) for key in kwargs):
             raise _broken(f"node {name!r} has an argument with an impossible name")
@@ -67,8 +71,7 @@ def graph_from_json(nodes: object, tensors: Mapping[str, Tensor]) -> fx.GraphMod
     kinds = [node.op for node in graph.nodes]
     if kinds.count("placeholder") != 1 or kinds.count("output") != 1 or kinds[-1] != "output":
         raise _broken("it must have one input and end with its one output")
-    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return fx.GraphModule({name: tensors[name] for name in used}, graph)
+    return flat_module(graph, dict(tensors))
 
 
 _KINDS = {

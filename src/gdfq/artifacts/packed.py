@@ -7,6 +7,7 @@ half written does not load.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
-    """The inverse of `pack`: int8 codes of the given shape."""
-    count = int(np.prod(shape))
+    """The inverse of `pack`: int8 codes of the given shape.
+
+    Raises ValueError when there are more or fewer bytes than the shape needs.
+    """
+    count = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
+        raise ValueError(f"{list(packed.shape)} bytes cannot hold codes {shape} of {bits} bits")
     planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
     unsigned = np.packbits(planes.reshape(count, bits), axis=1, bitorder="little")
     codes = unsigned.reshape(shape).astype(np.int16) + code_bounds(bits)[0]
@@ -95,7 +101,7 @@ def read(folder: Path) -> tuple[fx.GraphModule, Card]:
     try:
         document = json.loads(text)
         found, version = document["format"], document["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise _damaged(folder, GRAPH_FILE) from error
     if found != FORMAT or version != VERSION:
         raise UsageError(
@@ -110,9 +116,9 @@ def read(folder: Path) -> tuple[fx.GraphModule, Card]:
             tensors[name] = unpack(tensors[name], entry["bits"], entry["shape"])
         card = _card(document["card"])
         graph = document["graph"]
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(folder, GRAPH_FILE) from error
-    return _channels_last(graph_from_json(graph, tensors)), card
+    return graph_from_json(graph, tensors), card
 
 
 def _code_widths(network: fx.GraphModule) -> dict[str, int]:
@@ -123,23 +129,20 @@ def _code_widths(network: fx.GraphModule) -> dict[str, int]:
 
 
 def _card(values: dict[str, Any]) -> Card:
-    preprocessing = {name: tuple(v) for name, v in values["preprocessing"].items()}
+    """The card of a document. Raises ValueError and others for what `save` does not write."""
+    shape = tuple(int(size) for size in values["input_shape"])
+    preprocessing = values["preprocessing"]
     return Card(
         **{
             **values,
             "bits": Bits.parse(values["bits"]),
-            "input_shape": tuple(values["input_shape"]),
-            "preprocessing": Preprocessing(**preprocessing),
+            "classes": int(values["classes"]),
+            "input_shape": shape,
+            "preprocessing": Preprocessing.of(
+                shape[0], preprocessing["mean"], preprocessing["std"]
+            ),
         }
     )
-
-
-def _channels_last(network: fx.GraphModule) -> fx.GraphModule:
-    """The order of weights in memory, which decides the order of sums: as when it was saved."""
-    for buffer in network.buffers():
-        if buffer.ndim == 4:
-            buffer.data = buffer.contiguous(memory_format=torch.channels_last)
-    return network
 
 
 def _damaged(folder: Path, file: str) -> UsageError:

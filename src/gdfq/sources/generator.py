@@ -127,7 +127,7 @@ def _initialise(generator: Generator, random: torch.Generator) -> None:
 class GeneratorSource:
     """Images from a generator that trains while it supplies them.
 
-    L(G) = class_boundary · L_CE + statistics · L_BNS              (equation 6; β = statistics)
+    L(G) = class_boundary · L_CE + statistics · L_BNS              (β = statistics)
 
     Each step is one generator update on a fresh batch, then that batch is yielded, as published.
     """

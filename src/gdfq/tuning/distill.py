@@ -19,7 +19,7 @@ from gdfq.student import Student
 
 @dataclass(frozen=True)
 class Distillation:
-    """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂))   (equation 8).
+    """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂))   (γ = distillation).
 
     `reduction` of the KL: "element" as the published numbers were made, "batch" the standard.
     """
