@@ -11,9 +11,6 @@ from gdfq.errors import GdfqError
 from gdfq.quantizers import MinMaxWeight, MovingRange, QuantizedTensor
 from gdfq.student import Student, StudentBatchNorm
 
-_OURS = "quantized"
-"""Names of what freezing makes begin with this, apart from the network's own tensors."""
-
 
 @torch.no_grad()
 def freeze(student: Student) -> fx.GraphModule:
@@ -36,6 +33,10 @@ class _Freezer:
         self.source = student.network
         self.modules = dict(student.network.named_modules())
         self.source_tensors = tensors_of(student.network)
+        # What freezing makes has a namespace apart from the network's own tensors.
+        self.ours = "quantized"
+        while any(name.split(".")[0] == self.ours for name in self.source_tensors):
+            self.ours += "_"
         self.graph = fx.Graph()
         self.tensors: dict[str, Tensor] = {}
         self.new: dict[fx.Node, fx.Node] = {}
@@ -66,8 +67,7 @@ class _Freezer:
         return self.new[node]
 
     def _constant(self, name: str, value: Tensor) -> fx.Node:
-        if name in self.tensors:
-            raise GdfqError(f"two tensors of the network would be called {name!r}; rename one.")
+        assert name not in self.tensors
         self.tensors[name] = value.detach()
         return self.graph.get_attr(name)
 
@@ -93,8 +93,8 @@ class _Freezer:
                 f"every activation range must be known; that of {node.target} is not. "
                 "Calibrate the student first."
             )
-        scale = self._constant(f"{_OURS}.{node.name}.scale", module.scale)
-        zero_point = self._constant(f"{_OURS}.{node.name}.zero_point", module.zero_point)
+        scale = self._constant(f"{self.ours}.{node.name}.scale", module.scale)
+        zero_point = self._constant(f"{self.ours}.{node.name}.zero_point", module.zero_point)
         (x,) = node.all_input_nodes
         arguments = (self.new[x], scale, zero_point, module.bits)
         return self.graph.call_function(operators.resolve("gdfq.fake_quantize"), arguments)
@@ -103,7 +103,7 @@ class _Freezer:
         norm = module.current()
         parts = {n: getattr(norm, n) for n in ("weight", "bias", "mean", "variance")}
         constants = [
-            self._constant(f"{_OURS}.{node.name}.{n}", value) for n, value in parts.items()
+            self._constant(f"{self.ours}.{node.name}.{n}", value) for n, value in parts.items()
         ]
         (x,) = node.all_input_nodes
         arguments: Any = (self.new[x], *constants, False, 0.0, norm.eps, False)
@@ -123,7 +123,7 @@ class _Freezer:
             scale, shift = norm.current().scale_and_shift()
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
-        base = f"{_OURS}.{name.removesuffix('.weight')}"
+        base = f"{self.ours}.{name.removesuffix('.weight')}"
         while f"{base}.codes" in self.tensors:  # shared, and folded with several batch norms
             base += "_"
         parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}
