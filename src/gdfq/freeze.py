@@ -63,7 +63,8 @@ class _Freezer:
         """The frozen graph's node for a node of the student's."""
         if node not in self.new and node.op == "get_attr":
             name = str(node.target)
-            self.new[node] = self._constant(name, self.source_tensors[name])
+            self.tensors[name] = self.source_tensors[name].detach()
+            self.new[node] = self.graph.get_attr(name)
         return self.new[node]
 
     def _constant(self, name: str, value: Tensor) -> fx.Node:
