@@ -226,8 +226,13 @@ def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
 
 
 def gdfq_process(*call):
+    # A shell's background job ignores SIGINT and so would its child: put the handler back.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from gdfq.cli import main; main(sys.argv[1:])"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "gdfq", *call], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *call], stderr=subprocess.PIPE, text=True
     )
 
 
