@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from gdfq import operators
 from gdfq.errors import UsageError, first_line
+from gdfq.randomness import stream as random_stream
 
 _EXPORT_LOCK = threading.Lock()  # concurrent torch.export calls fail
 
@@ -68,6 +69,10 @@ def capture(model: nn.Module, example_input: Tensor) -> Captured:
     _check_weights(model)
     model = copy.deepcopy(model).cpu().float().eval()
     example = example_input.detach().cpu().float()
+    # Noise beside the example, which may be all zeros and then would compare biases alone. It
+    # also makes a batch of two or more: export takes a batch of one for a constant.
+    noise = torch.randn(example.shape, generator=random_stream(0, "capture.probe"))
+    example = torch.cat([example, noise])
     expected = _run_once(model, example)
     graph_module = _export(model, example)
     _simplify(graph_module)
@@ -158,13 +163,11 @@ def _length(output: object) -> str:
 
 
 def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    # Two images: export takes a batch of one for a constant.
-    batch = torch.cat([example, example])[:2] if len(example) < 2 else example
     with _EXPORT_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
         try:
             dynamic = {0: torch.export.Dim.DYNAMIC}
-            program = torch.export.export(model, (batch,), dynamic_shapes=(dynamic,))
+            program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
             # No decomposition, only functional form: x.add_(y) becomes x + y.
             module = program.run_decompositions({}).module(check_guards=False)
         except Exception as error:
