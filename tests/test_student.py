@@ -237,3 +237,24 @@ def test_images_that_are_not_finite_are_refused(teacher):
     batch = Batch(images, torch.zeros(4, dtype=torch.long), torch.zeros(4, networks.CLASSES))
     with pytest.raises(GdfqError, match="must be finite"):
         calibrate_(student, [batch], steps=1, listener=silent)
+
+
+def test_every_spelling_of_a_relu_is_one():
+    spellings = (
+        lambda x: x.clip(0, 6),
+        lambda x: x.clamp(min=0),
+        lambda x: nn.functional.relu6(x),
+        lambda x: nn.functional.hardtanh(x, 0.0, 6.0),
+    )
+
+    class Net(nn.Module):
+        def __init__(self, relu):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 5, 1), relu
+
+        def forward(self, x):
+            return self.relu(self.conv(x)).mean((2, 3))
+
+    for relu in spellings:
+        teacher = capture(Net(relu), networks.images(1))
+        assert list(activation_widths(teacher, Scheme(Bits(4, 4), "t1")).values()) == [4]

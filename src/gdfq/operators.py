@@ -109,22 +109,13 @@ INTEGER_CONSUMERS = WEIGHTED | POOLING | MERGING | MAX_POOLING
 _OTHERS = frozenset(
     f"aten.{name}"
     for name in [
-        "abs.default",
         "_to_copy.default",
+        "abs.default",
         "adaptive_max_pool1d.default",
         "adaptive_max_pool3d.default",
+        "add.Scalar",
         "addcmul.default",
         "arange.default",
-        "clip.default",
-        "log1p.default",
-        "log_sigmoid.default",
-        "logsumexp.default",
-        "max.other",
-        "min.other",
-        "sign.default",
-        "std.dim",
-        "var_mean.correction",
-        "var_mean.dim",
         "arange.start",
         "baddbmm.default",
         "broadcast_to.default",
@@ -132,14 +123,17 @@ _OTHERS = frozenset(
         "clamp.default",
         "clamp_max.default",
         "clamp_min.default",
+        "clip.default",
         "cos.default",
         "cumsum.default",
+        "div.Scalar",
         "einsum.default",
         "elu.default",
         "embedding.default",
         "eq.Scalar",
         "erf.default",
         "exp.default",
+        "floor_divide.default",
         "full.default",
         "full_like.default",
         "gather.default",
@@ -159,13 +153,19 @@ _OTHERS = frozenset(
         "leaky_relu.default",
         "linalg_vector_norm.default",
         "log.default",
+        "log1p.default",
+        "log_sigmoid.default",
         "log_softmax.int",
         "logical_not.default",
+        "logsumexp.default",
         "lt.Scalar",
         "masked_fill.Scalar",
+        "max.other",
         "maximum.default",
+        "min.other",
         "minimum.default",
         "mish.default",
+        "mul.Scalar",
         "native_layer_norm.default",
         "neg.default",
         "new_ones.default",
@@ -177,6 +177,7 @@ _OTHERS = frozenset(
         "reciprocal.default",
         "relu.default",
         "relu6.default",
+        "remainder.Scalar",
         "rms_norm.default",
         "rsqrt.default",
         "rsub.Scalar",
@@ -184,6 +185,7 @@ _OTHERS = frozenset(
         "scaled_dot_product_attention.default",
         "selu.default",
         "sigmoid.default",
+        "sign.default",
         "silu.default",
         "sin.default",
         "softmax.int",
@@ -191,16 +193,14 @@ _OTHERS = frozenset(
         "sqrt.default",
         "square.default",
         "std.correction",
+        "std.dim",
         "sub.Scalar",
-        "add.Scalar",
-        "mul.Scalar",
-        "div.Scalar",
         "sym_size.int",
         "tanh.default",
-        "tril.default",
-        "triu.default",
         "threshold.default",
         "to.dtype",
+        "tril.default",
+        "triu.default",
         "type_as.default",
         "unfold.default",
         "upsample_bicubic2d.vec",
@@ -209,11 +209,11 @@ _OTHERS = frozenset(
         "upsample_trilinear3d.vec",
         "var.correction",
         "var.dim",
+        "var_mean.correction",
+        "var_mean.dim",
         "where.self",
         "zeros.default",
         "zeros_like.default",
-        "floor_divide.default",
-        "remainder.Scalar",
     ]
 )
 
@@ -253,12 +253,15 @@ def resolve(name: str) -> Callable[..., Any]:
     return function
 
 
+_CLAMPS = frozenset(f"aten.{name}.default" for name in ("hardtanh", "clamp", "clamp_min", "clip"))
+
+
 def is_rectifier(node: fx.Node) -> bool:
     """Whether the node is a ReLU or a ReLU with a ceiling (ReLU6, hardtanh or clamp from 0)."""
     name = name_of(node)
     if name in {"aten.relu.default", "aten.relu6.default"}:
         return True
-    if name in {"aten.hardtanh.default", "aten.clamp.default", "aten.clamp_min.default"}:
+    if name in _CLAMPS:
         low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
         return isinstance(low, int | float) and low == 0
     return False

@@ -1,7 +1,7 @@
 """Fake quantizers: modules that put a tensor on its grid while the student is tuned.
 
 A weight quantizer is called with the weight at every forward; an activation quantizer keeps a
-range that it tracks while `observing`. Both give their final grid to `student.freeze`.
+range that it tracks while `observing`. Both give their final grid to `freeze`.
 """
 
 from dataclasses import dataclass
