@@ -258,3 +258,17 @@ def test_every_spelling_of_a_relu_is_one():
     for relu in spellings:
         teacher = capture(Net(relu), networks.images(1))
         assert list(activation_widths(teacher, Scheme(Bits(4, 4), "t1")).values()) == [4]
+
+
+def test_a_bias_that_depends_on_the_input_is_refused_at_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 1, bias=False)
+
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.conv.weight, x.mean().expand(5)).relu().mean((2, 3))
+
+    teacher = capture(Net(), networks.images(1))
+    with pytest.raises(UsageError, match="computed from the input"):
+        build_student(teacher, Scheme(Bits(4, 4), "t1"))

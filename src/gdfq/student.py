@@ -133,6 +133,13 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, and this network has "
             "none: its activations would stay float. Use placement 'full'."
         )
+    for node in filter(has_weight, teacher.network.graph.nodes):
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, fx.Node) and bias.op != "get_attr":
+            raise UsageError(
+                f"a layer's bias must be a tensor of the network; that of {node.name} is computed "
+                "from the input. Add it after the layer instead."
+            )
     graph = fx.Graph()
     attributes: dict[str, Tensor | nn.Module] = _trainable(tensors_of(teacher.network))
     new: dict[fx.Node, fx.Node] = {}
