@@ -1,159 +1,273 @@
 """Accuracy of recipes on the real networks of ../shared, row by row.
 
-    python benchmarks/accuracy.py --recipes round zeroq paper real --steps 2000 --seeds 0
+    python benchmarks/accuracy.py                        # every row of PLAN that is not there yet
+    python benchmarks/accuracy.py --recipes fast --bits w3a3 --seeds 0 1 2
 
-Each row (network, widths, recipe, steps, seed) becomes a JSON file under benchmarks/results as
-soon as it is done, and is skipped when it is there, so an interrupted run goes on.
-Accuracy along the way is measured and recorded; nothing is ever selected by it.
+Each row (network, widths, placement, recipe, seed) becomes a JSON file under benchmarks/results
+as soon as it is done, and is skipped when it is there, so an interrupted run goes on. The images
+of a pool do not depend on the student: they are made once for each network and seed, kept under
+benchmarks/cache, and their time is charged to every row that uses them. Nothing is ever selected
+by accuracy.
 """
 
 import argparse
+import copy
 import json
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from networks import (
     cifar10_resnet20,
     cifar10_resnet32,
     cifar100_resnet56,
     imagenet_mobilenetv1_025,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from gdfq.capture import capture
-from gdfq.data import ArrayData, Preprocessing, load_data
+from gdfq.capture import Captured, capture
+from gdfq.data import ArrayData, ImageData, Preprocessing, load_data
 from gdfq.evaluate import logits_of
-from gdfq.freeze import freeze
 from gdfq.grid import Bits
 from gdfq.models import load_weights_
+from gdfq.pipeline import quantize_captured
 from gdfq.progress import Terminal
-from gdfq.recipes import find_recipe
+from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources import Batch
-from gdfq.sources.images import ImageSource
-from gdfq.student import Scheme, Student, build_student
-from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
+from gdfq.sources.images import GivenImages, on_images
+from gdfq.sources.pool import ImagePool, collect
+from gdfq.student import Scheme
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).parent / "results"
+CACHE = Path(__file__).parent / "cache"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NETWORKS = {
-    # name: (factory, input, mean and std, test data, training data)
-    "cifar10_resnet20": (cifar10_resnet20, (3, 32, 32), IMAGENET, "cifar10_test.npz", "cifar10_train5k.npz"),
-    "cifar10_resnet32": (cifar10_resnet32, (3, 32, 32), IMAGENET, "cifar10_test.npz", "cifar10_train5k.npz"),
-    "cifar100_resnet56": (
-        cifar100_resnet56, (3, 32, 32), ((0.5,) * 3, (0.5,) * 3), "cifar100_test.npz", "cifar100_train5k.npz",
-    ),
-    "imagenet_mobilenetv1_025": (imagenet_mobilenetv1_025, (3, 224, 224), IMAGENET, "imagenet_1000", None),
-}  # fmt: skip
 REAL_IMAGES = 1024
 
 
-def run_row(network: str, bits: str, recipe_name: str, steps: int | None, seed: int) -> dict:
-    factory, shape, (mean, std), test_file, train_file = NETWORKS[network]
-    model = factory().eval()
-    load_weights_(model, SHARED / "models" / f"{network}.safetensors")
-    recipe = find_recipe(recipe_name).with_steps(steps)
-    preprocessing = Preprocessing(mean, std)
-    started, started_cpu, excluded = time.perf_counter(), time.process_time(), [0.0, 0.0]
-    teacher = capture(model, torch.zeros(1, *shape))
-    test = load_data(SHARED / "data" / test_file, shape, teacher.classes)
-    cpu = torch.device("cpu")
+@dataclass(frozen=True)
+class Network:
+    factory: object
+    shape: tuple[int, int, int]
+    preprocessing: Preprocessing
+    test: str
+    train: str | None
 
-    def accuracy(module) -> dict[str, float]:
-        begun, begun_cpu = time.perf_counter(), time.process_time()
-        right = logits_of(module, test, preprocessing, device=cpu).argmax(1) == test.labels
-        excluded[0] += time.perf_counter() - begun
-        excluded[1] += time.process_time() - begun_cpu
-        parts = {"all": right, "even": right[::2], "odd": right[1::2]}
-        return {name: round(100 * float(part.double().mean()), 3) for name, part in parts.items()}
 
-    source = recipe.source
-    if recipe_name == "real":
-        train = load_data(SHARED / "data" / train_file, shape, teacher.classes)
-        few = ArrayData(train.images(torch.arange(REAL_IMAGES)), train.labels[:REAL_IMAGES])
-        source = ImageSource(few, preprocessing, source.batch)
-    teacher_accuracy = accuracy(teacher.network)
-    with Terminal() as listener:
-        batches = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
-        scheme = Scheme(Bits.parse(bits), recipe.placement)
-        fixed = recipe.tuning is None or recipe.tuning.fixed_statistics
-        student = build_student(teacher, scheme, fixed_statistics=fixed)
-        first = islice(batches, recipe.calibration)
-        calibrate_(student, first, steps=recipe.calibration, listener=listener)
-        along: list[dict] = []
+HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
+NETWORKS = {
+    "cifar10_resnet20": Network(
+        cifar10_resnet20, (3, 32, 32), Preprocessing(*IMAGENET), "cifar10_test.npz", "cifar10_train5k.npz"
+    ),
+    "cifar10_resnet32": Network(
+        cifar10_resnet32, (3, 32, 32), Preprocessing(*IMAGENET), "cifar10_test.npz", "cifar10_train5k.npz"
+    ),
+    "cifar100_resnet56": Network(
+        cifar100_resnet56, (3, 32, 32), HALF, "cifar100_test.npz", "cifar100_train5k.npz"
+    ),
+    "imagenet_mobilenetv1_025": Network(
+        imagenet_mobilenetv1_025, (3, 224, 224), Preprocessing(*IMAGENET), "imagenet_1000", None
+    ),
+}  # fmt: skip
 
-        def watched(batches: Iterator[Batch], student: Student) -> Iterator[Batch]:
-            marks = {round(recipe.steps * i / 8) for i in range(9)} | {recipe.warmup}
-            for step, batch in enumerate(batches, start=recipe.warmup):
-                if step in marks:
-                    seconds = time.perf_counter() - started - excluded[0]
-                    student.eval()
-                    along.append(
-                        {
-                            "step": step,
-                            "seconds": round(seconds, 1),
-                            "top1": accuracy(freeze(student)),
-                        }
-                    )
-                    student.train()
-                yield batch
 
-        if recipe.tuning is not None:
-            for _ in islice(batches, recipe.warmup - recipe.calibration):
-                pass
-            tune_(
-                student, watched(batches, student), recipe.tuning,
-                first_step=recipe.warmup, total_steps=recipe.steps, listener=listener,
-            )  # fmt: skip
-        frozen = freeze(student)
-    seconds = time.perf_counter() - started - excluded[0]
-    cpu_seconds = time.process_time() - started_cpu - excluded[1]
+@dataclass(frozen=True)
+class Row:
+    network: str
+    bits: str
+    placement: str
+    recipe: str
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        parts = (self.network, self.bits, self.placement, self.recipe, f"s{self.seed}")
+        return RESULTS / ("-".join(parts) + ".json")
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images made before, as a source; `seconds` is what making them took."""
+
+    images: Tensor
+    labels: Tensor
+    batch: int
+    seconds: float
+
+    def stream(self, *_: object, **__: object) -> Iterator[Batch]:
+        for images, labels in zip(
+            self.images.split(self.batch), self.labels.split(self.batch), strict=True
+        ):
+            layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+            yield Batch(images.contiguous(memory_format=layout), labels, None)
+
+
+def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> Recipe:
+    """The recipe with the images of its pool made once for all rows of a network and seed."""
+    pool = recipe.source
+    if not isinstance(pool, ImagePool) or isinstance(pool.source, GivenImages):
+        return recipe
+    CACHE.mkdir(exist_ok=True)
+    kind = type(pool.source).__name__.lower()
+    path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"
+    settings = path.with_suffix(".txt")
+    if not settings.exists() or settings.read_text().partition("\n")[0] != repr(pool.source):
+        started = time.perf_counter()
+        images, labels = collect(
+            pool.source, teacher, pool.images, seed=row.seed, listener=listener
+        )
+        seconds = time.perf_counter() - started
+        save_file({"images": images.contiguous(), "labels": labels}, path)
+        settings.write_text(f"{pool.source!r}\n{seconds:.3f}")
+    made = load_file(path)
+    seconds = float(settings.read_text().split("\n")[1])
+    source = StoredImages(made["images"], made["labels"], pool.batch, seconds)
+    return replace(recipe, source=replace(pool, source=source))
+
+
+def float_step_seconds(teacher: Captured, batch: int) -> float:
+    """Median time of a plain float training step of the network on the batch."""
+    network = copy.deepcopy(teacher.network).requires_grad_(True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    images = torch.randn(batch, *teacher.input_shape)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(teacher.classes, (batch,))
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        with torch.enable_grad():
+            F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, object]:
+    """Accuracies, agreement and the paired 95 % bootstrap interval of the drop, in percent."""
+    right = student.argmax(1) == labels
+    right_teacher = teacher.argmax(1) == labels
+    halves = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+    gap = right_teacher.double() - right.double()
+    draw = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(gap), (1000, len(gap)), generator=draw)
+    low, high = torch.quantile(gap[picks].mean(1), torch.tensor([0.025, 0.975]).double()).tolist()
+
+    def percent(part: Tensor) -> float:
+        return round(100 * float(part.double().mean()), 3)
+
     return {
-        "network": network, "bits": bits, "placement": recipe.placement, "recipe": recipe_name,
-        "steps": recipe.steps, "seed": seed, "images": recipe.steps * source.batch,
-        "teacher": teacher_accuracy, "student": accuracy(frozen), "along": along,
-        "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
+        "teacher": {name: percent(right_teacher[half]) for name, half in halves.items()},
+        "student": {name: percent(right[half]) for name, half in halves.items()},
+        "agreement": percent(student.argmax(1) == teacher.argmax(1)),
+        "drop_interval": [round(100 * low, 3), round(100 * high, 3)],
+    }
+
+
+def run_row(row: Row, steps: int | None) -> dict[str, object]:
+    network = NETWORKS[row.network]
+    model = network.factory().eval()  # type: ignore[operator]
+    load_weights_(model, SHARED / "models" / f"{row.network}.safetensors")
+    started = time.perf_counter()
+    teacher = capture(model, torch.zeros(1, *network.shape))
+    seconds = {"capture": time.perf_counter() - started}
+    recipe = find_recipe(row.recipe).with_steps(steps)
+    recipe = replace(recipe, placement=row.placement)  # type: ignore[arg-type]
+    with Terminal() as listener:
+        recipe = stored(recipe, teacher, row, listener)
+        source = recipe.source
+        if row.recipe in {"real", "paper-real"}:
+            assert network.train is not None
+            train = load_data(SHARED / "data" / network.train, network.shape, teacher.classes)
+            few = ArrayData(train.images(torch.arange(REAL_IMAGES)), train.labels[:REAL_IMAGES])
+            source = on_images(source, few, network.preprocessing)
+        float_step = float_step_seconds(teacher, source.batch)
+        made = getattr(getattr(source, "source", None), "seconds", 0.0)
+        started, cpu = time.perf_counter(), time.process_time()
+        scheme = Scheme(Bits.parse(row.bits), recipe.placement)
+        student = quantize_captured(
+            teacher, scheme, recipe, source, seed=row.seed, listener=listener
+        )
+        seconds |= {"images": made, "student": time.perf_counter() - started}
+        cpu_seconds = time.process_time() - cpu
+        test: ImageData = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
+        logits = [
+            logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
+            for module in (student, teacher.network)
+        ]
+    seconds["total"] = sum(seconds.values())
+    assert test.labels is not None
+    return {
+        "network": row.network, "bits": row.bits, "placement": row.placement,
+        "recipe": row.recipe, "steps": recipe.steps, "seed": row.seed,
+        "images": source.images if isinstance(source, ImagePool) else recipe.steps * source.batch,
+        **compared(*logits, test.labels),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "cpu_seconds": round(cpu_seconds + made, 1),
+        "float_step_seconds": round(float_step, 4),
+        "float_steps": round(seconds["total"] / float_step),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+R20, R32, R56, MOBILE = NETWORKS
+TARGETS = [
+    (R20, "w4a4", "t1"), (R20, "w3a3", "t1"), (R20, "w2a2", "t1"), (R20, "w8a8", "t1"),
+    (R20, "w4a4", "full"), (MOBILE, "w4a4", "t1"), (MOBILE, "w8a8", "t1"), (R56, "w4a4", "t1"),
+    (R56, "w3a3", "t1"), (R32, "w4a4", "t1"), (R32, "w3a3", "t1"),
+]  # fmt: skip
+"""Network, widths and placement of the tables."""
+SEEDS = (0, 1, 2)
+PLAN = (
+    [Row(*target, "fast", seed) for seed in SEEDS for target in TARGETS]
+    + [Row(R20, "w4a4", "t1", "quick", seed) for seed in SEEDS]
+    + [Row(*target, "real", seed) for seed in SEEDS for target in TARGETS if target[0] != MOBILE]
+    + [Row(*target, recipe, seed) for recipe in ("zeroq", "round") for seed in SEEDS for target in TARGETS]
+)  # fmt: skip
+"""All rows in the order in which they are to be measured."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", default=["cifar10_resnet20"], choices=NETWORKS)
-    parser.add_argument("--bits", nargs="+", default=["w4a4"])
-    parser.add_argument("--recipes", nargs="+", default=["round", "zeroq", "paper", "real"])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS)
+    parser.add_argument("--bits", nargs="+")
+    parser.add_argument("--placements", nargs="+", choices=("t1", "full"))
+    parser.add_argument("--recipes", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--steps", type=int, help="the recipe's own by default")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     if not SHARED.is_dir():
         sys.exit(f"skipped: the networks and images of {SHARED} are not there")
     RESULTS.mkdir(exist_ok=True)
-    rows = [
-        (network, bits, recipe, options.steps, seed)
-        for network in options.networks
-        for bits in options.bits
-        for recipe in options.recipes
-        for seed in options.seeds
-    ]
-    for row in rows:
-        steps = f"-{row[3]}" if row[3] else ""
-        path = RESULTS / f"{row[0]}-{row[1]}-{row[2]}{steps}-s{row[4]}.json"
-        if not path.exists():
-            path.write_text(json.dumps(run_row(*row), indent=1) + "\n")
-        result = json.loads(path.read_text())
+    chosen = [
+        row
+        for row in PLAN
+        if all(
+            wanted is None or value in wanted
+            for value, wanted in (
+                (row.network, options.networks), (row.bits, options.bits),
+                (row.placement, options.placements), (row.recipe, options.recipes),
+                (row.seed, options.seeds),
+            )
+        )
+    ]  # fmt: skip
+    for row in chosen:
+        if not row.path.exists():
+            row.path.write_text(json.dumps(run_row(row, options.steps), indent=1) + "\n")
+        result = json.loads(row.path.read_text())
+        drop = result["teacher"]["all"] - result["student"]["all"]
         print(
-            path.stem,
-            result["teacher"]["all"],
-            result["student"]["all"],
-            f"{result['seconds']} s",
+            f"{row.path.stem}: {result['student']['all']:.2f} % (drop {drop:.2f}), "
+            f"{result['seconds']['total']:.0f} s",
             flush=True,
         )
 

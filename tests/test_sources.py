@@ -10,7 +10,7 @@ from gdfq.capture import capture
 from gdfq.data import ArrayData, Preprocessing
 from gdfq.errors import GdfqError
 from gdfq.randomness import stream
-from gdfq.schedules import AdamConfig, SgdConfig, StepDecay
+from gdfq.schedules import AdamConfig, SgdConfig, StepDecay, set_rate_
 from gdfq.sources.generator import Generator, GeneratorSource
 from gdfq.sources.images import GivenImages, ImageSource
 from gdfq.sources.optimised import OptimisedSource
@@ -182,11 +182,10 @@ def test_a_recipe_for_real_images_without_them_is_refused(teacher):
 
 
 def test_published_learning_rate_steps():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = SgdConfig(lr=1e-4).build([parameter])
+    optimizer = SgdConfig(lr=1e-4).build(torch.nn.Linear(1, 1))
     rates = []
     for epoch in (0, 99, 100, 199, 200, 300, 399):
-        StepDecay().apply_(optimizer, 1e-4, epoch * 200, 400 * 200)
+        set_rate_(optimizer, StepDecay().factor(epoch * 200, 400 * 200))
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-7, 1e-7])
     (group,) = optimizer.param_groups

@@ -8,7 +8,8 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.freeze import freeze, rescaled
 from gdfq.grid import Bits, dequantize
 from gdfq.progress import silent
-from gdfq.quantizers import MinMaxWeight, MovingRange, QuantizedTensor
+from gdfq.quantizers import QuantizedTensor
+from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
 from gdfq.sources import Batch
 from gdfq.student import Scheme, Student, StudentBatchNorm, activation_widths, build_student
 from gdfq.tuning.calibrate import calibrate_

@@ -87,9 +87,9 @@ def cli() -> None:
 @click.option("--bits", default="w4a4", show_default=True, help="of weights and activations, 2..8")
 @click.option(
     "--recipe",
-    default="paper",
+    default="fast",
     show_default=True,
-    help="paper, paper-imagenet, round, zeroq, real, or an ablation (gdfq recipes lists all)",
+    help="fast, quick, paper, paper-imagenet, round, zeroq, real, ... (gdfq recipes lists all)",
 )
 @click.option("--out", type=_PATH, required=True, help="folder for the run; must not hold one yet")
 @click.option(
@@ -123,7 +123,7 @@ def evaluate_command(folder: Path, test: Path) -> None:
 
 @cli.command("generate")
 @_network_options
-@click.option("--recipe", default="paper", show_default=True, help="whose source makes the images")
+@click.option("--recipe", default="fast", show_default=True, help="whose source makes the images")
 @click.option("--count", default=1024, show_default=True, help="how many images")
 @click.option("--out", type=_PATH, required=True, help="folder for images.npz and images.npy")
 def generate_command(**options: Any) -> None:

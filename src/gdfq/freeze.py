@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from gdfq import operators
 from gdfq.capture import flat_module, tensors_of
 from gdfq.errors import GdfqError
-from gdfq.quantizers import MinMaxWeight, MovingRange, QuantizedTensor
+from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.student import Student, StudentBatchNorm
 
 
@@ -44,9 +44,9 @@ class _Freezer:
     def run(self) -> fx.GraphModule:
         for node in self.source.graph.nodes:
             module = self._module(node)
-            if node.op == "get_attr" or isinstance(module, MinMaxWeight):
+            if node.op == "get_attr" or isinstance(module, WeightQuantizer):
                 continue  # written where they are used
-            if isinstance(module, MovingRange):
+            if isinstance(module, ActivationQuantizer):
                 self.new[node] = self._activation(node, module)
             elif isinstance(module, StudentBatchNorm):
                 (x,) = node.all_input_nodes
@@ -77,9 +77,9 @@ class _Freezer:
             return None
         return self.modules[str(node.target)]
 
-    def _weight_quantizer(self, node: fx.Node) -> MinMaxWeight | None:
+    def _weight_quantizer(self, node: fx.Node) -> WeightQuantizer | None:
         module = self._module(node.args[1]) if len(node.args) > 1 else None
-        return module if isinstance(module, MinMaxWeight) else None
+        return module if isinstance(module, WeightQuantizer) else None
 
     def _norm_behind(self, node: fx.Node) -> StudentBatchNorm | None:
         """The batch norm that folds into a layer: its only user."""
@@ -88,16 +88,18 @@ class _Freezer:
         module = self._module(next(iter(node.users)))
         return module if isinstance(module, StudentBatchNorm) else None
 
-    def _activation(self, node: fx.Node, module: MovingRange) -> fx.Node:
+    def _activation(self, node: fx.Node, module: ActivationQuantizer) -> fx.Node:
         if not module.batches:
             raise GdfqError(
                 f"every activation range must be known; that of {node.target} is not. "
                 "Calibrate the student first."
             )
-        scale = self._constant(f"{self.ours}.{node.name}.scale", module.scale)
-        zero_point = self._constant(f"{self.ours}.{node.name}.zero_point", module.zero_point)
+        constants = [
+            self._constant(f"{self.ours}.{node.name}.{part}", value)
+            for part, value in zip(("scale", "zero_point"), module.grid(), strict=True)
+        ]
         (x,) = node.all_input_nodes
-        arguments = (self.new[x], scale, zero_point, module.bits)
+        arguments: Any = (self.new[x], *constants, module.bits)
         return self.graph.call_function(operators.resolve("gdfq.fake_quantize"), arguments)
 
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
@@ -124,7 +126,7 @@ class _Freezer:
             scale, shift = norm.current().scale_and_shift()
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
-        base = f"{self.ours}.{name.removesuffix('.weight')}"
+        base = f"{self.ours}.{name.removesuffix('.folded_weight').removesuffix('.weight')}"
         while f"{base}.codes" in self.tensors:  # shared, and folded with several batch norms
             base += "_"
         parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}

@@ -40,6 +40,40 @@ def standard_deviation_loss(seen: Statistics, stored: Statistics) -> Tensor:
     return len(seen) * batch_norm_statistics_loss(_deviations(seen), _deviations(stored))
 
 
+def relative_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
+    """1/L Σ_l mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²]: both errors in units of the channel's own σ.
+
+    A channel counts by how far it is off, not by how large its values are. A floor of 10⁻³ on σ
+    keeps channels that are almost constant from ruling the rest.
+    """
+    stored = [(mean, deviation.clamp_min(1e-3)) for mean, deviation in _deviations(stored)]
+    seen = [
+        (mean / sigma, deviation / sigma)
+        for (mean, deviation), (_, sigma) in zip(_deviations(seen), stored, strict=True)
+    ]
+    target = [(mean / sigma, torch.ones_like(sigma)) for mean, sigma in stored]
+    return batch_norm_statistics_loss(seen, target)
+
+
+def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """E[(1 − p_y)^γ · (−log p_y)] (arXiv 1708.02002): cross-entropy that lets go of easy images.
+
+    logits [N, C], labels [N] -> scalar. γ = 0 is the cross-entropy itself.
+    """
+    log_p = F.log_softmax(logits, 1).gather(1, labels[:, None])
+    # 1 − p reaches 0, where a power below 1 would have no gradient.
+    return -((1 - log_p.exp()).clamp_min(1e-12).pow(gamma) * log_p).mean()
+
+
+def feature_loss(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """1/B Σ_b ‖F̂_b − F_b‖² / ‖F_b‖² over the features of B blocks, each [N, ...] -> scalar."""
+    errors = [
+        F.mse_loss(student, teacher) / teacher.square().mean().clamp_min(1e-12)
+        for student, teacher in zip(seen, wanted, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str
 ) -> Tensor:

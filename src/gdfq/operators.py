@@ -253,6 +253,26 @@ def resolve(name: str) -> Callable[..., Any]:
     return function
 
 
+def has_weight(node: fx.Node) -> bool:
+    """Whether the node is a convolution or linear layer with a weight of its own."""
+    return name_of(node) in WEIGHTED and node.args[1].op == "get_attr"  # type: ignore[union-attr]
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether the node is a floating-point tensor that depends on the input."""
+    value = node.meta.get("val")
+    return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
+    """Where a layer's weight keeps its output channels, and the number of its groups."""
+    if name_of(node) in TRANSPOSED_CONVOLUTIONS:
+        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+        assert isinstance(groups, int)
+        return grid.Layout.TRANSPOSED, groups
+    return grid.Layout.ROWS, 1
+
+
 _CLAMPS = frozenset(f"aten.{name}.default" for name in ("hardtanh", "clamp", "clamp_min", "clip"))
 
 

@@ -1,14 +1,14 @@
 """The whole method, top to bottom: capture → source → student → calibrate → tune → freeze."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
@@ -20,7 +20,9 @@ from gdfq.grid import Bits
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
-from gdfq.sources.images import ImageSource
+from gdfq.sources import Source
+from gdfq.sources.images import on_images
+from gdfq.sources.pool import ImagePool, collect
 from gdfq.student import PLACEMENTS, Placement, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
@@ -32,7 +34,7 @@ def quantize(
     model: nn.Module,
     example_input: Tensor,
     bits: str | Bits = "w4a4",
-    recipe: str | Recipe = "paper",
+    recipe: str | Recipe = "fast",
     *,
     data: Data | None = None,
     test: Data | None = None,
@@ -68,40 +70,19 @@ def quantize(
 
     teacher = _captured(model, example_input, device)
     preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std)
-    source = recipe.source
+    source: Source = recipe.source
     if data is not None:
         images = load_data(data, teacher.input_shape, teacher.classes)
-        source = ImageSource(images, preprocessing, recipe.source.batch)
+        source = on_images(source, images, preprocessing)
     held_out = None if test is None else load_data(test, teacher.input_shape, teacher.classes)
     if held_out is not None and held_out.labels is None:
         raise UsageError("test images need labels; these have none. Give (images, labels).")
     clock.lap("capture")
 
-    batches = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
     scheme = Scheme(bits, recipe.placement)
-    tuning = recipe.tuning
-    student = build_student(
-        teacher, scheme, fixed_statistics=tuning is None or tuning.fixed_statistics
+    network = quantize_captured(
+        teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
     )
-    calibration = islice(batches, recipe.calibration)
-    calibrate_(student, calibration, steps=recipe.calibration, listener=listener)
-    clock.lap("calibrate")
-    if tuning is not None:
-        waiting = islice(batches, recipe.warmup - recipe.calibration)
-        for step, batch in enumerate(waiting, start=recipe.calibration + 1):
-            listener(Step("warmup", step, recipe.warmup, batch.losses))  # the student waits
-        clock.lap("warmup")
-        tune_(
-            student,
-            batches,
-            tuning,
-            first_step=recipe.warmup,
-            total_steps=recipe.steps,
-            listener=listener,
-        )
-        clock.lap("tune")
-    network = freeze(student)
-    clock.lap("freeze")
 
     card = Card(
         input_shape=teacher.input_shape,
@@ -124,11 +105,57 @@ def quantize(
     return QuantizedNetwork(network, card, metrics)
 
 
+def quantize_captured(
+    teacher: Captured,
+    scheme: Scheme,
+    recipe: Recipe,
+    source: Source,
+    *,
+    seed: int,
+    listener: Listener = silent,
+    lap: Callable[[str], None] | None = None,
+) -> fx.GraphModule:
+    """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
+
+    `lap` is called with the name of each stage when it ends.
+    """
+    lap = lap or (lambda _: None)
+    batches = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
+    tuning = recipe.tuning
+    student = build_student(
+        teacher,
+        scheme,
+        quantizers=recipe.quantizers,
+        fixed_statistics=tuning is None or tuning.fixed_statistics,
+    )
+    calibration = islice(batches, recipe.calibration)
+    calibrate_(student, calibration, steps=recipe.calibration, listener=listener)
+    lap("calibrate")
+    if tuning is not None:
+        waiting = islice(batches, recipe.warmup - recipe.calibration)
+        for step, batch in enumerate(waiting, start=recipe.calibration + 1):
+            listener(Step("warmup", step, recipe.warmup, batch.losses))  # the student waits
+        lap("warmup")
+        tune_(
+            student,
+            teacher,
+            batches,
+            tuning,
+            first_step=recipe.warmup,
+            total_steps=recipe.steps,
+            listener=listener,
+        )
+        lap("tune")
+    network = freeze(student)
+    lap("freeze")
+    return network
+
+
 def generate(
     model: nn.Module,
     example_input: Tensor,
     count: int = 1024,
-    recipe: str | Recipe = "paper",
+    recipe: str | Recipe = "fast",
     *,
     steps: int | None = None,
     seed: int = 0,
@@ -137,24 +164,29 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Synthetic images alone: [count, *input_shape] normalised floats, and their labels [count].
 
-    The recipe's source runs its `steps`, or as many as `count` images need if that is more; the
-    images are its last ones, when a generator has learned most. Raises UsageError and GdfqError
+    The images of a pool are those that the recipe would tune on. Any other source runs the
+    recipe's `steps`, or as many as `count` images need if that is more; the images are its last
+    ones, when a generator has learned most. Raises UsageError and GdfqError
     as `quantize` does.
     """
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     recipe = find_recipe(recipe)
     teacher = _captured(model, example_input, device)
+    if isinstance(recipe.source, ImagePool):
+        made = recipe.source.source
+        images, labels = collect(made, teacher, count, seed=seed, listener=listener)
+        return images.cpu(), labels.cpu()
     needed = -(-count // recipe.source.batch)
     total = max(recipe.steps if steps is None else steps, needed)
-    images, labels = [], []
+    kept: list[tuple[Tensor, Tensor]] = []
     stream = recipe.source.stream(teacher, steps=total, seed=seed, listener=listener)
     for step, batch in enumerate(stream, start=1):
         listener(Step("generate", step, total, batch.losses))
         if step > total - needed:
-            images.append(batch.images.cpu())
-            labels.append(batch.labels.cpu())
-    return torch.cat(images)[:count], torch.cat(labels)[:count]
+            kept.append((batch.images.cpu(), batch.labels.cpu()))
+    images, labels = map(torch.cat, zip(*kept, strict=True))
+    return images[:count], labels[:count]
 
 
 def _captured(model: nn.Module, example_input: Tensor, device: str) -> Captured:

@@ -7,12 +7,14 @@ loss beside the others.
 from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
-from gdfq.schedules import SgdConfig
+from gdfq.schedules import Cosine, GridAdam, SgdConfig
 from gdfq.sources import Source
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.images import GivenImages
 from gdfq.sources.optimised import OptimisedSource
-from gdfq.student import Placement
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
+from gdfq.student import Placement, Quantizers
 from gdfq.tuning.distill import Distillation
 
 
@@ -33,6 +35,7 @@ class Recipe:
     warmup: int
     tuning: Distillation | None
     placement: Placement
+    quantizers: Quantizers = "min-max"
 
     def __post_init__(self) -> None:
         if not 1 <= self.calibration <= self.warmup <= self.steps:
@@ -67,6 +70,35 @@ class Recipe:
             warmup=min(self.warmup, quarter),
         )
 
+
+_FAST_POOL = ImagePool(SpectralSource(), images=1024, batch=100)
+
+FAST = Recipe(
+    name="fast",
+    summary="learned grids, tuned on a pool of spectral images: minutes on a CPU",
+    source=_FAST_POOL,
+    steps=1000,
+    calibration=3,
+    warmup=3,
+    tuning=Distillation(
+        GridAdam(codes=0.01, steps=1e-3, others=5e-4),
+        schedule=Cosine(),
+        cross_entropy=0.0,
+        temperature=4.0,
+        reduction="batch",
+        features=1.0,
+    ),
+    placement="full",
+    quantizers="learned",
+)
+
+QUICK = replace(
+    FAST,
+    name="quick",
+    summary="fast with fewer images and steps: about a minute for a small network",
+    source=ImagePool(SpectralSource(iterations=50), images=256, batch=100),
+    steps=80,
+)
 
 _EPOCH = 200  # iterations, in all published schedules
 
@@ -163,15 +195,21 @@ _BASELINES = (
         placement="t1",
     ),
     replace(
-        PAPER,
+        FAST,
         name="real",
+        summary="fast's tuning on real images (--data)",
+        source=replace(_FAST_POOL, source=GivenImages(batch=_FAST_POOL.batch)),
+    ),
+    replace(
+        PAPER,
+        name="paper-real",
         summary="paper's tuning on real images (--data)",
         source=GivenImages(batch=PAPER.source.batch),
     ),
 )
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (PAPER, PAPER_IMAGENET, *_ABLATIONS, *_BASELINES)
+    recipe.name: recipe for recipe in (FAST, QUICK, PAPER, PAPER_IMAGENET, *_ABLATIONS, *_BASELINES)
 }
 
 

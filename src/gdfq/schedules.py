@@ -1,7 +1,9 @@
 """Optimizers and learning-rate schedules as frozen values."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -9,15 +11,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class SgdConfig:
-    """Stochastic gradient descent with Nesterov momentum."""
+    """Stochastic gradient descent with Nesterov momentum on all parameters of a module."""
 
     lr: float
     momentum: float = 0.9
     weight_decay: float = 1e-4
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(
-            parameters,
+            module.parameters(),
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -37,17 +39,64 @@ class AdamConfig:
 
 
 @dataclass(frozen=True)
+class GridAdam:
+    """Adam on a student with learned quantizers, each kind of parameter in units of its own.
+
+    codes: latent weight codes, in codes an update. steps: logarithms of quantization steps.
+    others: biases and what else trains, absolute.
+    """
+
+    codes: float
+    steps: float
+    others: float
+
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        kinds: dict[str, list[nn.Parameter]] = {"codes": [], "log_step": [], "": []}
+        for name, parameter in module.named_parameters():
+            last = name.rpartition(".")[2]
+            kinds[last if last in kinds else ""].append(parameter)
+        rates = (self.codes, self.steps, self.others)
+        return torch.optim.Adam(
+            [
+                {"params": parameters, "lr": lr}
+                for parameters, lr in zip(kinds.values(), rates, strict=True)
+                if parameters
+            ]
+        )
+
+
+class Schedule(Protocol):
+    """How the learning rate goes from step to step."""
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor on the initial learning rate at `step` (from 0) out of `total`."""
+        ...
+
+
+@dataclass(frozen=True)
 class StepDecay:
-    """The learning rate times `factor` at each milestone, a part of all steps.
+    """The learning rate times `decay` at each milestone, a part of all steps.
 
     The published milestones are epochs 100, 200 and 300 of 400.
     """
 
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
-    factor: float = 0.1
+    decay: float = 0.1
 
-    def apply_(self, optimizer: torch.optim.Optimizer, base: float, step: int, total: int) -> None:
-        """Set the learning rate of `step` (from 0) out of `total`."""
+    def factor(self, step: int, total: int) -> float:
         passed = sum(step >= round(milestone * total) for milestone in self.milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = base * self.factor**passed
+        return self.decay**passed
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 to 0."""
+
+    def factor(self, step: int, total: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def set_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's learning rate to `factor` times the one it was built with."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

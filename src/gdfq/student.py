@@ -1,6 +1,6 @@
 """The student: a trainable copy of the teacher's graph with fake quantizers in it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +10,12 @@ from torch import Tensor, fx, nn
 from gdfq import operators
 from gdfq.capture import Captured, tensors_of
 from gdfq.errors import UsageError
-from gdfq.grid import Bits, Layout
-from gdfq.quantizers import MinMaxWeight, MovingRange
+from gdfq.features import WithFeatures, with_features
+from gdfq.folding import fold_batch_norms
+from gdfq.grid import Bits
+from gdfq.quantizers import ActivationQuantizer, WeightQuantizer
+from gdfq.quantizers.learned import LearnedRange, LearnedWeight
+from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
 from gdfq.statistics import BatchNorm, batch_norm_of
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
@@ -19,6 +23,12 @@ ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batc
 
 Placement = Literal["t1", "full"]
 PLACEMENTS: tuple[Placement, ...] = ("t1", "full")
+
+Quantizers = Literal["min-max", "learned"]
+ACTIVATIONS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] = {
+    "min-max": MovingRange,
+    "learned": LearnedRange,
+}
 
 _SIGNAL_BITS = 8
 """Width of the network's input and of convolution outputs without a ReLU in `full` placement."""
@@ -81,10 +91,17 @@ class Student(nn.Module):
         logits: Tensor = self.network(images)
         return logits
 
+    def with_features(self, names: Sequence[str]) -> WithFeatures:
+        """The student with its values, as quantized, of the teacher's nodes of these names."""
+        nodes = {node.name: node for node in self.network.graph.nodes}
+        quantized = {str(node.target): node for node in nodes.values() if node.op == "call_module"}
+        features = [quantized.get(f"{ACTIVATION}.{name}", nodes[name]) for name in names]
+        return with_features(self.network, features)
+
     @property
-    def activations(self) -> Iterator[MovingRange]:
+    def activations(self) -> Iterator[ActivationQuantizer]:
         """All activation quantizers."""
-        return (module for module in self.modules() if isinstance(module, MovingRange))
+        return (module for module in self.modules() if isinstance(module, ActivationQuantizer))
 
 
 def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
@@ -99,7 +116,7 @@ def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
         for node in nodes
         if operators.name_of(node) in operators.INTEGER_CONSUMERS
         for source in node.all_input_nodes
-        if _is_activation(source)
+        if operators.is_activation(source)
     }
     wanted |= {
         _after_batch_norm(node)
@@ -116,15 +133,25 @@ def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     }
 
 
-def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool = True) -> Student:
+def build_student(
+    teacher: Captured,
+    scheme: Scheme,
+    *,
+    quantizers: Quantizers = "min-max",
+    fixed_statistics: bool = True,
+) -> Student:
     """A trainable copy of the teacher with the scheme's quantizers; ranges are not yet known.
 
+    quantizers: "min-max" follow the weights and the batches; "learned" train with the student,
+        whose batch norms are then folded into its layers beforehand.
     With fixed_statistics False the batch norms' running statistics follow in training mode.
 
     Raises UsageError when the scheme finds no weight or no activation to quantize.
     """
+    if quantizers == "learned":
+        teacher = fold_batch_norms(teacher)
     widths = activation_widths(teacher, scheme)
-    if not any(has_weight(node) for node in teacher.network.graph.nodes):
+    if not any(operators.has_weight(node) for node in teacher.network.graph.nodes):
         raise UsageError(
             "there must be a convolution or linear layer to quantize; this network has none."
         )
@@ -133,7 +160,7 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, and this network has "
             "none: its activations would stay float. Use placement 'full'."
         )
-    for node in filter(has_weight, teacher.network.graph.nodes):
+    for node in filter(operators.has_weight, teacher.network.graph.nodes):
         bias = node.args[2] if len(node.args) > 2 else None
         if isinstance(bias, fx.Node) and bias.op != "get_attr":
             raise UsageError(
@@ -141,7 +168,9 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
                 "from the input. Add it after the layer instead."
             )
     graph = fx.Graph()
-    attributes: dict[str, Tensor | nn.Module] = _trainable(tensors_of(teacher.network))
+    teacher_tensors = tensors_of(teacher.network)
+    attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
+    learned: dict[str, LearnedWeight] = {}
     new: dict[fx.Node, fx.Node] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
 
@@ -149,6 +178,15 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
         target = f"{kind}.{name.replace('.', '_')}"
         attributes[target] = module
         return graph.call_module(target, (argument,))
+
+    def weight_quantizer(node: fx.Node) -> WeightQuantizer:
+        layout, bits = operators.weight_layout(node), scheme.bits.weights
+        if quantizers == "min-max":
+            return MinMaxWeight(bits, *layout)
+        name = str(node.args[1].target)  # type: ignore[union-attr]
+        if name not in learned:  # a weight that is used twice is one
+            learned[name] = LearnedWeight(teacher_tensors[name], bits, *layout)
+        return learned[name]
 
     for node in teacher.network.graph.nodes:
         if node in teacher.batch_norms:
@@ -158,24 +196,18 @@ def build_student(teacher: Captured, scheme: Scheme, *, fixed_statistics: bool =
             new[node] = call(BATCH_NORM, node.name, norms[key], new[node.args[0]])
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
-            if has_weight(node):
-                quantizer = MinMaxWeight(scheme.bits.weights, *_layout(node))
+            if operators.has_weight(node):
+                quantizer = weight_quantizer(node)
                 with graph.inserting_before(new[node]):
                     weight = call(WEIGHT, node.name, quantizer, new[node.args[1]])
                 new[node].update_arg(1, weight)
         if node in widths:
-            new[node] = call(ACTIVATION, node.name, MovingRange(widths[node]), new[node])
+            activation = ACTIVATIONS[quantizers](widths[node])
+            new[node] = call(ACTIVATION, node.name, activation, new[node])
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
     used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
     chosen = {name: value for name, value in attributes.items() if name in used}
     return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
-
-
-def has_weight(node: fx.Node) -> bool:
-    """Whether the node is a convolution or linear layer with a weight of its own."""
-    return (
-        operators.name_of(node) in operators.WEIGHTED and node.args[1].op == "get_attr"  # type: ignore[union-attr]
-    )
 
 
 def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
@@ -187,15 +219,6 @@ def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
         for tensor in tensors.values()
     }
     return {name: copies[id(tensor)] for name, tensor in tensors.items()}
-
-
-def _layout(node: fx.Node) -> tuple[Layout, int]:
-    """Where the node's weight keeps its output channels, and the number of its groups."""
-    if operators.name_of(node) in operators.TRANSPOSED_CONVOLUTIONS:
-        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-        assert isinstance(groups, int)
-        return Layout.TRANSPOSED, groups
-    return Layout.ROWS, 1
 
 
 def _after_batch_norm(node: fx.Node) -> fx.Node:
@@ -218,7 +241,9 @@ def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:
     signals = {node for node in nodes if node.op == "placeholder"}
     for node in nodes:
         sources = [
-            _grid_source(source) for source in node.all_input_nodes if _is_activation(source)
+            _grid_source(source)
+            for source in node.all_input_nodes
+            if operators.is_activation(source)
         ]
         if operators.name_of(node) in operators.AFFINE and len(sources) == 1:
             signals |= {node} if sources[0] in signals else set()
@@ -230,8 +255,3 @@ def _grid_source(node: fx.Node) -> fx.Node:
     while operators.keeps_grid(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _is_activation(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return node.op != "get_attr" and isinstance(value, Tensor) and value.is_floating_point()

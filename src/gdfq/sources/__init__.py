@@ -15,12 +15,13 @@ class Batch:
     """What the student sees in one step, detached, on the teacher's device.
 
     images [N, *input_shape] in the network's normalised input space, channels_last;
-    labels [N] integers; teacher_logits [N, C]; losses: scalars for the log.
+    labels [N] integers; teacher_logits [N, C], or None where the teacher has not seen these very
+    images; losses: scalars for the log.
     """
 
     images: Tensor
     labels: Tensor
-    teacher_logits: Tensor
+    teacher_logits: Tensor | None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 

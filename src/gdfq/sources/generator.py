@@ -18,7 +18,7 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, StepDecay
+from gdfq.schedules import AdamConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork
@@ -180,7 +180,7 @@ class GeneratorSource:
                 images = generator(z, labels)
                 logits, losses = loss(images, labels)
                 if step < last:
-                    self.decay.apply_(optimizer, self.optimizer.lr, step, planned)
+                    set_rate_(optimizer, self.decay.factor(step, planned))
                     optimizer.zero_grad()
                     losses["generator"].backward()
                     optimizer.step()

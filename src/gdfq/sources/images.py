@@ -1,7 +1,7 @@
 """Given images as a source: few-shot runs, and the upper bound that real data sets."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -12,7 +12,8 @@ from gdfq.data import ImageData, Preprocessing
 from gdfq.errors import UsageError
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.sources import Batch
+from gdfq.sources import Batch, Source
+from gdfq.sources.pool import ImagePool
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class GivenImages:
             "this recipe tunes on real images and none were given. "
             "Give them with --data (or data=...), or choose a data-free recipe such as 'paper'."
         )
+
+
+def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> Source:
+    """The recipe's source with given images in the place of those it would make."""
+    if isinstance(source, ImagePool):
+        given = ImageSource(data, preprocessing, source.batch)
+        return replace(source, source=given, images=min(source.images, len(data)))
+    return ImageSource(data, preprocessing, source.batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import torch
 
 from gdfq.errors import GdfqError
 from gdfq.progress import Listener, Step
-from gdfq.quantizers import MovingRange
+from gdfq.quantizers import ActivationQuantizer
 from gdfq.sources import Batch
 from gdfq.student import Student
 
@@ -26,9 +26,9 @@ def calibrate_(
         student(batch.images)
         listener(Step("calibrate", step, steps, batch.losses))
     for name, quantizer in student.named_modules():
-        if isinstance(quantizer, MovingRange):
+        if isinstance(quantizer, ActivationQuantizer):
             quantizer.observing = False
-            if not bool(quantizer.scale.isfinite()):
+            if not bool(quantizer.grid()[0].isfinite()):
                 raise GdfqError(
                     f"every activation range must be finite; that of {name} is not. "
                     "Look for NaN or infinity in the images."

@@ -1,7 +1,7 @@
 """Tuning as published: cross-entropy and distillation on the stream's batches."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,46 +9,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdfq.capture import Captured
 from gdfq.errors import GdfqError
-from gdfq.losses import distillation_loss
+from gdfq.features import block_ends
+from gdfq.features import with_features as features_of
+from gdfq.folding import fold_batch_norms
+from gdfq.losses import distillation_loss, feature_loss
 from gdfq.progress import Listener, Step
-from gdfq.schedules import SgdConfig, StepDecay
+from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.student import Student
+
+Answers = tuple[Tensor, Sequence[Tensor]]
+"""Logits [N, C] and the features of each block, of student or teacher."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂))   (γ = distillation).
+    """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂)) + features · L_F.
+
+    γ of the paper is `distillation`; L_F is `feature_loss` over the ends of the blocks.
 
     `reduction` of the KL: "element" as the published numbers were made, "batch" the standard.
     """
 
-    optimizer: SgdConfig
-    decay: StepDecay = StepDecay()  # noqa: RUF009 (frozen)
+    optimizer: SgdConfig | GridAdam
+    schedule: Schedule = StepDecay()  # noqa: RUF009 (frozen)
     cross_entropy: float = 1.0
     distillation: float = 1.0
     temperature: float = 20.0
     reduction: Literal["element", "batch"] = "element"
+    features: float = 0.0
     fixed_statistics: bool = True
 
-    def losses(self, student_logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, student: Answers, teacher: Answers, labels: Tensor) -> dict[str, Tensor]:
         """L(Q) under "student", and those of its parts that have a weight."""
+        student_logits, student_features = student
+        teacher_logits, teacher_features = teacher
         parts: dict[str, Tensor] = {}
         total = student_logits.new_zeros(())
         if self.cross_entropy:
-            parts["ce"] = F.cross_entropy(student_logits, batch.labels)
+            parts["ce"] = F.cross_entropy(student_logits, labels)
             total = total + self.cross_entropy * parts["ce"]
         if self.distillation:
             parts["kd"] = distillation_loss(
-                student_logits, batch.teacher_logits, self.temperature, self.reduction
+                student_logits, teacher_logits, self.temperature, self.reduction
             )
             total = total + self.distillation * parts["kd"]
+        if self.features and teacher_features:  # a network of one block has none
+            parts["features"] = feature_loss(student_features, teacher_features)
+            total = total + self.features * parts["features"]
         return {"student": total, **parts}
 
 
 def tune_(
     student: Student,
+    teacher: Captured,
     batches: Iterable[Batch],
     config: Distillation,
     *,
@@ -64,11 +80,13 @@ def tune_(
     Raises GdfqError when the loss is not finite.
     """
     student.train()  # only batch norms without fixed statistics behave differently
-    optimizer = config.optimizer.build(student.parameters())
+    optimizer = config.optimizer.build(student)
+    ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
     for step, batch in enumerate(batches, start=first_step):
-        config.decay.apply_(optimizer, config.optimizer.lr, step, total_steps)
+        set_rate_(optimizer, config.schedule.factor(step, total_steps))
         with torch.enable_grad():
-            losses = config.losses(student(batch.images), batch)
+            answers = ask_teacher(batch)
+            losses = config.losses(ask_student(batch), answers, batch.labels)
             optimizer.zero_grad()
             losses["student"].backward()
         value = losses["student"].item()
@@ -81,3 +99,25 @@ def tune_(
         logged = {**batch.losses, **{k: v.detach() for k, v in losses.items()}}
         listener(Step("tune", step + 1, total_steps, logged))
     student.eval()
+
+
+def _questions(
+    student: Student, teacher: Captured, *, with_features: bool
+) -> tuple[Callable[[Batch], Answers], Callable[[Batch], Answers]]:
+    """How student and teacher are asked about a batch; the teacher needs no gradient."""
+    # Its batch norms cost time and change nothing.
+    network = fold_batch_norms(teacher).network
+    if with_features:
+        ends = block_ends(network.graph)
+        ask_student = student.with_features([node.name for node in ends])
+        ask_teacher = features_of(network, ends)
+        return lambda batch: ask_student(batch.images), torch.no_grad()(
+            lambda batch: ask_teacher(batch.images)
+        )
+
+    @torch.no_grad()
+    def logits(batch: Batch) -> Answers:
+        known = batch.teacher_logits
+        return network(batch.images) if known is None else known, ()
+
+    return lambda batch: (student(batch.images), ()), logits

@@ -1,0 +1,56 @@
+"""Where a network's blocks end, and its features there beside its logits.
+
+A feature is a tensor that everything behind it depends on alone: all paths from the input to the
+logits lead through it. Between two of them lies a block (of a ResNet the residual block, of a
+plain network a layer), so a student whose features are the teacher's computes as it does.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, fx
+
+from gdfq import operators
+
+WithFeatures = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
+"""Images [N, *input_shape] -> logits [N, C] and the features, one a block."""
+
+
+def block_ends(graph: fx.Graph) -> list[fx.Node]:
+    """The features of a graph in order: each block's last tensor before pooling or reshaping."""
+    # Numbers such as a batch size do not count: every image has the same.
+    nodes = [node for node in graph.nodes if operators.is_activation(node)]
+    (output,) = graph.find_nodes(op="output")
+    logits = output.args[0]
+    position = {node: i for i, node in enumerate(nodes)}
+    last_use = [max((position.get(user, -1) for user in node.users), default=-1) for node in nodes]
+    ends: list[fx.Node] = []
+    candidate: fx.Node | None = None
+    has_layer, alive_until = False, -1
+    for i, node in enumerate(nodes):
+        is_layer = operators.has_weight(node)
+        if is_layer and candidate is not None:  # the next block begins
+            ends.append(candidate)
+            candidate, has_layer = None, False
+        if node is logits:
+            break
+        has_layer = has_layer or is_layer
+        if has_layer and alive_until <= i and not _only_reduces(node):
+            candidate = node
+        alive_until = max(alive_until, last_use[i])
+    return ends
+
+
+def _only_reduces(node: fx.Node) -> bool:
+    return operators.keeps_grid(node) or operators.name_of(node) in operators.POOLING
+
+
+def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """The network that also returns the values of some of its nodes; it shares all tensors."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in network.graph.nodes:
+        if node.op == "output":
+            graph.output((new[node.args[0]], [new[feature] for feature in nodes]))
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    return fx.GraphModule(network, graph)

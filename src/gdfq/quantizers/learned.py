@@ -1,0 +1,193 @@
+"""Quantizers whose grids are learned with the network (LSQ, arXiv 1902.08153).
+
+Both start where a search finds the least error and are then trained in units of their own grid:
+a weight as latent codes, a step by its logarithm. One learning rate so means the same in every
+layer of every network.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.grid import (
+    Layout,
+    affine_grid,
+    along_channels,
+    channel_range,
+    code_bounds,
+    fake_quantize,
+)
+from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
+
+_SHRINKS = 80
+"""Candidate ranges: the full one times 1, 0.99, 0.98, ..."""
+_SAMPLE = 2**17
+"""Values of a feature map that a range search looks at."""
+
+
+class LearnedWeight(WeightQuantizer):
+    """w_q = Δ (clamp(round(v), −2^(k−1), 2^(k−1) − 1) − z) with latent codes v and step Δ learned.
+
+    One Δ for each output channel; z stays. ∂round(v)/∂v is taken as 1, and clamped codes get no
+    gradient, so ∂w_q/∂Δ = q − z and ∂w_q/∂v = Δ. The weight enters once, at construction.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, layout: Layout, groups: int = 1) -> None:
+        super().__init__(bits, layout, groups)
+        weight = weight.detach()
+        step, zero_point = best_weight_grid(weight, bits, layout, groups)
+        self.register_buffer("step", step)
+        self.register_buffer("zero_point", zero_point)
+        low, high = code_bounds(bits)
+        # Beyond half a code outside the bounds a latent code could not come back.
+        codes = (weight / step + zero_point).clamp(low - 0.49, high + 0.49)
+        self.codes = nn.Parameter(codes)
+        self.log_step = nn.Parameter(torch.zeros_like(step))
+
+    def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
+        inside = self.codes.clamp(*code_bounds(self.bits))
+        rounded = inside + (inside.round() - inside).detach()
+        return (rounded - self.zero_point) * (self.step * self.log_step.exp())
+
+    @torch.no_grad()
+    def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
+        codes = self.codes.clamp(*code_bounds(self.bits)).round().to(torch.int8)
+        scale = self.step * self.log_step.exp()
+        return QuantizedTensor(codes, scale, self.zero_point, self.bits)
+
+
+class LearnedRange(ActivationQuantizer):
+    """Per-tensor grid that starts at the range of least square error and then learns its step.
+
+    Over several batches the starting step is the mean of theirs, and z that of the first. The
+    range contains 0.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.register_buffer("step", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self.log_step = nn.Parameter(torch.zeros(()))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        return learned_step(x, self.step * self.log_step.exp(), self.zero_point, self.bits)
+
+    def _update_(self, x: Tensor) -> None:
+        step, zero_point = best_range(x, self.bits)
+        if self.batches == 1:
+            self.step.copy_(step)
+            self.zero_point.copy_(zero_point)
+        else:
+            self.step.lerp_(step, 1 / float(self.batches))
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        return self.step * self.log_step.exp(), self.zero_point
+
+
+def best_weight_grid(
+    weight: Tensor, bits: int, layout: Layout, groups: int = 1, power: float = 2.4
+) -> tuple[Tensor, Tensor]:
+    """Step and zero point of each output channel with the least Σ|w_q − w|^power.
+
+    Candidates shrink the channel's range from both ends, or only its upper end, or only its
+    lower one. Shapes broadcast against the weight.
+    """
+    low, high = channel_range(weight, layout, groups)
+    best_error: Tensor | None = None
+    best = affine_grid(low, high, bits)
+    for candidate in _shrunk(low, high):
+        step, zero_point = affine_grid(*candidate, bits)
+        error = (fake_quantize(weight, step, zero_point, bits) - weight).abs().pow(power)
+        error = _channel_sum(error, layout, groups)
+        if best_error is None:
+            best_error = error
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = (
+            torch.where(better, step, best[0]),
+            torch.where(better, zero_point, best[1]),
+        )
+    return best
+
+
+def _shrunk(low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for i in range(_SHRINKS):
+        factor = 1 - i / 100
+        yield low * factor, high * factor
+        if i:
+            yield low, high * factor
+            yield low * factor, high
+
+
+def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
+    """Sum over each output channel, shaped to broadcast against the weight."""
+    if layout is Layout.ROWS:
+        return error.flatten(1).sum(1).view(-1, *[1] * (error.ndim - 1))
+    rows = error.unflatten(0, (groups, -1)).sum(1)  # [g, O/g, *k]
+    sums = rows.flatten(2).sum(2).flatten() if rows.ndim > 2 else rows.flatten()
+    return along_channels(sums, error, layout, groups)
+
+
+def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Step and zero point over a range with 0 in it that give x the least mean square error.
+
+    Both scalars. The search looks at an evenly spread sample of x.
+    """
+    flat = x.flatten()
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    best_error: float | None = None
+    best = affine_grid(low, high, bits)
+    for i in range(_SHRINKS):
+        step, zero_point = affine_grid(low * (1 - i / 100), high * (1 - i / 100), bits)
+        error = float((fake_quantize(sample, step, zero_point, bits) - sample).square().mean())
+        if best_error is None or error < best_error:
+            best_error, best = error, (step, zero_point)
+    return best
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        # Both bounds as numbers: clamping by tensors is several times slower.
+        low, high = (bound - float(zero_point) for bound in code_bounds(bits))
+        scaled = x / step
+        codes = scaled.round().clamp_(low, high)
+        ctx.save_for_backward(scaled, codes, step)
+        ctx.bounds = (low, high)
+        return codes * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        scaled, codes, step = ctx.saved_tensors
+        (grad,) = grads
+        grad_x = grad * (scaled == scaled.clamp(*ctx.bounds))
+        grad_step = _inner(grad, codes) - _inner(grad_x, scaled)
+        return grad_x, grad_step.view_as(step), None, None
+
+
+def learned_step(x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` with the gradients of LSQ (arXiv 1902.08153, equations 3 and 5).
+
+    With u = x/Δ and q − z the code without its zero point:
+    ∂x_q/∂x = 1 inside the range and 0 outside; ∂x_q/∂Δ = (q − z) − u inside and q − z outside.
+    step and zero_point are scalars.
+    """
+    return _LearnedStep.apply(x, step, zero_point, bits)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a b in one pass, without a product tensor; fast on channels_last feature maps."""
+    if a.ndim == 4:
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -1,0 +1,62 @@
+"""The quantizers of GDFQ: minimum and maximum set the grid (Q1-Q3, `docs/equations.md`)."""
+
+import torch
+from torch import Tensor
+
+from gdfq.grid import affine_grid, channel_range, quantize, straight_through
+from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
+
+
+class MinMaxWeight(WeightQuantizer):
+    """Per-output-channel grid over the minimum and maximum of the *current* weights (Q1, Q2)."""
+
+    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, shaped to broadcast against the weight."""
+        low, high = channel_range(weight.detach(), self.layout, self.groups)
+        return affine_grid(low, high, self.bits)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return straight_through(weight, *self.grid(weight), self.bits)
+
+    @torch.no_grad()
+    def quantized(self, weight: Tensor) -> QuantizedTensor:
+        scale, zero_point = self.grid(weight)
+        codes = quantize(weight, scale, zero_point, self.bits).to(torch.int8)
+        return QuantizedTensor(codes, scale, zero_point, self.bits)
+
+
+class MovingRange(ActivationQuantizer):
+    """Per-tensor grid over a moving average of each batch's minimum and maximum (Q1-Q3).
+
+    While `observing`, with r_t the batch's minimum (maximum) and momentum μ = 0.9:
+
+        m_t = μ m_{t−1} + (1 − μ) r_t,  m_0 = 0;   tracked = m_t / (1 − μ^t)        (Q3)
+
+    so a constant range is tracked exactly from the first batch on. The range always contains 0,
+    because padding and ReLU need it. Afterwards it is frozen.
+    """
+
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int, momentum: float = 0.9) -> None:
+        super().__init__(bits)
+        self.momentum = momentum
+        for name in ("low", "high", "scale", "zero_point"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        return straight_through(x, self.scale, self.zero_point, self.bits)
+
+    def _update_(self, x: Tensor) -> None:
+        self.low.lerp_(x.amin().clamp_(max=0), 1 - self.momentum)
+        self.high.lerp_(x.amax().clamp_(min=0), 1 - self.momentum)
+        correction = 1 - self.momentum**self.batches
+        scale, zero_point = affine_grid(self.low / correction, self.high / correction, self.bits)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point

@@ -1,0 +1,104 @@
+"""Images optimised in the frequency domain against the teacher's batch-norm statistics.
+
+An image is the inverse Fourier transform of free coefficients times the amplitude spectrum that
+natural images share, 1/f^α. The prior needs no data: it only makes the optimiser take large
+steps in low frequencies and small ones in high frequencies, where pixel-wise optimisation does
+the reverse and fills the first layers with noise. (Feature visualisation optimises single images
+so; see C. Olah et al., Distill 2017, "Feature Visualization".)
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdfq.capture import Captured
+from gdfq.losses import focal_loss, relative_statistics_loss
+from gdfq.progress import Listener, Step, silent
+from gdfq.randomness import stream as random_stream
+from gdfq.schedules import AdamConfig, Cosine, set_rate_
+from gdfq.sources import Batch
+from gdfq.sources.optimised import input_moments
+from gdfq.statistics import StatisticsNetwork
+
+
+@dataclass(frozen=True)
+class SpectralSource:
+    """Each batch follows Adam on relative statistics plus a weak focal class loss.
+
+    The loss is `relative_statistics_loss` over all batch norms and the input, whose target is
+    mean 0 and deviation 1, plus `class_weight` times `focal_loss` with focus 2 to labels that
+    cover the classes in turn. `exponent` is α of the spectrum.
+    """
+
+    batch: int = 128
+    iterations: int = 100
+    optimizer: AdamConfig = AdamConfig(lr=0.05)  # noqa: RUF009 (frozen)
+    exponent: float = 1.5
+    class_weight: float = 0.03
+    focus: float = 2.0
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches. Raises UsageError for networks without batch norms."""
+        network = StatisticsNetwork(teacher)
+        channels, *size = teacher.input_shape
+        device = teacher.device
+        zero, one = (torch.full((channels,), v, device=device) for v in (0.0, 1.0))
+        stored = [(zero, one), *network.stored]
+        amplitude = natural_spectrum(size, self.exponent).to(device)
+        draw = random_stream(seed, "spectral.draw")
+        for step in range(steps):
+            labels = (torch.arange(self.batch) + step * self.batch) % teacher.classes
+            labels = labels.to(device)
+            shape = (self.batch, channels, *amplitude.shape, 2)
+            noise = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5))
+            coefficients = noise.to(device).requires_grad_()
+            optimizer = self.optimizer.build([coefficients])
+            for iteration in range(self.iterations):
+                set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
+                with torch.enable_grad():
+                    images = from_spectrum(coefficients, amplitude, size)
+                    logits, seen = network(images)
+                    bns = relative_statistics_loss([input_moments(images), *seen], stored)
+                    boundary = focal_loss(logits, labels, self.focus)
+                    loss = bns + self.class_weight * boundary
+                    (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
+                optimizer.step()
+                losses = {"bns": bns.detach(), "boundary": boundary.detach()}
+                done = step * self.iterations + iteration + 1
+                listener(Step("images", done, steps * self.iterations, losses))
+            with torch.no_grad():
+                images = from_spectrum(coefficients, amplitude, size)
+                yield Batch(images, labels, teacher.network(images), losses)
+
+
+def natural_spectrum(size: list[int], exponent: float) -> Tensor:
+    """Amplitudes 1/f^exponent on the grid of `torch.fft.rfftn` over `size`: [*, last//2 + 1].
+
+    The lowest frequency's amplitude also stands for f = 0. Scaled so that unit complex normal
+    coefficients make images of variance 1.
+    """
+    axes = [torch.fft.fftfreq(side) for side in size[:-1]] + [torch.fft.rfftfreq(size[-1])]
+    grid = torch.meshgrid(*axes, indexing="ij")
+    frequency = torch.stack(grid).square().sum(0).sqrt().clamp_min(1 / max(size))
+    amplitude = frequency**-exponent
+    # All but the first (and, for an even side, the last) column stand for two coefficients.
+    count = torch.full((size[-1] // 2 + 1,), 2.0)
+    count[0] = 1
+    if size[-1] % 2 == 0:
+        count[-1] = 1
+    power = (count * amplitude.square()).sum()
+    return amplitude * (math.prod(size) / power).sqrt()
+
+
+def from_spectrum(coefficients: Tensor, amplitude: Tensor, size: list[int]) -> Tensor:
+    """Images [N, C, *size] of coefficients [N, C, *amplitude.shape, 2]; differentiable."""
+    scaled = torch.view_as_complex(coefficients) * amplitude
+    dims = list(range(-len(size), 0))
+    images = torch.fft.irfftn(scaled, s=size, dim=dims, norm="ortho")
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    return images.contiguous(memory_format=layout)
