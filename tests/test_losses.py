@@ -9,6 +9,9 @@ from gdfq.losses import (
     batch_norm_statistics_loss,
     class_boundary_loss,
     distillation_loss,
+    feature_loss,
+    focal_loss,
+    relative_statistics_loss,
     standard_deviation_loss,
 )
 
@@ -55,3 +58,26 @@ def test_distillation_against_numpy(reduction, divisor):
     expected = temperature**2 * (p * np.log(p / q)).sum() / divisor
     got = distillation_loss(torch.tensor(student), torch.tensor(teacher), temperature, reduction)
     assert float(got) == pytest.approx(expected)
+
+
+def test_relative_statistics_by_hand():
+    # Layer 1, σ = 1: means 1² and 2², deviations (2 − 1)² and 0: (1 + 1 + 4 + 0)/2.
+    # Layer 2, σ = 2: mean ((0 − 2)/2)² = 1, deviation (3/2 − 1)² = 0.25.
+    expected = (3 + 1.25) / 2
+    assert float(relative_statistics_loss(SEEN, STORED)) == pytest.approx(expected)
+
+
+def test_focal_by_hand():
+    # p_y = 1/4 and 3/4.
+    logits = tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    expected = (0.75**2 * math.log(4) + 0.25**2 * math.log(4 / 3)) / 2
+    assert float(focal_loss(logits, tensor([0, 1]), 2.0)) == pytest.approx(expected)
+    plain = class_boundary_loss(logits, tensor([0, 1]))
+    assert float(focal_loss(logits, tensor([0, 1]), 0.0)) == pytest.approx(float(plain))
+
+
+def test_features_by_hand():
+    seen = [tensor([[1.0, 2.0]]), tensor([[0.0]])]
+    wanted = [tensor([[1.0, 4.0]]), tensor([[2.0]])]
+    # 4/17 of the first block's energy, all of the second's.
+    assert float(feature_loss(seen, wanted)) == pytest.approx((4 / 17 + 1) / 2)

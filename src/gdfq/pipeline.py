@@ -143,6 +143,7 @@ def quantize_captured(
             tuning,
             first_step=recipe.warmup,
             total_steps=recipe.steps,
+            seed=seed,
             listener=listener,
         )
         lap("tune")

@@ -87,6 +87,7 @@ FAST = Recipe(
         temperature=4.0,
         reduction="batch",
         features=1.0,
+        drop=0.5,
     ),
     placement="full",
     quantizers="learned",
@@ -96,7 +97,7 @@ QUICK = replace(
     FAST,
     name="quick",
     summary="fast with fewer images and steps: about a minute for a small network",
-    source=ImagePool(SpectralSource(iterations=50), images=256, batch=100),
+    source=ImagePool(SpectralSource(iterations=40), images=256, batch=100),
     steps=80,
 )
 

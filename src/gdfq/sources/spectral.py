@@ -29,14 +29,16 @@ class SpectralSource:
     """Each batch follows Adam on relative statistics plus a weak focal class loss.
 
     The loss is `relative_statistics_loss` over all batch norms and the input, whose target is
-    mean 0 and deviation 1, plus `class_weight` times `focal_loss` with focus 2 to labels that
-    cover the classes in turn. `exponent` is α of the spectrum.
+    mean 0 and deviation 1, plus `class_weight` times `focal_loss` with exponent `focus` to labels
+    that cover the classes in turn. `exponent` is α of the spectrum; `grey` is the share of the
+    power that the channels have in common at the start (see `from_spectrum`).
     """
 
     batch: int = 128
-    iterations: int = 100
+    iterations: int = 60
     optimizer: AdamConfig = AdamConfig(lr=0.05)  # noqa: RUF009 (frozen)
     exponent: float = 1.5
+    grey: float = 0.85
     class_weight: float = 0.03
     focus: float = 2.0
 
@@ -61,7 +63,7 @@ class SpectralSource:
             for iteration in range(self.iterations):
                 set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
                 with torch.enable_grad():
-                    images = from_spectrum(coefficients, amplitude, size)
+                    images = from_spectrum(coefficients, amplitude, size, self.grey)
                     logits, seen = network(images)
                     bns = relative_statistics_loss([input_moments(images), *seen], stored)
                     boundary = focal_loss(logits, labels, self.focus)
@@ -72,7 +74,7 @@ class SpectralSource:
                 done = step * self.iterations + iteration + 1
                 listener(Step("images", done, steps * self.iterations, losses))
             with torch.no_grad():
-                images = from_spectrum(coefficients, amplitude, size)
+                images = from_spectrum(coefficients, amplitude, size, self.grey)
                 yield Batch(images, labels, teacher.network(images), losses)
 
 
@@ -95,8 +97,17 @@ def natural_spectrum(size: list[int], exponent: float) -> Tensor:
     return amplitude * (math.prod(size) / power).sqrt()
 
 
-def from_spectrum(coefficients: Tensor, amplitude: Tensor, size: list[int]) -> Tensor:
-    """Images [N, C, *size] of coefficients [N, C, *amplitude.shape, 2]; differentiable."""
+def from_spectrum(coefficients: Tensor, amplitude: Tensor, size: list[int], grey: float) -> Tensor:
+    """Images [N, C, *size] of coefficients [N, C, *amplitude.shape, 2]; differentiable.
+
+    The channels' mean is scaled so that of white coefficients it makes the share `grey` of the
+    power, as in natural images, whose channels are mostly alike; the differences make the rest.
+    """
+    channels = coefficients.shape[1]
+    mean = coefficients.mean(1, keepdim=True)
+    if channels > 1:
+        apart = math.sqrt(channels / (channels - 1) * (1 - grey))
+        coefficients = math.sqrt(channels * grey) * mean + apart * (coefficients - mean)
     scaled = torch.view_as_complex(coefficients) * amplitude
     dims = list(range(-len(size), 0))
     images = torch.fft.irfftn(scaled, s=size, dim=dims, norm="ortho")

@@ -1,0 +1,127 @@
+"""Images in the frequency domain, and the pool that hands them out."""
+
+import math
+from dataclasses import replace
+
+import networks
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdfq.capture import capture
+from gdfq.data import ArrayData, Preprocessing
+from gdfq.losses import relative_statistics_loss
+from gdfq.sources import Batch
+from gdfq.sources.images import on_images
+from gdfq.sources.pool import ImagePool, collect, shifted_and_flipped
+from gdfq.sources.spectral import SpectralSource, from_spectrum, natural_spectrum
+from gdfq.statistics import StatisticsNetwork
+
+
+@pytest.mark.parametrize("size", [[32, 32], [9, 12], [64], [5, 6, 7]])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_white_coefficients_make_images_of_variance_one(size, channels):
+    amplitude = natural_spectrum(size, 1.5)
+    draw = torch.Generator().manual_seed(0)
+    white = torch.randn(400, channels, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
+    images = from_spectrum(white, amplitude, size, grey=0.85)
+    assert images.shape == (400, channels, *size)
+    assert float(images.square().mean()) == pytest.approx(1, abs=0.15)
+
+
+def test_the_spectrum_falls_as_asked():
+    """NumPy's own transform sees 1/f^1.5 in the images: four times less power at 2.5 f."""
+    size = [64, 64]
+    amplitude = natural_spectrum(size, 1.5)
+    draw = torch.Generator().manual_seed(0)
+    white = torch.randn(200, 1, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
+    power = np.abs(np.fft.fft2(from_spectrum(white, amplitude, size, 0.85).numpy())) ** 2
+    row = power.mean((0, 1))[0]  # along one axis: frequencies 0, 1, 2, ...
+    assert row[4] / row[16] == pytest.approx(4**3, rel=0.3)
+
+
+def test_channels_are_as_alike_as_asked():
+    size, grey = [32, 32], 0.85
+    amplitude = natural_spectrum(size, 1.0)
+    draw = torch.Generator().manual_seed(0)
+    white = torch.randn(300, 3, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
+    images = from_spectrum(white, amplitude, size, grey)
+    correlation = np.corrcoef(images.permute(1, 0, 2, 3).flatten(1).numpy())
+    # Covariance of two channels: grey/3·3 of the mean's power less half the rest's share.
+    assert correlation[0, 1] == pytest.approx(grey - (1 - grey) / 2, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return capture(networks.make("Residual"), networks.images(2))
+
+
+def test_the_images_come_near_the_statistics(teacher):
+    source = SpectralSource(batch=32, iterations=60)
+    (batch,) = source.stream(teacher, steps=1, seed=0)
+    network = StatisticsNetwork(teacher)
+
+    def error(images):
+        return float(relative_statistics_loss(network(images)[1], network.stored))
+
+    start = next(replace(source, iterations=1).stream(teacher, steps=1, seed=0)).images
+    assert error(batch.images) < 0.3 * error(start)
+    assert batch.labels.bincount(minlength=networks.CLASSES).min() >= 6  # classes in turn
+    assert torch.equal(batch.teacher_logits, teacher.network(batch.images))
+    again = next(source.stream(teacher, steps=1, seed=0)).images
+    other = next(source.stream(teacher, steps=1, seed=1)).images
+    assert torch.equal(again, batch.images)
+    assert not torch.equal(other, batch.images)
+
+
+class Counted:
+    """Images that say which they are, as a source."""
+
+    batch = 4
+
+    def stream(self, teacher, *, steps, **_):
+        for step in range(steps):
+            number = torch.arange(4.0) + 4 * step
+            yield Batch(number.view(4, 1, 1, 1).expand(4, 1, 8, 8), number.long(), None)
+
+
+def test_a_pool_shows_each_image_once_an_epoch(teacher):
+    pool = ImagePool(Counted(), images=10, batch=5)
+    batches = list(pool.stream(teacher, steps=4, seed=3))
+    for first, second in (batches[:2], batches[2:]):
+        labels = torch.cat([first.labels, second.labels])
+        assert labels.sort().values.tolist() == list(range(10))
+        values = torch.cat([first.images, second.images])[:, 0, 0, 0]
+        assert torch.equal(values.long(), labels)  # image and label stay together
+    assert not torch.equal(batches[0].labels, batches[2].labels)
+    same = list(pool.stream(teacher, steps=4, seed=3))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(batches, same, strict=True))
+
+
+def test_collect_takes_the_first(teacher):
+    images, labels = collect(Counted(), teacher, 6, seed=0)
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert images.shape == (6, 1, 8, 8)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([[16, 24], [40], [7, 7], [8, 8, 8]]))
+def test_shifting_moves_and_mirrors_only(seed, size):
+    images = torch.rand(3, 2, *size, generator=torch.Generator().manual_seed(seed))
+    moved = shifted_and_flipped(images, torch.Generator().manual_seed(seed))
+    assert moved.shape == images.shape
+    # Every value comes from the same image and channel, and the middle survives.
+    for before, after in zip(images.flatten(0, 1), moved.flatten(0, 1), strict=True):
+        assert bool(torch.isin(after, before).all())
+        middle = before[tuple(slice(side // 4, side - side // 4) for side in size)]
+        assert bool(torch.isin(middle, after).all())
+
+
+def test_given_images_fill_the_pool():
+    images = torch.randint(256, (7, 1, 8, 8)).byte()
+    data = ArrayData(images, torch.arange(7))
+    pool = on_images(ImagePool(Counted(), images=10, batch=5), data, Preprocessing((0.0,), (1.0,)))
+    assert pool.images == 7
+    assert pool.source.data is data
