@@ -6,7 +6,10 @@ python benchmarks/tables.py
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+
+from accuracy import PLAN
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,58 +22,78 @@ half of the test images is the one that design choices may look at, the odd half
 """
 
 READING = """
-2,000 steps are a fortieth of the published run. With the published learning rate (1e-4, cut tenfold
-at a quarter, a half and three quarters) the 1,500 updates that follow the warm-up move the student
-little: most of the accuracy is that of the ranges, and ranges from images optimised for a minute
-(`zeroq`) are better than those from a generator that has seen 500 steps. The same tuning on 1,024 real
-images (`real`) ends where `zeroq` starts, so at this length it is the schedule that limits, not the
-images. The full 80,000 steps have
-not been run here: at the speed below they take about a day and a half on two cores.
+*Development networks* are marked with an asterisk: hyper-parameters were chosen on their
+even-indexed images (with seed 100), so read the odd half. The others never chose anything.
+Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
+was also busy; the images' share is charged to every row that uses them. A *float step* is a plain
+training step of the same network on the same batch, measured in the same process.
+"""
+
+PAPER_READING = """
+`paper` and `paper-real` ran 2,000 steps, a fortieth of the published 80,000. With the published
+learning rate (1e-4, cut tenfold at a quarter, a half and three quarters) the 1,500 updates that
+follow the warm-up move the student little: it is the schedule that limits at this length, not the
+images. The full 80,000 steps have not been run here: on two cores they take about a day and a half.
 """
 
 PUBLISHED = """
-Published, on another network (FP 94.03 %, track T1, W4A4, best test epoch): GDFQ after 80,000
-steps 90.25, drop 3.78; ZeroQ calibrated only 79.30, drop 14.7; fine-tuning on real data 93.11
-(recalled, unverified). Drops on different networks prove little: they are here for orientation.
+Published drops, on *other* networks (track T1, best test epoch; `../shared/anchors.md` has the
+sources): CIFAR-10 ResNet-20 (94.03) w4a4: GDFQ 3.78, SynQ 1.13; w3a3: HAST 5.55. CIFAR-100
+ResNet-20 (70.33) w4a4: SynQ 2.99; w3a3: SynQ 13.05. ImageNet MobileNetV1 (73.39) w4a4: PLF 15.69.
+Drops on different networks prove little: they are here for orientation.
 """
+
+DEVELOPMENT = {"cifar10_resnet20", "cifar10_resnet32"}
 
 
 def accuracy_tables() -> str:
     runs = defaultdict(list)
     for path in sorted(RESULTS.glob("*-s*.json")):
         run = json.loads(path.read_text())
-        runs[run["network"], run["bits"], run["placement"], run["recipe"], run["steps"]].append(run)
+        runs[run["network"], run["placement"], run["bits"], run["recipe"], run["steps"]].append(run)
     lines = [
         "\n## Accuracy\n",
-        "| network | bits | placement | recipe | steps | images drawn | seeds | full precision | all 10,000 "
-        "| even / odd half | drop | seconds (CPU seconds) | peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| network | placement | bits | recipe | steps | seeds | full precision | top-1, all images "
+        "| even / odd half | drop, all (95 % interval) | drop, odd half | agreement with the teacher "
+        "| seconds (images) | float steps | peak MiB |",
+        "| --- |" + " --- |" * 14,
     ]
-    for (network, bits, placement, recipe, steps), group in runs.items():
+    for (network, placement, bits, recipe, steps), group in runs.items():
         top1 = [run["student"]["all"] for run in group]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-        first = group[0]
-        mean = statistics.mean(top1)
-        even, odd = (
-            statistics.mean(run["student"][half] for run in group) for half in ("even", "odd")
-        )
-        seconds = statistics.mean(run["seconds"] for run in group)
-        cpu = statistics.mean(run["cpu_seconds"] for run in group)
+        full = group[0]["teacher"]
+
+        def mean(of: Callable[[dict], float], group: list[dict] = group) -> float:
+            return statistics.mean(of(run) for run in group)
+
+        odd, even = (mean(lambda run, h=half: run["student"][h]) for half in ("odd", "even"))
+        interval, agreement, cost, images = "", "", "", ""
+        if "drop_interval" in group[0]:
+            low, high = (mean(lambda run, i=i: run["drop_interval"][i]) for i in (0, 1))
+            interval = f" ({low:.2f} to {high:.2f})"
+            agreement = f"{mean(lambda run: run['agreement']):.2f}"
+            cost = f"{mean(lambda run: run['float_steps']):,.0f}"
+            images = f" ({mean(lambda run: run['seconds']['images']):.0f})"
+        star = "\\*" if network in DEVELOPMENT else ""
         lines.append(
-            f"| {network} | {bits} | {placement} | `{recipe}` | {steps} | {first['images']:,} | {len(group)} "
-            f"| {first['teacher']['all']:.2f} | {mean:.2f}{spread} | {even:.2f} / {odd:.2f} "
-            f"| {first['teacher']['all'] - mean:.2f} | {seconds:.0f} ({cpu:.0f}) | {first['peak_mib']} |"
+            f"| {network}{star} | {placement} | {bits} | `{recipe}` | {steps:,} | {len(group)} "
+            f"| {full['all']:.2f} | {statistics.mean(top1):.2f}{spread} | {even:.2f} / {odd:.2f} "
+            f"| {full['all'] - statistics.mean(top1):.2f}{interval} | {full['odd'] - odd:.2f} "
+            f"| {agreement} | {mean(lambda run: run['seconds']['total']):.0f}{images} | {cost} "
+            f"| {max(run['peak_mib'] for run in group)} |"
         )
+    missing = [row.path.stem for row in PLAN if not row.path.exists()]
+    if missing:
+        lines.append(f"\n**Not yet run** ({len(missing)} rows): " + ", ".join(missing) + ".")
     lines.append(
-        "\nMade by `OMP_NUM_THREADS=1 python benchmarks/accuracy.py --recipes RECIPE --steps STEPS` "
-        "(`zeroq`: without `--steps`). `real` draws its batches from 1,024 real training images. "
-        "One seed where no spread is given. Runs shared a busy two-core machine, one thread each: "
-        "take times from the speed table."
+        "\nMade by `OMP_NUM_THREADS=1 python benchmarks/accuracy.py`, row by row; `real` is "
+        "`fast`'s tuning on 1,024 real training images. ± is the standard deviation over seeds; "
+        "the interval is the paired bootstrap over test images, its bounds averaged over seeds."
     )
-    lines += [READING, PUBLISHED]
-    for (network, bits, placement, recipe, _), group in runs.items():
+    lines += [READING, PAPER_READING, PUBLISHED]
+    for (network, placement, bits, recipe, _), group in runs.items():
         for run in group:
-            if run["along"]:
+            if run.get("along"):
                 lines.append(
                     f"\n### Along the way: {network} {bits} {placement} `{recipe}`, seed {run['seed']}\n\n"
                     "| step | seconds | top-1 (measured, never used) |\n| --- | --- | --- |"
@@ -79,9 +102,8 @@ def accuracy_tables() -> str:
                     f"| {p['step']} | {p['seconds']:.0f} | {p['top1']['all']:.2f} |"
                     for p in run["along"]
                 ]
-                lines.append(
-                    f"| {run['steps']} | {run['seconds']:.0f} | {run['student']['all']:.2f} |"
-                )
+                total = run["seconds"]["total"]
+                lines.append(f"| {run['steps']} | {total:.0f} | {run['student']['all']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

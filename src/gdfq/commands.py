@@ -21,7 +21,7 @@ from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, quantize
 from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork
-from gdfq.recipes import find_recipe
+from gdfq.recipes import FAST, find_recipe
 from gdfq.runs import RunFolder, as_values
 from gdfq.student import Placement
 from gdfq.version import __version__
@@ -166,6 +166,7 @@ def demo(out: Path) -> None:
     example = torch.zeros(1, *digits.INPUT_SHAPE)
     common: dict[str, Any] = {
         "bits": "w4a4",
+        "placement": FAST.placement,
         "test": test,
         "mean": digits.PREPROCESSING.mean,
         "std": digits.PREPROCESSING.std,
@@ -176,21 +177,19 @@ def demo(out: Path) -> None:
         "command": "gdfq demo",
         "weights_sha256": weights_hash(network),
         "bits": "w4a4",
-        "recipe": as_values(digits.RECIPE),
+        "recipe": as_values(FAST),
         "seed": 0,
     }
-    tuned = _quantize_into(folder, config, network, example, recipe=digits.RECIPE, **common)
-    with Terminal() as terminal:
-        rounded = quantize(network, example, recipe=digits.ROUNDING, listener=terminal, **common)
-    rows = (
-        ("full precision", tuned.metrics["teacher"]["top1"], 0.0),
-        (
-            "direct rounding",
-            rounded.metrics["student"]["top1"],
-            rounded.metrics["seconds"]["total"],
-        ),
-        ("GDFQ", tuned.metrics["student"]["top1"], tuned.metrics["seconds"]["total"]),
-    )
+    fast = _quantize_into(folder, config, network, example, recipe=FAST, **common)
+    results = {"fast": fast}
+    for name, recipe in (("GDFQ (paper)", digits.RECIPE), ("direct rounding", digits.ROUNDING)):
+        with Terminal() as terminal:
+            results[name] = quantize(network, example, recipe=recipe, listener=terminal, **common)
+    rows = [
+        (name, result.metrics["student"]["top1"], result.metrics["seconds"]["total"])
+        for name, result in reversed(results.items())
+    ]
+    rows.insert(0, ("full precision", fast.metrics["teacher"]["top1"], 0.0))
     click.echo(f"\n{'':18}{'top-1':>8}{'seconds':>10}   on {len(held_out.labels)} digits")
     for name, accuracy, seconds in rows:
         click.echo(f"{name:18}{accuracy:7.2f}%{seconds:10.0f}")

@@ -21,7 +21,7 @@ INPUT_SHAPE = (1, 8, 8)
 PREPROCESSING = Preprocessing(mean=(0.305,), std=(0.376,))  # of the training half
 
 RECIPE = replace(PAPER, source=GeneratorSource(batch=64)).with_steps(1000)
-"""The published method at a batch that a minute allows."""
+"""GDFQ as published, at a batch that a minute allows."""
 ROUNDING = replace(find_recipe("round"), source=RECIPE.source).with_steps(RECIPE.calibration)
 
 

@@ -143,7 +143,6 @@ def quantize_captured(
             tuning,
             first_step=recipe.warmup,
             total_steps=recipe.steps,
-            seed=seed,
             listener=listener,
         )
         lap("tune")

@@ -71,13 +71,13 @@ class Recipe:
         )
 
 
-_FAST_POOL = ImagePool(SpectralSource(), images=1024, batch=100)
+_FAST_POOL = ImagePool(SpectralSource(), images=2048, batch=100)
 
 FAST = Recipe(
     name="fast",
     summary="learned grids, tuned on a pool of spectral images: minutes on a CPU",
     source=_FAST_POOL,
-    steps=1000,
+    steps=600,
     calibration=3,
     warmup=3,
     tuning=Distillation(
@@ -87,7 +87,6 @@ FAST = Recipe(
         temperature=4.0,
         reduction="batch",
         features=1.0,
-        drop=0.5,
     ),
     placement="full",
     quantizers="learned",
@@ -97,7 +96,7 @@ QUICK = replace(
     FAST,
     name="quick",
     summary="fast with fewer images and steps: about a minute for a small network",
-    source=ImagePool(SpectralSource(iterations=40), images=256, batch=100),
+    source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
 )
 

@@ -66,35 +66,19 @@ class LearnedRange(ActivationQuantizer):
 
     Over several batches the starting step is the mean of theirs, and z that of the first. The
     range contains 0.
-
-    While the student trains, `drop_` lets a share of the channels, drawn anew for each image,
-    pass unquantized (QDrop, arXiv 2203.05740, here by channel): layers behind learn to do with
-    both, which keeps them from fitting the rounding errors of a few images.
     """
 
     step: Tensor
     zero_point: Tensor
-    _dropped: float
-    _random: torch.Generator | None
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
-        self.drop_(0.0, None)
         self.register_buffer("step", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
         self.log_step = nn.Parameter(torch.zeros(()))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        quantized = learned_step(x, self.step * self.log_step.exp(), self.zero_point, self.bits)
-        if not self._dropped:
-            return quantized
-        share = torch.rand(x.shape[:2], generator=self._random).to(x.device)
-        passes = (share < self._dropped).view(*x.shape[:2], *[1] * (x.ndim - 2))
-        return torch.where(passes, x, quantized)
-
-    def drop_(self, share: float, random: torch.Generator | None) -> None:
-        """From now on let this share of the channels pass; 0 ends it."""
-        self._dropped, self._random = share, random
+        return learned_step(x, self.step * self.log_step.exp(), self.zero_point, self.bits)
 
     def _update_(self, x: Tensor) -> None:
         step, zero_point = best_range(x, self.bits)

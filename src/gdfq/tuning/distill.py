@@ -16,8 +16,6 @@ from gdfq.features import with_features as features_of
 from gdfq.folding import fold_batch_norms
 from gdfq.losses import distillation_loss, feature_loss
 from gdfq.progress import Listener, Step
-from gdfq.quantizers.learned import LearnedRange
-from gdfq.randomness import stream as random_stream
 from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.student import Student
@@ -32,8 +30,6 @@ class Distillation:
 
     γ of the paper is `distillation`; L_F is `feature_loss` over the ends of the blocks.
 
-    drop: share of channels that pass learned quantizers unquantized, at the start; the schedule
-    takes it to its end as it does the learning rate.
     `reduction` of the KL: "element" as the published numbers were made, "batch" the standard.
     """
 
@@ -44,7 +40,6 @@ class Distillation:
     temperature: float = 20.0
     reduction: Literal["element", "batch"] = "element"
     features: float = 0.0
-    drop: float = 0.0
     fixed_statistics: bool = True
 
     def losses(self, student: Answers, teacher: Answers, labels: Tensor) -> dict[str, Tensor]:
@@ -75,7 +70,6 @@ def tune_(
     *,
     first_step: int,
     total_steps: int,
-    seed: int,
     listener: Listener,
 ) -> None:
     """One update of the student for each batch.
@@ -88,13 +82,8 @@ def tune_(
     student.train()  # only batch norms without fixed statistics behave differently
     optimizer = config.optimizer.build(student)
     ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
-    learned = [q for q in student.activations if isinstance(q, LearnedRange)]
-    random = random_stream(seed, "tune.drop")
     for step, batch in enumerate(batches, start=first_step):
-        factor = config.schedule.factor(step, total_steps)
-        set_rate_(optimizer, factor)
-        for quantizer in learned:
-            quantizer.drop_(config.drop * factor, random)
+        set_rate_(optimizer, config.schedule.factor(step, total_steps))
         with torch.enable_grad():
             answers = ask_teacher(batch)
             losses = config.losses(ask_student(batch), answers, batch.labels)
@@ -109,8 +98,6 @@ def tune_(
         optimizer.step()
         logged = {**batch.losses, **{k: v.detach() for k, v in losses.items()}}
         listener(Step("tune", step + 1, total_steps, logged))
-    for quantizer in learned:
-        quantizer.drop_(0.0, None)
     student.eval()
 
 
