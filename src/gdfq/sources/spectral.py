@@ -88,11 +88,12 @@ def natural_spectrum(size: list[int], exponent: float) -> Tensor:
     grid = torch.meshgrid(*axes, indexing="ij")
     frequency = torch.stack(grid).square().sum(0).sqrt().clamp_min(1 / max(size))
     amplitude = frequency**-exponent
-    # All but the first (and, for an even side, the last) column stand for two coefficients.
+    # A coefficient of unit power adds 2 |c|² with its mirror image; of the first column (and, for
+    # an even side, the last), whose mirror it is itself, only the real half remains.
     count = torch.full((size[-1] // 2 + 1,), 2.0)
-    count[0] = 1
+    count[0] = 0.5
     if size[-1] % 2 == 0:
-        count[-1] = 1
+        count[-1] = 0.5
     power = (count * amplitude.square()).sum()
     return amplitude * (math.prod(size) / power).sqrt()
 
