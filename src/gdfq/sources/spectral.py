@@ -35,11 +35,11 @@ class SpectralSource:
     """
 
     batch: int = 128
-    iterations: int = 25
+    iterations: int = 30
     optimizer: AdamConfig = AdamConfig(lr=0.05, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
     grey: float = 0.85
-    class_weight: float = 0.003
+    class_weight: float = 0.01
     focus: float = 2.0
 
     def stream(
