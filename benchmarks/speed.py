@@ -27,7 +27,7 @@ from gdfq.grid import Bits
 from gdfq.losses import batch_norm_statistics_loss
 from gdfq.progress import silent
 from gdfq.randomness import stream
-from gdfq.recipes import PAPER
+from gdfq.recipes import FAST, PAPER
 from gdfq.sources import Batch
 from gdfq.sources.generator import Generator
 from gdfq.sources.upsampling import upsampled_convolution
@@ -146,16 +146,31 @@ def main() -> None:
         generator.zero_grad()
 
     def tune_once() -> None:
-        tune_(student, [batch], tuning, first_step=0, total_steps=1, listener=silent)
+        tune_(student, teacher, [batch], tuning, first_step=0, total_steps=1, listener=silent)
+
+    learner = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers="learned")
+    calibrate_(learner, [batch], steps=1, listener=silent)
+
+    def five_fast_updates() -> None:
+        batches = [Batch(images, labels, None)] * 5
+        tune_(learner, teacher, batches, FAST.tuning, first_step=0, total_steps=5, listener=silent)
+
+    spectral = replace(FAST.source.source, batch=options.batch, iterations=5)
+
+    def five_spectral_iterations() -> None:
+        next(spectral.stream(teacher, steps=1, seed=0))
 
     config = replace(PAPER.source, batch=options.batch)
     source = config.stream(teacher, steps=10**6, seed=0)
 
     def whole_step() -> None:
-        tune_(student, islice(source, 1), tuning, first_step=0, total_steps=1, listener=silent)
+        tune_(
+            student, teacher, islice(source, 1), tuning,
+            first_step=0, total_steps=1, listener=silent,
+        )  # fmt: skip
 
     float_model = cifar10_resnet20().train().to(memory_format=torch.channels_last)
-    float_optimizer = tuning.optimizer.build(float_model.parameters())
+    float_optimizer = tuning.optimizer.build(float_model)
 
     def float_step() -> None:
         float_optimizer.zero_grad()
@@ -194,6 +209,8 @@ def main() -> None:
         "teacher: forward, backward": lambda: torch.autograd.grad(plain_loss(), leaf),
         "teacher: the same with statistics": lambda: torch.autograd.grad(with_statistics(), leaf),
         "student: one update": tune_once,
+        "fast: five updates, teacher's features included": five_fast_updates,
+        "fast: five iterations on the images": five_spectral_iterations,
         "up x2 and 3x3: as written": lambda: convolve(False),
         "up x2 and 3x3: phases": lambda: convolve(True),
         **{

@@ -43,6 +43,12 @@ class Recipe:
                 "a recipe needs 1 <= calibration <= warmup <= steps; "
                 f"got {self.calibration}, {self.warmup}, {self.steps}."
             )
+        if self.tuning is not None and self.tuning.features and self.quantizers != "learned":
+            raise UsageError(
+                "block features are matched where batch norms are folded, which students with "
+                f"learned quantizers have; recipe {self.name!r} has {self.quantizers!r}. "
+                "Set features to 0 or quantizers to 'learned'."
+            )
 
     def with_steps(self, steps: int | None) -> "Recipe":
         """The recipe shortened or lengthened to `steps`.

@@ -105,9 +105,8 @@ def _questions(
     student: Student, teacher: Captured, *, with_features: bool
 ) -> tuple[Callable[[Batch], Answers], Callable[[Batch], Answers]]:
     """How student and teacher are asked about a batch; the teacher needs no gradient."""
-    # Its batch norms cost time and change nothing.
-    network = fold_batch_norms(teacher).network
     if with_features:
+        network = fold_batch_norms(teacher).network  # batch norms cost time and change nothing
         ends = block_ends(network.graph)
         ask_student = student.with_features([node.name for node in ends])
         ask_teacher = features_of(network, ends)
@@ -118,6 +117,6 @@ def _questions(
     @torch.no_grad()
     def logits(batch: Batch) -> Answers:
         known = batch.teacher_logits
-        return network(batch.images) if known is None else known, ()
+        return teacher.network(batch.images) if known is None else known, ()
 
     return lambda batch: (student(batch.images), ()), logits
