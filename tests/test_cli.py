@@ -49,8 +49,20 @@ def arguments(place, *more, model="factory", weights="w.safetensors", out="out")
     return [
         *("quantize", f"{place}/net.py:{model}", "--weights", f"{place}/{weights}"),
         *("--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"),
-        *("--steps", "4", "--out", f"{place}/{out}", *more),
+        *("--recipe", "paper", "--steps", "4", "--out", f"{place}/{out}", *more),
     ]
+
+
+def test_the_default_is_fast_and_deployable(place):
+    words = arguments(place)
+    at = words.index("--recipe")
+    assert _exit_code(words[:at] + words[at + 2 :]) == 0
+    config = json.loads((place / "out" / "config.json").read_text())
+    assert (config["recipe"]["name"], config["placement"]) == ("fast", "full")
+    history = (place / "out" / "history.jsonl").read_text().splitlines()
+    stages = [json.loads(line)["stage"] for line in history]
+    assert stages[0] == "images"
+    assert stages[-3:] == ["tune"] * 3
 
 
 def test_the_whole_run(place, capsys):
@@ -216,8 +228,8 @@ def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
 
 
 def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
-    def diverge(self, student_logits, batch):
-        return {"student": student_logits.sum() * torch.nan}
+    def diverge(self, student, teacher, labels):
+        return {"student": student[0].sum() * torch.nan}
 
     monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", diverge)
     assert _exit_code(arguments(place)) == 1

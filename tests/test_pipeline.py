@@ -12,6 +12,8 @@ from gdfq.data import ArrayData, load_data
 from gdfq.recipes import PAPER
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.optimised import OptimisedSource
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
 from gdfq.tuning.distill import Distillation
 
 
@@ -30,12 +32,17 @@ def small(recipe):
         source = replace(source, batch=8)
     elif isinstance(source, OptimisedSource):
         source = replace(source, batch=8, iterations=5)
+    elif isinstance(source, ImagePool):
+        made = source.source
+        if isinstance(made, SpectralSource):
+            made = replace(made, batch=8, iterations=5)
+        source = replace(source, source=made, images=24, batch=8)
     return replace(recipe, source=source)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs(name, residual):
-    data = (networks.images(24), torch.arange(24) % 5) if name == "real" else None
+    data = (networks.images(24), torch.arange(24) % 5) if "real" in name else None
     result = gdfq.quantize(
         residual, networks.images(1), "w4a4", small(RECIPES[name]), data=data, steps=8
     )
@@ -44,6 +51,17 @@ def test_every_recipe_runs(name, residual):
     assert logits.isfinite().all()
     assert result.metrics["steps"] == 8
     assert {"total", "capture", "calibrate"} <= result.metrics["seconds"].keys()
+
+
+def test_fast_is_reproducible_to_the_bit(residual):
+    recipe = small(RECIPES["fast"])
+    runs = [
+        gdfq.quantize(residual, networks.images(1), "w3a3", recipe, steps=8, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    first, again, other = (state(run.network) for run in runs)
+    assert same(first, again)
+    assert not same(first, other)
 
 
 def test_the_teacher_is_unchanged_to_the_bit_and_so_is_the_random_state(tiny):

@@ -76,7 +76,6 @@ def test_two_updates_equal_the_textbook(teacher):
         config,
         first_step=1,
         total_steps=3,
-        seed=0,
         listener=silent,
     )
 
