@@ -82,9 +82,14 @@ def accuracy_tables() -> str:
             f"| {agreement} | {mean(lambda run: run['seconds']['total']):.0f}{images} | {cost} "
             f"| {max(run['peak_mib'] for run in group)} |"
         )
-    missing = [row.path.stem for row in PLAN if not row.path.exists()]
+    missing: dict[str, list[str]] = defaultdict(list)
+    for row in PLAN:
+        if not row.path.exists():
+            what = f"{row.network} {row.placement} {row.bits} `{row.recipe}`"
+            missing[what].append(str(row.seed))
     if missing:
-        lines.append(f"\n**Not yet run** ({len(missing)} rows): " + ", ".join(missing) + ".")
+        lines.append("\nRows not yet run (seeds in brackets):\n")
+        lines += [f"- {what} ({', '.join(seeds)})" for what, seeds in missing.items()]
     lines.append(
         "\nMade by `OMP_NUM_THREADS=1 python benchmarks/accuracy.py`, row by row; `real` is "
         "`fast`'s tuning on 1,024 real training images. ± is the standard deviation over seeds; "
