@@ -6,7 +6,7 @@
 Each row (network, widths, placement, recipe, seed) becomes a JSON file under benchmarks/results
 as soon as it is done, and is skipped when it is there, so an interrupted run goes on. The images
 of a pool do not depend on the student: they are made once for each network and seed, kept under
-benchmarks/cache, and their time is charged to every row that uses them. Nothing is ever selected
+benchmarks/cache, and their time is charged to every row that uses them. No run selects anything
 by accuracy.
 """
 
@@ -260,6 +260,8 @@ def main() -> None:
             )
         )
     ]  # fmt: skip
+    if not chosen:
+        sys.exit("no row of PLAN fits these options; see the end of this file for what it holds")
     for row in chosen:
         if not row.path.exists():
             row.path.write_text(json.dumps(run_row(row, options.steps), indent=1) + "\n")

@@ -17,8 +17,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/tables.py` from the files under `benchmarks/results`; do not edit.
-Accuracies are top-1 in percent at the *last* step; test images never select anything. The even
-half of the test images is the one that design choices may look at, the odd half is not.
+Accuracies are top-1 in percent at the *last* step; no run selects anything by them. The even half
+of the development networks' test images is what the design of `fast` looked at
+([recipes.md](recipes.md)); the odd half is not.
 """
 
 READING = """

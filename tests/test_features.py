@@ -1,17 +1,27 @@
 """Folding of batch norms and the ends of blocks."""
 
+from dataclasses import replace
+
 import networks
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gdfq
 from gdfq.capture import capture
 from gdfq.features import block_ends, with_features
 from gdfq.folding import fold_batch_norms
+from gdfq.freeze import freeze
 from gdfq.grid import Bits
 from gdfq.operators import name_of
+from gdfq.progress import silent
+from gdfq.recipes import FAST
+from gdfq.sources import Batch
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
 from gdfq.student import Scheme, build_student
+from gdfq.tuning.calibrate import calibrate_
 
 
 class Awkward(nn.Module):
@@ -60,11 +70,6 @@ def test_folding_keeps_the_function_and_leaves_what_cannot_fold(awkward):
 
 
 def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
-    from gdfq.freeze import freeze
-    from gdfq.progress import silent
-    from gdfq.sources import Batch
-    from gdfq.tuning.calibrate import calibrate_
-
     x = torch.randn(64, 3, 8, 8)
     student = build_student(awkward, Scheme(Bits(8, 8), "t1"), quantizers="learned")
     calibrate_(student, [Batch(x, torch.zeros(64), None)], steps=1, listener=silent)
@@ -74,6 +79,58 @@ def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
             assert float((network(x) - wanted).norm() / wanted.norm()) < 0.05
     with torch.no_grad():
         assert torch.allclose(student(x), freeze(student)(x), atol=1e-4)
+
+
+def test_a_batch_norm_over_tokens_does_not_fold():
+    """BatchNorm1d normalises dimension 1, a linear layer's channels are the last: 6 and 6 here."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
+    )
+    network[1].running_mean.normal_()
+    network[1].weight.data.uniform_(0.5, 3)
+    teacher = capture(network.eval(), torch.randn(2, 6, 4))
+    folded = fold_batch_norms(teacher)
+    x = torch.randn(5, 6, 4)
+    assert len(folded.batch_norms) == 1
+    assert torch.allclose(folded.network(x), network(x), atol=1e-5)
+    for quantizers in ("min-max", "learned"):
+        student = build_student(teacher, Scheme(Bits(8, 8), "t1"), quantizers=quantizers)
+        calibrate_(student, [Batch(x, torch.zeros(5), None)], steps=1, listener=silent)
+        with torch.no_grad():
+            assert torch.allclose(student(x), freeze(student)(x), atol=1e-5)
+
+
+class Keras(nn.Module):
+    """Batch norms behind ReLUs, which cannot fold, and one convolution used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.norm(F.relu(self.stem(x)))
+        x = F.relu(self.twice(F.relu(self.twice(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("placement", ["t1", "full"])
+def test_fast_on_batch_norms_that_do_not_fold_and_a_layer_used_twice(placement):
+    torch.manual_seed(0)
+    network = Keras().eval()
+    pool = ImagePool(SpectralSource(batch=8, iterations=3), images=16, batch=8)
+    recipe = replace(FAST, source=pool)
+    result = gdfq.quantize(
+        network, torch.zeros(1, 3, 8, 8), "w8a8", recipe, steps=5, placement=placement
+    )
+    x = torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        wanted = network(x)
+        assert float((result(x) - wanted).norm() / wanted.norm()) < 0.3
+    assert torch.is_grad_enabled()
 
 
 def test_block_ends_of_a_residual_network():

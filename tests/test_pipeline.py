@@ -53,6 +53,11 @@ def test_every_recipe_runs(name, residual):
     assert {"total", "capture", "calibrate"} <= result.metrics["seconds"].keys()
 
 
+def test_generate_refuses_steps_that_would_do_nothing(residual):
+    with pytest.raises(UsageError, match="steps=3"):
+        gdfq.generate(residual, networks.images(1), 4, "fast", steps=3)
+
+
 def test_fast_is_reproducible_to_the_bit(residual):
     recipe = small(RECIPES["fast"])
     runs = [

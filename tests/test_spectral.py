@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gdfq.capture import capture
 from gdfq.data import ArrayData, Preprocessing
+from gdfq.errors import UsageError
 from gdfq.losses import relative_statistics_loss
 from gdfq.sources import Batch
 from gdfq.sources.images import on_images
@@ -74,6 +75,21 @@ def test_the_images_come_near_the_statistics(teacher):
     other = next(source.stream(teacher, steps=1, seed=1)).images
     assert torch.equal(again, batch.images)
     assert not torch.equal(other, batch.images)
+
+
+def test_drawing_images_leaves_gradients_as_they_were(teacher):
+    with torch.no_grad():
+        batches = SpectralSource(batch=4, iterations=2).stream(teacher, steps=1, seed=0)
+        next(batches)
+    del batches
+    assert torch.is_grad_enabled()
+
+
+def test_vectors_have_no_spectrum():
+    network = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)).eval()
+    vectors = capture(network, torch.randn(2, 16))
+    with pytest.raises(UsageError, match="spatial axis"):
+        next(SpectralSource().stream(vectors, steps=1, seed=0))
 
 
 class Counted:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from gdfq.grid import Bits, affine_grid
 from gdfq.progress import silent
-from gdfq.recipes import PAPER
-from gdfq.schedules import SgdConfig
+from gdfq.recipes import FAST, PAPER
+from gdfq.schedules import Cosine, GridAdam, SgdConfig, set_rate_
 from gdfq.sources.generator import GeneratorSource
 from gdfq.student import Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_
@@ -119,6 +119,34 @@ def test_a_longer_warm_up_leaves_the_student_alone(residual, tiny):
         *(("warmup", i) for i in (3, 4, 5, 6)),
         *(("tune", i) for i in (7, 8)),
     ]
+
+
+def test_features_need_folded_batch_norms(tiny):
+    with pytest.raises(ValueError, match="learned"):
+        replace(tiny, tuning=replace(tiny.tuning, features=1.0))
+
+
+def test_learned_quantizers_need_fixed_statistics():
+    with pytest.raises(ValueError, match="fixed_statistics"):
+        replace(FAST, tuning=replace(FAST.tuning, fixed_statistics=False))
+    with pytest.raises(ValueError, match="min-max, learned"):
+        replace(FAST, quantizers="learnt")
+
+
+def test_each_kind_of_parameter_has_its_rate(teacher):
+    student = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers="learned")
+    optimizer = GridAdam(codes=0.1, steps=0.2, others=0.3).build(student)
+    rates = {
+        id(parameter): group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in student.named_parameters():
+        kind = name.rpartition(".")[2]
+        assert rates[id(parameter)] == {"codes": 0.1, "log_step": 0.2}.get(kind, 0.3)
+    assert len(rates) == len(list(student.parameters()))
+    set_rate_(optimizer, Cosine().factor(3, 4))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (0.5 - 0.5 * 0.5**0.5))
 
 
 def test_a_recipe_must_be_in_order(tiny):

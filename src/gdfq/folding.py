@@ -25,15 +25,16 @@ def fold_batch_norms(teacher: Captured) -> Captured:
     graph = fx.Graph()
     tensors = tensors_of(teacher.network)
     new: dict[fx.Node, fx.Node] = {}
+    batch_norms = set(teacher.batch_norms)
     for node in teacher.network.graph.nodes:
-        if node in teacher.batch_norms and _folds_into(node.args[0]):
+        if node in batch_norms and _folds_into(node.args[0]):
             new[node] = new[node.args[0]]
             scale, shift = batch_norm_of(teacher, node).scale_and_shift()
             _rescale_(new[node], scale, shift, tensors)
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
-    return replace(teacher, network=flat_module(graph, tensors).to(teacher.device))
+    return replace(teacher, network=flat_module(graph, tensors))
 
 
 def _folds_into(layer: fx.Node) -> bool:
@@ -41,6 +42,7 @@ def _folds_into(layer: fx.Node) -> bool:
     bias = layer.args[2] if len(layer.args) > 2 else None
     return (
         operators.has_weight(layer)
+        and operators.has_channels_second(layer)
         and len(layer.users) == 1
         and (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr"))
     )

@@ -31,7 +31,8 @@ class _Freezer:
 
     def __init__(self, student: Student) -> None:
         self.source = student.network
-        self.modules = dict(student.network.named_modules())
+        # A quantizer or batch norm that is used twice is found under both its names.
+        self.modules = dict(student.network.named_modules(remove_duplicate=False))
         self.source_tensors = tensors_of(student.network)
         # What freezing makes has a namespace apart from the network's own tensors.
         self.ours = "quantized"
@@ -84,6 +85,8 @@ class _Freezer:
     def _norm_behind(self, node: fx.Node) -> StudentBatchNorm | None:
         """The batch norm that folds into a layer: its only user."""
         if self._weight_quantizer(node) is None or len(node.users) != 1:
+            return None
+        if not operators.has_channels_second(node):
             return None
         module = self._module(next(iter(node.users)))
         return module if isinstance(module, StudentBatchNorm) else None

@@ -264,6 +264,14 @@ def is_activation(node: fx.Node) -> bool:
     return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def has_channels_second(node: fx.Node) -> bool:
+    """Whether a layer's output channels are dimension 1, as those of a batch norm behind it are.
+
+    A linear layer's are the last dimension: they differ on inputs of three dimensions and more.
+    """
+    return name_of(node) not in LINEARS or node.meta["val"].ndim == 2
+
+
 def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
     """Where a layer's weight keeps its output channels, and the number of its groups."""
     if name_of(node) in TRANSPOSED_CONVOLUTIONS:

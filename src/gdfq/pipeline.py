@@ -174,6 +174,11 @@ def generate(
     recipe = find_recipe(recipe)
     teacher = _captured(model, example_input, device)
     if isinstance(recipe.source, ImagePool):
+        if steps is not None:
+            raise UsageError(
+                f"recipe {recipe.name!r} makes each image once, whatever its steps; "
+                f"got steps={steps}. Leave steps away; it is for generators that learn."
+            )
         made = recipe.source.source
         images, labels = collect(made, teacher, count, seed=seed, listener=listener)
         return images.cpu(), labels.cpu()

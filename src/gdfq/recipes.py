@@ -14,7 +14,7 @@ from gdfq.sources.images import GivenImages
 from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student import Placement, Quantizers
+from gdfq.student import ACTIVATIONS, Placement, Quantizers
 from gdfq.tuning.distill import Distillation
 
 
@@ -42,6 +42,15 @@ class Recipe:
             raise UsageError(
                 "a recipe needs 1 <= calibration <= warmup <= steps; "
                 f"got {self.calibration}, {self.warmup}, {self.steps}."
+            )
+        if self.quantizers not in ACTIVATIONS:
+            raise UsageError(
+                f"quantizers must be one of {', '.join(ACTIVATIONS)}; got {self.quantizers!r}."
+            )
+        if self.quantizers == "learned" and self.tuning and not self.tuning.fixed_statistics:
+            raise UsageError(
+                "learned quantizers fold the batch norms, so their statistics must be fixed; "
+                f"recipe {self.name!r} lets them follow. Set fixed_statistics to True."
             )
         if self.tuning is not None and self.tuning.features and self.quantizers != "learned":
             raise UsageError(

@@ -94,9 +94,14 @@ class Student(nn.Module):
     def with_features(self, names: Sequence[str]) -> WithFeatures:
         """The student with its values, as quantized, of the teacher's nodes of these names."""
         nodes = {node.name: node for node in self.network.graph.nodes}
-        quantized = {str(node.target): node for node in nodes.values() if node.op == "call_module"}
-        features = [quantized.get(f"{ACTIVATION}.{name}", nodes[name]) for name in names]
-        return with_features(self.network, features)
+        modules = {str(node.target): node for node in nodes.values() if node.op == "call_module"}
+        found = nodes | {
+            target.removeprefix(f"{kind}."): node
+            for kind in (BATCH_NORM, ACTIVATION)  # a quantized batch norm is found quantized
+            for target, node in modules.items()
+            if target.startswith(f"{kind}.")
+        }
+        return with_features(self.network, [found[name] for name in names])
 
     @property
     def activations(self) -> Iterator[ActivationQuantizer]:
@@ -170,7 +175,7 @@ def build_student(
     graph = fx.Graph()
     teacher_tensors = tensors_of(teacher.network)
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
-    learned: dict[str, LearnedWeight] = {}
+    learned: dict[int, LearnedWeight] = {}
     new: dict[fx.Node, fx.Node] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
 
@@ -183,13 +188,14 @@ def build_student(
         layout, bits = operators.weight_layout(node), scheme.bits.weights
         if quantizers == "min-max":
             return MinMaxWeight(bits, *layout)
-        name = str(node.args[1].target)  # type: ignore[union-attr]
-        if name not in learned:  # a weight that is used twice is one
-            learned[name] = LearnedWeight(teacher_tensors[name], bits, *layout)
-        return learned[name]
+        weight = teacher_tensors[str(node.args[1].target)]  # type: ignore[union-attr]
+        if id(weight) not in learned:  # a weight that is used twice is one
+            learned[id(weight)] = LearnedWeight(weight, bits, *layout)
+        return learned[id(weight)]
 
+    batch_norms = set(teacher.batch_norms)
     for node in teacher.network.graph.nodes:
-        if node in teacher.batch_norms:
+        if node in batch_norms:
             key = tuple(str(argument) for argument in node.args[1:])
             if key not in norms:  # a batch norm that is used twice is one
                 norms[key] = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)

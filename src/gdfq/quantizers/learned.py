@@ -44,9 +44,8 @@ class LearnedWeight(WeightQuantizer):
         self.register_buffer("step", step)
         self.register_buffer("zero_point", zero_point)
         low, high = code_bounds(bits)
-        # Beyond half a code outside the bounds a latent code could not come back.
-        codes = (weight / step + zero_point).clamp(low - 0.49, high + 0.49)
-        self.codes = nn.Parameter(codes)
+        # Weights that the search clips start outside the bounds, and stay clipped.
+        self.codes = nn.Parameter((weight / step + zero_point).clamp(low - 0.49, high + 0.49))
         self.log_step = nn.Parameter(torch.zeros_like(step))
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
@@ -94,9 +93,9 @@ class LearnedRange(ActivationQuantizer):
 
 
 def best_weight_grid(
-    weight: Tensor, bits: int, layout: Layout, groups: int = 1, power: float = 2.4
+    weight: Tensor, bits: int, layout: Layout, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Step and zero point of each output channel with the least Σ|w_q − w|^power.
+    """Step and zero point of each output channel with the least Σ|w_q − w|^2.4.
 
     Candidates shrink the channel's range from both ends, or only its upper end, or only its
     lower one. Shapes broadcast against the weight.
@@ -106,7 +105,7 @@ def best_weight_grid(
     best = affine_grid(low, high, bits)
     for candidate in _shrunk(low, high):
         step, zero_point = affine_grid(*candidate, bits)
-        error = (fake_quantize(weight, step, zero_point, bits) - weight).abs().pow(power)
+        error = (fake_quantize(weight, step, zero_point, bits) - weight).abs().pow(2.4)
         error = _channel_sum(error, layout, groups)
         if best_error is None:
             best_error = error
@@ -134,7 +133,7 @@ def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
     if layout is Layout.ROWS:
         return error.flatten(1).sum(1).view(-1, *[1] * (error.ndim - 1))
     rows = error.unflatten(0, (groups, -1)).sum(1)  # [g, O/g, *k]
-    sums = rows.flatten(2).sum(2).flatten() if rows.ndim > 2 else rows.flatten()
+    sums = rows.flatten(2).sum(2).flatten()
     return along_channels(sums, error, layout, groups)
 
 
@@ -144,7 +143,8 @@ def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Both scalars. The search looks at an evenly spread sample of x.
     """
     flat = x.flatten()
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+    # An odd stride: an even one may visit the same columns of every row, the border say.
+    sample = flat[:: flat.numel() // _SAMPLE | 1]
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     best_error: float | None = None
     best = affine_grid(low, high, bits)

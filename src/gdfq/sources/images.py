@@ -28,15 +28,18 @@ class GivenImages:
         """Raises UsageError: there are no images yet."""
         raise UsageError(
             "this recipe tunes on real images and none were given. "
-            "Give them with --data (or data=...), or choose a data-free recipe such as 'paper'."
+            "Give them with --data (or data=...), or choose a data-free recipe such as 'fast'."
         )
 
 
 def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> Source:
-    """The recipe's source with given images in the place of those it would make."""
+    """The recipe's source with given images in the place of those it would make.
+
+    A pool holds them all in memory.
+    """
     if isinstance(source, ImagePool):
         given = ImageSource(data, preprocessing, source.batch)
-        return replace(source, source=given, images=min(source.images, len(data)))
+        return replace(source, source=given, images=len(data))
     return ImageSource(data, preprocessing, source.batch)
 
 

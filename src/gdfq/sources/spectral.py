@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gdfq.capture import Captured
+from gdfq.errors import UsageError
 from gdfq.losses import focal_loss, relative_statistics_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
@@ -45,9 +46,17 @@ class SpectralSource:
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
     ) -> Iterator[Batch]:
-        """Yield `steps` batches. Raises UsageError for networks without batch norms."""
+        """Yield `steps` batches.
+
+        Raises UsageError for networks without batch norms and for inputs without a spatial axis.
+        """
         network = StatisticsNetwork(teacher)
         channels, *size = teacher.input_shape
+        if not size:
+            raise UsageError(
+                "images with a spectrum need one spatial axis or more; this network takes vectors "
+                f"of {channels}. Use recipe 'zeroq', or give real inputs (--data, or data=...)."
+            )
         device = teacher.device
         zero, one = (torch.full((channels,), v, device=device) for v in (0.0, 1.0))
         stored = [(zero, one), *network.stored]
@@ -75,7 +84,8 @@ class SpectralSource:
                 listener(Step("images", done, steps * self.iterations, losses))
             with torch.no_grad():
                 images = from_spectrum(coefficients, amplitude, size, self.grey)
-                yield Batch(images, labels, teacher.network(images), losses)
+                logits = teacher.network(images)
+            yield Batch(images, labels, logits, losses)
 
 
 def natural_spectrum(size: list[int], exponent: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tuning as published: cross-entropy and distillation on the stream's batches."""
+"""Tuning: cross-entropy, distillation and block features on the stream's batches."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
