@@ -12,6 +12,8 @@ by accuracy.
 
 import argparse
 import copy
+import hashlib
+import inspect
 import json
 import resource
 import statistics
@@ -118,14 +120,17 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> R
     kind = type(pool.source).__name__.lower()
     path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"
     settings = path.with_suffix(".txt")
-    if not settings.exists() or settings.read_text().partition("\n")[0] != repr(pool.source):
+    # Other images come of other settings, and of other code.
+    code = hashlib.sha256(Path(inspect.getfile(type(pool.source))).read_bytes()).hexdigest()
+    made_by = f"{pool.source!r} {code}"
+    if not settings.exists() or settings.read_text().partition("\n")[0] != made_by:
         started = time.perf_counter()
         images, labels = collect(
             pool.source, teacher, pool.images, seed=row.seed, listener=listener
         )
         seconds = time.perf_counter() - started
         save_file({"images": images.contiguous(), "labels": labels}, path)
-        settings.write_text(f"{pool.source!r}\n{seconds:.3f}")
+        settings.write_text(f"{made_by}\n{seconds:.3f}")
     made = load_file(path)
     seconds = float(settings.read_text().split("\n")[1])
     source = StoredImages(made["images"], made["labels"], pool.batch, seconds)
@@ -263,12 +268,14 @@ def main() -> None:
     if not chosen:
         sys.exit("no row of PLAN fits these options; see the end of this file for what it holds")
     for row in chosen:
-        if not row.path.exists():
-            row.path.write_text(json.dumps(run_row(row, options.steps), indent=1) + "\n")
-        result = json.loads(row.path.read_text())
+        suffix = "" if options.steps is None else f"-{options.steps}"
+        path = row.path.with_stem(row.path.stem + suffix)
+        if not path.exists():
+            path.write_text(json.dumps(run_row(row, options.steps), indent=1) + "\n")
+        result = json.loads(path.read_text())
         drop = result["teacher"]["all"] - result["student"]["all"]
         print(
-            f"{row.path.stem}: {result['student']['all']:.2f} % (drop {drop:.2f}), "
+            f"{path.stem}: {result['student']['all']:.2f} % (drop {drop:.2f}), "
             f"{result['seconds']['total']:.0f} s",
             flush=True,
         )

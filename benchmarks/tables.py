@@ -27,7 +27,10 @@ READING = """
 even-indexed images (with seed 100), so read the odd half. The others never chose anything.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. A *float step* is a plain
-training step of the same network on the same batch, measured in the same process.
+training step of the same network on the same batch, measured in the same process (batch norms in
+evaluation form). Peak memory is the process's. The rows of `fast`, `quick` and `real` with seed 0
+are from the revision before the range search's sample changed (an odd stride), which may move them
+by a few images.
 """
 
 PAPER_READING = """
@@ -35,6 +38,8 @@ PAPER_READING = """
 learning rate (1e-4, cut tenfold at a quarter, a half and three quarters) the 1,500 updates that
 follow the warm-up move the student little: it is the schedule that limits at this length, not the
 images. The full 80,000 steps have not been run here: on two cores they take about a day and a half.
+These rows, `round` (300 steps) and `zeroq` of seed 0 were made by an earlier form of the script,
+which recorded no interval, agreement or float steps.
 """
 
 PUBLISHED = """

@@ -1,7 +1,8 @@
 """The embedded demonstration: handwritten digits (scikit-learn's, real images).
 
-A small network is trained on one half of the images, the images are thrown away, and GDFQ
-quantizes the network from its weights alone. The other half tells what that cost.
+A small network is trained on one half of the images, the images are thrown away, and the network
+is quantized from its weights alone: by rounding, by GDFQ as published, and by `fast`. The other
+half tells what that cost.
 """
 
 from dataclasses import dataclass, replace

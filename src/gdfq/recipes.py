@@ -110,7 +110,7 @@ FAST = Recipe(
 QUICK = replace(
     FAST,
     name="quick",
-    summary="fast with fewer images and steps: about a minute for a small network",
+    summary="fast with an eighth of the images, a tenth of the steps: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
 )
