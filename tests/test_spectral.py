@@ -89,7 +89,7 @@ def test_vectors_have_no_spectrum():
     network = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)).eval()
     vectors = capture(network, torch.randn(2, 16))
     with pytest.raises(UsageError, match="spatial axis"):
-        next(SpectralSource().stream(vectors, steps=1, seed=0))
+        ImagePool(SpectralSource(), images=8, batch=4).stream(vectors, steps=1, seed=0)  # at once
 
 
 class Counted:

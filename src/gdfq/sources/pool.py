@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,13 @@ class ImagePool:
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
     ) -> Iterator[Batch]:
-        """Yield `steps` batches."""
-        images, labels = collect(self.source, teacher, self.images, seed=seed, listener=listener)
+        """Yield `steps` batches; raises at once what the source does."""
+        needed = -(-self.images // self.source.batch)
+        made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
+        return self._batches(made, steps, seed)
+
+    def _batches(self, made: Iterator[Batch], steps: int, seed: int) -> Iterator[Batch]:
+        images, labels = _first(self.images, made)
         draw = random_stream(seed, "pool.order")
         size = min(self.batch, len(images))
         pending: list[Tensor] = []
@@ -47,7 +51,11 @@ def collect(
 ) -> tuple[Tensor, Tensor]:
     """The first `count` images of a source [count, *input_shape] and their labels [count]."""
     steps = -(-count // source.batch)
-    batches = list(islice(source.stream(teacher, steps=steps, seed=seed, listener=listener), steps))
+    return _first(count, source.stream(teacher, steps=steps, seed=seed, listener=listener))
+
+
+def _first(count: int, made: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+    batches = list(made)
     images = torch.cat([batch.images for batch in batches])[:count]
     return images, torch.cat([batch.labels for batch in batches])[:count]
 

@@ -57,6 +57,17 @@ class SpectralSource:
                 "images with a spectrum need one spatial axis or more; this network takes vectors "
                 f"of {channels}. Use recipe 'zeroq', or give real inputs (--data, or data=...)."
             )
+        return self._batches(teacher, network, steps, seed, listener)
+
+    def _batches(
+        self,
+        teacher: Captured,
+        network: StatisticsNetwork,
+        steps: int,
+        seed: int,
+        listener: Listener,
+    ) -> Iterator[Batch]:
+        channels, *size = teacher.input_shape
         device = teacher.device
         zero, one = (torch.full((channels,), v, device=device) for v in (0.0, 1.0))
         stored = [(zero, one), *network.stored]
