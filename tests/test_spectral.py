@@ -33,7 +33,7 @@ def test_white_coefficients_make_images_of_variance_one(size, channels):
 
 
 def test_the_spectrum_falls_as_asked():
-    """NumPy's own transform sees 1/f^1.5 in the images: four times less power at 2.5 f."""
+    """NumPy's own transform sees 1/f^1.5 in the images: power falls by 4³ from f to 4 f."""
     size = [64, 64]
     amplitude = natural_spectrum(size, 1.5)
     draw = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def test_channels_are_as_alike_as_asked():
     white = torch.randn(300, 3, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
     images = from_spectrum(white, amplitude, size, grey)
     correlation = np.corrcoef(images.permute(1, 0, 2, 3).flatten(1).numpy())
-    # Covariance of two channels: grey/3·3 of the mean's power less half the rest's share.
+    # The differences from the mean sum to zero, so any two of three correlate by −1/2.
     assert correlation[0, 1] == pytest.approx(grey - (1 - grey) / 2, abs=0.05)
 
 

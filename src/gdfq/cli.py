@@ -123,7 +123,12 @@ def evaluate_command(folder: Path, test: Path) -> None:
 
 @cli.command("generate")
 @_network_options
-@click.option("--recipe", default="fast", show_default=True, help="whose source makes the images")
+@click.option(
+    "--recipe",
+    default="fast",
+    show_default=True,
+    help="whose source makes the images; --steps is for those that learn, as paper's",
+)
 @click.option("--count", default=1024, show_default=True, help="how many images")
 @click.option("--out", type=_PATH, required=True, help="folder for images.npz and images.npy")
 def generate_command(**options: Any) -> None:

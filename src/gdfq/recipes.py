@@ -14,7 +14,7 @@ from gdfq.sources.images import GivenImages
 from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student import ACTIVATIONS, Placement, Quantizers
+from gdfq.student import ACTIVATION_QUANTIZERS, Placement, Quantizers
 from gdfq.tuning.distill import Distillation
 
 
@@ -43,9 +43,10 @@ class Recipe:
                 "a recipe needs 1 <= calibration <= warmup <= steps; "
                 f"got {self.calibration}, {self.warmup}, {self.steps}."
             )
-        if self.quantizers not in ACTIVATIONS:
+        if self.quantizers not in ACTIVATION_QUANTIZERS:
             raise UsageError(
-                f"quantizers must be one of {', '.join(ACTIVATIONS)}; got {self.quantizers!r}."
+                f"quantizers must be one of {', '.join(ACTIVATION_QUANTIZERS)}; "
+                f"got {self.quantizers!r}."
             )
         if self.quantizers == "learned" and self.tuning and not self.tuning.fixed_statistics:
             raise UsageError(

@@ -25,7 +25,7 @@ Placement = Literal["t1", "full"]
 PLACEMENTS: tuple[Placement, ...] = ("t1", "full")
 
 Quantizers = Literal["min-max", "learned"]
-ACTIVATIONS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] = {
+ACTIVATION_QUANTIZERS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] = {
     "min-max": MovingRange,
     "learned": LearnedRange,
 }
@@ -156,22 +156,7 @@ def build_student(
     if quantizers == "learned":
         teacher = fold_batch_norms(teacher)
     widths = activation_widths(teacher, scheme)
-    if not any(operators.has_weight(node) for node in teacher.network.graph.nodes):
-        raise UsageError(
-            "there must be a convolution or linear layer to quantize; this network has none."
-        )
-    if not widths:
-        raise UsageError(
-            f"placement {scheme.placement!r} quantizes the outputs of ReLUs, and this network has "
-            "none: its activations would stay float. Use placement 'full'."
-        )
-    for node in filter(operators.has_weight, teacher.network.graph.nodes):
-        bias = node.args[2] if len(node.args) > 2 else None
-        if isinstance(bias, fx.Node) and bias.op != "get_attr":
-            raise UsageError(
-                f"a layer's bias must be a tensor of the network; that of {node.name} is computed "
-                "from the input. Add it after the layer instead."
-            )
+    _check_quantizable(teacher, scheme, widths)
     graph = fx.Graph()
     teacher_tensors = tensors_of(teacher.network)
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
@@ -208,12 +193,31 @@ def build_student(
                     weight = call(WEIGHT, node.name, quantizer, new[node.args[1]])
                 new[node].update_arg(1, weight)
         if node in widths:
-            activation = ACTIVATIONS[quantizers](widths[node])
+            activation = ACTIVATION_QUANTIZERS[quantizers](widths[node])
             new[node] = call(ACTIVATION, node.name, activation, new[node])
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
     used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
     chosen = {name: value for name, value in attributes.items() if name in used}
     return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
+
+
+def _check_quantizable(teacher: Captured, scheme: Scheme, widths: dict[fx.Node, int]) -> None:
+    if not any(operators.has_weight(node) for node in teacher.network.graph.nodes):
+        raise UsageError(
+            "there must be a convolution or linear layer to quantize; this network has none."
+        )
+    if not widths:
+        raise UsageError(
+            f"placement {scheme.placement!r} quantizes the outputs of ReLUs, and this network has "
+            "none: its activations would stay float. Use placement 'full'."
+        )
+    for node in filter(operators.has_weight, teacher.network.graph.nodes):
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, fx.Node) and bias.op != "get_attr":
+            raise UsageError(
+                f"a layer's bias must be a tensor of the network; that of {node.name} is computed "
+                "from the input. Add it after the layer instead."
+            )
 
 
 def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
@@ -230,7 +234,8 @@ def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
 def _after_batch_norm(node: fx.Node) -> fx.Node:
     """The batch norm that alone follows the node and will be folded into it, or the node."""
     (user,) = node.users if len(node.users) == 1 else (node,)
-    return user if operators.name_of(user) == operators.BATCH_NORM else node
+    folds = operators.name_of(user) == operators.BATCH_NORM and operators.has_channels_second(node)
+    return user if folds else node
 
 
 def _feeds_rectifier_only(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ a weight as latent codes, a step by its logarithm. One learning rate so means th
 layer of every network.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,15 +102,12 @@ def best_weight_grid(
     lower one. Shapes broadcast against the weight.
     """
     low, high = channel_range(weight, layout, groups)
-    best_error: Tensor | None = None
+    best_error = torch.full_like(low, torch.inf)
     best = affine_grid(low, high, bits)
     for candidate in _shrunk(low, high):
         step, zero_point = affine_grid(*candidate, bits)
         error = (fake_quantize(weight, step, zero_point, bits) - weight).abs().pow(2.4)
         error = _channel_sum(error, layout, groups)
-        if best_error is None:
-            best_error = error
-            continue
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = (
@@ -146,12 +144,12 @@ def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     # An odd stride: an even one may visit the same columns of every row, the border say.
     sample = flat[:: flat.numel() // _SAMPLE | 1]
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    best_error: float | None = None
+    best_error = math.inf
     best = affine_grid(low, high, bits)
     for i in range(_SHRINKS):
         step, zero_point = affine_grid(low * (1 - i / 100), high * (1 - i / 100), bits)
         error = float((fake_quantize(sample, step, zero_point, bits) - sample).square().mean())
-        if best_error is None or error < best_error:
+        if error < best_error:
             best_error, best = error, (step, zero_point)
     return best
 
