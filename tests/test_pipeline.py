@@ -11,10 +11,11 @@ from gdfq import RECIPES, UsageError
 from gdfq.data import ArrayData, load_data
 from gdfq.recipes import PAPER
 from gdfq.sources.generator import GeneratorSource
+from gdfq.sources.images import GivenImages
 from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.pool import ImagePool
-from gdfq.sources.spectral import SpectralSource
 from gdfq.tuning.distill import Distillation
+from gdfq.tuning.reconstruct import Reconstruction
 
 
 def state(network):
@@ -34,9 +35,11 @@ def small(recipe):
         source = replace(source, batch=8, iterations=5)
     elif isinstance(source, ImagePool):
         made = source.source
-        if isinstance(made, SpectralSource):
+        if not isinstance(made, GivenImages):
             made = replace(made, batch=8, iterations=5)
         source = replace(source, source=made, images=24, batch=8)
+    if isinstance(recipe.tuning, Reconstruction):
+        recipe = replace(recipe, tuning=replace(recipe.tuning, updates=5))
     return replace(recipe, source=source)
 
 
@@ -146,6 +149,15 @@ def test_the_student_loss_by_hand():
     assert float(
         config.losses((student, ()), (teacher, ()), torch.tensor([0]))["student"]
     ) == pytest.approx(expected, rel=1e-5)
+
+
+def test_hard_labels_count_for_easy_images_alone():
+    teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # p_y = 0.88 and 0.12
+    student = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
+    labels = torch.tensor([0, 0])
+    config = replace(RECIPES["synq"].tuning, difficulty=0.5)
+    got = config.losses((student, ()), (teacher, ()), labels)["ce"]
+    assert float(got) == pytest.approx(-float(student[0].log_softmax(0)[0]) / 2)
 
 
 def test_few_real_images_take_the_place_of_the_source(residual, tiny):

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import networks
@@ -13,7 +14,8 @@ from gdfq.randomness import stream
 from gdfq.schedules import AdamConfig, SgdConfig, StepDecay, set_rate_
 from gdfq.sources.generator import Generator, GeneratorSource
 from gdfq.sources.images import GivenImages, ImageSource
-from gdfq.sources.optimised import OptimisedSource
+from gdfq.sources.latent import LatentSource, swinging
+from gdfq.sources.optimised import OptimisedSource, low_passed
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork
 
@@ -154,6 +156,57 @@ def test_optimised_images_match_the_statistics(teacher):
     assert float(heard[-1].losses["bns"]) < 0.5 * float(heard[0].losses["bns"])
     assert torch.equal(batch.labels, teacher.network(batch.images).argmax(1))
     assert not network.stored[0][0].requires_grad
+
+
+def test_optimised_images_learn_their_labels(teacher):
+    source = OptimisedSource(batch=20, iterations=60, optimizer=AdamConfig(lr=0.1), class_weight=3)
+    (batch,) = source.stream(teacher, steps=1, seed=0)
+    assert batch.labels.tolist() == [i % networks.CLASSES for i in range(20)]
+    right = (teacher.network(batch.images).argmax(1) == batch.labels).float().mean()
+    assert float(right) > 0.6  # by chance 0.2
+
+
+def test_the_low_pass_filter_by_hand():
+    """A wave of k cycles an image comes out exp(−k² / 2 D²) times as high; a constant as it is."""
+    x = torch.arange(16) / 16
+    for cycles in (0, 1, 5):
+        wave = (2 * torch.pi * cycles * x).cos().expand(1, 1, 16, 16)
+        expected = wave * math.exp(-(cycles**2) / (2 * 3.0**2))
+        torch.testing.assert_close(low_passed(wave, 3.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_and_their_generator_reach_for_the_statistics(teacher):
+    source = LatentSource(batch=16, iterations=30)
+    heard = []
+    first, second = source.stream(teacher, steps=2, seed=0, listener=heard.append)
+    assert first.images.shape == (16, *networks.SHAPE)
+    assert float(heard[29].losses["bns"]) < 0.7 * float(heard[0].losses["bns"])
+    assert torch.equal(first.labels, teacher.network(first.images).argmax(1))
+    assert not torch.equal(first.images, second.images)
+    (again,) = source.stream(teacher, steps=1, seed=0)
+    assert torch.equal(first.images, again.images)
+
+
+def test_swinging_moves_the_inputs_of_strided_convolutions_alone():
+    strided = torch.nn.Conv2d(1, 1, 2, stride=2, bias=False)
+    plain = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    strided.weight.data.fill_(1)
+    network = torch.nn.Sequential(plain, strided, torch.nn.Flatten())
+    teacher = capture(network, torch.zeros(1, 1, 8, 8))
+    x = torch.randn(1, 1, 8, 8)
+    swung = swinging(teacher, torch.Generator().manual_seed(0))
+    outputs = {tuple(swung.network(x)[0].tolist()) for _ in range(60)}
+    assert len(outputs) == 9  # offsets −1, 0, 1 along each axis
+    inner = plain(x).detach()
+    padded = F.pad(inner, [1] * 4, mode="reflect")
+    windows = {
+        tuple(strided(padded[:, :, i : i + 8, j : j + 8]).flatten().tolist())
+        for i in range(3)
+        for j in range(3)
+    }
+    assert {tuple(round(v, 4) for v in o) for o in outputs} == {
+        tuple(round(v, 4) for v in w) for w in windows
+    }
 
 
 def test_given_images_come_once_an_epoch_in_a_seeded_order(teacher):

@@ -54,3 +54,35 @@ def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.Graph
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     return fx.GraphModule(network, graph)
+
+
+def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphModule]:
+    """The network cut at features: called one after the other, its parts compute what it does.
+
+    They share its tensors and modules. There is one part more than there are ends.
+    """
+    (output,) = network.graph.find_nodes(op="output")
+    starts: list[fx.Node | None] = [None, *ends]
+    return [
+        _between(network, start, end)
+        for start, end in zip(starts, [*ends, output.args[0]], strict=True)
+    ]
+
+
+def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:
+    """The part of a network that computes one node from another, or from the input."""
+    needed = {end}
+    for node in reversed(network.graph.nodes):
+        if node in needed and node is not start:
+            needed.update(node.all_input_nodes)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    new: dict[fx.Node, fx.Node] = {}
+    for node in network.graph.nodes:
+        # Behind its start a block asks the network's input for the number of images alone.
+        if node is start or node.op == "placeholder":
+            new[node] = x
+        elif node in needed:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.output(new[end])
+    return fx.GraphModule(network, graph)

@@ -6,6 +6,7 @@ not to train the batch norms is smaller and faster without them, and so is its t
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +21,8 @@ from gdfq.statistics import batch_norm_of
 def fold_batch_norms(teacher: Captured) -> Captured:
     """The same function with each batch norm that alone follows a layer made part of it.
 
-    Batch norms elsewhere (before a convolution, behind a shared output) stay as they are.
+    Batch norms elsewhere (before a convolution, behind a shared output) stay as they are. Every
+    layer has a bias afterwards, if of zeros.
     """
     graph = fx.Graph()
     tensors = tensors_of(teacher.network)
@@ -33,19 +35,25 @@ def fold_batch_norms(teacher: Captured) -> Captured:
             _rescale_(new[node], scale, shift, tensors)
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
+            if operators.has_weight(node) and _bias(node) is None:
+                _add_bias_(new[node], tensors)
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
     return replace(teacher, network=flat_module(graph, tensors))
 
 
 def _folds_into(layer: fx.Node) -> bool:
     """Whether a node is a layer with constant weight and bias and a single user."""
-    bias = layer.args[2] if len(layer.args) > 2 else None
+    bias = _bias(layer)
     return (
         operators.has_weight(layer)
         and operators.has_channels_second(layer)
         and len(layer.users) == 1
         and (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr"))
     )
+
+
+def _bias(layer: fx.Node) -> Any:
+    return layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
 
 
 def _rescale_(layer: fx.Node, scale: Tensor, shift: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -63,6 +71,16 @@ def _rescale_(layer: fx.Node, scale: Tensor, shift: Tensor, tensors: dict[str, T
             for part, value in (("folded_weight", weight * factor), ("folded_bias", bias))
         ]
     layer.args = (x, *constants, *options)
+
+
+def _add_bias_(layer: fx.Node, tensors: dict[str, Tensor]) -> None:
+    x, weight_node, *rest = layer.args
+    assert isinstance(weight_node, fx.Node)
+    weight = tensors[str(weight_node.target)]
+    channels = layer.meta["val"].shape[operators.channel_dim(layer)]
+    name = _keep(tensors, f"{weight_node.target}_bias", weight.new_zeros(channels))
+    with layer.graph.inserting_before(layer):
+        layer.args = (x, weight_node, layer.graph.get_attr(name), *rest[1:])
 
 
 def _keep(tensors: dict[str, Tensor], name: str, value: Tensor) -> str:

@@ -272,6 +272,11 @@ def has_channels_second(node: fx.Node) -> bool:
     return name_of(node) not in LINEARS or node.meta["val"].ndim == 2
 
 
+def channel_dim(layer: fx.Node) -> int:
+    """The dimension of a layer's output that holds its channels."""
+    return -1 if name_of(layer) in LINEARS else 1
+
+
 def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
     """Where a layer's weight keeps its output channels, and the number of its groups."""
     if name_of(node) in TRANSPOSED_CONVOLUTIONS:

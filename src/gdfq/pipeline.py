@@ -1,7 +1,7 @@
 """The whole method, top to bottom: capture → source → student → calibrate → tune → freeze."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,12 +20,13 @@ from gdfq.grid import Bits
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
-from gdfq.sources import Source
+from gdfq.sources import Batch, Source
 from gdfq.sources.images import on_images
 from gdfq.sources.pool import ImagePool, collect
 from gdfq.student import PLACEMENTS, Placement, Scheme, build_student
-from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import tune_
+from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
 
@@ -128,23 +129,30 @@ def quantize_captured(
         quantizers=recipe.quantizers,
         fixed_statistics=tuning is None or tuning.fixed_statistics,
     )
-    calibration = islice(batches, recipe.calibration)
+    calibration: Iterable[Batch] = islice(batches, recipe.calibration)
+    if recipe.match_moments:
+        calibration = list(calibration)
     calibrate_(student, calibration, steps=recipe.calibration, listener=listener)
+    if recipe.match_moments:
+        match_moments_(student, teacher, torch.cat([batch.images for batch in calibration]))
     lap("calibrate")
     if tuning is not None:
         waiting = islice(batches, recipe.warmup - recipe.calibration)
         for step, batch in enumerate(waiting, start=recipe.calibration + 1):
             listener(Step("warmup", step, recipe.warmup, batch.losses))  # the student waits
         lap("warmup")
-        tune_(
-            student,
-            teacher,
-            batches,
-            tuning,
-            first_step=recipe.warmup,
-            total_steps=recipe.steps,
-            listener=listener,
-        )
+        if isinstance(tuning, Reconstruction):
+            reconstruct_(student, teacher, batches, tuning, seed=seed, listener=listener)
+        else:
+            tune_(
+                student,
+                teacher,
+                batches,
+                tuning,
+                first_step=recipe.warmup,
+                total_steps=recipe.steps,
+                listener=listener,
+            )
         lap("tune")
     network = freeze(student)
     lap("freeze")

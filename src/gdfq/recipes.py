@@ -7,15 +7,17 @@ loss beside the others.
 from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
-from gdfq.schedules import Cosine, GridAdam, SgdConfig
+from gdfq.schedules import AdamConfig, Cosine, GridAdam, SgdConfig
 from gdfq.sources import Source
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.images import GivenImages
+from gdfq.sources.latent import LatentSource
 from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
 from gdfq.student import ACTIVATION_QUANTIZERS, Placement, Quantizers
 from gdfq.tuning.distill import Distillation
+from gdfq.tuning.reconstruct import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Recipe:
 
     The first `calibration` steps set the activation ranges, the student is not updated in the
     first `warmup` steps (the generator learns), and the rest tune it. Without `tuning` all
-    steps calibrate.
+    steps calibrate. With `match_moments` each layer's outputs are brought to the teacher's mean
+    and deviation after calibration (`gdfq.tuning.calibrate`).
     """
 
     name: str
@@ -33,9 +36,10 @@ class Recipe:
     steps: int
     calibration: int
     warmup: int
-    tuning: Distillation | None
+    tuning: Distillation | Reconstruction | None
     placement: Placement
     quantizers: Quantizers = "min-max"
+    match_moments: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.calibration <= self.warmup <= self.steps:
@@ -48,16 +52,25 @@ class Recipe:
                 f"quantizers must be one of {', '.join(ACTIVATION_QUANTIZERS)}; "
                 f"got {self.quantizers!r}."
             )
-        if self.quantizers == "learned" and self.tuning and not self.tuning.fixed_statistics:
+        folds = self.quantizers != "min-max"
+        if folds and isinstance(self.tuning, Distillation) and not self.tuning.fixed_statistics:
             raise UsageError(
                 "learned quantizers fold the batch norms, so their statistics must be fixed; "
                 f"recipe {self.name!r} lets them follow. Set fixed_statistics to True."
             )
-        if self.tuning is not None and self.tuning.features and self.quantizers != "learned":
+        by_block = isinstance(self.tuning, Reconstruction) or (
+            self.tuning is not None and bool(self.tuning.features)
+        )
+        if by_block and not folds:
             raise UsageError(
                 "block features are matched where batch norms are folded, which students with "
                 f"learned quantizers have; recipe {self.name!r} has {self.quantizers!r}. "
                 "Set features to 0 or quantizers to 'learned'."
+            )
+        if self.match_moments and self.quantizers != "learned":
+            raise UsageError(
+                "moments are matched by learned weights; "
+                f"recipe {self.name!r} has {self.quantizers!r}. Set quantizers to 'learned'."
             )
 
     def with_steps(self, steps: int | None) -> "Recipe":
@@ -114,6 +127,37 @@ QUICK = replace(
     summary="fast with an eighth of the images, a tenth of the steps: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
+)
+
+GENIE = Recipe(
+    name="genie",
+    summary="GENIE: optimised latents, learned rounding block by block",
+    source=ImagePool(LatentSource(), images=512, batch=128, augmented=False),
+    steps=5,  # one batch calibrates, the rest are what the blocks are reconstructed on
+    calibration=1,
+    warmup=1,
+    tuning=Reconstruction(GridAdam(codes=1e-3, steps=1e-3, others=0.0), updates=700),
+    placement="t1",
+    quantizers="rounded",
+)
+
+SYNQ = Recipe(
+    name="synq",
+    summary="SynQ: focal, low-passed images; hard labels for easy images alone",
+    source=ImagePool(
+        OptimisedSource(
+            batch=128, iterations=100, optimizer=AdamConfig(lr=0.1), class_weight=1.0, cutoff=20.0
+        ),
+        images=512,
+        batch=100,
+    ),
+    steps=700,
+    calibration=4,
+    warmup=4,
+    tuning=Distillation(
+        SgdConfig(lr=1e-3), schedule=Cosine(), cross_entropy=0.5, difficulty=0.5, reduction="batch"
+    ),
+    placement="t1",
 )
 
 _EPOCH = 200  # iterations, in all published schedules
@@ -225,7 +269,8 @@ _BASELINES = (
 )
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (FAST, QUICK, PAPER, PAPER_IMAGENET, *_ABLATIONS, *_BASELINES)
+    recipe.name: recipe
+    for recipe in (FAST, QUICK, GENIE, SYNQ, PAPER, PAPER_IMAGENET, *_ABLATIONS, *_BASELINES)
 }
 
 

@@ -16,6 +16,7 @@ from gdfq.grid import Bits
 from gdfq.quantizers import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.learned import LearnedRange, LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
+from gdfq.quantizers.rounding import RoundedWeight
 from gdfq.statistics import BatchNorm, batch_norm_of
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
@@ -24,10 +25,11 @@ ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batc
 Placement = Literal["t1", "full"]
 PLACEMENTS: tuple[Placement, ...] = ("t1", "full")
 
-Quantizers = Literal["min-max", "learned"]
+Quantizers = Literal["min-max", "learned", "rounded"]
 ACTIVATION_QUANTIZERS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] = {
     "min-max": MovingRange,
     "learned": LearnedRange,
+    "rounded": LearnedRange,
 }
 
 _SIGNAL_BITS = 8
@@ -91,8 +93,8 @@ class Student(nn.Module):
         logits: Tensor = self.network(images)
         return logits
 
-    def with_features(self, names: Sequence[str]) -> WithFeatures:
-        """The student with its values, as quantized, of the teacher's nodes of these names."""
+    def named(self, names: Sequence[str]) -> list[fx.Node]:
+        """The student's nodes whose values stand for the teacher's nodes of these names."""
         nodes = {node.name: node for node in self.network.graph.nodes}
         modules = {str(node.target): node for node in nodes.values() if node.op == "call_module"}
         found = nodes | {
@@ -101,7 +103,11 @@ class Student(nn.Module):
             for target, node in modules.items()
             if target.startswith(f"{kind}.")
         }
-        return with_features(self.network, [found[name] for name in names])
+        return [found[name] for name in names]
+
+    def with_features(self, names: Sequence[str]) -> WithFeatures:
+        """The student with its values, as quantized, of the teacher's nodes of these names."""
+        return with_features(self.network, self.named(names))
 
     @property
     def activations(self) -> Iterator[ActivationQuantizer]:
@@ -147,20 +153,21 @@ def build_student(
 ) -> Student:
     """A trainable copy of the teacher with the scheme's quantizers; ranges are not yet known.
 
-    quantizers: "min-max" follow the weights and the batches; "learned" train with the student,
-        whose batch norms are then folded into its layers beforehand.
+    quantizers: "min-max" follow the weights and the batches; "learned" and "rounded" train with
+        the student, whose batch norms are then folded into its layers beforehand: weights as
+        `LearnedWeight` or `RoundedWeight`.
     With fixed_statistics False the batch norms' running statistics follow in training mode.
 
     Raises UsageError when the scheme finds no weight or no activation to quantize.
     """
-    if quantizers == "learned":
+    if quantizers != "min-max":
         teacher = fold_batch_norms(teacher)
     widths = activation_widths(teacher, scheme)
     _check_quantizable(teacher, scheme, widths)
     graph = fx.Graph()
     teacher_tensors = tensors_of(teacher.network)
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
-    learned: dict[int, LearnedWeight] = {}
+    learned: dict[int, WeightQuantizer] = {}
     new: dict[fx.Node, fx.Node] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
 
@@ -175,7 +182,8 @@ def build_student(
             return MinMaxWeight(bits, *layout)
         weight = teacher_tensors[str(node.args[1].target)]  # type: ignore[union-attr]
         if id(weight) not in learned:  # a weight that is used twice is one
-            learned[id(weight)] = LearnedWeight(weight, bits, *layout)
+            kind = LearnedWeight if quantizers == "learned" else RoundedWeight
+            learned[id(weight)] = kind(weight, bits, *layout)
         return learned[id(weight)]
 
     batch_norms = set(teacher.batch_norms)

@@ -46,20 +46,38 @@ class WeightQuantizer(nn.Module, ABC):
         return f"bits={self.bits}, layout={self.layout.value}"
 
 
+@dataclass(frozen=True)
+class Bypass:
+    """Lets a random share of values through (QDrop, arXiv 2203.05740)."""
+
+    share: float
+    draw: torch.Generator
+
+    def __call__(self, through: Tensor, otherwise: Tensor) -> Tensor:
+        """Values of `through` at random places, of `otherwise` elsewhere; both of one shape."""
+        chosen = torch.rand(through.shape, generator=self.draw) < self.share
+        return torch.where(chosen.to(through.device), through, otherwise)
+
+
 class ActivationQuantizer(nn.Module, ABC):
-    """Puts a feature map on a grid with one scale and zero point, found while `observing`."""
+    """Puts a feature map on a grid with one scale and zero point, found while `observing`.
+
+    With a `bypass` some values stay as they are.
+    """
 
     batches: Tensor
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits, self.observing = bits, False
+        self.bypass: Bypass | None = None
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
             self.observe_(x.detach())
-        return self.fake_quantize(x)
+        quantized = self.fake_quantize(x)
+        return quantized if self.bypass is None else self.bypass(x, quantized)
 
     @torch.no_grad()
     def observe_(self, x: Tensor) -> None:

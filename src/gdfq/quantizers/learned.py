@@ -20,6 +20,7 @@ from gdfq.grid import (
     code_bounds,
     fake_quantize,
 )
+from gdfq.losses import inner
 from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 
 _SHRINKS = 80
@@ -53,6 +54,11 @@ class LearnedWeight(WeightQuantizer):
         inside = self.codes.clamp(*code_bounds(self.bits))
         rounded = inside + (inside.round() - inside).detach()
         return (rounded - self.zero_point) * (self.step * self.log_step.exp())
+
+    @torch.no_grad()
+    def rescale_(self, factor: Tensor) -> None:
+        """Multiply each output channel by its factor [O] > 0; the codes stay."""
+        self.step.mul_(self.along_channels(factor, self.codes))
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
@@ -159,18 +165,19 @@ class _LearnedStep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         # Both bounds as numbers: clamping by tensors is several times slower.
         low, high = (bound - float(zero_point) for bound in code_bounds(bits))
-        scaled = x / step
-        codes = scaled.round().clamp_(low, high)
-        ctx.save_for_backward(scaled, codes, step)
+        # One new tensor and passes in place: on a CPU fresh memory costs more than arithmetic.
+        quantized = (x / step).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, quantized, step)
         ctx.bounds = (low, high)
-        return codes * step
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scaled, codes, step = ctx.saved_tensors
+        x, quantized, step = ctx.saved_tensors
         (grad,) = grads
-        grad_x = grad * (scaled == scaled.clamp(*ctx.bounds))
-        grad_step = _inner(grad, codes) - _inner(grad_x, scaled)
+        low, high = (bound * float(step) for bound in ctx.bounds)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
+        grad_step = (inner(grad, quantized) - inner(grad_x, x)) / step
         return grad_x, grad_step.view_as(step), None, None
 
 
@@ -182,10 +189,3 @@ def learned_step(x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tens
     step and zero_point are scalars.
     """
     return _LearnedStep.apply(x, step, zero_point, bits)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b in one pass, without a product tensor; fast on channels_last feature maps."""
-    if a.ndim == 4:
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    return torch.dot(a.reshape(-1), b.reshape(-1))

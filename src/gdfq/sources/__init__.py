@@ -24,6 +24,20 @@ class Batch:
     teacher_logits: Tensor | None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def split(self, size: int) -> list["Batch"]:
+        """Parts of about equal length, of `size` images or fewer each."""
+        parts = -(-len(self.images) // size)
+        logits = self.teacher_logits
+        return [
+            Batch(images, labels, known, self.losses)
+            for images, labels, known in zip(
+                self.images.chunk(parts),
+                self.labels.chunk(parts),
+                [None] * parts if logits is None else logits.chunk(parts),
+                strict=False,
+            )
+        ]
+
 
 class Source(Protocol):
     """Anything that can supply images: generated, optimised or real, all interchangeable."""

@@ -1,4 +1,7 @@
-"""Images optimised pixel by pixel against batch-norm statistics (ZeroQ, arXiv 2001.00281)."""
+"""Images optimised pixel by pixel against batch-norm statistics (ZeroQ, arXiv 2001.00281).
+
+With a class loss and a low-pass filter they are those of SynQ (arXiv 2603.18423).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gdfq.capture import Captured
-from gdfq.losses import standard_deviation_loss
+from gdfq.losses import focal_loss, standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig
@@ -19,14 +22,19 @@ class OptimisedSource:
     """Each batch starts as N(0, 1) noise and follows Adam on the statistics loss.
 
     The loss is `standard_deviation_loss` over all batch norms and over the input itself, whose
-    target is mean 0 and deviation 1. The learning rate falls tenfold whenever the loss has not
-    improved for `patience` iterations. Labels are the teacher's own answers.
+    target is mean 0 and deviation 1, plus `class_weight` times `focal_loss` with exponent `focus`
+    to labels that cover the classes in turn; without it labels are the teacher's own answers. The
+    learning rate falls tenfold whenever the loss has not improved for `patience` iterations.
+    With a `cutoff` the finished images pass `low_passed`.
     """
 
     batch: int = 64
     iterations: int = 500
     optimizer: AdamConfig = AdamConfig(lr=0.5)  # noqa: RUF009 (frozen)
     patience: int = 100
+    class_weight: float = 0.0
+    focus: float = 2.0
+    cutoff: float | None = None
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
@@ -44,22 +52,46 @@ class OptimisedSource:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, patience=self.patience, min_lr=1e-4
             )
+            labels = (torch.arange(self.batch) + step * self.batch) % teacher.classes
+            labels = labels.to(teacher.device)
             for iteration in range(self.iterations):
                 with torch.enable_grad():
-                    _, seen = network(images)
+                    logits, seen = network(images)
                     loss = standard_deviation_loss([input_moments(images), *seen], stored)
+                    if self.class_weight:
+                        loss = loss + self.class_weight * focal_loss(logits, labels, self.focus)
                     (images.grad,) = torch.autograd.grad(loss, images)
                 optimizer.step()
                 plateau.step(loss.item())
                 done = step * self.iterations + iteration + 1
                 listener(Step("images", done, steps * self.iterations, {"bns": loss.detach()}))
             final = images.detach()
+            if self.cutoff is not None:
+                final = low_passed(final, self.cutoff)
             with torch.no_grad():
                 logits = teacher.network(final)
-            yield Batch(final, logits.argmax(1), logits, {"bns": loss.detach()})
+            if not self.class_weight:
+                labels = logits.argmax(1)
+            yield Batch(final, labels, logits, {"bns": loss.detach()})
 
 
 def input_moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Differentiable mean and biased variance of each channel of the images."""
     variance, mean = torch.var_mean(images, [0, *range(2, images.ndim)], correction=0)
     return mean, variance
+
+
+def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Images [N, C, *size] with each frequency times exp(−d² / 2 cutoff²) (arXiv 2603.18423).
+
+    d is its distance from 0 in cycles an image.
+    """
+    size = images.shape[2:]
+    axes = [torch.fft.fftfreq(side, 1 / side) for side in size[:-1]]
+    axes.append(torch.fft.rfftfreq(size[-1], 1 / size[-1]))
+    distance = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)
+    weight = (-distance / (2 * cutoff**2)).exp().to(images.device)
+    dims = list(range(2, images.ndim))
+    filtered = torch.fft.irfftn(torch.fft.rfftn(images, dim=dims) * weight, s=size, dim=dims)
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    return filtered.contiguous(memory_format=layout)

@@ -18,12 +18,14 @@ class ImagePool:
     """Batches from the first `images` images of another source, in a new order each epoch.
 
     Each batch is shifted by up to an eighth of the image's side and flipped at random, all its
-    images alike. The last batch of an epoch is left out when it is smaller than the others.
+    images alike, unless `augmented` is False. The last batch of an epoch is left out when it is
+    smaller than the others.
     """
 
     source: Source
     images: int
     batch: int
+    augmented: bool = True
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
@@ -43,7 +45,10 @@ class ImagePool:
                 order = torch.randperm(len(images), generator=draw)
                 pending = [part for part in order.split(size) if len(part) == size]
             chosen = pending.pop()
-            yield Batch(shifted_and_flipped(images[chosen], draw), labels[chosen], None)
+            drawn = images[chosen]
+            if self.augmented:
+                drawn = shifted_and_flipped(drawn, draw)
+            yield Batch(drawn, labels[chosen], None)
 
 
 def collect(

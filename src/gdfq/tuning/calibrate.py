@@ -1,12 +1,18 @@
-"""Calibration: the student sees batches and its activation ranges follow; weights stay."""
+"""Calibration: what the student learns from a few batches without gradients."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor, fx
 
+from gdfq import operators
+from gdfq.capture import Captured
 from gdfq.errors import GdfqError
+from gdfq.folding import fold_batch_norms
 from gdfq.progress import Listener, Step
 from gdfq.quantizers import ActivationQuantizer
+from gdfq.quantizers.learned import LearnedWeight
 from gdfq.sources import Batch
 from gdfq.student import Student
 
@@ -33,3 +39,69 @@ def calibrate_(
                     f"every activation range must be finite; that of {name} is not. "
                     "Look for NaN or infinity in the images."
                 )
+
+
+@torch.no_grad()
+def match_moments_(student: Student, teacher: Captured, images: Tensor) -> None:
+    """Give each layer's output channels the teacher's mean and standard deviation.
+
+    Rounding scales and shifts what a channel carries, and over many layers that grows. Layer
+    after layer, each with the inputs that its corrected predecessors make, the weight's step and
+    the bias take the difference up. (Nagel et al., arXiv 1906.04721, correct the mean alone, which
+    at three bits is worse than nothing.) A layer that is used twice is corrected where it comes
+    first. For students with learned weights; images [N, *input_shape].
+    """
+    wanted = _OutputMoments(fold_batch_norms(teacher).network)
+    wanted.run(images)
+    _MatchMoments(student.network, wanted.moments).run(images)
+
+
+class _OutputMoments(fx.Interpreter):
+    """Runs a network and notes mean and variance of each layer's output channels."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if operators.has_weight(n):
+            self.moments[n.name] = _channel_moments(n, value)
+        return value
+
+
+class _MatchMoments(fx.Interpreter):
+    """Runs a student and corrects each layer on the way."""
+
+    def __init__(self, network: fx.GraphModule, wanted: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__(network)
+        self.wanted = wanted
+        self.corrected: set[LearnedWeight] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if operators.name_of(n) not in operators.WEIGHTED:
+            return value
+        quantizer = self.submodules.get(n.args[1].target)  # type: ignore[union-attr]
+        if not isinstance(quantizer, LearnedWeight) or quantizer in self.corrected:
+            return value
+        self.corrected.add(quantizer)
+        (mean, variance), (wanted_mean, wanted) = _channel_moments(n, value), self.wanted[n.name]
+        # Channels that hardly vary say nothing about their scale.
+        factor = (wanted / variance.clamp_min(1e-12)).sqrt().clamp(0.5, 2.0)
+        shift = wanted_mean - factor * mean
+        bias_node = n.args[2]
+        assert isinstance(bias_node, fx.Node)
+        quantizer.rescale_(factor)
+        self.fetch_attr(str(bias_node.target)).mul_(factor).add_(shift)
+        shape = [1] * value.ndim
+        shape[operators.channel_dim(n)] = -1
+        return value * factor.view(shape) + shift.view(shape)
+
+
+def _channel_moments(layer: fx.Node, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each output channel, each [O]."""
+    channels = operators.channel_dim(layer) % output.ndim
+    others = [d for d in range(output.ndim) if d != channels]
+    variance, mean = torch.var_mean(output, others, correction=0)
+    return mean, variance

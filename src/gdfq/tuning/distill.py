@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdfq import operators
 from gdfq.capture import Captured
 from gdfq.errors import GdfqError
 from gdfq.features import block_ends
@@ -31,6 +32,8 @@ class Distillation:
     γ of the paper is `distillation`; L_F is `feature_loss` over the ends of the blocks.
 
     `reduction` of the KL: "element" as the published numbers were made, "batch" the standard.
+    The cross-entropy leaves out images whose difficulty 1 − p_y, by the teacher, is above
+    `difficulty` (SynQ, arXiv 2603.18423); 1 keeps all.
     """
 
     optimizer: SgdConfig | GridAdam
@@ -40,6 +43,7 @@ class Distillation:
     temperature: float = 20.0
     reduction: Literal["element", "batch"] = "element"
     features: float = 0.0
+    difficulty: float = 1.0
     fixed_statistics: bool = True
 
     def losses(self, student: Answers, teacher: Answers, labels: Tensor) -> dict[str, Tensor]:
@@ -49,7 +53,9 @@ class Distillation:
         parts: dict[str, Tensor] = {}
         total = student_logits.new_zeros(())
         if self.cross_entropy:
-            parts["ce"] = F.cross_entropy(student_logits, labels)
+            errors = F.cross_entropy(student_logits, labels, reduction="none")
+            p = teacher_logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+            parts["ce"] = torch.where(1 - p <= self.difficulty, errors, 0.0).mean()
             total = total + self.cross_entropy * parts["ce"]
         if self.distillation:
             parts["kd"] = distillation_loss(
@@ -72,7 +78,7 @@ def tune_(
     total_steps: int,
     listener: Listener,
 ) -> None:
-    """One update of the student for each batch.
+    """One update of the student for each batch, which passes in parts where images are large.
 
     The learning rate's schedule counts from the run's first step, so a tuning that begins after
     a warm-up passes `first_step` and the run's `total_steps`.
@@ -82,13 +88,20 @@ def tune_(
     student.train()  # only batch norms without fixed statistics behave differently
     optimizer = config.optimizer.build(student)
     ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
+    # Statistics that follow the batch need it whole.
+    images_at_once = _images_at_once(teacher) if config.fixed_statistics else None
     for step, batch in enumerate(batches, start=first_step):
         set_rate_(optimizer, config.schedule.factor(step, total_steps))
-        with torch.enable_grad():
-            answers = ask_teacher(batch)
-            losses = config.losses(ask_student(batch), answers, batch.labels)
-            optimizer.zero_grad()
-            losses["student"].backward()
+        optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        for part in batch.split(images_at_once or len(batch.images)):
+            share = len(part.images) / len(batch.images)
+            with torch.enable_grad():
+                answers = ask_teacher(part)
+                of_part = config.losses(ask_student(part), answers, part.labels)
+                (share * of_part["student"]).backward()
+            for name, loss in of_part.items():
+                losses[name] = share * loss.detach() + losses.get(name, 0)
         value = losses["student"].item()
         if not math.isfinite(value):
             raise GdfqError(
@@ -96,9 +109,23 @@ def tune_(
                 "Lower the learning rate or use more bits."
             )
         optimizer.step()
-        logged = {**batch.losses, **{k: v.detach() for k, v in losses.items()}}
-        listener(Step("tune", step + 1, total_steps, logged))
+        listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}))
     student.eval()
+
+
+_FEATURE_BYTES = 2**24
+"""A feature map of at most this size: larger ones leave the cache, and cost fresh memory."""
+
+
+def _images_at_once(teacher: Captured) -> int:
+    """How many images go through the networks together; gradients add up over the rest."""
+    shapes = [
+        node.meta["val"].shape[1:]
+        for node in teacher.network.graph.nodes
+        if operators.is_activation(node)
+    ]
+    largest = max(4 * math.prod(map(int, shape)) for shape in shapes)
+    return max(1, _FEATURE_BYTES // largest)
 
 
 def _questions(

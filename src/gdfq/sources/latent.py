@@ -1,0 +1,167 @@
+"""Images from latents that are optimised with a generator of their own (GENIE, arXiv 2212.04780).
+
+Each batch gets a fresh small generator, and both its weights and its inputs follow the teacher's
+batch-norm statistics. While they do, every strided convolution of the teacher sees its input
+moved by a random pixel ("swing convolution"), so that no pixel is left out of what it learns.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gdfq import operators
+from gdfq.capture import Captured, flat_module, tensors_of
+from gdfq.errors import UsageError
+from gdfq.losses import standard_deviation_loss
+from gdfq.progress import Listener, Step, silent
+from gdfq.randomness import stream as random_stream
+from gdfq.schedules import AdamConfig, Cosine, set_rate_
+from gdfq.sources import Batch
+from gdfq.sources.optimised import input_moments
+from gdfq.sources.upsampling import upsampled_convolution
+from gdfq.statistics import StatisticsNetwork
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """Each batch: `iterations` of Adam on latents and generator against `standard_deviation_loss`.
+
+    Labels are the teacher's own answers.
+    """
+
+    batch: int = 128
+    iterations: int = 100
+    latent: int = 256
+    latents: AdamConfig = AdamConfig(lr=0.1)  # noqa: RUF009 (frozen)
+    generator: AdamConfig = AdamConfig(lr=0.01)  # noqa: RUF009 (frozen)
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches.
+
+        Raises UsageError for networks without batch norms and for inputs that are not [C, H, W].
+        """
+        if len(teacher.input_shape) != 3:
+            raise UsageError(
+                "the generator makes images [channels, height, width]; "
+                f"this network takes {list(teacher.input_shape)}. Give real data instead."
+            )
+        draw = random_stream(seed, "latent.swing")
+        network = StatisticsNetwork(swinging(teacher, draw))
+        return self._batches(teacher, network, steps, seed, listener)
+
+    def _batches(
+        self,
+        teacher: Captured,
+        network: StatisticsNetwork,
+        steps: int,
+        seed: int,
+        listener: Listener,
+    ) -> Iterator[Batch]:
+        channels = teacher.input_shape[0]
+        device = teacher.device
+        zero, one = (torch.full((channels,), v, device=device) for v in (0.0, 1.0))
+        stored = [(zero, one), *network.stored]
+        draw = random_stream(seed, "latent.draw")
+        for step in range(steps):
+            generator = LatentGenerator(teacher.input_shape, self.latent, draw).to(device)
+            z = torch.randn(self.batch, self.latent, generator=draw).to(device).requires_grad_()
+            optimizers = (
+                self.latents.build([z]),
+                self.generator.build(generator.parameters()),
+            )
+            for iteration in range(self.iterations):
+                with torch.enable_grad():
+                    images = generator(z)
+                    _, seen = network(images)
+                    loss = standard_deviation_loss([input_moments(images), *seen], stored)
+                    for optimizer in optimizers:
+                        set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
+                        optimizer.zero_grad()
+                    loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                done = step * self.iterations + iteration + 1
+                listener(Step("images", done, steps * self.iterations, {"bns": loss.detach()}))
+            with torch.no_grad():
+                images = generator(z)
+                logits = teacher.network(images)
+            yield Batch(images, logits.argmax(1), logits, {"bns": loss.detach()})
+
+
+class LatentGenerator(nn.Module):
+    """z [N, latent] -> images [N, channels, height, width] of zero mean and unit variance.
+
+    linear → BN → up ×2 → conv 3×3 (64) → BN → LeakyReLU 0.2 → up ×2 → conv 3×3 → tanh → BN
+    without affine parameters.
+    """
+
+    _WIDTHS = (128, 64)
+
+    def __init__(self, image_shape: tuple[int, ...], latent: int, random: torch.Generator) -> None:
+        super().__init__()
+        channels, *self.size = image_shape
+        self.base = [math.ceil(side / 4) for side in self.size]
+        first, second = self._WIDTHS
+        shapes = (
+            (first * math.prod(self.base), latent),
+            (second, first, 3, 3),
+            (channels, second, 3, 3),
+        )
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for shape in shapes:  # PyTorch's default initialisation, from an explicit stream
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+            for parameters, size in ((self.weights, shape), (self.biases, shape[:1])):
+                values = torch.rand(size, generator=random).mul_(2 * bound).sub_(bound)
+                parameters.append(nn.Parameter(values))
+        self.scales = nn.ParameterList(torch.ones(width) for width in self._WIDTHS)
+        self.shifts = nn.ParameterList(torch.zeros(width) for width in self._WIDTHS)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = F.linear(z, self.weights[0], self.biases[0]).view(-1, self._WIDTHS[0], *self.base)
+        x = F.batch_norm(x, None, None, self.scales[0], self.shifts[0], training=True)
+        x = upsampled_convolution(x, self.weights[1], self.biases[1])
+        x = F.batch_norm(x, None, None, self.scales[1], self.shifts[1], training=True)
+        x = upsampled_convolution(F.leaky_relu(x, 0.2), self.weights[2], self.biases[2])
+        x = F.batch_norm(x.tanh(), None, None, training=True)
+        x = x[..., : self.size[0], : self.size[1]]
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def swinging(teacher: Captured, draw: torch.Generator) -> Captured:
+    """The teacher with the input of each strided 2-d convolution moved by up to stride − 1 pixels.
+
+    The offset is drawn anew at each call; the border is mirrored.
+    """
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in teacher.network.graph.nodes:
+        new[node] = graph.node_copy(node, new.__getitem__)
+        stride = node.args[3] if len(node.args) > 3 else 1
+        reach = max(stride) - 1 if isinstance(stride, list | tuple) else 0
+        if (
+            operators.name_of(node) in operators.CONVOLUTIONS
+            and "conv2d" in str(node.target)
+            and reach
+        ):
+            with graph.inserting_before(new[node]):
+                moved = graph.call_function(_mover(reach, draw), (new[node.args[0]],))
+            new[node].update_arg(0, moved)
+    return replace(teacher, network=flat_module(graph, tensors_of(teacher.network)))
+
+
+def _mover(reach: int, draw: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def moved(x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if reach >= min(height, width):  # nothing to mirror
+            return x
+        top, left = torch.randint(2 * reach + 1, (2,), generator=draw).tolist()
+        padded = F.pad(x, [reach] * 4, mode="reflect")
+        return padded[:, :, top : top + height, left : left + width]
+
+    return moved

@@ -1,0 +1,120 @@
+"""Reconstruction: block after block, each trained to give the teacher's output.
+
+BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): a block sees inputs as its
+finished predecessors make them, some of their values replaced by the teacher's own.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.capture import Captured
+from gdfq.errors import GdfqError
+from gdfq.features import block_ends, blocks
+from gdfq.folding import fold_batch_norms
+from gdfq.progress import Listener, Step
+from gdfq.quantizers import ActivationQuantizer, Bypass
+from gdfq.quantizers.rounding import RoundedWeight
+from gdfq.randomness import stream as random_stream
+from gdfq.schedules import Cosine, GridAdam, Schedule, set_rate_
+from gdfq.sources import Batch
+from gdfq.student import Student
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Each block takes `updates` steps on E‖Q_b(x) − M_b(x)‖², summed over channels.
+
+    Batches are drawn from all images of the stream, `batch` at a time. A share `drop` of each
+    block input's values is the teacher's, and of each activation stays unquantized. Learned
+    rounding is driven to a decision by `rounding` · Σ 1 − |2h − 1|^β, β falling from 20 to 2
+    after a fifth of the updates.
+    """
+
+    optimizer: GridAdam
+    updates: int
+    batch: int = 32
+    drop: float = 0.5
+    rounding: float = 0.01
+    schedule: Schedule = Cosine()  # noqa: RUF009 (frozen)
+    fixed_statistics: bool = True
+
+
+def reconstruct_(
+    student: Student,
+    teacher: Captured,
+    batches: Iterable[Batch],
+    config: Reconstruction,
+    *,
+    seed: int,
+    listener: Listener,
+) -> None:
+    """Reconstruct all blocks on the images of the batches, which are held in memory.
+
+    Raises GdfqError when a loss is not finite.
+    """
+    network = fold_batch_norms(teacher).network
+    ends = block_ends(network.graph)
+    student_blocks = blocks(student.network, student.named([end.name for end in ends]))
+    seen = wanted = torch.cat([batch.images for batch in batches])
+    draw = random_stream(seed, "reconstruct.draw")
+    total = config.updates * len(student_blocks)
+    done = 0
+    for block, goal in zip(student_blocks, blocks(network, ends), strict=True):
+        inputs, wanted = wanted, _mapped(goal, wanted)
+        for losses in _updates(block, (seen, inputs, wanted), config, draw):
+            done += 1
+            listener(Step("tune", done, total, losses))
+        seen = _mapped(block, seen)
+
+
+def _updates(
+    block: fx.GraphModule,
+    images: tuple[Tensor, Tensor, Tensor],
+    config: Reconstruction,
+    draw: torch.Generator,
+) -> Iterator[dict[str, Tensor]]:
+    """Train one block; yields each update's losses.
+
+    images: the block's inputs from student and teacher, and the teacher's outputs.
+    """
+    rounded = [m for m in block.modules() if isinstance(m, RoundedWeight)]
+    quantizers = [m for m in block.modules() if isinstance(m, ActivationQuantizer)]
+    for quantizer in quantizers:
+        quantizer.bypass = Bypass(config.drop, draw) if config.drop else None
+    optimizer = config.optimizer.build(block)
+    for update in range(config.updates):
+        set_rate_(optimizer, config.schedule.factor(update, config.updates))
+        chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
+        seen, inputs, wanted = (part[chosen] for part in images)
+        if config.drop:
+            seen = Bypass(config.drop, draw)(inputs, seen)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            # Summed over channels, the mean over images and positions.
+            error = (block(seen) - wanted).square().sum(1).mean()
+            loss = error
+            progress = (update / config.updates - 0.2) / 0.8
+            if rounded and progress > 0:
+                sharpness = 20 + (2 - 20) * progress
+                loss = loss + config.rounding * sum(m.undecided(sharpness) for m in rounded)
+            loss.backward()
+        if not bool(loss.detach().isfinite()):
+            raise GdfqError(
+                f"a block's loss must stay finite; it is {float(loss)} at update {update}. "
+                "Lower the learning rate or use more bits."
+            )
+        optimizer.step()
+        yield {"student": loss.detach(), "error": error.detach()}
+    for quantizer in quantizers:
+        quantizer.bypass = None
+    for weight in rounded:
+        weight.settled = True
+
+
+@torch.no_grad()
+def _mapped(block: fx.GraphModule, images: Tensor) -> Tensor:
+    """A block's outputs for all images, a batch at a time."""
+    return torch.cat([block(part) for part in images.split(64)])

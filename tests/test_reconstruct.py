@@ -1,0 +1,170 @@
+"""Blocks, their reconstruction, learned rounding, and the correction of channels."""
+
+from dataclasses import replace
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdfq import UsageError
+from gdfq.capture import capture
+from gdfq.features import block_ends, blocks
+from gdfq.folding import fold_batch_norms
+from gdfq.freeze import freeze
+from gdfq.grid import Bits, Layout
+from gdfq.progress import silent
+from gdfq.quantizers import Bypass
+from gdfq.quantizers.rounding import RoundedWeight
+from gdfq.recipes import FAST, GENIE
+from gdfq.schedules import GridAdam
+from gdfq.sources import Batch
+from gdfq.student import Scheme, build_student
+from gdfq.tuning.calibrate import calibrate_, match_moments_
+from gdfq.tuning.distill import tune_
+from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
+
+
+@pytest.fixture
+def images():
+    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def student_of(teacher, images, bits="w3a3", quantizers="learned"):
+    student = build_student(teacher, Scheme(Bits.parse(bits), "t1"), quantizers=quantizers)
+    calibrate_(student, [Batch(images, None, None)], steps=1, listener=silent)
+    return student
+
+
+def test_blocks_one_after_the_other_are_the_network(teacher, images):
+    student = student_of(teacher, images)
+    folded = fold_batch_norms(teacher).network
+    ends = block_ends(folded.graph)
+    for network, nodes in (
+        (folded, ends),
+        (student.network, student.named([end.name for end in ends])),
+    ):
+        parts = blocks(network, nodes)
+        assert len(parts) == len(ends) + 1 > 2
+        x = images
+        for part in parts:
+            x = part(x)
+        assert torch.equal(x, network(images))
+    owned = {id(p) for part in blocks(student.network, nodes) for p in part.parameters()}
+    assert owned == {id(p) for p in student.parameters()}  # shared, none lost
+
+
+def test_matched_moments_are_the_teachers(teacher, images):
+    student = student_of(teacher, images)
+    before = _last_moments(student.network, images)
+    match_moments_(student, teacher, images)
+    got, wanted = _last_moments(student.network, images), _last_moments(teacher.network, images)
+    for value, goal, old in zip(got, wanted, before, strict=True):
+        torch.testing.assert_close(value, goal, rtol=1e-3, atol=1e-4)
+        assert float((old - goal).abs().max()) > 10 * float(
+            (value - goal).abs().max()
+        )  # there was something to do
+    # What was corrected is what is frozen.
+    torch.testing.assert_close(freeze(student)(images), student(images), rtol=1e-4, atol=1e-4)
+
+
+def _last_moments(network, images):
+    logits = network(images).detach()
+    return logits.mean(0), logits.std(0, correction=0)
+
+
+def test_moments_by_hand():
+    """One linear layer: the channel's scale and shift follow from the two moments."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))
+    teacher = capture(model.eval(), torch.zeros(2, 1, 2, 2))
+    x = torch.randn(50, 1, 2, 2)
+    student = build_student(teacher, Scheme(Bits(2, 8), "full"), quantizers="learned")
+    calibrate_(student, [Batch(x, None, None)], steps=1, listener=silent)
+    q, wanted = student(x).detach(), teacher.network(x)
+    match_moments_(student, teacher, x)
+    factor = wanted.std(0) / q.std(0)
+    assert bool((factor > 0.5).all() and (factor < 2).all())
+    expected = (q - q.mean(0)) * factor + wanted.mean(0)
+    torch.testing.assert_close(student(x).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_large_images_pass_in_parts_with_the_same_result(teacher, images, monkeypatch):
+    batch = Batch(images, torch.zeros(len(images), dtype=torch.long), None)
+    results = []
+    for bytes_at_once in (2**24, 4 * 8 * 64 * 10):  # all at once, and ten images at once
+        monkeypatch.setattr("gdfq.tuning.distill._FEATURE_BYTES", bytes_at_once)
+        student = student_of(teacher, images)
+        # Features are relative to each part's own; the rest is exactly a mean over images.
+        config = replace(FAST.tuning, features=0.0)
+        seen = []
+        tune_(student, teacher, [batch] * 2, config, first_step=0, total_steps=9, listener=seen.append)  # fmt: skip
+        results.append((float(seen[-1].losses["student"]), student(images).detach()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
+
+
+@given(images=st.integers(1, 40), size=st.integers(1, 40))
+def test_a_batch_splits_into_all_of_its_images(images, size):
+    batch = Batch(torch.arange(images), torch.arange(images), torch.arange(images))
+    parts = batch.split(size)
+    assert max(len(part.images) for part in parts) <= size
+    for tensors in zip(*((p.images, p.labels, p.teacher_logits) for p in parts), strict=True):
+        assert torch.cat(tensors).tolist() == list(range(images))
+
+
+@given(seed=st.integers(0, 2**31), bits=st.integers(2, 8))
+def test_rounding_starts_at_the_weight_and_ends_beside_it(seed, bits):
+    weight = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
+    quantizer = RoundedWeight(weight, bits, Layout.ROWS)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    exact = weight / quantizer.step + quantizer.zero_point
+    inside = (exact > low) & (exact < high)
+    soft = quantizer(weight)
+    torch.testing.assert_close(soft[inside], weight[inside], rtol=1e-3, atol=1e-3)
+    quantizer.settled = True
+    hard = quantizer(weight).detach()
+    frozen = quantizer.quantized(weight)
+    torch.testing.assert_close((frozen.codes - frozen.zero_point) * frozen.scale, hard)
+    assert bool(((hard - weight)[inside].abs() <= 0.5001 * quantizer.step.expand_as(weight)[inside]).all())  # fmt: skip
+
+
+def test_undecided_by_hand():
+    quantizer = RoundedWeight(torch.tensor([[0.0, 1.0]]), 2, Layout.ROWS)
+    quantizer.codes.data = torch.tensor([[0.0, 100.0]])  # h = 0.5 and 1
+    assert quantizer.rounding().tolist() == [[0.5, 1.0]]
+    assert float(quantizer.undecided(2.0).detach()) == 1.0
+    quantizer.codes.data = torch.tensor([[0.5, -100.0]])
+    h = 1.2 / (1 + torch.tensor(-0.5).exp()) - 0.1
+    assert float(quantizer.undecided(3.0).detach()) == pytest.approx(1 - abs(2 * float(h) - 1) ** 3)
+
+
+def test_bypass_lets_its_share_through():
+    through, otherwise = torch.ones(100, 100), torch.zeros(100, 100)
+    mixed = Bypass(0.3, torch.Generator().manual_seed(0))(through, otherwise)
+    assert float(mixed.mean()) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("quantizers", ["learned", "rounded"])
+def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
+    student = student_of(teacher, images, "w2a4", quantizers)
+    wanted = teacher.network(images)
+    before = F.mse_loss(freeze(student)(images), wanted)
+    config = Reconstruction(GridAdam(0.02, 1e-3, 1e-3), updates=60, batch=16, rounding=1e-3)
+    seen = []
+    batches = Batch(images, torch.zeros(64, dtype=torch.long), None).split(16)
+    reconstruct_(student, teacher, batches, config, seed=0, listener=seen.append)
+    frozen = freeze(student)
+    assert float(F.mse_loss(frozen(images), wanted)) < 0.7 * float(before)
+    torch.testing.assert_close(frozen(images), student(images), rtol=1e-4, atol=1e-4)
+    assert all(module.bypass is None for module in student.activations)
+    assert [step.index for step in seen] == list(range(1, len(seen) + 1))
+
+
+def test_what_a_recipe_may_combine():
+    with pytest.raises(UsageError, match="block features"):
+        replace(GENIE, quantizers="min-max")
+    with pytest.raises(UsageError, match="learned weights"):
+        replace(GENIE, match_moments=True)
