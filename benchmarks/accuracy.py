@@ -4,10 +4,10 @@
     python benchmarks/accuracy.py --recipes fast --bits w3a3 --seeds 0 1 2
 
 Each row (network, widths, placement, recipe, seed) becomes a JSON file under benchmarks/results
-as soon as it is done, and is skipped when it is there, so an interrupted run goes on. The images
-of a pool do not depend on the student: they are made once for each network and seed, kept under
-benchmarks/cache, and their time is charged to every row that uses them. No run selects anything
-by accuracy.
+as soon as it is done, and is skipped when it is there and the recipe is still the same, so an
+interrupted run goes on. The images of a pool do not depend on the student: they are made once for
+each network and seed, kept under benchmarks/cache, and their time is charged to every row that
+uses them. No run selects anything by accuracy.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from gdfq.capture import Captured, capture
 from gdfq.data import ArrayData, ImageData, Preprocessing, load_data
 from gdfq.evaluate import logits_of
 from gdfq.grid import Bits
+from gdfq.memory import keep_freed_memory_
 from gdfq.models import load_weights_
 from gdfq.pipeline import quantize_captured
 from gdfq.progress import Terminal
@@ -87,10 +88,13 @@ class Row:
     placement: str
     recipe: str
     seed: int
+    steps: int | None = None
+    """The recipe's own if None."""
 
     @property
     def path(self) -> Path:
-        parts = (self.network, self.bits, self.placement, self.recipe, f"s{self.seed}")
+        parts = [self.network, self.bits, self.placement, self.recipe, f"s{self.seed}"]
+        parts += [] if self.steps is None else [str(self.steps)]
         return RESULTS / ("-".join(parts) + ".json")
 
 
@@ -175,14 +179,19 @@ def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, obje
     }
 
 
-def run_row(row: Row, steps: int | None) -> dict[str, object]:
+def settings_of(row: Row) -> str:
+    """A short name for all values of the row's recipe."""
+    return hashlib.sha256(repr(find_recipe(row.recipe)).encode()).hexdigest()[:12]
+
+
+def run_row(row: Row) -> dict[str, object]:
     network = NETWORKS[row.network]
     model = network.factory().eval()  # type: ignore[operator]
     load_weights_(model, SHARED / "models" / f"{row.network}.safetensors")
     started = time.perf_counter()
     teacher = capture(model, torch.zeros(1, *network.shape))
     seconds = {"capture": time.perf_counter() - started}
-    recipe = find_recipe(row.recipe).with_steps(steps)
+    recipe = find_recipe(row.recipe).with_steps(row.steps)
     recipe = replace(recipe, placement=row.placement)  # type: ignore[arg-type]
     with Terminal() as listener:
         recipe = stored(recipe, teacher, row, listener)
@@ -210,7 +219,7 @@ def run_row(row: Row, steps: int | None) -> dict[str, object]:
     assert test.labels is not None
     return {
         "network": row.network, "bits": row.bits, "placement": row.placement,
-        "recipe": row.recipe, "steps": recipe.steps, "seed": row.seed,
+        "recipe": row.recipe, "settings": settings_of(row), "steps": recipe.steps, "seed": row.seed,
         "images": source.images if isinstance(source, ImagePool) else recipe.steps * source.batch,
         **compared(*logits, test.labels),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -224,16 +233,22 @@ def run_row(row: Row, steps: int | None) -> dict[str, object]:
 
 R20, R32, R56, MOBILE = NETWORKS
 TARGETS = [
-    (R20, "w4a4", "t1"), (R20, "w3a3", "t1"), (R20, "w2a2", "t1"), (R20, "w8a8", "t1"),
-    (R20, "w4a4", "full"), (MOBILE, "w4a4", "t1"), (MOBILE, "w8a8", "t1"), (R56, "w4a4", "t1"),
-    (R56, "w3a3", "t1"), (R32, "w4a4", "t1"), (R32, "w3a3", "t1"),
+    (R20, "w4a4", "t1"), (R20, "w3a3", "t1"), (R20, "w4a4", "full"), (R20, "w8a8", "t1"),
+    (MOBILE, "w4a4", "t1"), (R56, "w4a4", "t1"), (R56, "w3a3", "t1"), (MOBILE, "w8a8", "t1"),
+    (R20, "w2a2", "t1"), (R32, "w4a4", "t1"), (R32, "w3a3", "t1"),
 ]  # fmt: skip
 """Network, widths and placement of the tables."""
 SEEDS = (0, 1, 2)
+RIVALS = [(R20, "w4a4", "t1"), (R20, "w3a3", "t1")]
+"""Where the rivals run too, each about as long as `fast`."""
+PAPER_STEPS = 200
+"""Steps of `paper` that take as long as all of `fast` (see seconds in the table)."""
 PLAN = (
     [Row(*target, "fast", seed) for seed in SEEDS for target in TARGETS]
     + [Row(R20, "w4a4", "t1", "quick", seed) for seed in SEEDS]
     + [Row(*target, "real", seed) for seed in SEEDS for target in TARGETS if target[0] != MOBILE]
+    + [Row(*target, "paper", seed, PAPER_STEPS) for seed in SEEDS for target in RIVALS]
+    + [Row(*target, recipe, seed) for seed in SEEDS for recipe in ("genie", "synq") for target in RIVALS]
     + [Row(*target, recipe, seed) for recipe in ("zeroq", "round") for seed in SEEDS for target in TARGETS]
 )  # fmt: skip
 """All rows in the order in which they are to be measured."""
@@ -248,8 +263,8 @@ def main() -> None:
     parser.add_argument("--placements", nargs="+", choices=("t1", "full"))
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--steps", type=int, help="the recipe's own by default")
     options = parser.parse_args()
+    keep_freed_memory_()
     if not SHARED.is_dir():
         sys.exit(f"skipped: the networks and images of {SHARED} are not there")
     RESULTS.mkdir(exist_ok=True)
@@ -268,11 +283,12 @@ def main() -> None:
     if not chosen:
         sys.exit("no row of PLAN fits these options; see the end of this file for what it holds")
     for row in chosen:
-        suffix = "" if options.steps is None else f"-{options.steps}"
-        path = row.path.with_stem(row.path.stem + suffix)
-        if not path.exists():
-            path.write_text(json.dumps(run_row(row, options.steps), indent=1) + "\n")
-        result = json.loads(path.read_text())
+        path = row.path
+        result = json.loads(path.read_text()) if path.exists() else {}
+        # A row that another form of the recipe made says nothing of this one.
+        if result.get("settings") != settings_of(row):
+            result = run_row(row)
+            path.write_text(json.dumps(result, indent=1) + "\n")
         drop = result["teacher"]["all"] - result["student"]["all"]
         print(
             f"{path.stem}: {result['student']['all']:.2f} % (drop {drop:.2f}), "

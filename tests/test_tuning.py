@@ -143,10 +143,11 @@ def test_each_kind_of_parameter_has_its_rate(teacher):
     }
     for name, parameter in student.named_parameters():
         kind = name.rpartition(".")[2]
-        assert rates[id(parameter)] == {"codes": 0.1, "log_step": 0.2}.get(kind, 0.3)
+        assert rates[id(parameter)] == {"codes": 16 * 0.1, "log_step": 0.2}.get(kind, 0.3)
     assert len(rates) == len(list(student.parameters()))
+    before = optimizer.param_groups[0]["lr"]
     set_rate_(optimizer, Cosine().factor(3, 4))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (0.5 - 0.5 * 0.5**0.5))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(before * (0.5 - 0.5 * 0.5**0.5))
 
 
 def test_a_recipe_must_be_in_order(tiny):

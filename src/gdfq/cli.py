@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gdfq.errors import GdfqError, UsageError
+from gdfq.memory import keep_freed_memory_
 from gdfq.version import __version__
 
 _PATH = click.Path(path_type=Path)
@@ -162,6 +163,7 @@ def demo_command(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 success, 1 failure, 2 bad use, 130 interrupted."""
+    keep_freed_memory_()
     sys.exit(_exit_code(arguments))
 
 

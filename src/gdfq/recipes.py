@@ -110,8 +110,8 @@ FAST = Recipe(
     calibration=3,
     warmup=3,
     tuning=Distillation(
-        GridAdam(codes=0.01, steps=1e-3, others=5e-4),
-        schedule=Cosine(),
+        GridAdam(codes=1.25e-3, steps=1e-3, others=5e-4),
+        schedule=Cosine(warmup=0.1),
         cross_entropy=0.0,
         temperature=4.0,
         reduction="batch",
@@ -119,6 +119,7 @@ FAST = Recipe(
     ),
     placement="full",
     quantizers="learned",
+    match_moments=True,
 )
 
 QUICK = replace(
@@ -136,7 +137,7 @@ GENIE = Recipe(
     steps=5,  # one batch calibrates, the rest are what the blocks are reconstructed on
     calibration=1,
     warmup=1,
-    tuning=Reconstruction(GridAdam(codes=1e-3, steps=1e-3, others=0.0), updates=700),
+    tuning=Reconstruction(GridAdam(codes=1.25e-4, steps=1e-3, others=0.0), updates=700),
     placement="t1",
     quantizers="rounded",
 )

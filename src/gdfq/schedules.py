@@ -42,8 +42,8 @@ class AdamConfig:
 class GridAdam:
     """Adam on a student with learned quantizers, each kind of parameter in units of its own.
 
-    codes: latent weight codes, in codes an update. steps: logarithms of quantization steps.
-    others: biases and what else trains, absolute.
+    codes: latent weight codes, in shares of the grid's range (2^bits codes) an update. steps:
+    logarithms of quantization steps. others: biases and what else trains, absolute.
     """
 
     codes: float
@@ -51,17 +51,17 @@ class GridAdam:
     others: float
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        kinds: dict[str, list[nn.Parameter]] = {"codes": [], "log_step": [], "": []}
+        by_rate: dict[float, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
-            last = name.rpartition(".")[2]
-            kinds[last if last in kinds else ""].append(parameter)
-        rates = (self.codes, self.steps, self.others)
+            owner, _, last = name.rpartition(".")
+            rate = {"codes": self.codes, "log_step": self.steps}.get(last, self.others)
+            if last == "codes":
+                bits = module.get_submodule(owner).bits
+                assert isinstance(bits, int)
+                rate *= 2**bits
+            by_rate.setdefault(rate, []).append(parameter)
         return torch.optim.Adam(
-            [
-                {"params": parameters, "lr": lr}
-                for parameters, lr in zip(kinds.values(), rates, strict=True)
-                if parameters
-            ]
+            [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         )
 
 
@@ -90,10 +90,16 @@ class StepDecay:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from 1 to 0."""
+    """Half a cosine from 1 to 0, times a line from 0 to 1 over the first `warmup` of the steps.
+
+    Adam's first updates are as large as its rate whatever the gradient, in all weights at once.
+    """
+
+    warmup: float = 0.0
 
     def factor(self, step: int, total: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * step / total))
+        rise = min(1.0, (step + 1) / (self.warmup * total)) if self.warmup else 1.0
+        return rise * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def set_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
