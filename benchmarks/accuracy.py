@@ -19,10 +19,11 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import peer
 import torch
 import torch.nn.functional as F
 from networks import (
@@ -53,6 +54,9 @@ RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent / "cache"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 REAL_IMAGES = 1024
+PEER = "mct"
+Module = Callable[[Tensor], Tensor]
+Facts = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, obje
 
 def settings_of(row: Row) -> str:
     """A short name for all values of the row's recipe."""
+    if row.recipe == PEER:
+        return f"{peer.IMAGES} images, {peer.ITERATIONS} iterations, {peer.EPOCHS} epochs"
     return hashlib.sha256(repr(find_recipe(row.recipe)).encode()).hexdigest()[:12]
 
 
@@ -191,6 +197,34 @@ def run_row(row: Row) -> dict[str, object]:
     started = time.perf_counter()
     teacher = capture(model, torch.zeros(1, *network.shape))
     seconds = {"capture": time.perf_counter() - started}
+    if row.recipe == PEER:
+        student, facts = run_peer(row, network, model)
+        batch = 100
+    else:
+        student, facts, batch = run_recipe(row, network, teacher)
+    seconds |= facts.pop("seconds")  # type: ignore[arg-type]
+    float_step = float_step_seconds(teacher, batch)
+    test: ImageData = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
+    logits = [
+        logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
+        for module in (student, teacher.network)
+    ]
+    assert test.labels is not None
+    seconds["total"] = sum(seconds.values())
+    return {
+        "network": row.network, "bits": row.bits, "placement": row.placement,
+        "recipe": row.recipe, "settings": settings_of(row), "seed": row.seed, **facts,
+        **compared(*logits, test.labels),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "float_step_seconds": round(float_step, 4),
+        "float_steps": round(seconds["total"] / float_step),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, Facts, int]:
+    """The student of one of our recipes, what the run was, and the batch it tuned on."""
     recipe = find_recipe(row.recipe).with_steps(row.steps)
     recipe = replace(recipe, placement=row.placement)  # type: ignore[arg-type]
     with Terminal() as listener:
@@ -201,34 +235,24 @@ def run_row(row: Row) -> dict[str, object]:
             train = load_data(SHARED / "data" / network.train, network.shape, teacher.classes)
             few = ArrayData(train.images(torch.arange(REAL_IMAGES)), train.labels[:REAL_IMAGES])
             source = on_images(source, few, network.preprocessing)
-        float_step = float_step_seconds(teacher, source.batch)
         made = getattr(getattr(source, "source", None), "seconds", 0.0)
-        started, cpu = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
         scheme = Scheme(Bits.parse(row.bits), recipe.placement)
         student = quantize_captured(
             teacher, scheme, recipe, source, seed=row.seed, listener=listener
         )
-        seconds |= {"images": made, "student": time.perf_counter() - started}
-        cpu_seconds = time.process_time() - cpu
-        test: ImageData = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
-        logits = [
-            logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
-            for module in (student, teacher.network)
-        ]
-    seconds["total"] = sum(seconds.values())
-    assert test.labels is not None
-    return {
-        "network": row.network, "bits": row.bits, "placement": row.placement,
-        "recipe": row.recipe, "settings": settings_of(row), "steps": recipe.steps, "seed": row.seed,
-        "images": source.images if isinstance(source, ImagePool) else recipe.steps * source.batch,
-        **compared(*logits, test.labels),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "cpu_seconds": round(cpu_seconds + made, 1),
-        "float_step_seconds": round(float_step, 4),
-        "float_steps": round(seconds["total"] / float_step),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
+    seconds = {"images": made, "student": time.perf_counter() - started}
+    images = source.images if isinstance(source, ImagePool) else recipe.steps * source.batch
+    return student, {"steps": recipe.steps, "images": images, "seconds": seconds}, source.batch
+
+
+def run_peer(row: Row, network: Network, model: torch.nn.Module) -> tuple[Module, Facts]:
+    """The student that another toolkit makes."""
+    bits = Bits.parse(row.bits)
+    student, seconds = peer.quantized(
+        model, network.shape, bits.weights, bits.activations, row.seed
+    )
+    return student, {"steps": peer.EPOCHS, "images": peer.IMAGES, "seconds": seconds}
 
 
 R20, R32, R56, MOBILE = NETWORKS
@@ -248,7 +272,8 @@ PLAN = (
     + [Row(R20, "w4a4", "t1", "quick", seed) for seed in SEEDS]
     + [Row(*target, "real", seed) for seed in SEEDS for target in TARGETS if target[0] != MOBILE]
     + [Row(*target, "paper", seed, PAPER_STEPS) for seed in SEEDS for target in RIVALS]
-    + [Row(*target, recipe, seed) for seed in SEEDS for recipe in ("genie", "synq") for target in RIVALS]
+    + [Row(*target, recipe, seed) for seed in SEEDS for recipe in ("genie", "synq", PEER) for target in RIVALS]
+    + [Row(R20, "w4a4", "t1", "fast", 0, steps) for steps in (50, 100, 200, 400)]
     + [Row(*target, recipe, seed) for recipe in ("zeroq", "round") for seed in SEEDS for target in TARGETS]
 )  # fmt: skip
 """All rows in the order in which they are to be measured."""
@@ -287,6 +312,9 @@ def main() -> None:
         result = json.loads(path.read_text()) if path.exists() else {}
         # A row that another form of the recipe made says nothing of this one.
         if result.get("settings") != settings_of(row):
+            if row.recipe == PEER and not peer.available():
+                print(f"{path.stem}: skipped, {peer.ABSENT}", flush=True)
+                continue
             result = run_row(row)
             path.write_text(json.dumps(result, indent=1) + "\n")
         drop = result["teacher"]["all"] - result["student"]["all"]
