@@ -13,7 +13,6 @@ uses them. No run selects anything by accuracy.
 import argparse
 import copy
 import hashlib
-import inspect
 import json
 import resource
 import statistics
@@ -35,6 +34,7 @@ from networks import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import gdfq
 from gdfq.capture import Captured, capture
 from gdfq.data import ArrayData, ImageData, Preprocessing, load_data
 from gdfq.evaluate import logits_of
@@ -129,8 +129,7 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> R
     path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"
     settings = path.with_suffix(".txt")
     # Other images come of other settings, and of other code.
-    code = hashlib.sha256(Path(inspect.getfile(type(pool.source))).read_bytes()).hexdigest()
-    made_by = f"{pool.source!r} {code}"
+    made_by = f"{pool.source!r} {hash_of('sources/*.py', 'losses.py', 'statistics.py')}"
     if not settings.exists() or settings.read_text().partition("\n")[0] != made_by:
         started = time.perf_counter()
         images, labels = collect(
@@ -183,6 +182,15 @@ def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, obje
     }
 
 
+def hash_of(*patterns: str) -> str:
+    """A short name for the contents of some of the package's files."""
+    package = Path(gdfq.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def settings_of(row: Row) -> str:
     """A short name for all values of the row's recipe."""
     if row.recipe == PEER:
@@ -213,7 +221,7 @@ def run_row(row: Row) -> dict[str, object]:
     seconds["total"] = sum(seconds.values())
     return {
         "network": row.network, "bits": row.bits, "placement": row.placement,
-        "recipe": row.recipe, "settings": settings_of(row), "seed": row.seed, **facts,
+        "recipe": row.recipe, "settings": settings_of(row), "code": hash_of("**/*.py"), "seed": row.seed, **facts,
         **compared(*logits, test.labels),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "float_step_seconds": round(float_step, 4),

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from accuracy import PLAN
+from accuracy import PLAN, Row, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,10 +55,18 @@ Drops on different networks prove little: they are here for orientation.
 DEVELOPMENT = {"cifar10_resnet20", "cifar10_resnet32"}
 
 
+def is_stale(run: dict) -> bool:
+    """Whether another form of the recipe made the row."""
+    row = Row(*(run[name] for name in ("network", "bits", "placement", "recipe", "seed")))
+    return run.get("settings", settings_of(row)) != settings_of(row)
+
+
 def accuracy_tables() -> str:
     runs = defaultdict(list)
     for path in sorted(RESULTS.glob("*-s*.json")):
         run = json.loads(path.read_text())
+        if is_stale(run):
+            continue
         runs[run["network"], run["placement"], run["bits"], run["recipe"], run["steps"]].append(run)
     lines = [
         "\n## Accuracy\n",
@@ -127,7 +135,7 @@ def time_table() -> str:
     runs = defaultdict(list)
     for path in RESULTS.glob("cifar10_resnet20-w4a4-t1-*-s*.json"):
         run = json.loads(path.read_text())
-        if "float_steps" in run:
+        if "float_steps" in run and not is_stale(run):
             runs[run["recipe"], run["steps"]].append(run)
     rows = sorted(
         (

@@ -39,7 +39,7 @@ def small(recipe):
             made = replace(made, batch=8, iterations=5)
         source = replace(source, source=made, images=24, batch=8)
     if isinstance(recipe.tuning, Reconstruction):
-        recipe = replace(recipe, tuning=replace(recipe.tuning, updates=5))
+        recipe = replace(recipe, tuning=replace(recipe.tuning, images=24))
     return replace(recipe, source=source)
 
 

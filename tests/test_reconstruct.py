@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import fx, nn
 
 from gdfq import UsageError
 from gdfq.capture import capture
@@ -15,11 +16,12 @@ from gdfq.features import block_ends, blocks
 from gdfq.folding import fold_batch_norms
 from gdfq.freeze import freeze
 from gdfq.grid import Bits, Layout
+from gdfq.losses import feature_loss
 from gdfq.progress import silent
 from gdfq.quantizers import Bypass
 from gdfq.quantizers.rounding import RoundedWeight
 from gdfq.recipes import FAST, GENIE
-from gdfq.schedules import GridAdam
+from gdfq.schedules import GridAdam, SgdConfig
 from gdfq.sources import Batch
 from gdfq.student import Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
@@ -56,23 +58,46 @@ def test_blocks_one_after_the_other_are_the_network(teacher, images):
     assert owned == {id(p) for p in student.parameters()}  # shared, none lost
 
 
-def test_matched_moments_are_the_teachers(teacher, images):
+def test_matched_moments_are_the_teachers_at_every_layer(teacher, images):
     student = student_of(teacher, images)
-    before = _last_moments(student.network, images)
+    before = layer_moments(student.network, images)
     match_moments_(student, teacher, images)
-    got, wanted = _last_moments(student.network, images), _last_moments(teacher.network, images)
-    for value, goal, old in zip(got, wanted, before, strict=True):
-        torch.testing.assert_close(value, goal, rtol=1e-3, atol=1e-4)
-        assert float((old - goal).abs().max()) > 10 * float(
-            (value - goal).abs().max()
-        )  # there was something to do
+    after = layer_moments(student.network, images)
+    wanted = layer_moments(fold_batch_norms(teacher).network, images)
+    assert len(wanted) == 3
+    for name, goal in wanted.items():
+        torch.testing.assert_close(after[name], goal, rtol=1e-3, atol=1e-4)
+        error, old = (float((m[name] - goal).abs().max()) for m in (after, before))
+        assert old > 10 * error  # there was something to do
     # What was corrected is what is frozen.
     torch.testing.assert_close(freeze(student)(images), student(images), rtol=1e-4, atol=1e-4)
 
 
-def _last_moments(network, images):
-    logits = network(images).detach()
-    return logits.mean(0), logits.std(0, correction=0)
+def layer_moments(network, images):
+    """Mean and deviation of each layer's output channels, by the layer's name."""
+    found = {}
+
+    class Look(fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            if n.op == "call_function" and ("conv" in str(n.target) or "linear" in str(n.target)):
+                others = [d for d in range(value.ndim) if d != 1]
+                found[n.name] = torch.stack([value.mean(others), value.std(others, correction=0)])
+            return value
+
+    with torch.no_grad():
+        Look(network).run(images)
+    return found
+
+
+def test_channels_that_do_not_vary_keep_their_scale(teacher, images):
+    """One image has no deviation at the logits: only the mean can be matched there."""
+    one = images[:1]
+    student = student_of(teacher, one, "w8a8")
+    steps = student.network.fake_weight.linear.step.clone()
+    match_moments_(student, teacher, one)
+    assert torch.equal(student.network.fake_weight.linear.step, steps)
+    torch.testing.assert_close(student(one), teacher.network(one), rtol=1e-3, atol=1e-3)
 
 
 def test_moments_by_hand():
@@ -91,19 +116,20 @@ def test_moments_by_hand():
     torch.testing.assert_close(student(x).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_large_images_pass_in_parts_with_the_same_result(teacher, images, monkeypatch):
+@pytest.mark.parametrize("at_once", [10, 33])  # parts of equal and of different length
+def test_large_images_pass_in_parts_with_the_same_gradient(teacher, images, monkeypatch, at_once):
     batch = Batch(images, torch.zeros(len(images), dtype=torch.long), None)
-    results = []
-    for bytes_at_once in (2**24, 4 * 8 * 64 * 10):  # all at once, and ten images at once
-        monkeypatch.setattr("gdfq.tuning.distill._FEATURE_BYTES", bytes_at_once)
+    # Features are relative to each part's own; the rest is exactly a mean over images.
+    config = replace(FAST.tuning, features=0.0, optimizer=SgdConfig(lr=0.0))
+    gradients, losses = [], []
+    for number in (1000, at_once):
+        monkeypatch.setattr("gdfq.tuning.distill._FEATURE_BYTES", 4 * 8 * 64 * number)
         student = student_of(teacher, images)
-        # Features are relative to each part's own; the rest is exactly a mean over images.
-        config = replace(FAST.tuning, features=0.0)
-        seen = []
-        tune_(student, teacher, [batch] * 2, config, first_step=0, total_steps=9, listener=seen.append)  # fmt: skip
-        results.append((float(seen[-1].losses["student"]), student(images).detach()))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
+        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, listener=losses.append)  # fmt: skip
+        gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+    assert float(losses[0].losses["student"]) == pytest.approx(float(losses[1].losses["student"]), rel=1e-5)  # fmt: skip
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
 @given(images=st.integers(1, 40), size=st.integers(1, 40))
@@ -133,10 +159,10 @@ def test_rounding_starts_at_the_weight_and_ends_beside_it(seed, bits):
 
 def test_undecided_by_hand():
     quantizer = RoundedWeight(torch.tensor([[0.0, 1.0]]), 2, Layout.ROWS)
-    quantizer.codes.data = torch.tensor([[0.0, 100.0]])  # h = 0.5 and 1
+    quantizer.rounding_logits.data = torch.tensor([[0.0, 100.0]])  # h = 0.5 and 1
     assert quantizer.rounding().tolist() == [[0.5, 1.0]]
     assert float(quantizer.undecided(2.0).detach()) == 1.0
-    quantizer.codes.data = torch.tensor([[0.5, -100.0]])
+    quantizer.rounding_logits.data = torch.tensor([[0.5, -100.0]])
     h = 1.2 / (1 + torch.tensor(-0.5).exp()) - 0.1
     assert float(quantizer.undecided(3.0).detach()) == pytest.approx(1 - abs(2 * float(h) - 1) ** 3)
 
@@ -152,10 +178,10 @@ def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
     student = student_of(teacher, images, "w2a4", quantizers)
     wanted = teacher.network(images)
     before = F.mse_loss(freeze(student)(images), wanted)
-    config = Reconstruction(GridAdam(0.005, 1e-3, 1e-3), updates=60, batch=16, rounding=1e-3)
+    config = Reconstruction(GridAdam(0.005, 1e-3, 1e-3, 0.05), images=64, batch=16, rounding=1e-3)
     seen = []
     batches = Batch(images, torch.zeros(64, dtype=torch.long), None).split(16)
-    reconstruct_(student, teacher, batches, config, seed=0, listener=seen.append)
+    reconstruct_(student, teacher, batches, config, updates=60, seed=0, listener=seen.append)
     frozen = freeze(student)
     assert float(F.mse_loss(frozen(images), wanted)) < 0.7 * float(before)
     torch.testing.assert_close(frozen(images), student(images), rtol=1e-4, atol=1e-4)
@@ -164,7 +190,72 @@ def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
 
 
 def test_what_a_recipe_may_combine():
-    with pytest.raises(UsageError, match="block features"):
-        replace(GENIE, quantizers="min-max")
+    for change in ({"quantizers": "min-max"}, {"tuning": FAST.tuning}, {"warmup": 700}):
+        with pytest.raises(UsageError, match="learned by reconstruction"):
+            replace(GENIE, **change)
     with pytest.raises(UsageError, match="learned weights"):
         replace(GENIE, match_moments=True)
+
+
+class Twice(nn.Module):
+    """One convolution in two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.shared = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.relu(self.shared(self.stem(x)))
+        x = F.relu(self.shared(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_blocks_share_is_trained_in_the_first(images):
+    torch.manual_seed(0)
+    teacher = capture(Twice().eval(), images[:2])
+    student = student_of(teacher, images, quantizers="rounded")
+    config = Reconstruction(GridAdam(0.0, 0.01, 0.0, 0.05), images=64, batch=8)
+    steps = []
+
+    def listener(step):
+        steps.append(student.network.fake_weight.conv2d_1.log_step.detach().clone())
+
+    batches = [Batch(images, None, None)]
+    reconstruct_(student, teacher, batches, config, updates=10, seed=0, listener=listener)
+    assert len(steps) == 40  # stem, shared, shared again, head
+    assert not torch.equal(steps[10], steps[19])
+    assert torch.equal(steps[19], steps[-1])
+
+
+class Masked(nn.Module):
+    """A mask of the input that is used behind the first block."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x):
+        mask = x > 0
+        y = F.relu(self.second(F.relu(self.first(x))))
+        return self.head(torch.where(mask, y, torch.zeros_like(y)).mean((2, 3)))
+
+
+def test_no_block_ends_while_anything_else_is_alive(images):
+    torch.manual_seed(0)
+    network = capture(Masked().eval(), images[:2]).network
+    x = images
+    for part in blocks(network, block_ends(network.graph)):
+        x = part(x)
+    assert torch.equal(x, network(images))
+
+
+def test_feature_errors_have_the_right_gradient():
+    for shape in ((4, 5), (3, 4, 5), (2, 3, 4, 5)):
+        seen, wanted = torch.randn(2, *shape, dtype=torch.double)
+        if len(shape) == 4:
+            seen = seen.contiguous(memory_format=torch.channels_last)
+        seen.requires_grad_()
+        assert torch.autograd.gradcheck(lambda a, b=wanted: feature_loss([a, a], [b, b + 1]), seen)

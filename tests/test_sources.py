@@ -183,8 +183,21 @@ def test_latents_and_their_generator_reach_for_the_statistics(teacher):
     assert float(heard[29].losses["bns"]) < 0.7 * float(heard[0].losses["bns"])
     assert torch.equal(first.labels, teacher.network(first.images).argmax(1))
     assert not torch.equal(first.images, second.images)
+    (still,) = replace(source, latents=AdamConfig(lr=0.0)).stream(teacher, steps=1, seed=0)
+    assert not torch.allclose(first.images, still.images)  # latents learn too
     (again,) = source.stream(teacher, steps=1, seed=0)
     assert torch.equal(first.images, again.images)
+
+
+def test_finished_images_are_filtered(teacher):
+    source = OptimisedSource(batch=8, iterations=3)
+    (sharp,) = source.stream(teacher, steps=1, seed=0)
+    (smooth,) = replace(source, cutoff=1.5).stream(teacher, steps=1, seed=0)
+    torch.testing.assert_close(smooth.images, low_passed(sharp.images, 1.5))
+    assert float(smooth.images.std()) < 0.7 * float(sharp.images.std())
+    flat = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.BatchNorm1d(5))
+    with pytest.raises(UsageError, match="spatial"):
+        replace(source, cutoff=1.0).stream(capture(flat, torch.zeros(2, 12)), steps=1, seed=0)
 
 
 def test_swinging_moves_the_inputs_of_strided_convolutions_alone():

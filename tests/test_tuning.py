@@ -145,6 +145,10 @@ def test_each_kind_of_parameter_has_its_rate(teacher):
         kind = name.rpartition(".")[2]
         assert rates[id(parameter)] == {"codes": 16 * 0.1, "log_step": 0.2}.get(kind, 0.3)
     assert len(rates) == len(list(student.parameters()))
+    warm = Cosine(warmup=0.5)
+    assert [warm.factor(step, 8) for step in (0, 1, 3, 4)] == pytest.approx(
+        [share * Cosine().factor(step, 8) for step, share in ((0, 0.25), (1, 0.5), (3, 1), (4, 1))]
+    )
     before = optimizer.param_groups[0]["lr"]
     set_rate_(optimizer, Cosine().factor(3, 4))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(before * (0.5 - 0.5 * 0.5**0.5))

@@ -18,7 +18,7 @@ WithFeatures = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
 def block_ends(graph: fx.Graph) -> list[fx.Node]:
     """The features of a graph in order: each block's last tensor before pooling or reshaping."""
     # Numbers such as a batch size do not count: every image has the same.
-    nodes = [node for node in graph.nodes if operators.is_activation(node)]
+    nodes = [node for node in graph.nodes if operators.depends_on_images(node)]
     (output,) = graph.find_nodes(op="output")
     logits = output.args[0]
     position = {node: i for i, node in enumerate(nodes)}
@@ -34,14 +34,15 @@ def block_ends(graph: fx.Graph) -> list[fx.Node]:
         if node is logits:
             break
         has_layer = has_layer or is_layer
-        if has_layer and alive_until <= i and not _only_reduces(node):
+        if has_layer and alive_until <= i and _may_end(node):
             candidate = node
         alive_until = max(alive_until, last_use[i])
     return ends
 
 
-def _only_reduces(node: fx.Node) -> bool:
-    return operators.keeps_grid(node) or operators.name_of(node) in operators.POOLING
+def _may_end(node: fx.Node) -> bool:
+    reduces = operators.keeps_grid(node) or operators.name_of(node) in operators.POOLING
+    return operators.is_activation(node) and not reduces
 
 
 def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
@@ -73,15 +74,16 @@ def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx
     """The part of a network that computes one node from another, or from the input."""
     needed = {end}
     for node in reversed(network.graph.nodes):
-        if node in needed and node is not start:
+        if node in needed and node is not start and not operators.is_batch_size(node):
             needed.update(node.all_input_nodes)
     graph = fx.Graph()
     x = graph.placeholder("x")
     new: dict[fx.Node, fx.Node] = {}
     for node in network.graph.nodes:
-        # Behind its start a block asks the network's input for the number of images alone.
-        if node is start or node.op == "placeholder":
+        if node is start or (start is None and node.op == "placeholder"):
             new[node] = x
+        elif node in needed and operators.is_batch_size(node):  # of any tensor the same
+            new[node] = graph.call_function(node.target, (x, 0))
         elif node in needed:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(new[end])

@@ -53,7 +53,7 @@ def _folds_into(layer: fx.Node) -> bool:
 
 
 def _bias(layer: fx.Node) -> Any:
-    return layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
+    return layer.args[2] if len(layer.args) > 2 else None
 
 
 def _rescale_(layer: fx.Node, scale: Tensor, shift: Tensor, tensors: dict[str, Tensor]) -> None:

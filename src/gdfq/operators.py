@@ -264,6 +264,16 @@ def is_activation(node: fx.Node) -> bool:
     return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def depends_on_images(node: fx.Node) -> bool:
+    """Whether the node is a tensor of any kind that depends on the input."""
+    return node.op not in {"get_attr", "output"} and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_batch_size(node: fx.Node) -> bool:
+    """Whether the node is the number of images."""
+    return name_of(node) == "aten.sym_size.int" and bool(node.args[1] == 0)
+
+
 def has_channels_second(node: fx.Node) -> bool:
     """Whether a layer's output channels are dimension 1, as those of a batch norm behind it are.
 

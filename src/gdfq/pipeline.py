@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gdfq.sources.images import on_images
 from gdfq.sources.pool import ImagePool, collect
 from gdfq.student import PLACEMENTS, Placement, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
-from gdfq.tuning.distill import tune_
+from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
@@ -127,10 +127,10 @@ def quantize_captured(
         teacher,
         scheme,
         quantizers=recipe.quantizers,
-        fixed_statistics=tuning is None or tuning.fixed_statistics,
+        fixed_statistics=not isinstance(tuning, Distillation) or tuning.fixed_statistics,
     )
     calibration: Iterable[Batch] = islice(batches, recipe.calibration)
-    if recipe.match_moments:
+    if recipe.match_moments or isinstance(tuning, Reconstruction):
         calibration = list(calibration)
     calibrate_(student, calibration, steps=recipe.calibration, listener=listener)
     if recipe.match_moments:
@@ -142,7 +142,11 @@ def quantize_captured(
             listener(Step("warmup", step, recipe.warmup, batch.losses))  # the student waits
         lap("warmup")
         if isinstance(tuning, Reconstruction):
-            reconstruct_(student, teacher, batches, tuning, seed=seed, listener=listener)
+            held = islice(chain(calibration, batches), -(-tuning.images // source.batch))
+            updates = recipe.steps - recipe.warmup
+            reconstruct_(
+                student, teacher, held, tuning, updates=updates, seed=seed, listener=listener
+            )
         else:
             tune_(
                 student,

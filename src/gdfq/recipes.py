@@ -52,16 +52,20 @@ class Recipe:
                 f"quantizers must be one of {', '.join(ACTIVATION_QUANTIZERS)}; "
                 f"got {self.quantizers!r}."
             )
+        by_block = isinstance(self.tuning, Reconstruction)
+        if by_block != (self.quantizers == "rounded") or (by_block and self.steps == self.warmup):
+            raise UsageError(
+                "rounding is learned by reconstruction, in at least one step behind the warm-up; "
+                f"recipe {self.name!r} has quantizers {self.quantizers!r}, tuning by "
+                f"{type(self.tuning).__name__}, and {self.steps - self.warmup} such steps."
+            )
         folds = self.quantizers != "min-max"
         if folds and isinstance(self.tuning, Distillation) and not self.tuning.fixed_statistics:
             raise UsageError(
                 "learned quantizers fold the batch norms, so their statistics must be fixed; "
                 f"recipe {self.name!r} lets them follow. Set fixed_statistics to True."
             )
-        by_block = isinstance(self.tuning, Reconstruction) or (
-            self.tuning is not None and bool(self.tuning.features)
-        )
-        if by_block and not folds:
+        if isinstance(self.tuning, Distillation) and self.tuning.features and not folds:
             raise UsageError(
                 "block features are matched where batch norms are folded, which students with "
                 f"learned quantizers have; recipe {self.name!r} has {self.quantizers!r}. "
@@ -134,17 +138,17 @@ GENIE = Recipe(
     name="genie",
     summary="GENIE: optimised latents, learned rounding block by block",
     source=ImagePool(LatentSource(), images=512, batch=128, augmented=False),
-    steps=5,  # one batch calibrates, the rest are what the blocks are reconstructed on
+    steps=700,
     calibration=1,
     warmup=1,
-    tuning=Reconstruction(GridAdam(codes=1.25e-4, steps=1e-3, others=0.0), updates=700),
+    tuning=Reconstruction(GridAdam(codes=0.0, steps=1e-3, others=0.0, roundings=0.02), images=512),
     placement="t1",
     quantizers="rounded",
 )
 
 SYNQ = Recipe(
     name="synq",
-    summary="SynQ: focal, low-passed images; hard labels for easy images alone",
+    summary="SynQ without its activation maps: focal, low-passed images; easy hard labels",
     source=ImagePool(
         OptimisedSource(
             batch=128, iterations=100, optimizer=AdamConfig(lr=0.1), class_weight=1.0, cutoff=20.0

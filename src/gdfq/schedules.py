@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from gdfq.quantizers import ActivationQuantizer, WeightQuantizer
+
 
 @dataclass(frozen=True)
 class SgdConfig:
@@ -43,23 +45,28 @@ class GridAdam:
     """Adam on a student with learned quantizers, each kind of parameter in units of its own.
 
     codes: latent weight codes, in shares of the grid's range (2^bits codes) an update. steps:
-    logarithms of quantization steps. others: biases and what else trains, absolute.
+    logarithms of quantization steps. others: biases and what else trains, absolute. roundings:
+    the logits of learned rounding.
     """
 
     codes: float
     steps: float
     others: float
+    roundings: float = 0.0
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        rates: dict[nn.Parameter, float] = {}
+        for quantizer in module.modules():
+            if isinstance(quantizer, WeightQuantizer | ActivationQuantizer):
+                for name, parameter in quantizer.named_parameters():
+                    rates[parameter] = {
+                        "codes": self.codes * 2**quantizer.bits,
+                        "rounding_logits": self.roundings,
+                        "log_step": self.steps,
+                    }[name]
         by_rate: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in module.named_parameters():
-            owner, _, last = name.rpartition(".")
-            rate = {"codes": self.codes, "log_step": self.steps}.get(last, self.others)
-            if last == "codes":
-                bits = module.get_submodule(owner).bits
-                assert isinstance(bits, int)
-                rate *= 2**bits
-            by_rate.setdefault(rate, []).append(parameter)
+        for parameter in module.parameters():
+            by_rate.setdefault(rates.get(parameter, self.others), []).append(parameter)
         return torch.optim.Adam(
             [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         )

@@ -35,14 +35,14 @@ class RoundedWeight(WeightQuantizer):
         self.register_buffer("step", step)
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("base", base)
-        self.codes = nn.Parameter((share / (1 - share)).log())
+        self.rounding_logits = nn.Parameter((share / (1 - share)).log())
         self.log_step = nn.Parameter(torch.zeros_like(step))
         self.settled = False
 
     def rounding(self) -> Tensor:
         """h(v), each in 0..1."""
         low, high = _STRETCH
-        soft = (self.codes.sigmoid() * (high - low) + low).clamp(0, 1)
+        soft = (self.rounding_logits.sigmoid() * (high - low) + low).clamp(0, 1)
         return (soft >= 0.5).to(soft.dtype) if self.settled else soft
 
     def undecided(self, sharpness: float) -> Tensor:

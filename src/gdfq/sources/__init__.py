@@ -26,7 +26,7 @@ class Batch:
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of about equal length, of `size` images or fewer each."""
-        parts = -(-len(self.images) // size)
+        parts = max(1, -(-len(self.images) // size))
         logits = self.teacher_logits
         return [
             Batch(images, labels, known, self.losses)

@@ -128,8 +128,8 @@ class LatentGenerator(nn.Module):
         x = upsampled_convolution(x, self.weights[1], self.biases[1])
         x = F.batch_norm(x, None, None, self.scales[1], self.shifts[1], training=True)
         x = upsampled_convolution(F.leaky_relu(x, 0.2), self.weights[2], self.biases[2])
-        x = F.batch_norm(x.tanh(), None, None, training=True)
-        x = x[..., : self.size[0], : self.size[1]]
+        x = x[..., : self.size[0], : self.size[1]].tanh()
+        x = F.batch_norm(x, None, None, training=True)
         return x.contiguous(memory_format=torch.channels_last)
 
 

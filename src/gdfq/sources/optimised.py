@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gdfq.capture import Captured
+from gdfq.errors import UsageError
 from gdfq.losses import focal_loss, standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
@@ -39,8 +40,28 @@ class OptimisedSource:
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
     ) -> Iterator[Batch]:
-        """Yield `steps` batches. Raises UsageError for networks without batch norms."""
+        """Yield `steps` batches.
+
+        Raises UsageError for networks without batch norms, and with a cutoff for inputs without a
+        spatial axis.
+        """
         network = StatisticsNetwork(teacher)
+        if self.cutoff is not None and len(teacher.input_shape) < 2:
+            raise UsageError(
+                "images that pass a filter need one spatial axis or more; this network takes "
+                f"vectors of {teacher.input_shape[0]}. Use recipe 'zeroq', or give real inputs "
+                "(--data, or data=...)."
+            )
+        return self._batches(teacher, network, steps, seed, listener)
+
+    def _batches(
+        self,
+        teacher: Captured,
+        network: StatisticsNetwork,
+        steps: int,
+        seed: int,
+        listener: Listener,
+    ) -> Iterator[Batch]:
         channels = teacher.input_shape[0]
         zero, one = (torch.full((channels,), v, device=teacher.device) for v in (0.0, 1.0))
         stored = [(zero, one), *network.stored]
@@ -57,14 +78,15 @@ class OptimisedSource:
             for iteration in range(self.iterations):
                 with torch.enable_grad():
                     logits, seen = network(images)
-                    loss = standard_deviation_loss([input_moments(images), *seen], stored)
+                    bns = standard_deviation_loss([input_moments(images), *seen], stored)
+                    loss = bns
                     if self.class_weight:
                         loss = loss + self.class_weight * focal_loss(logits, labels, self.focus)
                     (images.grad,) = torch.autograd.grad(loss, images)
                 optimizer.step()
                 plateau.step(loss.item())
                 done = step * self.iterations + iteration + 1
-                listener(Step("images", done, steps * self.iterations, {"bns": loss.detach()}))
+                listener(Step("images", done, steps * self.iterations, {"bns": bns.detach()}))
             final = images.detach()
             if self.cutoff is not None:
                 final = low_passed(final, self.cutoff)
@@ -72,7 +94,7 @@ class OptimisedSource:
                 logits = teacher.network(final)
             if not self.class_weight:
                 labels = logits.argmax(1)
-            yield Batch(final, labels, logits, {"bns": loss.detach()})
+            yield Batch(final, labels, logits, {"bns": bns.detach()})
 
 
 def input_moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,13 +47,18 @@ def match_moments_(student: Student, teacher: Captured, images: Tensor) -> None:
 
     Rounding scales and shifts what a channel carries, and over many layers that grows. Layer
     after layer, each with the inputs that its corrected predecessors make, the weight's step and
-    the bias take the difference up. (Nagel et al., arXiv 1906.04721, correct the mean alone, which
-    at three bits is worse than nothing.) A layer that is used twice is corrected where it comes
-    first. For students with learned weights; images [N, *input_shape].
+    the bias take the difference up, and each activation's range is found anew. The factor on the
+    step is kept within 1/2 and 2. (Nagel et al., arXiv 1906.04721, correct the mean alone, which at
+    three bits is worse than nothing.) A layer that is used twice is corrected where it comes first.
+    For students with learned quantizers; images [N, *input_shape].
     """
     wanted = _OutputMoments(fold_batch_norms(teacher).network)
     wanted.run(images)
     _MatchMoments(student.network, wanted.moments).run(images)
+
+
+_FEWEST = 32
+"""Values of a channel that a standard deviation is taken from."""
 
 
 class _OutputMoments(fx.Interpreter):
@@ -79,20 +84,27 @@ class _MatchMoments(fx.Interpreter):
         self.corrected: set[LearnedWeight] = set()
 
     def run_node(self, n: fx.Node) -> Any:
+        if isinstance(quantizer := self.submodules.get(str(n.target)), ActivationQuantizer):
+            quantizer.batches.zero_()
+            (x,), _ = self.fetch_args_kwargs_from_env(n)
+            quantizer.observe_(x)
         value = super().run_node(n)
         if operators.name_of(n) not in operators.WEIGHTED:
             return value
-        quantizer = self.submodules.get(n.args[1].target)  # type: ignore[union-attr]
-        if not isinstance(quantizer, LearnedWeight) or quantizer in self.corrected:
+        weight = self.submodules.get(n.args[1].target)  # type: ignore[union-attr]
+        if not isinstance(weight, LearnedWeight) or weight in self.corrected:
             return value
-        self.corrected.add(quantizer)
+        self.corrected.add(weight)
         (mean, variance), (wanted_mean, wanted) = _channel_moments(n, value), self.wanted[n.name]
-        # Channels that hardly vary say nothing about their scale.
-        factor = (wanted / variance.clamp_min(1e-12)).sqrt().clamp(0.5, 2.0)
+        # Channels that hardly vary say nothing about their scale, nor do a few samples.
+        varies = torch.minimum(variance, wanted) > 1e-6 * wanted.mean()
+        samples = value.numel() // len(mean)
+        ratio = (wanted / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
+        factor = torch.where(varies & (samples >= _FEWEST), ratio.clamp(0.5, 2.0), 1.0)
         shift = wanted_mean - factor * mean
         bias_node = n.args[2]
         assert isinstance(bias_node, fx.Node)
-        quantizer.rescale_(factor)
+        weight.rescale_(factor)
         self.fetch_attr(str(bias_node.target)).mul_(factor).add_(shift)
         shape = [1] * value.ndim
         shape[operators.channel_dim(n)] = -1

@@ -78,7 +78,10 @@ def tune_(
     total_steps: int,
     listener: Listener,
 ) -> None:
-    """One update of the student for each batch, which passes in parts where images are large.
+    """One update of the student for each batch.
+
+    On a CPU large images pass in parts, whose losses are averaged; the features' errors are then
+    relative to each part's own features.
 
     The learning rate's schedule counts from the run's first step, so a tuning that begins after
     a warm-up passes `first_step` and the run's `total_steps`.
@@ -89,7 +92,8 @@ def tune_(
     optimizer = config.optimizer.build(student)
     ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
     # Statistics that follow the batch need it whole.
-    images_at_once = _images_at_once(teacher) if config.fixed_statistics else None
+    in_parts = config.fixed_statistics and teacher.device.type == "cpu"
+    images_at_once = _images_at_once(teacher) if in_parts else None
     for step, batch in enumerate(batches, start=first_step):
         set_rate_(optimizer, config.schedule.factor(step, total_steps))
         optimizer.zero_grad()

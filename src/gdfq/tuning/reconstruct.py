@@ -4,14 +4,15 @@ BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): a block se
 finished predecessors make them, some of their values replaced by the teacher's own.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from gdfq.capture import Captured
-from gdfq.errors import GdfqError
+from gdfq.errors import GdfqError, UsageError
 from gdfq.features import block_ends, blocks
 from gdfq.folding import fold_batch_norms
 from gdfq.progress import Listener, Step
@@ -25,21 +26,21 @@ from gdfq.student import Student
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Each block takes `updates` steps on E‖Q_b(x) − M_b(x)‖², summed over channels.
+    """Each block takes all steps on E‖Q_b(x) − M_b(x)‖², summed over channels.
 
-    Batches are drawn from all images of the stream, `batch` at a time. A share `drop` of each
+    The stream's first `images` images are held in memory as each block's features, of which
+    every step draws `batch`. A share `drop` of each
     block input's values is the teacher's, and of each activation stays unquantized. Learned
     rounding is driven to a decision by `rounding` · Σ 1 − |2h − 1|^β, β falling from 20 to 2
     after a fifth of the updates.
     """
 
     optimizer: GridAdam
-    updates: int
+    images: int
     batch: int = 32
     drop: float = 0.5
     rounding: float = 0.01
     schedule: Schedule = Cosine()  # noqa: RUF009 (frozen)
-    fixed_statistics: bool = True
 
 
 def reconstruct_(
@@ -48,32 +49,41 @@ def reconstruct_(
     batches: Iterable[Batch],
     config: Reconstruction,
     *,
+    updates: int,
     seed: int,
     listener: Listener,
 ) -> None:
-    """Reconstruct all blocks on the images of the batches, which are held in memory.
+    """Reconstruct all blocks on the images of the batches, each in so many updates.
 
-    Raises GdfqError when a loss is not finite.
+    What two blocks share is trained in the first. Raises UsageError when a block's output does
+    not have images as its first dimension, GdfqError when a loss is not finite.
     """
     network = fold_batch_norms(teacher).network
     ends = block_ends(network.graph)
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
     seen = wanted = torch.cat([batch.images for batch in batches])
     draw = random_stream(seed, "reconstruct.draw")
-    total = config.updates * len(student_blocks)
+    total = updates * len(student_blocks)
     done = 0
+    finished: set[nn.Parameter] = set()
     for block, goal in zip(student_blocks, blocks(network, ends), strict=True):
+        block.requires_grad_(True)
+        for parameter in finished:
+            parameter.requires_grad_(False)
         inputs, wanted = wanted, _mapped(goal, wanted)
-        for losses in _updates(block, (seen, inputs, wanted), config, draw):
+        for losses in _updates(block, (seen, inputs, wanted), config, updates, draw):
             done += 1
             listener(Step("tune", done, total, losses))
         seen = _mapped(block, seen)
+        finished.update(block.parameters())
+    student.requires_grad_(True)
 
 
 def _updates(
     block: fx.GraphModule,
     images: tuple[Tensor, Tensor, Tensor],
     config: Reconstruction,
+    updates: int,
     draw: torch.Generator,
 ) -> Iterator[dict[str, Tensor]]:
     """Train one block; yields each update's losses.
@@ -85,25 +95,28 @@ def _updates(
     for quantizer in quantizers:
         quantizer.bypass = Bypass(config.drop, draw) if config.drop else None
     optimizer = config.optimizer.build(block)
-    for update in range(config.updates):
-        set_rate_(optimizer, config.schedule.factor(update, config.updates))
+    for update in range(updates):
+        set_rate_(optimizer, config.schedule.factor(update, updates))
         chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
         seen, inputs, wanted = (part[chosen] for part in images)
         if config.drop:
             seen = Bypass(config.drop, draw)(inputs, seen)
         optimizer.zero_grad()
         with torch.enable_grad():
-            # Summed over channels, the mean over images and positions.
-            error = (block(seen) - wanted).square().sum(1).mean()
+            # Summed over channels, the mean over images and positions: channels are dimension 1
+            # of feature maps and the last one of tokens and vectors.
+            channels = 1 if wanted.ndim > 3 else -1
+            error = (block(seen) - wanted).square().sum(channels).mean()
             loss = error
-            progress = (update / config.updates - 0.2) / 0.8
+            progress = (update / updates - 0.2) / 0.8
             if rounded and progress > 0:
                 sharpness = 20 + (2 - 20) * progress
                 loss = loss + config.rounding * sum(m.undecided(sharpness) for m in rounded)
             loss.backward()
-        if not bool(loss.detach().isfinite()):
+        value = loss.item()
+        if not math.isfinite(value):
             raise GdfqError(
-                f"a block's loss must stay finite; it is {float(loss)} at update {update}. "
+                f"a block's loss must stay finite; it is {value} at update {update}. "
                 "Lower the learning rate or use more bits."
             )
         optimizer.step()
@@ -117,4 +130,11 @@ def _updates(
 @torch.no_grad()
 def _mapped(block: fx.GraphModule, images: Tensor) -> Tensor:
     """A block's outputs for all images, a batch at a time."""
-    return torch.cat([block(part) for part in images.split(64)])
+    parts = [(part, block(part)) for part in images.split(64)]
+    for part, output in parts:
+        if len(output) != len(part):
+            raise UsageError(
+                "reconstruction needs block outputs with one entry for each image; for "
+                f"{len(part)} images one has {list(output.shape)}. Use recipe 'fast'."
+            )
+    return torch.cat([output for _, output in parts])
