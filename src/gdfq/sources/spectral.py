@@ -36,7 +36,8 @@ class SpectralSource:
 
     The teacher sees the batch moved by up to an eighth of its sides and flipped, anew in each
     iteration: otherwise its answers rest on patterns that a shift by one pixel destroys, which
-    those to real images do not.
+    those to real images do not. The moves shrink with the learning rate, so that the statistics
+    can settle.
     """
 
     batch: int = 128
@@ -44,7 +45,7 @@ class SpectralSource:
     optimizer: AdamConfig = AdamConfig(lr=0.05, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
     grey: float = 0.85
-    class_weight: float = 0.03
+    class_weight: float = 0.01
     focus: float = 2.0
 
     def stream(
@@ -85,10 +86,11 @@ class SpectralSource:
             coefficients = noise.to(device).requires_grad_()
             optimizer = self.optimizer.build([coefficients])
             for iteration in range(self.iterations):
-                set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
+                factor = Cosine().factor(iteration, self.iterations)
+                set_rate_(optimizer, factor)
                 with torch.enable_grad():
                     images = from_spectrum(coefficients, amplitude, size, self.grey)
-                    logits, seen = network(rolled_and_flipped(images, draw))
+                    logits, seen = network(rolled_and_flipped(images, factor, draw))
                     bns = relative_statistics_loss([input_moments(images), *seen], stored)
                     boundary = focal_loss(logits, labels, self.focus)
                     loss = bns + self.class_weight * boundary
@@ -103,15 +105,16 @@ class SpectralSource:
             yield Batch(images, labels, logits, losses)
 
 
-def rolled_and_flipped(images: Tensor, draw: torch.Generator) -> Tensor:
-    """The images [N, C, *size] moved by up to size/8 along each axis; what leaves enters opposite.
+def rolled_and_flipped(images: Tensor, strength: float, draw: torch.Generator) -> Tensor:
+    """The images [N, C, *size] moved by up to strength · size/8 along each axis, cyclically.
 
-    Those of two dimensions are also flipped from left to right half of the time.
+    Those of two dimensions are also flipped from left to right with probability strength/2.
     """
     size = images.shape[2:]
-    offsets = [int(torch.randint(-(s // 8), s // 8 + 1, (1,), generator=draw)) for s in size]
+    reaches = [round(strength * (side // 8)) for side in size]
+    offsets = [int(torch.randint(-reach, reach + 1, (1,), generator=draw)) for reach in reaches]
     moved = images.roll(offsets, list(range(2, images.ndim)))
-    if len(size) == 2 and int(torch.randint(2, (1,), generator=draw)):
+    if len(size) == 2 and float(torch.rand((), generator=draw)) < strength / 2:
         moved = moved.flip(-1)
     layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
     return moved.contiguous(memory_format=layout)
