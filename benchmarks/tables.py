@@ -32,7 +32,8 @@ training step of the same network on the same batch, measured in the same proces
 evaluation form). Peak memory is the process's.
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to about the
-time of `fast`, an hour's worth of their published schedules or less; `mct` is Sony's
+time of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
+Sony's
 model-compression-toolkit 2.6.1 with its own generated images and gradient-based quantization.
 """
 
