@@ -178,7 +178,7 @@ def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
     student = student_of(teacher, images, "w2a4", quantizers)
     wanted = teacher.network(images)
     before = F.mse_loss(freeze(student)(images), wanted)
-    config = Reconstruction(GridAdam(0.005, 1e-3, 1e-3, 0.05), images=64, batch=16, rounding=1e-3)
+    config = Reconstruction(GridAdam(0.02, 1e-3, 1e-3, 0.05), images=64, batch=16, rounding=1e-3)
     seen = []
     batches = Batch(images, torch.zeros(64, dtype=torch.long), None).split(16)
     reconstruct_(student, teacher, batches, config, updates=60, seed=0, listener=seen.append)

@@ -21,7 +21,6 @@ from gdfq.sources.spectral import (
     SpectralSource,
     from_spectrum,
     natural_spectrum,
-    rolled_and_flipped,
 )
 from gdfq.statistics import StatisticsNetwork
 
@@ -146,38 +145,3 @@ def test_given_images_fill_the_pool():
     pool = on_images(ImagePool(Counted(), images=10, batch=5), data, Preprocessing((0.0,), (1.0,)))
     assert pool.images == 7
     assert pool.source.data is data
-
-
-@given(seed=st.integers(0, 2**31), size=st.lists(st.integers(3, 20), min_size=1, max_size=3))
-def test_rolling_keeps_every_value_and_without_strength_every_place(seed, size):
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.arange(2 * 3 * math.prod(size)).float().view(2, 3, *size)
-    moved = rolled_and_flipped(images, 1.0, draw)
-    for before, after in zip(images.flatten(0, 1), moved.flatten(0, 1), strict=True):
-        assert torch.equal(before.flatten(), after.flatten().sort().values)
-    assert torch.equal(rolled_and_flipped(images, 0.0, draw), images)
-
-
-def test_moves_reach_an_eighth_and_flip_half():
-    draw = torch.Generator().manual_seed(0)
-    image = torch.zeros(1, 1, 16, 16)
-    image[..., 8, 4] = 1
-    seen = [rolled_and_flipped(image, 1.0, draw)[0, 0].nonzero()[0].tolist() for _ in range(400)]
-    assert {row for row, _ in seen} == {6, 7, 8, 9, 10}
-    assert {column for _, column in seen} == {2, 3, 4, 5, 6, 9, 10, 11, 12, 13}
-    assert sum(column > 8 for _, column in seen) == pytest.approx(200, abs=50)
-
-
-def test_the_moves_shrink_while_images_are_optimised(teacher, monkeypatch):
-    strengths = []
-
-    def spy(images, strength, draw):
-        strengths.append(strength)
-        return rolled_and_flipped(images, strength, draw)
-
-    monkeypatch.setattr("gdfq.sources.spectral.rolled_and_flipped", spy)
-    list(SpectralSource(batch=8, iterations=10).stream(teacher, steps=2, seed=0))
-    assert len(strengths) == 20
-    assert strengths[0] == strengths[10] == 1
-    assert strengths[9] < 0.05
-    assert strengths[:10] == sorted(strengths[:10], reverse=True)

@@ -143,7 +143,7 @@ def test_each_kind_of_parameter_has_its_rate(teacher):
     }
     for name, parameter in student.named_parameters():
         kind = name.rpartition(".")[2]
-        assert rates[id(parameter)] == {"codes": 16 * 0.1, "log_step": 0.2}.get(kind, 0.3)
+        assert rates[id(parameter)] == {"codes": 0.1, "log_step": 0.2}.get(kind, 0.3)
     assert len(rates) == len(list(student.parameters()))
     warm = Cosine(warmup=0.5)
     assert [warm.factor(step, 8) for step in (0, 1, 3, 4)] == pytest.approx(

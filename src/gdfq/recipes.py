@@ -114,8 +114,8 @@ FAST = Recipe(
     calibration=3,
     warmup=3,
     tuning=Distillation(
-        GridAdam(codes=1.25e-3, steps=1e-3, others=5e-4),
-        schedule=Cosine(warmup=0.1),
+        GridAdam(codes=0.01, steps=1e-3, others=5e-4),
+        schedule=Cosine(),
         cross_entropy=0.0,
         temperature=4.0,
         reduction="batch",
@@ -123,7 +123,6 @@ FAST = Recipe(
     ),
     placement="full",
     quantizers="learned",
-    match_moments=True,
 )
 
 QUICK = replace(
@@ -132,6 +131,7 @@ QUICK = replace(
     summary="fast with an eighth of the images, a tenth of the steps: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
+    match_moments=True,
 )
 
 GENIE = Recipe(

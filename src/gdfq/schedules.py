@@ -44,7 +44,7 @@ class AdamConfig:
 class GridAdam:
     """Adam on a student with learned quantizers, each kind of parameter in units of its own.
 
-    codes: latent weight codes, in shares of the grid's range (2^bits codes) an update. steps:
+    codes: latent weight codes, in codes an update. steps:
     logarithms of quantization steps. others: biases and what else trains, absolute. roundings:
     the logits of learned rounding.
     """
@@ -60,7 +60,7 @@ class GridAdam:
             if isinstance(quantizer, WeightQuantizer | ActivationQuantizer):
                 for name, parameter in quantizer.named_parameters():
                     rates[parameter] = {
-                        "codes": self.codes * 2**quantizer.bits,
+                        "codes": self.codes,
                         "rounding_logits": self.roundings,
                         "log_step": self.steps,
                     }[name]

@@ -33,11 +33,6 @@ class SpectralSource:
     mean 0 and deviation 1, plus `class_weight` times `focal_loss` with exponent `focus` to labels
     that cover the classes in turn. `exponent` is α of the spectrum; `grey` is the share of the
     power that the channels have in common at the start (see `from_spectrum`).
-
-    The teacher sees the batch moved by up to an eighth of its sides and flipped, anew in each
-    iteration: otherwise its answers rest on patterns that a shift by one pixel destroys, which
-    those to real images do not. The moves shrink with the learning rate, so that the statistics
-    can settle.
     """
 
     batch: int = 128
@@ -86,11 +81,10 @@ class SpectralSource:
             coefficients = noise.to(device).requires_grad_()
             optimizer = self.optimizer.build([coefficients])
             for iteration in range(self.iterations):
-                factor = Cosine().factor(iteration, self.iterations)
-                set_rate_(optimizer, factor)
+                set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
                 with torch.enable_grad():
                     images = from_spectrum(coefficients, amplitude, size, self.grey)
-                    logits, seen = network(rolled_and_flipped(images, factor, draw))
+                    logits, seen = network(images)
                     bns = relative_statistics_loss([input_moments(images), *seen], stored)
                     boundary = focal_loss(logits, labels, self.focus)
                     loss = bns + self.class_weight * boundary
@@ -103,21 +97,6 @@ class SpectralSource:
                 images = from_spectrum(coefficients, amplitude, size, self.grey)
                 logits = teacher.network(images)
             yield Batch(images, labels, logits, losses)
-
-
-def rolled_and_flipped(images: Tensor, strength: float, draw: torch.Generator) -> Tensor:
-    """The images [N, C, *size] moved by up to strength · size/8 along each axis, cyclically.
-
-    Those of two dimensions are also flipped from left to right with probability strength/2.
-    """
-    size = images.shape[2:]
-    reaches = [round(strength * (side // 8)) for side in size]
-    offsets = [int(torch.randint(-reach, reach + 1, (1,), generator=draw)) for reach in reaches]
-    moved = images.roll(offsets, list(range(2, images.ndim)))
-    if len(size) == 2 and float(torch.rand((), generator=draw)) < strength / 2:
-        moved = moved.flip(-1)
-    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
-    return moved.contiguous(memory_format=layout)
 
 
 def natural_spectrum(size: list[int], exponent: float) -> Tensor:
