@@ -106,6 +106,15 @@ class Recipe:
 
 _FAST_POOL = ImagePool(SpectralSource(), images=2048, batch=100)
 
+_FAST_TUNING = Distillation(
+    GridAdam(codes=0.01, steps=1e-3, others=5e-4),
+    schedule=Cosine(),
+    cross_entropy=0.0,
+    temperature=4.0,
+    reduction="batch",
+    features=1.0,
+)
+
 FAST = Recipe(
     name="fast",
     summary="learned grids, tuned on a pool of spectral images: minutes on a CPU",
@@ -113,14 +122,7 @@ FAST = Recipe(
     steps=800,
     calibration=3,
     warmup=3,
-    tuning=Distillation(
-        GridAdam(codes=0.01, steps=1e-3, others=5e-4),
-        schedule=Cosine(),
-        cross_entropy=0.0,
-        temperature=4.0,
-        reduction="batch",
-        features=1.0,
-    ),
+    tuning=_FAST_TUNING,
     placement="full",
     quantizers="learned",
 )
@@ -131,6 +133,7 @@ QUICK = replace(
     summary="fast with an eighth of the images, a tenth of the steps: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
+    tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),
     match_moments=True,
 )
 
