@@ -259,3 +259,26 @@ def test_feature_errors_have_the_right_gradient():
             seen = seen.contiguous(memory_format=torch.channels_last)
         seen.requires_grad_()
         assert torch.autograd.gradcheck(lambda a, b=wanted: feature_loss([a, a], [b, b + 1]), seen)
+
+
+def test_the_regulariser_decides_roundings_and_values_bypass(teacher, images, monkeypatch):
+    undecided, mixed = {}, []
+    settle = Bypass.__call__
+    monkeypatch.setattr(Bypass, "__call__", lambda *a: mixed.append(a[1].shape) or settle(*a))
+    for weight in (0.0, 1.0):
+        student = student_of(teacher, images, "w3a4", "rounded")
+        config = Reconstruction(GridAdam(0.0, 0.0, 0.0, 0.2), images=64, batch=8, rounding=weight)
+        batches = [Batch(images, None, None)]
+        mixed.clear()
+        reconstruct_(
+            student, teacher, batches, config, updates=100, seed=0, listener=lambda _: None
+        )
+        rounded = [m for m in student.modules() if isinstance(m, RoundedWeight)]
+        assert all(m.settled for m in rounded)
+        for module in rounded:
+            module.settled = False
+        soft = torch.cat([m.rounding().flatten() for m in rounded])
+        undecided[weight] = float(((soft > 0.1) & (soft < 0.9)).float().mean())
+    assert undecided[1.0] < 0.5 * undecided[0.0]
+    # Each update mixes the block's input and each activation in it: 2 blocks with one, the head.
+    assert len(mixed) == 100 * (2 + 2 + 1)
