@@ -29,9 +29,9 @@ MobileNetV1 showed of the images is told in [recipes.md](recipes.md).
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. A *float step* is a plain
 training step of the same network on the same batch, measured in the same process (batch norms in
-evaluation form). Peak memory is the process's. Rows of `fast` and `real` with seed 0 were measured
-before the inner loops were made faster (the same arithmetic but for rounding, and a range search
-whose sample has since changed a little): the seconds that they would take now are lower.
+evaluation form). Peak memory is the process's. Rows of `fast` and `real` with seed 0, but for w3a3,
+were measured before the inner loops were made faster (the same arithmetic but for rounding, and a
+range search whose sample has since changed a little): they would take fewer seconds now.
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to about the
 time of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
