@@ -17,11 +17,7 @@ from gdfq.losses import relative_statistics_loss
 from gdfq.sources import Batch
 from gdfq.sources.images import on_images
 from gdfq.sources.pool import ImagePool, collect, shifted_and_flipped
-from gdfq.sources.spectral import (
-    SpectralSource,
-    from_spectrum,
-    natural_spectrum,
-)
+from gdfq.sources.spectral import SpectralSource, from_spectrum, natural_spectrum
 from gdfq.statistics import StatisticsNetwork
 
 

@@ -62,12 +62,13 @@ class StatisticsNetwork:
 
     Calling it with images [N, *input_shape] returns (logits [N, C], statistics), where the
     statistics are tied to the batch-norm nodes themselves, not to hooks or an order of modules.
-    `stored` holds the running statistics to compare with, in the same order.
+    `stored` holds the running statistics to compare with, in the same order. With `of_input` the
+    images' own statistics come first, to be compared with mean 0 and variance 1.
 
     Raises UsageError when the network has no batch norm.
     """
 
-    def __init__(self, teacher: Captured) -> None:
+    def __init__(self, teacher: Captured, *, of_input: bool = False) -> None:
         if not teacher.batch_norms:
             raise UsageError(
                 "the batch-norm statistics loss needs batch norms; this network has none. "
@@ -75,11 +76,23 @@ class StatisticsNetwork:
             )
         norms = [batch_norm_of(teacher, node) for node in teacher.batch_norms]
         self.stored: Statistics = [(norm.mean, norm.variance) for norm in norms]
+        self._of_input = of_input
+        if of_input:
+            zero = torch.zeros(teacher.input_shape[0], device=teacher.device)
+            self.stored = [(zero, torch.ones_like(zero)), *self.stored]
         self._module = _with_moments(teacher, norms)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Statistics]:
         logits, statistics = self._module(images)
+        if self._of_input:
+            statistics = [_input_moments(images), *statistics]
         return logits, statistics
+
+
+def _input_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differentiable mean and biased variance of each channel of the images."""
+    variance, mean = torch.var_mean(images, [0, *range(2, images.ndim)], correction=0)
+    return mean, variance
 
 
 @dataclass(frozen=True)

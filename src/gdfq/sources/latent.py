@@ -21,7 +21,6 @@ from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch
-from gdfq.sources.optimised import input_moments
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork
 
@@ -52,7 +51,7 @@ class LatentSource:
                 f"this network takes {list(teacher.input_shape)}. Give real data instead."
             )
         draw = random_stream(seed, "latent.swing")
-        network = StatisticsNetwork(swinging(teacher, draw))
+        network = StatisticsNetwork(swinging(teacher, draw), of_input=True)
         return self._batches(teacher, network, steps, seed, listener)
 
     def _batches(
@@ -63,10 +62,7 @@ class LatentSource:
         seed: int,
         listener: Listener,
     ) -> Iterator[Batch]:
-        channels = teacher.input_shape[0]
         device = teacher.device
-        zero, one = (torch.full((channels,), v, device=device) for v in (0.0, 1.0))
-        stored = [(zero, one), *network.stored]
         draw = random_stream(seed, "latent.draw")
         for step in range(steps):
             generator = LatentGenerator(teacher.input_shape, self.latent, draw).to(device)
@@ -79,7 +75,7 @@ class LatentSource:
                 with torch.enable_grad():
                     images = generator(z)
                     _, seen = network(images)
-                    loss = standard_deviation_loss([input_moments(images), *seen], stored)
+                    loss = standard_deviation_loss(seen, network.stored)
                     for optimizer in optimizers:
                         set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
                         optimizer.zero_grad()

@@ -45,7 +45,7 @@ class OptimisedSource:
         Raises UsageError for networks without batch norms, and with a cutoff for inputs without a
         spatial axis.
         """
-        network = StatisticsNetwork(teacher)
+        network = StatisticsNetwork(teacher, of_input=True)
         if self.cutoff is not None and len(teacher.input_shape) < 2:
             raise UsageError(
                 "images that pass a filter need one spatial axis or more; this network takes "
@@ -62,9 +62,6 @@ class OptimisedSource:
         seed: int,
         listener: Listener,
     ) -> Iterator[Batch]:
-        channels = teacher.input_shape[0]
-        zero, one = (torch.full((channels,), v, device=teacher.device) for v in (0.0, 1.0))
-        stored = [(zero, one), *network.stored]
         draw = random_stream(seed, "optimised.draw")
         for step in range(steps):
             noise = torch.randn(self.batch, *teacher.input_shape, generator=draw)
@@ -78,7 +75,7 @@ class OptimisedSource:
             for iteration in range(self.iterations):
                 with torch.enable_grad():
                     logits, seen = network(images)
-                    bns = standard_deviation_loss([input_moments(images), *seen], stored)
+                    bns = standard_deviation_loss(seen, network.stored)
                     loss = bns
                     if self.class_weight:
                         loss = loss + self.class_weight * focal_loss(logits, labels, self.focus)
@@ -95,12 +92,6 @@ class OptimisedSource:
             if not self.class_weight:
                 labels = logits.argmax(1)
             yield Batch(final, labels, logits, {"bns": bns.detach()})
-
-
-def input_moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differentiable mean and biased variance of each channel of the images."""
-    variance, mean = torch.var_mean(images, [0, *range(2, images.ndim)], correction=0)
-    return mean, variance
 
 
 def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:

@@ -21,7 +21,6 @@ from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch
-from gdfq.sources.optimised import input_moments
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -50,7 +49,7 @@ class SpectralSource:
 
         Raises UsageError for networks without batch norms and for inputs without a spatial axis.
         """
-        network = StatisticsNetwork(teacher)
+        network = StatisticsNetwork(teacher, of_input=True)
         channels, *size = teacher.input_shape
         if not size:
             raise UsageError(
@@ -69,8 +68,6 @@ class SpectralSource:
     ) -> Iterator[Batch]:
         channels, *size = teacher.input_shape
         device = teacher.device
-        zero, one = (torch.full((channels,), v, device=device) for v in (0.0, 1.0))
-        stored = [(zero, one), *network.stored]
         amplitude = natural_spectrum(size, self.exponent).to(device)
         draw = random_stream(seed, "spectral.draw")
         for step in range(steps):
@@ -85,7 +82,7 @@ class SpectralSource:
                 with torch.enable_grad():
                     images = from_spectrum(coefficients, amplitude, size, self.grey)
                     logits, seen = network(images)
-                    bns = relative_statistics_loss([input_moments(images), *seen], stored)
+                    bns = relative_statistics_loss(seen, network.stored)
                     boundary = focal_loss(logits, labels, self.focus)
                     loss = bns + self.class_weight * boundary
                     (coefficients.grad,) = torch.autograd.grad(loss, coefficients)

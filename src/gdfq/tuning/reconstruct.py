@@ -29,10 +29,9 @@ class Reconstruction:
     """Each block takes all steps on E‖Q_b(x) − M_b(x)‖², summed over channels.
 
     The stream's first `images` images are held in memory as each block's features, of which
-    every step draws `batch`. A share `drop` of each
-    block input's values is the teacher's, and of each activation stays unquantized. Learned
-    rounding is driven to a decision by `rounding` · Σ 1 − |2h − 1|^β, β falling from 20 to 2
-    after a fifth of the updates.
+    every step draws `batch`. A share `drop` of each block input's values is the teacher's, and of
+    each activation stays unquantized. Learned rounding is driven to a decision by
+    `rounding` · Σ 1 − |2h − 1|^β, β falling from 20 to 2 after a fifth of the updates.
     """
 
     optimizer: GridAdam
