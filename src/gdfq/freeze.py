@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from gdfq import operators
 from gdfq.capture import flat_module, tensors_of
 from gdfq.errors import GdfqError
+from gdfq.grid import Layout, code_bounds, quantize_bias, room_for_bias
 from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.student import Student, StudentBatchNorm
 
@@ -129,6 +130,11 @@ class _Freezer:
             scale, shift = norm.current().scale_and_shift()
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
+        x = self._get(x)
+        activation = self._integer_input(x, quantizer)
+        if activation is not None and bias is not None:
+            room = room_for_bias(bias, activation, weight.scale)
+            weight = coarser(weight, room.to(weight.scale.dtype))
         base = f"{self.ours}.{name.removesuffix('.folded_weight').removesuffix('.weight')}"
         while f"{base}.codes" in self.tensors:  # shared, and folded with several batch norms
             base += "_"
@@ -137,12 +143,44 @@ class _Freezer:
         dequantized = self.graph.call_function(
             operators.resolve("gdfq.dequantize"), (*constants, weight.bits)
         )
-        new_bias = None if bias is None else self._constant(f"{base}.bias", bias)
+        new_bias = None
+        if bias is not None and activation is not None:
+            codes = quantize_bias(bias, activation, weight.scale)
+            arguments = (self._constant(f"{base}.bias", codes), self._step_of(x), constants[1])
+            new_bias = self.graph.call_function(
+                operators.resolve("gdfq.dequantize_bias"), arguments
+            )
+        elif bias is not None:
+            new_bias = self._constant(f"{base}.bias", bias)
         rest, keywords = fx.node.map_arg((rest, node.kwargs), self._get)
         function: Any = node.target
         return self.graph.call_function(
-            function, (self._get(x), dequantized, new_bias, *rest), keywords
+            function, (x, dequantized, new_bias, *rest), keywords
         )
+
+    def _step_of(self, x: fx.Node) -> fx.Node | None:
+        """The step of the grid that the values of a frozen node lie on, if they lie on one."""
+        while operators.keeps_grid(x):
+            (x, *_) = x.all_input_nodes
+        return x.args[1] if operators.name_of(x) == "gdfq.fake_quantize" else None  # type: ignore[return-value]
+
+    def _integer_input(self, x: fx.Node, quantizer: WeightQuantizer) -> Tensor | None:
+        """The step of a layer's input when an integer runtime can add the bias to its products.
+
+        Transposed convolutions have no integer kernels, and keep their bias as it is.
+        """
+        step = self._step_of(x)
+        if step is None or quantizer.layout is not Layout.ROWS:
+            return None
+        return self.tensors[str(step.target)]
+
+
+def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
+    """The quantized tensor on steps `factor` >= 1 times as large; where it is 1, the same codes."""
+    zero_point = (tensor.zero_point / factor).round()
+    codes = ((tensor.codes - tensor.zero_point) / factor).round() + zero_point
+    codes = codes.clamp(*code_bounds(tensor.bits)).to(tensor.codes.dtype)
+    return QuantizedTensor(codes, tensor.scale * factor, zero_point, tensor.bits)
 
 
 def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:

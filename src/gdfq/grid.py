@@ -22,6 +22,10 @@ from torch import Tensor
 from gdfq.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 8
+_INT8 = 127
+"""The greatest number whose negative, too, fits into 8 signed bits."""
+_BIAS = 2**30
+"""The greatest code of a bias: in 32 bits it leaves as much room for the products."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,24 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, zero_point
 
 
+def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`affine_grid` for weights, whose codes minus zero point fit into 8 signed bits.
+
+    Integer runtimes multiply by q − z as one int8 number. Where |q − z| could exceed 127 the range
+    is widened: to contain 0, and at 8 bits, where only z = 0 leaves room, to [−m, m].
+    """
+    lowest, highest = code_bounds(bits)
+    if highest - lowest > _INT8:
+        reach = torch.maximum(high.abs(), low.abs())
+        scale = reach / _INT8
+        scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+        return scale, torch.zeros_like(scale)
+    scale, zero_point = affine_grid(low, high, bits)
+    fits = (lowest - zero_point >= -_INT8) & (highest - zero_point <= _INT8)
+    wide_scale, wide_zero_point = affine_grid(low.clamp(max=0), high.clamp(min=0), bits)
+    return torch.where(fits, scale, wide_scale), torch.where(fits, zero_point, wide_zero_point)
+
+
 def along_channels(values: Tensor, weight: Tensor, layout: Layout, groups: int = 1) -> Tensor:
     """One value for each output channel [O], shaped to broadcast against `weight`."""
     ones = [1] * (weight.ndim - 2)
@@ -124,6 +146,30 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> T
     `bits` does not enter the value; it tells writers of files how many bits a code needs.
     """
     return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def dequantize_bias(codes: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """The bias b = Δ_x Δ_w q [O] of a layer with input step Δ_x and weight steps Δ_w.
+
+    On this grid it adds to the integer products of activations and weights (arXiv 1712.05877,
+    section 2.4). codes: int32 [O]; activation_scale: scalar; weight_scale: [O, 1, ...].
+    """
+    return codes.to(weight_scale.dtype) * (activation_scale * weight_scale.flatten())
+
+
+def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Codes of `dequantize_bias`, int32 [O], kept within ±2^30."""
+    step = (activation_scale * weight_scale.flatten()).double()
+    return (bias.double() / step).round().clamp(-_BIAS, _BIAS).to(torch.int32)
+
+
+def room_for_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Factors >= 1, shaped as `weight_scale`, that its steps need for the bias's codes to fit.
+
+    A channel whose weights are next to nothing has steps so small that its bias would overflow.
+    """
+    step = activation_scale.double() * weight_scale.double()
+    return (bias.double().abs().view_as(step) / (step * _BIAS)).clamp(min=1)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -228,6 +228,7 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "neg": operator.neg,
     "gdfq.fake_quantize": grid.fake_quantize,
     "gdfq.dequantize": grid.dequantize,
+    "gdfq.dequantize_bias": grid.dequantize_bias,
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 

@@ -19,6 +19,7 @@ from gdfq.grid import (
     channel_range,
     code_bounds,
     fake_quantize,
+    weight_grid,
 )
 from gdfq.losses import inner
 from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
@@ -109,9 +110,9 @@ def best_weight_grid(
     """
     low, high = channel_range(weight, layout, groups)
     best_error = torch.full_like(low, torch.inf)
-    best = affine_grid(low, high, bits)
+    best = weight_grid(low, high, bits)
     for candidate in _shrunk(low, high):
-        step, zero_point = affine_grid(*candidate, bits)
+        step, zero_point = weight_grid(*candidate, bits)
         error = (fake_quantize(weight, step, zero_point, bits) - weight).abs().pow(2.4)
         error = _channel_sum(error, layout, groups)
         better = error < best_error

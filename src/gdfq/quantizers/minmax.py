@@ -3,17 +3,26 @@
 import torch
 from torch import Tensor
 
-from gdfq.grid import affine_grid, channel_range, quantize, straight_through
+from gdfq.grid import (
+    affine_grid,
+    channel_range,
+    quantize,
+    straight_through,
+    weight_grid,
+)
 from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 
 
 class MinMaxWeight(WeightQuantizer):
-    """Per-output-channel grid over the minimum and maximum of the *current* weights (Q1, Q2)."""
+    """Per-output-channel grid over the minimum and maximum of the *current* weights (Q1, Q2).
+
+    At 8 bits the grid is symmetric (see `grid.weight_grid`); the paper's is not.
+    """
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against the weight."""
         low, high = channel_range(weight.detach(), self.layout, self.groups)
-        return affine_grid(low, high, self.bits)
+        return weight_grid(low, high, self.bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         return straight_through(weight, *self.grid(weight), self.bits)
