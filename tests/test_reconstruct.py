@@ -75,7 +75,7 @@ def test_matched_moments_are_the_teachers_at_every_layer(teacher, images):
 
 def distance(got, wanted):
     """Of logits, relative: freezing rounds the biases, which moves some activations by a step."""
-    return float((got - wanted).norm() / wanted.norm())
+    return float((got - wanted).detach().norm() / wanted.detach().norm())
 
 
 def layer_moments(network, images):
