@@ -246,7 +246,7 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
         made = getattr(getattr(source, "source", None), "seconds", 0.0)
         started = time.perf_counter()
         scheme = Scheme(Bits.parse(row.bits), recipe.placement)
-        student = quantize_captured(
+        student, _ = quantize_captured(
             teacher, scheme, recipe, source, seed=row.seed, listener=listener
         )
     seconds = {"images": made, "student": time.perf_counter() - started}

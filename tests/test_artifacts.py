@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gdfq
 from gdfq import UsageError, operators
 from gdfq.artifacts.graphs import graph_from_json, graph_to_json
-from gdfq.artifacts.packed import GRAPH_FILE, TENSOR_FILE, pack, unpack
+from gdfq.artifacts.packed import STUDENT_FILE, pack, unpack
 from gdfq.capture import capture, tensors_of
 
 
@@ -70,15 +71,16 @@ def test_every_network_survives_the_round_trip(name, tiny, tmp_path):
 
 def test_codes_are_packed_on_disk(saved):
     _, folder = saved
-    tensors = load_file(folder / TENSOR_FILE)
+    tensors = load_file(folder / STUDENT_FILE)
     assert tensors["quantized.conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
 
 
 def _edit(folder, change):
-    path = folder / GRAPH_FILE
-    document = json.loads(path.read_text())
+    path = folder / STUDENT_FILE
+    with safe_open(path, "pt") as file:
+        document = json.loads(file.metadata()["gdfq"])
     change(document)
-    path.write_text(json.dumps(document))
+    save_file(load_file(path), path, {"gdfq": json.dumps(document)})
 
 
 def _first(document, kind):
@@ -90,7 +92,7 @@ def _first(document, kind):
     [
         (lambda d: d.update(version=99), "version 99"),
         (lambda d: d.update(format="other"), "'other'"),
-        (lambda d: d.update(sha256="0" * 64), "damaged or was changed"),
+        (lambda d: d.update(sha256="0" * 64), "damaged, was changed"),
         (lambda d: d.pop("graph"), "damaged"),
         (lambda d: d.update(graph={}), "damaged"),
         (lambda d: d.update(card={}), "damaged"),
@@ -118,19 +120,40 @@ def test_a_changed_file_does_not_load(saved, change, message):
 
 def test_altered_tensors_do_not_load(saved):
     _, folder = saved
-    tensors = load_file(folder / TENSOR_FILE)
-    tensors["quantized.fc.bias"] += 1
-    save_file(tensors, folder / TENSOR_FILE)
-    with pytest.raises(UsageError, match="damaged or was changed"):
+    path = folder / STUDENT_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="damaged, was changed"):
         gdfq.load(folder)
 
 
-@pytest.mark.parametrize("name", [GRAPH_FILE, TENSOR_FILE])
-def test_half_a_result_does_not_load(saved, name):
+@pytest.mark.parametrize("part", [0, 7, 100, -1])
+def test_half_a_file_does_not_load(saved, part):
     _, folder = saved
-    (folder / name).unlink()
-    with pytest.raises(UsageError, match="has finished"):
+    path = folder / STUDENT_FILE
+    path.write_bytes(path.read_bytes()[:part])
+    with pytest.raises(UsageError, match="is damaged"):
         gdfq.load(folder)
+
+
+def test_other_safetensors_are_refused(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="no such file"):
+        gdfq.load(tmp_path / "w.safetensors")
+
+
+def test_a_folder_without_a_run_says_so(tmp_path):
+    with pytest.raises(UsageError, match="a run that has finished"):
+        gdfq.load(tmp_path)
+
+
+def test_examples_and_metrics_are_loaded_with_the_run(saved):
+    quantized, folder = saved
+    loaded = gdfq.load(folder)
+    assert loaded.examples.shape == quantized.examples.shape == (8, *networks.SHAPE)
+    pixels = quantized.card.preprocessing.pixels(quantized.examples)
+    assert torch.equal(loaded.card.preprocessing.pixels(loaded.examples), pixels)
 
 
 def test_a_write_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):

@@ -71,9 +71,10 @@ def test_the_whole_run(place, capsys):
     out = place / "out"
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
+        "examples.npz",
         "history.jsonl",
         "metrics.json",
-        "student.json",
+        "student.onnx",
         "student.safetensors",
     ]
     metrics = json.loads((out / "metrics.json").read_text())
@@ -221,7 +222,7 @@ def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
     folder = place / "out"
     assert _exit_code(arguments(place)) == 0
     (folder / "metrics.json").unlink()
-    (folder / "student.json").unlink()
+    (folder / "student.safetensors").unlink()
     assert _exit_code(["evaluate", str(folder), "--test", f"{place}/test.npz"]) == 2
     assert "a run that has finished" in capsys.readouterr().err
     assert _exit_code(arguments(place)) == 0
@@ -234,7 +235,7 @@ def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
     monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", diverge)
     assert _exit_code(arguments(place)) == 1
     assert "failed: the student's loss must stay finite" in capsys.readouterr().err
-    assert not (place / "out" / "student.json").exists()
+    assert not (place / "out" / "student.safetensors").exists()
 
 
 def gdfq_process(*call):
@@ -260,7 +261,7 @@ def test_control_c_stops_cleanly(place):
     assert process.returncode == 130
     assert "stopped" in error
     assert "Traceback" not in error
-    assert not (place / "out" / "student.json").exists()
+    assert not (place / "out" / "student.safetensors").exists()
     assert not (place / "out" / "metrics.json").exists()
 
 
@@ -278,11 +279,11 @@ def test_help_and_version_do_not_import_torch(capsys):
 def test_files_of_others_are_not_touched(place, capsys):
     folder = place / "project"
     folder.mkdir()
-    for name in ("config.json", "student.json"):
+    for name in ("config.json", "student.onnx"):
         (folder / name).write_text('{"mine": 1}')
     assert _exit_code(arguments(place, out="project")) == 2
-    assert "has config.json, student.json" in capsys.readouterr().err
-    assert (folder / "student.json").read_text() == '{"mine": 1}'
+    assert "has config.json, student.onnx" in capsys.readouterr().err
+    assert (folder / "student.onnx").read_text() == '{"mine": 1}'
 
 
 def test_a_factory_may_import_its_neighbours_late(place):

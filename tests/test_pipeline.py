@@ -259,7 +259,7 @@ def test_image_folders(tmp_path):
     ("make", "message"),
     [
         (lambda p: p.write_bytes(b"not a zip"), "neither"),
-        (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8)), "lacks labels"),
+        (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8)), "labels"),
         (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8)), labels=[0]), "uint8"),
         (
             lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8), labels=[0.5]),

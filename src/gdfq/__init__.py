@@ -11,11 +11,13 @@ from gdfq.version import __version__
 
 if TYPE_CHECKING:
     from gdfq.errors import GdfqError, UsageError
+    from gdfq.export import Exported
     from gdfq.pipeline import generate, quantize
     from gdfq.quantized import QuantizedNetwork, load
     from gdfq.recipes import RECIPES, Recipe
 
 _HOME = {
+    "Exported": "gdfq.export",
     "GdfqError": "gdfq.errors",
     "UsageError": "gdfq.errors",
     "generate": "gdfq.pipeline",
@@ -28,6 +30,7 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "Exported",
     "GdfqError",
     "QuantizedNetwork",
     "Recipe",

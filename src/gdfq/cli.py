@@ -102,6 +102,7 @@ def cli() -> None:
     "--test", type=_PATH, help="labelled DATA to measure accuracy on; used for nothing else"
 )
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
+@click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
     from gdfq.commands import run
@@ -120,6 +121,49 @@ def evaluate_command(folder: Path, test: Path) -> None:
     with Terminal() as terminal:
         accuracy = load(folder).evaluate(test, listener=terminal)
     click.echo(f"top-1 {accuracy:.2f} %")
+
+
+@cli.command("export")
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option(
+    "--format",
+    type=click.Choice(["onnx", "pt2", "safetensors"]),
+    help="[default: by the name of --out, else onnx]",
+)
+@click.option("--out", type=_PATH, help="the file  [default: DIR/student.FORMAT]")
+@click.option("--raw-input", is_flag=True, help="ONNX: take uint8 pixels, normalise in the file")
+@click.option(
+    "--safe-x86", is_flag=True, help="7-bit weights where 8 bits overflow on x86 without VNNI"
+)
+def export_command(**options: Any) -> None:
+    """Write the quantized network in DIR as one file that deploys.
+
+    The file is loaded by its own runtime and compared with the network, on images as they come and
+    three times as large; it is kept only if the answers are the same.
+
+    \b
+    onnx         standard operators; int4 on disk, integer kernels when it runs
+    pt2          torch.export program; runs with torch alone
+    safetensors  codes at their true width; gdfq.load reads it
+    """
+    from gdfq.commands import export
+
+    export(**options)
+
+
+@cli.command("bench")
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option("--against", type=_PATH, help="ONNX file of the full-precision network")
+@click.option("--seconds", default=1.0, show_default=True, help="for each measurement")
+def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
+    """Size, latency and throughput of DIR's ONNX file in ONNX Runtime.
+
+    Without --against it is compared with the same network with float weights and no rounding,
+    made for the purpose; that is as large and as fast as full precision.
+    """
+    from gdfq.commands import bench
+
+    bench(folder, against, seconds)
 
 
 @cli.command("generate")

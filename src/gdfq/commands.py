@@ -13,16 +13,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from gdfq.artifacts.onnx import to_onnx
+from gdfq.artifacts.packed import STUDENT_FILE
+from gdfq.bench import in_full_precision, side_by_side
 from gdfq.data import Preprocessing
-from gdfq.errors import UsageError
-from gdfq.files import make_folder
+from gdfq.errors import GdfqError, UsageError
+from gdfq.export import Exported, Format
+from gdfq.files import make_folder, write_atomically
 from gdfq.grid import Bits
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, quantize
 from gdfq.progress import History, Step, Terminal
-from gdfq.quantized import QuantizedNetwork
+from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
-from gdfq.runs import RunFolder, as_values
+from gdfq.runs import ONNX_FILE, RunFolder, as_values
 from gdfq.student import Placement
 from gdfq.version import __version__
 
@@ -43,6 +47,7 @@ def run(
     steps: int | None,
     seed: int,
     device: str,
+    onnx: bool,
 ) -> None:
     """`gdfq quantize`."""
     chosen = find_recipe(recipe).with_steps(steps)
@@ -83,6 +88,7 @@ def run(
         mean=mean,
         std=std,
         device=device,
+        onnx=onnx,
     )
     _summary(quantized, out)
 
@@ -92,9 +98,11 @@ def _quantize_into(
     config: dict[str, Any],
     network: nn.Module,
     example: torch.Tensor,
+    *,
+    onnx: bool,
     **options: Any,
 ) -> QuantizedNetwork:
-    """Quantize with the history, student and metrics written into the folder."""
+    """Quantize with history, student, ONNX file and metrics written into the folder."""
     folder.begin(config)
     with ExitStack() as stack:
         history = stack.enter_context(History(folder.history))
@@ -107,8 +115,21 @@ def _quantize_into(
 
         quantized = quantize(network, example, listener=listener, **options)
     quantized.save(folder.path)
+    if onnx:
+        _export_at_once(quantized, folder.path / ONNX_FILE)
     folder.finish(quantized.metrics)
     return quantized
+
+
+def _export_at_once(quantized: QuantizedNetwork, path: Path) -> None:
+    """Export behind a run, which is of use without it: what fails is a warning."""
+    try:
+        exported = quantized.export(path)
+    except GdfqError as error:
+        click.secho(f"warning: no ONNX file was written: {error}", fg="yellow", err=True)
+        return
+    quantized.metrics["export"] = exported.as_values()
+    _report_export(exported)
 
 
 def write_images(
@@ -144,12 +165,70 @@ def write_images(
             listener=terminal,
         )
     np.save(out / "images.npy", images.contiguous().numpy())
-    np.savez_compressed(
-        out / "images.npz", images=preprocessing.pixels(images).numpy(), labels=labels.numpy()
-    )
+    write_atomically(out / "images.npz", preprocessing.to_npz(images, labels=labels))
     click.echo(
         f"{len(images)} images: {out / 'images.npz'} (pixels), {out / 'images.npy'} (floats)"
     )
+
+
+def export(
+    folder: Path, *, format: Format | None, out: Path | None, raw_input: bool, safe_x86: bool
+) -> None:
+    """`gdfq export`."""
+    if format is None and out is None:
+        format = "onnx"
+    quantized = load(folder)
+    home = folder if folder.is_dir() else folder.parent
+    path = out or home / f"student.{format}"
+    if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
+        raise UsageError(f"{path} is the network itself. Give another file with --out.")
+    make_folder(path.parent)
+    exported = quantized.export(path, format=format, raw_input=raw_input, safe_x86=safe_x86)
+    _report_export(exported)
+
+
+def _report_export(exported: Exported) -> None:
+    click.echo(f"{'file':10}{exported.path}, {exported.bytes / 1024:.0f} KiB")
+    for where, parity in (("as they come", exported.inside), ("x 3", exported.beyond)):
+        if parity is not None:
+            click.echo(
+                f"{'parity':10}{parity.agreement:.1f} % same answers on {parity.images} images "
+                f"{where}; logits differ by {parity.max_difference:.2g} at most "
+                f"({100 * parity.relative_error:.2g} %)"
+            )
+    for name, share in exported.differs_first:
+        click.echo(f"{'':10}{name}: {100 * share:.2g} % of the codes differ")
+    for note in exported.notes:
+        click.echo(f"{'note':10}{note}")
+
+
+def bench(folder: Path, against: Path | None, seconds: float) -> None:
+    """`gdfq bench`."""
+    quantized = load(folder)
+    shape = quantized.card.input_shape
+    file = folder / ONNX_FILE
+    if not file.exists():
+        raise UsageError(f"{folder} must hold {ONNX_FILE}. Make it with: gdfq export {folder}")
+    full = (
+        to_onnx(in_full_precision(quantized.network), shape, {})
+        if against is None
+        else against.read_bytes()
+    )
+    files = {"full precision": full, f"{quantized.card.bits}": file.read_bytes()}
+    sizes = [len(data) for data in files.values()]
+    click.echo(
+        f"size      {sizes[0] / 1024:.0f} KiB full precision, {sizes[1] / 1024:.0f} KiB "
+        f"{quantized.card.bits}: {sizes[0] / sizes[1]:.1f} times smaller"
+    )
+    heading = "milliseconds a call (quartiles)"
+    click.echo(f"\n{'batch':>5}{'threads':>8}  {heading:48}images/s  faster")
+    for timings in side_by_side(list(files.values()), seconds=seconds):
+        for name, timing in zip(files, timings, strict=True):
+            spread = f"{timing.median:.3f} ({timing.low:.3f} to {timing.high:.3f})"
+            click.echo(
+                f"{timing.batch:5}{timing.threads:8}  {name:16}{spread:32}"
+                f"{timing.images_per_second:8.0f}  {timings[0].median / timing.median:5.2f}x"
+            )
 
 
 def demo(out: Path) -> None:
@@ -180,7 +259,7 @@ def demo(out: Path) -> None:
         "recipe": as_values(FAST),
         "seed": 0,
     }
-    fast = _quantize_into(folder, config, network, example, recipe=FAST, **common)
+    fast = _quantize_into(folder, config, network, example, recipe=FAST, onnx=True, **common)
     results = {"fast": fast}
     for name, recipe in (("GDFQ (paper)", digits.RECIPE), ("direct rounding", digits.ROUNDING)):
         with Terminal() as terminal:
@@ -215,7 +294,7 @@ def _summary(quantized: QuantizedNetwork, out: Path) -> None:
     for name in ("teacher", "student"):
         if metrics.get(name):
             click.echo(f"{name:10}top-1 {metrics[name]['top1']:.2f} %")
-    size = (out / "student.safetensors").stat().st_size
+    size = (out / STUDENT_FILE).stat().st_size
     click.echo(
         f"{'size':10}{metrics['float_bytes'] / 1024:.0f} KiB float, {size / 1024:.0f} KiB now"
     )

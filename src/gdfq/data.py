@@ -1,9 +1,10 @@
 """Where real images come from: `.npz` files, image folders, tensors."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -72,6 +73,14 @@ class Preprocessing:
         shape = (1, -1, *([1] * (images.ndim - 2)))
         mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
         return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def to_npz(self, images: Tensor, **more: Tensor) -> bytes:
+        """Normalised images as pixels in an .npz file, as `load_data` reads it, and more arrays."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {"images": self.pixels(images).numpy()}
+        arrays |= {name: tensor.numpy() for name, tensor in more.items()}
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,14 +173,13 @@ def _npz(path: Path) -> ArrayData:
         raise UsageError(_not_npz(path, error)) from error
     except Exception as error:  # zipfile and zlib raise types of their own
         raise UsageError(_not_npz(path, error)) from error
-    if set(arrays) != {"images", "labels"}:
-        raise UsageError(
-            f"an .npz file must hold 'images' and 'labels'; {path} lacks "
-            f"{', '.join(sorted({'images', 'labels'} - set(arrays)))}."
-        )
-    images, labels = arrays["images"], arrays["labels"]
+    if "images" not in arrays:
+        raise UsageError(f"an .npz file must hold 'images'; {path} has {', '.join(file.files)}.")
+    images, labels = arrays["images"], arrays.get("labels")
     if images.dtype != np.uint8:
         raise UsageError(f"'images' must be uint8 pixels; in {path} they are {images.dtype}.")
+    if labels is None:
+        return ArrayData(torch.from_numpy(images), None)
     if not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(f"'labels' must be integers; in {path} they are {labels.dtype}.")
     return ArrayData(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,21 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"the out folder must be writable; {path} is not. Choose another --out.")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name in the same folder, force it to disk, then rename."""
+def write_atomically(
+    path: Path, data: bytes, check: Callable[[Path], object] | None = None
+) -> None:
+    """Write under a temporary name in the same folder, force it to disk, then rename.
+
+    `check` gets the temporary file; when it raises, the file is not kept.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

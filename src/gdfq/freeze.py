@@ -1,5 +1,6 @@
 """Freezing: the tuned student becomes integer codes, scales and zero points."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, fx
 from gdfq import operators
 from gdfq.capture import flat_module, tensors_of
 from gdfq.errors import GdfqError
-from gdfq.grid import Layout, code_bounds, quantize_bias, room_for_bias
+from gdfq.grid import Layout, code_bounds, dequantize_bias, quantize_bias, room_for_bias
 from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
-from gdfq.student import Student, StudentBatchNorm
+from gdfq.student import ACTIVATION, Student, StudentBatchNorm
 
 
 @torch.no_grad()
@@ -98,8 +99,9 @@ class _Freezer:
                 f"every activation range must be known; that of {node.target} is not. "
                 "Calibrate the student first."
             )
+        name = str(node.target).removeprefix(f"{ACTIVATION}.")
         constants = [
-            self._constant(f"{self.ours}.{node.name}.{part}", value)
+            self._constant(f"{self.ours}.{name}.{part}", value)
             for part, value in zip(("scale", "zero_point"), module.grid(), strict=True)
         ]
         (x,) = node.all_input_nodes
@@ -131,9 +133,9 @@ class _Freezer:
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
         x = self._get(x)
-        activation = self._integer_input(x, quantizer)
-        if activation is not None and bias is not None:
-            room = room_for_bias(bias, activation, weight.scale)
+        step = self._integer_step(x, quantizer)
+        if step is not None and bias is not None:
+            room = room_for_bias(bias, self.tensors[str(step.target)], weight.scale)
             weight = coarser(weight, room.to(weight.scale.dtype))
         base = f"{self.ours}.{name.removesuffix('.folded_weight').removesuffix('.weight')}"
         while f"{base}.codes" in self.tensors:  # shared, and folded with several batch norms
@@ -144,9 +146,9 @@ class _Freezer:
             operators.resolve("gdfq.dequantize"), (*constants, weight.bits)
         )
         new_bias = None
-        if bias is not None and activation is not None:
-            codes = quantize_bias(bias, activation, weight.scale)
-            arguments = (self._constant(f"{base}.bias", codes), self._step_of(x), constants[1])
+        if bias is not None and step is not None:
+            codes = quantize_bias(bias, self.tensors[str(step.target)], weight.scale)
+            arguments = (self._constant(f"{base}.bias", codes), step, constants[1])
             new_bias = self.graph.call_function(
                 operators.resolve("gdfq.dequantize_bias"), arguments
             )
@@ -154,25 +156,20 @@ class _Freezer:
             new_bias = self._constant(f"{base}.bias", bias)
         rest, keywords = fx.node.map_arg((rest, node.kwargs), self._get)
         function: Any = node.target
-        return self.graph.call_function(
-            function, (x, dequantized, new_bias, *rest), keywords
-        )
+        return self.graph.call_function(function, (x, dequantized, new_bias, *rest), keywords)
 
-    def _step_of(self, x: fx.Node) -> fx.Node | None:
-        """The step of the grid that the values of a frozen node lie on, if they lie on one."""
-        while operators.keeps_grid(x):
-            (x, *_) = x.all_input_nodes
-        return x.args[1] if operators.name_of(x) == "gdfq.fake_quantize" else None  # type: ignore[return-value]
-
-    def _integer_input(self, x: fx.Node, quantizer: WeightQuantizer) -> Tensor | None:
-        """The step of a layer's input when an integer runtime can add the bias to its products.
+    def _integer_step(self, x: fx.Node, quantizer: WeightQuantizer) -> fx.Node | None:
+        """The step of a layer's input, if an integer runtime can add the bias to its products.
 
         Transposed convolutions have no integer kernels, and keep their bias as it is.
         """
-        step = self._step_of(x)
-        if step is None or quantizer.layout is not Layout.ROWS:
+        source = operators.grid_source(x)
+        on_grid = operators.name_of(source) == "gdfq.fake_quantize"
+        if not on_grid or quantizer.layout is not Layout.ROWS:
             return None
-        return self.tensors[str(step.target)]
+        step = source.args[1]
+        assert isinstance(step, fx.Node)
+        return step
 
 
 def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
@@ -197,3 +194,31 @@ def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
         zero_point.masked_fill(zero, 0),
         tensor.bits,
     )
+
+
+@torch.no_grad()
+def narrowed(network: fx.GraphModule, names: Collection[str]) -> fx.GraphModule:
+    """A frozen network whose weights of these names (those of their codes) have one bit less."""
+    tensors = tensors_of(network)
+    changed = dict(tensors)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(network.graph, {}))
+    for node in graph.nodes:
+        if operators.name_of(node) == "gdfq.dequantize" and (constants := _names(node))[0] in names:
+            bits = node.args[3] - 1
+            codes, scale, zero_point = (tensors[name] for name in constants)
+            weight = coarser(QuantizedTensor(codes, scale, zero_point, bits), torch.tensor(2.0))
+            values = (weight.codes, weight.scale, weight.zero_point)
+            changed |= dict(zip(constants, values, strict=True))
+            node.update_arg(3, bits)
+    for node in graph.nodes:
+        if operators.name_of(node) == "gdfq.dequantize_bias":
+            name, activation, weight_scale = _names(node)
+            bias = dequantize_bias(tensors[name], tensors[activation], tensors[weight_scale])
+            changed[name] = quantize_bias(bias, tensors[activation], changed[weight_scale])
+    return flat_module(graph, changed)
+
+
+def _names(node: fx.Node) -> list[str]:
+    """The names of the tensors that enter a node."""
+    return [str(argument.target) for argument in node.all_input_nodes]

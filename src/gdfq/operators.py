@@ -321,3 +321,10 @@ def keeps_grid(node: fx.Node) -> bool:
         values = [a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int | float)]
         return all(value == 0 for value in values)
     return name in GRID_PRESERVING
+
+
+def grid_source(node: fx.Node) -> fx.Node:
+    """The node whose numbers the given node merely moves."""
+    while keeps_grid(node):
+        (node, *_) = node.all_input_nodes
+    return node

@@ -28,6 +28,8 @@ from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
+_EXAMPLES = 32
+
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
 
 
@@ -81,7 +83,7 @@ def quantize(
     clock.lap("capture")
 
     scheme = Scheme(bits, recipe.placement)
-    network = quantize_captured(
+    network, examples = quantize_captured(
         teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
     )
 
@@ -103,7 +105,7 @@ def quantize(
             metrics[name] = {"top1": round(accuracy, 4)}
         metrics["test_images"] = len(held_out)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
-    return QuantizedNetwork(network, card, metrics)
+    return QuantizedNetwork(network, card, metrics, examples)
 
 
 def quantize_captured(
@@ -115,13 +117,16 @@ def quantize_captured(
     seed: int,
     listener: Listener = silent,
     lap: Callable[[str], None] | None = None,
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, Tensor]:
     """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
 
-    `lap` is called with the name of each stage when it ends.
+    With it come a few images of the first batch [n, *input_shape]. `lap` is called with the name
+    of each stage when it ends.
     """
     lap = lap or (lambda _: None)
     batches = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
+    first = next(batches)
+    examples, batches = first.images[:_EXAMPLES].clone(), chain([first], batches)
     tuning = recipe.tuning
     student = build_student(
         teacher,
@@ -160,7 +165,7 @@ def quantize_captured(
         lap("tune")
     network = freeze(student)
     lap("freeze")
-    return network
+    return network, examples
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""The quantized network: what a run gives, runs as a module, and is saved and loaded."""
+"""The quantized network: what a run gives, runs as a module, and is saved, loaded and exported."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from gdfq.artifacts import packed
+from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.card import Card
 from gdfq.data import load_data
 from gdfq.evaluate import top1
+from gdfq.export import Exported, Format, export
+from gdfq.files import make_folder, write_atomically
 from gdfq.progress import Listener, silent
+from gdfq.randomness import stream
+from gdfq.runs import EXAMPLES, read_metrics
 
 
 class QuantizedNetwork(nn.Module):
@@ -19,16 +24,25 @@ class QuantizedNetwork(nn.Module):
 
     Weights are integer codes; activations are rounded to their grids while it runs. `metrics`
     holds the seconds and steps of the run that made it, and the top-1 accuracies of teacher and
-    student if test images were given (empty after `load`).
+    student if test images were given. `examples` are a few normalised images [n, *input_shape] of
+    those that it was tuned on; exported files are compared on them.
     """
 
     def __init__(
-        self, network: fx.GraphModule, card: Card, metrics: Mapping[str, Any] | None = None
+        self,
+        network: fx.GraphModule,
+        card: Card,
+        metrics: Mapping[str, Any] | None = None,
+        examples: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.card = card
         self.metrics = dict(metrics or {})
+        if examples is None:
+            draw = stream(0, "export.examples")
+            examples = torch.randn(16, *card.input_shape, generator=draw)
+        self.examples = examples.cpu()
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images)
@@ -44,14 +58,59 @@ class QuantizedNetwork(nn.Module):
         preprocessing = self.card.preprocessing
         return top1(self, images, preprocessing, device=self.device, listener=listener)
 
-    def save(self, path: str | Path) -> None:
-        """Write `student.json` and `student.safetensors` into the folder `path`."""
-        packed.save(self.network, self.card, Path(path))
+    def save(self, folder: str | Path) -> None:
+        """Write `student.safetensors` and `examples.npz` into the folder, which `load` reads."""
+        folder = Path(folder)
+        make_folder(folder)
+        (folder / STUDENT_FILE).unlink(missing_ok=True)
+        write_atomically(folder / EXAMPLES, self.card.preprocessing.to_npz(self.examples))
+        write_atomically(folder / STUDENT_FILE, packed.to_safetensors(self.network, self.card))
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        format: Format | None = None,
+        raw_input: bool = False,
+        safe_x86: bool = False,
+    ) -> Exported:
+        """Write one file that deploys, and keep it only if its runtime gives the same answers.
+
+        path: ends with .onnx, .pt2 or .safetensors, which is the format unless that is given.
+        raw_input: an ONNX file that takes uint8 pixels and normalises them itself.
+        safe_x86: weights of 8 bits become 7 where sums could overflow on x86 processors
+            without VNNI.
+
+        Raises UsageError for what the format cannot hold, GdfqError when the file is not equal;
+        then nothing is written, and a file that was there stays.
+        """
+        accuracy: dict[str, float] = {
+            who: self.metrics[who]["top1"] for who in ("teacher", "student") if who in self.metrics
+        }
+        return export(
+            self.network,
+            self.card,
+            Path(path),
+            self.examples,
+            format=format,
+            raw_input=raw_input,
+            safe_x86=safe_x86,
+            accuracy=accuracy,
+        )
 
 
 def load(path: str | Path) -> QuantizedNetwork:
-    """Read what `QuantizedNetwork.save` or a run wrote; needs neither the user's code nor model.
+    """Read the folder of a run, or a .safetensors file that was saved or exported.
 
-    Raises UsageError when there is no finished network, or it is damaged or of a newer version.
+    Needs neither the user's code nor model. Raises UsageError when there is no finished network,
+    or it is damaged or of another version.
     """
-    return QuantizedNetwork(*packed.read(Path(path)))
+    path = Path(path)
+    if not path.is_dir():
+        return QuantizedNetwork(*packed.read(path))
+    network, card = packed.read(path / STUDENT_FILE)
+    examples = None
+    if (path / EXAMPLES).exists():
+        images = load_data(path / EXAMPLES, card.input_shape, card.classes)
+        examples = card.preprocessing(images.images(torch.arange(len(images))))
+    return QuantizedNetwork(network, card, read_metrics(path), examples)

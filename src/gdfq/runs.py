@@ -1,7 +1,7 @@
 """The run folder: what a run writes, in which order, and what makes it finished.
 
-config.json is written first, history.jsonl grows, the student follows, metrics.json is last: a
-folder with metrics.json is a finished run.
+config.json is written first, history.jsonl grows, the student, a few of the images it was tuned on
+and its ONNX file follow, metrics.json is last: a folder with metrics.json is a finished run.
 """
 
 import json
@@ -9,13 +9,15 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from gdfq.artifacts.packed import GRAPH_FILE, TENSOR_FILE
+from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.errors import UsageError
 from gdfq.files import make_folder, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
+EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
 
-_FILES = (CONFIG, METRICS, HISTORY, GRAPH_FILE, TENSOR_FILE)
+_MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE)
+_FILES = (CONFIG, METRICS, *_MADE)
 
 
 def _is_ours(config: Path) -> bool:
@@ -51,13 +53,22 @@ class RunFolder:
 
     def begin(self, config: dict[str, Any]) -> None:
         """Remove what an unfinished run left and write the configuration."""
-        for name in (GRAPH_FILE, TENSOR_FILE, HISTORY):
+        for name in _MADE:
             (self.path / name).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config)
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which makes the run a finished one."""
         write_json(self.path / METRICS, metrics)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics of a finished run; empty where there are none that can be read."""
+    try:
+        metrics = json.loads((folder / METRICS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def as_values(value: object) -> Any:

@@ -121,9 +121,9 @@ def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     if scheme.placement == "t1":
         return {n: scheme.bits.activations for n in nodes if operators.is_rectifier(n)}
     (output,) = (node for node in nodes if node.op == "output")
-    logits = _grid_source(output.args[0])
+    logits = operators.grid_source(output.args[0])
     wanted = {
-        _grid_source(source)
+        operators.grid_source(source)
         for node in nodes
         if operators.name_of(node) in operators.INTEGER_CONSUMERS
         for source in node.all_input_nodes
@@ -260,17 +260,10 @@ def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:
     signals = {node for node in nodes if node.op == "placeholder"}
     for node in nodes:
         sources = [
-            _grid_source(source)
+            operators.grid_source(source)
             for source in node.all_input_nodes
             if operators.is_activation(source)
         ]
         if operators.name_of(node) in operators.AFFINE and len(sources) == 1:
             signals |= {node} if sources[0] in signals else set()
     return signals
-
-
-def _grid_source(node: fx.Node) -> fx.Node:
-    """The node whose numbers the given node merely moves."""
-    while operators.keeps_grid(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node

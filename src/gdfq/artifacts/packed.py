@@ -1,8 +1,7 @@
-"""The saved student: codes packed at their true width (safetensors), the graph as JSON.
+"""The saved student: one safetensors file, codes packed at their true width.
 
-`student.json` holds the format's version, the card, the graph, and the hash of
-`student.safetensors`. It is written last, and a reader needs both files to agree: what was only
-half written does not load.
+Its metadata has one entry, `gdfq`: a JSON document with the format's version, the card, the graph
+(see `graphs.py`), the shape and width of each packed tensor, and a hash of all tensors.
 """
 
 import hashlib
@@ -22,11 +21,13 @@ from gdfq.capture import tensors_of
 from gdfq.card import Card
 from gdfq.data import Preprocessing
 from gdfq.errors import UsageError
-from gdfq.files import write_atomically
 from gdfq.grid import Bits, code_bounds
 
-FORMAT, VERSION = "gdfq-student", 1
-GRAPH_FILE, TENSOR_FILE = "student.json", "student.safetensors"
+FORMAT, VERSION = "gdfq-student", 2
+STUDENT_FILE = "student.safetensors"
+_KEY = "gdfq"
+_HEADER = 8
+"""Bytes in which a safetensors file says how long its header is."""
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -55,9 +56,9 @@ def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
     return torch.from_numpy(codes.astype(np.int8))
 
 
-def save(network: fx.GraphModule, card: Card, folder: Path) -> None:
-    """Write a frozen network and its card into the folder, which is made if needed."""
-    from safetensors.torch import save as to_safetensors
+def to_safetensors(network: fx.GraphModule, card: Card) -> bytes:
+    """A frozen network and its card as the contents of a file."""
+    from safetensors.torch import save
 
     widths = _code_widths(network)
     packed: dict[str, Tensor] = {}
@@ -69,56 +70,72 @@ def save(network: fx.GraphModule, card: Card, folder: Path) -> None:
             packed[name] = pack(tensor, widths[name])
         else:
             packed[name] = tensor.contiguous().clone()
-    # One key of metadata: with more, safetensors' order, and so the hash, is a matter of chance.
-    data = to_safetensors(packed, {"schema": f"{FORMAT}/{VERSION}"})
     document = {
         "format": FORMAT,
         "version": VERSION,
         "card": {**asdict(card), "bits": str(card.bits)},
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": _digest(packed),
         "codes": table,
         "graph": graph_to_json(network.graph),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / GRAPH_FILE).unlink(missing_ok=True)
-    write_atomically(folder / TENSOR_FILE, data)
-    write_atomically(folder / GRAPH_FILE, (json.dumps(document, indent=1) + "\n").encode())
+    # One key of metadata: with more, safetensors' order, and so the file, is a matter of chance.
+    return bytes(save(packed, {_KEY: json.dumps(document, separators=(",", ":"))}))
 
 
-def read(folder: Path) -> tuple[fx.GraphModule, Card]:
-    """Read what `save` wrote. Raises UsageError as `gdfq.load` says."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_safetensors
+def header_bytes(data: bytes) -> int:
+    """How much of a safetensors file is not tensors."""
+    return _HEADER + int.from_bytes(data[:_HEADER], "little")
 
+
+def read(path: Path) -> tuple[fx.GraphModule, Card]:
+    """Read what `to_safetensors` made. Raises UsageError as `gdfq.load` says."""
     try:
-        text = (folder / GRAPH_FILE).read_bytes()
-        data = (folder / TENSOR_FILE).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"a finished run holds {GRAPH_FILE} and {TENSOR_FILE}; in {folder} one cannot be "
-            f"read ({error.strerror}). Give the folder of a run that has finished."
+            f"a quantized network is a file such as {STUDENT_FILE}; {path} cannot be read "
+            f"({error.strerror}). Give the folder of a run that has finished, or the file."
         ) from error
+    return from_safetensors(data, str(path))
+
+
+def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModule, Card]:
+    """The network and card of a file's contents; `name` is for errors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
-        document = json.loads(text)
+        tensors = load(data)
+        header = json.loads(data[_HEADER : header_bytes(data)])
+        document = json.loads(header["__metadata__"][_KEY])
         found, version = document["format"], document["version"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise _damaged(folder, GRAPH_FILE) from error
+    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _damaged(name) from error
     if found != FORMAT or version != VERSION:
         raise UsageError(
-            f"{folder / GRAPH_FILE} must be of format {FORMAT!r}, version {VERSION}; it is "
+            f"{name} must be of format {FORMAT!r}, version {VERSION}; it is "
             f"{found!r}, version {version!r}. Read it with the version of gdfq that wrote it."
         )
-    if hashlib.sha256(data).hexdigest() != document.get("sha256"):
-        raise _damaged(folder, TENSOR_FILE)
+    if _digest(tensors) != document.get("sha256"):
+        raise _damaged(name)
     try:
-        tensors = from_safetensors(data)
         for name, entry in document["codes"].items():
             tensors[name] = unpack(tensors[name], entry["bits"], entry["shape"])
         card = _card(document["card"])
         graph = document["graph"]
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise _damaged(folder, GRAPH_FILE) from error
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(name) from error
     return graph_from_json(graph, tensors), card
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """A hash of names and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _code_widths(network: fx.GraphModule) -> dict[str, int]:
@@ -145,8 +162,8 @@ def _card(values: dict[str, Any]) -> Card:
     )
 
 
-def _damaged(folder: Path, file: str) -> UsageError:
+def _damaged(name: str) -> UsageError:
     return UsageError(
-        f"{folder / file} must be as gdfq wrote it; it is damaged or was changed. "
+        f"{name} must be as gdfq wrote it; it is damaged, was changed, or is no such file. "
         "Make it again with gdfq quantize."
     )

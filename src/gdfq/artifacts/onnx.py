@@ -1,0 +1,422 @@
+"""A frozen network as one ONNX file: codes at 4 bits on disk, integer kernels when it runs.
+
+`torch.onnx.export` writes the graph, in which the three quantization operators stay opaque; a pass
+over the result then writes each of them in standard operators. Weights of 4 bits and below are
+packed INT4 (INT2 at 2 bits) behind a `Cast` to INT8, which a runtime folds when it loads the file:
+small on disk, and the kernels see 8-bit integers. Activations are unsigned 8-bit codes that an
+integer `Clip` keeps within their true width.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from gdfq import grid
+from gdfq.capture import flat_module, tensors_of
+from gdfq.data import Preprocessing
+from gdfq.errors import GdfqError, UsageError, first_line
+from gdfq.grid import code_bounds
+
+INPUT, OUTPUT = "images", "logits"
+
+_DOMAIN = "gdfq"
+_OPSET, _OPSET_OF_INT2 = 21, 25
+_PACKED = {
+    2: (ir.DataType.INT2, ml_dtypes.int2),
+    3: (ir.DataType.INT4, ml_dtypes.int4),
+    4: (ir.DataType.INT4, ml_dtypes.int4),
+}
+"""Types of weights' codes on disk, by bits; the others are INT8."""
+
+
+def to_onnx(
+    network: fx.GraphModule,
+    input_shape: tuple[int, ...],
+    metadata: Mapping[str, str],
+    raw_input: Preprocessing | None = None,
+) -> bytes:
+    """A frozen network [N, *input_shape] -> [N, classes] as an ONNX model, any N.
+
+    metadata: written into the file. With raw_input the model takes uint8 pixels and normalises
+    them itself. Raises UsageError for an operator that ONNX has no form for.
+    """
+    import onnx
+
+    model = _exported(_opaque(network), input_shape)
+    graph = model.graph
+    for value, name in ((graph.inputs[0], INPUT), (graph.outputs[0], OUTPUT)):
+        value.name = name
+    _pool_globally(graph)
+    writer = _Writer(graph)
+    for node in list(graph):
+        if node.domain == _DOMAIN:
+            writer.write(node)
+    _keep_codes(graph)
+    if raw_input is not None:
+        _normalise_pixels(graph, raw_input)
+    _rename(graph)
+    _strip(model)
+    model.opset_imports.pop(_DOMAIN, None)
+    constants = (value.const_value for value in graph.initializers.values())
+    if any(tensor is not None and tensor.dtype == ir.DataType.INT2 for tensor in constants):
+        # Between the two, the operators that are used here only gained types.
+        model.opset_imports[""] = _OPSET_OF_INT2
+        model.ir_version = 13
+    model.producer_name, model.producer_version = "gdfq", metadata.get("gdfq", "")
+    model.metadata_props.update(metadata)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # readers infer shapes; written down they cost space
+    onnx.checker.check_model(proto)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _symbol(name: str, value: Tensor, inputs: tuple[Tensor, ...], **attributes: int) -> Tensor:
+    """An operator of our own domain for the exporter, with the shape and type of `value`."""
+    made: Tensor = torch.onnx.ops.symbolic(
+        f"{_DOMAIN}::{name}",
+        inputs,
+        {**attributes},
+        dtype=torch.float32,
+        shape=value.shape,
+        version=1,
+    )
+    return made
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return _symbol("FakeQuantize", x, (x, scale, zero_point), bits=bits)
+
+
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return _symbol("Dequantize", codes, (codes, scale, zero_point), bits=bits)
+
+
+def _dequantize_bias(codes: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    return _symbol("DequantizeBias", codes, (codes, activation_scale, weight_scale))
+
+
+_OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    grid.fake_quantize: _fake_quantize,
+    grid.dequantize: _dequantize,
+    grid.dequantize_bias: _dequantize_bias,
+}
+
+
+def codes_name(quantizer: fx.Node) -> str:
+    """The name, in the ONNX graph, of the codes that a node of the frozen graph quantizes to."""
+    scale, bits = quantizer.args[1], quantizer.args[3]
+    assert isinstance(scale, fx.Node)
+    return f"{_stem(str(scale.target))}.{'clip' if bits != 8 else 'q'}"
+
+
+def _opaque(network: fx.GraphModule) -> fx.GraphModule:
+    """The network with its quantization operators as ones that tracing does not look into."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(network.graph, {}))
+    for node in graph.nodes:
+        node.target = _OPAQUE.get(node.target, node.target)
+    return flat_module(graph, tensors_of(network)).eval()
+
+
+def _exported(network: fx.GraphModule, input_shape: tuple[int, ...]) -> ir.Model:
+    """The network in ONNX, the quantization operators in a domain of their own."""
+    example = torch.zeros(2, *input_shape)  # a batch of one would be taken for a constant
+    noise = logging.getLogger("torch.onnx")
+    level = noise.level
+    noise.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                opset_version=_OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        raise UsageError(
+            "each operator of the network must have a form in ONNX; the export failed with: "
+            f"{first_line(error)}. Export with --format safetensors or pt2 instead."
+        ) from error
+    finally:
+        noise.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+class _Writer:
+    """Writes the quantization operators of a graph in standard ones."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+
+    def write(self, node: ir.Node) -> None:
+        form = {
+            "FakeQuantize": self._activation,
+            "Dequantize": self._weight,
+            "DequantizeBias": self._bias,
+        }[node.op_type]
+        inputs = _inputs(node)
+        _replace(self.graph, node, form(node))
+        for value in inputs:  # of what was the operator's own
+            if not value.uses() and value.name in self.graph.initializers:
+                del self.graph.initializers[value.name]
+
+    def _activation(self, node: ir.Node) -> list[ir.Node]:
+        """Signed codes of k bits become unsigned ones: q + 2^(k−1), and so their zero point."""
+        x, scale, zero_point = _inputs(node)
+        bits, base = node.attributes["bits"].as_int(), _stem(scale.name)
+        lowest, highest = code_bounds(bits)
+        unsigned = (_array(zero_point) - lowest).astype(np.uint8)
+        step = self._constant(f"{base}.scale", _array(scale))
+        new_zero_point = self._constant(f"{base}.zero_point", unsigned)
+        quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
+        nodes = [quantized]
+        if bits < 8:
+            bounds = [
+                self._constant(f"codes.{bound}", np.array(bound, dtype=np.uint8))
+                for bound in (0, highest - lowest)
+            ]
+            nodes.append(ir.node("Clip", [quantized.outputs[0], *bounds]))
+        codes = nodes[-1].outputs[0]
+        return [*nodes, ir.node("DequantizeLinear", [codes, step, new_zero_point])]
+
+    def _weight(self, node: ir.Node) -> list[ir.Node]:
+        codes, scale, zero_point = _inputs(node)
+        bits = node.attributes["bits"].as_int()
+        base = f"{_stem(codes.name)}.weight"
+        values, steps, offsets = _array(codes), _array(scale), _array(zero_point)
+        nodes: list[ir.Node] = []
+        if bits in _PACKED:
+            kind, numbers = _PACKED[bits]
+            stored = self._constant(base, values.astype(numbers), kind)
+            nodes.append(ir.node("Cast", [stored], {"to": ir.DataType.INT8}))
+            current = nodes[-1].outputs[0]
+        else:
+            current = self._constant(base, values)
+        if offsets.any():
+            # A zero point in DequantizeLinear would cost the fast kernels; this folds.
+            shape = offsets.shape if offsets.ndim else (1,) * values.ndim
+            offset = self._constant(f"{base}_zero_point", offsets.astype(np.int8).reshape(shape))
+            nodes.append(ir.node("Sub", [current, offset]))
+            current = nodes[-1].outputs[0]
+        axes = [axis for axis, size in enumerate(steps.shape) if size > 1]
+        if len(axes) > 1:  # a grouped transposed convolution: no axis has its channels
+            nodes.append(ir.node("Cast", [current], {"to": ir.DataType.FLOAT}))
+            factor = self._constant(f"{base}_scale", steps)
+            return [*nodes, ir.node("Mul", [nodes[-1].outputs[0], factor])]
+        attributes = {"axis": axes[0]} if axes else {}
+        factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
+        inputs = [current, factor]
+        if any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
+            # ONNX Runtime fuses a Gemm only with a zero point that is written down.
+            zeros = np.zeros(steps.reshape(-1).shape if axes else (), dtype=np.int8)
+            inputs.append(self._constant(f"{base}_zeros", zeros))
+        return [*nodes, ir.node("DequantizeLinear", inputs, attributes)]
+
+    def _bias(self, node: ir.Node) -> list[ir.Node]:
+        codes, activation_scale, weight_scale = _inputs(node)
+        base = f"{_stem(codes.name)}.bias"
+        stored = self._constant(base, _array(codes))
+        steps = _array(activation_scale) * _array(weight_scale).reshape(-1)
+        factor = self._constant(f"{base}_scale", steps)
+        return [ir.node("DequantizeLinear", [stored, factor], {"axis": 0})]
+
+    def _constant(
+        self, name: str, array: np.ndarray[Any, Any], kind: ir.DataType | None = None
+    ) -> ir.Value:
+        """An initializer of this name and value, new if there is none."""
+        tensor = ir.tensor(array, dtype=kind, name=name)
+        while (known := self.graph.initializers.get(name)) is not None:
+            old = known.const_value
+            same_type = old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape)
+            if same_type and np.array_equal(_array(known), array):
+                return known
+            name += "_"
+            tensor.name = name
+        value = ir.Value(name=name, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+
+def _inputs(node: ir.Node) -> tuple[Any, ...]:
+    return tuple(node.inputs)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes, of which the last makes the same value, in the place of one."""
+    graph.insert_before(node, nodes)
+    (old,), (new,) = node.outputs, nodes[-1].outputs
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _array(value: ir.Value | None) -> np.ndarray[Any, Any]:
+    """The numbers of a constant."""
+    if value is None or value.const_value is None:
+        raise GdfqError("the quantization constants must be known at export; one is computed.")
+    return value.const_value.numpy()
+
+
+def _stem(name: str | None) -> str:
+    """`layer1.conv1` for `quantized.layer1.conv1.codes`."""
+    assert name is not None
+    return name.rpartition(".")[0].partition(".")[2]
+
+
+def _pool_globally(graph: ir.Graph) -> None:
+    """Means over all spatial dimensions as GlobalAveragePool, which has integer kernels.
+
+    Kernels fuse it with the quantization behind it, which so comes before the Flatten.
+    """
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+            continue
+        x, axes = _inputs(node)
+        rank = None if x.shape is None else x.shape.rank()
+        if rank is None or rank < 3:
+            continue
+        if sorted(axis % rank for axis in _array(axes).reshape(-1).tolist()) != [*range(2, rank)]:
+            continue
+        pooled = ir.node("GlobalAveragePool", [x])
+        if node.attributes["keepdims"].as_int():
+            _replace(graph, node, [pooled])
+            continue
+        (old,) = node.outputs
+        users = {use.node for use in old.uses()}
+        quantizer = users.pop() if len(users) == 1 else None
+        if quantizer is None or quantizer.op_type != "FakeQuantize":
+            _replace(graph, node, [pooled, _flatten(pooled)])
+            continue
+        quantized = ir.node(
+            "FakeQuantize",
+            [pooled.outputs[0], *quantizer.inputs[1:]],
+            quantizer.attributes,
+            domain=_DOMAIN,
+        )
+        _replace(graph, quantizer, [pooled, quantized, _flatten(quantized)])
+        graph.remove(node, safe=True)
+
+
+def _flatten(node: ir.Node) -> ir.Node:
+    return ir.node("Flatten", [node.outputs[0]], {"axis": 1})
+
+
+_MOVES_NUMBERS = frozenset(
+    {"Expand", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
+
+
+def _keep_codes(graph: ir.Graph) -> None:
+    """Let operators that only move numbers move codes: what follows then reads integers."""
+    for node in list(graph):
+        if node.op_type not in _MOVES_NUMBERS:
+            continue
+        first, *others = _inputs(node)
+        dequantize = first.producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        codes, scale, zero_point = _inputs(dequantize)
+        if node.op_type == "Pad" and _mode(node) == "constant":
+            if len(others) > 1 and others[1] is not None and _array(others[1]).any():
+                continue  # what it pads with need not lie on the grid
+            others[1:2] = [zero_point]
+        moved = ir.node(node.op_type, [codes, *others], node.attributes)
+        after = ir.node("DequantizeLinear", [moved.outputs[0], scale, zero_point])
+        _replace(graph, node, [moved, after])
+        if not first.uses():
+            graph.remove(dequantize, safe=True)
+
+
+def _mode(pad: ir.Node) -> str:
+    mode = pad.attributes.get("mode")
+    return "constant" if mode is None else mode.as_string()
+
+
+def _normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
+    """Let the graph begin with uint8 pixels: (x / 255 − mean) / std as one factor and one shift."""
+    old = graph.inputs[0]
+    assert old.shape is not None
+    mean, std = (np.array(v, dtype=np.float32) for v in (preprocessing.mean, preprocessing.std))
+    shape = (1, len(mean), *[1] * (old.shape.rank() - 2))
+    new = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
+    values = {"pixels.factor": 1 / (255 * std), "pixels.shift": -mean / std}
+    constants = []
+    for name, numbers in values.items():
+        value = ir.Value(name=name, const_value=ir.tensor(numbers.reshape(shape), name=name))
+        graph.register_initializer(value)
+        constants.append(value)
+    cast = ir.node("Cast", [new], {"to": ir.DataType.FLOAT})
+    scaled = ir.node("Mul", [cast.outputs[0], constants[0]])
+    shifted = ir.node("Add", [scaled.outputs[0], constants[1]])
+    ir.convenience.replace_all_uses_with(old, shifted.outputs[0])
+    old.name = None
+    graph.inputs[0] = new
+    first = next(iter(graph))
+    graph.insert_before(first, [cast, scaled, shifted])
+
+
+def _rename(graph: ir.Graph) -> None:
+    """Short names that a person recognises: each node has that of its value."""
+    taken = {*graph.initializers, INPUT, OUTPUT}
+    for node in graph:
+        name = _title(node)
+        unique, count = name, 0
+        while unique in taken:
+            count += 1
+            unique = f"{name}_{count}"
+        taken.add(unique)
+        node.name = unique
+        for value in node.outputs:
+            if value.name != OUTPUT:
+                value.name = unique
+
+
+_OWN = ("codes.", "val_", "min_val", "max_val")
+"""Constants that say nothing about the nodes they enter: ours, and the exporter's."""
+_SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq"}
+
+
+def _title(node: ir.Node) -> str:
+    """`layer1.conv1` for a layer, `relu.q` for what quantizes a ReLU's output, else the operator.
+
+    Where constants enter they say what the node is about.
+    """
+    kind = _SHORT.get(node.op_type, node.op_type.lower())
+    makers = [None if value is None else value.producer() for value in node.inputs]
+    names = [(maker.name if maker is not None else None) or "" for maker in makers]
+    layer, of_weight, _ = names[1].rpartition(".weight.") if len(names) > 1 else ("", "", "")
+    if of_weight:
+        return layer
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and not str(value.name).startswith(_OWN):
+            return re.sub(r"[._](scale|zero_point)$", "", str(value.name)) + f".{kind}"
+    if names and names[0].endswith(".q"):
+        return names[0].removesuffix("q") + kind
+    return kind
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove what the export notes about the code that it ran."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.name, model.graph.doc_string = "gdfq", None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None

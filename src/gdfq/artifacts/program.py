@@ -1,0 +1,34 @@
+"""A frozen network as a `torch.export` program (.pt2), which runs without gdfq."""
+
+import io
+import warnings
+
+import torch
+from torch import fx
+
+from gdfq.capture import flat_module, tensors_of
+from gdfq.errors import UsageError, first_line
+
+
+def to_program(network: fx.GraphModule, input_shape: tuple[int, ...]) -> bytes:
+    """A frozen network [N, *input_shape] -> [N, classes], any N, as the contents of a .pt2 file.
+
+    It consists of PyTorch's own operators alone; weights are stored as one byte a code. Raises
+    UsageError when the network cannot be exported for any batch size.
+    """
+    example = torch.zeros(2, *input_shape)  # a batch of one would be taken for a constant
+    # A plain module: export would keep a GraphModule's calls of gdfq's functions by name.
+    module = flat_module(network.graph, tensors_of(network)).eval()
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
+            shapes = ({0: torch.export.Dim.DYNAMIC},)
+            program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+            torch.export.save(program.run_decompositions({}), buffer)
+    except Exception as error:
+        raise UsageError(
+            "the network must be traceable by torch.export; tracing failed with: "
+            f"{first_line(error)}. Export with --format safetensors instead."
+        ) from error
+    return buffer.getvalue()

@@ -1,0 +1,63 @@
+"""Running exported files where they will run: ONNX Runtime, and torch alone for .pt2."""
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Run = Callable[[Tensor], Tensor]
+"""Images [N, *input_shape] -> logits [N, classes], both on the CPU."""
+
+
+def onnx_session(data: bytes, threads: int = 0) -> Any:
+    """A session of ONNX Runtime on the CPU; 0 threads are as many as it finds cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors alone
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_runner(data: bytes) -> Run:
+    """An ONNX file's contents, ready to run."""
+    session = onnx_session(data)
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.contiguous().numpy()})[0])
+
+    return run
+
+
+def onnx_values(
+    data: bytes, names: Sequence[str], images: Tensor
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What the named values of an ONNX file are for some images."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    present = {name for node in model.graph.node for name in node.output}
+    wanted = [name for name in names if name in present]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    session = onnx_session(model.SerializeToString())
+    feed = {session.get_inputs()[0].name: images.contiguous().numpy()}
+    return dict(zip(wanted, session.run(wanted, feed), strict=True))
+
+
+def program_runner(data: bytes) -> Run:
+    """A .pt2 file's contents, ready to run; only for files that this process has written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.export.load(io.BytesIO(data)).module(check_guards=False)
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = module(images)
+        return logits
+
+    return run

@@ -1,0 +1,266 @@
+"""Exported files against the student, in the runtimes that they are for."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import networks
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import gdfq
+from gdfq import GdfqError, UsageError
+from gdfq.bench import in_full_precision, side_by_side
+from gdfq.export import float_layers, layers_that_may_overflow
+from gdfq.freeze import narrowed
+from gdfq.grid import Bits
+from gdfq.recipes import find_recipe
+from gdfq.runtimes import onnx_runner, onnx_session
+from gdfq.sources.images import GivenImages
+from gdfq.sources.pool import ImagePool
+
+
+def quantized_by_fast(model, bits, placement="full", shape=networks.SHAPE):
+    """The learned student of a network, after two updates on noise."""
+    recipe = find_recipe("fast").with_steps(5)
+    draw = torch.Generator().manual_seed(1)
+    data = torch.randn(64, *shape, generator=draw)
+    recipe = dataclasses.replace(recipe, source=ImagePool(GivenImages(batch=16), 64, 16))
+    return gdfq.quantize(
+        model, torch.zeros(1, *shape), bits, recipe, data=data, placement=placement
+    )
+
+
+@pytest.fixture(scope="module")
+def small():
+    return quantized_by_fast(networks.make("Residual"), "w4a4")
+
+
+@pytest.mark.parametrize("placement", ["full", "t1"])
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_path):
+    quantized = gdfq.quantize(
+        networks.make(name), networks.images(1), "w4a4", tiny, placement=placement
+    )
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.typical_error < 1e-3
+    assert exported.beyond.typical_error < 1e-3
+    model = onnx.load(tmp_path / "q.onnx")
+    assert {node.domain for node in model.graph.node} == {""}  # standard operators alone
+    run = onnx_runner((tmp_path / "q.onnx").read_bytes())
+    for count in (1, 3):  # the batch is dynamic
+        assert run(networks.images(count)).shape == (count, networks.CLASSES)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.onnx"]
+
+
+@pytest.mark.parametrize("weights", range(2, 9))
+def test_every_width_keeps_its_codes(weights, tmp_path):
+    bits = Bits(weights, 10 - weights)
+    quantized = quantized_by_fast(networks.make("Branches"), bits)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.agreement == exported.beyond.agreement == 100
+    model = onnx.load(tmp_path / "q.onnx")
+    stored = {i.name: i for i in model.graph.initializer}
+    kinds = {i.data_type for name, i in stored.items() if name.endswith(".weight")}
+    wanted = {2: onnx.TensorProto.INT2, 3: onnx.TensorProto.INT4, 4: onnx.TensorProto.INT4}
+    assert kinds == {wanted.get(weights, onnx.TensorProto.INT8)}
+    assert model.opset_import[0].version == (25 if weights == 2 else 21)
+    for name, tensor in stored.items():
+        if name.endswith(".weight"):
+            codes = quantized.network.get_buffer(f"quantized.{name[:-7]}.codes")
+            values = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+            assert np.array_equal(values, codes.numpy())
+    clips = [n for n in model.graph.node if n.op_type == "Clip" and "codes.0" in n.input]
+    assert bool(clips) == (bits.activations < 8)
+
+
+def test_full_placement_runs_in_integer_kernels(small, tmp_path):
+    """What ONNX Runtime makes of the file: no float convolution, addition or product is left."""
+    small.export(tmp_path / "q.onnx")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "seen.onnx")
+    onnxruntime.InferenceSession(tmp_path / "q.onnx", options, providers=["CPUExecutionProvider"])
+    seen = [node.op_type for node in onnx.load(tmp_path / "seen.onnx").graph.node]
+    assert seen.count("QLinearConv") == 2
+    assert seen.count("QLinearAdd") == 1
+    assert seen.count("QGemm") == 1
+    assert not {"Conv", "Add", "Gemm", "DequantizeLinear", "Relu"} & set(seen)
+
+
+def test_names_and_metadata_tell_what_the_file_is(tmp_path):
+    quantized = quantized_by_fast(networks.make("Residual"), "w4a8")
+    quantized.metrics |= {"teacher": {"top1": 91.5}, "student": {"top1": 90.25}}
+    quantized.export(tmp_path / "q.onnx")
+    model = onnx.load(tmp_path / "q.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts["bits"] == "w4a8"
+    assert facts["classes"] == str(networks.CLASSES)
+    assert facts["input_shape"] == "3x8x8"
+    assert facts["top1_student"] == "90.2500"
+    assert (facts["mean"], facts["std"]) == ("0,0,0", "1,1,1")
+    assert (facts["gdfq"], facts["recipe"]) == (gdfq.__version__, "fast")
+    assert [i.name for i in model.graph.input] == ["images"]
+    assert [o.name for o in model.graph.output] == ["logits"]
+    layers = [n.name for n in model.graph.node if n.op_type in {"Conv", "Gemm"}]
+    assert layers == ["conv1", "conv2", "fc"]
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    text = (tmp_path / "q.onnx").read_bytes()
+    assert b"/" not in text.replace(b"7-bit", b"") or b".py" not in text  # no paths of ours
+
+
+def test_pixels_can_be_the_input(small, tmp_path):
+    exported = small.export(tmp_path / "q.onnx", raw_input=True)
+    assert exported.beyond is None
+    session = onnx_session((tmp_path / "q.onnx").read_bytes())
+    (first,) = session.get_inputs()
+    assert first.type == "tensor(uint8)"
+    pixels = torch.randint(256, (5, *networks.SHAPE), dtype=torch.uint8)
+    got = session.run(None, {"images": pixels.numpy()})[0]
+    wanted = small(small.card.preprocessing(pixels))
+    torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
+    quantized = quantized_by_fast(networks.make("Residual"), "w8a8")
+    risky = layers_that_may_overflow(quantized.network)
+    assert risky == [f"quantized.{name}.codes" for name in ("conv1", "conv2", "fc")]
+    quantized.export(tmp_path / "risky.onnx")
+    exported = quantized.export(tmp_path / "safe.onnx", safe_x86=True)
+    assert exported.inside.relative_error < 0.01
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "safe.onnx").metadata_props}
+    assert facts["x86_without_vnni"] == "safe"
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "risky.onnx").metadata_props}
+    assert "--safe-x86" in facts["x86_without_vnni"]
+    network = narrowed(quantized.network, risky)
+    assert layers_that_may_overflow(network) == []
+    x = networks.images(8)
+    error = (network(x) - quantized(x)).norm() / quantized(x).norm()
+    assert float(error) < 0.05
+    assert (
+        layers_that_may_overflow(quantized_by_fast(networks.make("Residual"), "w4a4").network) == []
+    )
+
+
+def test_t1_says_what_stays_float(tiny, tmp_path):
+    quantized = gdfq.quantize(networks.make("Residual"), networks.images(1), "w4a4", tiny)
+    assert float_layers(quantized.network) == ["conv1", "conv2", "fc"]
+    (note,) = quantized.export(tmp_path / "q.onnx").notes
+    assert note == "computed in float: conv1, conv2, fc"
+
+
+def test_safetensors_hold_codes_at_their_true_width(small, tmp_path):
+    exported = small.export(tmp_path / "q.safetensors")
+    loaded = gdfq.load(tmp_path / "q.safetensors")
+    x = networks.images(4)
+    assert torch.equal(loaded(x), small(x))
+    assert loaded.card == small.card
+    # Codes, scales and zero points of weights and activations, biases: nothing else.
+    tensors = dict(small.network.named_buffers())
+    needed = sum(
+        -(-t.numel() // 2) if name.endswith("codes") else t.nbytes for name, t in tensors.items()
+    )
+    header = int(exported.notes[0].split()[0])
+    assert exported.bytes - header <= 1.03 * needed
+
+
+def test_pt2_runs_without_gdfq(small, tmp_path):
+    small.export(tmp_path / "q.pt2")
+    x = networks.images(4)
+    torch.save(x, tmp_path / "x.pt")
+    program = (
+        "import sys, torch; sys.modules['gdfq'] = None\n"
+        f"run = torch.export.load({str(tmp_path / 'q.pt2')!r}).module()\n"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r})\n"
+        f"torch.save(run(x), {str(tmp_path / 'y.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
+    """A lost clamp shows beyond the calibrated range, and the file that was there stays."""
+    path = tmp_path / "q.onnx"
+    path.write_bytes(b"before")
+    real = gdfq.export.to_onnx
+
+    def without_clips(*arguments):
+        model = onnx.load_from_string(real(*arguments))
+        for node in model.graph.node:
+            if node.op_type == "Clip":
+                node.op_type = "Identity"
+                del node.input[1:]
+        return model.SerializeToString()
+
+    monkeypatch.setattr("gdfq.export.to_onnx", without_clips)
+    with pytest.raises(GdfqError, match=r"within 5%.*was not kept"):
+        small.export(path)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
+
+
+def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        small.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_formats_follow_names_and_errors_say_what_to_do(small, tmp_path):
+    with pytest.raises(UsageError, match=r"must end with \.onnx, \.pt2, \.safetensors"):
+        small.export(tmp_path / "q.tflite")
+    with pytest.raises(UsageError, match="raw input is for ONNX"):
+        small.export(tmp_path / "q.pt2", raw_input=True)
+    assert small.export(tmp_path / "q.bin", format="onnx").format == "onnx"
+
+
+def test_an_operator_without_a_form_in_onnx_is_named(small, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no ONNX function found for aten.weird")
+
+    monkeypatch.setattr("torch.onnx.export", refuse)
+    with pytest.raises(UsageError, match=r"aten\.weird.*safetensors or pt2"):
+        small.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_differs_first_is_named(small, tmp_path, monkeypatch):
+    exported = small.export(tmp_path / "q.onnx")
+    assert exported.differs_first == ()
+    json.dumps(exported.as_values())
+    real = gdfq.export.onnx_values
+
+    def shifted(*arguments):
+        return {n: v + (n == "relu.clip") for n, v in real(*arguments).items()}
+
+    monkeypatch.setattr("gdfq.export.onnx_values", shifted)
+    assert small.export(tmp_path / "q.onnx").differs_first == (("relu.clip", 1.0),)
+
+
+def test_full_precision_beside_it_has_the_same_function_without_rounding(small):
+    network = in_full_precision(small.network)
+    names = [str(node.target) for node in network.graph.nodes]
+    assert not any("quantize" in name and "float" not in name for name in names)
+    (a, b), *_ = side_by_side(
+        [gdfq.export.to_onnx(n, networks.SHAPE, {}) for n in (network, small.network)],
+        seconds=0.01, batches=(1,), threads=(1,),
+    )  # fmt: skip
+    assert a.low <= a.median <= a.high
+    assert (b.batch, b.threads) == (1, 1)
+    assert b.images_per_second == pytest.approx(1000 / b.median)
+
+
+def test_openvino_gives_the_same_answers(small, tmp_path):
+    """A second runtime, written independently."""
+    openvino = pytest.importorskip("openvino")
+    small.export(tmp_path / "q.onnx")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(tmp_path / "q.onnx"), "CPU")
+    x = networks.images(16)
+    got = torch.from_numpy(compiled(x.numpy())[0])
+    assert float((got - small(x)).norm() / small(x).norm()) < 0.05
