@@ -105,3 +105,28 @@ def cifar100_resnet56() -> nn.Module:
 def imagenet_mobilenetv1_025() -> nn.Module:
     """biubug6/Pytorch_Retinaface."""
     return MobileNetV1()
+
+
+class ResNet18(nn.Module):
+    """The shape of ResNet-18 for 224×224 images."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width = 64
+        for stage, (out, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), start=1):
+            blocks = [BasicBlock(width, out, stride, True), BasicBlock(out, out, 1, True)]
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            width = out
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def resnet18() -> nn.Module:
+    """Random weights: for sizes and times alone."""
+    return ResNet18()

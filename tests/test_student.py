@@ -273,3 +273,22 @@ def test_a_bias_that_depends_on_the_input_is_refused_at_once():
     teacher = capture(Net(), networks.images(1))
     with pytest.raises(UsageError, match="computed from the input"):
         build_student(teacher, Scheme(Bits(4, 4), "t1"))
+
+
+def test_kept_layers_stay_float_and_so_does_what_enters_them_alone():
+    teacher = capture(networks.make("Residual"), networks.images(1))
+    free = activation_widths(teacher, Scheme(Bits(4, 4), "full"))
+    kept = activation_widths(teacher, Scheme(Bits(4, 4), "full", ("conv1",)))
+    assert {node.name for node in free} - {node.name for node in kept} == {"x"}
+    # conv2's input also enters the addition; in t1 that of a layer alone is left as it is.
+    t1 = activation_widths(teacher, Scheme(Bits(4, 4), "t1", ("conv*",)))
+    assert [node.name for node in t1] == ["relu", "relu_1"]
+    student = build_student(teacher, Scheme(Bits(4, 4), "full", ("conv*",)), quantizers="learned")
+    weights = [
+        name for name, module in student.named_modules() if name.startswith("network.fake_weight.")
+    ]
+    assert weights == ["network.fake_weight.linear"]
+    with pytest.raises(UsageError, match=r"'convv' fits none of: conv1, conv2, fc"):
+        build_student(teacher, Scheme(Bits(4, 4), "full", ("convv",)))
+    with pytest.raises(UsageError, match="but those that are kept"):
+        build_student(teacher, Scheme(Bits(4, 4), "full", ("*",)))

@@ -19,4 +19,5 @@ class Card:
     placement: Placement
     recipe: str
     seed: int
+    keep: tuple[str, ...] = ()
     gdfq_version: str = __version__

@@ -99,6 +99,12 @@ def cli() -> None:
     help="t1: weights and ReLU outputs, as published; full: deployable  [default: the recipe's]",
 )
 @click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="layers that stay float, as 'stage1.*'; repeats",
+)
+@click.option(
     "--test", type=_PATH, help="labelled DATA to measure accuracy on; used for nothing else"
 )
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")

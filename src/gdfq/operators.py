@@ -5,6 +5,7 @@ nothing else: the file format's safety rests on it (`artifacts/graphs.py`).
 """
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -257,6 +258,12 @@ def resolve(name: str) -> Callable[..., Any]:
 def has_weight(node: fx.Node) -> bool:
     """Whether the node is a convolution or linear layer with a weight of its own."""
     return name_of(node) in WEIGHTED and node.args[1].op == "get_attr"  # type: ignore[union-attr]
+
+
+def layer_name(node: fx.Node) -> str:
+    """The name of the module a layer's weight belongs to, `layer1.0.conv1`."""
+    weight: Any = node.args[1]
+    return re.sub(r"\.(folded_)?weight_*$", "", str(weight.target))
 
 
 def is_activation(node: fx.Node) -> bool:

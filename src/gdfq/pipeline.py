@@ -42,6 +42,7 @@ def quantize(
     data: Data | None = None,
     test: Data | None = None,
     placement: Placement | None = None,
+    keep: Sequence[str] = (),
     steps: int | None = None,
     seed: int = 0,
     mean: Sequence[float] | None = None,
@@ -59,6 +60,7 @@ def quantize(
     test: labelled images; teacher and student are measured on them at the end, into the result's
         `metrics`, and they are used for nothing else.
     placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
+    keep: patterns of layers that stay float, as "stage1.*" (the names of their modules).
     steps: batches in all; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
     device: "cpu", "cuda" or "auto".
@@ -82,7 +84,7 @@ def quantize(
         raise UsageError("test images need labels; these have none. Give (images, labels).")
     clock.lap("capture")
 
-    scheme = Scheme(bits, recipe.placement)
+    scheme = Scheme(bits, recipe.placement, tuple(keep))
     network, examples = quantize_captured(
         teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
     )
@@ -95,6 +97,7 @@ def quantize(
         placement=recipe.placement,
         recipe=recipe.name,
         seed=seed,
+        keep=tuple(keep),
     )
     metrics: dict[str, Any] = {"seconds": clock.seconds(), "steps": recipe.steps}
     if held_out is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch.nn.functional as F
@@ -44,10 +45,23 @@ class Scheme:
     the outputs of ReLUs. "full" (deployable): all weights, and every tensor that enters a
     convolution, linear layer, addition, multiplication, concatenation or pooling, and every
     convolution or linear output without a ReLU; the logits stay float.
+    keep: patterns (as `fnmatch`'s) of layers that stay float, and with them what enters and leaves
+    them alone.
     """
 
     bits: Bits
     placement: Placement
+    keep: tuple[str, ...] = ()
+
+    def keeps(self, node: fx.Node) -> bool:
+        """Whether the node is a layer that stays float."""
+        return operators.has_weight(node) and any(
+            fnmatchcase(operators.layer_name(node), pattern) for pattern in self.keep
+        )
+
+    def quantizes(self, node: fx.Node) -> bool:
+        """Whether the node is a layer whose weight is quantized."""
+        return operators.has_weight(node) and not self.keeps(node)
 
 
 class StudentBatchNorm(nn.Module):
@@ -118,21 +132,28 @@ class Student(nn.Module):
 def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
     nodes = list(teacher.network.graph.nodes)
+    kept = {node for node in nodes if scheme.keeps(node)}
     if scheme.placement == "t1":
-        return {n: scheme.bits.activations for n in nodes if operators.is_rectifier(n)}
+        return {
+            node: scheme.bits.activations
+            for node in nodes
+            if operators.is_rectifier(node) and not _all_users_in(node, kept)
+        }
     (output,) = (node for node in nodes if node.op == "output")
     logits = operators.grid_source(output.args[0])
     wanted = {
         operators.grid_source(source)
         for node in nodes
-        if operators.name_of(node) in operators.INTEGER_CONSUMERS
+        if operators.name_of(node) in operators.INTEGER_CONSUMERS and node not in kept
         for source in node.all_input_nodes
         if operators.is_activation(source)
     }
     wanted |= {
         _after_batch_norm(node)
         for node in nodes
-        if operators.name_of(node) in operators.WEIGHTED and not _feeds_rectifier_only(node)
+        if operators.name_of(node) in operators.WEIGHTED
+        and node not in kept
+        and not _feeds_rectifier_only(node)
     }
     signals = _input_signals(nodes) | {
         _after_batch_norm(node) for node in nodes if operators.name_of(node) in operators.WEIGHTED
@@ -195,7 +216,7 @@ def build_student(
             new[node] = call(BATCH_NORM, node.name, norms[key], new[node.args[0]])
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
-            if operators.has_weight(node):
+            if scheme.quantizes(node):
                 quantizer = weight_quantizer(node)
                 with graph.inserting_before(new[node]):
                     weight = call(WEIGHT, node.name, quantizer, new[node.args[1]])
@@ -209,15 +230,32 @@ def build_student(
     return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
 
 
+def _all_users_in(node: fx.Node, layers: set[fx.Node]) -> bool:
+    """Whether the node's output enters these layers alone, perhaps reshaped."""
+    return bool(node.users) and all(
+        user in layers or (operators.keeps_grid(user) and _all_users_in(user, layers))
+        for user in node.users
+    )
+
+
 def _check_quantizable(teacher: Captured, scheme: Scheme, widths: dict[fx.Node, int]) -> None:
-    if not any(operators.has_weight(node) for node in teacher.network.graph.nodes):
+    layers = list(filter(operators.has_weight, teacher.network.graph.nodes))
+    names = [operators.layer_name(node) for node in layers]
+    for pattern in scheme.keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"keep must name layers of the network; {pattern!r} fits none of: "
+                f"{', '.join(names)}."
+            )
+    if not any(map(scheme.quantizes, layers)):
         raise UsageError(
-            "there must be a convolution or linear layer to quantize; this network has none."
+            "there must be a convolution or linear layer to quantize; this network has none"
+            f"{' but those that are kept' if layers else ''}."
         )
     if not widths:
         raise UsageError(
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, and this network has "
-            "none: its activations would stay float. Use placement 'full'."
+            "none that is: its activations would stay float. Use placement 'full'."
         )
     for node in filter(operators.has_weight, teacher.network.graph.nodes):
         bias = node.args[2] if len(node.args) > 2 else None

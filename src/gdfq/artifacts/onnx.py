@@ -168,6 +168,9 @@ class _Writer:
         }[node.op_type]
         inputs = _inputs(node)
         _replace(self.graph, node, form(node))
+        maker = inputs[0].producer()
+        if maker is not None and not inputs[0].uses():
+            self.graph.remove(maker, safe=True)
         for value in inputs:  # of what was the operator's own
             if not value.uses() and value.name in self.graph.initializers:
                 del self.graph.initializers[value.name]
@@ -178,6 +181,9 @@ class _Writer:
         bits, base = node.attributes["bits"].as_int(), _stem(scale.name)
         lowest, highest = code_bounds(bits)
         unsigned = (_array(zero_point) - lowest).astype(np.uint8)
+        maker = x.producer()
+        if maker is not None and maker.op_type == "Relu" and not unsigned.any():
+            x = maker.inputs[0]  # codes below 0 are lost to the quantizer as well
         step = self._constant(f"{base}.scale", _array(scale))
         new_zero_point = self._constant(f"{base}.zero_point", unsigned)
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
@@ -207,7 +213,7 @@ class _Writer:
         if offsets.any():
             # A zero point in DequantizeLinear would cost the fast kernels; this folds.
             shape = offsets.shape if offsets.ndim else (1,) * values.ndim
-            offset = self._constant(f"{base}_zero_point", offsets.astype(np.int8).reshape(shape))
+            offset = self._constant(f"{base}_zero", offsets.astype(np.int8).reshape(shape))
             nodes.append(ir.node("Sub", [current, offset]))
             current = nodes[-1].outputs[0]
         axes = [axis for axis, size in enumerate(steps.shape) if size > 1]
@@ -368,7 +374,10 @@ def _normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
 
 
 def _rename(graph: ir.Graph) -> None:
-    """Short names that a person recognises: each node has that of its value."""
+    """Short names that a person recognises: each node has that of its value.
+
+    What dequantizes constants stays without a node name; that saves a few percent of a small file.
+    """
     taken = {*graph.initializers, INPUT, OUTPUT}
     for node in graph:
         name = _title(node)
@@ -377,12 +386,13 @@ def _rename(graph: ir.Graph) -> None:
             count += 1
             unique = f"{name}_{count}"
         taken.add(unique)
-        node.name = unique
+        node.name = None if _OF_CONSTANTS.search(name) else unique
         for value in node.outputs:
             if value.name != OUTPUT:
                 value.name = unique
 
 
+_OF_CONSTANTS = re.compile(r"\.(weight|bias)\.")
 _OWN = ("codes.", "val_", "min_val", "max_val")
 """Constants that say nothing about the nodes they enter: ours, and the exporter's."""
 _SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq"}
@@ -394,17 +404,31 @@ def _title(node: ir.Node) -> str:
     Where constants enter they say what the node is about.
     """
     kind = _SHORT.get(node.op_type, node.op_type.lower())
-    makers = [None if value is None else value.producer() for value in node.inputs]
-    names = [(maker.name if maker is not None else None) or "" for maker in makers]
+    names = ["" if value is None else str(value.name) for value in node.inputs]
     layer, of_weight, _ = names[1].rpartition(".weight.") if len(names) > 1 else ("", "", "")
     if of_weight:
         return layer
     for value in node.inputs:
         if value is not None and value.is_initializer() and not str(value.name).startswith(_OWN):
-            return re.sub(r"[._](scale|zero_point)$", "", str(value.name)) + f".{kind}"
+            return re.sub(r"[._](scale|zero|zero_point)$", "", str(value.name)) + f".{kind}"
     if names and names[0].endswith(".q"):
         return names[0].removesuffix("q") + kind
     return kind
+
+
+def _each(value: int) -> list[tuple[int, ...]]:
+    """`value` for each of one, two and three dimensions, and for both ends of them."""
+    return [(value,) * count for count in (1, 2, 3, 4, 6)]
+
+
+_DEFAULTS: tuple[tuple[str, Sequence[object]], ...] = (
+    ("auto_pad", ("NOTSET",)),
+    ("group", (1,)),
+    ("dilations", _each(1)),
+    ("strides", _each(1)),
+    ("pads", _each(0)),
+)
+"""Attributes of convolutions that need not be written down."""
 
 
 def _strip(model: ir.Model) -> None:
@@ -413,6 +437,13 @@ def _strip(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     model.graph.name, model.graph.doc_string = "gdfq", None
     for node in model.graph:
+        for attribute, default in _DEFAULTS:
+            found = node.attributes.get(attribute)
+            value = None if found is None else found.value
+            if (tuple(value) if isinstance(value, list) else value) in default:
+                del node.attributes[attribute]
+        if "Conv" in node.op_type:
+            node.attributes.pop("kernel_shape", None)  # that of the weight
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:

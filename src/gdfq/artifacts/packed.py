@@ -119,8 +119,8 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModul
     if _digest(tensors) != document.get("sha256"):
         raise _damaged(name)
     try:
-        for name, entry in document["codes"].items():
-            tensors[name] = unpack(tensors[name], entry["bits"], entry["shape"])
+        for codes, entry in document["codes"].items():
+            tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"])
         card = _card(document["card"])
         graph = document["graph"]
     except (LookupError, ValueError, TypeError, AttributeError) as error:
@@ -155,6 +155,7 @@ def _card(values: dict[str, Any]) -> Card:
             "bits": Bits.parse(values["bits"]),
             "classes": int(values["classes"]),
             "input_shape": shape,
+            "keep": tuple(str(pattern) for pattern in values["keep"]),
             "preprocessing": Preprocessing.of(
                 shape[0], preprocessing["mean"], preprocessing["std"]
             ),
