@@ -119,7 +119,7 @@ FAST = Recipe(
     name="fast",
     summary="learned grids, tuned on a pool of spectral images: minutes on a CPU",
     source=_FAST_POOL,
-    steps=800,
+    steps=1500,
     calibration=3,
     warmup=3,
     tuning=_FAST_TUNING,
@@ -130,7 +130,7 @@ FAST = Recipe(
 QUICK = replace(
     FAST,
     name="quick",
-    summary="fast with an eighth of the images, a tenth of the steps: a minute",
+    summary="fast with an eighth of the images, a twentieth of the steps: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
     tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),
