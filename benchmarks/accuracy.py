@@ -195,7 +195,8 @@ def settings_of(row: Row) -> str:
     """A short name for all values of the row's recipe."""
     if row.recipe == PEER:
         return f"{peer.IMAGES} images, {peer.ITERATIONS} iterations, {peer.EPOCHS} epochs"
-    return hashlib.sha256(repr(find_recipe(row.recipe)).encode()).hexdigest()[:12]
+    recipe = find_recipe(row.recipe).with_steps(row.steps)
+    return hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
 
 
 def run_row(row: Row) -> dict[str, object]:
@@ -281,7 +282,7 @@ PLAN = (
     + [Row(*target, "real", seed) for seed in SEEDS for target in TARGETS if target[0] != MOBILE]
     + [Row(*target, "paper", seed, PAPER_STEPS) for seed in SEEDS for target in RIVALS]
     + [Row(*target, recipe, seed) for seed in SEEDS for recipe in ("genie", "synq", PEER) for target in RIVALS]
-    + [Row(R20, "w4a4", "t1", "fast", 0, steps) for steps in (50, 100, 200, 400)]
+    + [Row(R20, "w4a4", "t1", "fast", 0, steps) for steps in (50, 100, 200, 400, 800)]
     + [Row(*target, recipe, seed) for recipe in ("zeroq", "round") for seed in SEEDS for target in TARGETS]
 )  # fmt: skip
 """All rows in the order in which they are to be measured."""
