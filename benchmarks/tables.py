@@ -66,7 +66,9 @@ def is_stale(run: dict) -> bool:
 
 def is_missing(row: Row) -> bool:
     """Whether a row of the plan has not been run with the present recipe."""
-    return not row.path.exists() or json.loads(row.path.read_text()).get("settings") != settings_of(row)
+    return not row.path.exists() or json.loads(row.path.read_text()).get("settings") != settings_of(
+        row
+    )
 
 
 def accuracy_tables() -> str:
@@ -200,9 +202,13 @@ def runtime_table() -> str:
         times = [f"{t['median']:.2f} [{t['low']:.2f}, {t['high']:.2f}]" for t in row["timings"]]
         faster = full["timings"][0]["median"] / row["timings"][0]["median"]
         top1 = f"{row['top1']:.2f}" if "top1" in row else ""
-        parity = f"{row['agreement']:.2f} %, {row['simulated_top1']:.2f}" if "agreement" in row else ""
+        parity = (
+            f"{row['agreement']:.2f} %, {row['simulated_top1']:.2f}" if "agreement" in row else ""
+        )
         other = (
-            f"{row['openvino_ms']:.2f}, {row['openvino_agreement']:.0f} %" if "openvino_ms" in row else ""
+            f"{row['openvino_ms']:.2f}, {row['openvino_agreement']:.0f} %"
+            if "openvino_ms" in row
+            else ""
         )
         lines.append(
             f"| {row['network']} | {row['file']} | {row['bytes'] / 1024:.0f} "
@@ -237,5 +243,7 @@ def speed_table() -> str:
 
 if __name__ == "__main__":
     target = ROOT / "docs" / "benchmarks.md"
-    target.write_text(INTRODUCTION + accuracy_tables() + time_table() + runtime_table() + speed_table())
+    target.write_text(
+        INTRODUCTION + accuracy_tables() + time_table() + runtime_table() + speed_table()
+    )
     print(f"wrote {target.relative_to(ROOT)}")

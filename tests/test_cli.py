@@ -298,3 +298,50 @@ def test_files_that_are_no_weights(place, capsys, content):
     (place / "bad.pt").write_bytes(content)
     assert _exit_code(arguments(place, weights="bad.pt")) == 2
     assert "without pickled code" in capsys.readouterr().err
+
+
+def test_export_and_bench(place, capsys):
+    assert _exit_code(arguments(place, "--no-onnx")) == 0
+    out = place / "out"
+    assert not (out / "student.onnx").exists()
+    assert _exit_code(["bench", str(out)]) == 2
+    assert f"Make it with: gdfq export {out}" in capsys.readouterr().err
+    assert _exit_code(["export", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{out / 'student.onnx'}, " in printed
+    assert "100.0 % same answers on 32 images x 3" in printed
+    assert _exit_code(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
+    assert (
+        _exit_code(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
+    )
+    assert _exit_code(["bench", str(out), "--seconds", "0.01"]) == 0
+    table = capsys.readouterr().out
+    assert "times smaller" in table
+    assert table.count("full precision") == table.count("w4a4") == 5
+    before = (out / "student.safetensors").read_bytes()
+    assert _exit_code(["export", str(out), "--format", "safetensors"]) == 2
+    assert "is the network itself" in capsys.readouterr().err
+    assert (out / "student.safetensors").read_bytes() == before
+    (out / "student.onnx").write_bytes(b"changed")
+    assert _exit_code(["bench", str(out)]) == 2
+    assert "Export it again" in capsys.readouterr().err
+
+
+def test_a_run_says_what_its_export_was(place, capsys):
+    assert _exit_code(arguments(place)) == 0
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    export = metrics["export"]
+    assert export["bytes"] == (place / "out" / "student.onnx").stat().st_size
+    assert export["inside"]["agreement"] == 100
+    assert export["seconds"] > 0
+
+
+def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no form for aten.weird")
+
+    monkeypatch.setattr("torch.onnx.export", refuse)
+    assert _exit_code(arguments(place)) == 0
+    assert "no ONNX file was written" in capsys.readouterr().err
+    assert not (place / "out" / "student.onnx").exists()
+    assert (place / "out" / "metrics.json").exists()

@@ -3,6 +3,7 @@
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -126,12 +127,14 @@ def _quantize_into(
 
 def _export_at_once(quantized: QuantizedNetwork, path: Path) -> None:
     """Export behind a run, which is of use without it: what fails is a warning."""
+    started = time.perf_counter()
     try:
         exported = quantized.export(path)
     except GdfqError as error:
         click.secho(f"warning: no ONNX file was written: {error}", fg="yellow", err=True)
         return
-    quantized.metrics["export"] = exported.as_values()
+    seconds = round(time.perf_counter() - started, 3)
+    quantized.metrics["export"] = {"seconds": seconds, **exported.as_values()}
     _report_export(exported)
 
 

@@ -9,18 +9,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdfq.errors import UsageError, first_line
+
 Run = Callable[[Tensor], Tensor]
 """Images [N, *input_shape] -> logits [N, classes], both on the CPU."""
 
 
 def onnx_session(data: bytes, threads: int = 0) -> Any:
-    """A session of ONNX Runtime on the CPU; 0 threads are as many as it finds cores."""
+    """A session of ONNX Runtime on the CPU; 0 threads are as many as it finds cores.
+
+    Raises UsageError for a file that it cannot load.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors alone
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except _refusals() as error:
+        raise UsageError(
+            "the file must be an ONNX model that ONNX Runtime can load; it says: "
+            f"{first_line(error)}. Export it again."
+        ) from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a file that it cannot load; the types have no public name."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
+    return tuple(getattr(state, name) for name in names)
 
 
 def onnx_runner(data: bytes) -> Run:
