@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "runtime.json"
 RANDOM = "resnet18_random"
 NAMES = ("cifar10_resnet20", "cifar100_resnet56", "imagenet_mobilenetv1_025", RANDOM)
 KEPT = "w4a4, stem kept"
-STEM = ("stage1.0.0", "stage1.1.0")
+STEM = ("stage1.0.0=float", "stage1.1.0=float")
 """MobileNetV1's layers of 3 and 8 channels, for which ONNX Runtime has no fast integer kernel."""
 FLOAT, STATIC = "float32", "quantize_static"
 

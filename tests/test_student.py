@@ -9,9 +9,10 @@ from gdfq.freeze import freeze, rescaled
 from gdfq.grid import Bits, dequantize
 from gdfq.progress import silent
 from gdfq.quantizers import QuantizedTensor
+from gdfq.quantizers.learned import LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
 from gdfq.sources import Batch
-from gdfq.student import Scheme, Student, StudentBatchNorm, activation_widths, build_student
+from gdfq.student import Keep, Scheme, Student, StudentBatchNorm, activation_widths, build_student
 from gdfq.tuning.calibrate import calibrate_
 
 
@@ -275,20 +276,47 @@ def test_a_bias_that_depends_on_the_input_is_refused_at_once():
         build_student(teacher, Scheme(Bits(4, 4), "t1"))
 
 
-def test_kept_layers_stay_float_and_so_does_what_enters_them_alone():
+def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
     teacher = capture(networks.make("Residual"), networks.images(1))
-    free = activation_widths(teacher, Scheme(Bits(4, 4), "full"))
-    kept = activation_widths(teacher, Scheme(Bits(4, 4), "full", ("conv1",)))
-    assert {node.name for node in free} - {node.name for node in kept} == {"x"}
-    # conv2's input also enters the addition; in t1 that of a layer alone is left as it is.
-    t1 = activation_widths(teacher, Scheme(Bits(4, 4), "t1", ("conv*",)))
-    assert [node.name for node in t1] == ["relu", "relu_1"]
-    student = build_student(teacher, Scheme(Bits(4, 4), "full", ("conv*",)), quantizers="learned")
-    weights = [
-        name for name, module in student.named_modules() if name.startswith("network.fake_weight.")
-    ]
-    assert weights == ["network.fake_weight.linear"]
-    with pytest.raises(UsageError, match=r"'convv' fits none of: conv1, conv2, fc"):
-        build_student(teacher, Scheme(Bits(4, 4), "full", ("convv",)))
-    with pytest.raises(UsageError, match="but those that are kept"):
-        build_student(teacher, Scheme(Bits(4, 4), "full", ("*",)))
+
+    def widths(placement, *keep):
+        scheme = Scheme(Bits(4, 4), placement, tuple(map(Keep.parse, keep)))
+        return {n.name: bits for n, bits in activation_widths(teacher, scheme).items()}
+
+    free = widths("full")
+    assert free == {"x": 8, "relu": 4, "batch_norm_1": 8, "relu_1": 4, "avg_pool2d": 4}
+    kept = widths("full", "conv1=float")
+    assert kept == {name: bits for name, bits in free.items() if name != "x"}
+    # conv2's input also enters the addition, the last layer's enters that alone.
+    # conv2's input also enters the addition; the last layer's enters that alone.
+    assert widths("full", "conv2=float", "last=8") == free | {"avg_pool2d": 8}
+    assert widths("full", "last=3") == free  # never narrower than asked for
+    assert widths("t1", "conv*=float") == {"relu": 4, "relu_1": 4}
+
+
+def test_kept_layers_weights():
+    teacher = capture(networks.make("Branches"), networks.images(1))
+    keep = tuple(map(Keep.parse, ("first=float", "fc=8", "*=3")))
+    student = build_student(teacher, Scheme(Bits(4, 4), "full", keep), quantizers="learned")
+    bits = {
+        name.rpartition(".")[2]: module.bits
+        for name, module in student.named_modules()
+        if isinstance(module, LearnedWeight)
+    }
+    assert bits == {"conv2d_1": 3, "conv2d_2": 3, "conv2d_3": 3, "linear": 8}
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("convv=8", r"'convv' fits none of: conv1, conv2, fc"),
+        ("*=float", "but those that are kept float"),
+        ("conv1", "PATTERN=float, or PATTERN=BITS"),
+        ("conv1=9", "2..8 bits"),
+        ("=8", "PATTERN=float"),
+    ],
+)
+def test_what_cannot_be_kept(keep, message):
+    teacher = capture(networks.make("Residual"), networks.images(1))
+    with pytest.raises(UsageError, match=message):
+        build_student(teacher, Scheme(Bits(4, 4), "full", (Keep.parse(keep),)))

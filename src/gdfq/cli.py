@@ -101,8 +101,9 @@ def cli() -> None:
 @click.option(
     "--keep",
     multiple=True,
-    metavar="PATTERN",
-    help="layers that stay float, as 'stage1.*'; repeats",
+    metavar="PATTERN=WIDTH",
+    help="layers of another width, as 'stage1.*=float' or last=8 (first and last are the first "
+    "and the last layer); may be given several times",
 )
 @click.option(
     "--test", type=_PATH, help="labelled DATA to measure accuracy on; used for nothing else"

@@ -28,7 +28,7 @@ from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
 from gdfq.runs import ONNX_FILE, RunFolder, as_values
-from gdfq.student import Placement
+from gdfq.student import Keep, Placement
 from gdfq.version import __version__
 
 
@@ -54,6 +54,8 @@ def run(
     """`gdfq quantize`."""
     chosen = find_recipe(recipe).with_steps(steps)
     Bits.parse(bits)
+    for text in keep:
+        Keep.parse(text)
     folder = RunFolder(out)
     network = load_model(model, weights)
     _warn_about_normalisation(mean, std)

@@ -23,7 +23,7 @@ from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources import Batch, Source
 from gdfq.sources.images import on_images
 from gdfq.sources.pool import ImagePool, collect
-from gdfq.student import PLACEMENTS, Placement, Scheme, build_student
+from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
@@ -60,7 +60,7 @@ def quantize(
     test: labelled images; teacher and student are measured on them at the end, into the result's
         `metrics`, and they are used for nothing else.
     placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
-    keep: patterns of layers that stay float, as "stage1.*" (the names of their modules).
+    keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.Keep`).
     steps: batches in all; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
     device: "cpu", "cuda" or "auto".
@@ -84,7 +84,7 @@ def quantize(
         raise UsageError("test images need labels; these have none. Give (images, labels).")
     clock.lap("capture")
 
-    scheme = Scheme(bits, recipe.placement, tuple(keep))
+    scheme = Scheme(bits, recipe.placement, tuple(map(Keep.parse, keep)))
     network, examples = quantize_captured(
         teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
     )

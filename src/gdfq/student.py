@@ -13,7 +13,7 @@ from gdfq.capture import Captured, tensors_of
 from gdfq.errors import UsageError
 from gdfq.features import WithFeatures, with_features
 from gdfq.folding import fold_batch_norms
-from gdfq.grid import Bits
+from gdfq.grid import MAX_BITS, MIN_BITS, Bits
 from gdfq.quantizers import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.learned import LearnedRange, LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
@@ -38,6 +38,37 @@ _SIGNAL_BITS = 8
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Layers that are kept at another width, with the activations that enter them alone.
+
+    pattern: of the names of layers' modules, as `fnmatch` has it, or `first` or `last`.
+    bits: 2..8, or None for float.
+    """
+
+    pattern: str
+    bits: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Keep":
+        """Read `stage1.*=8` or `last=float`. Raises UsageError for anything else."""
+        pattern, _, width = text.rpartition("=")
+        if pattern and width == "float":
+            return cls(pattern, None)
+        if pattern and width.isdecimal() and MIN_BITS <= int(width) <= MAX_BITS:
+            return cls(pattern, int(width))
+        raise UsageError(
+            "what is kept is written PATTERN=float, or PATTERN=BITS with 2..8 bits, as "
+            f"'stage1.*=float' or last=8; got {text!r}."
+        )
+
+    def fits(self, name: str, index: int, count: int) -> bool:
+        """Whether a layer is meant: its name, and which of how many it is."""
+        if self.pattern in {"first", "last"}:
+            return index == (0 if self.pattern == "first" else count - 1)
+        return fnmatchcase(name, self.pattern)
+
+
+@dataclass(frozen=True)
 class Scheme:
     """What is quantized, and to how many bits.
 
@@ -45,23 +76,32 @@ class Scheme:
     the outputs of ReLUs. "full" (deployable): all weights, and every tensor that enters a
     convolution, linear layer, addition, multiplication, concatenation or pooling, and every
     convolution or linear output without a ReLU; the logits stay float.
-    keep: patterns (as `fnmatch`'s) of layers that stay float, and with them what enters and leaves
-    them alone.
+    keep: layers of another width; the first that fits a layer counts.
     """
 
     bits: Bits
     placement: Placement
-    keep: tuple[str, ...] = ()
+    keep: tuple[Keep, ...] = ()
 
-    def keeps(self, node: fx.Node) -> bool:
-        """Whether the node is a layer that stays float."""
-        return operators.has_weight(node) and any(
-            fnmatchcase(operators.layer_name(node), pattern) for pattern in self.keep
-        )
+    def weight_bits(self, layers: Sequence[fx.Node]) -> dict[fx.Node, int]:
+        """The width of each layer's weight; layers that stay float have none.
 
-    def quantizes(self, node: fx.Node) -> bool:
-        """Whether the node is a layer whose weight is quantized."""
-        return operators.has_weight(node) and not self.keeps(node)
+        Raises UsageError for a pattern that fits no layer.
+        """
+        names = [operators.layer_name(layer) for layer in layers]
+        for keep in self.keep:
+            if not any(keep.fits(name, index, len(names)) for index, name in enumerate(names)):
+                raise UsageError(
+                    "keep must name layers of the network, or be first or last; "
+                    f"{keep.pattern!r} fits none of: {', '.join(names)}."
+                )
+        chosen = {}
+        for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
+            fitting = [keep.bits for keep in self.keep if keep.fits(name, index, len(names))]
+            bits = fitting[0] if fitting else self.bits.weights
+            if bits is not None:
+                chosen[layer] = bits
+        return chosen
 
 
 class StudentBatchNorm(nn.Module):
@@ -132,37 +172,61 @@ class Student(nn.Module):
 def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
     nodes = list(teacher.network.graph.nodes)
-    kept = {node for node in nodes if scheme.keeps(node)}
+    layers = list(filter(operators.has_weight, nodes))
+    weight_bits = scheme.weight_bits(layers)
+    widths = dict.fromkeys(layers, None) | weight_bits
+    kept = {layer: bits for layer, bits in widths.items() if bits != scheme.bits.weights}
     if scheme.placement == "t1":
-        return {
-            node: scheme.bits.activations
-            for node in nodes
-            if operators.is_rectifier(node) and not _all_users_in(node, kept)
-        }
+        found = {n: scheme.bits.activations for n in nodes if operators.is_rectifier(n)}
+    else:
+        found = _full_placement(nodes, scheme, floats=set(layers) - set(weight_bits))
+    for node in list(found):
+        entered = _entered(node)
+        if entered and all(layer in kept for layer in entered):
+            wanted = [kept[layer] for layer in entered]
+            if all(bits is None for bits in wanted):
+                del found[node]
+            elif None not in wanted:
+                found[node] = max(found[node], *(bits for bits in wanted if bits is not None))
+    return found
+
+
+def _full_placement(
+    nodes: list[fx.Node], scheme: Scheme, floats: set[fx.Node]
+) -> dict[fx.Node, int]:
     (output,) = (node for node in nodes if node.op == "output")
-    logits = operators.grid_source(output.args[0])
+    logits = operators.grid_source(output.args[0])  # type: ignore[arg-type]
     wanted = {
         operators.grid_source(source)
         for node in nodes
-        if operators.name_of(node) in operators.INTEGER_CONSUMERS and node not in kept
+        if operators.name_of(node) in operators.INTEGER_CONSUMERS
         for source in node.all_input_nodes
         if operators.is_activation(source)
     }
+    weighted = [node for node in nodes if operators.name_of(node) in operators.WEIGHTED]
     wanted |= {
         _after_batch_norm(node)
-        for node in nodes
-        if operators.name_of(node) in operators.WEIGHTED
-        and node not in kept
-        and not _feeds_rectifier_only(node)
+        for node in weighted
+        if node not in floats and not _feeds_rectifier_only(node)
     }
-    signals = _input_signals(nodes) | {
-        _after_batch_norm(node) for node in nodes if operators.name_of(node) in operators.WEIGHTED
-    }
+    signals = _input_signals(nodes) | {_after_batch_norm(node) for node in weighted}
     return {
         node: _SIGNAL_BITS if node in signals else scheme.bits.activations
         for node in nodes
         if node in wanted - {logits}
     }
+
+
+def _entered(node: fx.Node) -> list[fx.Node | None]:
+    """What uses the node's output, perhaps reshaped: layers, and None for anything else."""
+    found: list[fx.Node | None] = []
+    for user in node.users:
+        if operators.keeps_grid(user):
+            found += _entered(user)
+        elif operators.name_of(user) != "aten.sym_size.int":
+            is_layer = operators.has_weight(user) and user.args[1] is not node
+            found.append(user if is_layer else None)
+    return found
 
 
 def build_student(
@@ -184,7 +248,8 @@ def build_student(
     if quantizers != "min-max":
         teacher = fold_batch_norms(teacher)
     widths = activation_widths(teacher, scheme)
-    _check_quantizable(teacher, scheme, widths)
+    weights = scheme.weight_bits(list(filter(operators.has_weight, teacher.network.graph.nodes)))
+    _check_quantizable(teacher, scheme, weights, widths)
     graph = fx.Graph()
     teacher_tensors = tensors_of(teacher.network)
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
@@ -198,7 +263,7 @@ def build_student(
         return graph.call_module(target, (argument,))
 
     def weight_quantizer(node: fx.Node) -> WeightQuantizer:
-        layout, bits = operators.weight_layout(node), scheme.bits.weights
+        layout, bits = operators.weight_layout(node), weights[node]
         if quantizers == "min-max":
             return MinMaxWeight(bits, *layout)
         weight = teacher_tensors[str(node.args[1].target)]  # type: ignore[union-attr]
@@ -216,7 +281,7 @@ def build_student(
             new[node] = call(BATCH_NORM, node.name, norms[key], new[node.args[0]])
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
-            if scheme.quantizes(node):
+            if node in weights:
                 quantizer = weight_quantizer(node)
                 with graph.inserting_before(new[node]):
                     weight = call(WEIGHT, node.name, quantizer, new[node.args[1]])
@@ -230,27 +295,13 @@ def build_student(
     return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
 
 
-def _all_users_in(node: fx.Node, layers: set[fx.Node]) -> bool:
-    """Whether the node's output enters these layers alone, perhaps reshaped."""
-    return bool(node.users) and all(
-        user in layers or (operators.keeps_grid(user) and _all_users_in(user, layers))
-        for user in node.users
-    )
-
-
-def _check_quantizable(teacher: Captured, scheme: Scheme, widths: dict[fx.Node, int]) -> None:
-    layers = list(filter(operators.has_weight, teacher.network.graph.nodes))
-    names = [operators.layer_name(node) for node in layers]
-    for pattern in scheme.keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(
-                f"keep must name layers of the network; {pattern!r} fits none of: "
-                f"{', '.join(names)}."
-            )
-    if not any(map(scheme.quantizes, layers)):
+def _check_quantizable(
+    teacher: Captured, scheme: Scheme, weights: dict[fx.Node, int], widths: dict[fx.Node, int]
+) -> None:
+    if not weights:
         raise UsageError(
             "there must be a convolution or linear layer to quantize; this network has none"
-            f"{' but those that are kept' if layers else ''}."
+            f"{' but those that are kept float' if scheme.keep else ''}."
         )
     if not widths:
         raise UsageError(
