@@ -151,9 +151,47 @@ class Awkward(nn.Module):
         return self.fc(F.relu(y.unflatten(1, (2, 4)).flatten(1)))
 
 
+class Borders(nn.Module):
+    """Pooling over borders, a convolution that is used twice, names that operators have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.conv2d_1 = nn.Conv2d(6, 6, 3, padding=1)
+        self.up = nn.ConvTranspose2d(6, 6, 2, stride=2)
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.relu(x)))
+        x = F.relu(self.conv2d_1(3 * F.relu(self.conv2d_1(x))))
+        x = self.up(F.avg_pool2d(x, 3, 2, 1, ceil_mode=True))
+        x = F.avg_pool2d(F.pad(x, (1, 2, 0, 1)), 3, 1, 1, count_include_pad=False)
+        return self.fc(F.relu(x).amax((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Linear layers on sequences, of which one is a transposed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, stride=4)
+        self.norm = nn.BatchNorm2d(8)
+        self.mix = nn.Linear(4, 4)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.embed(x))).flatten(2)
+        x = x + F.relu(self.mix(x))
+        return self.fc(x.transpose(1, 2).mean(1))
+
+
 NETWORKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (Residual, Branches, Shared, Transposed, Preactivation, Standardised, Awkward)
+    for cls in (
+        *(Residual, Branches, Shared, Transposed, Preactivation, Standardised, Awkward),
+        *(Borders, Tokens),
+    )
 }
 
 

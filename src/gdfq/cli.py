@@ -160,8 +160,18 @@ def export_command(**options: Any) -> None:
 
 @cli.command("bench")
 @click.argument("folder", metavar="DIR", type=_PATH)
-@click.option("--against", type=_PATH, help="ONNX file of the full-precision network")
-@click.option("--seconds", default=1.0, show_default=True, help="for each measurement")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="ONNX file of the full-precision network",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="for each measurement",
+)
 def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
     """Size, latency and throughput of DIR's ONNX file in ONNX Runtime.
 

@@ -75,6 +75,13 @@ class _Freezer:
         self.tensors[name] = value.detach()
         return self.graph.get_attr(name)
 
+    def _base(self, name: str) -> str:
+        """A name for constants of ours: layers may be shared, or be named as operators are."""
+        base = f"{self.ours}.{name}"
+        while any(taken.rpartition(".")[0] == base for taken in self.tensors):
+            base += "_"
+        return base
+
     def _module(self, node: object) -> torch.nn.Module | None:
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
@@ -99,9 +106,9 @@ class _Freezer:
                 f"every activation range must be known; that of {node.target} is not. "
                 "Calibrate the student first."
             )
-        name = str(node.target).removeprefix(f"{ACTIVATION}.")
+        base = self._base(str(node.target).removeprefix(f"{ACTIVATION}."))
         constants = [
-            self._constant(f"{self.ours}.{name}.{part}", value)
+            self._constant(f"{base}.{part}", value)
             for part, value in zip(("scale", "zero_point"), module.grid(), strict=True)
         ]
         (x,) = node.all_input_nodes
@@ -111,9 +118,8 @@ class _Freezer:
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()
         parts = {n: getattr(norm, n) for n in ("weight", "bias", "mean", "variance")}
-        constants = [
-            self._constant(f"{self.ours}.{node.name}.{n}", value) for n, value in parts.items()
-        ]
+        base = self._base(node.name)
+        constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
         (x,) = node.all_input_nodes
         arguments: Any = (self.new[x], *constants, False, 0.0, norm.eps, False)
         return self.graph.call_function(operators.resolve(operators.BATCH_NORM), arguments)
@@ -137,9 +143,7 @@ class _Freezer:
         if step is not None and bias is not None:
             room = room_for_bias(bias, self.tensors[str(step.target)], weight.scale)
             weight = coarser(weight, room.to(weight.scale.dtype))
-        base = f"{self.ours}.{name.removesuffix('.folded_weight').removesuffix('.weight')}"
-        while f"{base}.codes" in self.tensors:  # shared, and folded with several batch norms
-            base += "_"
+        base = self._base(name.removesuffix(".folded_weight").removesuffix(".weight"))
         parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}
         constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
         dequantized = self.graph.call_function(
@@ -161,11 +165,11 @@ class _Freezer:
     def _integer_step(self, x: fx.Node, quantizer: WeightQuantizer) -> fx.Node | None:
         """The step of a layer's input, if an integer runtime can add the bias to its products.
 
-        Transposed convolutions have no integer kernels, and keep their bias as it is.
+        Grouped transposed convolutions have no steps by channel, and keep their bias as it is.
         """
         source = operators.grid_source(x)
         on_grid = operators.name_of(source) == "gdfq.fake_quantize"
-        if not on_grid or quantizer.layout is not Layout.ROWS:
+        if not on_grid or (quantizer.layout is not Layout.ROWS and quantizer.groups > 1):
             return None
         step = source.args[1]
         assert isinstance(step, fx.Node)

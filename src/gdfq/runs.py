@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gdfq.artifacts.packed import STUDENT_FILE
-from gdfq.errors import UsageError
+from gdfq.errors import UsageError, first_line
 from gdfq.files import make_folder, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
@@ -63,12 +63,24 @@ class RunFolder:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics of a finished run; empty where there are none that can be read."""
-    try:
-        metrics = json.loads((folder / METRICS).read_bytes())
-    except (OSError, ValueError):
+    """The metrics of a finished run; empty where there are none.
+
+    Raises UsageError for a file that no run wrote.
+    """
+    path = folder / METRICS
+    if not path.exists():
         return {}
-    return metrics if isinstance(metrics, dict) else {}
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_bytes())
+        for who in ("teacher", "student"):
+            if who in metrics:
+                metrics[who]["top1"] = float(metrics[who]["top1"])
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UsageError(
+            f"{path} must be as a run wrote it; it is damaged or was changed "
+            f"({first_line(error)}). Remove it to go on without the run's figures."
+        ) from error
+    return metrics
 
 
 def as_values(value: object) -> Any:

@@ -60,6 +60,7 @@ def to_onnx(
         if node.domain == _DOMAIN:
             writer.write(node)
     _keep_codes(graph)
+    _keep_float(graph)
     if raw_input is not None:
         _normalise_pixels(graph, raw_input)
     _rename(graph)
@@ -218,7 +219,8 @@ class _Writer:
             current = nodes[-1].outputs[0]
         axes = [axis for axis, size in enumerate(steps.shape) if size > 1]
         if len(axes) > 1:  # a grouped transposed convolution: no axis has its channels
-            nodes.append(ir.node("Cast", [current], {"to": ir.DataType.FLOAT}))
+            one = self._constant("codes.1", np.array(1, dtype=np.float32))
+            nodes.append(ir.node("DequantizeLinear", [current, one]))
             factor = self._constant(f"{base}_scale", steps)
             return [*nodes, ir.node("Mul", [nodes[-1].outputs[0], factor])]
         attributes = {"axis": axes[0]} if axes else {}
@@ -333,7 +335,10 @@ def _keep_codes(graph: ir.Graph) -> None:
         dequantize = first.producer()
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
-        codes, scale, zero_point = _inputs(dequantize)
+        codes, scale, *zero_points = _inputs(dequantize)
+        if not zero_points or _array(zero_points[0]).dtype != np.uint8:
+            continue  # a weight
+        (zero_point,) = zero_points
         if node.op_type == "Pad" and _mode(node) == "constant":
             if len(others) > 1 and others[1] is not None and _array(others[1]).any():
                 continue  # what it pads with need not lie on the grid
@@ -343,6 +348,41 @@ def _keep_codes(graph: ir.Graph) -> None:
         _replace(graph, node, [moved, after])
         if not first.uses():
             graph.remove(dequantize, safe=True)
+
+
+def _keep_float(graph: ir.Graph) -> None:
+    """Let layers with float weights, and poolings with borders, be computed in float.
+
+    Between DequantizeLinear and QuantizeLinear ONNX Runtime would round such weights to 8 bits by
+    itself, and its integer pooling counts the cells of borders otherwise. A Clip that clips nothing
+    hides the first from it.
+    """
+    for node in list(graph):
+        first = node.inputs[0] if node.inputs else None
+        maker = None if first is None else first.producer()
+        if maker is None or maker.op_type != "DequantizeLinear":
+            continue
+        weight = node.inputs[1] if node.op_type in _LAYERS else None
+        attributes = {name: value.value for name, value in node.attributes.items()}
+        borders = any(attributes.get("pads", ())) or bool(attributes.get("ceil_mode"))
+        if (weight is not None and weight.is_initializer()) or (
+            node.op_type == "AveragePool" and borders
+        ):
+            low, high = (
+                ir.Value(name=name, const_value=ir.tensor(bound, name=name))
+                for name, bound in zip(("float.low", "float.high"), _FLOATS, strict=True)
+            )
+            for value in (low, high):
+                if value.name not in graph.initializers:
+                    graph.register_initializer(value)
+            bounds = [graph.initializers["float.low"], graph.initializers["float.high"]]
+            hidden = ir.node("Clip", [first, *bounds])
+            graph.insert_before(node, [hidden])
+            node.replace_input_with(0, hidden.outputs[0])
+
+
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_FLOATS = (np.finfo(np.float32).min, np.finfo(np.float32).max)
 
 
 def _mode(pad: ir.Node) -> str:
@@ -393,7 +433,7 @@ def _rename(graph: ir.Graph) -> None:
 
 
 _OF_CONSTANTS = re.compile(r"\.(weight|bias)\.")
-_OWN = ("codes.", "val_", "min_val", "max_val")
+_OWN = ("codes.", "float.", "val_", "min_val", "max_val")
 """Constants that say nothing about the nodes they enter: ours, and the exporter's."""
 _SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq"}
 

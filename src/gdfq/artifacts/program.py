@@ -25,7 +25,7 @@ def to_program(network: fx.GraphModule, input_shape: tuple[int, ...]) -> bytes:
             warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
             shapes = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
-            torch.export.save(program.run_decompositions({}), buffer)
+            torch.export.save(program, buffer)
     except Exception as error:
         raise UsageError(
             "the network must be traceable by torch.export; tracing failed with: "
