@@ -259,7 +259,6 @@ def test_image_folders(tmp_path):
     ("make", "message"),
     [
         (lambda p: p.write_bytes(b"not a zip"), "neither"),
-        (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8)), "labels"),
         (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8)), labels=[0]), "uint8"),
         (
             lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8), labels=[0.5]),
@@ -289,3 +288,13 @@ def test_a_broken_image_is_named(tmp_path):
 def test_data_can_be_an_object_of_ones_own():
     data = ArrayData(networks.images(2), None)
     assert load_data(data, networks.SHAPE, 5) is data
+
+
+def test_images_need_no_labels_unless_they_test(tmp_path):
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 3, 8, 8), np.uint8))
+    data = load_data(tmp_path / "data.npz", networks.SHAPE, 5)
+    assert data.labels is None
+    assert len(data) == 2
+    np.savez(tmp_path / "other.npz", labels=[0])
+    with pytest.raises(UsageError, match=r"must hold 'images'.*has labels"):
+        load_data(tmp_path / "other.npz", networks.SHAPE, 5)

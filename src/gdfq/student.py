@@ -305,8 +305,8 @@ def _check_quantizable(
         )
     if not widths:
         raise UsageError(
-            f"placement {scheme.placement!r} quantizes the outputs of ReLUs, and this network has "
-            "none that is: its activations would stay float. Use placement 'full'."
+            f"placement {scheme.placement!r} quantizes the outputs of ReLUs, of which this network "
+            "has none to quantize: its activations would stay float. Use placement 'full'."
         )
     for node in filter(operators.has_weight, teacher.network.graph.nodes):
         bias = node.args[2] if len(node.args) > 2 else None
