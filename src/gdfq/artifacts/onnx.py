@@ -190,11 +190,9 @@ class _Writer:
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
         nodes = [quantized]
         if bits < 8:
-            bounds = [
-                self._constant(f"codes.{bound}", np.array(bound, dtype=np.uint8))
-                for bound in (0, highest - lowest)
-            ]
-            nodes.append(ir.node("Clip", [quantized.outputs[0], *bounds]))
+            # Unsigned codes are never below 0.
+            top = self._constant(f"codes.{highest - lowest}", np.array(highest - lowest, np.uint8))
+            nodes.append(ir.node("Clip", [quantized.outputs[0], None, top]))
         codes = nodes[-1].outputs[0]
         return [*nodes, ir.node("DequantizeLinear", [codes, step, new_zero_point])]
 
