@@ -78,8 +78,8 @@ def cli() -> None:
     MODEL is path/to/file.py:factory or package.module:factory: a callable without arguments that
     returns an nn.Module. Naming it runs its code.
 
-    DATA is an .npz file with `images` (uint8, N x C x H x W) and `labels`, or a folder with one
-    sub-folder of images for each class.
+    DATA is an .npz file with `images` (uint8, N x C x H x W) and, to test on, `labels`, or a folder
+    with one sub-folder of images for each class.
     """
 
 
