@@ -186,6 +186,54 @@ class Tokens(nn.Module):
         return self.fc(x.transpose(1, 2).mean(1))
 
 
+class Detector(nn.Module):
+    """A backbone with two heads at two scales: a dictionary of boxes and scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.down = nn.Sequential(
+            nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.boxes = nn.Conv2d(8, 4, 1)
+        self.scores = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        fine = self.stem(x)
+        coarse = self.down(fine)
+        levels = [fine, coarse]
+        scores = [torch.sigmoid(self.scores(level)).flatten(2) for level in levels]
+        return {
+            "boxes": tuple(self.boxes(level).flatten(2) for level in levels),
+            "scores": torch.cat(scores, 2),
+        }
+
+
+class Segmenter(nn.Module):
+    """An encoder and decoder with a skip connection: a class for each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.down = nn.Sequential(
+            nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stem(x)
+        coarse = F.relu(self.up(self.down(fine)))
+        return self.head(torch.cat([fine, coarse], 1))
+
+
+TASKS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (Detector, Segmenter)}
+"""Networks whose outputs are not logits of classes."""
+
 NETWORKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
     for cls in (
@@ -198,7 +246,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
 def make(name: str, seed: int = 0) -> nn.Module:
     """The network in evaluation mode, with weights of ordinary size and its own statistics."""
     random = torch.Generator().manual_seed(seed)
-    network = NETWORKS[name]()
+    network = (NETWORKS | TASKS)[name]()
     with torch.no_grad():
         for parameter in filter(torch.is_floating_point, network.parameters()):
             fan = parameter[0].numel() if parameter.ndim > 1 else 4

@@ -90,11 +90,10 @@ class BatchOfTwo(Outputs):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Outputs(lambda y: (y, y)), "one tensor of logits.*tuple of 2"),
-        (Outputs(lambda y: {"logits": y}), "one tensor of logits.*dict of 1"),
-        (Outputs(lambda y: y[:, :1]), "two classes or more"),
-        (Outputs(lambda y: y[:, :, None]), "must be a classifier"),
-        (Outputs(lambda y: y.sum(0)), "must be a classifier"),
+        (Outputs(lambda y: (y, "text")), "tuples, lists and dictionaries of tensors.*a str"),
+        (Outputs(lambda y: ()), "returned no tensor"),
+        (Outputs(lambda y: y.argmax(1)), r"tensor of floats.*returned \[2\]"),
+        (Outputs(lambda y: y.sum(0)), r"one entry for each image.*returned \[5\]"),
         (Outputs(lambda y: F.dropout(y, 0.5, training=True)), "native_dropout"),
         (Outputs(lambda y: torch.special.bessel_j0(y)), r"also uses aten\.special_bessel_j0"),
         (ByValue(None), "traceable"),
@@ -103,6 +102,36 @@ class BatchOfTwo(Outputs):
 def test_what_cannot_be_captured_is_refused(model, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
         capture(model, networks.images(1))
+
+
+@pytest.mark.parametrize(
+    ("give", "classes"),
+    [
+        (lambda y: y, 5),
+        (lambda y: {"logits": y}, 5),
+        (lambda y: [y], 5),
+        (lambda y: y[:, :1], None),
+        (lambda y: y[:, :, None], None),
+        (lambda y: (y, y), None),
+    ],
+)
+def test_one_output_of_two_dimensions_and_two_columns_is_taken_for_logits(give, classes):
+    model = Outputs(give)
+    assert capture(model, networks.images(1)).classes == classes
+    assert capture(model, networks.images(1), classifier=False).classes is None
+    if classes is None:
+        with pytest.raises(UsageError, match="a classifier returns one tensor of logits"):
+            capture(model, networks.images(1), classifier=True)
+
+
+def test_outputs_come_in_the_order_of_the_network():
+    model = Outputs(lambda y: {"b": 2 * y, "a": [y, {"c": y + 1}]})
+    captured = capture(model, networks.images(1))
+    assert captured.outputs == {"b": 0, "a": [1, {"c": 2}]}
+    x = networks.images(3)
+    y = model.fc(x.flatten(1))
+    for got, wanted in zip(captured.network(x), (2 * y, y, y + 1), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)
 
 
 def test_wrong_input_shape_is_refused(residual):

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from gdfq import operators
 from gdfq.errors import UsageError, first_line
+from gdfq.outputs import Structure, flattened, in_order, structure_of
 from gdfq.randomness import stream as random_stream
 
 _EXPORT_LOCK = threading.Lock()  # concurrent torch.export calls fail
@@ -23,15 +24,18 @@ _EXPORT_LOCK = threading.Lock()  # concurrent torch.export calls fail
 
 @dataclass(frozen=True)
 class Captured:
-    """A full-precision classifier as a graph: the teacher.
+    """A full-precision network as a graph: the teacher.
 
-    network maps [N, *input_shape] to logits [N, classes] for any N; it is in evaluation form,
-    its tensors need no gradient, and its convolution weights lie in channels_last order.
+    network maps [N, *input_shape] for any N to its outputs: one tensor, or a tuple of them, which
+    `outputs` puts into the form that the user's network gives them. A classifier has one output,
+    its logits [N, classes]; for any other network `classes` is None. The graph is in evaluation
+    form, its tensors need no gradient, and its convolution weights lie in channels_last order.
     """
 
     network: fx.GraphModule
     input_shape: tuple[int, ...]
-    classes: int
+    classes: int | None
+    outputs: Structure
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +45,10 @@ class Captured:
     def to(self, device: torch.device) -> "Captured":
         """The same teacher on a device."""
         return replace(self, network=self.network.to(device))
+
+    def logits(self, images: Tensor) -> Tensor | None:
+        """The logits [N, classes] of images; None for a network whose outputs are not classes."""
+        return None if self.classes is None else self.network(images)
 
     @property
     def batch_norms(self) -> tuple[fx.Node, ...]:
@@ -52,14 +60,16 @@ class Captured:
         )
 
 
-def capture(model: nn.Module, example_input: Tensor) -> Captured:
-    """Capture a classifier; `model` itself is left as it is.
+def capture(model: nn.Module, example_input: Tensor, *, classifier: bool | None = None) -> Captured:
+    """Capture a network; `model` itself is left as it is.
 
     example_input: [N, *input_shape], float, N >= 1, in the network's normalised input space.
+    classifier: whether its output are logits of classes. By default one output [N, C], C >= 2,
+        is taken for logits; a regression of that shape must say False.
 
     Raises UsageError when the weights hold NaN or infinity, the network does not accept the
-    input, cannot be traced, uses an operator outside `operators.ALLOWED`, or does not return
-    one tensor of logits [N, classes].
+    input, cannot be traced, uses an operator outside `operators.ALLOWED`, returns anything but
+    tensors [N, ...], alone or in tuples, lists and dictionaries, or is no classifier and must be.
     """
     if not isinstance(model, nn.Module) or not isinstance(example_input, Tensor):
         raise UsageError(
@@ -73,7 +83,9 @@ def capture(model: nn.Module, example_input: Tensor) -> Captured:
     # also makes a batch of two or more: export takes a batch of one for a constant.
     noise = torch.randn(example.shape, generator=random_stream(0, "capture.probe"))
     example = torch.cat([example, noise])
-    expected = _run_once(model, example)
+    returned = _run_once(model, example)
+    expected = flattened(returned)
+    classes = _classes(expected, len(example), classifier)
     graph_module = _export(model, example)
     _simplify(graph_module)
     _products_to_linear(graph_module.graph)
@@ -82,14 +94,15 @@ def capture(model: nn.Module, example_input: Tensor) -> Captured:
     network = flat_module(_renamed(graph_module.graph), tensors_of(graph_module))
     _check_operators(network)
     with torch.no_grad():
-        got = network(example)
-    if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-        raise UsageError(
-            "a network in evaluation mode must give the same output each time; the captured graph "
-            f"differs from the module by {float((got - expected).abs().max()):.3g}. "
-            "Remove randomness or state from its forward."
-        )
-    return Captured(network, tuple(example.shape[1:]), expected.shape[1])
+        got = in_order(network(example))
+    for ours, theirs in zip(got, expected, strict=True):
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
+            raise UsageError(
+                "a network in evaluation mode must give the same output each time; the captured "
+                f"graph differs from the module by {float((ours - theirs).abs().max()):.3g}. "
+                "Remove randomness or state from its forward."
+            )
+    return Captured(network, tuple(example.shape[1:]), classes, structure_of(returned))
 
 
 def flat_module(graph: fx.Graph, tensors: dict[str, Tensor]) -> fx.GraphModule:
@@ -133,33 +146,38 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _run_once(model: nn.Module, example: Tensor) -> Tensor:
+def _run_once(model: nn.Module, example: Tensor) -> object:
     shape = "x".join(map(str, example.shape[1:]))
     try:
         with torch.no_grad():
-            output = model(example)
+            return model(example)
     except Exception as error:
         raise UsageError(
             f"the network must accept an input of {shape}; it failed with: {first_line(error)}. "
             "Give the shape it was trained on (--input CxHxW, or example_input)."
         ) from error
-    if not isinstance(output, Tensor):
-        raise UsageError(
-            "the network must return one tensor of logits; "
-            f"it returned a {type(output).__name__}{_length(output)}. "
-            "Wrap it so that it returns its logits alone."
-        )
-    if output.ndim != 2 or output.shape[0] != example.shape[0] or output.shape[1] < 2:
-        raise UsageError(
-            "the network must be a classifier, with logits [batch, classes] and two classes or "
-            f"more; for {example.shape[0]} images it returned a tensor {list(output.shape)}. "
-            "Networks for other tasks are not supported yet."
-        )
-    return output
 
 
-def _length(output: object) -> str:
-    return f" of {len(output)} values" if isinstance(output, tuple | list | dict) else ""
+def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int | None:
+    """The number of classes, or None for outputs that are no logits."""
+    shapes = ", ".join(str(list(output.shape)) for output in outputs)
+    fits = all(
+        output.is_floating_point() and output.ndim and len(output) == images for output in outputs
+    )
+    if not outputs or not fits:
+        raise UsageError(
+            "each output must be a tensor of floats with one entry for each image; for "
+            f"{images} images the network returned {shapes or 'no tensor'}. "
+            "Wrap it so that it returns such tensors alone."
+        )
+    (first, *others) = outputs
+    has_classes = not others and first.ndim == 2 and first.shape[1] >= 2
+    if classifier and not has_classes:
+        raise UsageError(
+            "a classifier returns one tensor of logits [batch, classes], with two classes or "
+            f"more; for {images} images this network returned {shapes}. Leave classifier away."
+        )
+    return first.shape[1] if has_classes and classifier is not False else None
 
 
 def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -185,7 +203,9 @@ def _simplify(module: fx.GraphModule) -> None:
     graph = module.graph
     aten = torch.ops.aten
     (output,) = graph.find_nodes(op="output")
-    output.args = (output.args[0][0],) if isinstance(output.args[0], tuple) else output.args
+    returned = output.args[0]
+    if isinstance(returned, tuple | list) and len(returned) == 1:
+        output.args = (returned[0],)
     # Export flattens inputs through pytree; a plain graph needs no such code.
     graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):

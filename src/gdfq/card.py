@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gdfq.data import Preprocessing
 from gdfq.grid import Bits
+from gdfq.outputs import Structure
 from gdfq.student import Placement
 from gdfq.version import __version__
 
@@ -13,7 +14,9 @@ class Card:
     """What a user of the network must know to use it."""
 
     input_shape: tuple[int, ...]
-    classes: int
+    classes: int | None
+    """Of a classifier; None for a network whose outputs are not classes."""
+    outputs: Structure
     preprocessing: Preprocessing
     bits: Bits
     placement: Placement

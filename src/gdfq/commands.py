@@ -173,7 +173,8 @@ def write_images(
             listener=terminal,
         )
     np.save(out / "images.npy", images.contiguous().numpy())
-    write_atomically(out / "images.npz", preprocessing.to_npz(images, labels=labels))
+    more = {} if labels is None else {"labels": labels}
+    write_atomically(out / "images.npz", preprocessing.to_npz(images, **more))
     click.echo(
         f"{len(images)} images: {out / 'images.npz'} (pixels), {out / 'images.npy'} (floats)"
     )
@@ -199,10 +200,10 @@ def _report_export(exported: Exported) -> None:
     click.echo(f"{'file':10}{exported.path}, {exported.bytes / 1024:.0f} KiB")
     for where, parity in (("as they come", exported.inside), ("x 3", exported.beyond)):
         if parity is not None:
+            same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same answers "
             click.echo(
-                f"{'parity':10}{parity.agreement:.1f} % same answers on {parity.images} images "
-                f"{where}; logits differ by {parity.max_difference:.2g} at most "
-                f"({100 * parity.relative_error:.2g} %)"
+                f"{'parity':10}{same}on {parity.images} images {where}; outputs differ by "
+                f"{parity.max_difference:.2g} at most ({100 * parity.relative_error:.2g} %)"
             )
     for name, share in exported.differs_first:
         click.echo(f"{'':10}{name}: {100 * share:.2g} % of the codes differ")
@@ -300,8 +301,11 @@ def _warn_about_normalisation(mean: Sequence[float] | None, std: Sequence[float]
 def _summary(quantized: QuantizedNetwork, out: Path) -> None:
     metrics = quantized.metrics
     for name in ("teacher", "student"):
-        if metrics.get(name):
-            click.echo(f"{name:10}top-1 {metrics[name]['top1']:.2f} %")
+        found = metrics.get(name, {})
+        if "top1" in found:
+            click.echo(f"{name:10}top-1 {found['top1']:.2f} %")
+        for output, error in found.get("error_percent", {}).items():
+            click.echo(f"{name:10}{output} {error:.2f} % from the teacher's")
     size = (out / STUDENT_FILE).stat().st_size
     click.echo(
         f"{'size':10}{metrics['float_bytes'] / 1024:.0f} KiB float, {size / 1024:.0f} KiB now"

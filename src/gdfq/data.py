@@ -131,9 +131,9 @@ class FolderData:
 def load_data(
     data: "str | Path | Tensor | tuple[Tensor, Tensor] | ImageData",
     input_shape: tuple[int, ...],
-    classes: int,
+    classes: int | None,
 ) -> ImageData:
-    """Images for a network of the given input shape and number of classes.
+    """Images for a network of the given input shape and number of classes, if it has any.
 
     data: an `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (a
     sub-folder for each class; their sorted order is the class index), a tensor of images (uint8
@@ -210,7 +210,7 @@ def _folder(path: Path, input_shape: tuple[int, ...]) -> FolderData:
     )
 
 
-def _check(data: ImageData, input_shape: tuple[int, ...], classes: int) -> None:
+def _check(data: ImageData, input_shape: tuple[int, ...], classes: int | None) -> None:
     if not len(data):
         raise UsageError(
             "data must hold at least one image; this holds none. "
@@ -228,7 +228,7 @@ def _check(data: ImageData, input_shape: tuple[int, ...], classes: int) -> None:
             f"images must have the network's input shape {list(input_shape)}; "
             f"these are {list(shape)}. Resize them or give another --input."
         )
-    if data.labels is None:
+    if data.labels is None or classes is None:
         return
     if data.labels.ndim != 1 or len(data.labels) != len(data):
         raise UsageError(

@@ -1,13 +1,17 @@
-"""Accuracy on labelled images."""
+"""Accuracy on labelled images, and the error of outputs that are not classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdfq.data import ImageData, Preprocessing
 from gdfq.errors import UsageError
+from gdfq.outputs import in_order
 from gdfq.progress import Listener, Step, silent
+
+_BATCH = 250
 
 
 @torch.no_grad()
@@ -17,16 +21,21 @@ def logits_of(
     preprocessing: Preprocessing,
     *,
     device: torch.device,
-    batch: int = 250,
     listener: Listener = silent,
 ) -> Tensor:
-    """The network's logits [N, C], on the CPU, for all images in order."""
-    logits = []
-    parts = torch.arange(len(data)).split(batch)
+    """A classifier's logits [N, C], on the CPU, for all images in order."""
+    batches = _batches(data, preprocessing, device, listener)
+    return torch.cat([network(images).cpu() for images in batches])
+
+
+def _batches(
+    data: ImageData, preprocessing: Preprocessing, device: torch.device, listener: Listener
+) -> Iterator[Tensor]:
+    """All images in order, as the network takes them."""
+    parts = torch.arange(len(data)).split(_BATCH)
     for step, chosen in enumerate(parts, start=1):
-        logits.append(network(preprocessing(data.images(chosen)).to(device)).cpu())
+        yield preprocessing(data.images(chosen)).to(device)
         listener(Step("evaluate", step, len(parts), {}))
-    return torch.cat(logits)
 
 
 def top1(
@@ -47,3 +56,25 @@ def top1(
     logits = logits_of(network, data, preprocessing, device=device, listener=listener)
     answers = logits.argmax(1)
     return 100 * float((answers == data.labels).double().mean())
+
+
+@torch.no_grad()
+def output_errors(
+    student: Callable[[Tensor], Any],
+    teacher: Callable[[Tensor], Any],
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    listener: Listener = silent,
+) -> list[float]:
+    """‖ŷ − y‖ / ‖y‖ of each output y of the teacher and ŷ of the student, in percent, over all
+    images. It needs no labels.
+    """
+    powers: list[list[list[Tensor]]] = []
+    for images in _batches(data, preprocessing, device, listener):
+        pairs = zip(in_order(student(images)), in_order(teacher(images)), strict=True)
+        powers.append([[(a - b).square().sum(), b.square().sum()] for a, b in pairs])
+    error, power = torch.tensor(powers, dtype=torch.float64).sum(0).unbind(1)
+    relative: list[float] = (100 * (error / power.clamp_min(1e-30)).sqrt()).tolist()
+    return relative

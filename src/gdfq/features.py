@@ -1,26 +1,27 @@
-"""Where a network's blocks end, and its features there beside its logits.
+"""Where a network's blocks end, and its features there beside its outputs.
 
 A feature is a tensor that everything behind it depends on alone: all paths from the input to the
-logits lead through it. Between two of them lies a block (of a ResNet the residual block, of a
+outputs lead through it. Between two of them lies a block (of a ResNet the residual block, of a
 plain network a layer), so a student whose features are the teacher's computes as it does.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
 from gdfq import operators
+from gdfq.errors import UsageError
 
-WithFeatures = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
-"""Images [N, *input_shape] -> logits [N, C] and the features, one a block."""
+WithFeatures = Callable[[Tensor], tuple[Any, Sequence[Tensor]]]
+"""Images [N, *input_shape] -> what the network returns, and the features, one a block."""
 
 
 def block_ends(graph: fx.Graph) -> list[fx.Node]:
     """The features of a graph in order: each block's last tensor before pooling or reshaping."""
     # Numbers such as a batch size do not count: every image has the same.
     nodes = [node for node in graph.nodes if operators.depends_on_images(node)]
-    (output,) = graph.find_nodes(op="output")
-    logits = output.args[0]
+    outputs = set(operators.outputs(graph))
     position = {node: i for i, node in enumerate(nodes)}
     last_use = [max((position.get(user, -1) for user in node.users), default=-1) for node in nodes]
     ends: list[fx.Node] = []
@@ -31,7 +32,7 @@ def block_ends(graph: fx.Graph) -> list[fx.Node]:
         if is_layer and candidate is not None:  # the next block begins
             ends.append(candidate)
             candidate, has_layer = None, False
-        if node is logits:
+        if node in outputs:
             break
         has_layer = has_layer or is_layer
         if has_layer and alive_until <= i and _may_end(node):
@@ -51,7 +52,8 @@ def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.Graph
     new: dict[fx.Node, fx.Node] = {}
     for node in network.graph.nodes:
         if node.op == "output":
-            graph.output((new[node.args[0]], [new[feature] for feature in nodes]))
+            outputs = fx.node.map_arg(node.args[0], new.__getitem__)
+            graph.output((outputs, [new[feature] for feature in nodes]))
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     return fx.GraphModule(network, graph)
@@ -60,13 +62,18 @@ def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.Graph
 def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphModule]:
     """The network cut at features: called one after the other, its parts compute what it does.
 
-    They share its tensors and modules. There is one part more than there are ends.
+    They share its tensors and modules. There is one part more than there are ends. Raises
+    UsageError for a network with several outputs.
     """
-    (output,) = network.graph.find_nodes(op="output")
+    outputs = operators.outputs(network.graph)
+    if len(outputs) > 1:
+        raise UsageError(
+            "a network is cut into blocks towards its one output; this one has "
+            f"{len(outputs)}. Use recipe 'fast'."
+        )
     starts: list[fx.Node | None] = [None, *ends]
     return [
-        _between(network, start, end)
-        for start, end in zip(starts, [*ends, output.args[0]], strict=True)
+        _between(network, start, end) for start, end in zip(starts, [*ends, *outputs], strict=True)
     ]
 
 

@@ -266,6 +266,12 @@ def layer_name(node: fx.Node) -> str:
     return re.sub(r"\.(folded_)?weight_*$", "", str(weight.target))
 
 
+def outputs(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes whose values a graph returns, in order."""
+    (output,) = graph.find_nodes(op="output")
+    return list(output.all_input_nodes)
+
+
 def is_activation(node: fx.Node) -> bool:
     """Whether the node is a floating-point tensor that depends on the input."""
     value = node.meta.get("val")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.data import ImageData, Preprocessing, load_data
 from gdfq.errors import UsageError
-from gdfq.evaluate import top1
+from gdfq.evaluate import output_errors, top1
 from gdfq.freeze import freeze
 from gdfq.grid import Bits
+from gdfq.outputs import names_of
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources import Batch, Source
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import ImagePool, collect
+from gdfq.sources.pool import ImagePool, collect, first_images
 from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
@@ -48,22 +50,28 @@ def quantize(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: str = "auto",
+    classifier: bool | None = None,
     listener: Listener = silent,
 ) -> QuantizedNetwork:
-    """Quantize a trained classifier; without `data` no real image is used.
+    """Quantize a trained network; without `data` no real image is used.
 
-    model: any nn.Module that maps images to logits; it is not changed.
+    model: any nn.Module that maps images to logits, or to other tensors (see `classifier`); it is
+        not changed.
     example_input: [N, C, H, W], one input or more as the network takes them (normalised).
     bits: widths of weights and activations, 2..8 each, as "w4a4".
     recipe: a name in `gdfq.RECIPES` or a Recipe of your own.
     data: real images to tune on instead of synthetic ones (see `gdfq.data.load_data`).
     test: labelled images; teacher and student are measured on them at the end, into the result's
-        `metrics`, and they are used for nothing else.
+        `metrics`, and they are used for nothing else. For a network that is no classifier they
+        need no labels: the error of its outputs against the teacher's is measured.
     placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
     keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.Keep`).
     steps: batches in all; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
     device: "cpu", "cuda" or "auto".
+    classifier: whether the output are logits of classes; by default, whether it is one tensor
+        [N, C] with C >= 2. Any other network (detection, segmentation, regression) has no labels:
+        its outputs themselves are matched, relative to their size.
     listener: is called with every `gdfq.progress.Step`.
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
@@ -73,14 +81,14 @@ def quantize(
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
 
-    teacher = _captured(model, example_input, device)
+    teacher = capture(model, example_input, classifier=classifier).to(find_device(device))
     preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std)
     source: Source = recipe.source
     if data is not None:
         images = load_data(data, teacher.input_shape, teacher.classes)
         source = on_images(source, images, preprocessing)
     held_out = None if test is None else load_data(test, teacher.input_shape, teacher.classes)
-    if held_out is not None and held_out.labels is None:
+    if held_out is not None and held_out.labels is None and teacher.classes is not None:
         raise UsageError("test images need labels; these have none. Give (images, labels).")
     clock.lap("capture")
 
@@ -92,6 +100,7 @@ def quantize(
     card = Card(
         input_shape=teacher.input_shape,
         classes=teacher.classes,
+        outputs=teacher.outputs,
         preprocessing=preprocessing,
         bits=bits,
         placement=recipe.placement,
@@ -101,12 +110,7 @@ def quantize(
     )
     metrics: dict[str, Any] = {"seconds": clock.seconds(), "steps": recipe.steps}
     if held_out is not None:
-        for name, module in (("teacher", teacher.network), ("student", network)):
-            accuracy = top1(
-                module, held_out, preprocessing, device=teacher.device, listener=listener
-            )
-            metrics[name] = {"top1": round(accuracy, 4)}
-        metrics["test_images"] = len(held_out)
+        metrics |= _measured(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
     return QuantizedNetwork(network, card, metrics, examples)
 
@@ -171,6 +175,33 @@ def quantize_captured(
     return network, examples
 
 
+def _measured(
+    teacher: Captured,
+    network: fx.GraphModule,
+    held_out: ImageData,
+    preprocessing: Preprocessing,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Accuracies of teacher and student on test images, or the error of each output."""
+    ask = partial(top1, device=teacher.device, listener=listener)
+    found: dict[str, Any] = {"test_images": len(held_out)}
+    if teacher.classes is not None:
+        for name, module in (("teacher", teacher.network), ("student", network)):
+            found[name] = {"top1": round(ask(module, held_out, preprocessing), 4)}
+        return found
+    errors = output_errors(
+        network,
+        teacher.network,
+        held_out,
+        preprocessing,
+        device=teacher.device,
+        listener=listener,
+    )
+    names = names_of(teacher.outputs, "output")
+    relative = dict(zip(names, (round(error, 4) for error in errors), strict=True))
+    return {**found, "student": {"error_percent": relative}}
+
+
 def generate(
     model: nn.Module,
     example_input: Tensor,
@@ -180,9 +211,12 @@ def generate(
     steps: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    classifier: bool | None = None,
     listener: Listener = silent,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Synthetic images alone: [count, *input_shape] normalised floats, and their labels [count].
+
+    A network whose outputs are not classes (see `quantize`) has no labels.
 
     The images of a pool are those that the recipe would tune on. Any other source runs the
     recipe's `steps`, or as many as `count` images need if that is more; the images are its last
@@ -192,7 +226,7 @@ def generate(
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     recipe = find_recipe(recipe)
-    teacher = _captured(model, example_input, device)
+    teacher = capture(model, example_input, classifier=classifier).to(find_device(device))
     if isinstance(recipe.source, ImagePool):
         if steps is not None:
             raise UsageError(
@@ -201,22 +235,17 @@ def generate(
             )
         made = recipe.source.source
         images, labels = collect(made, teacher, count, seed=seed, listener=listener)
-        return images.cpu(), labels.cpu()
+        return images.cpu(), None if labels is None else labels.cpu()
     needed = -(-count // recipe.source.batch)
     total = max(recipe.steps if steps is None else steps, needed)
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept: list[Batch] = []
     stream = recipe.source.stream(teacher, steps=total, seed=seed, listener=listener)
     for step, batch in enumerate(stream, start=1):
         listener(Step("generate", step, total, batch.losses))
         if step > total - needed:
-            kept.append((batch.images.cpu(), batch.labels.cpu()))
-    images, labels = map(torch.cat, zip(*kept, strict=True))
-    return images[:count], labels[:count]
-
-
-def _captured(model: nn.Module, example_input: Tensor, device: str) -> Captured:
-    """The teacher on its device."""
-    return capture(model, example_input).to(find_device(device))
+            kept.append(batch)
+    images, labels = first_images(count, kept)
+    return images.cpu(), None if labels is None else labels.cpu()
 
 
 def find_device(name: str) -> torch.device:

@@ -11,17 +11,20 @@ from gdfq.artifacts import packed
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.card import Card
 from gdfq.data import load_data
+from gdfq.errors import UsageError
 from gdfq.evaluate import top1
 from gdfq.export import Exported, Format, export
 from gdfq.files import make_folder, write_atomically
+from gdfq.outputs import built, in_order
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream
 from gdfq.runs import EXAMPLES, read_metrics
 
 
 class QuantizedNetwork(nn.Module):
-    """A frozen low-bit classifier: normalised images [N, *input_shape] -> logits [N, classes].
+    """A frozen low-bit network: normalised images [N, *input_shape] -> logits [N, classes].
 
+    A network whose outputs are not classes returns them as the original did.
     Weights are integer codes; activations are rounded to their grids while it runs. `metrics`
     holds the seconds and steps of the run that made it, and the top-1 accuracies of teacher and
     student if test images were given. `examples` are a few normalised images [n, *input_shape] of
@@ -44,19 +47,26 @@ class QuantizedNetwork(nn.Module):
             examples = torch.randn(16, *card.input_shape, generator=draw)
         self.examples = examples.cpu()
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
-        return logits
+    def forward(self, images: Tensor) -> Any:
+        return built(self.card.outputs, in_order(self.network(images)))
 
     @property
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
     def evaluate(self, data: Any, *, listener: Listener = silent) -> float:
-        """Top-1 accuracy in percent on labelled images (see `gdfq.data.load_data`)."""
+        """Top-1 accuracy in percent on labelled images (see `gdfq.data.load_data`).
+
+        Raises UsageError for data without labels, and for a network that has no classes.
+        """
+        if self.card.classes is None:
+            raise UsageError(
+                "accuracy is for classifiers; the outputs of this network are not classes. "
+                "Give test images to gdfq.quantize, which measures the error of the outputs."
+            )
         images = load_data(data, self.card.input_shape, self.card.classes)
         preprocessing = self.card.preprocessing
-        return top1(self, images, preprocessing, device=self.device, listener=listener)
+        return top1(self.network, images, preprocessing, device=self.device, listener=listener)
 
     def save(self, folder: str | Path) -> None:
         """Write `student.safetensors` and `examples.npz` into the folder, which `load` reads."""
@@ -85,7 +95,9 @@ class QuantizedNetwork(nn.Module):
         then nothing is written, and a file that was there stays.
         """
         accuracy: dict[str, float] = {
-            who: self.metrics[who]["top1"] for who in ("teacher", "student") if who in self.metrics
+            who: self.metrics[who]["top1"]
+            for who in ("teacher", "student")
+            if "top1" in self.metrics.get(who, {})
         }
         return export(
             self.network,

@@ -73,7 +73,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     try:
         metrics: dict[str, Any] = json.loads(path.read_bytes())
         for who in ("teacher", "student"):
-            if who in metrics:
+            if "top1" in metrics.get(who, {}):
                 metrics[who]["top1"] = float(metrics[who]["top1"])
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UsageError(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError, first_line
+from gdfq.outputs import in_order
 
-Run = Callable[[Tensor], Tensor]
-"""Images [N, *input_shape] -> logits [N, classes], both on the CPU."""
+Run = Callable[[Tensor], list[Tensor]]
+"""Images [N, *input_shape] -> the network's outputs in order, all on the CPU."""
 
 
 def onnx_session(data: bytes, threads: int = 0) -> Any:
@@ -47,8 +48,8 @@ def onnx_runner(data: bytes) -> Run:
     session = onnx_session(data)
     name = session.get_inputs()[0].name
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.contiguous().numpy()})[0])
+    def run(images: Tensor) -> list[Tensor]:
+        return list(map(torch.from_numpy, session.run(None, {name: images.contiguous().numpy()})))
 
     return run
 
@@ -74,9 +75,8 @@ def program_runner(data: bytes) -> Run:
         warnings.simplefilter("ignore")
         module = torch.export.load(io.BytesIO(data)).module(check_guards=False)
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            logits: Tensor = module(images)
-        return logits
+            return in_order(module(images))
 
     return run

@@ -58,10 +58,10 @@ def _norm_with_moments(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor,
 
 
 class StatisticsNetwork:
-    """The teacher with the moments of its batch norms' inputs beside its logits.
+    """The teacher with the moments of its batch norms' inputs beside its outputs.
 
-    Calling it with images [N, *input_shape] returns (logits [N, C], statistics), where the
-    statistics are tied to the batch-norm nodes themselves, not to hooks or an order of modules.
+    Calling it with images [N, *input_shape] returns (what the teacher returns, statistics), where
+    the statistics are tied to the batch-norm nodes themselves, not to hooks or an order of modules.
     `stored` holds the running statistics to compare with, in the same order. With `of_input` the
     images' own statistics come first, to be compared with mean 0 and variance 1.
 
@@ -82,11 +82,11 @@ class StatisticsNetwork:
             self.stored = [(zero, torch.ones_like(zero)), *self.stored]
         self._module = _with_moments(teacher, norms)
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Statistics]:
-        logits, statistics = self._module(images)
+    def __call__(self, images: Tensor) -> tuple[Any, Statistics]:
+        outputs, statistics = self._module(images)
         if self._of_input:
             statistics = [_input_moments(images), *statistics]
-        return logits, statistics
+        return outputs, statistics
 
 
 def _input_moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,8 @@ def _with_moments(teacher: Captured, norms: list[BatchNorm]) -> fx.GraphModule:
             )
             moments_seen.append((mean, variance))
         elif node.op == "output":
-            graph.output((new[node.args[0]], moments_seen))
+            outputs = fx.node.map_arg(node.args[0], new.__getitem__)
+            graph.output((outputs, moments_seen))
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.eliminate_dead_code()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -75,7 +75,7 @@ class Scheme:
     placement "t1" (the protocol of the published tables): all weights; of the activations only
     the outputs of ReLUs. "full" (deployable): all weights, and every tensor that enters a
     convolution, linear layer, addition, multiplication, concatenation or pooling, and every
-    convolution or linear output without a ReLU; the logits stay float.
+    convolution or linear output without a ReLU; the network's outputs stay float.
     keep: layers of another width; the first that fits a layer counts.
     """
 
@@ -133,7 +133,7 @@ class StudentBatchNorm(nn.Module):
 
 
 class Student(nn.Module):
-    """The trainable student: [N, *input_shape] -> logits [N, classes].
+    """The trainable student: [N, *input_shape] -> what the teacher returns.
 
     Its graph keeps the teacher's nodes; the quantizer of an activation is the submodule
     `fake_activation.<node>`, that of a weight `fake_weight.<node>`.
@@ -143,9 +143,8 @@ class Student(nn.Module):
         super().__init__()
         self.network = graph_module
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
-        return logits
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
 
     def named(self, names: Sequence[str]) -> list[fx.Node]:
         """The student's nodes whose values stand for the teacher's nodes of these names."""
@@ -194,8 +193,7 @@ def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
 def _full_placement(
     nodes: list[fx.Node], scheme: Scheme, floats: set[fx.Node]
 ) -> dict[fx.Node, int]:
-    (output,) = (node for node in nodes if node.op == "output")
-    logits = operators.grid_source(output.args[0])  # type: ignore[arg-type]
+    outputs = {operators.grid_source(node) for node in operators.outputs(nodes[0].graph)}
     wanted = {
         operators.grid_source(source)
         for node in nodes
@@ -213,7 +211,7 @@ def _full_placement(
     return {
         node: _SIGNAL_BITS if node in signals else scheme.bits.activations
         for node in nodes
-        if node in wanted - {logits}
+        if node in wanted - outputs
     }
 
 

@@ -25,7 +25,7 @@ from gdfq.data import Preprocessing
 from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.grid import code_bounds
 
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 
 _DOMAIN = "gdfq"
 _OPSET, _OPSET_OF_INT2 = 21, 25
@@ -42,17 +42,18 @@ def to_onnx(
     input_shape: tuple[int, ...],
     metadata: Mapping[str, str],
     raw_input: Preprocessing | None = None,
+    outputs: Sequence[str] = ("logits",),
 ) -> bytes:
-    """A frozen network [N, *input_shape] -> [N, classes] as an ONNX model, any N.
+    """A frozen network [N, *input_shape] -> its outputs as an ONNX model, any N.
 
-    metadata: written into the file. With raw_input the model takes uint8 pixels and normalises
-    them itself. Raises UsageError for an operator that ONNX has no form for.
+    metadata: written into the file. outputs: their names. With raw_input the model takes uint8
+    pixels and normalises them itself. Raises UsageError for an operator that ONNX has no form for.
     """
     import onnx
 
     model = _exported(_opaque(network), input_shape)
     graph = model.graph
-    for value, name in ((graph.inputs[0], INPUT), (graph.outputs[0], OUTPUT)):
+    for value, name in zip((graph.inputs[0], *graph.outputs), (INPUT, *outputs), strict=True):
         value.name = name
     _pool_globally(graph)
     writer = _Writer(graph)
@@ -416,7 +417,8 @@ def _rename(graph: ir.Graph) -> None:
 
     What dequantizes constants stays without a node name; that saves a few percent of a small file.
     """
-    taken = {*graph.initializers, INPUT, OUTPUT}
+    outputs = {value.name for value in graph.outputs}
+    taken = {*graph.initializers, INPUT, *outputs}
     for node in graph:
         name = _title(node)
         unique, count = name, 0
@@ -426,7 +428,7 @@ def _rename(graph: ir.Graph) -> None:
         taken.add(unique)
         node.name = None if _OF_CONSTANTS.search(name) else unique
         for value in node.outputs:
-            if value.name != OUTPUT:
+            if value.name not in outputs:
                 value.name = unique
 
 

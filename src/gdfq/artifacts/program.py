@@ -11,7 +11,7 @@ from gdfq.errors import UsageError, first_line
 
 
 def to_program(network: fx.GraphModule, input_shape: tuple[int, ...]) -> bytes:
-    """A frozen network [N, *input_shape] -> [N, classes], any N, as the contents of a .pt2 file.
+    """A frozen network [N, *input_shape] -> outputs, any N, as the contents of a .pt2 file.
 
     It consists of PyTorch's own operators alone; weights are stored as one byte a code. Raises
     UsageError when the network cannot be exported for any batch size.

@@ -1,9 +1,10 @@
 """Sources of images. Each is a frozen value whose `stream` yields batches for the student."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gdfq.capture import Captured
@@ -15,28 +16,41 @@ class Batch:
     """What the student sees in one step, detached, on the teacher's device.
 
     images [N, *input_shape] in the network's normalised input space, channels_last;
-    labels [N] integers; teacher_logits [N, C], or None where the teacher has not seen these very
-    images; losses: scalars for the log.
+    labels [N] integers, or None for a network whose outputs are not classes; teacher_logits
+    [N, C], or None where the teacher has not seen these very images or has no classes; losses:
+    scalars for the log.
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
     teacher_logits: Tensor | None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of about equal length, of `size` images or fewer each."""
         parts = max(1, -(-len(self.images) // size))
-        logits = self.teacher_logits
+        images = self.images.chunk(parts)
+
+        def chunks(tensor: Tensor | None) -> Sequence[Tensor | None]:
+            return [None] * len(images) if tensor is None else tensor.chunk(parts)
+
         return [
-            Batch(images, labels, known, self.losses)
-            for images, labels, known in zip(
-                self.images.chunk(parts),
-                self.labels.chunk(parts),
-                [None] * parts if logits is None else logits.chunk(parts),
-                strict=False,
+            Batch(image, labels, logits, self.losses)
+            for image, labels, logits in zip(
+                images, chunks(self.labels), chunks(self.teacher_logits), strict=True
             )
         ]
+
+
+def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
+    """Labels [batch] of the step-th batch when batches cover the classes in turn, on the device.
+
+    None for a teacher whose outputs are not classes.
+    """
+    if teacher.classes is None:
+        return None
+    labels = (torch.arange(batch) + step * batch) % teacher.classes
+    return labels.to(teacher.device)
 
 
 class Source(Protocol):

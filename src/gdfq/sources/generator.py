@@ -6,8 +6,8 @@ that anything downstream can take.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,7 @@ class GeneratorSource:
     L(G) = class_boundary · L_CE + statistics · L_BNS              (β = statistics)
 
     Each step is one generator update on a fresh batch, then that batch is yielded, as published.
+    For a network whose outputs are not classes there is one label and no L_CE.
     """
 
     batch: int
@@ -157,28 +158,30 @@ class GeneratorSource:
                 "the generator makes images [channels, height, width]; "
                 f"this network takes {list(teacher.input_shape)}. Give real data instead."
             )
-        loss = _GeneratorLoss(self, teacher)
+        has_classes = teacher.classes is not None
+        loss = _GeneratorLoss(self if has_classes else replace(self, class_boundary=0.0), teacher)
+        classes = teacher.classes or 1
         generator = Generator(
             teacher.input_shape,
-            teacher.classes,
+            classes,
             latent=self.latent,
             conditioning=self.conditioning,
             random=random_stream(seed, "generator.init"),
         ).to(teacher.device)
         optimizer = self.optimizer.build(generator.parameters())
         ahead = round(self.head_start * steps)
-        learns = bool(self.class_boundary or self.statistics)
+        learns = bool(loss.config.class_boundary or loss.config.statistics)
         last = ahead + round(self.stop * steps) if learns else 0
         planned = ahead + steps if self.stop else ahead  # stopping early leaves the schedule
         draw = random_stream(seed, "generator.draw")
         for step in range(ahead + steps):
             z = torch.randn(self.batch, self.latent, generator=draw).to(teacher.device)
-            labels = torch.randint(teacher.classes, (self.batch,), generator=draw)
+            labels = torch.randint(classes, (self.batch,), generator=draw)
             labels = labels.to(teacher.device)
             # The consumer's gradient mode must not reach in here, nor ours reach out.
             with torch.set_grad_enabled(step < last):
                 images = generator(z, labels)
-                logits, losses = loss(images, labels)
+                outputs, losses = loss(images, labels)
                 if step < last:
                     set_rate_(optimizer, self.decay.factor(step, planned))
                     optimizer.zero_grad()
@@ -194,7 +197,8 @@ class GeneratorSource:
             if step < ahead:
                 listener(Step("generator", step + 1, ahead, detached))
             else:
-                yield Batch(images.detach(), labels, logits.detach(), detached)
+                known, logits = (labels, outputs.detach()) if has_classes else (None, None)
+                yield Batch(images.detach(), known, logits, detached)
 
 
 class _GeneratorLoss:
@@ -205,16 +209,16 @@ class _GeneratorLoss:
         self.teacher = teacher.network
         self.with_statistics = StatisticsNetwork(teacher) if config.statistics else None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Any, dict[str, Tensor]]:
         total = images.new_zeros(())
         losses: dict[str, Tensor] = {}
         if self.with_statistics is not None:
-            logits, seen = self.with_statistics(images)
+            outputs, seen = self.with_statistics(images)
             losses["bns"] = batch_norm_statistics_loss(seen, self.with_statistics.stored)
             total = total + self.config.statistics * losses["bns"]
         else:
-            logits = self.teacher(images)
+            outputs = self.teacher(images)
         if self.config.class_boundary:
-            losses["boundary"] = class_boundary_loss(logits, labels)
+            losses["boundary"] = class_boundary_loss(outputs, labels)
             total = total + self.config.class_boundary * losses["boundary"]
-        return logits, {"generator": total, **losses}
+        return outputs, {"generator": total, **losses}

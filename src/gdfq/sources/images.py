@@ -47,8 +47,8 @@ def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> 
 class ImageSource:
     """Batches of given images in a new random order each epoch.
 
-    Without labels the teacher's answers are the labels. The last, smaller batch of an epoch is
-    kept.
+    Without labels the teacher's answers are the labels, if it has classes. The last, smaller batch
+    of an epoch is kept.
     """
 
     data: ImageData
@@ -68,8 +68,8 @@ class ImageSource:
             chosen = pending.pop(0)
             images = self.preprocessing(self.data.images(chosen)).to(teacher.device)
             with torch.no_grad():
-                logits = teacher.network(images)
-            labels = logits.argmax(1)
-            if self.data.labels is not None:
+                logits = teacher.logits(images)
+            labels = None if logits is None else logits.argmax(1)
+            if logits is not None and self.data.labels is not None:
                 labels = self.data.labels[chosen].to(teacher.device)
             yield Batch(images, labels, logits)

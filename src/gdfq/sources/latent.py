@@ -86,8 +86,9 @@ class LatentSource:
                 listener(Step("images", done, steps * self.iterations, {"bns": loss.detach()}))
             with torch.no_grad():
                 images = generator(z)
-                logits = teacher.network(images)
-            yield Batch(images, logits.argmax(1), logits, {"bns": loss.detach()})
+                logits = teacher.logits(images)
+            labels = None if logits is None else logits.argmax(1)
+            yield Batch(images, labels, logits, {"bns": loss.detach()})
 
 
 class LatentGenerator(nn.Module):

@@ -14,7 +14,7 @@ from gdfq.losses import focal_loss, standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig
-from gdfq.sources import Batch
+from gdfq.sources import Batch, labels_in_turn
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -24,9 +24,9 @@ class OptimisedSource:
 
     The loss is `standard_deviation_loss` over all batch norms and over the input itself, whose
     target is mean 0 and deviation 1, plus `class_weight` times `focal_loss` with exponent `focus`
-    to labels that cover the classes in turn; without it labels are the teacher's own answers. The
-    learning rate falls tenfold whenever the loss has not improved for `patience` iterations.
-    With a `cutoff` the finished images pass `low_passed`.
+    to labels that cover the classes in turn; without it labels are the teacher's own answers (a
+    network without classes has neither). The learning rate falls tenfold whenever the loss has
+    not improved for `patience` iterations. With a `cutoff` the finished images pass `low_passed`.
     """
 
     batch: int = 64
@@ -70,15 +70,14 @@ class OptimisedSource:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, patience=self.patience, min_lr=1e-4
             )
-            labels = (torch.arange(self.batch) + step * self.batch) % teacher.classes
-            labels = labels.to(teacher.device)
+            labels = labels_in_turn(teacher, step, self.batch)
             for iteration in range(self.iterations):
                 with torch.enable_grad():
-                    logits, seen = network(images)
+                    outputs, seen = network(images)
                     bns = standard_deviation_loss(seen, network.stored)
                     loss = bns
-                    if self.class_weight:
-                        loss = loss + self.class_weight * focal_loss(logits, labels, self.focus)
+                    if self.class_weight and labels is not None:
+                        loss = loss + self.class_weight * focal_loss(outputs, labels, self.focus)
                     (images.grad,) = torch.autograd.grad(loss, images)
                 optimizer.step()
                 plateau.step(loss.item())
@@ -88,8 +87,8 @@ class OptimisedSource:
             if self.cutoff is not None:
                 final = low_passed(final, self.cutoff)
             with torch.no_grad():
-                logits = teacher.network(final)
-            if not self.class_weight:
+                logits = teacher.logits(final)
+            if logits is not None and not self.class_weight:
                 labels = logits.argmax(1)
             yield Batch(final, labels, logits, {"bns": bns.detach()})
 

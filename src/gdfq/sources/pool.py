@@ -1,6 +1,6 @@
 """A pool of images that is made once and drawn from again and again, augmented."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class ImagePool:
         return self._batches(made, steps, seed)
 
     def _batches(self, made: Iterator[Batch], steps: int, seed: int) -> Iterator[Batch]:
-        images, labels = _first(self.images, made)
+        images, labels = first_images(self.images, made)
         draw = random_stream(seed, "pool.order")
         size = min(self.batch, len(images))
         pending: list[Tensor] = []
@@ -48,21 +48,26 @@ class ImagePool:
             drawn = images[chosen]
             if self.augmented:
                 drawn = shifted_and_flipped(drawn, draw)
-            yield Batch(drawn, labels[chosen], None)
+            yield Batch(drawn, None if labels is None else labels[chosen], None)
 
 
 def collect(
     source: Source, teacher: Captured, count: int, *, seed: int, listener: Listener = silent
-) -> tuple[Tensor, Tensor]:
-    """The first `count` images of a source [count, *input_shape] and their labels [count]."""
+) -> tuple[Tensor, Tensor | None]:
+    """The first `count` images of a source [count, *input_shape] and their labels [count].
+
+    The labels are None for a teacher whose outputs are not classes.
+    """
     steps = -(-count // source.batch)
-    return _first(count, source.stream(teacher, steps=steps, seed=seed, listener=listener))
+    return first_images(count, source.stream(teacher, steps=steps, seed=seed, listener=listener))
 
 
-def _first(count: int, made: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
+    """The first `count` images of some batches, and their labels if they have any."""
     batches = list(made)
     images = torch.cat([batch.images for batch in batches])[:count]
-    return images, torch.cat([batch.labels for batch in batches])[:count]
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return images, torch.cat(labels)[:count] if labels else None
 
 
 def shifted_and_flipped(images: Tensor, draw: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from gdfq.losses import focal_loss, relative_statistics_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, Cosine, set_rate_
-from gdfq.sources import Batch
+from gdfq.sources import Batch, labels_in_turn
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -29,9 +29,10 @@ class SpectralSource:
     """Each batch follows Adam on relative statistics plus a weak focal class loss.
 
     The loss is `relative_statistics_loss` over all batch norms and the input, whose target is
-    mean 0 and deviation 1, plus `class_weight` times `focal_loss` with exponent `focus` to labels
-    that cover the classes in turn. `exponent` is α of the spectrum; `grey` is the share of the
-    power that the channels have in common at the start (see `from_spectrum`).
+    mean 0 and deviation 1, plus, for a network with classes, `class_weight` times `focal_loss` with
+    exponent `focus` to labels that cover the classes in turn. `exponent` is α of the
+    spectrum; `grey` is the share of the power that the channels have in common at the start (see
+    `from_spectrum`).
     """
 
     batch: int = 128
@@ -71,8 +72,7 @@ class SpectralSource:
         amplitude = natural_spectrum(size, self.exponent).to(device)
         draw = random_stream(seed, "spectral.draw")
         for step in range(steps):
-            labels = (torch.arange(self.batch) + step * self.batch) % teacher.classes
-            labels = labels.to(device)
+            labels = labels_in_turn(teacher, step, self.batch)
             shape = (self.batch, channels, *amplitude.shape, 2)
             noise = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5))
             coefficients = noise.to(device).requires_grad_()
@@ -81,18 +81,20 @@ class SpectralSource:
                 set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
                 with torch.enable_grad():
                     images = from_spectrum(coefficients, amplitude, size, self.grey)
-                    logits, seen = network(images)
+                    outputs, seen = network(images)
                     bns = relative_statistics_loss(seen, network.stored)
-                    boundary = focal_loss(logits, labels, self.focus)
-                    loss = bns + self.class_weight * boundary
+                    loss, losses = bns, {"bns": bns.detach()}
+                    if labels is not None:
+                        boundary = focal_loss(outputs, labels, self.focus)
+                        loss = bns + self.class_weight * boundary
+                        losses["boundary"] = boundary.detach()
                     (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
                 optimizer.step()
-                losses = {"bns": bns.detach(), "boundary": boundary.detach()}
                 done = step * self.iterations + iteration + 1
                 listener(Step("images", done, steps * self.iterations, losses))
             with torch.no_grad():
                 images = from_spectrum(coefficients, amplitude, size, self.grey)
-                logits = teacher.network(images)
+                logits = teacher.logits(images)
             yield Batch(images, labels, logits, losses)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,22 @@ from gdfq.features import block_ends
 from gdfq.features import with_features as features_of
 from gdfq.folding import fold_batch_norms
 from gdfq.losses import distillation_loss, feature_loss
+from gdfq.outputs import in_order
 from gdfq.progress import Listener, Step
 from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.student import Student
 
-Answers = tuple[Tensor, Sequence[Tensor]]
-"""Logits [N, C] and the features of each block, of student or teacher."""
+Answers = tuple[Any, Sequence[Tensor]]
+"""What student or teacher returns (logits [N, C] of a classifier), and each block's features."""
 
 
 @dataclass(frozen=True)
 class Distillation:
     """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂)) + features · L_F.
 
-    γ of the paper is `distillation`; L_F is `feature_loss` over the ends of the blocks.
+    γ of the paper is `distillation`; L_F is `feature_loss` over the ends of the blocks. A network
+    whose outputs are not classes has no CE, and `feature_loss` over its outputs instead of the KL.
 
     `reduction` of the KL: "element" as the published numbers were made, "batch" the standard.
     The cross-entropy leaves out images whose difficulty 1 − p_y, by the teacher, is above
@@ -46,26 +48,33 @@ class Distillation:
     difficulty: float = 1.0
     fixed_statistics: bool = True
 
-    def losses(self, student: Answers, teacher: Answers, labels: Tensor) -> dict[str, Tensor]:
-        """L(Q) under "student", and those of its parts that have a weight."""
-        student_logits, student_features = student
-        teacher_logits, teacher_features = teacher
-        parts: dict[str, Tensor] = {}
-        total = student_logits.new_zeros(())
-        if self.cross_entropy:
-            errors = F.cross_entropy(student_logits, labels, reduction="none")
-            p = teacher_logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
-            parts["ce"] = torch.where(1 - p <= self.difficulty, errors, 0.0).mean()
-            total = total + self.cross_entropy * parts["ce"]
-        if self.distillation:
-            parts["kd"] = distillation_loss(
-                student_logits, teacher_logits, self.temperature, self.reduction
+    def losses(
+        self, student: Answers, teacher: Answers, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """L(Q) under "student", and those of its parts that have a weight.
+
+        labels are None for a network whose outputs are not classes.
+        """
+        student_outputs, student_features = student
+        teacher_outputs, teacher_features = teacher
+        parts: dict[str, tuple[float, Tensor]] = {}
+        if self.cross_entropy and labels is not None:
+            errors = F.cross_entropy(student_outputs, labels, reduction="none")
+            p = teacher_outputs.softmax(1).gather(1, labels[:, None]).squeeze(1)
+            error = torch.where(1 - p <= self.difficulty, errors, 0.0).mean()
+            parts["ce"] = self.cross_entropy, error
+        if self.distillation and labels is not None:
+            kl = distillation_loss(
+                student_outputs, teacher_outputs, self.temperature, self.reduction
             )
-            total = total + self.distillation * parts["kd"]
+            parts["kd"] = self.distillation, kl
+        elif self.distillation:
+            error = feature_loss(in_order(student_outputs), in_order(teacher_outputs))
+            parts["outputs"] = self.distillation, error
         if self.features and teacher_features:  # a network of one block has none
-            parts["features"] = feature_loss(student_features, teacher_features)
-            total = total + self.features * parts["features"]
-        return {"student": total, **parts}
+            parts["features"] = self.features, feature_loss(student_features, teacher_features)
+        total = sum((weight * loss for weight, loss in parts.values()), torch.zeros(()))
+        return {"student": total, **{name: loss for name, (_, loss) in parts.items()}}
 
 
 def tune_(

@@ -1,0 +1,100 @@
+"""What a network returns: one tensor, or tensors in tuples, lists and dictionaries.
+
+Inside the package a network's graph returns its tensors in order: the tensor itself where there is
+one, else a tuple. `Structure` remembers what the user's network made of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gdfq.errors import UsageError
+
+Structure = int | list["Structure"] | dict[str, "Structure"]
+"""The place of a tensor in the flat order, or what holds such places. Tuples count as lists."""
+
+
+def flattened(value: object) -> list[Tensor]:
+    """All tensors of a network's output, in order.
+
+    Raises UsageError for anything else that is in it.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for part in value.values() for tensor in flattened(part)]
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in flattened(part)]
+    raise UsageError(
+        "a network must return a tensor, or tuples, lists and dictionaries of tensors; "
+        f"it returned a {type(value).__name__}. Wrap it so that it returns its tensors alone."
+    )
+
+
+def structure_of(value: object) -> Structure:
+    """What holds the tensors of a network's output, which `flattened` accepts."""
+    places = iter(range(len(flattened(value))))
+
+    def structure(part: object) -> Structure:
+        if isinstance(part, Tensor):
+            return next(places)
+        if isinstance(part, Mapping):
+            return {str(name): structure(inner) for name, inner in part.items()}
+        assert isinstance(part, Sequence)
+        return [structure(inner) for inner in part]
+
+    return structure(value)
+
+
+def built(structure: Structure, tensors: Sequence[Tensor]) -> Any:
+    """The tensors as the user's network returned them (a list comes back as a tuple)."""
+    if isinstance(structure, int):
+        return tensors[structure]
+    if isinstance(structure, dict):
+        return {name: built(inner, tensors) for name, inner in structure.items()}
+    return tuple(built(inner, tensors) for inner in structure)
+
+
+def in_order(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that a graph inside the package returns."""
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def names_of(structure: Structure, single: str) -> list[str]:
+    """A name for each tensor: its keys and places, `boxes` or `levels.0`; `single` if it is one."""
+
+    def walk(part: Structure, path: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+        if isinstance(part, int):
+            yield part, ".".join(path) or single
+            return
+        items = part.items() if isinstance(part, dict) else enumerate(part)
+        for key, inner in items:
+            yield from walk(inner, (*path, str(key)))
+
+    names = [name for _, name in sorted(walk(structure, ()))]
+    if len(names) == 1:
+        return [single]
+    return [f"output.{name}" if name[0].isdigit() else name for name in names]
+
+
+def read_structure(value: object, count: int) -> Structure:
+    """A structure from a file. Raises ValueError unless it places `count` tensors in order."""
+    places: list[int] = []
+
+    def read(part: object, depth: int) -> Structure:
+        if depth > 16:
+            raise ValueError("outputs are nested too deeply")
+        if isinstance(part, bool) or not isinstance(part, int | list | dict):
+            raise ValueError(f"an output's place cannot be {part!r}")
+        if isinstance(part, int):
+            places.append(part)
+            return part
+        if isinstance(part, list):
+            return [read(inner, depth + 1) for inner in part]
+        return {str(name): read(inner, depth + 1) for name, inner in part.items()}
+
+    structure = read(value, 0)
+    if places != list(range(count)):
+        raise ValueError(f"{count} outputs cannot be placed as {places}")
+    return structure

@@ -1,0 +1,127 @@
+"""What networks return, and networks whose outputs are not classes, end to end."""
+
+from dataclasses import replace
+
+import networks
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gdfq
+from gdfq import UsageError
+from gdfq.capture import capture
+from gdfq.outputs import built, flattened, names_of, read_structure, structure_of
+from gdfq.recipes import FAST, find_recipe
+from gdfq.sources.spectral import SpectralSource
+
+
+def test_structures_by_hand():
+    a, b, c = (torch.full((1,), float(i)) for i in range(3))
+    value = {"x": a, "y": (b, [c])}
+    assert [float(t) for t in flattened(value)] == [0, 1, 2]
+    assert structure_of(value) == {"x": 0, "y": [1, [2]]}
+    assert built({"x": 0, "y": [1, [2]]}, [a, b, c]) == {"x": a, "y": (b, (c,))}
+    assert names_of({"x": 0, "y": [1, [2]]}, "one") == ["x", "y.0", "y.1.0"]
+    assert names_of([0, 1], "one") == ["output.0", "output.1"]
+    assert names_of({"x": 0}, "one") == names_of(0, "one") == ["one"]
+
+
+VALUES = st.recursive(
+    st.just(torch.zeros(1)),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3).map(tuple)
+        | st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, min_size=1, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(VALUES)
+def test_structures_survive_a_file(value):
+    tensors = [torch.full((1,), float(i)) for i in range(len(flattened(value)))]
+    structure = structure_of(value)
+    assert read_structure(structure, len(tensors)) == structure
+    assert flattened(built(structure, tensors)) == tensors
+    names = names_of(structure, "one")
+    assert len(names) == len(tensors)
+
+
+@pytest.mark.parametrize("value", [True, "0", None, [0, 0], [1, 0], {"x": 2}, [0, [[None]]]])
+def test_a_file_must_place_each_output_once(value):
+    with pytest.raises(ValueError, match="output"):
+        read_structure(value, 2)
+
+
+def tuned(name, recipe, **options):
+    model = networks.make(name)
+    return model, gdfq.quantize(model, networks.images(1), "w4a8", recipe, seed=0, **options)
+
+
+FEW = replace(
+    FAST.with_steps(12),
+    source=replace(FAST.source, images=16, source=SpectralSource(16, 4), batch=8),
+)
+
+
+@pytest.mark.parametrize("name", networks.TASKS)
+def test_any_output_is_matched_saved_loaded_and_exported(name, tmp_path):
+    test = networks.images(64, seed=3)
+    model, quantized = tuned(name, FEW, test=test)
+    with torch.no_grad():
+        wanted, got = (flattened(network(test)) for network in (model, quantized))
+    errors = quantized.metrics["student"]["error_percent"]
+    for error, ours, theirs in zip(errors.values(), got, wanted, strict=True):
+        by_hand = float(100 * (ours - theirs).norm() / theirs.norm())
+        assert error == pytest.approx(by_hand, abs=0.01)
+        assert by_hand < 30
+    quantized.save(tmp_path)
+    loaded = gdfq.load(tmp_path)
+    assert loaded.card == quantized.card
+    for ours, theirs in zip(flattened(loaded(test)), got, strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(UsageError, match="accuracy is for classifiers"):
+        loaded.evaluate((test, torch.zeros(64)))
+    for format in ("onnx", "pt2", "safetensors"):
+        exported = loaded.export(tmp_path / f"q.{format}")
+        assert exported.inside.agreement is None
+        assert exported.inside.typical_error < 1e-3
+    session = onnxruntime.InferenceSession(tmp_path / "q.onnx")
+    assert [output.name for output in session.get_outputs()] == {
+        "Detector": ["boxes.0", "boxes.1", "scores"],
+        "Segmenter": ["output"],
+    }[name]
+
+
+def test_a_dictionary_of_outputs_comes_back_as_one():
+    _, quantized = tuned("Detector", FEW)
+    returned = quantized(networks.images(2))
+    assert set(returned) == {"boxes", "scores"}
+    assert [tuple(boxes.shape) for boxes in returned["boxes"]] == [(2, 4, 64), (2, 4, 16)]
+
+
+@pytest.mark.parametrize("name", ["paper", "zeroq"])
+def test_sources_need_no_classes(name, tiny):
+    recipe = {"paper": tiny, "zeroq": find_recipe("zeroq")}[name]
+    if name == "zeroq":
+        recipe = replace(recipe, source=replace(recipe.source, batch=4, iterations=2))
+    teacher = capture(networks.make("Segmenter"), networks.images(1))
+    for batch in recipe.source.stream(teacher, steps=2, seed=0):
+        assert batch.labels is None
+        assert batch.teacher_logits is None
+        assert "boundary" not in batch.losses
+    _, quantized = tuned("Segmenter", recipe)
+    assert quantized(networks.images(2)).shape == (2, 3, 8, 8)
+
+
+def test_blocks_are_for_one_output():
+    data = networks.images(128)
+    with pytest.raises(UsageError, match="towards its one output; this one has 3"):
+        tuned("Detector", find_recipe("genie").with_steps(4), data=data)
+
+
+def test_images_without_labels(tmp_path):
+    images, labels = gdfq.generate(networks.make("Segmenter"), networks.images(1), 4, FEW)
+    assert images.shape == (4, *networks.SHAPE)
+    assert labels is None
