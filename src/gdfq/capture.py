@@ -6,6 +6,7 @@ and keeps parameter names. Nothing after capture looks at the user's module agai
 """
 
 import copy
+import math
 import threading
 import warnings
 from dataclasses import dataclass, replace
@@ -186,8 +187,8 @@ def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
         try:
             dynamic = {0: torch.export.Dim.DYNAMIC}
             program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
-            # No decomposition, only functional form: x.add_(y) becomes x + y.
-            module = program.run_decompositions({}).module(check_guards=False)
+            # Only attention is decomposed; the rest takes functional form: x.add_(y) is x + y.
+            module = program.run_decompositions(_DECOMPOSED).module(check_guards=False)
         except Exception as error:
             raise UsageError(
                 "the network must be traceable by torch.export with any batch size; tracing "
@@ -196,6 +197,40 @@ def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
             ) from error
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    _dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(Q Kᵀ s + mask) V (arXiv 1706.03762): two products with quantizable inputs.
+
+    Q [*, T, d], K [*, S, d], V [*, S, e] -> [*, T, e]; s is d^−½ unless given. The signature is
+    that of `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+    scores = query @ key.transpose(-2, -1)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, -math.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ value
+
+
+_DECOMPOSED = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
 
 
 def _simplify(module: fx.GraphModule) -> None:

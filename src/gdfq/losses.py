@@ -3,6 +3,7 @@
 N images, C classes, L batch norms; K is the number of batch-norm channels of the whole network.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,29 @@ class _RelativeError(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         difference, power = ctx.saved_tensors
         return difference * (2 * grads[0] / power), None
+
+
+def patch_entropy(patches: Tensor) -> Tensor:
+    """H = −∫ f(t) log f(t) dt, f the density of the patches' cosine similarities: the diversity
+    of patch similarity of arXiv 2203.02250, averaged over the M groups of patches [M, P, d].
+
+    f is a Gaussian kernel estimate over the pairs of different patches, the integral a sum over
+    an even grid. Patches that all look alike have the least entropy.
+    """
+    unit = F.normalize(patches, dim=-1)
+    similarity = (unit @ unit.transpose(1, 2)).flatten(1)  # [M, P²]
+    count = patches.shape[1]
+    different = ~torch.eye(count, dtype=torch.bool, device=patches.device).flatten()
+    similarity = similarity[:, different]
+    points = torch.linspace(-1.2, 1.2, _POINTS, device=patches.device)
+    kernel = (-((similarity[:, :, None] - points) / _BANDWIDTH).square() / 2).exp()
+    width = float(points[1] - points[0])
+    density = kernel.mean(1) / (_BANDWIDTH * math.sqrt(2 * math.pi))  # [M, points]
+    return -(density * density.clamp_min(1e-12).log()).sum(1).mean() * width
+
+
+_POINTS, _BANDWIDTH = 49, 0.1
+"""Of the density's grid, from −1.2 to 1.2 so that the kernels' tails lie inside, and its kernel."""
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -102,6 +102,10 @@ MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
     "aten.adaptive_max_pool2d.default"
 }
 
+PRODUCTS = frozenset({"aten.bmm.default", "aten.matmul.default"})
+SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
+SOFTMAX = frozenset({"aten.softmax.int"})
+
 AFFINE = frozenset(f"aten.{name}.Tensor" for name in ("add", "sub", "mul", "div"))
 
 INTEGER_CONSUMERS = WEIGHTED | POOLING | MERGING | MAX_POOLING
@@ -157,6 +161,7 @@ _OTHERS = frozenset(
         "log1p.default",
         "log_sigmoid.default",
         "log_softmax.int",
+        "bitwise_not.default",
         "logical_not.default",
         "logsumexp.default",
         "lt.Scalar",
@@ -183,13 +188,11 @@ _OTHERS = frozenset(
         "rsqrt.default",
         "rsub.Scalar",
         "scalar_tensor.default",
-        "scaled_dot_product_attention.default",
         "selu.default",
         "sigmoid.default",
         "sign.default",
         "silu.default",
         "sin.default",
-        "softmax.int",
         "softplus.default",
         "sqrt.default",
         "square.default",
@@ -233,7 +236,9 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 
-ALLOWED = WEIGHTED | INTEGER_CONSUMERS | GRID_PRESERVING | _OTHERS | {BATCH_NORM, *_PYTHON}
+ALLOWED = frozenset(
+    {*WEIGHTED, *INTEGER_CONSUMERS, *GRID_PRESERVING, *SOFTMAX, *_OTHERS, BATCH_NORM, *_PYTHON}
+)
 
 
 def name_of(node: fx.Node) -> str:
@@ -337,7 +342,10 @@ def keeps_grid(node: fx.Node) -> bool:
 
 
 def grid_source(node: fx.Node) -> fx.Node:
-    """The node whose numbers the given node merely moves."""
+    """The node whose numbers the given node merely moves; not a constant, which has no grid."""
     while keeps_grid(node):
-        (node, *_) = node.all_input_nodes
+        (source, *_) = node.all_input_nodes
+        if source.op == "get_attr":
+            break
+        node = source
     return node

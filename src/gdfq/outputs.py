@@ -78,8 +78,15 @@ def names_of(structure: Structure, single: str) -> list[str]:
     return [f"output.{name}" if name[0].isdigit() else name for name in names]
 
 
-def read_structure(value: object, count: int) -> Structure:
-    """A structure from a file. Raises ValueError unless it places `count` tensors in order."""
+def count_of(structure: Structure) -> int:
+    """How many tensors a structure places."""
+    if isinstance(structure, int):
+        return 1
+    return sum(map(count_of, structure.values() if isinstance(structure, dict) else structure))
+
+
+def read_structure(value: object) -> Structure:
+    """A structure from a file. Raises ValueError unless it places tensors in order."""
     places: list[int] = []
 
     def read(part: object, depth: int) -> Structure:
@@ -95,6 +102,6 @@ def read_structure(value: object, count: int) -> Structure:
         return {str(name): read(inner, depth + 1) for name, inner in part.items()}
 
     structure = read(value, 0)
-    if places != list(range(count)):
-        raise ValueError(f"{count} outputs cannot be placed as {places}")
+    if not places or places != list(range(len(places))):
+        raise ValueError(f"outputs cannot be placed as {places}")
     return structure

@@ -13,6 +13,7 @@ from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.images import GivenImages
 from gdfq.sources.latent import LatentSource
 from gdfq.sources.optimised import OptimisedSource
+from gdfq.sources.patches import PatchSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
 from gdfq.student import ACTIVATION_QUANTIZERS, Placement, Quantizers
@@ -135,6 +136,13 @@ QUICK = replace(
     steps=80,
     tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),
     match_moments=True,
+)
+
+PATCHES = replace(
+    FAST,
+    name="patches",
+    summary="fast on images of diverse patches: for networks without batch norms (transformers)",
+    source=ImagePool(PatchSource(), images=1024, batch=100),
 )
 
 GENIE = Recipe(
@@ -278,7 +286,17 @@ _BASELINES = (
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (FAST, QUICK, GENIE, SYNQ, PAPER, PAPER_IMAGENET, *_ABLATIONS, *_BASELINES)
+    for recipe in (
+        FAST,
+        QUICK,
+        PATCHES,
+        GENIE,
+        SYNQ,
+        PAPER,
+        PAPER_IMAGENET,
+        *_ABLATIONS,
+        *_BASELINES,
+    )
 }
 
 

@@ -72,7 +72,7 @@ class StatisticsNetwork:
         if not teacher.batch_norms:
             raise UsageError(
                 "the batch-norm statistics loss needs batch norms; this network has none. "
-                "Give real images instead (--data, or data=...)."
+                "Use recipe 'patches', or give real images (--data, or data=...)."
             )
         norms = [batch_norm_of(teacher, node) for node in teacher.batch_norms]
         self.stored: Statistics = [(norm.mean, norm.variance) for norm in norms]
@@ -85,11 +85,11 @@ class StatisticsNetwork:
     def __call__(self, images: Tensor) -> tuple[Any, Statistics]:
         outputs, statistics = self._module(images)
         if self._of_input:
-            statistics = [_input_moments(images), *statistics]
+            statistics = [input_moments(images), *statistics]
         return outputs, statistics
 
 
-def _input_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+def input_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Differentiable mean and biased variance of each channel of the images."""
     variance, mean = torch.var_mean(images, [0, *range(2, images.ndim)], correction=0)
     return mean, variance

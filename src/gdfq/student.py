@@ -34,7 +34,8 @@ ACTIVATION_QUANTIZERS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] 
 }
 
 _SIGNAL_BITS = 8
-"""Width of the network's input and of convolution outputs without a ReLU in `full` placement."""
+"""Width, in `full` placement, of the network's input, of the outputs of layers without a ReLU, and
+of sums that are only added to: what a residual path carries."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _full_placement(
     wanted = {
         operators.grid_source(source)
         for node in nodes
-        if operators.name_of(node) in operators.INTEGER_CONSUMERS
+        if operators.name_of(node) in operators.INTEGER_CONSUMERS and not _feeds_softmax_only(node)
         for source in node.all_input_nodes
         if operators.is_activation(source)
     }
@@ -208,6 +209,7 @@ def _full_placement(
         if node not in floats and not _feeds_rectifier_only(node)
     }
     signals = _input_signals(nodes) | {_after_batch_norm(node) for node in weighted}
+    signals |= {node for node in nodes if _carries_on(node)}
     return {
         node: _SIGNAL_BITS if node in signals else scheme.bits.activations
         for node in nodes
@@ -340,6 +342,33 @@ def _feeds_rectifier_only(node: fx.Node) -> bool:
         or (operators.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
         for user in _after_batch_norm(node).users
     )
+
+
+def _feeds_softmax_only(node: fx.Node) -> bool:
+    """Whether a node scales, masks or moves attention scores, on the way to their softmax alone.
+
+    Between a matrix product and a softmax a runtime computes in float.
+    """
+    if operators.name_of(node) not in operators.AFFINE and not operators.keeps_grid(node):
+        return False
+    if sum(map(operators.is_activation, node.all_input_nodes)) > 1:
+        return False
+    return bool(node.users) and all(
+        operators.name_of(user) in operators.SOFTMAX or _feeds_softmax_only(user)
+        for user in node.users
+    )
+
+
+def _carries_on(node: fx.Node) -> bool:
+    """Whether a node is a sum that enters further sums and no layer or product: a residual path."""
+    if operators.name_of(node) not in operators.SUMS:
+        return False
+    users = list(node.users)
+    for user in users:
+        if operators.keeps_grid(user):
+            users += user.users
+    names = {operators.name_of(user) for user in users}
+    return bool(names & operators.SUMS) and not names & (operators.WEIGHTED | operators.PRODUCTS)
 
 
 def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:

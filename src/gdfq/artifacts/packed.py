@@ -22,7 +22,7 @@ from gdfq.card import Card
 from gdfq.data import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.grid import Bits, code_bounds
-from gdfq.outputs import read_structure
+from gdfq.outputs import count_of, read_structure
 
 FORMAT, VERSION = "gdfq-student", 3
 STUDENT_FILE = "student.safetensors"
@@ -122,10 +122,12 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModul
     try:
         for codes, entry in document["codes"].items():
             tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"])
-        network = graph_from_json(document["graph"], tensors)
-        card = _card(document["card"], len(operators.outputs(network.graph)))
+        card, graph = _card(document["card"]), document["graph"]
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(name) from error
+    network = graph_from_json(graph, tensors)
+    if count_of(card.outputs) != len(operators.outputs(network.graph)):
+        raise _damaged(name)
     return network, card
 
 
@@ -146,11 +148,8 @@ def _code_widths(network: fx.GraphModule) -> dict[str, int]:
     return {str(node.args[0].target): node.args[3] for node in nodes}
 
 
-def _card(values: dict[str, Any], outputs: int) -> Card:
-    """The card of a document, for a network of so many outputs.
-
-    Raises ValueError and others for what `save` does not write.
-    """
+def _card(values: dict[str, Any]) -> Card:
+    """The card of a document. Raises ValueError and others for what `save` does not write."""
     shape = tuple(int(size) for size in values["input_shape"])
     preprocessing = values["preprocessing"]
     return Card(
@@ -158,7 +157,7 @@ def _card(values: dict[str, Any], outputs: int) -> Card:
             **values,
             "bits": Bits.parse(values["bits"]),
             "classes": None if values["classes"] is None else int(values["classes"]),
-            "outputs": read_structure(values["outputs"], outputs),
+            "outputs": read_structure(values["outputs"]),
             "input_shape": shape,
             "keep": tuple(str(pattern) for pattern in values["keep"]),
             "preprocessing": Preprocessing.of(

@@ -1,0 +1,130 @@
+"""Images for networks without batch norms, from the diversity of their patches (PSAQ-ViT).
+
+A transformer looks at noise the same way everywhere, and at a picture's patches each in its own.
+So images are optimised until the patches of each attention's output differ as widely from one
+another as they can (arXiv 2203.02250). Their form is that of `spectral.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from gdfq import operators
+from gdfq.capture import Captured
+from gdfq.errors import UsageError
+from gdfq.features import block_ends, with_features
+from gdfq.losses import focal_loss, patch_entropy
+from gdfq.progress import Listener, Step, silent
+from gdfq.randomness import stream as random_stream
+from gdfq.schedules import AdamConfig, Cosine, set_rate_
+from gdfq.sources import Batch, labels_in_turn
+from gdfq.sources.spectral import from_spectrum, natural_spectrum
+from gdfq.statistics import input_moments
+
+_PATCHES = 64
+"""Patches that are compared: an even choice of them, where there are more."""
+
+
+@dataclass(frozen=True)
+class PatchSource:
+    """Each batch follows Adam on −`patch_entropy`, the input's moments and a focal class loss.
+
+    The entropy is the mean over the outputs of all attentions; of a network that has none, over
+    its blocks' features, whose positions are the patches. Images keep mean 0 and deviation 1 for
+    each channel. A network with classes also gets `class_weight` times `focal_loss` with exponent
+    `focus`, to labels that cover the classes in turn. `exponent` and `grey` are those of
+    `from_spectrum`'s images.
+    """
+
+    batch: int = 32
+    iterations: int = 60
+    optimizer: AdamConfig = AdamConfig(lr=0.1, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
+    exponent: float = 1.5
+    grey: float = 0.85
+    class_weight: float = 0.1
+    focus: float = 2.0
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches.
+
+        Raises UsageError for inputs without a spatial axis, and for networks without patches.
+        """
+        nodes = patch_nodes(teacher.network.graph)
+        if len(teacher.input_shape) < 2 or not nodes:
+            raise UsageError(
+                "the diversity of patches needs inputs with a spatial axis and attention or "
+                f"feature maps inside; this network takes {list(teacher.input_shape)} and has "
+                f"{len(nodes)} such tensors. Give real inputs instead (--data, or data=...)."
+            )
+        return self._batches(teacher, nodes, steps, seed, listener)
+
+    def _batches(
+        self,
+        teacher: Captured,
+        nodes: list[fx.Node],
+        steps: int,
+        seed: int,
+        listener: Listener,
+    ) -> Iterator[Batch]:
+        channels, *size = teacher.input_shape
+        network = with_features(teacher.network, nodes)
+        amplitude = natural_spectrum(size, self.exponent).to(teacher.device)
+        draw = random_stream(seed, "patches.draw")
+        for step in range(steps):
+            labels = labels_in_turn(teacher, step, self.batch)
+            shape = (self.batch, channels, *amplitude.shape, 2)
+            noise = torch.randn(shape, generator=draw).mul_(0.5**0.5)
+            coefficients = noise.to(teacher.device).requires_grad_()
+            optimizer = self.optimizer.build([coefficients])
+            for iteration in range(self.iterations):
+                set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
+                with torch.enable_grad():
+                    images = from_spectrum(coefficients, amplitude, size, self.grey)
+                    outputs, features = network(images)
+                    looks = map(patches, nodes, features)
+                    entropy = torch.stack([patch_entropy(look) for look in looks]).mean()
+                    mean, variance = input_moments(images)
+                    scale = mean.square().mean() + (variance.sqrt() - 1).square().mean()
+                    loss, losses = scale - entropy, {"entropy": entropy.detach()}
+                    if labels is not None:
+                        boundary = focal_loss(outputs, labels, self.focus)
+                        loss = loss + self.class_weight * boundary
+                        losses["boundary"] = boundary.detach()
+                    (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
+                optimizer.step()
+                done = step * self.iterations + iteration + 1
+                listener(Step("images", done, steps * self.iterations, losses))
+            with torch.no_grad():
+                images = from_spectrum(coefficients, amplitude, size, self.grey)
+                logits = teacher.logits(images)
+            yield Batch(images, labels, logits, losses)
+
+
+def patch_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The outputs of a graph's attentions, or its blocks' features where it has none."""
+    attentions = [
+        node
+        for node in graph.nodes
+        if operators.name_of(node) in operators.PRODUCTS and _weighs_values(node)
+    ]
+    return attentions or [node for node in block_ends(graph) if node.meta["val"].ndim > 2]
+
+
+def _weighs_values(product: fx.Node) -> bool:
+    weights = product.args[0]
+    assert isinstance(weights, fx.Node)
+    return operators.name_of(operators.grid_source(weights)) in operators.SOFTMAX
+
+
+def patches(node: fx.Node, feature: Tensor) -> Tensor:
+    """The value of one of `patch_nodes` as patches [M, P, d]; P is at most 64.
+
+    Tokens [*, P, d] are patches, each head's apart; of a feature map [N, d, *] the positions are.
+    """
+    is_map = feature.ndim > 3 and operators.name_of(node) not in operators.PRODUCTS
+    found = feature.flatten(2).transpose(1, 2) if is_map else feature.flatten(0, -3)
+    return found[:, :: -(-found.shape[1] // _PATCHES)]
