@@ -54,8 +54,8 @@ class QuantizedNetwork(nn.Module):
 
     def evaluate(self, data: Any, *, listener: Listener = silent) -> float:
         """Top-1 accuracy in percent on labelled images (see `gdfq.data.load_data`)."""
-        images = load_data(data, self.card.input_shape, self.card.classes)
         preprocessing = self.card.preprocessing
+        images = load_data(data, self.card.input_shape, self.card.classes, preprocessing.resize)
         return top1(self, images, preprocessing, device=self.device, listener=listener)
 
     def save(self, folder: str | Path) -> None:
