@@ -87,6 +87,12 @@ def _first(document, kind):
     return next(node for node in document["graph"] if node["kind"] == kind)
 
 
+def test_a_file_from_before_resizing_was_known_loads(saved):
+    quantized, folder = saved
+    _edit(folder, lambda document: document["card"]["preprocessing"].pop("resize"))
+    assert gdfq.load(folder).card == quantized.card
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -98,6 +104,8 @@ def _first(document, kind):
         (lambda d: d.update(card={}), "damaged"),
         (lambda d: d["card"].update(classes="x"), "damaged"),
         (lambda d: d["card"]["preprocessing"].update(mean=[0.0]), "damaged|each of the 3"),
+        (lambda d: d["card"]["preprocessing"]["resize"].update(crop=0), "damaged"),
+        (lambda d: d["card"]["preprocessing"]["resize"].update(other=1), "damaged"),
         (lambda d: next(iter(d["codes"].values())).update(shape=[10**9]), "damaged"),
         (lambda d: _first(d, "tensor").update(target=[]), "not text"),
         (lambda d: _first(d, "input").update(name="import"), "not a new node name"),

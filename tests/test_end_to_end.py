@@ -63,11 +63,11 @@ def test_real_images_tune_at_least_as_well(digits):
 
 
 def test_cifar10_resnet20_at_eight_bits(shared):
-    network = load_model(
+    loaded = load_model(
         f"{BENCHMARKS}/networks.py:cifar10_resnet20", shared / "models/cifar10_resnet20.safetensors"
     )
     result = gdfq.quantize(
-        network,
+        loaded.module,
         torch.zeros(1, 3, 32, 32),
         "w8a8",
         "paper-real",

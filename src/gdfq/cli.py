@@ -45,17 +45,27 @@ def _network_options(command: Any) -> Any:
     options = [
         click.argument("model"),
         click.option(
-            "--weights", type=_PATH, help="safetensors file or torch state dict of the network"
+            "--weights",
+            type=_PATH,
+            help="safetensors file or torch state dict of the network; random: a library's network "
+            "untrained  [default: the library's pretrained weights]",
         ),
         click.option(
             "--input",
             "input_shape",
             type=_Shape(),
-            required=True,
-            help="shape of one input, e.g. 3x32x32",
+            help="shape of one input, e.g. 3x32x32  [default: the network's own, if it has one]",
         ),
-        click.option("--mean", type=_Numbers(), help="of the input normalisation  [default: 0]"),
-        click.option("--std", type=_Numbers(), help="of the input normalisation  [default: 1]"),
+        click.option(
+            "--mean",
+            type=_Numbers(),
+            help="of the input normalisation  [default: the network's own, else 0]",
+        ),
+        click.option(
+            "--std",
+            type=_Numbers(),
+            help="of the input normalisation  [default: the network's own, else 1]",
+        ),
         click.option("--seed", default=0, show_default=True, help="of all randomness"),
         click.option(
             "--device",
@@ -75,8 +85,13 @@ def _network_options(command: Any) -> Any:
 def cli() -> None:
     """Make a trained neural network small and fast when its training data cannot be had.
 
-    MODEL is path/to/file.py:factory or package.module:factory: a callable without arguments that
-    returns an nn.Module. Naming it runs its code.
+    \b
+    MODEL is one of
+      timm:NAME, torchvision:NAME, ptcv:NAME   a library's network, pretrained
+      hf:ID                                    an image classifier of Hugging Face, or hf:FOLDER
+      path/to/file.py:factory                  a callable without arguments that returns an
+      package.module:factory                   nn.Module; naming it runs its code
+      path/to/program.pt2                      from torch.export.save; loading it can run code
 
     DATA is an .npz file with `images` (uint8, N x C x H x W) and, to test on, `labels`, or a folder
     with one sub-folder of images for each class.

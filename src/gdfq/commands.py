@@ -17,7 +17,6 @@ from torch import nn
 from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import in_full_precision, side_by_side
-from gdfq.data import Preprocessing
 from gdfq.errors import GdfqError, UsageError
 from gdfq.export import Exported, Format
 from gdfq.files import make_folder, write_atomically
@@ -36,7 +35,7 @@ def run(
     *,
     model: str,
     weights: Path | None,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     bits: str,
@@ -57,8 +56,11 @@ def run(
     for text in keep:
         Keep.parse(text)
     folder = RunFolder(out)
-    network = load_model(model, weights)
-    _warn_about_normalisation(mean, std)
+    loaded = load_model(model, weights)
+    network = loaded.module
+    shape, preprocessing = loaded.input(input_shape, mean, std)
+    if loaded.preprocessing is None:
+        _warn_about_normalisation(mean, std)
     config = {
         "gdfq": __version__,
         "torch": torch.__version__,
@@ -69,8 +71,8 @@ def run(
         "model": model,
         "weights": None if weights is None else str(weights),
         "weights_sha256": weights_hash(network),
-        "input": list(input_shape),
-        "normalisation": as_values(Preprocessing.of(input_shape[0], mean, std)),
+        "input": list(shape),
+        "normalisation": as_values(preprocessing),
         "bits": bits,
         "placement": placement or chosen.placement,
         "keep": list(keep),
@@ -83,7 +85,7 @@ def run(
         folder,
         config,
         network,
-        torch.zeros(1, *input_shape),
+        torch.zeros(1, *shape),
         bits=bits,
         recipe=chosen,
         data=data,
@@ -91,8 +93,9 @@ def run(
         placement=placement,
         keep=keep,
         seed=seed,
-        mean=mean,
-        std=std,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        resize=preprocessing.resize,
         device=device,
         onnx=onnx,
     )
@@ -144,7 +147,7 @@ def write_images(
     *,
     model: str,
     weights: Path | None,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     recipe: str,
@@ -155,16 +158,17 @@ def write_images(
     device: str,
 ) -> None:
     """`gdfq generate`."""
-    preprocessing = Preprocessing.of(input_shape[0], mean, std)
     if (out / "images.npz").exists():
         raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
-    network = load_model(model, weights)
-    _warn_about_normalisation(mean, std)
+    loaded = load_model(model, weights)
+    shape, preprocessing = loaded.input(input_shape, mean, std)
+    if loaded.preprocessing is None:
+        _warn_about_normalisation(mean, std)
     make_folder(out)
     with Terminal() as terminal:
         images, labels = generate(
-            network,
-            torch.zeros(1, *input_shape),
+            loaded.module,
+            torch.zeros(1, *shape),
             count,
             recipe,
             steps=steps,

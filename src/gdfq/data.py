@@ -1,10 +1,11 @@
 """Where real images come from: `.npz` files, image folders, tensors."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from gdfq.errors import UsageError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
 class ImageData(Protocol):
@@ -31,15 +36,59 @@ class ImageData(Protocol):
 
 
 @dataclass(frozen=True)
+class Resize:
+    """How an image file gets the network's size: it is resized, then cropped at the centre.
+
+    crop: the share of the resized image's sides that is kept: 0.875 resizes to 256 for 224.
+    squash: both sides are resized to that, whatever the image's shape; without, the image keeps
+        its shape and covers it.
+    interpolation: one of pillow's filters (antialiased).
+    """
+
+    crop: float = 1.0
+    squash: bool = False
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise UsageError(f"crop must lie in 0..1 and not be 0; got {self.crop}.")
+        if self.interpolation not in _FILTERS:
+            raise UsageError(
+                f"interpolation must be one of {', '.join(_FILTERS)}; got {self.interpolation!r}."
+            )
+
+    def __call__(self, image: "Image", size: tuple[int, int]) -> "Image":
+        """The image in the given size (width, height)."""
+        from PIL.Image import Resampling
+
+        # 224 / (224 / 232) is a little less than 232.
+        target = tuple(math.floor(side / self.crop + 1e-6) for side in size)
+        if not self.squash:
+            scale = max(side / was for side, was in zip(target, image.size, strict=True))
+            target = tuple(
+                max(side, int(was * scale + 1e-6))
+                for side, was in zip(target, image.size, strict=True)
+            )
+        image = image.resize((target[0], target[1]), Resampling[self.interpolation.upper()])
+        left, top = (round((was - side) / 2) for was, side in zip(target, size, strict=True))
+        return image.crop((left, top, left + size[0], top + size[1]))
+
+
+@dataclass(frozen=True)
 class Preprocessing:
-    """(pixel / 255 − mean) / std, per channel."""
+    """(pixel / 255 − mean) / std, per channel; image files are resized before."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: Resize = Resize()
 
     @classmethod
     def of(
-        cls, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+        cls,
+        channels: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        resize: Resize | None = None,
     ) -> "Preprocessing":
         """Mean 0 and std 1 where they are not given.
 
@@ -56,7 +105,7 @@ class Preprocessing:
                 raise UsageError(f"{name} must be finite; got {', '.join(map(str, values))}.")
         if min(std) <= 0:
             raise UsageError(f"std must be positive; got {', '.join(map(str, std))}.")
-        return cls(mean, std)
+        return cls(mean, std, resize or Resize())
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 pixels [N, C, *] become normalised floats; floats are taken as normalised."""
@@ -99,11 +148,12 @@ class ArrayData:
 
 @dataclass(frozen=True, eq=False)
 class FolderData:
-    """Image files, read when asked for: shorter side resized to fit, then cropped at the centre."""
+    """Image files, read and resized when asked for."""
 
     files: tuple[Path, ...]
     labels: Tensor | None
     shape: tuple[int, int, int]
+    resize: Resize
 
     def __len__(self) -> int:
         return len(self.files)
@@ -112,7 +162,7 @@ class FolderData:
         return torch.stack([self._read(self.files[int(i)]) for i in chosen])
 
     def _read(self, file: Path) -> Tensor:
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         channels, height, width = self.shape
         try:
@@ -122,9 +172,7 @@ class FolderData:
             raise UsageError(
                 f"every file of an image folder must be a readable image; {file} is not: {error}."
             ) from error
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image))
+        pixels = torch.from_numpy(np.array(self.resize(image, (width, height))))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
@@ -132,19 +180,21 @@ def load_data(
     data: "str | Path | Tensor | tuple[Tensor, Tensor] | ImageData",
     input_shape: tuple[int, ...],
     classes: int | None,
+    resize: Resize = Resize(),
 ) -> ImageData:
     """Images for a network of the given input shape and number of classes, if it has any.
 
     data: an `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (a
     sub-folder for each class; their sorted order is the class index), a tensor of images (uint8
     pixels, or floats that are already normalised), or a pair of images and labels.
+    resize: of the files of an image folder; the others must have the network's size.
 
     Raises UsageError for missing, unreadable or empty data, other shapes, labels out of range.
     """
     if isinstance(data, str | Path):
         path = Path(data)
         if path.is_dir():
-            loaded: ImageData = _folder(path, input_shape)
+            loaded: ImageData = _folder(path, input_shape, resize)
         else:
             loaded = _npz(path)
     elif isinstance(data, Tensor | np.ndarray):
@@ -189,7 +239,7 @@ def _not_npz(path: Path, error: Exception) -> str:
     return f"data must be a readable .npz file or an image folder; {path} is neither: {error}."
 
 
-def _folder(path: Path, input_shape: tuple[int, ...]) -> FolderData:
+def _folder(path: Path, input_shape: tuple[int, ...], resize: Resize) -> FolderData:
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
         raise UsageError(
             "an image folder needs a network with 1 or 3 input channels [C, H, W]; "
@@ -207,6 +257,7 @@ def _folder(path: Path, input_shape: tuple[int, ...]) -> FolderData:
         tuple(file for file, _ in found),
         torch.tensor([index for _, index in found], dtype=torch.long),
         (channels, height, width),
+        resize,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
-from gdfq.data import ImageData, Preprocessing, load_data
+from gdfq.data import ImageData, Preprocessing, Resize, load_data
 from gdfq.errors import UsageError
 from gdfq.evaluate import output_errors, top1
 from gdfq.freeze import freeze
@@ -49,6 +49,7 @@ def quantize(
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    resize: Resize | None = None,
     device: str = "auto",
     classifier: bool | None = None,
     listener: Listener = silent,
@@ -68,6 +69,7 @@ def quantize(
     keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.Keep`).
     steps: batches in all; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
+    resize: how the files of an image folder get the network's size (see `gdfq.data.Resize`).
     device: "cpu", "cuda" or "auto".
     classifier: whether the output are logits of classes; by default, whether it is one tensor
         [N, C] with C >= 2. Any other network (detection, segmentation, regression) has no labels:
@@ -82,12 +84,16 @@ def quantize(
     clock = _Clock()
 
     teacher = capture(model, example_input, classifier=classifier).to(find_device(device))
-    preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std)
+    preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std, resize)
     source: Source = recipe.source
     if data is not None:
-        images = load_data(data, teacher.input_shape, teacher.classes)
+        images = load_data(data, teacher.input_shape, teacher.classes, preprocessing.resize)
         source = on_images(source, images, preprocessing)
-    held_out = None if test is None else load_data(test, teacher.input_shape, teacher.classes)
+    held_out = (
+        None
+        if test is None
+        else load_data(test, teacher.input_shape, teacher.classes, preprocessing.resize)
+    )
     if held_out is not None and held_out.labels is None and teacher.classes is not None:
         raise UsageError("test images need labels; these have none. Give (images, labels).")
     clock.lap("capture")

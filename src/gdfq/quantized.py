@@ -64,8 +64,8 @@ class QuantizedNetwork(nn.Module):
                 "accuracy is for classifiers; the outputs of this network are not classes. "
                 "Give test images to gdfq.quantize, which measures the error of the outputs."
             )
-        images = load_data(data, self.card.input_shape, self.card.classes)
         preprocessing = self.card.preprocessing
+        images = load_data(data, self.card.input_shape, self.card.classes, preprocessing.resize)
         return top1(self.network, images, preprocessing, device=self.device, listener=listener)
 
     def save(self, folder: str | Path) -> None:

@@ -19,7 +19,7 @@ from gdfq import operators
 from gdfq.artifacts.graphs import graph_from_json, graph_to_json
 from gdfq.capture import tensors_of
 from gdfq.card import Card
-from gdfq.data import Preprocessing
+from gdfq.data import Preprocessing, Resize
 from gdfq.errors import UsageError
 from gdfq.grid import Bits, code_bounds
 from gdfq.outputs import count_of, read_structure
@@ -161,7 +161,10 @@ def _card(values: dict[str, Any]) -> Card:
             "input_shape": shape,
             "keep": tuple(str(pattern) for pattern in values["keep"]),
             "preprocessing": Preprocessing.of(
-                shape[0], preprocessing["mean"], preprocessing["std"]
+                shape[0],
+                preprocessing["mean"],
+                preprocessing["std"],
+                Resize(**preprocessing.get("resize", {})),  # version 0.1.0 wrote none
             ),
         }
     )

@@ -1,11 +1,6 @@
-"""Where a network comes from: a factory in a file or package, and its weights in a file."""
+"""Weights in a file: read without pickled code, checked against the network, hashed."""
 
 import hashlib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.errors import UsageError, first_line
-
-
-def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
-    """Call the factory and load the weights.
-
-    spec: `path/to/file.py:factory` or `package.module:factory`; this runs that code.
-    weights: a safetensors file or a torch state dict (read with weights_only), with or without a
-    `module.` prefix or a `state_dict` key around it; `num_batches_tracked` may be absent.
-
-    Raises UsageError when any of it is missing or does not fit.
-    """
-    model = _factory(spec)
-    if weights is not None:
-        load_weights_(model, Path(weights))
-    return model
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -40,62 +20,9 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _factory(spec: str) -> nn.Module:
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise UsageError(
-            "MODEL is path/to/file.py:factory or package.module:factory, a callable that returns "
-            f"an nn.Module; got {spec!r}."
-        )
-    is_file = place.endswith(".py")
-    if is_file and not Path(place).is_file():
-        raise UsageError(f"MODEL names a file that must exist; there is none at {place}.")
-    # A file finds its neighbours, a package is found from here: as when Python runs them.
-    with _importable_from(Path(place).parent if is_file else Path()):
-        try:
-            module = _import_file(Path(place)) if is_file else importlib.import_module(place)
-        except Exception as error:
-            raise UsageError(f"{place} must be importable; it failed with: {error!r}.") from error
-        factory = getattr(module, name, None)
-        if not callable(factory):
-            found = f"is a {type(factory).__name__}" if hasattr(module, name) else "is not there"
-            raise UsageError(f"MODEL must name a callable; {name!r} {found} in {place}.")
-        try:
-            model = factory()
-        except Exception as error:
-            raise UsageError(
-                f"the factory {spec} must run without arguments; it failed with: {error!r}."
-            ) from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"the factory {spec} must return an nn.Module; it returned a {type(model).__name__}."
-        )
-    return model
-
-
-@contextmanager
-def _importable_from(folder: Path) -> Iterator[None]:
-    entry = str(folder.resolve())
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        sys.path.remove(entry)
-
-
-def _import_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"_gdfq_model_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
-
-
 def load_weights_(model: nn.Module, path: Path) -> None:
     """Load a file's weights into the model; all must be there, and no others."""
-    given = _read_weights(path)
+    given = read_weights(path)
     wanted = {
         name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
     }
@@ -133,7 +60,8 @@ def _contents(state: object) -> str:
     return _few([str(key) for key in state]) if isinstance(state, dict) else "something else"
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a torch state dict; pickled code is refused."""
     from safetensors.torch import load_file
 
     if not path.is_file():

@@ -1,0 +1,128 @@
+"""Networks that are code: a factory in a file or package, a `torch.export` program.
+
+Both run what they hold. They come from the MODEL that a user names, never from a run's folder.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gdfq.errors import UsageError, first_line
+from gdfq.models.loaded import Loaded
+
+
+def from_factory(spec: str) -> nn.Module:
+    """Import a file or package and call its factory, which must return an nn.Module."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise UsageError(
+            "MODEL is path/to/file.py:factory, package.module:factory, program.pt2, timm:NAME, "
+            f"torchvision:NAME, hf:ID or ptcv:NAME; got {spec!r}."
+        )
+    is_file = place.endswith(".py")
+    if is_file and not Path(place).is_file():
+        raise UsageError(f"MODEL names a file that must exist; there is none at {place}.")
+    # A file finds its neighbours, a package is found from here: as when Python runs them.
+    with _importable_from(Path(place).parent if is_file else Path()):
+        try:
+            module = _import_file(Path(place)) if is_file else importlib.import_module(place)
+        except Exception as error:
+            raise UsageError(f"{place} must be importable; it failed with: {error!r}.") from error
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            found = f"is a {type(factory).__name__}" if hasattr(module, name) else "is not there"
+            raise UsageError(f"MODEL must name a callable; {name!r} {found} in {place}.")
+        try:
+            model = factory()
+        except Exception as error:
+            raise UsageError(
+                f"the factory {spec} must run without arguments; it failed with: {error!r}."
+            ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the factory {spec} must return an nn.Module; it returned a {type(model).__name__}."
+        )
+    return model
+
+
+@contextmanager
+def _importable_from(folder: Path) -> Iterator[None]:
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+
+
+def _import_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_gdfq_model_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def from_program(path: Path) -> Loaded:
+    """The network in a `.pt2` file that `torch.export.save` wrote, and its input shape.
+
+    Raises UsageError when it is no such file, takes more than one tensor, or was exported for one
+    batch size or in training mode.
+    """
+    if not path.is_file():
+        raise UsageError(f"MODEL names a file that must exist; there is none at {path}.")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # zip, pickle and schema errors of every kind
+        raise UsageError(
+            "a .pt2 file must be a program that torch.export.save wrote, with a torch that this "
+            f"one ({torch.__version__}) can read; {path} is not: {first_line(error)}."
+        ) from error
+    signature = program.graph_signature
+    inputs = [node for node in program.graph.nodes if node.name in signature.user_inputs]
+    if len(inputs) != 1 or len(signature.user_inputs) != 1:
+        raise UsageError(
+            f"a program must take one tensor, the images; {path} takes "
+            f"{len(signature.user_inputs)} inputs. Export a module that takes the images alone."
+        )
+    if any(_trains(node) for node in program.graph.nodes):
+        raise UsageError(
+            f"a program must be exported in evaluation mode; {path} was exported in training "
+            "mode. Call model.eval() before torch.export.export."
+        )
+    batch, *shape = inputs[0].meta["val"].shape
+    if isinstance(batch, int):
+        raise UsageError(
+            f"a program must take any batch size; {path} takes {batch} alone. Export it with "
+            "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) and an example of two images."
+        )
+    fixed = all(isinstance(size, int) for size in shape)
+    return Loaded(_plain(program.module(check_guards=False)), tuple(shape) if fixed else None)
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether a node is a batch norm or dropout in training mode."""
+    flag = {
+        torch.ops.aten.batch_norm.default: 5,
+        torch.ops.aten.dropout.default: 2,
+    }.get(node.target)  # type: ignore[call-overload]
+    return flag is not None and bool(node.args[flag])
+
+
+def _plain(module: Any) -> nn.Module:
+    """A program's module as an ordinary one, which can be copied and set to evaluation mode."""
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    if graph._codegen.pytree_info.out_spec.is_leaf():  # one tensor needs no code that packs it
+        output.args = (output.args[0][0],)
+        graph.set_codegen(fx.graph.CodeGen())
+    return fx.GraphModule(module, graph)
