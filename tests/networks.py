@@ -268,8 +268,37 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(x)[:, 0]))
 
 
-TASKS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (Detector, Segmenter)}
-"""Networks whose outputs are not logits of classes."""
+class Audio(nn.Module):
+    """Sound, one-dimensional: two channels of samples, a regression of three numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(2, 8, 9, 4, 4), nn.BatchNorm1d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv1d(8, 8, 3, 1, 2, 2), nn.BatchNorm1d(8), nn.Hardswish())
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.max_pool1d(self.body(self.stem(x)), 2).mean(2))
+
+
+class Volume(nn.Module):
+    """Volumes: three-dimensional convolutions, and an upsampled map of probabilities beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv3d(1, 6, 3, 1, 1), nn.BatchNorm3d(6), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv3d(6, 8, 3, 2, 1), nn.BatchNorm3d(8), nn.ReLU())
+        self.head = nn.Conv3d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.down(self.stem(x))
+        return F.interpolate(torch.sigmoid(self.head(x)), scale_factor=2), x.amax((2, 3, 4))
+
+
+TASKS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls for cls in (Detector, Segmenter, Audio, Volume)
+}
+"""Networks whose outputs are not logits of classes (Audio's look as if they were)."""
 
 NETWORKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
@@ -280,10 +309,17 @@ NETWORKS: dict[str, type[nn.Module]] = {
 }
 
 
+def shape_of(name: str) -> tuple[int, ...]:
+    """The shape of a network's input."""
+    return {"Audio": (2, 64), "Volume": (1, 8, 8, 8), "Transformer": Transformer.SHAPE}.get(
+        name, SHAPE
+    )
+
+
 def make(name: str, seed: int = 0) -> nn.Module:
     """The network in evaluation mode, with weights of ordinary size and its own statistics."""
     random = torch.Generator().manual_seed(seed)
-    network = (NETWORKS | TASKS)[name]()
+    network = (NETWORKS | TASKS | {"Transformer": Transformer})[name]()
     with torch.no_grad():
         for parameter in filter(torch.is_floating_point, network.parameters()):
             fan = parameter[0].numel() if parameter.ndim > 1 else 4
@@ -294,9 +330,9 @@ def make(name: str, seed: int = 0) -> nn.Module:
                     module.weight.uniform_(0.5, 1.5, generator=random)
                     module.weight[0].neg_()
                 module.momentum = None  # the plain average: statistics as training leaves them
-        network.train()(1.3 * images(256, seed=9) + 0.2)
+        network.train()(1.3 * images(256, seed=9, shape=shape_of(name)) + 0.2)
     return network.eval()
 
 
-def images(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+def images(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))

@@ -145,13 +145,13 @@ def test_patches_of_attentions_and_of_feature_maps(small):
 
 
 def test_images_gain_entropy_and_keep_their_scale(small):
-    source = PatchSource(batch=16, iterations=20)
+    source = PatchSource(batch=8, iterations=30)
     seen = []
     (batch,) = source.stream(small, steps=1, seed=0, listener=lambda step: seen.append(step.losses))
     assert float(seen[-1]["entropy"]) > float(seen[0]["entropy"]) + 0.1
     assert batch.images.mean().abs() < 0.2
-    assert abs(float(batch.images.std()) - 1) < 0.2
-    assert batch.labels.tolist() == [i % 10 for i in range(16)]
+    assert abs(float(batch.images.std()) - 1) < 0.3
+    assert batch.labels.tolist() == list(range(8))
     (again,) = source.stream(small, steps=1, seed=0)
     assert torch.equal(again.images, batch.images)
 

@@ -78,7 +78,9 @@ def capture(model: nn.Module, example_input: Tensor, *, classifier: bool | None 
             f"{type(model).__name__} and a {type(example_input).__name__}."
         )
     _check_weights(model)
-    model = copy.deepcopy(model).cpu().float().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of a .pt2 file's outputs
+        model = copy.deepcopy(model).cpu().float().eval()
     example = example_input.detach().cpu().float()
     # Noise beside the example, which may be all zeros and then would compare biases alone. It
     # also makes a batch of two or more: export takes a batch of one for a constant.
@@ -217,7 +219,7 @@ def _attention(
     """
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
-        key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+        key, value = (torch.stack([tensor] * groups, -3).flatten(-4, -3) for tensor in (key, value))
     scores = query @ key.transpose(-2, -1)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:

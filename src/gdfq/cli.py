@@ -73,6 +73,11 @@ def _network_options(command: Any) -> Any:
             default="auto",
             show_default=True,
         ),
+        click.option(
+            "--classifier/--no-classifier",
+            default=None,
+            help="whether the output are logits of classes  [default: if it is one tensor N x C]",
+        ),
         click.option("--steps", type=int, help="batches in all  [default: the recipe's]"),
     ]
     for option in reversed(options):

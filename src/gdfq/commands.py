@@ -48,6 +48,7 @@ def run(
     steps: int | None,
     seed: int,
     device: str,
+    classifier: bool | None,
     onnx: bool,
 ) -> None:
     """`gdfq quantize`."""
@@ -97,6 +98,7 @@ def run(
         std=preprocessing.std,
         resize=preprocessing.resize,
         device=device,
+        classifier=classifier,
         onnx=onnx,
     )
     _summary(quantized, out)
@@ -156,6 +158,7 @@ def write_images(
     steps: int | None,
     seed: int,
     device: str,
+    classifier: bool | None,
 ) -> None:
     """`gdfq generate`."""
     if (out / "images.npz").exists():
@@ -174,6 +177,7 @@ def write_images(
             steps=steps,
             seed=seed,
             device=device,
+            classifier=classifier,
             listener=terminal,
         )
     np.save(out / "images.npy", images.contiguous().numpy())
