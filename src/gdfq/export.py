@@ -128,7 +128,7 @@ def export(
         network, risky = narrowed(network, risky), []
     preprocessing = card.preprocessing
     if format == "onnx":
-        metadata = _metadata(card, accuracy or {}, risky)
+        metadata = metadata_of(card, accuracy or {}, safe=not risky)
         data = to_onnx(network, card.input_shape, metadata, preprocessing if raw_input else None)
     elif format == "pt2":
         data = to_program(network, card.input_shape)
@@ -301,7 +301,12 @@ def _ends_on_grid(user: fx.Node) -> bool:
     return user.op == "output" or operators.name_of(user) == "gdfq.fake_quantize"
 
 
-def _metadata(card: Card, accuracy: Mapping[str, float], risky: Sequence[str]) -> dict[str, str]:
+def metadata_of(card: Card, accuracy: Mapping[str, float], *, safe: bool) -> dict[str, str]:
+    """What an ONNX file says about itself.
+
+    accuracy: top-1 in percent, by name; safe: whether no sum can overflow on x86 without VNNI.
+    """
+
     def numbers(values: Sequence[float]) -> str:
         return ",".join(f"{value:g}" for value in values)
 
@@ -317,7 +322,7 @@ def _metadata(card: Card, accuracy: Mapping[str, float], risky: Sequence[str]) -
         "mean": numbers(card.preprocessing.mean),
         "std": numbers(card.preprocessing.std),
         **{f"top1_{name}": f"{value:.4f}" for name, value in accuracy.items()},
-        "x86_without_vnni": "may saturate: export with --safe-x86" if risky else "safe",
+        "x86_without_vnni": "safe" if safe else "may saturate: export with --safe-x86",
     }
 
 
