@@ -22,11 +22,12 @@ from gdfq.capture import Captured, tensors_of
 from gdfq.errors import UsageError
 from gdfq.folding import fold_batch_norms
 from gdfq.freeze import freeze
-from gdfq.grid import Bits, fake_quantize
+from gdfq.grid import MAX_BITS, Bits, code_bounds, fake_quantize
 from gdfq.knapsack import allocate
 from gdfq.losses import distillation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantizers.learned import best_weight_grid
+from gdfq.randomness import stream
 from gdfq.sources import Batch
 from gdfq.student import Keep, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_
@@ -35,8 +36,9 @@ BASE = Bits(4, 8)
 """Widths of the layers that the chosen scheme does not name."""
 _IMAGES = 128
 """Images that sensitivities are measured on."""
-_LENGTHS = 8
-"""Bytes that lengths written in the file may take more when what they count has grown."""
+_LENGTHS = 16
+"""Bytes that lengths and numbered names in the file may take more when others than 4 bits are
+chosen."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs of student and teacher -> scalar."""
@@ -72,7 +74,7 @@ def choose_widths(
     """
     teacher = fold_batch_norms(teacher)
     layers = free_layers(teacher, scheme)
-    fixed, sizes = file_sizes(teacher, scheme, layers, images[:2], metadata)
+    fixed, sizes = file_sizes(teacher, scheme, layers, metadata)
     costs = sensitivities(teacher, layers, images[:_IMAGES], listener=listener)
     # The rest of the file is one more thing to carry, without a choice.
     *chosen, _ = allocate([*costs.values(), {0: 0.0}], [*sizes.values(), {0: fixed}], size)
@@ -143,19 +145,20 @@ def file_sizes(
     teacher: Captured,
     scheme: Scheme,
     layers: Layers,
-    images: Tensor,
     metadata: Mapping[str, str],
 ) -> tuple[int, dict[str, dict[int, int]]]:
     """Bytes of the ONNX file: what it holds whatever is chosen, and each layer at each width.
 
-    Measured on the file of the scheme as it is. A layer that the scheme would have to name costs
-    its name, too. teacher: with folded batch norms; images: a few, [n, *input_shape].
+    Measured on the file of the scheme as it is, which has to be of 4 bits. A layer of another
+    width costs the words that say so, too. teacher: with folded batch norms.
     """
     student = build_student(teacher, scheme)
-    calibration = Batch(images, torch.zeros(len(images), dtype=torch.long), None)
-    calibrate_(student, [calibration], steps=1, listener=silent)
-    network = freeze(student)
-    data = to_onnx(network.cpu(), teacher.input_shape, metadata)
+    noise = torch.randn(2, *teacher.input_shape, generator=stream(0, "allocation.noise"))
+    batch = Batch(noise.to(teacher.device), torch.zeros(2, dtype=torch.long), None)
+    calibrate_(student, [batch], steps=1, listener=silent)  # a file's size knows no ranges
+    network = freeze(student).cpu()
+    _fill_(network)
+    data = to_onnx(network, teacher.input_shape, metadata)
     nodes = scheme.weight_bits(list(filter(operators.has_weight, teacher.network.graph.nodes)))
     taken = dict(zip(nodes, weight_sizes(network, data), strict=True))
     sizes = {
@@ -167,6 +170,26 @@ def file_sizes(
         for bits in set(WIDTHS) - {scheme.bits.weights}:
             layer[bits] += len(f" {Keep.exactly(name, bits)}".encode())
     return fixed + _LENGTHS, sizes
+
+
+def _fill_(network: fx.GraphModule) -> None:
+    """Give a frozen network weights and biases of which a file can leave nothing out.
+
+    Those of layers that share them, or that have none, are equal or zero until they are tuned.
+    """
+    draw = stream(0, "allocation.fill")
+    tensors = tensors_of(network)
+    for node in network.graph.nodes:
+        names = [str(argument.target) for argument in node.all_input_nodes]
+        if operators.name_of(node) == "gdfq.dequantize":
+            codes, scale, zero_point = (tensors[name] for name in names)
+            codes.random_(*code_bounds(node.args[3]), generator=draw)
+            scale.uniform_(1, 2, generator=draw)
+            zero_point.fill_(node.args[3] < MAX_BITS)
+        elif operators.name_of(node) == "gdfq.dequantize_bias":
+            tensors[names[0]].random_(generator=draw)
+        elif operators.name_of(node) in operators.WEIGHTED and names[-1] in tensors:
+            tensors[names[-1]].uniform_(1, 2, generator=draw)
 
 
 def _weight_name(layer: fx.Node) -> str:

@@ -19,8 +19,8 @@ def allocate(
     costs, sizes: of each group's options (widths in bits, say). Exact: groups are added one by
     one to all partial choices of which none is both larger and costlier than another, and which
     could still become the best by the bound of the Lagrangian relaxation
-    Σ min(cost + λ size) − λ budget, whose own choice is where the search starts. Where everything
-    fits, each group gets its largest option.
+    Σ min(cost + λ size) − λ budget, whose own choice is where the search starts. Where they fit,
+    each group gets its greatest option, which so must cost no more than the others.
 
     Raises UsageError, which names the smallest sum, when nothing fits.
     """
@@ -29,9 +29,9 @@ def allocate(
         raise UsageError(
             f"the smallest possible size is {smallest} bytes; got {budget}. Ask for that or more."
         )
-    largest = [max(group, key=group.__getitem__) for group in sizes]
-    if sum(group[option] for group, option in zip(sizes, largest, strict=True)) <= budget:
-        return largest
+    greatest = [max(group) for group in sizes]
+    if sum(group[option] for group, option in zip(sizes, greatest, strict=True)) <= budget:
+        return greatest
     options = [sorted(group) for group in costs]
     cost = [
         np.array([group[o] for o in known]) for group, known in zip(costs, options, strict=True)

@@ -103,9 +103,11 @@ def weight_sizes(network: fx.GraphModule, data: bytes) -> list[dict[int, int]]:
         narrow = sum(parts.get(base + part, 0) for part in (".cast", "_zero", ".sub"))
         always = sum(parts.get(base + part, 0) for part in ("", "_scale", "_zeros", ".dq", ".mul"))
         always -= -(-count // 2)
+        # A grouped transposed convolution's nodes are named after its weight at 8 bits alone.
+        renamed = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
         sizes.append(
             {
-                bits: always + -(-count * bits // 8) + (narrow if bits in _PACKED else 0)
+                bits: always + -(-count * bits // 8) + (narrow if bits in _PACKED else renamed)
                 for bits in WIDTHS
             }
         )
