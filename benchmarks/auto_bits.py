@@ -41,7 +41,7 @@ from gdfq.student import Scheme
 RESULTS = Path(__file__).parent / "results" / "auto_bits.json"
 STEPS = {"imagenet_mobilenetv1_025": 40}
 """Where the recipe's own would take too long."""
-BUDGETS = {"w4a8": (1.0, 1.3), "w2a8": (1.0, 1.3)}
+BUDGETS = {"w2a8": (1.0, 1.3), "w4a8": (1.0, 1.3)}
 """Multiples of the uniform widths' sizes."""
 SEEDS = (0, 1, 2)
 
