@@ -160,11 +160,14 @@ def test_the_file_keeps_within_the_size(name, size):
     assert {keep.rpartition("=")[0] for keep in result.card.keep} == named
 
 
-def test_the_widths_of_the_codes_are_those_that_were_chosen(residual, tmp_path):
-    model = networks.make("Residual")
-    result = gdfq.quantize(
-        model, networks.images(1), "auto", SMALL, size=3800, steps=4, keep=["fc=6"]
-    )
+def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
+    options = {"recipe": SMALL, "steps": 4, "keep": ["fc=6"]}
+    with pytest.raises(UsageError, match=r"smallest possible size is \d+ bytes; got 2000") as error:
+        gdfq.quantize(residual, networks.images(1), "auto", size=2000, **options)
+    smallest = int(str(error.value).split(" bytes")[0].split()[-1])
+    result = gdfq.quantize(residual, networks.images(1), "auto", size=smallest, **options)
+    assert len(file_of(result)) <= result.metrics["allocation"]["bytes"] == smallest
+
     widths = result.metrics["allocation"]["widths"]
     assert set(widths) == {"conv1", "conv2"}  # fc is kept
     assert result.card.keep[0] == "fc=6"
@@ -177,15 +180,6 @@ def test_the_widths_of_the_codes_are_those_that_were_chosen(residual, tmp_path):
         if getattr(node.target, "__name__", "") == "dequantize"
     }
     assert found == widths | {"fc": 6}
-
-
-def test_a_small_size_says_what_is_possible_and_that_is(residual):
-    images = networks.images(1)
-    with pytest.raises(UsageError, match=r"smallest possible size is \d+ bytes; got 2000") as error:
-        gdfq.quantize(residual, images, "auto", SMALL, size=2000, steps=4)
-    smallest = int(str(error.value).split(" bytes")[0].split()[-1])
-    result = gdfq.quantize(residual, images, "auto", SMALL, size=smallest, steps=4)
-    assert len(file_of(result)) <= result.metrics["allocation"]["bytes"] == smallest
 
 
 def test_the_images_are_made_once_and_are_the_recipes_own(teacher):
