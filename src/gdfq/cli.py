@@ -1,9 +1,10 @@
 """The command line. Torch is imported by the commands that need it, not to print help."""
 
+import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -38,6 +39,27 @@ class _Numbers(click.ParamType):
             self.fail(
                 f"give numbers with commas between, as 0.5,0.5,0.5; got {value!r}.", param, ctx
             )
+
+
+class _Size(click.ParamType):
+    name = "SIZE"
+    units: ClassVar = {
+        unit: base**power
+        for base, units in ((1000, ("B", "KB", "MB", "GB")), (1024, ("", "KIB", "MIB", "GIB")))
+        for power, unit in enumerate(units)
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", str(value).strip().upper())
+        size = 0 if match is None else int(float(match[1]) * self.units.get(match[2], 0))
+        if size < 1:
+            self.fail(
+                "a size is a number of bytes, or of KB, MB (thousands, millions) or KiB, MiB "
+                f"(2^10, 2^20), as 300KB; got {value!r}.",
+                param,
+                ctx,
+            )
+        return size
 
 
 def _network_options(command: Any) -> Any:
@@ -105,7 +127,15 @@ def cli() -> None:
 
 @cli.command("quantize")
 @_network_options
-@click.option("--bits", default="w4a4", show_default=True, help="of weights and activations, 2..8")
+@click.option(
+    "--bits",
+    default="w4a4",
+    show_default=True,
+    help="of weights and activations, 2..8; auto chooses each layer's to fit --size",
+)
+@click.option(
+    "--size", type=_Size(), help="with --bits auto: of the ONNX file at most, as 300KB or 1.5MiB"
+)
 @click.option(
     "--recipe",
     default="fast",

@@ -4,7 +4,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from gdfq.bench import in_full_precision, side_by_side
 from gdfq.errors import GdfqError, UsageError
 from gdfq.export import Exported, Format
 from gdfq.files import make_folder, write_atomically
-from gdfq.grid import Bits
 from gdfq.models import load_model, weights_hash
-from gdfq.pipeline import find_device, generate, quantize
+from gdfq.pipeline import find_device, generate, parse_bits, quantize
 from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
@@ -39,6 +38,7 @@ def run(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     bits: str,
+    size: int | None,
     recipe: str,
     out: Path,
     placement: Placement | None,
@@ -53,7 +53,7 @@ def run(
 ) -> None:
     """`gdfq quantize`."""
     chosen = find_recipe(recipe).with_steps(steps)
-    Bits.parse(bits)
+    parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
     folder = RunFolder(out)
@@ -75,6 +75,7 @@ def run(
         "input": list(shape),
         "normalisation": as_values(preprocessing),
         "bits": bits,
+        "size": size,
         "placement": placement or chosen.placement,
         "keep": list(keep),
         "recipe": as_values(chosen),
@@ -88,6 +89,7 @@ def run(
         network,
         torch.zeros(1, *shape),
         bits=bits,
+        size=size,
         recipe=chosen,
         data=data,
         test=test,
@@ -308,6 +310,8 @@ def _warn_about_normalisation(mean: Sequence[float] | None, std: Sequence[float]
 
 def _summary(quantized: QuantizedNetwork, out: Path) -> None:
     metrics = quantized.metrics
+    if allocation := metrics.get("allocation"):
+        _print_widths(allocation["widths"])
     for name in ("teacher", "student"):
         found = metrics.get(name, {})
         if "top1" in found:
@@ -320,3 +324,10 @@ def _summary(quantized: QuantizedNetwork, out: Path) -> None:
     )
     click.echo(f"{'time':10}{metrics['seconds']['total']:.0f} s, {metrics['steps']} steps")
     click.echo(f"{'run':10}{out}")
+
+
+def _print_widths(widths: Mapping[str, int]) -> None:
+    """Which layers have which width, a line for each width."""
+    for bits in sorted(set(widths.values())):
+        names = [name for name, chosen in widths.items() if chosen == bits]
+        click.echo(f"{f'{bits} bits':10}{len(names)} layers: {', '.join(names)}")

@@ -20,7 +20,7 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.files import write_atomically
 from gdfq.freeze import narrowed
 from gdfq.grid import code_bounds
-from gdfq.outputs import in_order, names_of
+from gdfq.outputs import in_order, output_names
 from gdfq.runtimes import Run, onnx_runner, onnx_values, program_runner
 
 Format = Literal["onnx", "pt2", "safetensors"]
@@ -135,10 +135,9 @@ def export(
         network, risky = narrowed(network, risky), []
     preprocessing = card.preprocessing
     if format == "onnx":
-        metadata = _metadata(card, accuracy or {}, risky)
-        names = names_of(card.outputs, "logits" if card.classes else "output")
+        metadata = metadata_of(card, accuracy or {}, safe=not risky)
         pixels = preprocessing if raw_input else None
-        data = to_onnx(network, card.input_shape, metadata, pixels, names)
+        data = to_onnx(network, card.input_shape, metadata, pixels, output_names(card))
     elif format == "pt2":
         data = to_program(network, card.input_shape)
     else:
@@ -306,7 +305,12 @@ def _ends_on_grid(user: fx.Node) -> bool:
     return user.op == "output" or operators.name_of(user) == "gdfq.fake_quantize"
 
 
-def _metadata(card: Card, accuracy: Mapping[str, float], risky: Sequence[str]) -> dict[str, str]:
+def metadata_of(card: Card, accuracy: Mapping[str, float], *, safe: bool) -> dict[str, str]:
+    """What an ONNX file says about itself.
+
+    accuracy: top-1 in percent, by name; safe: whether no sum can overflow on x86 without VNNI.
+    """
+
     def numbers(values: Sequence[float]) -> str:
         return ",".join(f"{value:g}" for value in values)
 
@@ -322,7 +326,7 @@ def _metadata(card: Card, accuracy: Mapping[str, float], risky: Sequence[str]) -
         "mean": numbers(card.preprocessing.mean),
         "std": numbers(card.preprocessing.std),
         **{f"top1_{name}": f"{value:.4f}" for name, value in accuracy.items()},
-        "x86_without_vnni": "may saturate: export with --safe-x86" if risky else "safe",
+        "x86_without_vnni": "safe" if safe else "may saturate: export with --safe-x86",
     }
 
 

@@ -5,7 +5,7 @@ one, else a tuple. `Structure` remembers what the user's network made of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -76,6 +76,21 @@ def names_of(structure: Structure, single: str) -> list[str]:
     if len(names) == 1:
         return [single]
     return [f"output.{name}" if name[0].isdigit() else name for name in names]
+
+
+class HasOutputs(Protocol):
+    """A network, or what is known of it."""
+
+    @property
+    def classes(self) -> int | None: ...
+
+    @property
+    def outputs(self) -> Structure: ...
+
+
+def output_names(network: HasOutputs) -> list[str]:
+    """The names of a network's outputs in files: `logits` of a classifier."""
+    return names_of(network.outputs, "output" if network.classes is None else "logits")
 
 
 def count_of(structure: Structure) -> int:

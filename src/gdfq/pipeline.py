@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gdfq.allocation import BASE, choose_widths
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.data import ImageData, Preprocessing, Resize, load_data
 from gdfq.errors import UsageError
 from gdfq.evaluate import output_errors, top1
+from gdfq.export import metadata_of
 from gdfq.freeze import freeze
 from gdfq.grid import Bits
-from gdfq.outputs import names_of
+from gdfq.outputs import output_names
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
@@ -31,6 +33,9 @@ from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 _EXAMPLES = 32
+_MEASURED = ("teacher", "student")
+AUTO = "auto"
+"""In the place of widths: they are to be chosen."""
 
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
 
@@ -41,6 +46,7 @@ def quantize(
     bits: str | Bits = "w4a4",
     recipe: str | Recipe = "fast",
     *,
+    size: int | None = None,
     data: Data | None = None,
     test: Data | None = None,
     placement: Placement | None = None,
@@ -59,7 +65,8 @@ def quantize(
     model: any nn.Module that maps images to logits, or to other tensors (see `classifier`); it is
         not changed.
     example_input: [N, C, H, W], one input or more as the network takes them (normalised).
-    bits: widths of weights and activations, 2..8 each, as "w4a4".
+    bits: widths of weights and activations, 2..8 each, as "w4a4"; or "auto", which chooses each
+        layer's so that the ONNX file is no larger than `size` bytes (see `gdfq.allocation`).
     recipe: a name in `gdfq.RECIPES` or a Recipe of your own.
     data: real images to tune on instead of synthetic ones (see `gdfq.data.load_data`).
     test: labelled images; teacher and student are measured on them at the end, into the result's
@@ -78,7 +85,7 @@ def quantize(
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
-    bits = bits if isinstance(bits, Bits) else Bits.parse(str(bits))
+    widths = parse_bits(bits, size)
     recipe = find_recipe(recipe).with_steps(steps)
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
@@ -87,8 +94,8 @@ def quantize(
     preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std, resize)
     source: Source = recipe.source
     if data is not None:
-        images = load_data(data, teacher.input_shape, teacher.classes, preprocessing.resize)
-        source = on_images(source, images, preprocessing)
+        given = load_data(data, teacher.input_shape, teacher.classes, preprocessing.resize)
+        source = on_images(source, given, preprocessing)
     held_out = (
         None
         if test is None
@@ -98,23 +105,39 @@ def quantize(
         raise UsageError("test images need labels; these have none. Give (images, labels).")
     clock.lap("capture")
 
-    scheme = Scheme(bits, recipe.placement, tuple(map(Keep.parse, keep)))
-    network, examples = quantize_captured(
-        teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
-    )
-
     card = Card(
         input_shape=teacher.input_shape,
         classes=teacher.classes,
         outputs=teacher.outputs,
         preprocessing=preprocessing,
-        bits=bits,
+        bits=widths,
         placement=recipe.placement,
         recipe=recipe.name,
         seed=seed,
         keep=tuple(keep),
     )
-    metrics: dict[str, Any] = {"seconds": clock.seconds(), "steps": recipe.steps}
+    scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
+    metrics: dict[str, Any] = {}
+    if size is not None:
+        source, images = _with_images(source, teacher, seed, listener)
+        chosen = choose_widths(
+            teacher,
+            scheme,
+            images,
+            size,
+            metadata=metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False),
+            listener=listener,
+        )
+        scheme = chosen.scheme
+        card = replace(card, keep=tuple(map(str, scheme.keep)))
+        metrics["allocation"] = {"size": size, "bytes": chosen.bytes, "widths": chosen.widths}
+        clock.lap("allocate")
+
+    network, examples = quantize_captured(
+        teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
+    )
+
+    metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
     if held_out is not None:
         metrics |= _measured(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
@@ -203,8 +226,7 @@ def _measured(
         device=teacher.device,
         listener=listener,
     )
-    names = names_of(teacher.outputs, "output")
-    relative = dict(zip(names, (round(error, 4) for error in errors), strict=True))
+    relative = dict(zip(output_names(teacher), (round(error, 4) for error in errors), strict=True))
     return {**found, "student": {"error_percent": relative}}
 
 
@@ -262,6 +284,36 @@ def find_device(name: str) -> torch.device:
     if name not in available:
         raise UsageError(f"device must be one of auto, {', '.join(available)} here; got {name!r}.")
     return torch.device(name)
+
+
+def parse_bits(bits: str | Bits, size: int | None) -> Bits:
+    """The widths that are meant; of "auto" those that layers start from.
+
+    Raises UsageError for text that says no widths, and for "auto" without a size or a size
+    without "auto".
+    """
+    if (bits == AUTO) != (size is not None):
+        raise UsageError(
+            "bits 'auto' and a size belong together: widths are chosen to fit the size of the ONNX "
+            f"file; got bits {str(bits)!r} and size {size}. Use as --bits auto --size 300KB."
+        )
+    if size is not None:
+        if not isinstance(size, int) or size < 1:
+            raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
+        return BASE
+    return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
+
+
+def _with_images(
+    source: Source, teacher: Captured, seed: int, listener: Listener
+) -> tuple[ImagePool, Tensor]:
+    """The pool with its images made, and these: they serve the choice of widths and the tuning."""
+    if not isinstance(source, ImagePool):
+        raise UsageError(
+            "bits 'auto' needs images before the student learns, and so a recipe with a pool of "
+            f"them; this one's come from a {type(source).__name__} on the way. Use fast or quick."
+        )
+    return source.made(teacher, seed=seed, listener=listener)
 
 
 def _check_placement(placement: Placement) -> Placement:

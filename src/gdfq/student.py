@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ ACTIVATION_QUANTIZERS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] 
 _SIGNAL_BITS = 8
 """Width, in `full` placement, of the network's input, of the outputs of layers without a ReLU, and
 of sums that are only added to: what a residual path carries."""
+_PLACES = ("first", "last")
+"""Patterns that are places in the network rather than names."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,18 @@ class Keep:
             f"'stage1.*=float' or last=8; got {text!r}."
         )
 
+    @classmethod
+    def exactly(cls, name: str, bits: int) -> "Keep":
+        """That layer alone, whatever its name is."""
+        pattern = escape(name)
+        return cls(f"[{name[0]}]{name[1:]}" if name in _PLACES else pattern, bits)
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={'float' if self.bits is None else self.bits}"
+
     def fits(self, name: str, index: int, count: int) -> bool:
         """Whether a layer is meant: its name, and which of how many it is."""
-        if self.pattern in {"first", "last"}:
+        if self.pattern in _PLACES:
             return index == (0 if self.pattern == "first" else count - 1)
         return fnmatchcase(name, self.pattern)
 
@@ -84,8 +96,8 @@ class Scheme:
     placement: Placement
     keep: tuple[Keep, ...] = ()
 
-    def weight_bits(self, layers: Sequence[fx.Node]) -> dict[fx.Node, int]:
-        """The width of each layer's weight; layers that stay float have none.
+    def kept(self, layers: Sequence[fx.Node]) -> dict[fx.Node, Keep]:
+        """The layers that are kept at another width, and what says so.
 
         Raises UsageError for a pattern that fits no layer.
         """
@@ -98,11 +110,21 @@ class Scheme:
                 )
         chosen = {}
         for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
-            fitting = [keep.bits for keep in self.keep if keep.fits(name, index, len(names))]
-            bits = fitting[0] if fitting else self.bits.weights
-            if bits is not None:
-                chosen[layer] = bits
+            fitting = [keep for keep in self.keep if keep.fits(name, index, len(names))]
+            if fitting:
+                chosen[layer] = fitting[0]
         return chosen
+
+    def weight_bits(self, layers: Sequence[fx.Node]) -> dict[fx.Node, int]:
+        """The width of each layer's weight; layers that stay float have none.
+
+        Raises UsageError for a pattern that fits no layer.
+        """
+        kept = self.kept(layers)
+        widths = {
+            layer: kept[layer].bits if layer in kept else self.bits.weights for layer in layers
+        }
+        return {layer: bits for layer, bits in widths.items() if bits is not None}
 
 
 class StudentBatchNorm(nn.Module):

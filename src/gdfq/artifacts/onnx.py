@@ -35,6 +35,8 @@ _PACKED = {
     4: (ir.DataType.INT4, ml_dtypes.int4),
 }
 """Types of weights' codes on disk, by bits; the others are INT8."""
+WIDTHS = (2, 4, 8)
+"""The widths that fill their type: any other takes as much of a file as the next one of these."""
 
 
 def to_onnx(
@@ -78,6 +80,44 @@ def to_onnx(
     del proto.graph.value_info[:]  # readers infer shapes; written down they cost space
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString(deterministic=True))
+
+
+def weight_sizes(network: fx.GraphModule, data: bytes) -> list[dict[int, int]]:
+    """Bytes of the file that each weight takes at each of WIDTHS, for weights of 4 bits.
+
+    network: the frozen network that `to_onnx` made `data` of; weights in its order. Codes, scales,
+    zero points and the nodes that dequantize them count. At 8 bits codes are as they multiply:
+    without zero point, and nothing is cast.
+    """
+    import onnx
+
+    graph = onnx.load_from_string(data).graph
+    parts = {value.name: _entry(value.ByteSize()) for value in graph.initializer}
+    parts |= {node.output[0]: _entry(node.ByteSize()) for node in graph.node}
+    sizes = []
+    for node in network.graph.nodes:
+        if node.target is not grid.dequantize:
+            continue
+        codes = str(node.args[0].target)
+        base = f"{_stem(codes)}.weight"
+        count = tensors_of(network)[codes].numel()
+        narrow = sum(parts.get(base + part, 0) for part in (".cast", "_zero", ".sub"))
+        always = sum(parts.get(base + part, 0) for part in ("", "_scale", "_zeros", ".dq", ".mul"))
+        always -= -(-count // 2)
+        # A grouped transposed convolution's nodes are named after its weight at 8 bits alone.
+        renamed = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
+        sizes.append(
+            {
+                bits: always + -(-count * bits // 8) + (narrow if bits in _PACKED else renamed)
+                for bits in WIDTHS
+            }
+        )
+    return sizes
+
+
+def _entry(size: int) -> int:
+    """Bytes of a message of `size` bytes in a list of a file: its kind, its length and itself."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
 def _symbol(name: str, value: Tensor, inputs: tuple[Tensor, ...], **attributes: int) -> Tensor:

@@ -1,7 +1,8 @@
 """A pool of images that is made once and drawn from again and again, augmented."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ class ImagePool:
         made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
         return self._batches(made, steps, seed)
 
+    def made(
+        self, teacher: Captured, *, seed: int, listener: Listener = silent
+    ) -> tuple["ImagePool", Tensor]:
+        """The same pool with its images made, and these [images, *input_shape].
+
+        For the same seed it streams the same batches as before.
+        """
+        images, labels = collect(self.source, teacher, self.images, seed=seed, listener=listener)
+        return replace(self, source=StoredImages(images, labels, self.source.batch)), images
+
     def _batches(self, made: Iterator[Batch], steps: int, seed: int) -> Iterator[Batch]:
         images, labels = first_images(self.images, made)
         draw = random_stream(seed, "pool.order")
@@ -49,6 +60,22 @@ class ImagePool:
             if self.augmented:
                 drawn = shifted_and_flipped(drawn, draw)
             yield Batch(drawn, None if labels is None else labels[chosen], None)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImages:
+    """Images that were made before, in their order: [N, *input_shape] and their labels [N]."""
+
+    images: Tensor
+    labels: Tensor | None
+    batch: int
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches, or as many as there are; the last may be smaller."""
+        batch = Batch(self.images, self.labels, None)
+        yield from islice(batch.split(self.batch), steps)
 
 
 def collect(

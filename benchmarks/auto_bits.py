@@ -1,0 +1,169 @@
+"""Widths chosen by `--bits auto` beside uniform ones in files of the same size.
+
+    python benchmarks/auto_bits.py                          # all of PLAN that is not there yet
+    python benchmarks/auto_bits.py --networks cifar10_resnet20 --seeds 0 1 2
+
+Activations have 8 bits in all rows, so that widths of weights alone are compared; placement is
+`full`, the recipe `quick`. Each budget is a multiple of the size of a uniform file, up to the next
+whole KB, and its rival the most accurate uniform width that fits: that file, because 3 bits take as
+much as 4, and 5 as much as 8. Sizes are those of the ONNX files, without accuracy in their metadata.
+
+Rows go to benchmarks/results/auto_bits.json as soon as they are done, and the table to
+benchmarks/results/auto_bits.md. No run selects anything by accuracy.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accuracy import NETWORKS, SHARED, Row, compared, hash_of, stored
+
+from gdfq.allocation import choose_widths
+from gdfq.artifacts.onnx import to_onnx
+from gdfq.capture import Captured, capture
+from gdfq.card import Card
+from gdfq.data import load_data
+from gdfq.evaluate import logits_of
+from gdfq.export import metadata_of
+from gdfq.grid import Bits
+from gdfq.memory import keep_freed_memory_
+from gdfq.models import load_weights_
+from gdfq.pipeline import quantize_captured
+from gdfq.progress import Terminal
+from gdfq.recipes import QUICK, Recipe
+from gdfq.sources.pool import ImagePool
+from gdfq.student import Scheme
+
+RESULTS = Path(__file__).parent / "results" / "auto_bits.json"
+STEPS = {"imagenet_mobilenetv1_025": 40}
+"""Where the recipe's own would take too long."""
+BUDGETS = {"w2a8": (1.0, 1.3), "w4a8": (1.0, 1.3)}
+"""Multiples of the uniform widths' sizes."""
+SEEDS = (0, 1, 2)
+
+
+def run(
+    name: str, teacher: Captured, recipe: Recipe, scheme: Scheme, seed: int, listener: Terminal
+) -> dict[str, object]:
+    """Bytes and accuracy of the scheme's student."""
+    network = NETWORKS[name]
+    started = time.perf_counter()
+    student, _ = quantize_captured(
+        teacher, scheme, recipe, recipe.source, seed=seed, listener=listener
+    )
+    seconds = time.perf_counter() - started
+    card = card_of(name, teacher, scheme, recipe, seed)
+    data = to_onnx(student, teacher.input_shape, metadata_of(card, {}, safe=False))
+    test = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
+    logits = [
+        logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
+        for module in (student, teacher.network)
+    ]
+    assert test.labels is not None
+    facts = compared(*logits, test.labels)
+    return {
+        "bytes": len(data), "top1": facts["student"]["all"], "teacher": facts["teacher"]["all"],  # type: ignore[index]
+        "drop_interval": facts["drop_interval"], "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def card_of(name: str, teacher: Captured, scheme: Scheme, recipe: Recipe, seed: int) -> Card:
+    return Card(
+        input_shape=teacher.input_shape,
+        classes=teacher.classes,
+        preprocessing=NETWORKS[name].preprocessing,
+        bits=scheme.bits,
+        placement=scheme.placement,
+        recipe=recipe.name,
+        seed=seed,
+        keep=tuple(map(str, scheme.keep)),
+    )
+
+
+def rows_of(name: str, seed: int, known: dict[tuple[object, ...], dict[str, object]]):  # type: ignore[no-untyped-def]
+    """The rows of a network and seed: uniform ones, then one a budget."""
+    network = NETWORKS[name]
+    model = network.factory().eval()  # type: ignore[operator]
+    load_weights_(model, SHARED / "models" / f"{name}.safetensors")
+    teacher = capture(model, torch.zeros(1, *network.shape))
+    recipe = replace(QUICK.with_steps(STEPS.get(name)), placement="full")
+    common = {"network": name, "seed": seed, "steps": recipe.steps, "code": hash_of("**/*.py")}
+    with Terminal() as listener:
+        recipe = stored(recipe, teacher, Row(name, "", "full", recipe.name, seed), listener)
+        assert isinstance(recipe.source, ImagePool)
+        images = recipe.source.source.images  # type: ignore[attr-defined]
+        for bits, multiples in BUDGETS.items():
+            row = known.get((name, seed, bits))
+            if row is None:
+                scheme = Scheme(Bits.parse(bits), "full")
+                row = common | {"bits": bits} | run(name, teacher, recipe, scheme, seed, listener)
+            yield row
+            size = row["bytes"]
+            for multiple in multiples:
+                title = f"auto, {multiple} x {bits}"
+                if (row := known.get((name, seed, title))) is not None:
+                    yield row
+                    continue
+                budget = 1000 * -(-int(multiple * size) // 1000)  # type: ignore[operator]
+                base = Scheme(Bits(4, 8), "full")
+                card = card_of(name, teacher, base, recipe, seed)
+                started = time.perf_counter()
+                chosen = choose_widths(
+                    teacher, base, images, budget, metadata=metadata_of(card, {}, safe=False),
+                    listener=listener,
+                )  # fmt: skip
+                choosing = time.perf_counter() - started
+                row = run(name, teacher, recipe, chosen.scheme, seed, listener)
+                yield common | {
+                    "bits": title, "rival": bits, "budget": budget, **row,
+                    "seconds_choosing": round(choosing, 1), "widths": chosen.widths,
+                }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    options = parser.parse_args()
+    keep_freed_memory_()
+    if not SHARED.is_dir():
+        sys.exit(f"skipped: the networks and images of {SHARED} are not there")
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = {(row["network"], row["seed"], row["bits"]): row for row in done}
+    for name in options.networks:
+        for seed in options.seeds:
+            for row in rows_of(name, seed, dict(rows)):
+                rows[row["network"], row["seed"], row["bits"]] = row
+                RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+                RESULTS.with_suffix(".md").write_text(table(list(rows.values())))
+                print(name, seed, row["bits"], row["bytes"], row["top1"], flush=True)
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Each auto row beside its rival, in markdown."""
+    uniform = {(row["network"], row["seed"], row["bits"]): row for row in rows}
+    lines = [
+        "| network | seed | budget | uniform, same activations | auto | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "rival" not in row:
+            continue
+        rival = uniform[row["network"], row["seed"], row["rival"]]
+        gain = row["top1"] - rival["top1"]  # type: ignore[operator]
+        lines.append(
+            f"| {row['network']} | {row['seed']} | {row['budget'] // 1000} KB "  # type: ignore[operator]
+            f"| {rival['bits']}: {rival['bytes']:,} bytes, {rival['top1']:.2f} % "
+            f"| {row['bytes']:,} bytes, {row['top1']:.2f} % | {gain:+.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
