@@ -48,27 +48,26 @@ class Entry:
 
 LARGE = (3, 224, 224)
 ENTRIES = (
-    Entry("timm:resnet18"), Entry("timm:resnet26d"), Entry("timm:resnext26ts"), Entry("torchvision:resnext50_32x4d"),
-    Entry("torchvision:wide_resnet50_2"), Entry("ptcv:preresnet10"), Entry("ptcv:resnet20_cifar10", (3, 32, 32)),
-    Entry("ptcv:preresnet20_cifar10", (3, 32, 32)), Entry("torchvision:vgg16_bn", (3, 32, 32)),
-    Entry("torchvision:inception_v3", (3, 128, 128)), Entry("torchvision:googlenet"),
-    Entry("torchvision:densenet121"), Entry("timm:mobilenetv1_100"), Entry("ptcv:mobilenet_w1"),
-    Entry("torchvision:mobilenet_v2"), Entry("timm:mobilenetv2_050"), Entry("timm:mobilenetv3_small_050"),
-    Entry("torchvision:mobilenet_v3_large"), Entry("timm:efficientnet_b0"), Entry("timm:efficientnet_lite0"),
-    Entry("torchvision:mnasnet0_5"), Entry("torchvision:shufflenet_v2_x0_5"), Entry("ptcv:sqnxt23_w1", (3, 128, 128)),
-    Entry("torchvision:squeezenet1_1"), Entry("timm:regnetx_002"), Entry("timm:regnety_002"),
-    Entry("timm:repvgg_a0"), Entry("timm:ghostnet_050"), Entry("timm:legacy_seresnet18"),
-    Entry("timm:hardcorenas_a"), Entry("timm:darknetaa53"), Entry("timm:convnext_atto"),
-    Entry("timm:vit_tiny_patch16_224", LARGE), Entry("timm:deit_tiny_patch16_224", LARGE),
-    Entry("timm:swin_tiny_patch4_window7_224", LARGE), Entry("timm:mixer_s32_224", LARGE), Entry("timm:levit_128s", LARGE),
-    Entry("timm:mobileone_s0"), Entry("timm:fbnetc_100"), Entry("timm:hrnet_w18_small"), Entry("timm:dla34"),
-    Entry("timm:res2net50_14w_8s"), Entry("timm:xcit_nano_12_p16_224", LARGE), Entry("timm:mobilevit_xxs", (3, 128, 128)),
-    Entry("torchvision:alexnet"), Entry("torchvision:vgg11"),
     *(Entry(f"own:{name}", (3, 8, 8)) for name in (
         "Residual", "Branches", "Shared", "Transposed", "Preactivation", "Standardised", "Tokens",
         "Detector", "Segmenter",
     )),
     Entry("own:Transformer", (1, 8, 8)), Entry("own:Audio", (2, 64)), Entry("own:Volume", (1, 8, 8, 8)),
+    Entry("ptcv:resnet20_cifar10", (3, 32, 32)), Entry("ptcv:preresnet20_cifar10", (3, 32, 32)),
+    Entry("torchvision:shufflenet_v2_x0_5"), Entry("timm:mobilenetv3_small_050"), Entry("timm:ghostnet_050"),
+    Entry("torchvision:mnasnet0_5"), Entry("timm:mobilenetv2_050"), Entry("torchvision:mobilenet_v2"),
+    Entry("ptcv:sqnxt23_w1", (3, 128, 128)), Entry("torchvision:squeezenet1_1"), Entry("timm:regnetx_002"),
+    Entry("timm:regnety_002"), Entry("timm:mobilenetv1_100"), Entry("timm:convnext_atto"),
+    Entry("timm:efficientnet_lite0"), Entry("timm:efficientnet_b0"), Entry("timm:vit_tiny_patch16_224", LARGE),
+    Entry("timm:deit_tiny_patch16_224", LARGE), Entry("timm:mobilevit_xxs", (3, 128, 128)),
+    Entry("torchvision:densenet121"), Entry("torchvision:googlenet"), Entry("torchvision:mobilenet_v3_large"),
+    Entry("timm:repvgg_a0"), Entry("timm:mobileone_s0"), Entry("timm:xcit_nano_12_p16_224", LARGE),
+    Entry("timm:levit_128s", LARGE), Entry("ptcv:preresnet10"), Entry("timm:hardcorenas_a"),
+    Entry("timm:fbnetc_100"), Entry("timm:resnet18"), Entry("timm:legacy_seresnet18"), Entry("timm:resnext26ts"),
+    Entry("timm:resnet26d"), Entry("torchvision:inception_v3", (3, 128, 128)), Entry("timm:mixer_s32_224", LARGE),
+    Entry("ptcv:wrn16_10_cifar10", (3, 32, 32)), Entry("torchvision:resnext50_32x4d"), Entry("timm:dla34"),
+    Entry("timm:hrnet_w18_small"), Entry("timm:res2net50_14w_8s"), Entry("timm:darknetaa53"),
+    Entry("timm:swin_tiny_patch4_window7_224", LARGE), Entry("torchvision:vgg16_bn", (3, 32, 32)),
 )  # fmt: skip
 
 

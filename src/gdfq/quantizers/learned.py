@@ -6,7 +6,7 @@ layer of every network.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from gdfq.grid import (
 from gdfq.losses import inner
 from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 
-_SHRINKS = 80
-"""Candidate ranges: the full one times 1, 0.99, 0.98, ..."""
+_SHRINKS, _COARSE = 80, 5
+"""Candidate ranges: the full one times 1, 0.99, 0.98, ...; of weights' every fifth comes first."""
 _SAMPLE = 2**17
 """Values of a feature map that a range search looks at."""
 
@@ -106,31 +106,35 @@ def best_weight_grid(
     """Step and zero point of each output channel with the least Σ|w_q − w|^2.4.
 
     Candidates shrink the channel's range from both ends, or only its upper end, or only its
-    lower one. Shapes broadcast against the weight.
+    lower one: first in steps of 5 %, then of 1 % around each channel's best. Shapes broadcast
+    against the weight.
     """
     low, high = channel_range(weight, layout, groups)
-    best_error = torch.full_like(low, torch.inf)
-    best = weight_grid(low, high, bits)
-    for candidate in _shrunk(low, high):
-        step, zero_point = weight_grid(*candidate, bits)
-        error = (fake_quantize(weight, step, zero_point, bits) - weight).abs().pow(2.4)
-        error = _channel_sum(error, layout, groups)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = (
-            torch.where(better, step, best[0]),
-            torch.where(better, zero_point, best[1]),
-        )
-    return best
 
+    def best_of(ranges: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        least, best = torch.full_like(low, torch.inf), (low, high)
+        for ends in ranges:
+            rounded = fake_quantize(weight, *weight_grid(*ends, bits), bits)
+            error = _channel_sum((rounded - weight).abs().pow(2.4), layout, groups)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, ends[0], best[0]), torch.where(better, ends[1], best[1])
+        return best
 
-def _shrunk(low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for i in range(_SHRINKS):
-        factor = 1 - i / 100
-        yield low * factor, high * factor
-        if i:
-            yield low, high * factor
-            yield low * factor, high
+    shrinks = [1 - i / 100 for i in range(0, _SHRINKS, _COARSE)]
+    coarse = best_of(
+        (a * low, b * high)
+        for shrink in shrinks
+        for a, b in ((shrink, shrink), (1, shrink), (shrink, 1))
+    )
+    # Of a range that was shrunk from one end, only that end moves on.
+    whole = (coarse[0] == low) & (coarse[1] == high)
+    low_share = torch.where((coarse[0] != low) | whole, low / 100, 0)
+    high_share = torch.where((coarse[1] != high) | whole, high / 100, 0)
+    fine = best_of(
+        (coarse[0] + i * low_share, coarse[1] + i * high_share) for i in range(1 - _COARSE, _COARSE)
+    )
+    return weight_grid(*fine, bits)
 
 
 def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
