@@ -167,6 +167,24 @@ def quantize_command(**options: Any) -> None:
     run(**options)
 
 
+@cli.command("doctor")
+@_network_options
+@click.option("--bits", default="w4a4", show_default=True, help="of weights and activations, 2..8")
+@click.option("--recipe", default="fast", show_default=True)
+@click.option("--placement", type=click.Choice(["t1", "full"]), help="[default: the recipe's]")
+@click.option("--keep", multiple=True, metavar="PATTERN=WIDTH", help="as in gdfq quantize")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+def doctor_command(seed: int, **options: Any) -> None:  # noqa: ARG001 (nothing is drawn)
+    """Tell what gdfq quantize would do to MODEL, before anything runs.
+
+    Lists each layer and what becomes of it, what stays float, sizes, operations, and time and
+    memory as one step of each stage shows them. Exits with 1 when the run could not begin.
+    """
+    from gdfq.checkup import doctor
+
+    sys.exit(doctor(**options))
+
+
 @cli.command("evaluate")
 @click.argument("folder", metavar="DIR", type=_PATH)
 @click.option("--test", type=_PATH, required=True, help="labelled DATA")

@@ -17,6 +17,8 @@ from torch import nn
 from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import in_full_precision, side_by_side
+from gdfq.capture import Captured, capture
+from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.export import Exported, Format
 from gdfq.files import make_folder, write_atomically
@@ -26,7 +28,7 @@ from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
 from gdfq.runs import ONNX_FILE, RunFolder, as_values
-from gdfq.student import Keep, Placement
+from gdfq.student import Keep, Placement, Scheme
 from gdfq.version import __version__
 
 
@@ -53,7 +55,7 @@ def run(
 ) -> None:
     """`gdfq quantize`."""
     chosen = find_recipe(recipe).with_steps(steps)
-    parse_bits(bits, size)
+    widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
     folder = RunFolder(out)
@@ -83,11 +85,15 @@ def run(
         "data": None if data is None else str(data),
         "test": None if test is None else str(test),
     }
+    example = torch.zeros(1, *shape)
+    teacher = capture(network, example, classifier=classifier)
+    scheme = Scheme(widths, placement or chosen.placement, tuple(map(Keep.parse, keep)))
+    click.echo(f"{'network':10}{diagnose(teacher, scheme, chosen).summary()}")
     quantized = _quantize_into(
         folder,
         config,
-        network,
-        torch.zeros(1, *shape),
+        teacher,
+        example,
         bits=bits,
         size=size,
         recipe=chosen,
@@ -100,7 +106,6 @@ def run(
         std=preprocessing.std,
         resize=preprocessing.resize,
         device=device,
-        classifier=classifier,
         onnx=onnx,
     )
     _summary(quantized, out)
@@ -109,7 +114,7 @@ def run(
 def _quantize_into(
     folder: RunFolder,
     config: dict[str, Any],
-    network: nn.Module,
+    network: nn.Module | Captured,
     example: torch.Tensor,
     *,
     onnx: bool,

@@ -41,7 +41,7 @@ Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | Captured,
     example_input: Tensor,
     bits: str | Bits = "w4a4",
     recipe: str | Recipe = "fast",
@@ -62,8 +62,8 @@ def quantize(
 ) -> QuantizedNetwork:
     """Quantize a trained network; without `data` no real image is used.
 
-    model: any nn.Module that maps images to logits, or to other tensors (see `classifier`); it is
-        not changed.
+    model: any nn.Module that maps images to logits, or to other tensors (see `classifier`), or
+        a `gdfq.capture.Captured`, which was captured before; it is not changed.
     example_input: [N, C, H, W], one input or more as the network takes them (normalised).
     bits: widths of weights and activations, 2..8 each, as "w4a4"; or "auto", which chooses each
         layer's so that the ONNX file is no larger than `size` bytes (see `gdfq.allocation`).
@@ -90,7 +90,9 @@ def quantize(
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
 
-    teacher = capture(model, example_input, classifier=classifier).to(find_device(device))
+    if not isinstance(model, Captured):
+        model = capture(model, example_input, classifier=classifier)
+    teacher = model.to(find_device(device))
     preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std, resize)
     source: Source = recipe.source
     if data is not None:
