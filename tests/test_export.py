@@ -14,11 +14,12 @@ import torch
 import gdfq
 from gdfq import GdfqError, UsageError
 from gdfq.bench import in_full_precision, side_by_side
-from gdfq.export import float_layers, layers_that_may_overflow
 from gdfq.freeze import narrowed
 from gdfq.grid import Bits
+from gdfq.kernels import layers_that_may_overflow
+from gdfq.parity import CodesParity, compare_codes
 from gdfq.recipes import find_recipe
-from gdfq.runtimes import onnx_runner, onnx_session
+from gdfq.runtimes import PRECISE, onnx_runner, onnx_session, onnx_values
 from gdfq.sources.images import GivenImages
 from gdfq.sources.pool import ImagePool
 
@@ -117,7 +118,8 @@ def test_names_and_metadata_tell_what_the_file_is(tmp_path):
 
 def test_pixels_can_be_the_input(small, tmp_path):
     exported = small.export(tmp_path / "q.onnx", raw_input=True)
-    assert exported.beyond is None
+    assert exported.beyond.images == exported.inside.images + 2  # black and white
+    assert exported.beyond.relative_error < 1e-3
     session = onnx_session((tmp_path / "q.onnx").read_bytes())
     (first,) = session.get_inputs()
     assert first.type == "tensor(uint8)"
@@ -138,6 +140,10 @@ def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
     assert facts["x86_without_vnni"] == "safe"
     facts = {e.key: e.value for e in onnx.load(tmp_path / "risky.onnx").metadata_props}
     assert "--safe-x86" in facts["x86_without_vnni"]
+    assert "=".join(PRECISE) in facts["x86_without_vnni"]
+    run = onnx_runner((tmp_path / "risky.onnx").read_bytes(), precise=True)
+    (logits,) = run(networks.images(8))
+    torch.testing.assert_close(logits, quantized(networks.images(8)), rtol=1e-3, atol=1e-3)
     network = narrowed(quantized.network, risky)
     assert layers_that_may_overflow(network) == []
     x = networks.images(8)
@@ -150,9 +156,8 @@ def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
 
 def test_t1_says_what_stays_float(tiny, tmp_path):
     quantized = gdfq.quantize(networks.make("Residual"), networks.images(1), "w4a4", tiny)
-    assert float_layers(quantized.network) == ["conv1", "conv2", "fc"]
     (note,) = quantized.export(tmp_path / "q.onnx").notes
-    assert note == "computed in float: conv1, conv2, fc"
+    assert note == "computed in float: conv1, conv2, fc, 1 average pool"
 
 
 def test_safetensors_hold_codes_at_their_true_width(small, tmp_path):
@@ -215,9 +220,14 @@ def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
 def test_formats_follow_names_and_errors_say_what_to_do(small, tmp_path):
     with pytest.raises(UsageError, match=r"must end with \.onnx, \.pt2, \.safetensors"):
         small.export(tmp_path / "q.tflite")
+    with pytest.raises(UsageError, match=r"one of onnx, pt2, safetensors; got 'tflite'"):
+        small.export(tmp_path / "q.onnx", format="tflite")
     with pytest.raises(UsageError, match="raw input is for ONNX"):
         small.export(tmp_path / "q.pt2", raw_input=True)
-    assert small.export(tmp_path / "q.bin", format="onnx").format == "onnx"
+    assert small.export(tmp_path / "new" / "q.bin", format="safetensors").format == "safetensors"
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be made"):
+        small.export(tmp_path / "file" / "q.onnx")
 
 
 def test_an_operator_without_a_form_in_onnx_is_named(small, tmp_path, monkeypatch):
@@ -236,8 +246,8 @@ def test_what_differs_first_is_named(small, tmp_path, monkeypatch):
     json.dumps(exported.as_values())
     real = gdfq.export.onnx_values
 
-    def shifted(*arguments):
-        found = real(*arguments)
+    def shifted(*arguments, **options):
+        found = real(*arguments, **options)
         found["relu.clip"].reshape(-1)[:2] += 1
         return found
 
@@ -252,7 +262,7 @@ def test_full_precision_beside_it_has_the_same_function_without_rounding(small):
     assert not any("quantize" in name and "float" not in name for name in names)
     (a, b), *_ = side_by_side(
         [gdfq.export.to_onnx(n, networks.SHAPE, {}) for n in (network, small.network)],
-        seconds=0.01, batches=(1,), threads=(1,),
+        networks.SHAPE, seconds=0.01, batches=(1,), threads=(1,),
     )  # fmt: skip
     assert a.low <= a.median <= a.high
     assert (b.batch, b.threads) == (1, 1)
@@ -296,11 +306,12 @@ def test_kept_layers_between_quantized_ones_are_not_rounded_by_the_runtime(tmp_p
 def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkeypatch):
     real = gdfq.export.onnx_values
 
-    def shifted(*arguments):
-        return {n: v + (n == "relu.clip") for n, v in real(*arguments).items()}
+    def shifted(*arguments, **options):
+        return {n: v + (n == "relu.clip") for n, v in real(*arguments, **options).items()}
 
     monkeypatch.setattr("gdfq.export.onnx_values", shifted)
-    with pytest.raises(GdfqError, match=r"of 'relu.clip' in q.onnx 100.00% differ"):
+    # The others have equal inputs: the student goes on with the runtime's codes.
+    with pytest.raises(GdfqError, match=r"at most.*from equal inputs: 100.00% of 'relu.clip'\. It"):
         small.export(tmp_path / "q.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -318,3 +329,87 @@ def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
     assert kinds["fc.weight"] == onnx.TensorProto.INT8
     quantized.export(tmp_path / "q.safetensors")
     assert gdfq.load(tmp_path / "q.safetensors").card.keep == ("stem.*=float", "fc=8")
+
+
+def _saturating(monkeypatch, also_precise=False):
+    """Let sessions double the outputs, as a processor without VNNI changes them."""
+    real = gdfq.export.onnx_runner
+
+    def runner(data, *, precise=False):
+        run = real(data, precise=precise)
+        factor = 1 if precise and not also_precise else 2
+        return lambda images: [factor * output for output in run(images)]
+
+    monkeypatch.setattr("gdfq.export.onnx_runner", runner)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return quantized_by_fast(networks.make("Residual"), "w8a8")
+
+
+def test_a_file_that_saturates_here_alone_is_kept_and_says_so(wide, tmp_path, monkeypatch):
+    _saturating(monkeypatch)
+    exported = wide.export(tmp_path / "q.onnx")
+    assert exported.saturates_here
+    (loud,) = (note for note in exported.notes if "SATURATE" in note)
+    assert "--safe-x86" in loud
+    assert "session.x64quantprecision=1" in loud
+    assert exported.as_values()["saturates_here"] is True
+
+
+def test_saturation_is_no_excuse_where_there_can_be_none(small, wide, tmp_path, monkeypatch):
+    _saturating(monkeypatch)
+    with pytest.raises(GdfqError, match="not kept"):
+        small.export(tmp_path / "q.onnx")
+    with pytest.raises(GdfqError, match="not kept"):
+        wide.export(tmp_path / "q.onnx", safe_x86=True)
+    _saturating(monkeypatch, also_precise=True)
+    with pytest.raises(GdfqError, match="not kept"):
+        wide.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_are_compared_from_equal_inputs(small):
+    """By hand: one code of the first activation is moved, and what follows from it is right."""
+    data = gdfq.export.to_onnx(small.network, networks.SHAPE, {})
+    nodes = small.network.graph.find_nodes(op="call_function", target=gdfq.grid.fake_quantize)
+    names = [gdfq.export.codes_name(node) for node in nodes]
+    x = networks.images(4)
+    found = onnx_values(data, names, x, precise=True)
+    assert all(one.differ == 0 for one in compare_codes(small.network, x, found)[0])
+    changed = dict(found)
+    changed[names[0]] = 255 - found[names[0]]
+    (first, second, *_), outputs = compare_codes(small.network, x, changed)
+    assert not torch.allclose(outputs[0], small(x), rtol=1e-3)
+    assert (first.name, first.differ, first.only_rounded) == (names[0], 1, False)
+    assert second.differ > 0.2  # its inputs are now others than the runtime had
+    assert CodesParity("few", 0.02, 0.02, 100).only_rounded
+    assert not CodesParity("many", 0.02, 0.02, 1000).only_rounded
+
+
+def test_an_activation_that_the_file_lacks_is_an_error(small):
+    data = gdfq.export.to_onnx(small.network, networks.SHAPE, {})
+    with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
+        onnx_values(data, ["relu.clip", "elsewhere.q"], networks.images(1))
+
+
+def test_what_is_no_valid_model_is_a_clear_error(small, tmp_path, monkeypatch):
+    def refuse(model):
+        raise onnx.checker.ValidationError("Graph must be in single static assignment form")
+
+    monkeypatch.setattr("onnx.checker.check_model", refuse)
+    with pytest.raises(GdfqError, match=r"valid ONNX model.*single static assignment"):
+        small.export(tmp_path / "q.onnx")
+    session = onnx_session(_identity())
+    with pytest.raises(UsageError, match="run the file on these images"):
+        gdfq.runtimes.run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
+
+
+def _identity():
+    """A model that takes exactly three numbers."""
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()

@@ -26,6 +26,8 @@ from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.grid import code_bounds
 
 INPUT = "images"
+PIXELS = "pixels."
+"""How names begin of what normalises pixels in the file."""
 
 _DOMAIN = "gdfq"
 _OPSET, _OPSET_OF_INT2 = 21, 25
@@ -35,6 +37,8 @@ _PACKED = {
     4: (ir.DataType.INT4, ml_dtypes.int4),
 }
 """Types of weights' codes on disk, by bits; the others are INT8."""
+_ALWAYS_SAFE = 63
+"""Weights up to here cannot overflow the kernels of processors without VNNI."""
 
 
 def to_onnx(
@@ -221,8 +225,9 @@ class _Writer:
         lowest, highest = code_bounds(bits)
         unsigned = (_array(zero_point) - lowest).astype(np.uint8)
         maker = x.producer()
-        if maker is not None and maker.op_type == "Relu" and not unsigned.any():
-            x = maker.inputs[0]  # codes below 0 are lost to the quantizer as well
+        bounds = (np.array([_bounds(maker)]) / _array(scale)).round() + unsigned
+        if bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest - lowest:
+            x = maker.inputs[0]  # what it cuts off is lost to the quantizer as well
         step = self._constant(f"{base}.scale", _array(scale))
         new_zero_point = self._constant(f"{base}.zero_point", unsigned)
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
@@ -264,8 +269,10 @@ class _Writer:
         attributes = {"axis": axes[0]} if axes else {}
         factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
         inputs = [current, factor]
-        if any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
-            # ONNX Runtime fuses a Gemm only with a zero point that is written down.
+        wide = int(np.abs(values - offsets).max(initial=0)) > _ALWAYS_SAFE
+        if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
+            # ONNX Runtime fuses a Gemm only with a zero point that is written down, and where it
+            # makes wide weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
             zeros = np.zeros(steps.reshape(-1).shape if axes else (), dtype=np.int8)
             inputs.append(self._constant(f"{base}_zeros", zeros))
         return [*nodes, ir.node("DequantizeLinear", inputs, attributes)]
@@ -296,6 +303,17 @@ class _Writer:
         value = ir.Value(name=name, const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+def _bounds(node: ir.Node | None) -> tuple[float, float]:
+    """Below and above which an operator that cuts numbers off does so; NaN for any other."""
+    if node is not None and node.op_type == "Relu":
+        return 0.0, np.inf
+    if node is not None and node.op_type == "Clip" and len(node.inputs) == 3:
+        low, high = node.inputs[1:]
+        if all(value is not None and value.const_value is not None for value in (low, high)):
+            return float(_array(low)), float(_array(high))
+    return np.nan, np.nan
 
 
 def _inputs(node: ir.Node) -> tuple[Any, ...]:
@@ -390,9 +408,7 @@ def _keep_codes(graph: ir.Graph) -> None:
             others[1:2] = [zero_point]
         count = len(node.outputs)
         moved = ir.node(node.op_type, [codes, *others], node.attributes, num_outputs=count)
-        after = [
-            ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs
-        ]
+        after = [ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs]
         _replace(graph, node, [moved, *after])
         if not first.uses():
             graph.remove(dequantize, safe=True)
@@ -445,7 +461,7 @@ def _normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
     mean, std = (np.array(v, dtype=np.float32) for v in (preprocessing.mean, preprocessing.std))
     shape = (1, len(mean), *[1] * (old.shape.rank() - 2))
     new = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
-    values = {"pixels.factor": 1 / (255 * std), "pixels.shift": -mean / std}
+    values = {f"{PIXELS}factor": 1 / (255 * std), f"{PIXELS}shift": -mean / std}
     constants = []
     for name, numbers in values.items():
         value = ir.Value(name=name, const_value=ir.tensor(numbers.reshape(shape), name=name))
