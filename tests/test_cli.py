@@ -352,7 +352,9 @@ def _network(inputs, folder, outside=False):
     ]
     result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
     names = [value.name for value in values]
-    constant = onnx.numpy_helper.from_array(np.ones((1, 3, 8, 8), np.float32), "one")
+    constant = onnx.numpy_helper.from_array(
+        np.ones((1, 3, 8, 8) if outside else (1,), np.float32), "one"
+    )
     node = onnx.helper.make_node("Sum", [*names, "one"], ["y"])
     graph = onnx.helper.make_graph([node], "g", values, [result], [constant])
     opset = [onnx.helper.make_opsetid("", 21)]

@@ -94,14 +94,19 @@ def export(
     job = _Job(network, card, path, images.cpu(), raw_input, accuracy or {})
     kind = _KINDS[format]
     data = kind.write(job)
-    proof = write_checked(path, data, partial(kind.prove, job))
+
+    def check(written: Path) -> tuple[Proof, Sequence[str]]:
+        proof = kind.prove(job, written)
+        return proof, kind.notes(job, data, proof)
+
+    proof, notes = write_checked(path, data, check)
     return Exported(
         **vars(proof),
         path=path,
         format=format,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        notes=tuple(kind.notes(job, data, proof)),
+        notes=tuple(notes),
     )
 
 

@@ -151,6 +151,8 @@ def computed_in_float(data: bytes) -> list[tuple[str, str]]:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         _loaded(data, options)
         graph = onnx.load(path).graph
+    before = onnx.load_from_string(data).graph.node
+    by_weight = {node.input[1]: node.name for node in before if len(node.input) > 1}
     integers: set[str] = set()
     found = []
     for node in graph.node:
@@ -159,7 +161,9 @@ def computed_in_float(data: bytes) -> list[tuple[str, str]]:
         if node.op_type in _MAKE_INTEGERS or (from_integers and node.op_type not in _MAKE_FLOATS):
             integers.update(node.output)
         elif node.op_type not in _NO_SUMS and not from_integers:
-            found.append((node.name, node.op_type))
+            # Fusing may lose a layer's name.
+            weight = node.input[1] if len(node.input) > 1 else ""
+            found.append((node.name or by_weight.get(weight, ""), node.op_type))
     return found
 
 

@@ -125,6 +125,8 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModul
             tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"])
         network = graph_from_json(document["graph"], tensors)
         card = _card(document["card"], len(operators.outputs(network.graph)))
+    except UsageError:
+        raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(name) from error
     return network, card
