@@ -521,7 +521,8 @@ def _title(node: ir.Node) -> str:
     """
     kind = _kind(node)
     names = ["" if value is None else str(value.name) for value in node.inputs]
-    layer, of_weight, _ = names[1].rpartition(".weight.") if len(names) > 1 else ("", "", "")
+    # A weight, or one that is made of it: `conv.weight`, `conv.weight.dq`.
+    layer, of_weight, _ = f"{names[1]}.".rpartition(".weight.") if len(names) > 1 else ("", "", "")
     if of_weight:
         return layer
     for value in node.inputs:
