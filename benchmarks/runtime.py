@@ -153,7 +153,7 @@ def openvino_latency(data: Path, shape: tuple[int, ...], images: Tensor) -> dict
         compiled(one)
         times.append(1000 * (time.perf_counter() - started))
     with torch.no_grad():
-        wanted = onnx_runner(data.read_bytes())(images)
+        (wanted,) = onnx_runner(data.read_bytes())(images)
         got = torch.from_numpy(compiled(images.contiguous().numpy())[0])
     error = (got - wanted).norm() / wanted.norm()
     agreement = (got.argmax(1) == wanted.argmax(1)).double().mean()
@@ -172,14 +172,15 @@ def measure(name: str, seconds: float) -> Iterator[dict[str, object]]:
         **{kind: folder / kind / "student.onnx" for kind in variants(name)},
     }
     contents = {kind: path.read_bytes() for kind, path in files.items()}
-    settings = list(side_by_side(list(contents.values()), seconds=seconds))
     _, shape, _ = network_of(name)
+    settings = list(side_by_side(list(contents.values()), shape, seconds=seconds))
     examples = gdfq.load(folder / "w4a4").examples
     for index, (kind, data) in enumerate(contents.items()):
         row: dict[str, object] = {"network": name, "file": kind, "bytes": len(data)}
         row["timings"] = [asdict(timings[index]) for timings in settings]
         row |= openvino_latency(files[kind], shape, examples)
-        logits = accuracy_of(name, onnx_runner(data))
+        run = onnx_runner(data)
+        logits = accuracy_of(name, lambda images, run=run: run(images)[0])
         if logits is not None:
             labels = labels_of(name)
             row["top1"] = percent(logits.argmax(1) == labels)

@@ -186,6 +186,30 @@ class Tokens(nn.Module):
         return self.fc(x.transpose(1, 2).mean(1))
 
 
+class Shuffled(nn.Module):
+    """Half of the channels pass a branch, and all are shuffled: a unit of ShuffleNetV2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.branch = nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+        )
+        self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, changed = self.stem(x).chunk(2, 1)
+        x = torch.cat([kept, self.branch(changed)], 1)
+        x = x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        first, second = self.head(x).split((3, 5), 1)
+        return self.fc(torch.cat([second, first], 1).mean((2, 3)))
+
+
 class Detector(nn.Module):
     """A backbone with two heads at two scales: a dictionary of boxes and scores."""
 
@@ -304,7 +328,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
     for cls in (
         *(Residual, Branches, Shared, Transposed, Preactivation, Standardised, Awkward),
-        *(Borders, Tokens),
+        *(Borders, Tokens, Shuffled),
     )
 }
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import gdfq
 from gdfq import UsageError, operators
 from gdfq.artifacts.graphs import graph_from_json, graph_to_json
-from gdfq.artifacts.packed import STUDENT_FILE, pack, unpack
+from gdfq.artifacts.packed import STUDENT_FILE, digest, pack, unpack
 from gdfq.capture import capture, tensors_of
 
 
@@ -75,11 +75,15 @@ def test_codes_are_packed_on_disk(saved):
     assert tensors["quantized.conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
 
 
-def _edit(folder, change):
+def _edit(folder, change, sign=True):
+    """Change the header, and its hash as one would who means harm."""
     path = folder / STUDENT_FILE
     with safe_open(path, "pt") as file:
         document = json.loads(file.metadata()["gdfq"])
+    before = document["sha256"]
     change(document)
+    if sign and document["sha256"] == before:
+        document["sha256"] = digest(document, load_file(path))
     save_file(load_file(path), path, {"gdfq": json.dumps(document)})
 
 
@@ -123,6 +127,22 @@ def test_a_changed_file_does_not_load(saved, change, message):
     _, folder = saved
     _edit(folder, change)
     with pytest.raises(UsageError, match=message):
+        gdfq.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["card"].update(seed=d["card"]["seed"] + 1),
+        lambda d: d["card"]["preprocessing"].update(mean=[0.5, 0.5, 0.5]),
+        lambda d: _first(d, "operator").update(target="aten.relu.default"),
+        lambda d: next(iter(d["codes"].values())).update(bits=2),
+    ],
+)
+def test_an_altered_header_does_not_load(saved, change):
+    _, folder = saved
+    _edit(folder, change, sign=False)
+    with pytest.raises(UsageError, match="damaged, was changed"):
         gdfq.load(folder)
 
 

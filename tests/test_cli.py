@@ -9,6 +9,7 @@ from pathlib import Path
 
 import networks
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -222,9 +223,16 @@ def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
     folder = place / "out"
     assert _exit_code(arguments(place)) == 0
     (folder / "metrics.json").unlink()
+    for call in (["evaluate", "--test", f"{place}/test.npz"], ["export"], ["bench"]):
+        assert _exit_code([call[0], str(folder), *call[1:]]) == 2
+        assert "must have finished; the one in" in capsys.readouterr().err
     (folder / "student.safetensors").unlink()
+    (folder / "config.json").unlink()
     assert _exit_code(["evaluate", str(folder), "--test", f"{place}/test.npz"]) == 2
     assert "a run that has finished" in capsys.readouterr().err
+    (folder / "student.onnx").unlink()
+    (folder / "examples.npz").unlink()
+    (folder / "history.jsonl").unlink()
     assert _exit_code(arguments(place)) == 0
 
 
@@ -309,7 +317,7 @@ def test_export_and_bench(place, capsys):
     assert _exit_code(["export", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{out / 'student.onnx'}, " in printed
-    assert "100.0 % same answers on 32 images x 3" in printed
+    assert "100.0 % same answers on 32 extreme images" in printed
     assert _exit_code(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
     assert (
         _exit_code(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
@@ -322,9 +330,61 @@ def test_export_and_bench(place, capsys):
     assert _exit_code(["export", str(out), "--format", "safetensors"]) == 2
     assert "is the network itself" in capsys.readouterr().err
     assert (out / "student.safetensors").read_bytes() == before
-    (out / "student.onnx").write_bytes(b"changed")
+    assert _exit_code(["bench", f"{place}/new/net.safetensors"]) == 2
+    assert "the folder of a run, with student.onnx in it" in capsys.readouterr().err
+    options = ["--raw-input", "--safe-x86"]
+    assert _exit_code(["export", str(out), *options]) == 0
+    assert "32 usual images" in capsys.readouterr().out
+    assert _exit_code(["bench", str(out), "--seconds", "0.01"]) == 0
+    model = onnx.load(out / "student.onnx")
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    model.doc_string = "changed"
+    onnx.save(model, out / "student.onnx")
     assert _exit_code(["bench", str(out)]) == 2
-    assert "Export it again" in capsys.readouterr().err
+    assert "changed after it was written. Export it again" in capsys.readouterr().err
+
+
+def _network(inputs, folder, outside=False):
+    """An ONNX file that sums its inputs, with a constant that may be in a file of its own."""
+    values = [
+        onnx.helper.make_tensor_value_info(f"x{i}", onnx.TensorProto.FLOAT, shape)
+        for i, shape in enumerate(inputs)
+    ]
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    names = [value.name for value in values]
+    constant = onnx.numpy_helper.from_array(
+        np.ones((1, 3, 8, 8) if outside else (1,), np.float32), "one"
+    )
+    node = onnx.helper.make_node("Sum", [*names, "one"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", values, [result], [constant])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    path = folder / "against.onnx"
+    onnx.save(model, path, save_as_external_data=outside, location="against.data", size_threshold=0)
+    return str(path)
+
+
+def test_bench_against_files_of_others(place, capsys):
+    out = str(place / "out")
+    assert _exit_code(arguments(place)) == 0
+    file = _network([["N", 3, 8, 8]], place, outside=True)
+    assert (place / "against.data").stat().st_size >= 4 * 3 * 64
+    assert _exit_code(["bench", out, "--against", file, "--seconds", "0.01"]) == 0
+    size = sum((place / name).stat().st_size for name in ("against.onnx", "against.data"))
+    assert f"size      {size / 1024:.0f} KiB full precision" in capsys.readouterr().out
+    for inputs in (
+        [[1, 3, 8, 8]],
+        [["N", 3, 8, 8], ["N", 3, 8, 8]],
+        [["N", "C", 8, 8]],
+        [["N", 3, 4, 4]],
+    ):
+        call = ["bench", out, "--against", _network(inputs, place), "--seconds", "0.01"]
+        assert _exit_code(call) == 2
+        error = capsys.readouterr().err
+        assert "must take one batch of images Nx3x8x8 of any size N" in error
+    (place / "against.onnx").write_bytes(b"hello")
+    assert _exit_code(["bench", out, "--against", str(place / "against.onnx")]) == 2
+    assert "must be an ONNX model" in capsys.readouterr().err
 
 
 def test_a_run_says_what_its_export_was(place, capsys):
@@ -336,12 +396,21 @@ def test_a_run_says_what_its_export_was(place, capsys):
     assert export["seconds"] > 0
 
 
-def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("torch.onnx.export", RuntimeError("no form for aten.weird")),
+        ("gdfq.export.write_checked", OSError(28, "No space left on device")),
+        ("gdfq.export.computed_in_float", KeyError("of a bug")),
+    ],
+)
+def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, error):
     def refuse(*_, **__):
-        raise RuntimeError("no form for aten.weird")
+        raise error
 
-    monkeypatch.setattr("torch.onnx.export", refuse)
+    monkeypatch.setattr(where, refuse)
     assert _exit_code(arguments(place)) == 0
     assert "no ONNX file was written" in capsys.readouterr().err
+    assert "export" not in json.loads((place / "out" / "metrics.json").read_text())
     assert not (place / "out" / "student.onnx").exists()
     assert (place / "out" / "metrics.json").exists()

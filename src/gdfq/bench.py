@@ -3,8 +3,9 @@
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor, fx
 
 from gdfq import operators
 from gdfq.capture import flat_module, tensors_of
-from gdfq.runtimes import onnx_session
+from gdfq.errors import UsageError, first_line
+from gdfq.runtimes import onnx_session, run_once
 
 BATCHES, THREADS = (1, 32), (1, 2)
 _FEWEST = 11
@@ -37,8 +39,30 @@ class Timing:
         return 1000 * self.batch / self.median
 
 
+def size_of(file: bytes | Path) -> int:
+    """Bytes of an ONNX file, with those that it keeps its weights in.
+
+    Raises UsageError for a file that is not there, or is no ONNX model.
+    """
+    if isinstance(file, bytes):
+        return len(file)
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    try:
+        tensors = onnx.load(file, load_external_data=False).graph.initializer
+        outside = {ExternalDataInfo(t).location for t in tensors if uses_external_data(t)}
+        return sum(path.stat().st_size for path in (file, *map(file.with_name, outside)))
+    except Exception as error:  # protobuf's own has no public name
+        raise UsageError(
+            f"{file} must be an ONNX model, with its weights beside it if they are in files of "
+            f"their own; reading it failed with: {first_line(error)}."
+        ) from error
+
+
 def side_by_side(
-    files: Sequence[bytes],
+    files: Sequence[bytes | Path],
+    shape: tuple[int, ...],
     *,
     seconds: float = 1.0,
     batches: Sequence[int] = BATCHES,
@@ -46,33 +70,46 @@ def side_by_side(
 ) -> Iterator[list[Timing]]:
     """Time ONNX files in turn, so that what disturbs one disturbs all: one list a setting.
 
+    Files take images [N, *shape], any N.
     Settings are each batch size with each number of threads that the machine has. Every setting
-    takes about `seconds` for each file.
+    takes about `seconds` for each file. Raises UsageError for a file that takes anything else.
     """
     cores = os.cpu_count() or 1
     for count in (n for n in threads if n <= cores):
-        sessions = [onnx_session(data, count) for data in files]
+        sessions = [onnx_session(file, count) for file in files]
         for batch in batches:
-            runs = [_feed(session, batch) for session in sessions]
-            yield [Timing(batch, count, *spread) for spread in _measured(sessions, runs, seconds)]
+            feeds = [_feed(session, (batch, *shape)) for session in sessions]
+            yield [Timing(batch, count, *spread) for spread in _measured(sessions, feeds, seconds)]
 
 
-def _feed(session: Any, batch: int) -> dict[str, np.ndarray[Any, Any]]:
-    (first,) = session.get_inputs()
+_TYPES = ("tensor(float)", "tensor(uint8)")
+
+
+def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """Noise [N, ...] for the one input of a session; raises UsageError when it is another."""
+    inputs = session.get_inputs()
+    found = [(value.type, tuple(value.shape)) for value in inputs]
+    type, (batch, *rest) = found[0] if found and found[0][1] else ("nothing", (0,))
+    if len(found) != 1 or type not in _TYPES or isinstance(batch, int) or rest != [*shape[1:]]:
+        wanted = "x".join(map(str, ("N", *shape[1:])))
+        raise UsageError(
+            f"files that are compared must take one batch of images {wanted} of any size N, floats "
+            f"or uint8; one takes {', '.join(f'{t} {list(s)}' for t, s in found)}. Export it with "
+            "a dynamic batch dimension and sizes that are known."
+        )
     draw = np.random.default_rng(0)
-    shape = (batch, *first.shape[1:])
-    if first.type == "tensor(uint8)":
-        return {first.name: draw.integers(0, 256, shape, dtype=np.uint8)}
-    return {first.name: draw.standard_normal(shape, dtype=np.float32)}
+    if type == "tensor(uint8)":
+        return {inputs[0].name: draw.integers(0, 256, shape, dtype=np.uint8)}
+    return {inputs[0].name: draw.standard_normal(shape, dtype=np.float32)}
 
 
 def _measured(
-    sessions: Sequence[Any], feeds: Sequence[dict[str, Any]], seconds: float
+    sessions: Sequence[Any], feeds: Sequence[Mapping[str, Any]], seconds: float
 ) -> list[tuple[float, float, float]]:
     """Median, first and third quartile of each session's milliseconds, taken in turn."""
     times: list[list[float]] = [[] for _ in sessions]
     for session, feed in zip(sessions, feeds, strict=True):
-        session.run(None, feed)  # the first call allocates
+        run_once(session, None, feed)  # the first call allocates
     until = time.perf_counter() + seconds * len(sessions)
     while time.perf_counter() < until or len(times[0]) < _FEWEST:
         for session, feed, found in zip(sessions, feeds, times, strict=True):

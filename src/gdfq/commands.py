@@ -16,7 +16,7 @@ from torch import nn
 
 from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
-from gdfq.bench import in_full_precision, side_by_side
+from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
@@ -27,7 +27,7 @@ from gdfq.pipeline import find_device, generate, parse_bits, quantize
 from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
-from gdfq.runs import ONNX_FILE, RunFolder, as_values
+from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export
 from gdfq.student import Keep, Placement, Scheme
 from gdfq.version import __version__
 
@@ -144,11 +144,12 @@ def _export_at_once(quantized: QuantizedNetwork, path: Path) -> None:
     started = time.perf_counter()
     try:
         exported = quantized.export(path)
-    except GdfqError as error:
-        click.secho(f"warning: no ONNX file was written: {error}", fg="yellow", err=True)
+    except Exception as error:  # whatever it is, the run is worth more
+        what = str(error) if isinstance(error, GdfqError) else f"{type(error).__name__}: {error}"
+        click.secho(f"warning: no ONNX file was written: {what}", fg="yellow", err=True)
         return
     seconds = round(time.perf_counter() - started, 3)
-    quantized.metrics["export"] = {"seconds": seconds, **exported.as_values()}
+    quantized.metrics[EXPORT] = {"seconds": seconds, **exported.as_values()}
     _report_export(exported)
 
 
@@ -206,47 +207,49 @@ def export(
     path = out or home / f"student.{format}"
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
-    make_folder(path.parent)
     exported = quantized.export(path, format=format, raw_input=raw_input, safe_x86=safe_x86)
     _report_export(exported)
 
 
 def _report_export(exported: Exported) -> None:
     click.echo(f"{'file':10}{exported.path}, {exported.bytes / 1024:.0f} KiB")
-    for where, parity in (("as they come", exported.inside), ("x 3", exported.beyond)):
-        if parity is not None:
-            same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same answers "
-            click.echo(
-                f"{'parity':10}{same}on {parity.images} images {where}; outputs differ by "
-                f"{parity.max_difference:.2g} at most ({100 * parity.relative_error:.2g} %)"
-            )
+    for kind, parity in (("usual", exported.inside), ("extreme", exported.beyond)):
+        same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same answers "
+        click.echo(
+            f"{'parity':10}{same}on {parity.images} {kind} images; outputs differ by "
+            f"{parity.max_difference:.2g} at most ({100 * parity.relative_error:.2g} %)"
+        )
     for name, share in exported.differs_first:
         click.echo(f"{'':10}{name}: {100 * share:.2g} % of the codes differ")
     for note in exported.notes:
-        click.echo(f"{'note':10}{note}")
+        click.secho(f"{'note':10}{note}", fg="yellow" if exported.saturates_here else None)
 
 
 def bench(folder: Path, against: Path | None, seconds: float) -> None:
     """`gdfq bench`."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"what is measured is the folder of a run, with {ONNX_FILE} in it; {folder} is none. "
+            "Give the folder."
+        )
     quantized = load(folder)
     shape = quantized.card.input_shape
     file = folder / ONNX_FILE
     if not file.exists():
         raise UsageError(f"{folder} must hold {ONNX_FILE}. Make it with: gdfq export {folder}")
-    full = (
-        to_onnx(in_full_precision(quantized.network), shape, {})
-        if against is None
-        else against.read_bytes()
-    )
-    files = {"full precision": full, f"{quantized.card.bits}": file.read_bytes()}
-    sizes = [len(data) for data in files.values()]
+    check_export(folder)
+    files: dict[str, bytes | Path] = {
+        "full precision": against or to_onnx(in_full_precision(quantized.network), shape, {}),
+        f"{quantized.card.bits}": file,
+    }
+    sizes = list(map(size_of, files.values()))
     click.echo(
         f"size      {sizes[0] / 1024:.0f} KiB full precision, {sizes[1] / 1024:.0f} KiB "
         f"{quantized.card.bits}: {sizes[0] / sizes[1]:.1f} times smaller"
     )
     heading = "milliseconds a call (quartiles)"
     click.echo(f"\n{'batch':>5}{'threads':>8}  {heading:48}images/s  faster")
-    for timings in side_by_side(list(files.values()), seconds=seconds):
+    for timings in side_by_side(list(files.values()), shape, seconds=seconds):
         for name, timing in zip(files, timings, strict=True):
             spread = f"{timing.median:.3f} ({timing.low:.3f} to {timing.high:.3f})"
             click.echo(

@@ -2,11 +2,14 @@
 
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gdfq.errors import UsageError
+
+Found = TypeVar("Found")
 
 
 def make_folder(path: Path) -> None:
@@ -22,25 +25,29 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"the out folder must be writable; {path} is not. Choose another --out.")
 
 
-def write_atomically(
-    path: Path, data: bytes, check: Callable[[Path], object] | None = None
-) -> None:
-    """Write under a temporary name in the same folder, force it to disk, then rename.
+def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Found:
+    """Write under a temporary name in the same folder, force it to disk, check it, then rename.
 
-    `check` gets the temporary file; when it raises, the file is not kept.
+    `check` gets the temporary file, whose name no other writer has; when it raises, the file is not
+    kept. Returns what `check` does.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
+        found = check(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return found
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name in the same folder, force it to disk, then rename."""
+    write_checked(path, data, lambda _: None)
 
 
 def write_json(path: Path, value: Any) -> None:

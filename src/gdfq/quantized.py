@@ -18,7 +18,7 @@ from gdfq.files import make_folder, write_atomically
 from gdfq.outputs import built, in_order
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream
-from gdfq.runs import EXAMPLES, read_metrics
+from gdfq.runs import EXAMPLES, note_export, read_metrics
 
 
 class QuantizedNetwork(nn.Module):
@@ -92,14 +92,14 @@ class QuantizedNetwork(nn.Module):
             without VNNI.
 
         Raises UsageError for what the format cannot hold, GdfqError when the file is not equal;
-        then nothing is written, and a file that was there stays.
+        then nothing is written, and a file that was there stays. The path's folder is made.
         """
         accuracy: dict[str, float] = {
             who: self.metrics[who]["top1"]
             for who in ("teacher", "student")
             if "top1" in self.metrics.get(who, {})
         }
-        return export(
+        exported = export(
             self.network,
             self.card,
             Path(path),
@@ -109,20 +109,23 @@ class QuantizedNetwork(nn.Module):
             safe_x86=safe_x86,
             accuracy=accuracy,
         )
+        note_export(exported.path, exported.as_values())
+        return exported
 
 
 def load(path: str | Path) -> QuantizedNetwork:
     """Read the folder of a run, or a .safetensors file that was saved or exported.
 
     Needs neither the user's code nor model. Raises UsageError when there is no finished network,
-    or it is damaged or of another version.
+    or it is damaged or of another version, and for the folder of a run that has not finished.
     """
     path = Path(path)
     if not path.is_dir():
         return QuantizedNetwork(*packed.read(path))
+    metrics = read_metrics(path)
     network, card = packed.read(path / STUDENT_FILE)
     examples = None
     if (path / EXAMPLES).exists():
         images = load_data(path / EXAMPLES, card.input_shape, card.classes)
         examples = card.preprocessing(images.images(torch.arange(len(images))))
-    return QuantizedNetwork(network, card, read_metrics(path), examples)
+    return QuantizedNetwork(network, card, metrics, examples)

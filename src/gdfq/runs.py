@@ -4,7 +4,9 @@ config.json is written first, history.jsonl grows, the student, a few of the ima
 and its ONNX file follow, metrics.json is last: a folder with metrics.json is a finished run.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from gdfq.files import make_folder, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
+EXPORT = "export"
+"""Where the metrics of a run say what its ONNX file is."""
 
 _MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE)
 _FILES = (CONFIG, METRICS, *_MADE)
@@ -63,12 +67,17 @@ class RunFolder:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics of a finished run; empty where there are none.
+    """The metrics of a finished run; empty in a folder that no run wrote.
 
-    Raises UsageError for a file that no run wrote.
+    Raises UsageError for a run that has not finished, and for a file that no run wrote.
     """
     path = folder / METRICS
     if not path.exists():
+        if _is_ours(folder / CONFIG):
+            raise UsageError(
+                f"the run in a folder must have finished; the one in {folder} has not: it has "
+                f"{CONFIG} and no {METRICS}. Run gdfq quantize again."
+            )
         return {}
     try:
         metrics: dict[str, Any] = json.loads(path.read_bytes())
@@ -81,6 +90,27 @@ def read_metrics(folder: Path) -> dict[str, Any]:
             f"({first_line(error)}). Remove it to go on without the run's figures."
         ) from error
     return metrics
+
+
+def note_export(path: Path, exported: Mapping[str, Any]) -> None:
+    """Where a file that was just exported is the ONNX file of a run, let the metrics say so."""
+    if path.name == ONNX_FILE and (path.parent / METRICS).exists():
+        metrics = read_metrics(path.parent)
+        write_json(path.parent / METRICS, {**metrics, EXPORT: exported})
+
+
+def check_export(folder: Path) -> None:
+    """Raise UsageError when the ONNX file of a run is another than was written.
+
+    A folder that no run wrote says nothing about it.
+    """
+    expected = read_metrics(folder).get(EXPORT, {}).get("sha256")
+    found = hashlib.sha256((folder / ONNX_FILE).read_bytes()).hexdigest()
+    if expected is not None and found != expected:
+        raise UsageError(
+            f"{folder / ONNX_FILE} must be as it was when it was compared with the network; it was "
+            f"changed after it was written. Export it again: gdfq export {folder}"
+        )
 
 
 def as_values(value: object) -> Any:

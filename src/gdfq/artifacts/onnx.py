@@ -26,6 +26,8 @@ from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.grid import code_bounds
 
 INPUT = "images"
+PIXELS = "pixels."
+"""How names begin of what normalises pixels in the file."""
 
 _DOMAIN = "gdfq"
 _OPSET, _OPSET_OF_INT2 = 21, 25
@@ -37,6 +39,8 @@ _PACKED = {
 """Types of weights' codes on disk, by bits; the others are INT8."""
 WIDTHS = (2, 4, 8)
 """The widths that fill their type: any other takes as much of a file as the next one of these."""
+_ALWAYS_SAFE = 63
+"""Weights up to here cannot overflow the kernels of processors without VNNI."""
 
 
 def to_onnx(
@@ -49,11 +53,29 @@ def to_onnx(
     """A frozen network [N, *input_shape] -> its outputs as an ONNX model, any N.
 
     metadata: written into the file. outputs: their names. With raw_input the model takes uint8
-    pixels and normalises them itself. Raises UsageError for an operator that ONNX has no form for.
+    pixels and normalises them itself. Raises UsageError for an operator that ONNX has no form for,
+    and GdfqError when what was written for it is no valid model.
     """
-    import onnx
-
     model = _exported(_opaque(network), input_shape)
+    try:
+        _rewrite(model, metadata, raw_input, outputs)
+        return _serialised(model)
+    except GdfqError:
+        raise
+    except Exception as error:  # of the libraries that hold and check the graph
+        raise GdfqError(
+            "the network must become a valid ONNX model; writing it failed with: "
+            f"{first_line(error)}. Report the network; export it with --format safetensors or pt2."
+        ) from error
+
+
+def _rewrite(
+    model: ir.Model,
+    metadata: Mapping[str, str],
+    raw_input: Preprocessing | None,
+    outputs: Sequence[str],
+) -> None:
+    """Turn what the exporter wrote into standard operators, with names and metadata of ours."""
     graph = model.graph
     for value, name in zip((graph.inputs[0], *graph.outputs), (INPUT, *outputs), strict=True):
         value.name = name
@@ -66,7 +88,7 @@ def to_onnx(
     _keep_float(graph)
     if raw_input is not None:
         _normalise_pixels(graph, raw_input)
-    _rename(graph)
+    _rename(graph, writer.titles)
     _strip(model)
     model.opset_imports.pop(_DOMAIN, None)
     constants = (value.const_value for value in graph.initializers.values())
@@ -76,6 +98,11 @@ def to_onnx(
         model.ir_version = 13
     model.producer_name, model.producer_version = "gdfq", metadata.get("gdfq", "")
     model.metadata_props.update(metadata)
+
+
+def _serialised(model: ir.Model) -> bytes:
+    import onnx
+
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]  # readers infer shapes; written down they cost space
     onnx.checker.check_model(proto)
@@ -105,10 +132,14 @@ def weight_sizes(network: fx.GraphModule, data: bytes) -> list[dict[int, int]]:
         always = sum(parts.get(base + part, 0) for part in ("", "_scale", "_zeros", ".dq", ".mul"))
         always -= -(-count // 2)
         # A grouped transposed convolution's nodes are named after its weight at 8 bits alone.
-        renamed = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
+        wide = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
+        if not wide and f"{base}_zeros" not in parts:  # which wide weights have, others need not
+            steps = tensors_of(network)[str(node.args[1].target)].numel()
+            zeros = onnx.numpy_helper.from_array(np.zeros(steps, np.int8), f"{base}_zeros")
+            wide = _entry(zeros.ByteSize()) + 3 + len(zeros.name)
         sizes.append(
             {
-                bits: always + -(-count * bits // 8) + (narrow if bits in _PACKED else renamed)
+                bits: always + -(-count * bits // 8) + (narrow if bits in _PACKED else wide)
                 for bits in WIDTHS
             }
         )
@@ -120,7 +151,9 @@ def _entry(size: int) -> int:
     return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
-def _symbol(name: str, value: Tensor, inputs: tuple[Tensor, ...], **attributes: int) -> Tensor:
+def _symbol(
+    name: str, value: Tensor, inputs: tuple[Tensor, ...], **attributes: int | str
+) -> Tensor:
     """An operator of our own domain for the exporter, with the shape and type of `value`."""
     made: Tensor = torch.onnx.ops.symbolic(
         f"{_DOMAIN}::{name}",
@@ -133,8 +166,10 @@ def _symbol(name: str, value: Tensor, inputs: tuple[Tensor, ...], **attributes: 
     return made
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    return _symbol("FakeQuantize", x, (x, scale, zero_point), bits=bits)
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, title: str = ""
+) -> Tensor:
+    return _symbol("FakeQuantize", x, (x, scale, zero_point), bits=bits, title=title)
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -154,9 +189,14 @@ _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 def codes_name(quantizer: fx.Node) -> str:
     """The name, in the ONNX graph, of the codes that a node of the frozen graph quantizes to."""
-    scale, bits = quantizer.args[1], quantizer.args[3]
+    return f"{_quantizer_title(quantizer)}.{'clip' if quantizer.args[3] != 8 else 'q'}"
+
+
+def _quantizer_title(quantizer: fx.Node) -> str:
+    """The name of an activation quantizer, which no other has: that of its constants."""
+    scale = quantizer.args[1]
     assert isinstance(scale, fx.Node)
-    return f"{_stem(str(scale.target))}.{'clip' if bits != 8 else 'q'}"
+    return _stem(str(scale.target))
 
 
 def _opaque(network: fx.GraphModule) -> fx.GraphModule:
@@ -164,6 +204,9 @@ def _opaque(network: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(network.graph, {}))
     for node in graph.nodes:
+        if node.target is grid.fake_quantize:
+            # Constants of equal value become one in the export, so they cannot tell the name.
+            node.update_kwarg("title", _quantizer_title(node))
         node.target = _OPAQUE.get(node.target, node.target)
     return flat_module(graph, tensors_of(network)).eval()
 
@@ -201,6 +244,8 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+        self.titles: dict[ir.Node, str] = {}
+        """Names of the nodes that quantize activations."""
 
     def write(self, node: ir.Node) -> None:
         form = {
@@ -220,12 +265,13 @@ class _Writer:
     def _activation(self, node: ir.Node) -> list[ir.Node]:
         """Signed codes of k bits become unsigned ones: q + 2^(k−1), and so their zero point."""
         x, scale, zero_point = _inputs(node)
-        bits, base = node.attributes["bits"].as_int(), _stem(scale.name)
+        bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
         lowest, highest = code_bounds(bits)
         unsigned = (_array(zero_point) - lowest).astype(np.uint8)
         maker = x.producer()
-        if maker is not None and maker.op_type == "Relu" and not unsigned.any():
-            x = maker.inputs[0]  # codes below 0 are lost to the quantizer as well
+        bounds = (np.array([_bounds(maker)]) / _array(scale)).round() + unsigned
+        if bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest - lowest:
+            x = maker.inputs[0]  # what it cuts off is lost to the quantizer as well
         step = self._constant(f"{base}.scale", _array(scale))
         new_zero_point = self._constant(f"{base}.zero_point", unsigned)
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
@@ -235,7 +281,9 @@ class _Writer:
             top = self._constant(f"codes.{highest - lowest}", np.array(highest - lowest, np.uint8))
             nodes.append(ir.node("Clip", [quantized.outputs[0], None, top]))
         codes = nodes[-1].outputs[0]
-        return [*nodes, ir.node("DequantizeLinear", [codes, step, new_zero_point])]
+        nodes.append(ir.node("DequantizeLinear", [codes, step, new_zero_point]))
+        self.titles |= {made: f"{base}.{_kind(made)}" for made in nodes}
+        return nodes
 
     def _weight(self, node: ir.Node) -> list[ir.Node]:
         codes, scale, zero_point = _inputs(node)
@@ -265,8 +313,10 @@ class _Writer:
         attributes = {"axis": axes[0]} if axes else {}
         factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
         inputs = [current, factor]
-        if any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
-            # ONNX Runtime fuses a Gemm only with a zero point that is written down.
+        wide = int(np.abs(values - offsets).max(initial=0)) > _ALWAYS_SAFE
+        if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
+            # ONNX Runtime fuses a Gemm only with a zero point that is written down, and where it
+            # makes wide weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
             zeros = np.zeros(steps.reshape(-1).shape if axes else (), dtype=np.int8)
             inputs.append(self._constant(f"{base}_zeros", zeros))
         return [*nodes, ir.node("DequantizeLinear", inputs, attributes)]
@@ -276,6 +326,9 @@ class _Writer:
         base = f"{_stem(codes.name)}.bias"
         stored = self._constant(base, _array(codes))
         steps = _array(activation_scale) * _array(weight_scale).reshape(-1)
+        if steps.size == 1:  # of a weight that has one step for all channels
+            factor = self._constant(f"{base}_scale", steps.reshape(()))
+            return [ir.node("DequantizeLinear", [stored, factor])]
         factor = self._constant(f"{base}_scale", steps)
         return [ir.node("DequantizeLinear", [stored, factor], {"axis": 0})]
 
@@ -296,16 +349,28 @@ class _Writer:
         return value
 
 
+def _bounds(node: ir.Node | None) -> tuple[float, float]:
+    """Below and above which an operator that cuts numbers off does so; NaN for any other."""
+    if node is not None and node.op_type == "Relu":
+        return 0.0, np.inf
+    if node is not None and node.op_type == "Clip" and len(node.inputs) == 3:
+        low, high = node.inputs[1:]
+        if all(value is not None and value.const_value is not None for value in (low, high)):
+            return float(_array(low)), float(_array(high))
+    return np.nan, np.nan
+
+
 def _inputs(node: ir.Node) -> tuple[Any, ...]:
     return tuple(node.inputs)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put nodes, of which the last makes the same value, in the place of one."""
+    """Put nodes in the place of one; the last of them make its values, each one."""
     graph.insert_before(node, nodes)
-    (old,), (new,) = node.outputs, nodes[-1].outputs
-    new.name, new.shape, new.type = old.name, old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    makers = nodes[-len(node.outputs) :]
+    for old, (new,) in zip(node.outputs, (maker.outputs for maker in makers), strict=True):
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
@@ -361,7 +426,10 @@ def _flatten(node: ir.Node) -> ir.Node:
 
 
 _MOVES_NUMBERS = frozenset(
-    {"Expand", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+    {
+        *("Expand", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze"),
+        *("Transpose", "Unsqueeze"),
+    }
 )
 
 
@@ -382,9 +450,10 @@ def _keep_codes(graph: ir.Graph) -> None:
             if len(others) > 1 and others[1] is not None and _array(others[1]).any():
                 continue  # what it pads with need not lie on the grid
             others[1:2] = [zero_point]
-        moved = ir.node(node.op_type, [codes, *others], node.attributes)
-        after = ir.node("DequantizeLinear", [moved.outputs[0], scale, zero_point])
-        _replace(graph, node, [moved, after])
+        count = len(node.outputs)
+        moved = ir.node(node.op_type, [codes, *others], node.attributes, num_outputs=count)
+        after = [ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs]
+        _replace(graph, node, [moved, *after])
         if not first.uses():
             graph.remove(dequantize, safe=True)
 
@@ -436,7 +505,7 @@ def _normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
     mean, std = (np.array(v, dtype=np.float32) for v in (preprocessing.mean, preprocessing.std))
     shape = (1, len(mean), *[1] * (old.shape.rank() - 2))
     new = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
-    values = {"pixels.factor": 1 / (255 * std), "pixels.shift": -mean / std}
+    values = {f"{PIXELS}factor": 1 / (255 * std), f"{PIXELS}shift": -mean / std}
     constants = []
     for name, numbers in values.items():
         value = ir.Value(name=name, const_value=ir.tensor(numbers.reshape(shape), name=name))
@@ -452,24 +521,31 @@ def _normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
     graph.insert_before(first, [cast, scaled, shifted])
 
 
-def _rename(graph: ir.Graph) -> None:
+def _rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
     """Short names that a person recognises: each node has that of its value.
+
+    titles: those of some nodes, which no other gets. Of several values each has its number behind.
 
     What dequantizes constants stays without a node name; that saves a few percent of a small file.
     """
     outputs = {value.name for value in graph.outputs}
-    taken = {*graph.initializers, INPUT, *outputs}
+    taken = {*graph.initializers, INPUT, *outputs, *titles.values()}
     for node in graph:
-        name = _title(node)
+        name = titles.get(node) or _title(node)
         unique, count = name, 0
-        while unique in taken:
+        while node not in titles and unique in taken:
             count += 1
             unique = f"{name}_{count}"
-        taken.add(unique)
+        names = [unique] if len(node.outputs) == 1 else _numbered(unique, len(node.outputs))
+        taken |= {unique, *names}
         node.name = None if _OF_CONSTANTS.search(name) else unique
-        for value in node.outputs:
+        for value, new in zip(node.outputs, names, strict=True):
             if value.name not in outputs:
-                value.name = unique
+                value.name = new
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{name}.{index}" for index in range(count)]
 
 
 _OF_CONSTANTS = re.compile(r"\.(weight|bias)\.")
@@ -478,14 +554,19 @@ _OWN = ("codes.", "float.", "val_", "min_val", "max_val")
 _SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq"}
 
 
+def _kind(node: ir.Node) -> str:
+    return _SHORT.get(node.op_type, node.op_type.lower())
+
+
 def _title(node: ir.Node) -> str:
     """`layer1.conv1` for a layer, `relu.q` for what quantizes a ReLU's output, else the operator.
 
     Where constants enter they say what the node is about.
     """
-    kind = _SHORT.get(node.op_type, node.op_type.lower())
+    kind = _kind(node)
     names = ["" if value is None else str(value.name) for value in node.inputs]
-    layer, of_weight, _ = names[1].rpartition(".weight.") if len(names) > 1 else ("", "", "")
+    # A weight, or one that is made of it: `conv.weight`, `conv.weight.dq`.
+    layer, of_weight, _ = f"{names[1]}.".rpartition(".weight.") if len(names) > 1 else ("", "", "")
     if of_weight:
         return layer
     for value in node.inputs:

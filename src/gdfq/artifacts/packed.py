@@ -1,7 +1,8 @@
 """The saved student: one safetensors file, codes packed at their true width.
 
 Its metadata has one entry, `gdfq`: a JSON document with the format's version, the card, the graph
-(see `graphs.py`), the shape and width of each packed tensor, and a hash of all tensors.
+(see `graphs.py`), the shape and width of each packed tensor, and a hash of all that and of the
+tensors.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from gdfq.errors import UsageError
 from gdfq.grid import Bits, code_bounds
 from gdfq.outputs import count_of, read_structure
 
-FORMAT, VERSION = "gdfq-student", 3
+FORMAT, VERSION = "gdfq-student", 4
 STUDENT_FILE = "student.safetensors"
 _KEY = "gdfq"
 _HEADER = 8
@@ -75,10 +76,10 @@ def to_safetensors(network: fx.GraphModule, card: Card) -> bytes:
         "format": FORMAT,
         "version": VERSION,
         "card": {**asdict(card), "bits": str(card.bits)},
-        "sha256": _digest(packed),
         "codes": table,
         "graph": graph_to_json(network.graph),
     }
+    document["sha256"] = digest(document, packed)
     # One key of metadata: with more, safetensors' order, and so the file, is a matter of chance.
     return bytes(save(packed, {_KEY: json.dumps(document, separators=(",", ":"))}))
 
@@ -117,7 +118,7 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModul
             f"{name} must be of format {FORMAT!r}, version {VERSION}; it is "
             f"{found!r}, version {version!r}. Read it with the version of gdfq that wrote it."
         )
-    if _digest(tensors) != document.get("sha256"):
+    if digest(document, tensors) != document.get("sha256"):
         raise _damaged(name)
     try:
         for codes, entry in document["codes"].items():
@@ -131,14 +132,16 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModul
     return network, card
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """A hash of names and contents."""
-    digest = hashlib.sha256()
+def digest(document: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The hash of a document, but for the one that it holds, and of tensors and their names."""
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    hashed = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _code_widths(network: fx.GraphModule) -> dict[str, int]:
