@@ -150,15 +150,17 @@ def file_of(result):
     )
 
 
-@pytest.mark.parametrize(("name", "size"), [("Shared", 3700), ("Transposed", 3700)])
-def test_the_file_keeps_within_the_size(name, size):
+@pytest.mark.parametrize(
+    ("name", "size", "near"), [("Shared", 4000, 512), ("Transposed", 4000, 64)]
+)
+def test_the_file_keeps_within_the_size(name, size, near):
     """Also where a layer is used twice or has no steps by channel; and it comes near its bound."""
     model = networks.make(name)
     result = gdfq.quantize(model, networks.images(1), "auto", SMALL, size=size, steps=4)
     chosen = result.metrics["allocation"]
     data = file_of(result)
     assert len(data) <= chosen["bytes"] <= size
-    assert chosen["bytes"] - len(data) < 64
+    assert chosen["bytes"] - len(data) < near  # a layer that is used twice may share its numbers
     named = {name for name, bits in chosen["widths"].items() if bits != 4}
     assert {keep.rpartition("=")[0] for keep in result.card.keep} == named
 

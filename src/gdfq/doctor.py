@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from gdfq import operators
 from gdfq.artifacts.onnx import WIDTHS
@@ -117,7 +117,8 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         recipe.source.stream(teacher, steps=1, seed=0)
     except GdfqError as error:
         problems.append(str(error))
-    found = tuple(_layer(node, weight_bits, widths) for node in layers)
+    weights = {node: tensors_of(folded.network)[str(node.args[1].target)] for node in layers}
+    found = tuple(_layer(node, weights[node], weight_bits, widths) for node in layers)
     tensors = tensors_of(teacher.network)
     norms = len(teacher.batch_norms)
     return Diagnosis(
@@ -142,30 +143,31 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
 
 
 def _layer(
-    node: fx.Node, weight_bits: Mapping[fx.Node, int], widths: Mapping[fx.Node, int]
+    node: fx.Node,
+    weight: Tensor,
+    weight_bits: Mapping[fx.Node, int],
+    widths: Mapping[fx.Node, int],
 ) -> Layer:
-    x, weight = node.args[:2]
+    x = node.args[0]
     assert isinstance(x, fx.Node)
-    assert isinstance(weight, fx.Node)
     return Layer(
         name=operators.layer_name(node),
         operator=operators.name_of(node).split(".")[1],
-        weight=tuple(weight.meta["val"].shape),
-        operations=layer_operations(node),
+        weight=tuple(weight.shape),
+        operations=layer_operations(node, weight),
         bits=weight_bits.get(node),
         input_bits=widths.get(operators.grid_source(x)),
     )
 
 
-def layer_operations(node: fx.Node) -> int:
+def layer_operations(node: fx.Node, weight: Tensor) -> int:
     """Multiply-accumulates of a convolution or linear layer for one image, borders counted."""
-    x, weight = node.args[:2]
+    x = node.args[0]
     assert isinstance(x, fx.Node)
-    assert isinstance(weight, fx.Node)
     layout, _ = operators.weight_layout(node)
     # Each output of a layer, each input of a transposed one, meets the rest of the weight.
     at = node if layout is Layout.ROWS else x
-    return _elements(at) * math.prod(weight.meta["val"].shape[1:])
+    return _elements(at) * math.prod(weight.shape[1:])
 
 
 def _product_operations(node: fx.Node) -> int:
