@@ -196,6 +196,7 @@ _OTHERS = frozenset(
         "softplus.default",
         "sqrt.default",
         "square.default",
+        "slice_scatter.default",
         "std.correction",
         "std.dim",
         "sub.Scalar",
