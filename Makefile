@@ -18,11 +18,12 @@ demo: install
 	rm -rf demo-run
 	$(BIN)/gdfq demo --out demo-run
 
+# Tests run beside one another, one thread each: more threads gain little on small networks.
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 clean:
 	rm -rf .venv demo-run

@@ -1,0 +1,142 @@
+"""What is told beforehand, against independent counts and the run itself."""
+
+import json
+
+import networks
+import pytest
+import torch
+from torch import nn
+
+import gdfq
+from gdfq.capture import capture
+from gdfq.cli import main
+from gdfq.doctor import diagnose, with_costs
+from gdfq.grid import Bits
+from gdfq.recipes import find_recipe
+from gdfq.student import Keep, Scheme
+
+FULL = Scheme(Bits(4, 4), "full")
+
+
+def counted_by_hooks(model, x):
+    """Multiply-accumulates of one image: a module's outputs times what each is made from."""
+    counts = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            if isinstance(module, nn.ConvTranspose2d):
+                each = module.weight[0].numel()
+                counts[name] = inputs[0][0].numel() * each
+            else:
+                counts[name] = output[0].numel() * module.weight[0].numel()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.register_forward_hook(note(name))
+    model(x)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["Residual", "Branches", "Transposed", "Segmenter"])
+def test_operations_and_parameters_against_hooks(name):
+    model = networks.make(name)
+    diagnosis = diagnose(capture(model, networks.images(1)), FULL, find_recipe("fast"))
+    counts = counted_by_hooks(model, networks.images(1))
+    assert {layer.name: layer.operations for layer in diagnosis.layers} == counts
+    assert diagnosis.operations == sum(counts.values())
+    assert diagnosis.parameters == sum(p.numel() for p in model.parameters())
+    assert not diagnosis.problems
+
+
+def test_attention_counts_its_products():
+    teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
+    diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
+    layers = sum(layer.operations for layer in diagnosis.layers)
+    # Two blocks of four heads: 17 x 17 scores of 8 products each, and as many to weigh values.
+    assert diagnosis.operations - layers == 2 * 2 * 4 * 17 * 17 * 8
+    assert diagnosis.float_operators["layer_norm"] == 5
+    assert diagnosis.float_operators["softmax"] == 2
+    assert diagnosis.batch_norms == 0
+
+
+def test_widths_are_those_of_the_run():
+    model = networks.make("Residual")
+    scheme = Scheme(Bits(3, 4), "full", (Keep("fc", None),))
+    diagnosis = diagnose(capture(model, networks.images(1)), scheme, find_recipe("fast"))
+    assert [(layer.name, layer.bits, layer.input_bits) for layer in diagnosis.layers] == [
+        ("conv1", 3, 8),
+        ("conv2", 3, 4),
+        ("fc", None, None),
+    ]
+    assert diagnosis.activations == {4: 2, 8: 2}
+    assert (diagnosis.batch_norms, diagnosis.folded) == (2, 2)
+    assert "2 of 3 layers quantized" in diagnosis.summary()
+
+
+def test_the_size_is_that_of_the_file(tmp_path):
+    model = nn.Sequential(
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()) * 4,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    ).eval()
+    example = torch.zeros(1, 32, 8, 8)
+    recipe = find_recipe("fast").with_steps(4)
+    diagnosis = diagnose(capture(model, example), FULL, recipe)
+    data = torch.randn(64, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantized = gdfq.quantize(model, example, "w4a4", "real", data=data, steps=4)
+    written = quantized.export(tmp_path / "q.onnx").bytes
+    assert 0.75 < diagnosis.quantized_bytes / written < 1.1
+
+
+def test_problems_are_told_instead_of_raised():
+    teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
+    diagnosis = diagnose(teacher, Scheme(Bits(4, 4), "t1"), find_recipe("fast"))
+    assert len(diagnosis.problems) == 2
+    assert "of which this network has none" in diagnosis.problems[0]
+    assert "Use recipe 'patches'" in diagnosis.problems[1]
+    assert with_costs(diagnosis, teacher, FULL, find_recipe("fast")).seconds is None
+
+
+def test_narrow_depthwise_layers_are_named():
+    teacher = capture(networks.make("Branches"), networks.images(1))
+    advice = " ".join(diagnose(teacher, FULL, find_recipe("fast")).advice)
+    assert "16 channels or fewer lose most and gain no speed: depthwise." in advice
+    wide = diagnose(teacher, Scheme(Bits(8, 8), "full"), find_recipe("fast"))
+    assert wide.advice == ()
+
+
+@pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
+def test_time_grows_with_the_steps_and_nothing_changes(name, teacher):
+    before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
+    recipe = find_recipe(name).with_steps(8)
+    found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
+    assert found.seconds is not None
+    assert all(value >= 0 for value in found.seconds.values())
+    assert found.seconds["images"] > 0
+    assert (found.seconds["tuning"] > 0) == (name != "round")
+    assert found.peak_bytes is not None
+    assert found.peak_bytes > 2**26
+    assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
+
+
+def test_the_command(capsys, tmp_path):
+    file = tmp_path / "net.py"
+    source = (networks.__file__, networks.__name__)
+    file.write_text(f"import sys\nsys.path.insert(0, {str(source[0].rpartition('/')[0])!r})\n"
+                    "import networks\ndef net(): return networks.make('Residual')\n")  # fmt: skip
+    arguments = ["doctor", f"{file}:net", "--input", "3x8x8", "--steps", "8"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--json"])
+    assert stop.value.code == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in facts["layers"]] == ["conv1", "conv2", "fc"]
+    assert facts["seconds"].keys() == {"images", "tuning"}
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--recipe", "zeroq", "--placement", "t1"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 batch norms fold" in printed
+    assert "measured on one step of each" in printed
