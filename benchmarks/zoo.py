@@ -6,7 +6,7 @@
 For each one and both placements: capture, two steps of its source, two tuning steps at w4a4,
 inference on random images, export to ONNX and parity in ONNX Runtime. Random weights say nothing
 of accuracy; they say whether a network of this shape passes. Each result is written to
-benchmarks/results/zoo.json as soon as it is there. Needs the extra `hubs`; architectures of a
+benchmarks/results/zoo.json as soon as it is there, and the table in docs/networks.md at the end. Needs the extra `hubs`; architectures of a
 library that is absent are skipped with a line.
 """
 
@@ -36,6 +36,7 @@ from gdfq.sources.spectral import SpectralSource
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
+PAGE, MARK = ROOT / "docs" / "networks.md", "<!-- benchmarks/zoo.py -->"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,33 @@ def passed(entry: Entry) -> dict[str, Any]:
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def table(rows: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| network | input | parameters | layers | batch norms | outputs | t1 | full |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows.values(), key=lambda row: str(row["network"])):
+        if trouble := row.get("error") or row.get("bug"):
+            lines.append(f"| {row['network']} | {row.get('input', '')} | | | | | {trouble} | |")
+            continue
+        ends = [
+            part.get("error") or f"{part['kib']} KiB, {part['typical_error']:.0e}"
+            for part in (row["t1"], row["full"])
+        ]
+        facts = (row["parameters"], row["layers"], row["batch_norms"], row["outputs"])
+        cells = [row["network"], row["input"], *(f"{fact:,}" for fact in facts), *ends]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_table(rows: dict[str, Any]) -> None:
+    """Put the table behind its mark in docs/networks.md."""
+    before, mark, _ = PAGE.read_text().partition(MARK)
+    assert mark, f"{PAGE} must have the line {MARK}"
+    PAGE.write_text(f"{before}{mark}\n\n{table(rows)}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,6 +185,7 @@ def main() -> None:
         rows[entry.spec] = row
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
         print(json.dumps(row), flush=True)
+    write_table(rows)
     del kept
 
 
