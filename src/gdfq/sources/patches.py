@@ -7,6 +7,7 @@ another as they can (arXiv 2203.02250). Their form is that of `spectral.py`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,12 +16,12 @@ from gdfq import operators
 from gdfq.capture import Captured
 from gdfq.errors import UsageError
 from gdfq.features import block_ends, with_features
-from gdfq.losses import focal_loss, patch_entropy
-from gdfq.progress import Listener, Step, silent
+from gdfq.losses import patch_entropy
+from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, Cosine, set_rate_
-from gdfq.sources import Batch, labels_in_turn
-from gdfq.sources.spectral import from_spectrum, natural_spectrum
+from gdfq.schedules import AdamConfig
+from gdfq.sources import Batch
+from gdfq.sources.spectral import spectral_batches
 from gdfq.statistics import input_moments
 
 _PATCHES = 64
@@ -60,48 +61,18 @@ class PatchSource:
                 f"feature maps inside; this network takes {list(teacher.input_shape)} and has "
                 f"{len(nodes)} such tensors. Give real inputs instead (--data, or data=...)."
             )
-        return self._batches(teacher, nodes, steps, seed, listener)
-
-    def _batches(
-        self,
-        teacher: Captured,
-        nodes: list[fx.Node],
-        steps: int,
-        seed: int,
-        listener: Listener,
-    ) -> Iterator[Batch]:
-        channels, *size = teacher.input_shape
         network = with_features(teacher.network, nodes)
-        amplitude = natural_spectrum(size, self.exponent).to(teacher.device)
+
+        def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
+            outputs, features = network(images)
+            looks = map(patches, nodes, features)
+            entropy = torch.stack([patch_entropy(look) for look in looks]).mean()
+            mean, variance = input_moments(images)
+            scale = mean.square().mean() + (variance.sqrt() - 1).square().mean()
+            return outputs, scale - entropy, {"entropy": entropy.detach()}
+
         draw = random_stream(seed, "patches.draw")
-        for step in range(steps):
-            labels = labels_in_turn(teacher, step, self.batch)
-            shape = (self.batch, channels, *amplitude.shape, 2)
-            noise = torch.randn(shape, generator=draw).mul_(0.5**0.5)
-            coefficients = noise.to(teacher.device).requires_grad_()
-            optimizer = self.optimizer.build([coefficients])
-            for iteration in range(self.iterations):
-                set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
-                with torch.enable_grad():
-                    images = from_spectrum(coefficients, amplitude, size, self.grey)
-                    outputs, features = network(images)
-                    looks = map(patches, nodes, features)
-                    entropy = torch.stack([patch_entropy(look) for look in looks]).mean()
-                    mean, variance = input_moments(images)
-                    scale = mean.square().mean() + (variance.sqrt() - 1).square().mean()
-                    loss, losses = scale - entropy, {"entropy": entropy.detach()}
-                    if labels is not None:
-                        boundary = focal_loss(outputs, labels, self.focus)
-                        loss = loss + self.class_weight * boundary
-                        losses["boundary"] = boundary.detach()
-                    (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
-                optimizer.step()
-                done = step * self.iterations + iteration + 1
-                listener(Step("images", done, steps * self.iterations, losses))
-            with torch.no_grad():
-                images = from_spectrum(coefficients, amplitude, size, self.grey)
-                logits = teacher.logits(images)
-            yield Batch(images, labels, logits, losses)
+        return spectral_batches(self, teacher, knowledge, steps, draw, listener)
 
 
 def patch_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -8,8 +8,9 @@ so; see C. Olah et al., Distill 2017, "Feature Visualization".)
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,51 +52,83 @@ class SpectralSource:
         Raises UsageError for networks without batch norms and for inputs without a spatial axis.
         """
         network = StatisticsNetwork(teacher, of_input=True)
-        channels, *size = teacher.input_shape
-        if not size:
+        if len(teacher.input_shape) < 2:
             raise UsageError(
                 "images with a spectrum need one spatial axis or more; this network takes vectors "
-                f"of {channels}. Use recipe 'zeroq', or give real inputs (--data, or data=...)."
+                f"of {teacher.input_shape[0]}. Use recipe 'zeroq', or give real inputs (--data, or "
+                "data=...)."
             )
-        return self._batches(teacher, network, steps, seed, listener)
 
-    def _batches(
-        self,
-        teacher: Captured,
-        network: StatisticsNetwork,
-        steps: int,
-        seed: int,
-        listener: Listener,
-    ) -> Iterator[Batch]:
-        channels, *size = teacher.input_shape
-        device = teacher.device
-        amplitude = natural_spectrum(size, self.exponent).to(device)
+        def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
+            outputs, seen = network(images)
+            bns = relative_statistics_loss(seen, network.stored)
+            return outputs, bns, {"bns": bns.detach()}
+
         draw = random_stream(seed, "spectral.draw")
-        for step in range(steps):
-            labels = labels_in_turn(teacher, step, self.batch)
-            shape = (self.batch, channels, *amplitude.shape, 2)
-            noise = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5))
-            coefficients = noise.to(device).requires_grad_()
-            optimizer = self.optimizer.build([coefficients])
-            for iteration in range(self.iterations):
-                set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
-                with torch.enable_grad():
-                    images = from_spectrum(coefficients, amplitude, size, self.grey)
-                    outputs, seen = network(images)
-                    bns = relative_statistics_loss(seen, network.stored)
-                    loss, losses = bns, {"bns": bns.detach()}
-                    if labels is not None:
-                        boundary = focal_loss(outputs, labels, self.focus)
-                        loss = bns + self.class_weight * boundary
-                        losses["boundary"] = boundary.detach()
-                    (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
-                optimizer.step()
-                done = step * self.iterations + iteration + 1
-                listener(Step("images", done, steps * self.iterations, losses))
-            with torch.no_grad():
-                images = from_spectrum(coefficients, amplitude, size, self.grey)
-                logits = teacher.logits(images)
-            yield Batch(images, labels, logits, losses)
+        return spectral_batches(self, teacher, knowledge, steps, draw, listener)
+
+
+class SpectralConfig(Protocol):
+    """How images are optimised by their spectra; the fields of `SpectralSource`."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def optimizer(self) -> AdamConfig: ...
+    @property
+    def exponent(self) -> float: ...
+    @property
+    def grey(self) -> float: ...
+    @property
+    def class_weight(self) -> float: ...
+    @property
+    def focus(self) -> float: ...
+
+
+Knowledge = Callable[[Tensor], tuple[Any, Tensor, dict[str, Tensor]]]
+"""Images -> what the teacher returns, the loss that they should lessen, its parts for the log."""
+
+
+def spectral_batches(
+    config: SpectralConfig,
+    teacher: Captured,
+    knowledge: Knowledge,
+    steps: int,
+    draw: torch.Generator,
+    listener: Listener,
+) -> Iterator[Batch]:
+    """Batches of images whose Fourier coefficients follow Adam on what the teacher knows.
+
+    The loss is that of `knowledge` plus, for a network with classes, the focal class loss.
+    """
+    channels, *size = teacher.input_shape
+    device = teacher.device
+    amplitude = natural_spectrum(size, config.exponent).to(device)
+    for step in range(steps):
+        labels = labels_in_turn(teacher, step, config.batch)
+        shape = (config.batch, channels, *amplitude.shape, 2)
+        noise = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5))
+        coefficients = noise.to(device).requires_grad_()
+        optimizer = config.optimizer.build([coefficients])
+        for iteration in range(config.iterations):
+            set_rate_(optimizer, Cosine().factor(iteration, config.iterations))
+            with torch.enable_grad():
+                images = from_spectrum(coefficients, amplitude, size, config.grey)
+                outputs, loss, losses = knowledge(images)
+                if labels is not None:
+                    boundary = focal_loss(outputs, labels, config.focus)
+                    loss = loss + config.class_weight * boundary
+                    losses["boundary"] = boundary.detach()
+                (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
+            optimizer.step()
+            done = step * config.iterations + iteration + 1
+            listener(Step("images", done, steps * config.iterations, losses))
+        with torch.no_grad():
+            images = from_spectrum(coefficients, amplitude, size, config.grey)
+            logits = teacher.logits(images)
+        yield Batch(images, labels, logits, losses)
 
 
 def natural_spectrum(size: list[int], exponent: float) -> Tensor:
