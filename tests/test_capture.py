@@ -47,6 +47,7 @@ def test_batch_norms_of_every_kind_are_found():
         "Awkward": 1,
         "Borders": 1,
         "Tokens": 1,
+        "Shuffled": 3,
     }
 
 
@@ -92,6 +93,8 @@ class BatchOfTwo(Outputs):
     [
         (Outputs(lambda y: (y, "text")), "tuples, lists and dictionaries of tensors.*a str"),
         (Outputs(lambda y: ()), "returned no tensor"),
+        (Outputs(lambda y: y / 0), "finite ones"),
+        (Outputs(lambda y: y[:, :0]), "nothing in it"),
         (Outputs(lambda y: y.argmax(1)), r"tensor of floats.*returned \[2\]"),
         (Outputs(lambda y: y.sum(0)), r"one entry for each image.*returned \[5\]"),
         (Outputs(lambda y: F.dropout(y, 0.5, training=True)), "native_dropout"),

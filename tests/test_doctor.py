@@ -61,6 +61,41 @@ def test_attention_counts_its_products():
     assert diagnosis.batch_norms == 0
 
 
+class Sequence(nn.Module):
+    """Attention with the sequence first, as PyTorch's own module has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.flatten(2).permute(2, 0, 1)
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(0))
+
+
+def test_a_batch_that_is_not_first_counts_once():
+    teacher = capture(Sequence().eval(), torch.zeros(1, 8, 2, 5))
+    diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
+    counts = [layer.operations for layer in diagnosis.layers]
+    assert counts == [10 * 8 * 24, 10 * 8 * 8, 8 * 3]  # ten positions
+    assert diagnosis.operations == sum(counts) + 2 * 2 * 10 * 10 * 4
+
+
+def test_what_is_on_no_grid_is_float():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    )
+    teacher = capture(model.eval(), networks.images(1))
+    recipe = find_recipe("real")
+    full = diagnose(teacher, FULL, recipe)
+    assert full.float_operators == {}
+    kept = diagnose(teacher, Scheme(Bits(4, 4), "full", (Keep("2", None),)), recipe)
+    assert kept.float_operators == {"conv2d": 1}
+    published = diagnose(teacher, Scheme(Bits(4, 4), "t1"), recipe)
+    assert published.float_operators == {"conv2d": 1, "linear": 1}  # the input's, and the last
+
+
 def test_widths_are_those_of_the_run():
     model = networks.make("Residual")
     scheme = Scheme(Bits(3, 4), "full", (Keep("fc", None),))

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 import gdfq
 from gdfq import UsageError
 from gdfq.capture import capture
+from gdfq.grid import Bits
 from gdfq.outputs import built, count_of, flattened, names_of, read_structure, structure_of
 from gdfq.recipes import FAST, find_recipe
 from gdfq.sources.spectral import SpectralSource
+from gdfq.student import Scheme, activation_widths
 
 
 def test_structures_by_hand():
@@ -26,6 +28,9 @@ def test_structures_by_hand():
     assert names_of({"x": 0, "y": [1, [2]]}, "one") == ["x", "y.0", "y.1.0"]
     assert names_of([0, 1], "one") == ["output.0", "output.1"]
     assert names_of({"x": 0}, "one") == names_of(0, "one") == ["one"]
+    assert names_of({"images": 0, "a": [1], "a.0": 2}, "one") == ["output.images", "a.0", "a.0_"]
+    with pytest.raises(UsageError, match="must differ as text"):
+        structure_of({1: a, "1": b})
 
 
 VALUES = st.recursive(
@@ -46,7 +51,7 @@ def test_structures_survive_a_file(value):
     assert count_of(structure) == len(tensors)
     assert flattened(built(structure, tensors)) == tensors
     names = names_of(structure, "one")
-    assert len(names) == len(tensors)
+    assert len(set(names)) == len(tensors)
 
 
 @pytest.mark.parametrize("value", [True, "0", None, [], [0, 0], [1, 0], {"x": 2}, [0, [[None]]]])
@@ -57,7 +62,10 @@ def test_a_file_must_place_each_output_once(value):
 
 def tuned(name, recipe, **options):
     model = networks.make(name)
-    return model, gdfq.quantize(model, networks.images(1), "w4a8", recipe, seed=0, **options)
+    example = torch.zeros(1, *networks.shape_of(name))
+    # Audio's three numbers look like logits and are none.
+    options |= {"classifier": False}
+    return model, gdfq.quantize(model, example, "w4a8", recipe, seed=0, **options)
 
 
 FEW = replace(
@@ -68,7 +76,7 @@ FEW = replace(
 
 @pytest.mark.parametrize("name", networks.TASKS)
 def test_any_output_is_matched_saved_loaded_and_exported(name, tmp_path):
-    test = networks.images(64, seed=3)
+    test = networks.images(64, seed=3, shape=networks.shape_of(name))
     model, quantized = tuned(name, FEW, test=test)
     with torch.no_grad():
         wanted, got = (flattened(network(test)) for network in (model, quantized))
@@ -92,6 +100,8 @@ def test_any_output_is_matched_saved_loaded_and_exported(name, tmp_path):
     assert [output.name for output in session.get_outputs()] == {
         "Detector": ["boxes.0", "boxes.1", "scores"],
         "Segmenter": ["output"],
+        "Audio": ["output"],
+        "Volume": ["output.0", "output.1"],
     }[name]
 
 
@@ -114,6 +124,37 @@ def test_sources_need_no_classes(name, tiny):
         assert "boundary" not in batch.losses
     _, quantized = tuned("Segmenter", recipe)
     assert quantized(networks.images(2)).shape == (2, 3, 8, 8)
+
+
+class Returning(networks.Detector):
+    """A detector that returns a feature map beside, one map twice, and boxes in pixels."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        fine = self.stem(x)
+        pixels = (torch.cat(found["boxes"], 2).sigmoid() * 2 - 0.5) * 8
+        return {"conv2d": fine, "boxes": pixels, "again": fine}
+
+
+def test_what_only_shapes_outputs_stays_float(tmp_path):
+    model = Returning()
+    model.load_state_dict(networks.make("Detector").state_dict())
+    model.eval()
+    teacher = capture(model, networks.images(1))
+    assert teacher.outputs == {"conv2d": 0, "boxes": 1, "again": 2}
+    widths = activation_widths(teacher, Scheme(Bits(4, 4), "full"))
+    assert not any(node.name.startswith(("sigmoid", "mul", "sub", "cat")) for node in widths)
+    assert {bits for node, bits in widths.items() if node.name.startswith("relu")} == {4}
+    quantized = gdfq.quantize(model, networks.images(1), "w4a4", FEW)
+    found = quantized(networks.images(4))
+    assert torch.equal(found["conv2d"], found["again"])
+    assert len(found["conv2d"].unique()) > 16  # as it was before it was rounded for the layers
+    assert len(found["boxes"].unique()) > 16
+    quantized.save(tmp_path)
+    assert torch.equal(gdfq.load(tmp_path)(networks.images(4))["boxes"], found["boxes"])
+    quantized.export(tmp_path / "q.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "q.onnx")
+    assert [output.name for output in session.get_outputs()] == ["conv2d", "boxes", "again"]
 
 
 def test_blocks_are_for_one_output():

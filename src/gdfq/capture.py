@@ -91,6 +91,7 @@ def capture(model: nn.Module, example_input: Tensor, *, classifier: bool | None 
     classes = _classes(expected, len(example), classifier)
     graph_module = _export(model, example)
     _simplify(graph_module)
+    _fold_constants(graph_module)  # a weight may be written transposed
     _products_to_linear(graph_module.graph)
     _fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
@@ -167,6 +168,11 @@ def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int
     fits = all(
         output.is_floating_point() and output.ndim and len(output) == images for output in outputs
     )
+    if not all(output.numel() and output.isfinite().all() for output in outputs):
+        raise UsageError(
+            "each output must hold numbers, and finite ones; for noise the network returned "
+            f"{shapes} with NaN, infinity or nothing in it. Check its weights and --input."
+        )
     if not outputs or not fits:
         raise UsageError(
             "each output must be a tensor of floats with one entry for each image; for "

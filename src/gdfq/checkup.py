@@ -11,8 +11,9 @@ from rich.table import Table
 
 from gdfq.capture import capture
 from gdfq.doctor import Diagnosis, Layer, diagnose, with_costs
+from gdfq.errors import UsageError
 from gdfq.models import load_model
-from gdfq.pipeline import find_device, parse_bits
+from gdfq.pipeline import AUTO, find_device, parse_bits
 from gdfq.recipes import find_recipe
 from gdfq.student import Keep, Placement, Scheme
 
@@ -34,6 +35,10 @@ def doctor(
     as_json: bool,
 ) -> int:
     """Print the diagnosis; 0 when the run would go, 1 when it would end at once."""
+    if bits == AUTO:
+        raise UsageError(
+            "doctor looks at widths that are given; leave --bits auto to gdfq quantize."
+        )
     chosen = find_recipe(recipe).with_steps(steps)
     keeps = tuple(map(Keep.parse, keep))
     scheme = Scheme(parse_bits(bits, None), placement or chosen.placement, keeps)
@@ -50,6 +55,10 @@ def doctor(
 
 
 def _print(diagnosis: Diagnosis) -> None:
+    for text in diagnosis.problems:
+        click.secho(f"{'problem':12}{text}", fg="red")
+    if diagnosis.problems:
+        return
     console = Console()
     table = Table("layer", "operator", "weight", "Mops", "bits", "input bits")
     for layer in diagnosis.layers:
@@ -59,8 +68,6 @@ def _print(diagnosis: Diagnosis) -> None:
         click.echo(f"{name:12}{text}")
     for text in diagnosis.advice:
         click.echo(f"{'expect':12}{text}")
-    for text in diagnosis.problems:
-        click.secho(f"{'problem':12}{text}", fg="red")
 
 
 def _cells(layer: Layer) -> tuple[str, ...]:

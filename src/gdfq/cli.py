@@ -88,7 +88,6 @@ def _network_options(command: Any) -> Any:
             type=_Numbers(),
             help="of the input normalisation  [default: the network's own, else 1]",
         ),
-        click.option("--seed", default=0, show_default=True, help="of all randomness"),
         click.option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),
@@ -105,6 +104,9 @@ def _network_options(command: Any) -> Any:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+_SEED = click.option("--seed", default=0, show_default=True, help="of all randomness")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -127,6 +129,7 @@ def cli() -> None:
 
 @cli.command("quantize")
 @_network_options
+@_SEED
 @click.option(
     "--bits",
     default="w4a4",
@@ -174,7 +177,7 @@ def quantize_command(**options: Any) -> None:
 @click.option("--placement", type=click.Choice(["t1", "full"]), help="[default: the recipe's]")
 @click.option("--keep", multiple=True, metavar="PATTERN=WIDTH", help="as in gdfq quantize")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
-def doctor_command(seed: int, **options: Any) -> None:  # noqa: ARG001 (nothing is drawn)
+def doctor_command(**options: Any) -> None:
     """Tell what gdfq quantize would do to MODEL, before anything runs.
 
     Lists each layer and what becomes of it, what stays float, sizes, operations, and time and
@@ -253,6 +256,7 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
 
 @cli.command("generate")
 @_network_options
+@_SEED
 @click.option(
     "--recipe",
     default="fast",

@@ -29,7 +29,7 @@ from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe
 from gdfq.sources import Batch, Source, labels_in_turn
 from gdfq.sources.pool import ImagePool
-from gdfq.student import Scheme, activation_widths, build_student
+from gdfq.student import Scheme, activation_widths, build_student, feeds_softmax_only
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
@@ -132,7 +132,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         batch_norms=norms,
         folded=norms - len(fold_batch_norms(teacher).batch_norms),
         activations=dict(sorted(Counter(widths.values()).items())),
-        float_operators=dict(Counter(_computed_in_float(nodes))),
+        float_operators=dict(Counter(_computed_in_float(nodes, weight_bits, widths))),
         parameters=sum(t.numel() for t in tensors.values() if isinstance(t, torch.nn.Parameter)),
         operations=sum(layer.operations for layer in found) + sum(map(_product_operations, nodes)),
         float_bytes=sum(t.nbytes for t in tensors_of(fold_batch_norms(teacher).network).values()),
@@ -167,7 +167,7 @@ def layer_operations(node: fx.Node, weight: Tensor) -> int:
     layout, _ = operators.weight_layout(node)
     # Each output of a layer, each input of a transposed one, meets the rest of the weight.
     at = node if layout is Layout.ROWS else x
-    return _elements(at) * math.prod(weight.shape[1:])
+    return operators.numbers_per_image(at) * math.prod(weight.shape[1:])
 
 
 def _product_operations(node: fx.Node) -> int:
@@ -176,12 +176,7 @@ def _product_operations(node: fx.Node) -> int:
         return 0
     left = node.args[0]
     assert isinstance(left, fx.Node)
-    return _elements(node) * int(left.meta["val"].shape[-1])
-
-
-def _elements(node: fx.Node) -> int:
-    """Numbers in a tensor for one image."""
-    return math.prod(map(int, node.meta["val"].shape[1:]))
+    return operators.numbers_per_image(node) * int(left.meta["val"].shape[-1])
 
 
 def _stored_bytes(layer: Layer) -> int:
@@ -193,13 +188,25 @@ def _stored_bytes(layer: Layer) -> int:
     return -(-count * container // 8) + 9 * layer.weight[0]
 
 
-def _computed_in_float(nodes: list[fx.Node]) -> Iterator[str]:
+def _computed_in_float(
+    nodes: list[fx.Node], weight_bits: Mapping[fx.Node, int], widths: Mapping[fx.Node, int]
+) -> Iterator[str]:
+    """Operators that have no integer form, or whose inputs are on no grid."""
     for node in nodes:
         name = operators.name_of(node)
-        of_integers = name in operators.INTEGER_CONSUMERS or operators.keeps_grid(node)
-        folds = name == operators.BATCH_NORM or operators.is_rectifier(node)
-        is_operator = name.startswith("aten.") and operators.is_activation(node)
-        if is_operator and not (of_integers or folds):
+        if not (name.startswith("aten.") and operators.is_activation(node)):
+            continue
+        sources = filter(operators.is_activation, node.all_input_nodes)
+        on_grid = all(operators.grid_source(source) in widths for source in sources)
+        kept = operators.has_weight(node) and node not in weight_bits
+        of_integers = name in operators.INTEGER_CONSUMERS and on_grid and not kept
+        vanishes = (
+            operators.keeps_grid(node)
+            or operators.is_rectifier(node)
+            or name == operators.BATCH_NORM
+            or feeds_softmax_only(node)
+        )
+        if not (of_integers or vanishes):
             yield name.split(".")[1]
 
 

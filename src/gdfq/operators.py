@@ -4,6 +4,7 @@ This table is the only place that knows operator names. A captured or stored gra
 nothing else: the file format's safety rests on it (`artifacts/graphs.py`).
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -103,6 +104,7 @@ MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
 }
 
 PRODUCTS = frozenset({"aten.bmm.default", "aten.matmul.default"})
+JOINS = frozenset({"aten.cat.default", "aten.stack.default"})
 SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 SOFTMAX = frozenset({"aten.softmax.int"})
 
@@ -273,9 +275,17 @@ def layer_name(node: fx.Node) -> str:
 
 
 def outputs(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes whose values a graph returns, in order."""
+    """The nodes whose values a graph returns, in order; what is returned twice is there twice."""
     (output,) = graph.find_nodes(op="output")
-    return list(output.all_input_nodes)
+    returned: Any = output.args[0]
+    return list(returned) if isinstance(returned, tuple | list) else [returned]
+
+
+def numbers_per_image(node: fx.Node) -> int:
+    """How many numbers a tensor holds for one image, wherever its batch dimension has gone."""
+    (images,) = node.graph.find_nodes(op="placeholder")
+    count = math.prod(map(int, node.meta["val"].shape))
+    return count // int(images.meta["val"].shape[0])
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -40,6 +40,11 @@ def structure_of(value: object) -> Structure:
         if isinstance(part, Tensor):
             return next(places)
         if isinstance(part, Mapping):
+            if len({str(name) for name in part}) < len(part):
+                raise UsageError(
+                    "the keys of a dictionary of outputs must differ as text; got "
+                    f"{', '.join(map(repr, part))}. Rename them."
+                )
             return {str(name): structure(inner) for name, inner in part.items()}
         assert isinstance(part, Sequence)
         return [structure(inner) for inner in part]
@@ -72,10 +77,17 @@ def names_of(structure: Structure, single: str) -> list[str]:
         for key, inner in items:
             yield from walk(inner, (*path, str(key)))
 
-    names = [name for _, name in sorted(walk(structure, ()))]
-    if len(names) == 1:
+    paths = [path for _, path in sorted(walk(structure, ()))]
+    if len(paths) == 1:
         return [single]
-    return [f"output.{name}" if name[0].isdigit() else name for name in names]
+    names: list[str] = []
+    for path in paths:
+        # Numbers are no names, and the input has a name of its own.
+        name = f"output.{path}" if path[0].isdigit() or path == "images" else path
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 class HasOutputs(Protocol):

@@ -216,11 +216,13 @@ def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
 def _full_placement(
     nodes: list[fx.Node], scheme: Scheme, floats: set[fx.Node]
 ) -> dict[fx.Node, int]:
-    outputs = {operators.grid_source(node) for node in operators.outputs(nodes[0].graph)}
+    tail = _tail(nodes)
     wanted = {
         operators.grid_source(source)
         for node in nodes
-        if operators.name_of(node) in operators.INTEGER_CONSUMERS and not _feeds_softmax_only(node)
+        if operators.name_of(node) in operators.INTEGER_CONSUMERS
+        and not feeds_softmax_only(node)
+        and node not in tail
         for source in node.all_input_nodes
         if operators.is_activation(source)
     }
@@ -228,15 +230,35 @@ def _full_placement(
     wanted |= {
         _after_batch_norm(node)
         for node in weighted
-        if node not in floats and not _feeds_rectifier_only(node)
+        if node not in floats
+        and not _feeds_rectifier_only(node)
+        and not tail.issuperset(node.users)
     }
     signals = _input_signals(nodes) | {_after_batch_norm(node) for node in weighted}
-    signals |= {node for node in nodes if _carries_on(node)}
+    carriers = {node for node in nodes if _carries_on(node)}
+    joined = {node for node in carriers if operators.name_of(node) in operators.JOINS}
+    signals |= carriers
+    signals |= {operators.grid_source(part) for node in joined for part in node.all_input_nodes}
     return {
         node: _SIGNAL_BITS if node in signals else scheme.bits.activations
         for node in nodes
-        if node in wanted - outputs
+        if node in wanted
     }
+
+
+def _tail(nodes: list[fx.Node]) -> set[fx.Node]:
+    """What only shapes the network's outputs, behind the last layers: it stays float.
+
+    A sigmoid of scores or the arithmetic of boxes, say, up to the outputs themselves.
+    """
+    computes = operators.WEIGHTED | operators.POOLING | operators.MAX_POOLING | operators.PRODUCTS
+    tail: set[fx.Node] = set()
+    for node in reversed(nodes):
+        is_last = node.op == "output"
+        shapes = node.op == "call_function" and operators.name_of(node) not in computes
+        if is_last or (shapes and node.users and tail.issuperset(node.users)):
+            tail.add(node)
+    return tail
 
 
 def _entered(node: fx.Node) -> list[fx.Node | None]:
@@ -295,8 +317,11 @@ def build_student(
         return learned[id(weight)]
 
     batch_norms = set(teacher.batch_norms)
+    unquantized: dict[fx.Node, fx.Node] = {}
     for node in teacher.network.graph.nodes:
-        if node in batch_norms:
+        if node.op == "output":  # a feature map that is returned is returned as it was
+            new[node] = graph.node_copy(node, lambda source: unquantized.get(source, new[source]))
+        elif node in batch_norms:
             key = tuple(str(argument) for argument in node.args[1:])
             if key not in norms:  # a batch norm that is used twice is one
                 norms[key] = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
@@ -310,6 +335,7 @@ def build_student(
                 new[node].update_arg(1, weight)
         if node in widths:
             activation = ACTIVATION_QUANTIZERS[quantizers](widths[node])
+            unquantized[node] = new[node]
             new[node] = call(ACTIVATION, node.name, activation, new[node])
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
     used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
@@ -366,7 +392,7 @@ def _feeds_rectifier_only(node: fx.Node) -> bool:
     )
 
 
-def _feeds_softmax_only(node: fx.Node) -> bool:
+def feeds_softmax_only(node: fx.Node) -> bool:
     """Whether a node scales, masks or moves attention scores, on the way to their softmax alone.
 
     Between a matrix product and a softmax a runtime computes in float.
@@ -376,14 +402,17 @@ def _feeds_softmax_only(node: fx.Node) -> bool:
     if sum(map(operators.is_activation, node.all_input_nodes)) > 1:
         return False
     return bool(node.users) and all(
-        operators.name_of(user) in operators.SOFTMAX or _feeds_softmax_only(user)
+        operators.name_of(user) in operators.SOFTMAX or feeds_softmax_only(user)
         for user in node.users
     )
 
 
 def _carries_on(node: fx.Node) -> bool:
-    """Whether a node is a sum that enters further sums and no layer or product: a residual path."""
-    if operators.name_of(node) not in operators.SUMS:
+    """Whether a node is on a residual path: a sum, or parts joined, that enters sums alone.
+
+    No layer or product reads it; a norm may.
+    """
+    if operators.name_of(node) not in operators.SUMS | operators.JOINS:
         return False
     users = list(node.users)
     for user in users:

@@ -77,6 +77,11 @@ def _rewrite(
 ) -> None:
     """Turn what the exporter wrote into standard operators, with names and metadata of ours."""
     graph = model.graph
+    for i, value in enumerate(graph.outputs):
+        if any(value is other for other in graph.outputs[:i]):  # returned twice
+            copy = ir.node("Identity", [value])
+            graph.append(copy)
+            graph.outputs[i] = copy.outputs[0]
     for value, name in zip((graph.inputs[0], *graph.outputs), (INPUT, *outputs), strict=True):
         value.name = name
     _pool_globally(graph)
@@ -540,7 +545,7 @@ def _rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
         taken |= {unique, *names}
         node.name = None if _OF_CONSTANTS.search(name) else unique
         for value, new in zip(node.outputs, names, strict=True):
-            if value.name not in outputs:
+            if not value.is_graph_output():
                 value.name = new
 
 

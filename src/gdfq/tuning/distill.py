@@ -132,13 +132,9 @@ _FEATURE_BYTES = 2**24
 
 def _images_at_once(teacher: Captured) -> int:
     """How many images go through the networks together; gradients add up over the rest."""
-    shapes = [
-        node.meta["val"].shape[1:]
-        for node in teacher.network.graph.nodes
-        if operators.is_activation(node)
-    ]
-    largest = max(4 * math.prod(map(int, shape)) for shape in shapes)
-    return max(1, _FEATURE_BYTES // largest)
+    activations = filter(operators.is_activation, teacher.network.graph.nodes)
+    largest = max(map(operators.numbers_per_image, activations))
+    return max(1, _FEATURE_BYTES // (4 * largest))
 
 
 def _questions(
