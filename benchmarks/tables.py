@@ -248,9 +248,66 @@ def speed_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+SCALE = """
+## Scale
+
+`python benchmarks/speed.py --scale`: random weights, {batch} images of 224x224, one thread, float32, torch
+{torch}, on a machine whose other core was also busy. *Float* is a plain training step of the user's own eager
+module (training mode, cross-entropy, backward, Adam; nothing of gdfq). *Student* is the same step of the captured
+student alone (w4a4, `full`, learned grids, batch norms folded), all images at once. *Tuning* is a whole step of
+`fast`: the student, the teacher without gradient, and the losses of features and outputs; large images pass in
+parts, so it can need less memory than either. One call of `tune_` for each step: making it ready is included.
+
+Times: medians of {rounds} rounds, the three in turn in one process; behind them the median of the rounds' ratios
+[least, greatest]. The bar is 1.6 for the student. Memory: the bytes of the networks' tensors + the rise of the
+peak of a child process of its own over two steps (activations, gradients, the optimizer's state); the ratio
+is of the sums, in brackets of the rises alone. The bar is 2 for the student.
+"""
+
+
+def scale_table() -> str:
+    path = RESULTS / "scale.json"
+    if not path.exists():
+        return ""
+    scale = json.loads(path.read_text())
+    parts = ("float", "student", "tuning")
+    lines = [
+        SCALE.format_map(scale),
+        "| network | parameters | float, s | student, s | student / float | tuning, s | tuning / float "
+        "| float, MiB | student, MiB | student / float (rise) | tuning, MiB |",
+        "| --- |" + " --- |" * 10,
+    ]
+    for network, row in scale["networks"].items():
+        seconds = {part: statistics.median(row["ms"][part]) / 1000 for part in parts}
+        ratios = {
+            part: sorted(a / b for a, b in zip(row["ms"][part], row["ms"]["float"], strict=True))
+            for part in parts
+        }
+        times = {
+            part: f"{statistics.median(values):.2f} [{values[0]:.2f}, {values[-1]:.2f}]"
+            for part, values in ratios.items()
+        }
+        held, rise = row["tensors_mib"], row["step_mib"]
+        total = {part: held[part] + rise[part] for part in parts}
+        memory = {part: f"{held[part]:.0f} + {rise[part]:.0f}" for part in parts}
+        lines.append(
+            f"| {network} | {row['parameters'] / 1e6:.1f} M | {seconds['float']:.1f} "
+            f"| {seconds['student']:.1f} | {times['student']} | {seconds['tuning']:.1f} "
+            f"| {times['tuning']} | {memory['float']} | {memory['student']} "
+            f"| {total['student'] / total['float']:.2f} ({rise['student'] / rise['float']:.2f}) "
+            f"| {memory['tuning']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     target = ROOT / "docs" / "benchmarks.md"
     target.write_text(
-        INTRODUCTION + accuracy_tables() + time_table() + runtime_table() + speed_table()
+        INTRODUCTION
+        + accuracy_tables()
+        + time_table()
+        + runtime_table()
+        + speed_table()
+        + scale_table()
     )
     print(f"wrote {target.relative_to(ROOT)}")
