@@ -3,7 +3,7 @@
     python benchmarks/speed.py --scale              # every network, written as soon as it is there
     python benchmarks/speed.py --scale mobilenet    # those whose name contains this
 
-Random weights, 16 images of 224x224, one thread, float32, channels_last. Three steps, the same
+Random weights, 16 images of 224x224, one thread, float32, channels_last. Four steps, the same
 batch in each:
 
 - *float*: the user's own eager module in training mode. Forward, cross-entropy, backward, update by
@@ -11,10 +11,12 @@ batch in each:
 - *student*: the captured student of recipe `fast` (w4a4, placement `full`, learned grids, batch
   norms folded), alone. The same forward, cross-entropy, backward, and update by Adam, all 16 images
   at once.
-- *tuning*: a whole step of `fast`: the student and, without gradient, the teacher, the features'
-  and outputs' losses, backward and update. Large images pass in parts, as always.
+- *parts*: the same, but as tuning always runs it: images as large as these pass in parts, whose
+  gradients add up. It shows what tuning's own way with memory is worth.
+- *tuning*: a whole step of `fast`, in parts too: the student and, without gradient, the teacher, the
+  losses of features and outputs, backward and update.
 
-Times: the three in turn in one process, after a round that does not count. Memory: each in a child
+Times: the four in turn in one process, after a round that does not count. Memory: each in a child
 process of its own that starts with the networks built and unused memory given back; the rise of the
 process's peak over two steps (the second has the optimizer's state), and the bytes of the networks'
 tensors beside it. Linux only. Needs the extras `timm` and `torchvision`; a network of a library
@@ -26,6 +28,7 @@ import json
 import multiprocessing
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ from gdfq.recipes import FAST
 from gdfq.sources import Batch
 from gdfq.student import Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
+from gdfq.tuning.distill import Distillation, tune_
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 NETWORKS = (
@@ -111,7 +114,7 @@ def training_step(module: nn.Module, images: Tensor, labels: Tensor) -> Step:
 
 
 def measured(spec: str) -> dict[str, Any]:
-    """Times and memory of the three steps on one network, or why it is skipped."""
+    """Times and memory of the four steps on one network, or why it is skipped."""
     try:
         plain = load_model(spec, RANDOM).module
     except UsageError as error:  # raised in a child process it would be lost
@@ -120,23 +123,28 @@ def measured(spec: str) -> dict[str, Any]:
     images = torch.randn(BATCH, 3, 224, 224, generator=random)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (BATCH,), generator=random)
-    batch = Batch(images, labels, None)
     teacher = capture(plain, images[:1])
+    batch = Batch(images, labels, teacher.network(images))
     student = build_student(teacher, Scheme(Bits(4, 4), FAST.placement), quantizers="learned")
     calibrate_(student, [batch], steps=1, listener=silent)
     plain.to(memory_format=torch.channels_last)
 
-    def tuning() -> None:
-        tune_(student, teacher, [batch], FAST.tuning, first_step=0, total_steps=1, listener=silent)
+    # With the teacher's logits known and the cross-entropy alone, tuning asks the student only.
+    alone = replace(FAST.tuning, cross_entropy=1.0, distillation=0.0, features=0.0)
+
+    def tuning(config: Distillation) -> None:
+        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, listener=silent)
 
     steps: dict[str, Step] = {
         "float": training_step(plain, images, labels),
         "student": training_step(student, images, labels),
-        "tuning": tuning,
+        "parts": lambda: tuning(alone),
+        "tuning": lambda: tuning(FAST.tuning),
     }
     tensors = {
         "float": mebibytes(plain),
         "student": mebibytes(student),
+        "parts": mebibytes(student),
         "tuning": mebibytes(student, teacher.network),
     }
     rises = {name: in_child(lambda step=step: peak_rise(step)) for name, step in steps.items()}
@@ -152,7 +160,7 @@ def main(wanted: str) -> None:
     """Measure the networks whose name contains a word; the others' results stay."""
     warnings.simplefilter("ignore")  # the libraries' own
     torch.set_num_threads(1)
-    keep_freed_memory_()  # as the program does, for all three
+    keep_freed_memory_()  # as the program does, for all four
     kept = of_tests("torchvision_shim").define_missing_operators()  # they are there while it lives
     rows = json.loads(RESULTS.read_text())["networks"] if RESULTS.exists() else {}
     for spec in NETWORKS:
