@@ -1,6 +1,7 @@
 """Where the time of one `paper` step goes: a table, and benchmarks/results/speed.json.
 
     python benchmarks/speed.py [--threads 2] [--batch 200] [--rounds 7]
+    python benchmarks/speed.py --scale      # instead: networks of usual size, see scale.py
 
 CIFAR-10 ResNet-20 (random weights: time does not depend on them). All variants are measured in
 turn in one process, round by round, so that drift of the machine's speed hits them alike; the
@@ -11,7 +12,6 @@ import argparse
 import json
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from networks import cifar10_resnet20
+from scale import main as measure_scale
+from timing import measure
 from torch import Tensor
 
 from gdfq.capture import capture
@@ -37,18 +39,6 @@ from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def measure(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each job in each round, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            begun = time.perf_counter()
-            job()
-            if number:
-                times[name].append(1000 * (time.perf_counter() - begun))
-    return times
 
 
 class _Moments(torch.autograd.Function):
@@ -108,7 +98,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--scale", nargs="?", const="", metavar="WORD",
+        help="measure networks of usual size instead, or those whose name contains WORD",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.scale is not None:
+        measure_scale(options.scale)
+        return
     torch.set_num_threads(options.threads)
 
     model = cifar10_resnet20().eval().requires_grad_(False).to(memory_format=torch.channels_last)
