@@ -20,9 +20,9 @@ from gdfq.sources.patches import PatchSource, patch_nodes, patches
 from gdfq.student import Scheme, activation_widths
 
 
-def transformer(seed=0):
+def transformer():
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return networks.Transformer().eval()
 
 
@@ -164,33 +164,12 @@ def test_what_has_no_patches_is_refused():
         gdfq.quantize(transformer(), ZEROS, recipe="fast")
 
 
-def train(digits):
-    """A transformer that reads the digits, in seconds."""
-    images = demo.PREPROCESSING(digits.images)
-    random = torch.Generator().manual_seed(0)
-    model = transformer().train()
-    steps, step = 29 * 40, 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1, (n + 1) / 100) * (1 - n / steps)
-    )
-    while step < steps:
-        for chosen in torch.randperm(len(images), generator=random).split(32):
-            loss = F.cross_entropy(model(images[chosen]), digits.labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rate.step()
-            step += 1
-    return model.eval()
-
-
 def test_a_transformer_keeps_its_accuracy_at_eight_bits(tmp_path):
     training, held_out = demo.load_digits()
     recipe = find_recipe("patches").with_steps(60)
     recipe = replace(recipe, source=replace(recipe.source, images=128))
     quantized = gdfq.quantize(
-        train(training),
+        networks.trained_transformer(demo.PREPROCESSING(training.images), training.labels),
         ZEROS,
         "w8a8",
         recipe,

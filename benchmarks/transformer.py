@@ -1,0 +1,53 @@
+"""Accuracy of a small transformer, which has no batch norm, after data-free quantization.
+
+    python benchmarks/transformer.py
+
+Trains the tests' Transformer on half of scikit-learn's digits, quantizes it with recipe `patches`
+(128 images, 60 steps, placement full) from three seeds, and measures on the other half.
+"""
+
+import statistics
+from dataclasses import replace
+
+import torch
+from zoo import of_tests
+
+import gdfq
+from gdfq import demo
+from gdfq.capture import capture
+from gdfq.recipes import find_recipe
+
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    networks = of_tests("networks")
+    training, held_out = demo.load_digits()
+    model = networks.trained_transformer(demo.PREPROCESSING(training.images), training.labels)
+    example = torch.zeros(1, *networks.Transformer.SHAPE)
+    teacher = capture(model, example)
+    recipe = find_recipe("patches").with_steps(60)
+    pool = replace(recipe.source, images=128)  # type: ignore[type-var]
+    pools = {seed: pool.made(teacher, seed=seed)[0] for seed in SEEDS}
+    print("| widths | full precision | top-1 by seed | mean |\n| --- | --- | --- | --- |")
+    for bits in ("w8a8", "w4a8", "w4a4"):
+        found = []
+        for seed, images in pools.items():
+            quantized = gdfq.quantize(
+                teacher,
+                example,
+                bits,
+                replace(recipe, source=images),
+                seed=seed,
+                test=(held_out.images, held_out.labels),
+                mean=demo.PREPROCESSING.mean,
+                std=demo.PREPROCESSING.std,
+            )
+            found.append(quantized.metrics["student"]["top1"])
+        full = quantized.metrics["teacher"]["top1"]
+        by_seed = ", ".join(f"{top1:.2f}" for top1 in found)
+        print(f"| {bits} | {full:.2f} | {by_seed} | {statistics.mean(found):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
