@@ -159,7 +159,9 @@ def cli() -> None:
     "and the last layer); may be given several times",
 )
 @click.option(
-    "--test", type=_PATH, help="labelled DATA to measure accuracy on; used for nothing else"
+    "--test",
+    type=_PATH,
+    help="DATA to measure on, used for nothing else; labelled for a classifier's accuracy",
 )
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")

@@ -88,7 +88,8 @@ def run(
     example = torch.zeros(1, *shape)
     teacher = capture(network, example, classifier=classifier)
     scheme = Scheme(widths, placement or chosen.placement, tuple(map(Keep.parse, keep)))
-    click.echo(f"{'network':10}{diagnose(teacher, scheme, chosen).summary()}")
+    if size is None:  # else widths are yet to be chosen
+        click.echo(f"{'network':10}{diagnose(teacher, scheme, chosen).summary()}")
     quantized = _quantize_into(
         folder,
         config,
