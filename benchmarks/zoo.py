@@ -55,9 +55,16 @@ ENTRIES = (
     )),
     Entry("own:Transformer", (1, 8, 8)), Entry("own:Audio", (2, 64)), Entry("own:Volume", (1, 8, 8, 8)),
     Entry("ptcv:resnet20_cifar10", (3, 32, 32)), Entry("ptcv:preresnet20_cifar10", (3, 32, 32)),
-    Entry("torchvision:shufflenet_v2_x0_5"), Entry("timm:mobilenetv3_small_050"), Entry("timm:ghostnet_050"),
+    *(Entry(f"ptcv:{name}_cifar10", (3, 32, 32)) for name in (
+        "nin", "seresnet20", "sepreresnet20", "densenet40_k12", "ror3_56", "rir", "shakeshakeresnet20_2x16d",
+        "diaresnet20",
+    )),
+    *(Entry(f"timm:test_{name}", (3, 96, 96)) for name in (
+        "byobnet", "convnext", "efficientnet", "efficientnet_gn", "nfnet", "resnet", "mambaout",
+    )),
+    Entry("timm:test_vit", (3, 160, 160)), Entry("torchvision:shufflenet_v2_x0_5"), Entry("timm:mobilenetv3_small_050"), Entry("timm:ghostnet_050"),
     Entry("torchvision:mnasnet0_5"), Entry("timm:mobilenetv2_050"), Entry("torchvision:mobilenet_v2"),
-    Entry("ptcv:sqnxt23_w1", (3, 128, 128)), Entry("torchvision:squeezenet1_1"), Entry("timm:regnetx_002"),
+    Entry("ptcv:sqnxt23_w1", LARGE), Entry("torchvision:squeezenet1_1"), Entry("timm:regnetx_002"),
     Entry("timm:regnety_002"), Entry("timm:mobilenetv1_100"), Entry("timm:convnext_atto"),
     Entry("timm:efficientnet_lite0"), Entry("timm:efficientnet_b0"), Entry("timm:vit_tiny_patch16_224", LARGE),
     Entry("timm:deit_tiny_patch16_224", LARGE), Entry("timm:mobilevit_xxs", (3, 128, 128)),
