@@ -144,12 +144,11 @@ def test_narrow_depthwise_layers_are_named():
 
 
 @pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
-def test_time_grows_with_the_steps_and_nothing_changes(name, teacher):
+def test_costs_are_measured_and_nothing_changes(name, teacher):
     before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
     recipe = find_recipe(name).with_steps(8)
     found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
     assert found.seconds is not None
-    assert all(value >= 0 for value in found.seconds.values())
     assert found.seconds["images"] > 0
     assert (found.seconds["tuning"] > 0) == (name != "round")
     assert found.peak_bytes is not None
