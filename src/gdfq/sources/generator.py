@@ -5,7 +5,6 @@ that anything downstream can take.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from gdfq.capture import Captured
 from gdfq.errors import GdfqError, UsageError
 from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
-from gdfq.progress import Listener, Step, silent
+from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
+from gdfq.sources.streams import Stream
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork
 
@@ -147,7 +147,7 @@ class GeneratorSource:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> Stream:
         """Yield `steps` batches, training on the way.
 
         Raises UsageError for inputs that are not images [C, H, W] and, when the statistics loss
@@ -174,7 +174,8 @@ class GeneratorSource:
         last = ahead + round(self.stop * steps) if learns else 0
         planned = ahead + steps if self.stop else ahead  # stopping early leaves the schedule
         draw = random_stream(seed, "generator.draw")
-        for step in range(ahead + steps):
+
+        def make(step: int) -> Batch:
             z = torch.randn(self.batch, self.latent, generator=draw).to(teacher.device)
             labels = torch.randint(classes, (self.batch,), generator=draw)
             labels = labels.to(teacher.device)
@@ -194,11 +195,11 @@ class GeneratorSource:
                     + ", ".join(f"{name} {float(value)}" for name, value in detached.items())
                     + ". Use another seed, and check that mean and std are the network's own."
                 )
-            if step < ahead:
-                listener(Step("generator", step + 1, ahead, detached))
-            else:
-                known, logits = (labels, outputs.detach()) if has_classes else (None, None)
-                yield Batch(images.detach(), known, logits, detached)
+            known, logits = (labels, outputs.detach()) if has_classes else (None, None)
+            return Batch(images.detach(), known, logits, detached)
+
+        parts = {"generator": generator, "optimizer": optimizer}
+        return Stream(make, steps, [draw], parts, ahead=ahead, listener=listener)
 
 
 class _GeneratorLoss:

@@ -1,8 +1,8 @@
 """A pool of images that is made once and drawn from again and again, augmented."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from gdfq.capture import Captured
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.sources import Batch, Source
+from gdfq.sources.streams import Feed, Shuffled, Stream
+from gdfq.states import Fixed
 
 
 @dataclass(frozen=True)
@@ -30,52 +32,65 @@ class ImagePool:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> "PoolStream":
         """Yield `steps` batches; raises at once what the source does."""
         needed = -(-self.images // self.source.batch)
         made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
-        return self._batches(made, steps, seed)
+        return PoolStream(self, made, steps, seed)
 
-    def made(
-        self, teacher: Captured, *, seed: int, listener: Listener = silent
-    ) -> tuple["ImagePool", Tensor]:
-        """The same pool with its images made, and these [images, *input_shape].
 
-        For the same seed it streams the same batches as before.
-        """
-        images, labels = collect(self.source, teacher, self.images, seed=seed, listener=listener)
-        return replace(self, source=StoredImages(images, labels, self.source.batch)), images
+class PoolStream(Stream):
+    """The batches of a pool, whose images are made when they are first asked for."""
 
-    def _batches(self, made: Iterator[Batch], steps: int, seed: int) -> Iterator[Batch]:
-        images, labels = first_images(self.images, made)
+    def __init__(self, pool: ImagePool, made: Iterator[Batch], steps: int, seed: int) -> None:
+        self._collected = _Collected(made, pool.images)
         draw = random_stream(seed, "pool.order")
-        size = min(self.batch, len(images))
-        pending: list[Tensor] = []
-        for _ in range(steps):
-            if not pending:
-                order = torch.randperm(len(images), generator=draw)
-                pending = [part for part in order.split(size) if len(part) == size]
-            chosen = pending.pop()
+
+        def whole_batches(order: Tensor) -> list[Tensor]:
+            size = min(pool.batch, len(order))
+            return [part for part in order.split(size) if len(part) == size][::-1]
+
+        order = Shuffled(draw, whole_batches)
+
+        def make(step: int) -> Batch:
+            images, labels = self._collected()
+            chosen = order.next_of(len(images))
             drawn = images[chosen]
-            if self.augmented:
+            if pool.augmented:
                 drawn = shifted_and_flipped(drawn, draw)
-            yield Batch(drawn, None if labels is None else labels[chosen], None)
+            return Batch(drawn, None if labels is None else labels[chosen], None)
+
+        super().__init__(make, steps, [draw], {"order": order, "images": self._collected})
+
+    def images(self) -> Tensor:
+        """All images of the pool [images, *input_shape], in the order in which they were made."""
+        return self._collected()[0]
 
 
-@dataclass(frozen=True, eq=False)
-class StoredImages:
-    """Images that were made before, in their order: [N, *input_shape] and their labels [N]."""
+class _Collected:
+    """The first `count` images of a stream and their labels, made once."""
 
-    images: Tensor
-    labels: Tensor | None
-    batch: int
+    def __init__(self, made: Iterator[Batch], count: int) -> None:
+        self._feed, self._count = Feed(made), count
+        self._all: Fixed | None = None
 
-    def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
-        """Yield `steps` batches, or as many as there are; the last may be smaller."""
-        batch = Batch(self.images, self.labels, None)
-        yield from islice(batch.split(self.batch), steps)
+    def __call__(self) -> tuple[Tensor, Tensor | None]:
+        if self._all is None:
+            for _ in self._feed.until(self._count, hold=True):
+                pass  # the stream ends when they are enough
+            self._all = Fixed(first_images(self._count, self._feed.held))
+            self._feed = Feed(iter(()))  # its batches need not stay in memory
+        images, labels = self._all.value
+        return images, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"all": self._all} if self._all else {"feed": self._feed.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "all" in state:
+            self._all = state["all"]
+        else:
+            self._feed.load_state_dict(state["feed"])
 
 
 def collect(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gdfq import operators
 from gdfq.capture import Captured
+from gdfq.checkpoints import Keeper, Unkept
 from gdfq.errors import GdfqError
 from gdfq.features import block_ends
 from gdfq.features import with_features as features_of
@@ -86,6 +87,7 @@ def tune_(
     first_step: int,
     total_steps: int,
     listener: Listener,
+    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
 ) -> None:
     """One update of the student for each batch.
 
@@ -98,7 +100,7 @@ def tune_(
     Raises GdfqError when the loss is not finite.
     """
     student.train()  # only batch norms without fixed statistics behave differently
-    optimizer = config.optimizer.build(student)
+    optimizer = keeper.hold("optimizer", config.optimizer.build(student))
     ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
     # Statistics that follow the batch need it whole.
     in_parts = config.fixed_statistics and teacher.device.type == "cpu"
