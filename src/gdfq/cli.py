@@ -170,6 +170,14 @@ def cli() -> None:
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")
 @click.option(
+    "--checkpoint-every",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="how often at most the run is written down, to go on from there",
+)
+@click.option(
     "--resume",
     is_flag=True,
     help="go on with the run in --out; without it, that is done if there is one to go on with",

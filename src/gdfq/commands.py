@@ -53,6 +53,7 @@ def run(
     device: str,
     classifier: bool | None,
     onnx: bool,
+    checkpoint_every: float,
     resume: bool,
 ) -> None:
     """`gdfq quantize`."""
@@ -60,7 +61,7 @@ def run(
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
-    folder = RunFolder(out)
+    folder = RunFolder(out, checkpoint_every)
     if resume and not folder.checkpoints.exists():
         raise UsageError(
             f"a run that goes on has a checkpoint; {out} has none. Leave --resume away to begin."

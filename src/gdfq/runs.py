@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gdfq.artifacts.packed import STUDENT_FILE
-from gdfq.checkpoints import Checkpoints
+from gdfq.checkpoints import INTERVAL, Checkpoints
 from gdfq.errors import UsageError, first_line
 from gdfq.files import make_folder, write_json
 
@@ -47,10 +47,10 @@ class RunFolder:
     names that no run wrote. An unfinished run goes on if it has a checkpoint, else it begins again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checkpoint_every: float = INTERVAL) -> None:
         self.path = path
         self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
-        self.checkpoints = Checkpoints(path / CHECKPOINTS)
+        self.checkpoints = Checkpoints(path / CHECKPOINTS, interval=checkpoint_every)
         make_folder(path)
         self._check()
 
