@@ -6,6 +6,7 @@ its contents. The file before it is kept. Parts that no longer change have files
 are written once.
 """
 
+import json
 import re
 import time
 import warnings
@@ -87,6 +88,10 @@ class Checkpoints:
         self._kept: list[tuple[Path, set[str]]] = []
         self._pieces: weakref.WeakKeyDictionary[Fixed, str] = weakref.WeakKeyDictionary()
 
+    @classmethod
+    def of(cls, folder: "str | Path | Checkpoints") -> "Checkpoints":
+        return folder if isinstance(folder, Checkpoints) else cls(Path(folder))
+
     def exists(self) -> bool:
         """Whether there is a checkpoint to go on from, whole or not."""
         return bool(self._files())
@@ -102,17 +107,15 @@ class Checkpoints:
         self._settings = {"settings": dict(settings), "around": dict(around)}
         if found is None:
             return
-        if different := differences(found["settings"], dict(settings)):
+        if changed := _changes(found["settings"], settings):
             raise UsageError(
                 f"a run goes on with the settings that it began with; of the one in {self.folder} "
-                + "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in
-                            different.items())
-                + ". Use the old ones, or begin anew in another folder."
-            )  # fmt: skip
-        if different := differences(found["around"], dict(around)):
-            changed = "; ".join(f"{n} was {old!r}, is {new!r}" for n, (old, new) in
-                                different.items())  # fmt: skip
-            _warn(f"the result may differ in its last bits from that of a run without stop: {changed}.")
+                f"{changed}. Use the old ones, or begin anew in another folder."
+            )
+        if changed := _changes(found["around"], around):
+            _warn(
+                f"the result may differ in its last bits from that of a run in one go: {changed}."
+            )
         self._found = found["parts"]
         for name, part in self._parts.items():
             self._restore_(name, part)
@@ -159,7 +162,7 @@ class Checkpoints:
                 self._write({**self._settings, "parts": {**self._found, **states}})
             except OSError as error:
                 _warn(
-                    f"no checkpoint could be written into {self.folder}: {error.strerror or error}. "
+                    f"no checkpoint was written into {self.folder}: {error.strerror or error}. "
                     "The run goes on; if it stops now, it begins again where the last one was."
                 )
         self._last = self._clock()
@@ -253,6 +256,11 @@ class Checkpoints:
         assert match is not None
         state = from_bytes(contents(path, match[2]), fixed)
         return {key: state[key] for key in ("settings", "around", "parts")}, used
+
+
+def _changes(old: dict[str, Any], new: Mapping[str, Any]) -> str:
+    found = differences(old, json.loads(json.dumps(new)))  # as a file has them
+    return "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in found.items())
 
 
 def _warn(message: str) -> None:

@@ -28,6 +28,7 @@ from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
 from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export
+from gdfq.stopping import stoppable
 from gdfq.student import Keep, Placement, Scheme
 from gdfq.sweep import read_sweep
 from gdfq.sweeping import TABLE_CSV, TABLE_JSON, Row, run_sweep, table, usable_cores
@@ -54,13 +55,19 @@ def run(
     device: str,
     classifier: bool | None,
     onnx: bool,
+    checkpoint_every: float,
+    resume: bool,
 ) -> None:
     """`gdfq quantize`."""
     chosen = find_recipe(recipe).with_steps(steps)
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
-    folder = RunFolder(out)
+    folder = RunFolder(out, checkpoint_every)
+    if resume and not folder.checkpoints.exists():
+        raise UsageError(
+            f"a run that goes on has a checkpoint; {out} has none. Leave --resume away to begin."
+        )
     loaded = load_model(model, weights)
     network = loaded.module
     shape, preprocessing = loaded.input(input_shape, mean, std)
@@ -124,21 +131,29 @@ def _quantize_into(
     **options: Any,
 ) -> QuantizedNetwork:
     """Quantize with history, student, ONNX file and metrics written into the folder."""
-    folder.begin(config)
     with ExitStack() as stack:
-        history = stack.enter_context(History(folder.history))
+        checkpoints = stack.enter_context(folder).checkpoints
+        goes_on = checkpoints.exists()
+        folder.begin(config)
+        history = checkpoints.hold("history", stack.enter_context(History(folder.history)))
         terminal = stack.enter_context(Terminal())
+        check = stack.enter_context(stoppable())
 
         def listener(step: Step) -> None:
             if step.losses:
                 history(step)
             terminal(step)
+            check()
 
-        quantized = quantize(network, example, listener=listener, **options)
-    quantized.save(folder.path)
-    if onnx:
-        _export_at_once(quantized, folder.path / ONNX_FILE)
-    folder.finish(quantized.metrics)
+        if goes_on:
+            click.echo(f"{'run':10}goes on from its checkpoint in {folder.path}")
+        quantized = quantize(
+            network, example, listener=listener, checkpoints=checkpoints, **options
+        )
+        quantized.save(folder.path)
+        if onnx:
+            _export_at_once(quantized, folder.path / ONNX_FILE)
+        folder.finish(quantized.metrics)
     return quantized
 
 

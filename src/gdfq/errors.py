@@ -1,4 +1,4 @@
-"""The errors and the warning a caller can expect. Each message says what must hold, what came, what to do."""
+"""What a caller can expect to go wrong. Each message says what must hold, what came, what to do."""
 
 
 def first_line(error: BaseException) -> str:

@@ -99,9 +99,7 @@ def quantize(
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
 
-    keeper: Keeper = Unkept()
-    if checkpoints is not None:
-        keeper = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(Path(checkpoints))
+    keeper: Keeper = Unkept() if checkpoints is None else Checkpoints.of(checkpoints)
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))

@@ -21,6 +21,7 @@ from gdfq.schedules import AdamConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.sources.streams import Stream
 from gdfq.sources.upsampling import upsampled_convolution
+from gdfq.states import Stateful
 from gdfq.statistics import StatisticsNetwork
 
 Conditioning = Literal["label-embedding", "conditional-batch-norm"]
@@ -198,7 +199,7 @@ class GeneratorSource:
             known, logits = (labels, outputs.detach()) if has_classes else (None, None)
             return Batch(images.detach(), known, logits, detached)
 
-        parts = {"generator": generator, "optimizer": optimizer}
+        parts: dict[str, Stateful] = {"generator": generator, "optimizer": optimizer}
         return Stream(make, steps, [draw], parts, ahead=ahead, listener=listener)
 
 

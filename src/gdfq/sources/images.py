@@ -61,7 +61,7 @@ class ImageSource:
         draw = random_stream(seed, "images.order")
         order = Shuffled(draw, lambda indices: list(indices.split(self.batch)))
 
-        def make(step: int) -> Batch:
+        def make(_: int) -> Batch:
             chosen = order.next_of(len(self.data))
             images = self.preprocessing(self.data.images(chosen)).to(teacher.device)
             with torch.no_grad():

@@ -52,7 +52,7 @@ class PoolStream(Stream):
 
         order = Shuffled(draw, whole_batches)
 
-        def make(step: int) -> Batch:
+        def make(_: int) -> Batch:
             images, labels = self._collected()
             chosen = order.next_of(len(images))
             drawn = images[chosen]
