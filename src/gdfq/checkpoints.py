@@ -41,6 +41,10 @@ class Keeper(Protocol):
         """Keep the part from now on. Of a run that goes on, it gets the state it had."""
         ...
 
+    def forget(self, *names: str) -> None:
+        """Keep these parts no longer, nor what was found of them."""
+        ...
+
     def listening(self, listener: Listener) -> Listener:
         """The listener, behind whom a checkpoint is written when it is time."""
         ...
@@ -58,6 +62,9 @@ class Unkept:
 
     def hold(self, name: str, part: Part) -> Part:  # noqa: ARG002
         return part
+
+    def forget(self, *names: str) -> None:
+        pass
 
     def listening(self, listener: Listener) -> Listener:
         return listener
@@ -141,6 +148,11 @@ class Checkpoints:
                 f"a checkpoint must be of the run that goes on; in {self.folder} the state of the "
                 f"{name} does not fit: {first_line(error)}. Remove the folder to begin anew."
             ) from error
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            self._parts.pop(name, None)
+            self._found.pop(name, None)
 
     def listening(self, listener: Listener) -> Listener:
         """The listener; when it raises, a checkpoint is written before the error goes on."""
