@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from gdfq.errors import GdfqWarning, UsageError, first_line
-from gdfq.files import make_folder, write_atomically
+from gdfq.files import make_folder, remove_partial, write_atomically
 from gdfq.progress import Listener, Step
 from gdfq.states import Fixed, Stateful, all_finite, differences, from_bytes, name_of, to_bytes
 
@@ -41,6 +41,10 @@ class Keeper(Protocol):
         """Keep the part from now on. Of a run that goes on, it gets the state it had."""
         ...
 
+    def forget(self, *names: str) -> None:
+        """Keep these parts no longer, nor what was found of them."""
+        ...
+
     def listening(self, listener: Listener) -> Listener:
         """The listener, behind whom a checkpoint is written when it is time."""
         ...
@@ -58,6 +62,9 @@ class Unkept:
 
     def hold(self, name: str, part: Part) -> Part:  # noqa: ARG002
         return part
+
+    def forget(self, *names: str) -> None:
+        pass
 
     def listening(self, listener: Listener) -> Listener:
         return listener
@@ -103,10 +110,16 @@ class Checkpoints:
         when the folder cannot be written.
         """
         make_folder(self.folder)
+        remove_partial(self.folder)
         found = self._read_newest()
+        if found is not None:
+            self._take(found, settings, around)
         self._settings = {"settings": dict(settings), "around": dict(around)}
-        if found is None:
-            return
+
+    def _take(
+        self, found: dict[str, Any], settings: Mapping[str, Any], around: Mapping[str, Any]
+    ) -> None:
+        """Go on from a checkpoint."""
         if changed := _changes(found["settings"], settings):
             raise UsageError(
                 f"a run goes on with the settings that it began with; of the one in {self.folder} "
@@ -126,8 +139,20 @@ class Checkpoints:
         return part
 
     def _restore_(self, name: str, part: Stateful) -> None:
-        if name in self._found:
+        if name not in self._found:
+            return
+        try:
             part.load_state_dict(self._found.pop(name))
+        except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UsageError(
+                f"a checkpoint must be of the run that goes on; in {self.folder} the state of the "
+                f"{name} does not fit: {first_line(error)}. Remove the folder to begin anew."
+            ) from error
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            self._parts.pop(name, None)
+            self._found.pop(name, None)
 
     def listening(self, listener: Listener) -> Listener:
         """The listener; when it raises, a checkpoint is written before the error goes on."""

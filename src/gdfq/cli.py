@@ -149,6 +149,7 @@ def cli() -> None:
     show_default=True,
     help="fast, quick, paper, paper-imagenet, round, zeroq, real, ... (gdfq recipes lists all)",
 )
+@click.option("--batch", type=click.IntRange(min=1), help="images a step  [default: the recipe's]")
 @click.option("--out", type=_PATH, required=True, help="folder for the run; must not hold one yet")
 @click.option(
     "--placement",

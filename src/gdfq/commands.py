@@ -4,8 +4,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def run(
     test: Path | None,
     data: Path | None,
     steps: int | None,
+    batch: int | None,
     seed: int,
     device: str,
     classifier: bool | None,
@@ -59,7 +60,7 @@ def run(
     resume: bool,
 ) -> None:
     """`gdfq quantize`."""
-    chosen = find_recipe(recipe).with_steps(steps)
+    chosen = find_recipe(recipe).with_steps(steps).with_batch(batch)
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
@@ -131,7 +132,7 @@ def _quantize_into(
     **options: Any,
 ) -> QuantizedNetwork:
     """Quantize with history, student, ONNX file and metrics written into the folder."""
-    with ExitStack() as stack:
+    with _told_of_files(folder), ExitStack() as stack:
         checkpoints = stack.enter_context(folder).checkpoints
         goes_on = checkpoints.exists()
         folder.begin(config)
@@ -155,6 +156,19 @@ def _quantize_into(
             _export_at_once(quantized, folder.path / ONNX_FILE)
         folder.finish(quantized.metrics)
     return quantized
+
+
+@contextmanager
+def _told_of_files(folder: RunFolder) -> Iterator[None]:
+    """Turn what the file system refuses into a GdfqError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GdfqError(
+            f"the folder of a run must stay there and writable, with room; in {folder.path}: "
+            f"{error.strerror or error}. What is finished is kept: mend it, then give the same "
+            "command again."
+        ) from error
 
 
 def _export_at_once(quantized: QuantizedNetwork, path: Path) -> None:

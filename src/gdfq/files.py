@@ -61,6 +61,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     write_checked(path, data, lambda _: None)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that died left half-written; nobody else may be writing here."""
+    for path in folder.glob(".*.????????.partial"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

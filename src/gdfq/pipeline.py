@@ -1,6 +1,7 @@
 """The whole method, top to bottom: capture → source → student → calibrate → tune → freeze."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,18 +16,21 @@ from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
-from gdfq.errors import UsageError
+from gdfq.errors import GdfqWarning, UsageError
 from gdfq.evaluate import output_errors, top1
 from gdfq.export import metadata_of
+from gdfq.faults import told_of_shortage
 from gdfq.freeze import freeze
 from gdfq.grid import Bits
 from gdfq.models import weights_hash
-from gdfq.outputs import output_names
+from gdfq.outputs import in_order, output_names
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantized import QuantizedNetwork
+from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs import as_values
 from gdfq.sources import Batch, Source
+from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
 from gdfq.sources.pool import ImagePool, PoolStream, collect, first_images
 from gdfq.sources.streams import Feed
@@ -57,6 +61,7 @@ def quantize(
     placement: Placement | None = None,
     keep: Sequence[str] = (),
     steps: int | None = None,
+    batch: int | None = None,
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -81,6 +86,7 @@ def quantize(
     placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
     keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.Keep`).
     steps: batches in all; the recipe's own by default.
+    batch: images a step; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
     resize: how the files of an image folder get the network's size (see `gdfq.data.Resize`).
     device: "cpu", "cuda" or "auto".
@@ -95,7 +101,7 @@ def quantize(
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
     widths = parse_bits(bits, size)
-    recipe = find_recipe(recipe).with_steps(steps)
+    recipe = find_recipe(recipe).with_steps(steps).with_batch(batch)
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
 
@@ -147,14 +153,15 @@ def quantize(
     )
     listener = keeper.listening(listener)
     keeper.hold("clock", clock)
-    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
-    feed = keeper.hold("feed", Feed(stream))
+    origin = keeper.hold("origin", Noted(seed=seed))
+    stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener)
+    feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
     metrics: dict[str, Any] = {}
     if size is not None:
         chosen = keeper.hold("allocation", Noted())
         if not chosen:
             metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
-            images = _images_of(stream)
+            images = _images_of(feed.stream)
             allocation = choose_widths(
                 teacher, scheme, images, size, metadata=metadata, listener=listener
             )
@@ -170,9 +177,19 @@ def quantize(
         scheme = replace(scheme, keep=tuple(map(Keep.parse, card.keep)))
         metrics["allocation"] = chosen["metrics"]
 
-    network = _frozen_student(
-        teacher, scheme, recipe, feed, seed=seed, listener=listener, lap=clock.lap, keeper=keeper
+    make = partial(
+        _frozen_student, teacher, scheme, recipe, listener=listener, lap=clock.lap, keeper=keeper
     )
+    with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
+        try:
+            network = make(feed, seed=origin["seed"])
+        except CollapsedError as error:
+            _choose_another_seed_(origin, seed, error)
+            keeper.forget("feed", *_STUDENT_PARTS)
+            feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
+            network = make(feed, seed=origin["seed"])
+    if "collapsed" in origin:
+        metrics["collapsed"] = origin["collapsed"]
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
     if held_out is not None:
@@ -372,6 +389,29 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
             raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
         return BASE
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
+
+
+_STUDENT_PARTS = ("student", "done", "optimizer", "reconstruction")
+"""What is held of a student while it is made."""
+
+
+def _choose_another_seed_(origin: Noted, seed: int, error: CollapsedError) -> None:
+    """Note a seed to begin again from. Raises CollapsedError when that was done before."""
+    if "collapsed" in origin:
+        raise CollapsedError(
+            f"{error} So it did from another seed: {origin['collapsed']} "
+            "Use a recipe without a generator, such as fast."
+        ) from error
+    origin["collapsed"] = str(error)
+    origin["seed"] = random_stream(seed, "another seed").initial_seed()
+    warnings.warn(f"{error} It begins again, from another seed.", GdfqWarning, stacklevel=3)
+
+
+def _pass_through(teacher: Captured, images: int) -> None:
+    """Forward and backward of so many images, as a step on them does."""
+    inputs = torch.zeros(images, *teacher.input_shape, device=teacher.device, requires_grad=True)
+    with torch.enable_grad():
+        torch.stack([output.sum() for output in in_order(teacher.network(inputs))]).sum().backward()
 
 
 def _images_of(stream: Iterator[Batch]) -> Tensor:

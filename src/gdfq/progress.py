@@ -1,5 +1,6 @@
 """What a run says while it runs: steps go to listeners, which print or record them."""
 
+import errno
 import json
 import os
 import sys
@@ -36,7 +37,7 @@ class History:
     """
 
     def __init__(self, path: Path, lines: int = 500) -> None:
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # nothing is left to fail when it is closed
         self._lines = lines
         self._whole = self._file.tell()  # bytes up to the end of the last line
 
@@ -46,8 +47,8 @@ class History:
         losses = {name: float(value) for name, value in step.losses.items()}
         record = {"stage": step.stage, "step": step.index, **losses}
         line = json.dumps(record).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._whole += len(line)
 
     def state_dict(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.checkpoints import INTERVAL, Checkpoints
 from gdfq.errors import UsageError, first_line
-from gdfq.files import make_folder, write_json
+from gdfq.files import make_folder, remove_partial, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
@@ -63,6 +63,7 @@ class RunFolder:
                 "Wait until it has finished, or choose another --out."
             ) from None
         self._check()  # it may have finished in the meantime
+        remove_partial(self.path)
         return self
 
     def __exit__(

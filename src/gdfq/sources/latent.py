@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from gdfq import operators
 from gdfq.capture import Captured, flat_module, tensors_of
 from gdfq.errors import UsageError
+from gdfq.faults import images_stay_finite
 from gdfq.losses import standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
@@ -70,6 +71,7 @@ class LatentSource:
                     for optimizer in optimizers:
                         set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
                         optimizer.zero_grad()
+                    images_stay_finite({"bns": loss.detach()}, step, iteration)
                     loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()

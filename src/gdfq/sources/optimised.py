@@ -9,6 +9,7 @@ import torch
 
 from gdfq.capture import Captured
 from gdfq.errors import UsageError
+from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
@@ -69,6 +70,9 @@ class OptimisedSource:
                     loss = bns
                     if self.class_weight and labels is not None:
                         loss = loss + self.class_weight * focal_loss(outputs, labels, self.focus)
+                    images_stay_finite(
+                        {"total": loss.detach(), "bns": bns.detach()}, step, iteration
+                    )
                     (images.grad,) = torch.autograd.grad(loss, images)
                 optimizer.step()
                 plateau.step(loss.item())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gdfq.capture import Captured
 from gdfq.errors import UsageError
+from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, relative_statistics_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
@@ -123,6 +124,7 @@ def spectral_batches(
                     boundary = focal_loss(outputs, labels, config.focus)
                     loss = loss + config.class_weight * boundary
                     losses["boundary"] = boundary.detach()
+                images_stay_finite({"total": loss.detach(), **losses}, step, iteration)
                 (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
             optimizer.step()
             done = step * config.iterations + iteration + 1

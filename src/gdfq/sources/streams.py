@@ -97,7 +97,7 @@ class Feed:
     _EXAMPLES = 32
 
     def __init__(self, stream: Iterator[Batch]) -> None:
-        self._stream = stream
+        self.stream = stream
         self.taken = 0
         self._examples: Fixed | None = None
         self._held: list[Fixed] = []
@@ -115,7 +115,7 @@ class Feed:
     def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:
         """The batches up to the `count`-th of all."""
         while self.taken < count:
-            batch = next(self._stream, None)
+            batch = next(self.stream, None)
             if batch is None:
                 return
             if self._examples is None:
@@ -132,15 +132,14 @@ class Feed:
         return self.held[:count]
 
     def state_dict(self) -> dict[str, Any]:
-        stream = self._stream
-        of_stream = stream.state_dict() if hasattr(stream, "state_dict") else None
+        of_stream = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
         return {"taken": self.taken, "examples": self._examples, "held": list(self._held),
                 "stream": of_stream}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken, self._examples = state["taken"], state["examples"]
         self._held = state["held"]
-        if hasattr(self._stream, "load_state_dict"):
-            self._stream.load_state_dict(state["stream"])
+        if hasattr(self.stream, "load_state_dict"):
+            self.stream.load_state_dict(state["stream"])
         else:
-            next(islice(self._stream, self.taken - 1, self.taken), None)
+            next(islice(self.stream, self.taken - 1, self.taken), None)

@@ -1,6 +1,5 @@
 """Tuning: cross-entropy, distillation and block features on the stream's batches."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 from gdfq import operators
 from gdfq.capture import Captured
 from gdfq.checkpoints import Keeper, Unkept
-from gdfq.errors import GdfqError
+from gdfq.faults import stay_finite
 from gdfq.features import block_ends
 from gdfq.features import with_features as features_of
 from gdfq.folding import fold_batch_norms
@@ -117,12 +116,12 @@ def tune_(
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
-        value = losses["student"].item()
-        if not math.isfinite(value):
-            raise GdfqError(
-                f"the student's loss must stay finite; it is {value} at step {step}. "
-                "Lower the learning rate or use more bits."
-            )
+        stay_finite(
+            losses,
+            whose="student",
+            when=f"step {step}",
+            advice="Lower the learning rate or use more bits.",
+        )
         optimizer.step()
         listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}))
     student.eval()

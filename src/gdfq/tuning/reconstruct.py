@@ -4,7 +4,6 @@ BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): a block se
 finished predecessors make them, some of their values replaced by the teacher's own.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from gdfq.capture import Captured
 from gdfq.checkpoints import Keeper, Unkept
-from gdfq.errors import GdfqError, UsageError
+from gdfq.errors import UsageError
+from gdfq.faults import stay_finite
 from gdfq.features import block_ends, blocks
 from gdfq.folding import fold_batch_norms
 from gdfq.progress import Listener, Step
@@ -150,15 +150,16 @@ def _updates(
                 sharpness = 20 + (2 - 20) * progress
                 loss = loss + config.rounding * sum(m.undecided(sharpness) for m in rounded)
             loss.backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise GdfqError(
-                f"a block's loss must stay finite; it is {value} at update {update}. "
-                "Lower the learning rate or use more bits."
-            )
+        losses = {"student": loss.detach(), "error": error.detach()}
+        stay_finite(
+            losses,
+            whose="block",
+            when=f"update {update} of block {place.block}",
+            advice="Lower the learning rate or use more bits.",
+        )
         optimizer.step()
         place.update = update + 1
-        yield {"student": loss.detach(), "error": error.detach()}
+        yield losses
 
 
 def _settle_(block: fx.GraphModule) -> None:
