@@ -2,10 +2,12 @@
 
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
+from gdfq.checkpoints import Checkpoints
+from gdfq.devices import Group, joined
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.export import Exported, Format
@@ -35,7 +39,13 @@ from gdfq.sweeping import TABLE_CSV, TABLE_JSON, Row, run_sweep, table, usable_c
 from gdfq.version import __version__
 
 
-def run(
+def run(*, device: str, **options: Any) -> None:
+    """`gdfq quantize`, by as many processes as torchrun started."""
+    with joined(find_device(device)) as group:
+        _run(device=device, group=group, **options)
+
+
+def _run(
     *,
     model: str,
     weights: Path | None,
@@ -58,8 +68,8 @@ def run(
     onnx: bool,
     checkpoint_every: float,
     resume: bool,
+    group: Group,
 ) -> None:
-    """`gdfq quantize`."""
     chosen = find_recipe(recipe).with_steps(steps).with_batch(batch)
     widths = parse_bits(bits, size)
     for text in keep:
@@ -72,7 +82,7 @@ def run(
     loaded = load_model(model, weights)
     network = loaded.module
     shape, preprocessing = loaded.input(input_shape, mean, std)
-    if loaded.preprocessing is None:
+    if loaded.preprocessing is None and group.rank == 0:
         _warn_about_normalisation(mean, std)
     config = {
         "gdfq": __version__,
@@ -98,11 +108,10 @@ def run(
     example = torch.zeros(1, *shape)
     teacher = capture(network, example, classifier=classifier)
     scheme = Scheme(widths, placement or chosen.placement, tuple(map(Keep.parse, keep)))
-    if size is None:  # else widths are yet to be chosen
+    if size is None and group.rank == 0:  # else widths are yet to be chosen
         click.echo(f"{'network':10}{diagnose(teacher, scheme, chosen).summary()}")
-    quantized = _quantize_into(
-        folder,
-        config,
+    do = partial(_quantize_into, folder, config) if group.rank == 0 else partial(_take_part, folder)
+    quantized = do(
         teacher,
         example,
         bits=bits,
@@ -118,8 +127,10 @@ def run(
         resize=preprocessing.resize,
         device=device,
         onnx=onnx,
+        group=group,
     )
-    _summary(quantized, out)
+    if group.rank == 0:
+        _summary(quantized, out)
 
 
 def _quantize_into(
@@ -156,6 +167,24 @@ def _quantize_into(
             _export_at_once(quantized, folder.path / ONNX_FILE)
         folder.finish(quantized.metrics)
     return quantized
+
+
+def _take_part(
+    folder: RunFolder,
+    network: nn.Module | Captured,
+    example: torch.Tensor,
+    *,
+    onnx: bool,  # noqa: ARG001 (what is written the first process writes)
+    **options: Any,
+) -> QuantizedNetwork:
+    """Quantize together with the process that writes the folder.
+
+    Only that one heeds signals: it stops at a checkpoint, for which it needs the others.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    checkpoints = Checkpoints(folder.checkpoints.folder, writes=False)
+    return quantize(network, example, checkpoints=checkpoints, **options)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
+from gdfq.devices import ALONE, Group
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.evaluate import output_errors, top1
 from gdfq.export import metadata_of
@@ -70,6 +71,7 @@ def quantize(
     classifier: bool | None = None,
     listener: Listener = silent,
     checkpoints: str | Path | Checkpoints | None = None,
+    group: Group = ALONE,
 ) -> QuantizedNetwork:
     """Quantize a trained network; without `data` no real image is used.
 
@@ -97,6 +99,8 @@ def quantize(
     checkpoints: a folder that the run writes its state into about once a minute, and whenever the
         listener raises. The same call with a folder that has one goes on from there, and ends with
         the same bits. It stays when the run has finished; one process may use it at a time.
+    group: the processes that do this run together (see `gdfq.devices.joined`). All of them call
+        this alike; the first alone measures on `test` and writes checkpoints.
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
@@ -105,7 +109,9 @@ def quantize(
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
 
-    keeper: Keeper = Unkept() if checkpoints is None else Checkpoints.of(checkpoints)
+    keeper: Keeper = Unkept()
+    if checkpoints is not None:
+        keeper = Checkpoints.of(checkpoints, writes=group.rank == 0)
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))
@@ -149,12 +155,16 @@ def quantize(
             "torch": torch.__version__,
             "device": str(teacher.device),
             "threads": torch.get_num_threads(),
+            "processes": group.size,
         },
     )
+    group.wait()  # nothing is written before all have read
     listener = keeper.listening(listener)
     keeper.hold("clock", clock)
     origin = keeper.hold("origin", Noted(seed=seed))
-    stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener)
+    if recipe.tuning is not None:
+        group.check_batch(source.batch, f"recipe {recipe.name}")
+    stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener, group=group)
     feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
     metrics: dict[str, Any] = {}
     if size is not None:
@@ -178,7 +188,14 @@ def quantize(
         metrics["allocation"] = chosen["metrics"]
 
     make = partial(
-        _frozen_student, teacher, scheme, recipe, listener=listener, lap=clock.lap, keeper=keeper
+        _frozen_student,
+        teacher,
+        scheme,
+        recipe,
+        listener=listener,
+        lap=clock.lap,
+        keeper=keeper,
+        group=group,
     )
     with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
         try:
@@ -192,7 +209,7 @@ def quantize(
         metrics["collapsed"] = origin["collapsed"]
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
-    if held_out is not None:
+    if held_out is not None and group.rank == 0:
         metrics |= _measured(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
     return QuantizedNetwork(network, card, metrics, feed.examples)
@@ -226,6 +243,7 @@ def _frozen_student(
     listener: Listener,
     lap: Callable[[str], None] = lambda _: None,
     keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
+    group: Group = ALONE,
 ) -> fx.GraphModule:
     """The student after all stages, each of which goes on where the keeper's parts are.
 
@@ -257,6 +275,8 @@ def _frozen_student(
         )
         if recipe.match_moments:
             match_moments_(student, teacher, torch.cat([batch.images for batch in feed.held]))
+        # All saw the same batches, so they differ by what their devices round, if at all.
+        group.same_(student.state_dict().values())
         ends("calibrate")
     if tuning is not None and "tune" not in done:
         if "warmup" not in done:
@@ -284,6 +304,7 @@ def _frozen_student(
                 total_steps=recipe.steps,
                 listener=listener,
                 keeper=keeper,
+                group=group,
             )
         ends("tune")
     network = freeze(student)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdfq.capture import Captured
+from gdfq.devices import ALONE, Group
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.sources import Batch, Source
@@ -31,11 +32,17 @@ class ImagePool:
     augmented: bool = True
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> "PoolStream":
         """Yield `steps` batches; raises at once what the source does."""
         needed = -(-self.images // self.source.batch)
-        made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
+        made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener, group=group)
         return PoolStream(self, made, steps, seed)
 
 
