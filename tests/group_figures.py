@@ -69,13 +69,13 @@ def _generated(teacher: Captured, source: GeneratorSource, group: Group) -> dict
     stream = source.stream(teacher, steps=STEPS, seed=1, group=group)
     first = next(stream)
     generator = stream._parts["generator"]
-    gradients = [p.grad.clone() for p in generator.parameters()]
+    gradients = _flat(generator)
     batches = [first, *stream]
     return {
         "images": first.images,
         "logits": first.teacher_logits,
         "gradients": gradients,
-        "losses": [[float(value) for value in batch.losses.values()] for batch in batches],
+        "losses": torch.tensor([[*map(float, batch.losses.values())] for batch in batches]),
     }
 
 
@@ -87,14 +87,20 @@ def _tuned(
 
     def note(step: Any) -> None:
         if not losses:
-            gradients.extend(p.grad.clone() for p in student.parameters() if p.grad is not None)
+            gradients.append(_flat(student))
         losses.append([float(value) for value in step.losses.values()])
 
     tune_(
         student, teacher, batches, config,
         first_step=0, total_steps=len(batches), listener=note, group=group,
     )  # fmt: skip
-    return {"gradients": gradients, "losses": losses}
+    weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+    return {"gradients": gradients[0], "losses": torch.tensor(losses), "weights": weights}
+
+
+def _flat(module: nn.Module) -> Tensor:
+    """All gradients as one vector: some of its parts are 0 but for rounding."""
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
 if __name__ == "__main__":

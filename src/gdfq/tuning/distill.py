@@ -122,6 +122,8 @@ def tune_(
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
+        group.average_(parameter.grad for parameter in student.parameters())
+        group.average_(losses.values())
         stay_finite(
             losses,
             whose="student",
