@@ -16,15 +16,17 @@ from gdfq.grid import Bits
 from gdfq.progress import silent
 from gdfq.recipes import FAST, PAPER
 from gdfq.schedules import SgdConfig
-from gdfq.sources.generator import GeneratorSource
+from gdfq.sources.generator import Conditioning, GeneratorSource
 from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
+from gdfq.sources.streams import Stream
 from gdfq.student import Scheme, Student, build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 
 STEPS = 50
+CONDITIONINGS: tuple[Conditioning, ...] = ("label-embedding", "conditional-batch-norm")
 POOL = ImagePool(SpectralSource(batch=8, iterations=4), images=40, batch=8)
 
 
@@ -52,10 +54,12 @@ def figures(group: Group) -> dict[str, Any]:
                 teacher, steps=3, seed=1, group=group
             )
         ],
-        "embedding": _generated(teacher, GeneratorSource(batch=16), group),
-        "conditional": _generated(
-            teacher, GeneratorSource(batch=16, conditioning="conditional-batch-norm"), group
-        ),
+        "generators": {
+            kind: _generated(teacher, kind, torch.float32, 1, group) for kind in CONDITIONINGS
+        },
+        "long": {
+            kind: _generated(teacher, kind, torch.float64, STEPS, group) for kind in CONDITIONINGS
+        },
         "float": _tuned(float_student, teacher, batches, config, group),
         "quantized": _tuned(quantized, teacher, batches[:1], fast, group),
         "paper": _tuned(paper, teacher, batches[:1], PAPER.tuning, group),
@@ -65,8 +69,21 @@ def figures(group: Group) -> dict[str, Any]:
     }
 
 
-def _generated(teacher: Captured, source: GeneratorSource, group: Group) -> dict[str, Any]:
-    stream = source.stream(teacher, steps=STEPS, seed=1, group=group)
+def _generated(
+    teacher: Captured, kind: Conditioning, dtype: torch.dtype, steps: int, group: Group
+) -> dict[str, Any]:
+    teacher.network.to(dtype)
+    source = GeneratorSource(batch=16, conditioning=kind)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return _of_stream(source.stream(teacher, steps=steps, seed=1, group=group))
+    finally:
+        torch.set_default_dtype(usual)
+        teacher.network.to(usual)
+
+
+def _of_stream(stream: Stream) -> dict[str, Any]:
     first = next(stream)
     generator = stream._parts["generator"]
     gradients = _flat(generator)

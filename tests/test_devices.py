@@ -49,14 +49,14 @@ def together(request, tmp_path_factory):
 
 
 def difference(a, b) -> float:
-    """The largest difference of two trees, relative to the largest value of each tensor."""
+    """The difference of two trees of tensors, relative to the norm of each."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         return max(difference(a[key], b[key]) for key in a)
     if isinstance(a, list):
         assert len(a) == len(b)
         return max(map(difference, a, b))
-    return float((a - b).abs().max() / a.abs().max())
+    return float((a - b).norm() / a.norm())
 
 
 def test_all_processes_have_the_same(together):
@@ -70,15 +70,16 @@ def test_images_of_independent_batches_are_those_of_one_process(alone, together,
     assert difference(alone[source], together[0][source]) == 0
 
 
-@pytest.mark.parametrize("source", ["embedding", "conditional"])
-def test_the_generator_learns_as_of_the_whole_batch(alone, together, source):
-    one, several = alone[source], together[0][source]
-    assert difference(one["images"], several["images"]) < 1e-5
-    assert difference(one["logits"], several["logits"]) < 1e-5
-    assert difference(one["losses"][0], several["losses"][0]) < 1e-5
-    assert difference(one["gradients"], several["gradients"]) < 1e-5
-    assert one["losses"][0][0] > 1.2 * one["losses"][-1][0]  # it did learn
-    assert difference(one["losses"], several["losses"]) < 1e-4
+def test_the_generator_starts_as_on_the_whole_batch(alone, together):
+    assert difference(alone["generators"], together[0]["generators"]) < 1e-5
+
+
+def test_the_generator_learns_as_on_the_whole_batch(alone, together):
+    """In double precision: Adam makes a step of the full size of a gradient that is rounding."""
+    for one in alone["long"].values():
+        assert one["losses"].shape == (50, 3)
+        assert one["losses"][0, 0] > one["losses"][-1, 0]
+    assert difference(alone["long"], together[0]["long"]) < 1e-9
 
 
 @pytest.mark.parametrize("student", ["float", "quantized", "paper", "moving"])
@@ -90,7 +91,7 @@ def test_the_first_step_of_a_student_is_that_of_one_process(alone, together, stu
 
 def test_fifty_steps_of_a_student_without_quantizers_are_those_of_one_process(alone, together):
     assert len(alone["float"]["losses"]) == 50
-    assert alone["float"]["losses"][0][0] > alone["float"]["losses"][-1][0]
+    assert alone["float"]["losses"][0, 0] > alone["float"]["losses"][-1, 0]
     assert difference(alone["float"], together[0]["float"]) < 1e-4
 
 
@@ -142,11 +143,15 @@ def quantize(place: Path, *more: str) -> list[str]:
 
 def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
     words = quantize(
-        place, "--recipe=paper", "--steps=1500", "--batch=8", "--checkpoint-every=0.1",
+        place, "--recipe=paper-no-boundary", "--steps=800", "--batch=8", "--checkpoint-every=0.1",
         f"--test={place}/test.npz", "--no-onnx",
     )  # fmt: skip
     run = subprocess.Popen(
-        torchrun(2, *words), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        torchrun(2, *words),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     until = time.monotonic() + 240
     while not list(place.glob("out/checkpoints/checkpoint-*")) and time.monotonic() < until:
@@ -165,7 +170,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
     assert "goes on from its checkpoint" in again.stdout
     assert "processes was 2, is 1" in again.stderr.replace("\n", " ")
     metrics = json.loads((place / "out" / "metrics.json").read_text())
-    assert metrics["steps"] == 1500
+    assert metrics["steps"] == 800
 
 
 def test_two_processes_write_one_run(place):
