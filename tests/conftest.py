@@ -6,10 +6,15 @@ from pathlib import Path
 import networks
 import pytest
 import torch
+from hypothesis import settings
 
 from gdfq.capture import Captured, capture
 from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
+
+# No test goes by time: a busy machine is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -247,8 +247,9 @@ def _simplify(module: fx.GraphModule) -> None:
     aten = torch.ops.aten
     (output,) = graph.find_nodes(op="output")
     returned = output.args[0]
-    if isinstance(returned, tuple | list) and len(returned) == 1:
-        output.args = (returned[0],)
+    assert isinstance(returned, tuple | list)
+    tensors = tuple(node for node in returned if node is not None)
+    output.args = (tensors[0] if len(tensors) == 1 else tensors,)
     # Export flattens inputs through pytree; a plain graph needs no such code.
     graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):

@@ -21,7 +21,7 @@ from gdfq.capture import Captured, capture
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.export import Exported, Format
-from gdfq.files import make_folder, write_atomically
+from gdfq.files import check_folder, make_folder, write_atomically
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, parse_bits, quantize
 from gdfq.progress import History, Step, Terminal
@@ -172,11 +172,11 @@ def write_images(
     """`gdfq generate`."""
     if (out / "images.npz").exists():
         raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
+    check_folder(out)
     loaded = load_model(model, weights)
     shape, preprocessing = loaded.input(input_shape, mean, std)
     if loaded.preprocessing is None:
         _warn_about_normalisation(mean, std)
-    make_folder(out)
     with Terminal() as terminal:
         images, labels = generate(
             loaded.module,
@@ -189,6 +189,7 @@ def write_images(
             classifier=classifier,
             listener=terminal,
         )
+    make_folder(out)
     np.save(out / "images.npy", images.contiguous().numpy())
     more = {} if labels is None else {"labels": labels}
     write_atomically(out / "images.npz", preprocessing.to_npz(images, **more))

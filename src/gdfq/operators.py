@@ -269,9 +269,12 @@ def has_weight(node: fx.Node) -> bool:
 
 
 def layer_name(node: fx.Node) -> str:
-    """The name of the module a layer's weight belongs to, `layer1.0.conv1`."""
+    """The name of the module a layer's weight belongs to, `layer1.0.conv1`.
+
+    Of a module that holds several weights, as attention does, with which of them: `in_proj`.
+    """
     weight: Any = node.args[1]
-    return re.sub(r"\.(folded_)?weight_*$", "", str(weight.target))
+    return re.sub(r"[._](folded_)?weight_*$", "", str(weight.target))
 
 
 def outputs(graph: fx.Graph) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.allocation import BASE, choose_widths
+from gdfq.allocation import BASE, choose_widths, file_sizes
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.data import ImageData, Preprocessing, Resize, load_data
@@ -121,15 +121,12 @@ def quantize(
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
     metrics: dict[str, Any] = {}
     if size is not None:
-        source, images = _with_images(source, teacher, seed, listener)
-        chosen = choose_widths(
-            teacher,
-            scheme,
-            images,
-            size,
-            metadata=metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False),
-            listener=listener,
-        )
+        pool = _pool(source)
+        metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
+        sizes = file_sizes(teacher, scheme, metadata)
+        sizes.check(size)  # before the images are made, which takes long
+        source, images = pool.made(teacher, seed=seed, listener=listener)
+        chosen = choose_widths(teacher, scheme, images, size, sizes, listener=listener)
         scheme = chosen.scheme
         card = replace(card, keep=tuple(map(str, scheme.keep)))
         metrics["allocation"] = {"size": size, "bytes": chosen.bytes, "widths": chosen.widths}
@@ -306,16 +303,14 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
 
 
-def _with_images(
-    source: Source, teacher: Captured, seed: int, listener: Listener
-) -> tuple[ImagePool, Tensor]:
-    """The pool with its images made, and these: they serve the choice of widths and the tuning."""
+def _pool(source: Source) -> ImagePool:
+    """The source whose images serve the choice of widths, and then the tuning."""
     if not isinstance(source, ImagePool):
         raise UsageError(
             "bits 'auto' needs images before the student learns, and so a recipe with a pool of "
             f"them; this one's come from a {type(source).__name__} on the way. Use fast or quick."
         )
-    return source.made(teacher, seed=seed, listener=listener)
+    return source
 
 
 def _check_placement(placement: Placement) -> Placement:

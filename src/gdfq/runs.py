@@ -13,7 +13,7 @@ from typing import Any
 
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.errors import UsageError, first_line
-from gdfq.files import make_folder, write_json
+from gdfq.files import check_folder, make_folder, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
@@ -33,7 +33,7 @@ def _is_ours(config: Path) -> bool:
 
 
 class RunFolder:
-    """A folder that is about to hold a run.
+    """A folder that is about to hold a run; it is made when the run begins.
 
     Raises UsageError when it cannot be written, or holds a finished run or files of such names
     that no run wrote. An unfinished run may be begun again.
@@ -41,7 +41,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        make_folder(path)
+        check_folder(path)
         if (path / METRICS).exists():
             raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
         present = [name for name in _FILES if (path / name).exists()]
@@ -56,7 +56,8 @@ class RunFolder:
         return self.path / HISTORY
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Remove what an unfinished run left and write the configuration."""
+        """Make the folder, remove what an unfinished run left and write the configuration."""
+        make_folder(self.path)
         for name in _MADE:
             (self.path / name).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config)
