@@ -274,7 +274,9 @@ def layer_name(node: fx.Node) -> str:
     Of a module that holds several weights, as attention does, with which of them: `in_proj`.
     """
     weight: Any = node.args[1]
-    return re.sub(r"[._](folded_)?weight_*$", "", str(weight.target))
+    path, _, leaf = str(weight.target).rpartition(".")
+    which = re.sub(r"_?weight_*$", "", re.sub(r"^(folded_)+", "", leaf))
+    return ".".join(filter(None, (path, which))) or leaf
 
 
 def outputs(graph: fx.Graph) -> list[fx.Node]:
