@@ -60,7 +60,9 @@ def test_structures_survive_a_file(value):
     assert len(set(names)) == len(tensors)
 
 
-@pytest.mark.parametrize("value", [True, "0", None, [], [0, 0], [1, 0], {"x": 2}, {"x": None}, [0, [["a"]]]])
+@pytest.mark.parametrize(
+    "value", [True, "0", None, [], [0, 0], [1, 0], {"x": 2}, {"x": None}, [0, [["a"]]]]
+)
 def test_a_file_must_place_each_output_once(value):
     with pytest.raises(ValueError, match="output"):
         read_structure(value)

@@ -266,6 +266,15 @@ def _simplify(module: fx.GraphModule) -> None:
             node.target = aten.reshape.default  # a view fails on channels_last tensors
         elif name in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
+        elif name in _FILLED and all(type(side) is int for side in node.meta["val"].shape):
+            # Of the image it takes the device alone, and the mask that it begins can be folded.
+            value = node.meta["val"]
+            fill = _FILLED[name] if _FILLED[name] is not None else node.args[-1]
+            with graph.inserting_before(node):
+                args, options = (list(value.shape), fill), {"dtype": value.dtype}
+                replacement = graph.call_function(aten.full.default, args, options)
+            replacement.meta = dict(node.meta)
+            node.replace_all_uses_with(replacement)
         elif node.op == "call_function" and "assert" in name:
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -295,6 +304,17 @@ _IDENTITIES = frozenset(
         "aten.contiguous.default",
     }
 )
+
+
+_FILLED = {
+    "aten.new_zeros.default": 0,
+    "aten.zeros_like.default": 0,
+    "aten.new_ones.default": 1,
+    "aten.ones_like.default": 1,
+    "aten.new_full.default": None,
+    "aten.full_like.default": None,
+}
+"""Operators that make a tensor of one number, which is their last argument where None is here."""
 
 
 def _products_to_linear(graph: fx.Graph) -> None:
