@@ -266,12 +266,15 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
     help="whose source makes the images; --steps is for those that learn, as paper's",
 )
 @click.option("--count", default=1024, show_default=True, help="how many images")
-@click.option("--out", type=_PATH, required=True, help="folder for images.npz and images.npy")
+@click.option("--out", type=_PATH, required=True, help="folder for the files")
+@click.option("--png", is_flag=True, help="write PNG files as well, in a folder for each class")
 def generate_command(**options: Any) -> None:
     """Make synthetic images from MODEL alone.
 
-    Writes images.npz (uint8 `images` and `labels`, as --test and --data read them) and
-    images.npy (normalised float32, as the network takes them).
+    \b
+    images.npz           uint8 `images` and `labels`, as --test and --data read them
+    images.npy           normalised float32, as the network takes them
+    png/CLASS/N.png      with --png: an image folder, as --test and --data read it
     """
     from gdfq.commands import write_images
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,13 +20,13 @@ from gdfq.capture import Captured, capture
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.export import Exported, Format
-from gdfq.files import make_folder, write_atomically
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, parse_bits, quantize
 from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
 from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export
+from gdfq.saving import ImageFiles
 from gdfq.student import Keep, Placement, Scheme
 from gdfq.version import __version__
 
@@ -168,33 +167,30 @@ def write_images(
     seed: int,
     device: str,
     classifier: bool | None,
+    png: bool,
 ) -> None:
     """`gdfq generate`."""
-    if (out / "images.npz").exists():
-        raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
+    files = ImageFiles(out, png)
     loaded = load_model(model, weights)
     shape, preprocessing = loaded.input(input_shape, mean, std)
     if loaded.preprocessing is None:
         _warn_about_normalisation(mean, std)
-    make_folder(out)
+    files.prepare(shape)
+    example = torch.zeros(1, *shape)
+    teacher = capture(loaded.module, example, classifier=classifier)
     with Terminal() as terminal:
         images, labels = generate(
-            loaded.module,
-            torch.zeros(1, *shape),
+            teacher,
+            example,
             count,
             recipe,
             steps=steps,
             seed=seed,
             device=device,
-            classifier=classifier,
             listener=terminal,
         )
-    np.save(out / "images.npy", images.contiguous().numpy())
-    more = {} if labels is None else {"labels": labels}
-    write_atomically(out / "images.npz", preprocessing.to_npz(images, **more))
-    click.echo(
-        f"{len(images)} images: {out / 'images.npz'} (pixels), {out / 'images.npy'} (floats)"
-    )
+    written = files.write(images, labels, preprocessing, teacher.classes or 1)
+    click.echo(f"{len(images)} images: {', '.join(map(str, written))}")
 
 
 def export(

@@ -233,7 +233,7 @@ def _measured(
 
 
 def generate(
-    model: nn.Module,
+    model: nn.Module | Captured,
     example_input: Tensor,
     count: int = 1024,
     recipe: str | Recipe = "fast",
@@ -256,7 +256,9 @@ def generate(
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     recipe = find_recipe(recipe)
-    teacher = capture(model, example_input, classifier=classifier).to(find_device(device))
+    if not isinstance(model, Captured):
+        model = capture(model, example_input, classifier=classifier)
+    teacher = model.to(find_device(device))
     if isinstance(recipe.source, ImagePool):
         if steps is not None:
             raise UsageError(
