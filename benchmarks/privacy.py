@@ -39,17 +39,18 @@ from gdfq.sources.generator import GeneratorSource
 
 FILE = RESULTS / "privacy.json"
 PAGE, MARK, END = ROOT / "docs" / "privacy.md", "<!-- benchmarks/privacy.py -->", "<!-- end -->"
-COUNT = 512
 SEEDS = (0, 1, 2)
 REFERENCES = 5000
 RESAMPLED = 2000
 R20, R32, R56, _ = NETWORKS
 GENERATOR = replace(PAPER, source=GeneratorSource(batch=64)).with_steps(400)
-PLAN: list[tuple[str, str, Recipe]] = [
-    *((name, "fast", FAST) for name in (R20, R32, R56)),
-    (R20, "paper, 400 steps of 64 images", GENERATOR),
+PLAN: list[tuple[str, str, Recipe, int]] = [
+    (R20, "fast", FAST, 512),
+    (R20, "paper, 400 steps of 64 images", GENERATOR, 512),
+    (R32, "fast", FAST, 512),
+    (R56, "fast", FAST, 256),
 ]
-"""Network, name and recipe of the source."""
+"""Network, name and recipe of the source, images from each seed."""
 Embed = Callable[[Tensor], Tensor]
 
 
@@ -166,10 +167,12 @@ def by_view(of: Subject, asked: dict[str, Tensor]) -> dict[str, dict[str, object
     return found
 
 
-def synthetic(of: Subject, teacher: Captured, recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
+def synthetic(
+    of: Subject, teacher: Captured, recipe: Recipe, count: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Pixels and labels, as `gdfq generate` saves them."""
     example = torch.zeros(1, *teacher.input_shape)
-    images, labels = generate(teacher.network, example, COUNT, recipe, seed=seed)
+    images, labels = generate(teacher, example, count, recipe, seed=seed)
     assert labels is not None
     return of.network.preprocessing.pixels(images), labels
 
@@ -182,17 +185,16 @@ def answers(name: str, images: Tensor, labels: Tensor) -> float:
     return round(100 * float((logits.argmax(1) == labels).double().mean()), 2)
 
 
-def measured(name: str, recipe: Recipe) -> dict[str, object]:
+def measured(name: str, recipe: Recipe, count: int) -> dict[str, object]:
     """Everything about the images that one network gives away."""
     of = subject(name)
     teacher = capture(of.model, torch.zeros(1, *of.network.shape))
-    made = [synthetic(of, teacher, recipe, seed) for seed in SEEDS]
+    made = [synthetic(of, teacher, recipe, count, seed) for seed in SEEDS]
     images, labels = (torch.cat(parts) for parts in zip(*made, strict=True))
-    count = len(images)
     asked = {
         "synthetic": images,
-        "other test images": of.others[:count],
-        "training images, moved and noisy": copies(of.train[:count]),
+        "other test images": of.others[: len(images)],
+        "training images, moved and noisy": copies(of.train[: len(images)]),
     }
     judges = [judge for judge in (R20, R32, R56) if NETWORKS[judge].test == of.network.test]
     return {
@@ -226,10 +228,10 @@ def main() -> None:
     if not SHARED.is_dir():
         sys.exit(f"skipped: the networks and images of {SHARED} are not there")
     rows = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for name, source, recipe in PLAN:
+    for name, source, recipe, count in PLAN:
         key = f"{name}: {source}"
         if key not in rows:
-            rows[key] = measured(name, recipe)
+            rows[key] = measured(name, recipe, count)
             FILE.write_text(json.dumps(rows, indent=1) + "\n")
         print(key, json.dumps(rows[key]["taken_for_their_labels"]), flush=True)
     print(table(rows))
