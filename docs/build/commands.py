@@ -19,7 +19,9 @@ def reference() -> str:
     for name, command in sorted(cli.commands.items()):
         inner = click.Context(command, info_name=f"gdfq {name}")
         usage = f"```text\n{' '.join([f'gdfq {name}', *command.collect_usage_pieces(inner)])}\n```"
-        parts.append(f"## gdfq {name}\n\n{usage}\n\n{described(command)}\n\n{options(command, inner)}")
+        parts.append(
+            f"## gdfq {name}\n\n{usage}\n\n{described(command)}\n\n{options(command, inner)}"
+        )
     parts.append(f"## Options of all commands\n\n{options(cli, context)}")
     return "\n\n".join(parts)
 
@@ -35,7 +37,10 @@ def described(command: click.Command) -> str:
 
 def options(command: click.Command, context: click.Context) -> str:
     """A table of the options in the words of `--help`."""
-    rows = [f"| `{name.replace('|', '/')}` | {text.translate(_CELL)} |" for name, text in records(command, context)]
+    rows = [
+        f"| `{name.replace('|', '/')}` | {text.translate(_CELL)} |"
+        for name, text in records(command, context)
+    ]
     return "\n".join(["| option | meaning |", "| --- | --- |", *rows])
 
 

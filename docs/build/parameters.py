@@ -1,4 +1,4 @@
-"""Lists the parameters that a docstring describes, which in the source are lines `name: what it is`.
+"""Lists the parameters that a docstring describes: in the source they are lines `name: what it is`.
 
 An extension of griffe, which reads the docstrings for the site; see `mkdocs.yml`.
 """
