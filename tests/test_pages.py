@@ -35,12 +35,15 @@ def place(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+# What libraries warn of, a reader would see as well; it is no error of the page.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", with_mark(None), ids=name_of)
 def test_the_code_runs(page, place):
     pages.run(page, [block for block in pages.blocks(page) if block.mark is None], place)
 
 
 @pytest.mark.check
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", with_mark("check"), ids=name_of)
 def test_all_code_runs(page, place):
     blocks = [block for block in pages.blocks(page) if block.mark != "skip"]

@@ -10,9 +10,10 @@ import torch
 
 @pytest.fixture(scope="module")
 def privacy():
-    sys.path.insert(0, str(pages.ROOT / "benchmarks"))
-    yield import_module("privacy")
-    sys.path.pop(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(pages.ROOT / "benchmarks")
+        patch.delitem(sys.modules, "networks")  # the benchmarks have one of their own
+        return import_module("privacy")
 
 
 def test_the_nearest_by_hand(privacy):

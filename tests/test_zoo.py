@@ -1,6 +1,5 @@
 """A part of the zoo: published architectures go through the whole line, with random weights."""
 
-import sys
 from importlib import import_module
 
 import pages
@@ -22,9 +21,9 @@ NAMES = {
 @pytest.fixture(scope="module")
 def zoo():
     kept = define_missing_operators()
-    sys.path.insert(0, str(pages.ROOT / "benchmarks"))
-    yield import_module("zoo")
-    sys.path.pop(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(pages.ROOT / "benchmarks")
+        yield import_module("zoo")
     del kept
 
 
