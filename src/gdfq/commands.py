@@ -149,6 +149,7 @@ def _quantize_into(
         quantized = quantize(
             network, example, listener=listener, checkpoints=checkpoints, **options
         )
+        quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
         quantized.save(folder.path)
         if onnx:
             _export_at_once(quantized, folder.path / ONNX_FILE)

@@ -136,21 +136,7 @@ def quantize(
         keep=tuple(keep),
     )
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
-    keeper.begin(
-        {
-            "gdfq": __version__,
-            "network": [weights_hash(teacher.network), name_of(teacher.network.code.encode())],
-            "data": None if given is None else summary_of(given),
-            "size": size,
-            "recipe": as_values(recipe),
-            "card": as_values(card),
-        },
-        {
-            "torch": torch.__version__,
-            "device": str(teacher.device),
-            "threads": torch.get_num_threads(),
-        },
-    )
+    keeper.begin(*_identity(teacher, recipe, card, size, given))
     listener = keeper.listening(listener)
     keeper.hold("clock", clock)
     origin = keeper.hold("origin", Noted(seed=seed))
@@ -160,17 +146,8 @@ def quantize(
     if size is not None:
         chosen = keeper.hold("allocation", Noted())
         if not chosen:
-            metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
             images = _images_of(feed.stream)
-            allocation = choose_widths(
-                teacher, scheme, images, size, metadata=metadata, listener=listener
-            )
-            chosen["keep"] = list(map(str, allocation.scheme.keep))
-            chosen["metrics"] = {
-                "size": size,
-                "bytes": allocation.bytes,
-                "widths": dict(allocation.widths),
-            }
+            chosen.update(_allocated(teacher, scheme, images, size, card, listener))
             clock.lap("allocate")
             keeper.stage_ends()
         card = replace(card, keep=tuple(chosen["keep"]))
@@ -180,14 +157,15 @@ def quantize(
     make = partial(
         _frozen_student, teacher, scheme, recipe, listener=listener, lap=clock.lap, keeper=keeper
     )
-    with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
+    network: fx.GraphModule | None = None
+    while network is None:
         try:
-            network = make(feed, seed=origin["seed"])
+            with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
+                network = make(feed, seed=origin["seed"])
         except CollapsedError as error:
             _choose_another_seed_(origin, seed, error)
             keeper.forget("feed", *_STUDENT_PARTS)
             feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
-            network = make(feed, seed=origin["seed"])
     if "collapsed" in origin:
         metrics["collapsed"] = origin["collapsed"]
 
@@ -389,6 +367,36 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
             raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
         return BASE
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
+
+
+def _identity(
+    teacher: Captured, recipe: Recipe, card: Card, size: int | None, given: ImageData | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Which run it is, in plain values, and what its rounding depends on."""
+    return {
+        "gdfq": __version__,
+        "network": [weights_hash(teacher.network), name_of(teacher.network.code.encode())],
+        "data": None if given is None else summary_of(given),
+        "size": size,
+        "recipe": as_values(recipe),
+        "card": as_values(card),
+    }, {
+        "torch": torch.__version__,
+        "device": str(teacher.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _allocated(
+    teacher: Captured, scheme: Scheme, images: Tensor, size: int, card: Card, listener: Listener
+) -> dict[str, Any]:
+    """The widths that are chosen to fit a size: what is kept, and the metrics that say so."""
+    metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
+    chosen = choose_widths(teacher, scheme, images, size, metadata=metadata, listener=listener)
+    return {
+        "keep": list(map(str, chosen.scheme.keep)),
+        "metrics": {"size": size, "bytes": chosen.bytes, "widths": dict(chosen.widths)},
+    }
 
 
 _STUDENT_PARTS = ("student", "done", "optimizer", "reconstruction")
