@@ -1,7 +1,8 @@
 """A pool of images that is made once and drawn from again and again, augmented."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,6 +38,32 @@ class ImagePool:
         needed = -(-self.images // self.source.batch)
         made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
         return PoolStream(self, made, steps, seed)
+
+    def made(
+        self, teacher: Captured, *, seed: int, listener: Listener = silent
+    ) -> tuple["ImagePool", Tensor]:
+        """The same pool with its images made, and these [images, *input_shape].
+
+        For the same seed it streams the same batches as before.
+        """
+        images, labels = collect(self.source, teacher, self.images, seed=seed, listener=listener)
+        return replace(self, source=StoredImages(images, labels, self.source.batch)), images
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImages:
+    """Images that were made before, in their order: [N, *input_shape] and their labels [N]."""
+
+    images: Tensor
+    labels: Tensor | None
+    batch: int
+
+    def stream(
+        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches, or as many as there are; the last may be smaller."""
+        batch = Batch(self.images, self.labels, None)
+        yield from islice(batch.split(self.batch), steps)
 
 
 class PoolStream(Stream):
