@@ -141,7 +141,7 @@ def quantize(
     keeper.hold("clock", clock)
     origin = keeper.hold("origin", Noted(seed=seed))
     stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener)
-    feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
+    feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     metrics: dict[str, Any] = {}
     if size is not None:
         chosen = keeper.hold("allocation", Noted())
@@ -165,7 +165,7 @@ def quantize(
         except CollapsedError as error:
             _choose_another_seed_(origin, seed, error)
             keeper.forget("feed", *_STUDENT_PARTS)
-            feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
+            feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     if "collapsed" in origin:
         metrics["collapsed"] = origin["collapsed"]
 
@@ -189,7 +189,8 @@ def quantize_captured(
 
     With it come a few images of the first batch [n, *input_shape].
     """
-    feed = Feed(source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener))
+    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
+    feed = Feed(stream, teacher.device)
     network = _frozen_student(teacher, scheme, recipe, feed, seed=seed, listener=listener)
     return network, feed.examples
 

@@ -37,7 +37,7 @@ class ImagePool:
         """Yield `steps` batches; raises at once what the source does."""
         needed = -(-self.images // self.source.batch)
         made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
-        return PoolStream(self, made, steps, seed)
+        return PoolStream(self, made, steps, seed, teacher.device)
 
     def made(
         self, teacher: Captured, *, seed: int, listener: Listener = silent
@@ -69,8 +69,15 @@ class StoredImages:
 class PoolStream(Stream):
     """The batches of a pool, whose images are made when they are first asked for."""
 
-    def __init__(self, pool: ImagePool, made: Iterator[Batch], steps: int, seed: int) -> None:
-        self._collected = _Collected(made, pool.images)
+    def __init__(
+        self,
+        pool: ImagePool,
+        made: Iterator[Batch],
+        steps: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._collected = _Collected(made, pool.images, device)
         draw = random_stream(seed, "pool.order")
 
         def whole_batches(order: Tensor) -> list[Tensor]:
@@ -97,26 +104,28 @@ class PoolStream(Stream):
 class _Collected:
     """The first `count` images of a stream and their labels, made once."""
 
-    def __init__(self, made: Iterator[Batch], count: int) -> None:
-        self._feed, self._count = Feed(made), count
+    def __init__(self, made: Iterator[Batch], count: int, device: torch.device) -> None:
+        self._feed: Feed | None = Feed(made, device)
+        self._count, self._device = count, device
         self._all: Fixed | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         if self._all is None:
+            assert self._feed is not None
             for _ in self._feed.until(self._count, hold=True):
                 pass  # the stream ends when they are enough
             self._all = Fixed(first_images(self._count, self._feed.held))
-            self._feed = Feed(iter(()))  # its batches need not stay in memory
+            self._feed = None  # its batches need not stay in memory
         images, labels = self._all.value
         return images, labels
 
     def state_dict(self) -> dict[str, Any]:
-        return {"all": self._all} if self._all else {"feed": self._feed.state_dict()}
+        return {"all": self._all, "feed": self._feed and self._feed.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "all" in state:
-            self._all = state["all"]
-        else:
+        if state["all"] is not None:
+            self._all, self._feed = state["all"].to(self._device), None
+        elif self._feed is not None:
             self._feed.load_state_dict(state["feed"])
 
 

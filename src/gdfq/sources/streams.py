@@ -96,8 +96,8 @@ class Feed:
 
     _EXAMPLES = 32
 
-    def __init__(self, stream: Iterator[Batch]) -> None:
-        self.stream = stream
+    def __init__(self, stream: Iterator[Batch], device: torch.device) -> None:
+        self.stream, self._device = stream, device
         self.taken = 0
         self._examples: Fixed | None = None
         self._held: list[Fixed] = []
@@ -138,7 +138,7 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken, self._examples = state["taken"], state["examples"]
-        self._held = state["held"]
+        self._held = [part.to(self._device) for part in state["held"]]
         if hasattr(self.stream, "load_state_dict"):
             self.stream.load_state_dict(state["stream"])
         else:
