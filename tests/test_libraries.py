@@ -31,11 +31,13 @@ def zoo():
     return module
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def marked(name):
+    packages = PACKAGES[name.partition(":")[0]]
+    return pytest.param(name, marks=[pytest.mark.needs(package) for package in packages])
+
+
+@pytest.mark.parametrize("name", list(map(marked, NETWORKS)))
 def test_the_whole_line_runs(zoo, name):
-    for package in PACKAGES[name.partition(":")[0]]:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs the optional library {package}")
     (entry,) = (entry for entry in zoo.ENTRIES if entry.spec == name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own

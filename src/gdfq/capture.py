@@ -266,8 +266,9 @@ def _simplify(module: fx.GraphModule) -> None:
             value = node.meta["val"]
             fill = _FILLED[name] if _FILLED[name] is not None else node.args[-1]
             with graph.inserting_before(node):
-                args, options = (list(value.shape), fill), {"dtype": value.dtype}
-                replacement = graph.call_function(aten.full.default, args, options)
+                replacement = graph.call_function(
+                    aten.full.default, (list(value.shape), fill), {"dtype": value.dtype}
+                )
             replacement.meta = dict(node.meta)
             node.replace_all_uses_with(replacement)
         elif node.op == "call_function" and "assert" in name:
