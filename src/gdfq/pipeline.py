@@ -16,7 +16,7 @@ from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.data import ImageData, Preprocessing, Resize, load_data
 from gdfq.errors import UsageError
-from gdfq.evaluate import output_errors, top1
+from gdfq.evaluate import Answers, logits_of, output_errors
 from gdfq.export import metadata_of
 from gdfq.freeze import freeze
 from gdfq.grid import Bits
@@ -31,6 +31,7 @@ from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
+from gdfq.witness import Remembering, Tested
 
 _EXAMPLES = 32
 _MEASURED = ("teacher", "student")
@@ -135,15 +136,25 @@ def quantize(
         metrics["allocation"] = {"size": size, "bytes": chosen.bytes, "widths": chosen.widths}
         clock.lap("allocate")
 
+    seen = Remembering(source)
     network, examples = quantize_captured(
-        teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
+        teacher, scheme, recipe, seen, seed=seed, listener=listener, lap=clock.lap
     )
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
+    tested = None
     if held_out is not None:
-        metrics |= _measured(teacher, network, held_out, preprocessing, listener)
+        metrics["test_images"] = len(held_out)
+        if held_out.labels is not None and teacher.classes is not None:
+            tested = _tested(teacher, network, held_out, preprocessing, listener)
+            metrics |= {
+                who: {"top1": round(answers.top1(tested.labels), 4)}
+                for who, answers in (("teacher", tested.teacher), ("student", tested.student))
+            }
+        else:
+            metrics["student"] = _compared(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
-    return QuantizedNetwork(network, card, metrics, examples)
+    return QuantizedNetwork(network, card, metrics, examples, seen.witness(teacher, tested))
 
 
 def quantize_captured(
@@ -206,20 +217,30 @@ def quantize_captured(
     return network, examples
 
 
-def _measured(
+def _tested(
+    teacher: Captured,
+    network: fx.GraphModule,
+    held_out: ImageData,
+    preprocessing: Preprocessing,
+    listener: Listener,
+) -> Tested:
+    """What teacher and student, both classifiers, answer to labelled test images."""
+    ask = partial(logits_of, device=teacher.device, listener=listener)
+    answers = (
+        Answers.of(ask(module, held_out, preprocessing)) for module in (teacher.network, network)
+    )
+    assert held_out.labels is not None
+    return Tested(held_out, held_out.labels, *answers)
+
+
+def _compared(
     teacher: Captured,
     network: fx.GraphModule,
     held_out: ImageData,
     preprocessing: Preprocessing,
     listener: Listener,
 ) -> dict[str, Any]:
-    """Accuracies of teacher and student on test images, or the error of each output."""
-    ask = partial(top1, device=teacher.device, listener=listener)
-    found: dict[str, Any] = {"test_images": len(held_out)}
-    if teacher.classes is not None:
-        for name, module in (("teacher", teacher.network), ("student", network)):
-            found[name] = {"top1": round(ask(module, held_out, preprocessing), 4)}
-        return found
+    """The error of each of the student's outputs against the teacher's, on test images."""
     errors = output_errors(
         network,
         teacher.network,
@@ -228,8 +249,8 @@ def _measured(
         device=teacher.device,
         listener=listener,
     )
-    relative = dict(zip(output_names(teacher), (round(error, 4) for error in errors), strict=True))
-    return {**found, "student": {"error_percent": relative}}
+    rounded = (round(error, 4) for error in errors)
+    return {"error_percent": dict(zip(output_names(teacher), rounded, strict=True))}
 
 
 def generate(

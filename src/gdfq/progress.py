@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -19,9 +19,21 @@ class Step:
     index: int
     total: int
     losses: Mapping[str, Tensor]
+    rate: float | None = None
+    """The learning rate, as a share of the one that the stage begins with."""
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    """Now and then, how much each activation's grid spans, by name."""
 
 
 Listener = Callable[[Step], None]
+
+RANGES = 50
+"""How often a stage tells the activations' ranges."""
+
+
+def is_due(index: int, total: int, times: int) -> bool:
+    """Whether to speak at step `index` (from 1) of `total`: about `times` times, and at the end."""
+    return index % max(1, total // times) == 0 or index == total
 
 
 def silent(step: Step) -> None:
@@ -29,17 +41,22 @@ def silent(step: Step) -> None:
 
 
 class History:
-    """Writes every n-th step, and the last, as one JSON line: about `lines` lines a stage."""
+    """Writes steps with losses or ranges as JSON lines, about `lines` of them a stage."""
 
     def __init__(self, path: Path, lines: int = 500) -> None:
         self._file = path.open("w", encoding="utf-8")
         self._lines = lines
 
     def __call__(self, step: Step) -> None:
-        if step.index % max(1, step.total // self._lines) and step.index != step.total:
+        is_due_now = bool(step.losses) and is_due(step.index, step.total, self._lines)
+        if not is_due_now and not step.ranges:
             return
         losses = {name: float(value) for name, value in step.losses.items()}
-        record = {"stage": step.stage, "step": step.index, **losses}
+        record: dict[str, object] = {"stage": step.stage, "step": step.index, **losses}
+        if step.rate is not None:
+            record["rate"] = step.rate
+        if step.ranges:
+            record["ranges"] = dict(step.ranges)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

@@ -70,9 +70,9 @@ def reconstruct_(
         for parameter in finished:
             parameter.requires_grad_(False)
         inputs, wanted = wanted, _mapped(goal, wanted)
-        for losses in _updates(block, (seen, inputs, wanted), config, updates, draw):
+        for rate, losses in _updates(block, (seen, inputs, wanted), config, updates, draw):
             done += 1
-            listener(Step("tune", done, total, losses))
+            listener(Step("tune", done, total, losses, rate))
         seen = _mapped(block, seen)
         finished.update(block.parameters())
     student.requires_grad_(True)
@@ -84,8 +84,8 @@ def _updates(
     config: Reconstruction,
     updates: int,
     draw: torch.Generator,
-) -> Iterator[dict[str, Tensor]]:
-    """Train one block; yields each update's losses.
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Train one block; yields each update's share of the learning rate, and its losses.
 
     images: the block's inputs from student and teacher, and the teacher's outputs.
     """
@@ -95,7 +95,8 @@ def _updates(
         quantizer.bypass = Bypass(config.drop, draw) if config.drop else None
     optimizer = config.optimizer.build(block)
     for update in range(updates):
-        set_rate_(optimizer, config.schedule.factor(update, updates))
+        rate = config.schedule.factor(update, updates)
+        set_rate_(optimizer, rate)
         chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
         seen, inputs, wanted = (part[chosen] for part in images)
         if config.drop:
@@ -119,7 +120,7 @@ def _updates(
                 "Lower the learning rate or use more bits."
             )
         optimizer.step()
-        yield {"student": loss.detach(), "error": error.detach()}
+        yield rate, {"student": loss.detach(), "error": error.detach()}
     for quantizer in quantizers:
         quantizer.bypass = None
     for weight in rounded:
