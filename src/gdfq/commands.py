@@ -25,7 +25,7 @@ from gdfq.export import Exported, Format
 from gdfq.files import make_folder, write_atomically
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, parse_bits, quantize
-from gdfq.progress import History, Step, Terminal
+from gdfq.progress import History, Listener, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
 from gdfq.report import write_report
@@ -141,7 +141,7 @@ def _quantize_into(
     """Quantize with all that a run writes written into the folder, but for the report."""
     folder.begin(config)
     with ExitStack() as stack:
-        listeners = [
+        listeners: list[Listener] = [
             stack.enter_context(History(folder.history)),
             stack.enter_context(Terminal()),
         ]

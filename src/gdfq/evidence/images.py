@@ -259,7 +259,9 @@ def _asked(teacher: Captured, images: Tensor) -> tuple[Any, Tensor]:
     found = [network(part) for part in images.split(images_at_once(teacher.network))]
     features = torch.cat([features for _, (features,) in found])
     if features.ndim > 2:
-        dims = [d for d in range(1, features.ndim) if d != operators.channel_dim(last) % features.ndim]
+        dims = [
+            d for d in range(1, features.ndim) if d != operators.channel_dim(last) % features.ndim
+        ]
         features = features.mean(dims)
     if teacher.classes is None:
         return None, features

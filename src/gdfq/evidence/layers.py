@@ -1,7 +1,6 @@
 """What quantization does to each layer: error, clipping, ranges, and the harm to the outputs."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +88,7 @@ def sqnr(signal: Tensor, other: Tensor) -> float:
 
 
 def saturation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> float:
-    """Share of x, in percent, whose code lies beyond the lowest or highest that `bits` bits have."""
+    """Share of x, in percent, whose code lies beyond those that `bits` bits have."""
     low, high = code_bounds(bits)
     codes = (x / scale).round() + zero_point
     return 100 * float(((codes < low) | (codes > high)).double().mean())

@@ -63,7 +63,9 @@ def compare(folders: Sequence[str | Path], out: Path) -> Comparison:
             "one folder at least must hold a run; none does: "
             f"{', '.join(map(str, folders))}. Give folders that gdfq quantize wrote."
         )
-    notes += [f"{run.folder}: {said}" for run in runs for said in dict.fromkeys(run.problems.values())]
+    notes += [
+        f"{run.folder}: {said}" for run in runs for said in dict.fromkeys(run.problems.values())
+    ]
     comparison = side_by_side(_named(runs), notes)
     make_folder(out.parent)
     try:
@@ -164,7 +166,11 @@ def _hash(value: str | None) -> str:
 def _page(comparison: Comparison) -> str:
     words, points = quality(comparison.rows)
     figure = figures.pareto(points, words)
-    return environment().get_template("compare.html").render(
-        comparison=comparison,
-        figures={} if figure is None else {"pareto": Markup(svg(figure))},  # noqa: S704
+    return (
+        environment()
+        .get_template("compare.html")
+        .render(
+            comparison=comparison,
+            figures={} if figure is None else {"pareto": Markup(svg(figure))},  # noqa: S704
+        )
     )

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gdfq.report.read import Record
 
@@ -17,7 +18,8 @@ _INK = "#24292f"
 """What is drawn in it takes the text's colour on the page, light or dark."""
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#d9772b", "#3a9a5b", "#8b949e"
 """Readable on white and on black."""
-_WIDTH, _HEIGHT, _ROW = 7.2, 2.9, 0.19
+_WIDTH, _HEIGHT, _ROW = 5.2, 2.8, 0.19
+"""Inches. A page shows an inch as a quarter of a phone's width, so that labels stay readable."""
 _MOST_ROWS = 40
 _IDS = re.compile(
     r' id="(?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend|\w+Collection)_\d+"'
@@ -47,8 +49,8 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _axes(height: float = _HEIGHT, *, width: float = _WIDTH) -> tuple[Figure, Axes]:
-    figure = Figure((width, height), layout="constrained")
+def _axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure((_WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -58,6 +60,10 @@ def _axes(height: float = _HEIGHT, *, width: float = _WIDTH) -> tuple[Figure, Ax
     axes.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _whole_steps(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _label(axes: Axes, x: str, y: str, *, legend: bool = False) -> None:
@@ -112,9 +118,12 @@ def ranges(history: Sequence[Record], stage: str) -> Figure | None:
     last = found[-1]["ranges"]
     figure, axes = _axes()
     steps = [float(r["step"]) for r in found]
-    table = np.array([[float(r["ranges"][name]) / (last[name] or 1) for name in last] for r in found])
+    table = np.array(
+        [[float(r["ranges"][name]) / (last[name] or 1) for name in last] for r in found]
+    )
     axes.plot(steps, table, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(steps, np.median(table, 1), color=ORANGE, linewidth=1.8, label="median")
+    _whole_steps(axes)
     _label(axes, f"step of {stage}", "range / last range", legend=True)
     return figure
 
@@ -147,7 +156,7 @@ def distances(found: Sequence[Record]) -> Figure | None:
         values = [max(d[kind], 1e-6) for d in found]
         axes.plot(places, values, "o-", color=colour, label=label, markersize=3, linewidth=1.2)
     axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_steps(axes)
     _label(axes, "batch norm, from input to output", "distance of statistics", legend=True)
     return figure
 
@@ -158,7 +167,9 @@ def harms(layers: Sequence[Record], kind: str) -> Figure | None:
     if not shown:
         return None
     figure, axes = _axes(0.8 + _ROW * len(shown))
-    axes.barh([_short(r["name"]) for r in shown], [r["harm"] for r in shown], color=ORANGE, height=0.7)
+    axes.barh(
+        [_short(r["name"]) for r in shown], [r["harm"] for r in shown], color=ORANGE, height=0.7
+    )
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
     axes.margins(y=0.5 / (len(shown) + 1))
@@ -187,14 +198,14 @@ def signal(layers: Sequence[Record]) -> Figure | None:
     quantized = [(p, r["weight_sqnr"]) for p, r in zip(places, layers, strict=True)]
     points = [(p, v) for p, v in quantized if v is not None]
     axes.plot(*zip(*points, strict=True), "s", color=ORANGE, markersize=3, label="weight")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_steps(axes)
     _label(axes, "layer, from input to output", "SQNR, dB", legend=True)
     return figure
 
 
 def reliability(calibration: Mapping[str, Record]) -> Figure | None:
     """Accuracy over confidence, before and after; a calibrated network lies on the diagonal."""
-    figure, axes = _axes(3.2, width=4.2)
+    figure, axes = _axes(3.2)
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
     for who, colour in (("teacher", BLUE), ("student", ORANGE)):
         bins = calibration[who]
@@ -240,8 +251,12 @@ def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure |
     axes.plot([p[1] / 1024 for p in front], [p[2] for p in front], color=ORANGE, linewidth=1.2)
     for name, size, value in points:
         axes.annotate(
-            _short(name), (size / 1024, value), (5, 5), textcoords="offset points",
-            fontsize=8, color=_INK,
+            _short(name),
+            (size / 1024, value),
+            (5, 5),
+            textcoords="offset points",
+            fontsize=8,
+            color=_INK,
         )
     axes.margins(0.15)
     _label(axes, "size, KiB", quality)

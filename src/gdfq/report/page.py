@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
@@ -132,5 +131,3 @@ def _fixed(value: object, digits: int = 2) -> str:
     """A number with so many digits, or a dash where there is none."""
     found = number(value)
     return "–" if found is None else f"{found:.{digits}f}"
-
-

@@ -65,28 +65,24 @@ def read_run(folder: str | Path) -> Run:
         )
     problems: dict[str, str] = {}
 
-    def part(name: str, read: Callable[[Path], Found], empty: Found, absent: str) -> Found:
+    def part(name: str, read: Callable[[Path], Found], absent: str) -> Found | None:
         path = folder / name
         if not path.exists():
             problems[name] = absent
-            return empty
+            return None
         try:
             return read(path)
         except Exception as error:  # zipfile and zlib raise types of their own
             problems[name] = f"{name} is damaged or was changed ({first_line(error)})."
-            return empty
+            return None
 
-    config = part(CONFIG, _document, {}, f"{CONFIG} is missing: how the run was made is not known.")
-    metrics = part(
-        METRICS,
-        _document,
-        {},
-        f"the run has not finished: it has no {METRICS}. What it left so far is shown.",
-    )
-    history = part(HISTORY, _lines, (), f"{HISTORY} is missing: losses over steps are not known.")
-    evidence = part(EVIDENCE, _evidence, {}, _NO_EVIDENCE)
-    arrays = part(EVIDENCE_ARRAYS, _arrays, {}, _NO_EVIDENCE)
-    newer = str(config.get("gdfq", __version__))
+    config = part(CONFIG, _document, f"{CONFIG} is missing: how the run was made is not known.")
+    unfinished = f"the run has not finished: it has no {METRICS}. What it left is shown."
+    metrics = part(METRICS, _document, unfinished)
+    history = part(HISTORY, _lines, f"{HISTORY} is missing: losses over steps are not known.")
+    evidence = part(EVIDENCE, _evidence, _NO_EVIDENCE)
+    arrays = part(EVIDENCE_ARRAYS, _arrays, _NO_EVIDENCE)
+    newer = str((config or {}).get("gdfq", __version__))
     if _version(newer) > _version(__version__):
         problems["version"] = (
             f"the run was made by gdfq {newer}, which is newer than this one ({__version__}): "
@@ -97,7 +93,16 @@ def read_run(folder: str | Path) -> Run:
         for name in (ONNX_FILE, STUDENT_FILE)
         if (folder / name).exists()
     }
-    return Run(folder, config, metrics, history, evidence, arrays, sizes, problems)
+    return Run(
+        folder,
+        config or {},
+        metrics or {},
+        history or (),
+        evidence or {},
+        arrays or {},
+        sizes,
+        problems,
+    )
 
 
 _NO_EVIDENCE = (

@@ -15,7 +15,7 @@ def print_run(run: Run) -> None:
     table = Table("", "before", "now", "")
     before = number(metrics.get("float_bytes"))
     if run.file is not None and before is not None:
-        name, size = run.file
+        _, size = run.file
         table.add_row(
             "size", size_words(before), size_words(size), f"{before / size:.1f} times smaller"
         )

@@ -163,7 +163,9 @@ def _evidence(run: Run, loss: Loss | None) -> Iterator[str]:
     if run.file is not None:
         name, size = run.file
         before = number(run.metrics.get("float_bytes"))
-        float_words = "" if before is None else f"; the weights in float32 take {size_words(before)}"
+        float_words = (
+            "" if before is None else f"; the weights in float32 take {size_words(before)}"
+        )
         yield f"Size: {name} has {size:,} bytes{float_words}."
     if loss is not None and loss.kind == "measured":
         yield (
@@ -203,12 +205,15 @@ def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
                 f"{layer.option} keeps the layer that does {layer.share:.0f} % of the harm wider; "
                 f"that adds {size_words(layer.bytes)}."
             )
-        yield from _wider(str(run.config.get("bits", "")), run.config)
+        yield from _wider(str(run.config.get("bits", "")))
         name = _recipe(run.config)
         if name in {"quick", "round", "zeroq"}:
             yield f"--recipe fast tunes longer than {name} and loses less."
         if not run.config.get("data"):
-            yield "A few hundred real images, if you have them, help most: --recipe real --data DIR."
+            yield (
+                "A few hundred real images, if you can have them, are worth more than synthetic "
+                "ones: --recipe real --data DIR."
+            )
     if level == "unknown":
         yield (
             "Measure it: even a hundred labelled images tell more than any estimate "
@@ -218,7 +223,7 @@ def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
         yield "Nothing needs to be done. Deploy the file."
 
 
-def _wider(bits: str, config: Record) -> Iterator[str]:
+def _wider(bits: str) -> Iterator[str]:
     weights, _, activations = bits.removeprefix("w").partition("a")
     if not (weights.isdecimal() and activations.isdecimal()):
         return
