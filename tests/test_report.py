@@ -50,9 +50,16 @@ def made(**parts):
     return Run(Path("a run"), **{**empty, **parts}, sizes=sizes, problems=problems)
 
 
-def tested(before, after, images=10_000, **more):
+def measured(before, after, images=10_000, **more):
     accuracy = {"teacher": {"top1": before}, "student": {"top1": after}, "test_images": images}
     return {"metrics": {"float_bytes": 1_000_000, **accuracy, **more}}
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without figures, which take the time."""
+    monkeypatch.setattr("gdfq.report.page.svg", lambda _: "<svg></svg>")
+    monkeypatch.setattr("gdfq.report.page.png", lambda _: b"")
 
 
 class Text(HTMLParser):
@@ -124,7 +131,7 @@ def test_a_generator_that_does_not_converge_is_heard():
     assert not_converging([10 - i / 10 for i in range(50)]) is None
     assert "does not converge" in not_converging([3.0] * 50)
     # One lucky step at the end does not make it converge.
-    assert "does not converge" in not_converging([3.0, *[2.0] * 38, 0.1] * 2)
+    assert "does not converge" in not_converging([2.0] * 199 + [0.1])
     history = [{"stage": "tune", "step": i, "generator": 1.0} for i in range(20)]
     assert len(alarms(None, history)) == 1
 
@@ -136,11 +143,17 @@ def test_a_generator_that_does_not_converge_is_heard():
     ("after", "level"), [(91.5, "good"), (91.09, "good"), (90.0, "fair"), (80.0, "poor")]
 )
 def test_the_level_is_that_of_the_measured_loss(after, level):
-    assert verdict(made(**tested(92.0, after))).level == level
+    assert verdict(made(**measured(92.0, after))).level == level
+
+
+def test_few_test_images_tell_little():
+    found = verdict(made(**measured(90.0, 90.0, images=40)))
+    assert found.level == "unknown"
+    assert any("more labelled images" in line for line in found.advice)
 
 
 def test_the_verdict_says_what_it_rests_on():
-    found = verdict(made(**tested(90.0, 88.0), evidence={"test": {"error": 0.25}}))
+    found = verdict(made(**measured(90.0, 88.0), evidence={"test": {"error": 0.25}}))
     assert found.sentence == (
         "This is usable, with a loss: 244 KiB, 4.0 times smaller, 2.00 points lost of 90.00 % "
         "(88.00 % now)."
@@ -150,7 +163,7 @@ def test_the_verdict_says_what_it_rests_on():
 
 
 def test_accuracies_alone_have_a_wider_interval():
-    loss = loss_of(made(**tested(90.0, 90.0, images=100)))
+    loss = loss_of(made(**measured(90.0, 90.0, images=100)))
     assert loss.high == pytest.approx(1.96 * 100 * (2 * 0.9 * 0.1 / 100) ** 0.5)
 
 
@@ -188,7 +201,7 @@ def test_advice_names_what_helps():
         *({"name": f"l{i}", "harm": 0.1, "bits": 4, "weights": 99} for i in range(20)),
     ]
     config = {"bits": "w4a4", "recipe": {"name": "quick"}}
-    run = made(**tested(90.0, 70.0), config=config, evidence={"layers": {"layers": layers}})
+    run = made(**measured(90.0, 70.0), config=config, evidence={"layers": {"layers": layers}})
     advice = verdict(run, ("An alarm.",)).advice
     assert advice[0] == "An alarm."
     assert "--keep 'stem=8' keeps the layer that does 67 % of the harm wider" in advice[1]
@@ -196,7 +209,7 @@ def test_advice_names_what_helps():
     assert "--keep 'head=float'" in advice[2]
     assert "w4a8" in advice[3]
     assert "--recipe fast" in advice[4]
-    assert verdict(made(**tested(90.0, 89.9))).advice == (
+    assert verdict(made(**measured(90.0, 89.9))).advice == (
         "Nothing needs to be done. Deploy the file.",
     )
 
@@ -298,7 +311,7 @@ def test_a_whole_run_is_reported(run, finished):
         "reliability.svg",
     } <= drawn
     numbers = json.loads((run / "report.json").read_text())
-    assert numbers["verdict"]["level"] in {"good", "fair", "poor"}
+    assert numbers["verdict"]["level"] in {"fair", "poor", "unknown"}  # of 40 test images
     assert numbers["evidence"]["layers"]["layers"][0]["name"] == "conv1"
     assert (finished / "report.html").exists()  # quantize has written one
 
@@ -320,7 +333,7 @@ def test_the_report_of_the_same_run_is_the_same(run):
     assert gdfq.write_report(run).read_bytes() == first
 
 
-def test_names_are_escaped(run):
+def test_names_are_escaped(run, undrawn):
     config = json.loads((run / "config.json").read_text())
     evil = "<script>alert(1)</script>"
     (run / "config.json").write_text(json.dumps({**config, "model": evil, "command": evil}))
@@ -332,7 +345,7 @@ def test_names_are_escaped(run):
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1
 
 
-def test_a_run_without_test_data(run):
+def test_a_run_without_test_data(run, undrawn):
     evidence = json.loads((run / "evidence.json").read_text())
     del evidence["test"]
     (run / "evidence.json").write_text(json.dumps(evidence))
@@ -345,7 +358,7 @@ def test_a_run_without_test_data(run):
     assert "conv2" in text
 
 
-def test_an_estimate_is_shown_with_its_error(run):
+def test_an_estimate_is_shown_with_its_error(run, undrawn):
     evidence = json.loads((run / "evidence.json").read_text())
     evidence["trust"] = {
         "agreement": 96.5, "kl": 0.04, "images": 512, "source": "spectral",
@@ -374,19 +387,19 @@ def test_an_estimate_is_shown_with_its_error(run):
         ("student.onnx", "student.safetensors has"),
     ],
 )
-def test_a_missing_file_is_named_and_the_rest_appears(run, name, said):
+def test_a_missing_file_is_named_and_the_rest_appears(run, undrawn, name, said):
     (run / name).unlink()
     text = str(page_of(run))
     assert said in text
     assert all(title in text for title in TITLES)
-    assert "losses" in text or name == "history.jsonl"
+    assert "Losses of stage" in text or name == "history.jsonl"
 
 
 @pytest.mark.parametrize(
     "name", ["config.json", "metrics.json", "history.jsonl", "evidence.json", "evidence.npz"]
 )
 @pytest.mark.parametrize("content", [b"", b"\x00\xff garbage", b'[1, 2]\n{"a": 1}\n', b"{}"])
-def test_a_damaged_file_is_named_and_the_rest_appears(run, name, content):
+def test_a_damaged_file_is_named_and_the_rest_appears(run, undrawn, name, content):
     (run / name).write_bytes(content)
     text = str(page_of(run))
     assert all(title in text for title in TITLES)
@@ -395,7 +408,7 @@ def test_a_damaged_file_is_named_and_the_rest_appears(run, name, content):
 
 
 @pytest.mark.parametrize("section", ["layers", "images", "test"])
-def test_odd_values_are_named_and_the_rest_appears(run, section):
+def test_odd_values_are_named_and_the_rest_appears(run, undrawn, section):
     evidence = json.loads((run / "evidence.json").read_text())
     evidence[section] = {"surprise": [1, 2, 3]}
     (run / "evidence.json").write_text(json.dumps(evidence))
@@ -405,7 +418,7 @@ def test_odd_values_are_named_and_the_rest_appears(run, section):
     assert "SHA-256 of the weights" in text
 
 
-def test_a_newer_version_is_named(run):
+def test_a_newer_version_is_named(run, undrawn):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "gdfq": "99.1"}))
     assert "made by gdfq 99.1, which is newer" in str(page_of(run))
@@ -525,7 +538,7 @@ def test_the_terminal_shows_the_run(run, capsys):
     print_run(replace(found, evidence={}))
 
 
-def test_bench_leaves_its_figures_in_the_run(run):
+def test_bench_leaves_its_figures_in_the_run(run, undrawn):
     assert _exit_code(["bench", str(run), "--seconds", "0.01"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert {t["file"] for t in metrics["bench"]} == {"full precision", "w4a4"}

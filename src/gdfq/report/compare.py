@@ -129,13 +129,13 @@ def quality(rows: Sequence[Row]) -> tuple[str, list[tuple[str, float, float]]]:
 
     Accuracy where any run has one, else agreement with the original.
     """
-    words, values = "top-1, %", {row.name: row.accuracy for row in rows}
-    if all(value is None for value in values.values()):
-        words, values = "agreement with the original, %", {r.name: r.agreement for r in rows}
+    words, values = "top-1, %", [row.accuracy for row in rows]
+    if all(value is None for value in values):
+        words, values = "agreement with the original, %", [row.agreement for row in rows]
     points = [
         (row.name, float(row.bytes), value)
-        for row in rows
-        if row.bytes is not None and (value := values[row.name]) is not None
+        for row, value in zip(rows, values, strict=True)
+        if row.bytes is not None and value is not None
     ]
     return words, points
 

@@ -28,6 +28,7 @@ _IDS = re.compile(
 
 def svg(figure: Figure) -> str:
     """A figure for a page: without a background, in the colour of the text around it."""
+    _arrange_(figure)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gdfq"}):
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
@@ -43,10 +44,19 @@ _METADATA = ("Date", "Creator", "Format", "Type")
 
 def png(figure: Figure) -> bytes:
     """A figure as a picture on white."""
+    _arrange_(figure)
     out = io.BytesIO()
-    FigureCanvasAgg(figure)
     figure.savefig(out, format="png", dpi=150, facecolor="white")
     return out.getvalue()
+
+
+def _arrange_(figure: Figure) -> None:
+    """Make room for the labels, once: it takes longer than drawing."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        FigureCanvasAgg(figure)
+        engine.execute(figure)
+        figure.set_layout_engine("none")
 
 
 def _axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:

@@ -24,6 +24,14 @@ _BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, 
 
 
 @dataclass(frozen=True, eq=False)
+class Drawn:
+    """A figure, and what the page shows of it."""
+
+    figure: Figure
+    svg: Markup
+
+
+@dataclass(frozen=True, eq=False)
 class Section:
     """A part of the page, or the sentence that stands in its place."""
 
@@ -31,7 +39,7 @@ class Section:
     title: str
     body: Markup | None
     instead: str | None
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Drawn]
 
 
 def environment() -> Environment:
@@ -62,7 +70,7 @@ def write_page(run: Run) -> Path:
     text = templates.get_template("report.html").render(
         run=run, verdict=found, sections=sections, file=run.file
     )
-    drawn = {name: drawn for section in sections for name, drawn in section.figures.items()}
+    drawn = {name: figure for section in sections for name, figure in section.figures.items()}
     values = {
         "gdfq": __version__,
         "verdict": asdict(found),
@@ -84,12 +92,12 @@ def write_page(run: Run) -> Path:
     return run.folder / REPORT
 
 
-def write_figures(folder: Path, drawn: Mapping[str, Figure]) -> None:
+def write_figures(folder: Path, drawn: Mapping[str, Drawn]) -> None:
     """Write figures as NAME.svg and NAME.png."""
     folder.mkdir(exist_ok=True)
     for name, figure in drawn.items():
-        write_atomically(folder / f"{name}.svg", svg(figure).encode())
-        write_atomically(folder / f"{name}.png", png(figure))
+        write_atomically(folder / f"{name}.svg", figure.svg.encode())
+        write_atomically(folder / f"{name}.png", png(figure.figure))
 
 
 def _judged(run: Run) -> tuple[Verdict, tuple[str, ...]]:
@@ -113,8 +121,12 @@ def _section(
         content = build(run)
         if isinstance(content, str):
             return Section(key, title, None, content, {})
-        drawn = {name: figure for name, figure in content.figures.items() if figure is not None}
-        pictures = {name: Markup(svg(figure)) for name, figure in drawn.items()}  # noqa: S704
+        drawn = {
+            name: Drawn(figure, Markup(svg(figure)))  # noqa: S704
+            for name, figure in content.figures.items()
+            if figure is not None
+        }
+        pictures = {name: figure.svg for name, figure in drawn.items()}
         body = templates.get_template(f"{key}.html").render(
             run=run, figures=pictures, **content.values
         )

@@ -6,7 +6,7 @@ from rich.table import Table
 from gdfq.report.alarms import alarms
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.read import Run, number
-from gdfq.report.verdict import size_words, verdict
+from gdfq.report.verdict import size_words, smaller, verdict
 
 
 def print_run(run: Run) -> None:
@@ -16,9 +16,7 @@ def print_run(run: Run) -> None:
     before = number(metrics.get("float_bytes"))
     if run.file is not None and before is not None:
         _, size = run.file
-        table.add_row(
-            "size", size_words(before), size_words(size), f"{before / size:.1f} times smaller"
-        )
+        table.add_row("size", size_words(before), size_words(size), smaller(before, size))
     if run.drop is not None:
         tops = (metrics[who]["top1"] for who in ("teacher", "student"))
         table.add_row("top-1", *(f"{top:.2f} %" for top in tops), f"{run.drop:.2f} points lost")

@@ -38,10 +38,19 @@ class Loss:
     """The accuracy before, in percent, where it is known."""
 
     def level(self) -> Level:
-        """By the upper end of what may be lost if it is expected, by the drop if measured."""
-        of = (100.0 if self.reference is None else self.reference) / 100
-        lost = (self.points if self.kind == "measured" else self.high) / 100
-        return "good" if lost <= _GOOD * of else "fair" if lost <= _FAIR * of else "poor"
+        """By what was measured, or by the most that is expected.
+
+        A measurement that looks good and may be poor all the same, on a few images, is unknown.
+        """
+        if self.kind == "expected":
+            return self._level_of(self.high)
+        level = self._level_of(self.points)
+        is_uncertain = level == "good" and self._level_of(self.high) == "poor"
+        return "unknown" if is_uncertain else level
+
+    def _level_of(self, points: float) -> Level:
+        lost = points / (100.0 if self.reference is None else max(self.reference, 1e-9))
+        return "good" if lost <= _GOOD else "fair" if lost <= _FAIR else "poor"
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,13 @@ def size_words(count: float) -> str:
     return f"{count / 1024:.0f} KiB"
 
 
+def smaller(before: float, after: float) -> str:
+    """How two sizes compare, in words."""
+    if after > before:
+        return f"{after / before:.1f} times larger"
+    return f"{before / after:.1f} times smaller"
+
+
 def faster(metrics: Record) -> float | None:
     """How many times faster one image on one thread is, if `gdfq bench` measured it."""
     timings = [t for t in metrics.get("bench") or [] if (t["batch"], t["threads"]) == (1, 1)]
@@ -138,7 +154,7 @@ def _size(run: Run) -> str | None:
     if run.file is None:
         return None
     size = size_words(run.file[1])
-    return size if before is None else f"{size}, {before / run.file[1]:.1f} times smaller"
+    return size if before is None else f"{size}, {smaller(before, run.file[1])}"
 
 
 def _speed(metrics: Record) -> str | None:
@@ -215,10 +231,7 @@ def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
                 "ones: --recipe real --data DIR."
             )
     if level == "unknown":
-        yield (
-            "Measure it: even a hundred labelled images tell more than any estimate "
-            f"(gdfq evaluate {run.folder} --test DATA)."
-        )
+        yield (f"Measure it on more labelled images: gdfq evaluate {run.folder} --test DATA.")
     if level == "good":
         yield "Nothing needs to be done. Deploy the file."
 
