@@ -233,11 +233,12 @@ def test_white_noise_is_as_far_as_white_noise(teacher):
 
 
 def test_the_drop_of_paired_answers():
-    # McNemar: b = 30 lost, c = 10 won of 1000: 2 points, sqrt(40 - 400/1000)/1000.
+    # 2 points of 1000, 30 - 10; with one more of each 31 and 11 of 1002.
     drop, error = answers.paired_drop(30, 10, 1000)
     assert drop == pytest.approx(2)
-    assert error == pytest.approx(100 * math.sqrt(39.6) / 1000)
-    assert answers.paired_drop(5, 0, 5) == (100, 0)
+    assert error == pytest.approx(100 * math.sqrt((42 / 1002 - (20 / 1002) ** 2) / 1002))
+    # No change in 40 images: the error is not 0.
+    assert answers.paired_drop(0, 0, 40) == (0, pytest.approx(100 * math.sqrt(2) / 42))
 
 
 def test_calibration_error_by_hand():

@@ -109,13 +109,16 @@ def measure_changes(tested: Tested, preprocessing: Preprocessing) -> Changes:
 
 
 def paired_drop(lost: int, won: int, images: int) -> tuple[float, float]:
-    """The drop in points and its standard error, of answers to the same n images.
+    """The drop in points, and its standard error, of answers to the same n images.
 
-    (b − c)/n and √(b + c − (b − c)²/n)/n, with b lost and c won (as in McNemar's test).
+    With b lost and c won the drop is (b − c)/n. The error is that of one more of each, so that
+    few images without a change do not make it certain (D. Bonett and R. Price, 2012, "Adjusted
+    Wald confidence interval ... based on paired data"): p = (b + 1)/(n + 2), q = (c + 1)/(n + 2),
+    √((p + q − (p − q)²)/(n + 2)).
     """
-    difference = lost - won
-    error = max(0.0, lost + won - difference**2 / images) ** 0.5 / images
-    return 100 * difference / images, 100 * error
+    p, q = (lost + 1) / (images + 2), (won + 1) / (images + 2)
+    error = ((p + q - (p - q) ** 2) / (images + 2)) ** 0.5
+    return 100 * (lost - won) / images, 100 * error
 
 
 def calibration(answers: Answers, labels: Tensor) -> Calibration:
