@@ -18,8 +18,8 @@ from gdfq.evidence.walk import Walk, images_at_once
 from gdfq.folding import fold_batch_norms
 from gdfq.losses import relative_statistics_loss
 from gdfq.sources import Batch
+from gdfq.sources.recent import Recent
 from gdfq.statistics import StatisticsNetwork
-from gdfq.witness import Remembering
 
 UNIT = Preprocessing((0.0,), (1.0,))
 
@@ -308,19 +308,16 @@ def test_other_networks_pass(name, tiny):
     assert gather(teacher, result).missing == {"test": "no labelled test images were given"}
 
 
-def test_the_last_images_are_remembered(teacher):
-    class Counting:
-        batch = 100
-
-        def stream(self, teacher, *, steps, seed, listener):
-            for step in range(steps):
-                yield Batch(
-                    torch.full((100, *networks.SHAPE), float(step)), torch.arange(100), None
-                )
-
-    source = Remembering(Counting())
-    assert sum(1 for _ in source.stream(teacher, steps=9, seed=0)) == 9
-    seen = source.witness(teacher, None)
-    assert len(seen.images) == len(seen.labels) == 256
-    assert seen.images[0].unique().tolist() == [8]  # the newest first
-    assert sorted(seen.images[:, 0, 0, 0].unique().tolist()) == [6, 7, 8]
+def test_the_last_images_are_remembered(monkeypatch):
+    recent = Recent()
+    assert recent.images() is None
+    for step in range(9):
+        batch = torch.full((100, *networks.SHAPE), float(step))
+        recent.see_(Batch(batch, torch.arange(100), None))
+    seen, labels = recent.images()
+    assert len(seen) == len(labels) == 256
+    assert seen[0].unique().tolist() == [8]  # the newest first
+    assert seen[:, 0, 0, 0].unique().tolist() == [6, 7, 8]
+    monkeypatch.setattr("gdfq.sources.recent._NUMBERS", 5 * 3 * 8 * 8)
+    few, _ = recent.images()
+    assert len(few) == 5  # large images are few

@@ -4,14 +4,13 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from gdfq.artifacts.onnx import to_onnx
@@ -22,7 +21,6 @@ from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.evidence import gather
 from gdfq.export import Exported, Format
-from gdfq.files import make_folder, write_atomically
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, parse_bits, quantize
 from gdfq.progress import History, Listener, Step, Terminal
@@ -32,6 +30,8 @@ from gdfq.report import write_report
 from gdfq.report.read import read_run
 from gdfq.report.terminal import print_run
 from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export, note_bench
+from gdfq.saving import ImageFiles
+from gdfq.stopping import stoppable
 from gdfq.student import Keep, Placement, Scheme
 from gdfq.tensorboard import TensorBoard, require_tensorboard
 from gdfq.version import __version__
@@ -53,21 +53,28 @@ def run(
     test: Path | None,
     data: Path | None,
     steps: int | None,
+    batch: int | None,
     seed: int,
     device: str,
     classifier: bool | None,
     onnx: bool,
     report: bool,
     tensorboard: bool,
+    checkpoint_every: float,
+    resume: bool,
 ) -> None:
     """`gdfq quantize`."""
-    chosen = find_recipe(recipe).with_steps(steps)
+    chosen = find_recipe(recipe).with_steps(steps).with_batch(batch)
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
     if tensorboard:
         require_tensorboard()
-    folder = RunFolder(out)
+    folder = RunFolder(out, checkpoint_every)
+    if resume and not folder.checkpoints.exists():
+        raise UsageError(
+            f"a run that goes on has a checkpoint; {out} has none. Leave --resume away to begin."
+        )
     loaded = load_model(model, weights)
     network = loaded.module
     shape, preprocessing = loaded.input(input_shape, mean, std)
@@ -139,29 +146,49 @@ def _quantize_into(
     **options: Any,
 ) -> QuantizedNetwork:
     """Quantize with all that a run writes written into the folder, but for the report."""
-    folder.begin(config)
-    with ExitStack() as stack:
-        listeners: list[Listener] = [
-            stack.enter_context(History(folder.history)),
-            stack.enter_context(Terminal()),
-        ]
+    with _told_of_files(folder), ExitStack() as stack:
+        checkpoints = stack.enter_context(folder).checkpoints
+        goes_on = checkpoints.exists()
+        folder.begin(config)
+        history = checkpoints.hold("history", stack.enter_context(History(folder.history)))
+        listeners: list[Listener] = [history, stack.enter_context(Terminal())]
         if tensorboard:
             listeners.append(stack.enter_context(TensorBoard(folder.path)))
+        check = stack.enter_context(stoppable())
 
         def listener(step: Step) -> None:
             for hears in listeners:
                 hears(step)
+            check()
 
-        quantized = quantize(teacher, example, listener=listener, **options)
-    quantized.save(folder.path)
-    if onnx:
-        _export_at_once(quantized, folder.path / ONNX_FILE)
-    if report:
-        started = time.perf_counter()
-        gather(teacher, quantized).write(folder.path)
-        quantized.metrics["seconds"]["evidence"] = round(time.perf_counter() - started, 3)
-    folder.finish(quantized.metrics)
+        if goes_on:
+            click.echo(f"{'run':10}goes on from its checkpoint in {folder.path}")
+        quantized = quantize(
+            teacher, example, listener=listener, checkpoints=checkpoints, **options
+        )
+        quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
+        quantized.save(folder.path)
+        if onnx:
+            _export_at_once(quantized, folder.path / ONNX_FILE)
+        if report:
+            started = time.perf_counter()
+            gather(teacher, quantized).write(folder.path)
+            quantized.metrics["seconds"]["evidence"] = round(time.perf_counter() - started, 3)
+        folder.finish(quantized.metrics)
     return quantized
+
+
+@contextmanager
+def _told_of_files(folder: RunFolder) -> Iterator[None]:
+    """Turn what the file system refuses into a GdfqError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GdfqError(
+            f"the folder of a run must stay there and writable, with room; in {folder.path}: "
+            f"{error.strerror or error}. What is finished is kept: mend it, then give the same "
+            "command again."
+        ) from error
 
 
 def _report_at_once(folder: Path) -> None:
@@ -203,33 +230,30 @@ def write_images(
     seed: int,
     device: str,
     classifier: bool | None,
+    png: bool,
 ) -> None:
     """`gdfq generate`."""
-    if (out / "images.npz").exists():
-        raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
+    files = ImageFiles(out, png)
     loaded = load_model(model, weights)
     shape, preprocessing = loaded.input(input_shape, mean, std)
     if loaded.preprocessing is None:
         _warn_about_normalisation(mean, std)
-    make_folder(out)
+    files.prepare(shape)
+    example = torch.zeros(1, *shape)
+    teacher = capture(loaded.module, example, classifier=classifier)
     with Terminal() as terminal:
         images, labels = generate(
-            loaded.module,
-            torch.zeros(1, *shape),
+            teacher,
+            example,
             count,
             recipe,
             steps=steps,
             seed=seed,
             device=device,
-            classifier=classifier,
             listener=terminal,
         )
-    np.save(out / "images.npy", images.contiguous().numpy())
-    more = {} if labels is None else {"labels": labels}
-    write_atomically(out / "images.npz", preprocessing.to_npz(images, **more))
-    click.echo(
-        f"{len(images)} images: {out / 'images.npz'} (pixels), {out / 'images.npy'} (floats)"
-    )
+    written = files.write(images, labels, preprocessing, teacher.classes or 1)
+    click.echo(f"{len(images)} images: {', '.join(map(str, written))}")
 
 
 def export(
