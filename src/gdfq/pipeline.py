@@ -17,7 +17,7 @@ from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
 from gdfq.errors import GdfqWarning, UsageError
-from gdfq.evaluate import output_errors, top1
+from gdfq.evaluate import Answers, logits_of, output_errors
 from gdfq.export import metadata_of
 from gdfq.faults import told_of_shortage
 from gdfq.freeze import freeze
@@ -29,10 +29,10 @@ from gdfq.quantized import QuantizedNetwork
 from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs import as_values
-from gdfq.sources import Batch, Source
+from gdfq.sources import Batch, Source, first_images
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import ImagePool, PoolStream, collect, first_images
+from gdfq.sources.pool import ImagePool, PoolStream, collect
 from gdfq.sources.streams import Feed
 from gdfq.states import Noted, name_of
 from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
@@ -40,6 +40,7 @@ from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 from gdfq.version import __version__
+from gdfq.witness import Tested, Witness
 
 _EXAMPLES = 32
 _MEASURED = ("teacher", "student")
@@ -169,10 +170,20 @@ def quantize(
         metrics["collapsed"] = origin["collapsed"]
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
+    tested = None
     if held_out is not None:
-        metrics |= _measured(teacher, network, held_out, preprocessing, listener)
+        metrics["test_images"] = len(held_out)
+        if held_out.labels is not None and teacher.classes is not None:
+            tested = _tested(teacher, network, held_out, preprocessing, listener)
+            metrics |= {
+                who: {"top1": round(answers.top1(tested.labels), 4)}
+                for who, answers in (("teacher", tested.teacher), ("student", tested.student))
+            }
+        else:
+            metrics["student"] = _compared(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
-    return QuantizedNetwork(network, card, metrics, feed.examples)
+    witness = Witness(*(feed.recent.images() or (feed.examples, None)), tested)
+    return QuantizedNetwork(network, card, metrics, feed.examples, witness)
 
 
 def quantize_captured(
@@ -269,20 +280,30 @@ def _frozen_student(
     return network
 
 
-def _measured(
+def _tested(
+    teacher: Captured,
+    network: fx.GraphModule,
+    held_out: ImageData,
+    preprocessing: Preprocessing,
+    listener: Listener,
+) -> Tested:
+    """What teacher and student, both classifiers, answer to labelled test images."""
+    ask = partial(logits_of, device=teacher.device, listener=listener)
+    answers = (
+        Answers.of(ask(module, held_out, preprocessing)) for module in (teacher.network, network)
+    )
+    assert held_out.labels is not None
+    return Tested(held_out, held_out.labels, *answers)
+
+
+def _compared(
     teacher: Captured,
     network: fx.GraphModule,
     held_out: ImageData,
     preprocessing: Preprocessing,
     listener: Listener,
 ) -> dict[str, Any]:
-    """Accuracies of teacher and student on test images, or the error of each output."""
-    ask = partial(top1, device=teacher.device, listener=listener)
-    found: dict[str, Any] = {"test_images": len(held_out)}
-    if teacher.classes is not None:
-        for name, module in (("teacher", teacher.network), ("student", network)):
-            found[name] = {"top1": round(ask(module, held_out, preprocessing), 4)}
-        return found
+    """The error of each of the student's outputs against the teacher's, on test images."""
     errors = output_errors(
         network,
         teacher.network,
@@ -291,8 +312,8 @@ def _measured(
         device=teacher.device,
         listener=listener,
     )
-    relative = dict(zip(output_names(teacher), (round(error, 4) for error in errors), strict=True))
-    return {**found, "student": {"error_percent": relative}}
+    rounded = (round(error, 4) for error in errors)
+    return {"error_percent": dict(zip(output_names(teacher), rounded, strict=True))}
 
 
 def generate(

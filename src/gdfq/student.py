@@ -199,6 +199,14 @@ class Student(nn.Module):
         """All activation quantizers."""
         return (module for module in self.modules() if isinstance(module, ActivationQuantizer))
 
+    def ranges(self) -> dict[str, float]:
+        """How much the grid of each quantized activation spans, by the name of its node."""
+        return {
+            name.rpartition(".")[2]: float(module.grid()[0]) * (2**module.bits - 1)
+            for name, module in self.named_modules()
+            if isinstance(module, ActivationQuantizer)
+        }
+
 
 def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
