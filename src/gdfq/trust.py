@@ -1,0 +1,224 @@
+"""How far a student can be trusted, told without data: the accuracy that it is expected to lose.
+
+Teacher and student look at synthetic images that the student was not tuned on, and at mixtures of
+them. A synthetic image is classified with confidence, and even a poor student agrees on it; a
+mixture of two lies at any distance from the border between classes, as real images do. How often
+the two networks then disagree is brought to an accuracy drop by a law of two constants, measured on
+real test images of several networks (docs/trust.md). Where the law was not measured there is no
+estimate, only a reason.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.capture import Captured
+from gdfq.errors import UsageError
+from gdfq.losses import distillation_loss
+from gdfq.outputs import in_order
+from gdfq.parity import Parity
+from gdfq.progress import Listener, Step, silent
+from gdfq.randomness import stream as random_stream
+from gdfq.sources.pool import collect
+from gdfq.sources.spectral import SpectralSource, from_spectrum, natural_spectrum
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What can be said of a student without labels or real images.
+
+    Its figures are of held-out images: none that the student was tuned on.
+    """
+
+    source: str
+    """Where the images come from."""
+    images: int
+    relative_error: float
+    """‖ŷ − y‖ / ‖y‖ in percent over all numbers of an output y; of several outputs the worst."""
+    agreement: float | None = None
+    """Images on which both networks answer the same class, in percent; None without classes."""
+    kl: float | None = None
+    """Mean KL(teacher ‖ student) of the classes' probabilities, in nats; None without classes."""
+    expected_drop: float | None = None
+    """Points of top-1 accuracy that the student is expected to lose; None: cannot tell."""
+    interval: tuple[float, float] | None = None
+    """Points between which nine of ten networks that the law had not seen lie."""
+    reason: str = ""
+    """Why there is no estimate; empty where there is one."""
+
+    def as_values(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "Trust":
+        """The inverse of `as_values`, also behind JSON. Raises UsageError for anything else."""
+        try:
+            interval = values["interval"]
+            if interval is not None:
+                low, high = interval
+                interval = (float(low), float(high))
+            return cls(**{**values, "interval": interval})
+        except (TypeError, KeyError, ValueError) as error:
+            raise UsageError(
+                f"a trust must have the fields of gdfq.trust.Trust; got {values!r}. Measure again."
+            ) from error
+
+    def __str__(self) -> str:
+        if self.expected_drop is None or self.interval is None:
+            return f"cannot tell: {self.reason}"
+        low, high = self.interval
+        return f"{self.expected_drop:.1f} points ({low:.1f} to {high:.1f})"
+
+
+@dataclass(frozen=True)
+class Law:
+    """From disagreement to drop: their odds are a power of one another.
+
+        d / (1 − d) = exp(shift) · (q / (1 − q))^power
+
+    q is the share of mixtures on which the networks disagree, d the drop of top-1 accuracy as a
+    share. `error` is that of log(1 + drop in points), in nine of ten cases: small drops are known
+    to a point or so, large ones to a factor. `range` are the least and the greatest q that it was
+    measured on.
+    """
+
+    shift: float
+    power: float
+    error: float
+    range: tuple[float, float]
+
+    def drop(self, disagreement: float) -> float:
+        """Expected drop in points; disagreement in 0..1."""
+        if not 0 < disagreement < 1:
+            return 100 * disagreement
+        odds = math.exp(self.shift + self.power * math.log(disagreement / (1 - disagreement)))
+        return 100 * odds / (1 + odds)
+
+    def interval(self, drop: float) -> tuple[float, float]:
+        """Around an expected drop, in points; neither end lies outside 0..100."""
+        low, high = ((1 + drop) * math.exp(sign * self.error) - 1 for sign in (-1, 1))
+        return max(low, 0.0), min(high, 100.0)
+
+
+LAW = Law(shift=-2.4, power=1.6, error=0.5, range=(0.0, 0.85))
+"""Fitted by `python benchmarks/trust.py`; its runs are in benchmarks/results/trust.json."""
+
+_SOURCE = SpectralSource()
+_MOST, _FEWEST, _PIXELS = 64, 32, 64 * 64**2
+"""Images that are made: the most, but of large ones only as many as have that many pixels, and not
+fewer than the fewest."""
+_MIXTURES = 4
+"""For each image that is made."""
+_BATCH = 32
+
+
+def measure(
+    teacher: Captured, network: nn.Module, *, seed: int, listener: Listener = silent
+) -> Trust:
+    """Compare a student with its teacher on held-out images, and say what drop that means.
+
+    network: maps [N, *input_shape] to what the teacher's graph returns, on the teacher's device.
+    seed: the run's; the images are others than those of any recipe with this seed.
+    """
+    seed = random_stream(seed, "trust").initial_seed()
+    reason = _out_of_reach(teacher)
+    if reason:
+        source, images = "noise with the spectrum of natural images", _noise(teacher, seed)
+    else:
+        source, images = "mixtures of spectral images", held_out(teacher, seed, listener)
+    wanted, got = _answers(teacher.network, network, images, listener)
+    parity = Parity.of(wanted, got, teacher.classes is not None)
+    seen = Trust(
+        source, len(images), round(100 * parity.relative_error, 2), parity.agreement, reason=reason
+    )
+    if parity.agreement is None:
+        return seen
+    seen = replace(seen, kl=float(distillation_loss(got[0], wanted[0], 1.0, "batch")))
+    reason = reason or _out_of_range(wanted[0], got[0])
+    if reason:
+        return replace(seen, reason=reason)
+    drop = LAW.drop(1 - parity.agreement / 100)
+    return replace(seen, expected_drop=drop, interval=LAW.interval(drop))
+
+
+def held_out(teacher: Captured, seed: int, listener: Listener = silent) -> Tensor:
+    """Mixtures [N, *input_shape] of spectral images. Raises what `SpectralSource` does."""
+    fitting = _PIXELS // math.prod(teacher.input_shape[1:])
+    count = max(_FEWEST, min(_MOST, fitting))
+    source = replace(_SOURCE, batch=count)
+    images, _ = collect(source, teacher, count, seed=seed, listener=listener)
+    return mixed(images, _MIXTURES * count, random_stream(seed, "trust.mixtures"))
+
+
+def mixed(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """λ a + (1 − λ) b for random pairs of images a, b and random λ in 0.3..0.7; [count, ...]."""
+    first, second = (torch.randint(len(images), (count,), generator=draw) for _ in range(2))
+    share = 0.3 + 0.4 * torch.rand(count, generator=draw)
+    share = share.to(images.device).view(-1, *([1] * (images.ndim - 1)))
+    return share * images[first] + (1 - share) * images[second]
+
+
+def _noise(teacher: Captured, seed: int) -> Tensor:
+    """Images [64, *input_shape] that need nothing from the teacher but its input's shape."""
+    draw = random_stream(seed, "trust.noise")
+    channels, *size = teacher.input_shape
+    if not size:
+        return torch.randn(_MOST, channels, generator=draw).to(teacher.device)
+    amplitude = natural_spectrum(size, _SOURCE.exponent)
+    noise = torch.randn(_MOST, channels, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
+    return from_spectrum(noise, amplitude, size, _SOURCE.grey).to(teacher.device)
+
+
+@torch.no_grad()
+def _answers(
+    teacher: nn.Module, student: nn.Module, images: Tensor, listener: Listener
+) -> tuple[list[Tensor], list[Tensor]]:
+    """All outputs [N, ...] of both networks, on the CPU."""
+    parts = images.split(_BATCH)
+    found = []
+    for step, part in enumerate(parts, start=1):
+        found.append([in_order(network(part)) for network in (teacher, student)])
+        listener(Step("trust", step, len(parts), {}))
+    wanted, got = (
+        [torch.cat(tensors).cpu() for tensors in zip(*answers, strict=True)]
+        for answers in zip(*found, strict=True)
+    )
+    return wanted, got
+
+
+def _out_of_reach(teacher: Captured) -> str:
+    """Why the law does not hold for any student of this teacher; empty where it may."""
+    if teacher.classes is None:
+        return "accuracy is for classifiers, and the outputs of this network are not classes."
+    if not teacher.batch_norms or len(teacher.input_shape) < 2:
+        return (
+            "the estimate was validated on networks of images that have batch norms; this one "
+            "has none. Measure on real images (--test)."
+        )
+    return ""
+
+
+def _out_of_range(wanted: Tensor, got: Tensor) -> str:
+    """Why these logits [N, C] of teacher and student say nothing; empty where they do."""
+    if not bool(got.isfinite().all()):
+        return "the student's outputs are not finite."
+    classes = wanted.argmax(1)
+    expected = min(wanted.shape[1], len(classes) // _MIXTURES)
+    if len(classes.unique()) < expected / 4:
+        return (
+            f"the teacher sees {len(classes.unique())} classes in the held-out images where "
+            f"{expected} should be: they do not stand for its inputs."
+        )
+    disagreement = float((got.argmax(1) != classes).double().mean())
+    if disagreement > LAW.range[1]:
+        return (
+            f"the networks disagree on {100 * disagreement:.0f} % of the held-out images, more "
+            f"than where the estimate was validated ({100 * LAW.range[1]:.0f} %): expect a useless "
+            "network."
+        )
+    return ""
