@@ -1,29 +1,25 @@
-"""The loss that is expected without data: its pieces by hand, and a real student end to end."""
+"""The loss that is expected without data; `test_end_to_end.py` has it on real digits."""
 
 import json
-from dataclasses import replace
+import math
 
 import networks
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-import gdfq
-from gdfq import demo
 from gdfq.capture import Captured, capture
 from gdfq.errors import UsageError
 from gdfq.pipeline import quantize
-from gdfq.recipes import find_recipe
-from gdfq.sources.pool import ImagePool, collect
-from gdfq.trust import LAW, Law, Trust, held_out, measure, mixed
+from gdfq.sources.pool import collect
+from gdfq.trust import LAW, Law, Trust, judged, measure, mixed
 
 SHARES = st.floats(0.0, 1.0)
 
 
 def test_the_law_by_hand():
-    law = Law(shift=0.0, power=2.0, error=0.0, range=(0.0, 1.0))
+    law = Law(shift=0.0, power=2.0, error=0.0, limit=1.0)
     # Odds of 1/3 make odds of 1/9, which are a share of 1/10.
     assert law.drop(0.25) == pytest.approx(10.0)
     assert law.drop(0.5) == pytest.approx(50.0)
@@ -31,7 +27,7 @@ def test_the_law_by_hand():
 
 
 def test_the_interval_by_hand():
-    law = Law(shift=0.0, power=1.0, error=0.6931471805599453, range=(0.0, 1.0))  # log 2
+    law = Law(shift=0.0, power=1.0, error=0.6931471805599453, limit=1.0)  # log 2
     assert law.interval(9.0) == pytest.approx((4.0, 19.0))
     assert law.interval(0.0) == pytest.approx((0.0, 1.0))
     assert law.interval(80.0) == pytest.approx((39.5, 100.0))
@@ -57,26 +53,28 @@ def test_a_mixture_lies_between_two_images():
     torch.testing.assert_close(made.sum(1), torch.ones(200))
     assert set((made > 0).sum(1).tolist()) == {1, 2}  # of two images, or of one with itself
     two = made[(made > 0).sum(1) == 2]
-    assert float(two.amax(1).max()) <= 0.7
-    assert float(two[two > 0].min()) >= 0.3 - 1e-6
+    assert float(two.amax(1).min()) >= 0.5
 
 
-def test_the_same_network_loses_nothing(teacher: Captured):
-    seen = measure(teacher, teacher.network, seed=0)
+def test_the_same_answers_lose_nothing():
+    seen = judged([LOGITS], [LOGITS], source="by hand")
     assert (seen.agreement, seen.relative_error, seen.reason) == (100.0, 0.0, "")
-    assert seen.kl == pytest.approx(0.0, abs=1e-6)
-    assert seen.expected_drop == 0.0
+    assert (seen.kl, seen.expected_drop) == (0.0, 0.0)
     assert seen.interval is not None
     assert seen.interval[1] < 2.0
 
 
-def test_the_images_are_not_those_of_a_recipe_with_the_same_seed(teacher: Captured):
-    source = find_recipe("fast").source
-    assert isinstance(source, ImagePool)
-    images = held_out(teacher, seed=0)
-    tuned_on, _ = collect(replace(source.source, batch=64), teacher, 64, seed=0)
-    nearest = torch.cdist(images.flatten(1), tuned_on.flatten(1)).min(1).values
-    assert float(nearest.min()) > 0.1 * float(tuned_on.flatten(1).norm(dim=1).mean())
+def test_the_images_are_not_those_of_a_recipe_with_the_same_seed(teacher: Captured, monkeypatch):
+    asked = []
+
+    def noted(source, teacher, count, *, seed, listener):
+        asked.append(seed)
+        return collect(source, teacher, count, seed=seed, listener=listener)
+
+    monkeypatch.setattr("gdfq.trust.collect", noted)
+    measure(teacher, teacher.network, seed=3)
+    measure(teacher, teacher.network, seed=4)
+    assert len({3, 4, *asked}) == 4
 
 
 def test_one_seed_gives_the_same_figures(teacher: Captured):
@@ -97,55 +95,43 @@ def test_it_cannot_tell_where_it_was_not_validated(name: str, why: str):
     assert seen.expected_drop is None
     assert seen.interval is None
     assert why in seen.reason
-    assert str(seen).startswith("cannot tell: ")
     assert seen.relative_error == 0.0
 
 
-class _Lost(nn.Module):
-    """A student whose outputs have nothing to do with its teacher's."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = torch.full((len(x), networks.CLASSES), 0.0)
-        logits[:, -1] = self.value
-        return logits
+LOGITS = torch.eye(4).repeat(8, 1)
+"""A teacher's, who sees four classes in turn."""
 
 
-@pytest.mark.parametrize(("value", "why"), [(float("nan"), "not finite"), (1.0, "disagree on")])
-def test_it_cannot_tell_of_a_student_that_is_lost(teacher: Captured, value: float, why: str):
-    seen = measure(teacher, _Lost(value), seed=0)
+def test_figures_by_hand():
+    student = LOGITS.clone()
+    student[0] = LOGITS[1]  # one answer of 32 is another
+    seen = judged([LOGITS], [student], source="by hand")
+    assert (seen.images, seen.agreement) == (32, 100 * 31 / 32)
+    assert seen.relative_error == pytest.approx(100 * math.sqrt(2 / 32))
+    # p and its neighbour: e / (e + 3) and 1 / (e + 3) change places.
+    assert seen.kl == pytest.approx((math.e - 1) / (math.e + 3) / 32, rel=1e-5)
+    assert seen.expected_drop == pytest.approx(LAW.drop(1 / 32))
+    assert seen.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "why"),
+    [
+        (LOGITS, LOGITS * float("nan"), "not finite"),
+        (LOGITS, LOGITS.roll(1, 1), "disagree on 100 %"),
+        (LOGITS[:1].expand(8, 4), LOGITS[:1].expand(8, 4), "same answer"),
+    ],
+)
+def test_it_cannot_tell_from_answers_that_say_nothing(teacher, student, why: str):
+    seen = judged([teacher], [student], source="by hand")
     assert seen.expected_drop is None
+    assert seen.interval is None
     assert why in seen.reason
 
 
 def test_it_travels_as_json():
     seen = Trust("images", 8, 1.5, 90.0, 0.25, 1.0, (0.5, 2.0))
     assert Trust.from_values(json.loads(json.dumps(seen.as_values()))) == seen
-    assert str(seen) == "1.0 points (0.5 to 2.0)"
     for damaged in ({}, {**seen.as_values(), "interval": [1.0]}, {**seen.as_values(), "more": 1}):
         with pytest.raises(UsageError, match="fields"):
             Trust.from_values(damaged)
-
-
-def test_the_loss_of_real_digits_comes_as_expected():
-    """Students from harmless to ruined: their order is foreseen, and the drop lies in the interval."""
-    training, test = demo.load_digits()
-    example = torch.zeros(1, *demo.INPUT_SHAPE)
-    teacher = capture(demo.train(training), example)
-    recipe = replace(find_recipe("quick"), tuning=None, steps=2, calibration=2, warmup=2)
-    drops, seen = [], []
-    for bits in ("w8a8", "w4a4", "w2a4"):
-        student = gdfq.quantize(
-            teacher, example, bits, recipe, test=(test.images, test.labels),
-            mean=demo.PREPROCESSING.mean, std=demo.PREPROCESSING.std,
-        )  # fmt: skip
-        drops.append(student.metrics["teacher"]["top1"] - student.metrics["student"]["top1"])
-        seen.append(measure(teacher, student.network, seed=0))
-    expected = [trust.expected_drop for trust in seen]
-    assert expected == sorted(expected)
-    for drop, found in zip(drops, seen, strict=True):
-        low, high = found.interval
-        assert low - 1 <= drop <= high + 1
