@@ -77,8 +77,8 @@ class Law:
         d / (1 − d) = exp(shift) · x^power
 
     x is the error of `comparable`, d the drop of top-1 accuracy as a share. `error` is that of
-    log(1 + drop in points), in nine cases of ten or more: small drops are known to a point or so, large
-    ones to a factor. Above `limit` x has no law.
+    log(1 + drop in points), in nine of ten cases and more: small drops are known to a point or so,
+    large ones to a factor. Above `limit` x has no law.
     """
 
     shift: float
@@ -88,9 +88,8 @@ class Law:
 
     def drop(self, x: float) -> float:
         """Expected drop in points."""
-        if x <= 0:
-            return 0.0
-        return 100 / (1 + math.exp(-self.shift) * x**-self.power)
+        odds = math.exp(self.shift) * x**self.power
+        return 100 * odds / (1 + odds)
 
     def interval(self, drop: float) -> tuple[float, float]:
         """Around an expected drop, in points; neither end lies outside 0..100."""
