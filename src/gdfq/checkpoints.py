@@ -91,6 +91,8 @@ class Checkpoints:
         self.folder = folder
         self._interval, self._clock, self._writes = interval, clock, writes
         self._last, self._cost = clock(), 0.0
+        self.seconds = 0.0
+        """What checkpoints have taken so far."""
         self._settings: dict[str, Any] | None = None
         self._parts: dict[str, Stateful] = {}
         self._found: dict[str, Any] = {}  # states of parts that are not held yet
@@ -195,6 +197,7 @@ class Checkpoints:
                 )
         self._last = self._clock()
         self._cost = self._last - started
+        self.seconds += self._cost
 
     def remove(self) -> None:
         """Remove the folder: the run has finished."""

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.allocation import BASE, choose_widths
+from gdfq.allocation import BASE, choose_widths, file_sizes
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
 from gdfq.devices import ALONE, Group
 from gdfq.errors import GdfqWarning, UsageError
-from gdfq.evaluate import output_errors, top1
+from gdfq.evaluate import Answers, logits_of, output_errors
 from gdfq.export import metadata_of
 from gdfq.faults import told_of_shortage
 from gdfq.freeze import freeze
@@ -30,10 +30,10 @@ from gdfq.quantized import QuantizedNetwork
 from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs import as_values
-from gdfq.sources import Batch, Source
+from gdfq.sources import Batch, Source, first_images
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import ImagePool, PoolStream, collect, first_images
+from gdfq.sources.pool import ImagePool, PoolStream, collect
 from gdfq.sources.streams import Feed
 from gdfq.states import Noted, name_of
 from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
@@ -41,6 +41,7 @@ from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 from gdfq.version import __version__
+from gdfq.witness import Tested, Witness
 
 _EXAMPLES = 32
 _MEASURED = ("teacher", "student")
@@ -142,22 +143,7 @@ def quantize(
         keep=tuple(keep),
     )
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
-    keeper.begin(
-        {
-            "gdfq": __version__,
-            "network": [weights_hash(teacher.network), name_of(teacher.network.code.encode())],
-            "data": None if given is None else summary_of(given),
-            "size": size,
-            "recipe": as_values(recipe),
-            "card": as_values(card),
-        },
-        {
-            "torch": torch.__version__,
-            "device": str(teacher.device),
-            "threads": torch.get_num_threads(),
-            "processes": group.size,
-        },
-    )
+    keeper.begin(*_identity(teacher, recipe, card, size, given, group))
     group.wait()  # nothing is written before all have read
     listener = keeper.listening(listener)
     keeper.hold("clock", clock)
@@ -165,22 +151,12 @@ def quantize(
     if recipe.tuning is not None:
         group.check_batch(source.batch, f"recipe {recipe.name}")
     stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener, group=group)
-    feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
+    feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     metrics: dict[str, Any] = {}
     if size is not None:
         chosen = keeper.hold("allocation", Noted())
         if not chosen:
-            metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
-            images = _images_of(feed.stream)
-            allocation = choose_widths(
-                teacher, scheme, images, size, metadata=metadata, listener=listener
-            )
-            chosen["keep"] = list(map(str, allocation.scheme.keep))
-            chosen["metrics"] = {
-                "size": size,
-                "bytes": allocation.bytes,
-                "widths": dict(allocation.widths),
-            }
+            chosen.update(_allocated(teacher, scheme, feed.stream, size, card, listener))
             clock.lap("allocate")
             keeper.stage_ends()
         card = replace(card, keep=tuple(chosen["keep"]))
@@ -197,22 +173,33 @@ def quantize(
         keeper=keeper,
         group=group,
     )
-    with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
+    network: fx.GraphModule | None = None
+    while network is None:
         try:
-            network = make(feed, seed=origin["seed"])
+            with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
+                network = make(feed, seed=origin["seed"])
         except CollapsedError as error:
             _choose_another_seed_(origin, seed, error)
             keeper.forget("feed", *_STUDENT_PARTS)
-            feed = keeper.hold("feed", Feed(stream(seed=origin["seed"])))
-            network = make(feed, seed=origin["seed"])
+            feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     if "collapsed" in origin:
         metrics["collapsed"] = origin["collapsed"]
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
+    tested = None
     if held_out is not None and group.rank == 0:
-        metrics |= _measured(teacher, network, held_out, preprocessing, listener)
+        metrics["test_images"] = len(held_out)
+        if held_out.labels is not None and teacher.classes is not None:
+            tested = _tested(teacher, network, held_out, preprocessing, listener)
+            metrics |= {
+                who: {"top1": round(answers.top1(tested.labels), 4)}
+                for who, answers in (("teacher", tested.teacher), ("student", tested.student))
+            }
+        else:
+            metrics["student"] = _compared(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
-    return QuantizedNetwork(network, card, metrics, feed.examples)
+    witness = Witness(*(feed.recent.images() or (feed.examples, None)), tested)
+    return QuantizedNetwork(network, card, metrics, feed.examples, witness)
 
 
 def quantize_captured(
@@ -228,7 +215,8 @@ def quantize_captured(
 
     With it come a few images of the first batch [n, *input_shape].
     """
-    feed = Feed(source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener))
+    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
+    feed = Feed(stream, teacher.device)
     network = _frozen_student(teacher, scheme, recipe, feed, seed=seed, listener=listener)
     return network, feed.examples
 
@@ -312,20 +300,30 @@ def _frozen_student(
     return network
 
 
-def _measured(
+def _tested(
+    teacher: Captured,
+    network: fx.GraphModule,
+    held_out: ImageData,
+    preprocessing: Preprocessing,
+    listener: Listener,
+) -> Tested:
+    """What teacher and student, both classifiers, answer to labelled test images."""
+    ask = partial(logits_of, device=teacher.device, listener=listener)
+    answers = (
+        Answers.of(ask(module, held_out, preprocessing)) for module in (teacher.network, network)
+    )
+    assert held_out.labels is not None
+    return Tested(held_out, held_out.labels, *answers)
+
+
+def _compared(
     teacher: Captured,
     network: fx.GraphModule,
     held_out: ImageData,
     preprocessing: Preprocessing,
     listener: Listener,
 ) -> dict[str, Any]:
-    """Accuracies of teacher and student on test images, or the error of each output."""
-    ask = partial(top1, device=teacher.device, listener=listener)
-    found: dict[str, Any] = {"test_images": len(held_out)}
-    if teacher.classes is not None:
-        for name, module in (("teacher", teacher.network), ("student", network)):
-            found[name] = {"top1": round(ask(module, held_out, preprocessing), 4)}
-        return found
+    """The error of each of the student's outputs against the teacher's, on test images."""
     errors = output_errors(
         network,
         teacher.network,
@@ -334,12 +332,12 @@ def _measured(
         device=teacher.device,
         listener=listener,
     )
-    relative = dict(zip(output_names(teacher), (round(error, 4) for error in errors), strict=True))
-    return {**found, "student": {"error_percent": relative}}
+    rounded = (round(error, 4) for error in errors)
+    return {"error_percent": dict(zip(output_names(teacher), rounded, strict=True))}
 
 
 def generate(
-    model: nn.Module,
+    model: nn.Module | Captured,
     example_input: Tensor,
     count: int = 1024,
     recipe: str | Recipe = "fast",
@@ -362,7 +360,9 @@ def generate(
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     recipe = find_recipe(recipe)
-    teacher = capture(model, example_input, classifier=classifier).to(find_device(device))
+    if not isinstance(model, Captured):
+        model = capture(model, example_input, classifier=classifier)
+    teacher = model.to(find_device(device))
     if isinstance(recipe.source, ImagePool):
         if steps is not None:
             raise UsageError(
@@ -410,6 +410,50 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
             raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
         return BASE
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
+
+
+def _identity(
+    teacher: Captured,
+    recipe: Recipe,
+    card: Card,
+    size: int | None,
+    given: ImageData | None,
+    group: Group,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Which run it is, in plain values, and what its rounding depends on."""
+    return {
+        "gdfq": __version__,
+        "network": [weights_hash(teacher.network), name_of(teacher.network.code.encode())],
+        "data": None if given is None else summary_of(given),
+        "size": size,
+        "recipe": as_values(recipe),
+        "card": as_values(card),
+    }, {
+        "torch": torch.__version__,
+        "device": str(teacher.device),
+        "threads": torch.get_num_threads(),
+        "processes": group.size,
+    }
+
+
+def _allocated(
+    teacher: Captured,
+    scheme: Scheme,
+    stream: Iterator[Batch],
+    size: int,
+    card: Card,
+    listener: Listener,
+) -> dict[str, Any]:
+    """The widths that are chosen to fit a size: what is kept, and the metrics that say so."""
+    metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
+    sizes = file_sizes(teacher, scheme, metadata)
+    sizes.check(size)  # before the images are made, which takes long
+    images = _images_of(stream)
+    chosen = choose_widths(teacher, scheme, images, size, sizes, listener=listener)
+    return {
+        "keep": list(map(str, chosen.scheme.keep)),
+        "metrics": {"size": size, "bytes": chosen.bytes, "widths": dict(chosen.widths)},
+    }
 
 
 _STUDENT_PARTS = ("student", "done", "optimizer", "reconstruction")

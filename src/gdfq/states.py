@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from gdfq.artifacts.packed import header_bytes
@@ -29,6 +30,18 @@ class Fixed:
     """A part of a state that will not change again, so that it needs to be written only once."""
 
     value: Any
+
+    def to(self, device: torch.device) -> "Fixed":
+        """The same on a device: what is read lies on the CPU."""
+        return self if device.type == "cpu" else Fixed(_moved(self.value, device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(inside, device) for key, inside in value.items()}
+    return [_moved(inside, device) for inside in value] if isinstance(value, list) else value
 
 
 def all_finite(state: Any) -> bool:

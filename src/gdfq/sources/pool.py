@@ -1,7 +1,8 @@
 """A pool of images that is made once and drawn from again and again, augmented."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from gdfq.capture import Captured
 from gdfq.devices import ALONE, Group
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.sources import Batch, Source
+from gdfq.sources import Batch, Source, first_images
 from gdfq.sources.streams import Feed, Shuffled, Stream
 from gdfq.states import Fixed
 
@@ -43,14 +44,53 @@ class ImagePool:
         """Yield `steps` batches; raises at once what the source does."""
         needed = -(-self.images // self.source.batch)
         made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener, group=group)
-        return PoolStream(self, made, steps, seed)
+        return PoolStream(self, made, steps, seed, teacher.device)
+
+    def made(
+        self, teacher: Captured, *, seed: int, listener: Listener = silent
+    ) -> tuple["ImagePool", Tensor]:
+        """The same pool with its images made, and these [images, *input_shape].
+
+        For the same seed it streams the same batches as before.
+        """
+        images, labels = collect(self.source, teacher, self.images, seed=seed, listener=listener)
+        return replace(self, source=StoredImages(images, labels, self.source.batch)), images
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImages:
+    """Images that were made before, in their order: [N, *input_shape] and their labels [N]."""
+
+    images: Tensor
+    labels: Tensor | None
+    batch: int
+
+    def stream(
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
+    ) -> Iterator[Batch]:
+        """Yield `steps` batches, or as many as there are; the last may be smaller."""
+        batch = Batch(self.images, self.labels, None)
+        yield from islice(batch.split(self.batch), steps)
 
 
 class PoolStream(Stream):
     """The batches of a pool, whose images are made when they are first asked for."""
 
-    def __init__(self, pool: ImagePool, made: Iterator[Batch], steps: int, seed: int) -> None:
-        self._collected = _Collected(made, pool.images)
+    def __init__(
+        self,
+        pool: ImagePool,
+        made: Iterator[Batch],
+        steps: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._collected = _Collected(made, pool.images, device)
         draw = random_stream(seed, "pool.order")
 
         def whole_batches(order: Tensor) -> list[Tensor]:
@@ -77,26 +117,28 @@ class PoolStream(Stream):
 class _Collected:
     """The first `count` images of a stream and their labels, made once."""
 
-    def __init__(self, made: Iterator[Batch], count: int) -> None:
-        self._feed, self._count = Feed(made), count
+    def __init__(self, made: Iterator[Batch], count: int, device: torch.device) -> None:
+        self._feed: Feed | None = Feed(made, device)
+        self._count, self._device = count, device
         self._all: Fixed | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         if self._all is None:
+            assert self._feed is not None
             for _ in self._feed.until(self._count, hold=True):
                 pass  # the stream ends when they are enough
             self._all = Fixed(first_images(self._count, self._feed.held))
-            self._feed = Feed(iter(()))  # its batches need not stay in memory
+            self._feed = None  # its batches need not stay in memory
         images, labels = self._all.value
         return images, labels
 
     def state_dict(self) -> dict[str, Any]:
-        return {"all": self._all} if self._all else {"feed": self._feed.state_dict()}
+        return {"all": self._all, "feed": self._feed and self._feed.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "all" in state:
-            self._all = state["all"]
-        else:
+        if state["all"] is not None:
+            self._all, self._feed = state["all"].to(self._device), None
+        elif self._feed is not None:
             self._feed.load_state_dict(state["feed"])
 
 
@@ -109,14 +151,6 @@ def collect(
     """
     steps = -(-count // source.batch)
     return first_images(count, source.stream(teacher, steps=steps, seed=seed, listener=listener))
-
-
-def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images of some batches, and their labels if they have any."""
-    batches = list(made)
-    images = torch.cat([batch.images for batch in batches])[:count]
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    return images, torch.cat(labels)[:count] if labels else None
 
 
 def shifted_and_flipped(images: Tensor, draw: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from gdfq.devices import Group
 from gdfq.progress import Listener, Step, silent
 from gdfq.sources import Batch
+from gdfq.sources.recent import Recent
 from gdfq.states import Fixed, Stateful
 
 
@@ -125,16 +126,18 @@ class Feed:
     """A stream's batches as the stages of a run take them, and what must outlast a stop.
 
     `taken` is how many they took, `examples` a few images of the first [n, *input_shape], `held`
-    the batches that they wanted to be kept. A stream without a state goes on by being made again.
+    the batches that they wanted to be kept, `recent` the last ones since a stop. A stream without a
+    state goes on by being made again.
     """
 
     _EXAMPLES = 32
 
-    def __init__(self, stream: Iterator[Batch]) -> None:
-        self.stream = stream
+    def __init__(self, stream: Iterator[Batch], device: torch.device) -> None:
+        self.stream, self._device = stream, device
         self.taken = 0
         self._examples: Fixed | None = None
         self._held: list[Fixed] = []
+        self.recent = Recent()
 
     @property
     def examples(self) -> Tensor:
@@ -157,6 +160,7 @@ class Feed:
             if hold:
                 self._held.append(Fixed(vars(batch)))
             self.taken += 1
+            self.recent.see_(batch)
             yield batch
 
     def hold(self, count: int) -> list[Batch]:
@@ -172,7 +176,7 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken, self._examples = state["taken"], state["examples"]
-        self._held = state["held"]
+        self._held = [part.to(self._device) for part in state["held"]]
         if hasattr(self.stream, "load_state_dict"):
             self.stream.load_state_dict(state["stream"])
         else:
