@@ -143,8 +143,8 @@ def quantize(place: Path, *more: str) -> list[str]:
 
 def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
     words = quantize(
-        place, "--recipe=paper-no-boundary", "--steps=800", "--batch=8", "--checkpoint-every=0.1",
-        f"--test={place}/test.npz", "--no-onnx",
+        place, "--recipe=paper-no-boundary", "--steps=400", "--batch=8", "--checkpoint-every=0.1",
+        f"--test={place}/test.npz", "--no-onnx", "--no-report",
     )  # fmt: skip
     run = subprocess.Popen(
         torchrun(2, *words),
@@ -168,18 +168,25 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
     )
     assert again.returncode == 0, again.stderr
     assert "goes on from its checkpoint" in again.stdout
-    assert "processes was 2, is 1" in again.stderr.replace("\n", " ")
+    assert "processes was 2 and is 1" in again.stderr
     metrics = json.loads((place / "out" / "metrics.json").read_text())
-    assert metrics["steps"] == 800
+    assert metrics["steps"] == 400
 
 
 def test_two_processes_write_one_run(place):
-    words = quantize(place, "--recipe=quick", "--steps=12", f"--test={place}/test.npz", "--no-onnx")
+    words = quantize(
+        place,
+        "--recipe=quick",
+        "--steps=12",
+        f"--test={place}/test.npz",
+        "--no-onnx",
+        "--no-report",
+    )
     done = subprocess.run(
         torchrun(2, *words), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("student") == 1
+    assert done.stdout.count("layers quantized") == 1
     history = (place / "out" / "history.jsonl").read_text().splitlines()
     tuned = [json.loads(line)["step"] for line in history if '"tune"' in line]
     assert tuned == sorted(set(tuned))
