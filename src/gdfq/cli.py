@@ -1,15 +1,19 @@
 """The command line. Torch is imported by the commands that need it, not to print help."""
 
 import re
+import shlex
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
-from gdfq.errors import GdfqError, UsageError
+from gdfq.errors import GdfqError, GdfqWarning, UsageError
 from gdfq.memory import keep_freed_memory_
+from gdfq.stopping import StoppedError
 from gdfq.version import __version__
 
 _PATH = click.Path(path_type=Path)
@@ -145,6 +149,7 @@ def cli() -> None:
     show_default=True,
     help="fast, quick, paper, paper-imagenet, round, zeroq, real, ... (gdfq recipes lists all)",
 )
+@click.option("--batch", type=click.IntRange(min=1), help="images a step  [default: the recipe's]")
 @click.option("--out", type=_PATH, required=True, help="folder for the run; must not hold one yet")
 @click.option(
     "--placement",
@@ -165,6 +170,25 @@ def cli() -> None:
 )
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")
+@click.option(
+    "--report/--no-report", default=True, show_default=True, help="gather evidence and report"
+)
+@click.option(
+    "--tensorboard", is_flag=True, help="also write event files (pip install 'gdfq[tensorboard]')"
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="how often at most the run is written down, to go on from there",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="go on with the run in --out; without it, that is done if there is one to go on with",
+)
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
     from gdfq.commands import run
@@ -256,6 +280,40 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
     bench(folder, against, seconds)
 
 
+@cli.command("report")
+@click.argument("folder", metavar="DIR", type=_PATH)
+def report_command(folder: Path) -> None:
+    """Write DIR/report.html from what the run in DIR left: what you got, and what to do next.
+
+    The page needs no network. Its figures (SVG and PNG) are in DIR/report, its numbers in
+    DIR/report.json. A part of the run that is missing or damaged is named; the rest appears.
+    """
+    from gdfq.report import write_report
+
+    click.echo(write_report(folder))
+
+
+@cli.command("compare")
+@click.argument("folders", metavar="DIR DIR ...", type=_PATH, nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=_PATH,
+    default=Path("comparison.html"),
+    show_default=True,
+    help="the page",
+)
+def compare_command(folders: tuple[Path, ...], out: Path) -> None:
+    """Put runs side by side: accuracy, size, time, expected loss.
+
+    Runs of other networks, or with other test images, are named and kept apart.
+    """
+    from gdfq.report.compare import compare
+    from gdfq.report.terminal import print_comparison
+
+    print_comparison(compare(folders, out))
+    click.echo(f"{'page':10}{out}")
+
+
 @cli.command("generate")
 @_network_options
 @_SEED
@@ -266,12 +324,15 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
     help="whose source makes the images; --steps is for those that learn, as paper's",
 )
 @click.option("--count", default=1024, show_default=True, help="how many images")
-@click.option("--out", type=_PATH, required=True, help="folder for images.npz and images.npy")
+@click.option("--out", type=_PATH, required=True, help="folder for the files")
+@click.option("--png", is_flag=True, help="write PNG files as well, in a folder for each class")
 def generate_command(**options: Any) -> None:
     """Make synthetic images from MODEL alone.
 
-    Writes images.npz (uint8 `images` and `labels`, as --test and --data read them) and
-    images.npy (normalised float32, as the network takes them).
+    \b
+    images.npz           uint8 `images` and `labels`, as --test and --data read them
+    images.npy           normalised float32, as the network takes them
+    png/CLASS/N.png      with --png: an image folder, as --test and --data read it
     """
     from gdfq.commands import write_images
 
@@ -303,6 +364,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str] | None) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GdfqWarning)
+        warnings.showwarning = _shown(warnings.showwarning)
+        return _outcome(arguments)
+
+
+def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: ours in a line, others as before."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, GdfqWarning):
+            click.secho(f"warning: {message}", fg="yellow", err=True)
+        else:
+            otherwise(message, category, *where)
+
+    return show
+
+
+def _outcome(arguments: list[str] | None) -> int:
     try:
         cli.main(arguments, prog_name="gdfq", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -316,6 +396,11 @@ def _exit_code(arguments: list[str] | None) -> int:
     except GdfqError as error:
         click.secho(f"failed: {error}", fg="red", err=True)
         return 1
+    except StoppedError as stop:
+        words = sys.argv[1:] if arguments is None else arguments
+        again = shlex.join(["gdfq", *words, *["--resume"][: "--resume" not in words]])
+        click.secho(f"{stop}; it goes on from here with: {again}", fg="yellow", err=True)
+        return stop.code
     except (click.Abort, KeyboardInterrupt):
         click.secho("stopped; no finished run was written.", fg="yellow", err=True)
         return 130

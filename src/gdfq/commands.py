@@ -4,15 +4,14 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from torch import nn
 
 from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
@@ -20,15 +19,21 @@ from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
+from gdfq.evidence import gather
 from gdfq.export import Exported, Format
-from gdfq.files import make_folder, write_atomically
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, parse_bits, quantize
-from gdfq.progress import History, Step, Terminal
+from gdfq.progress import History, Listener, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
-from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export
+from gdfq.report import write_report
+from gdfq.report.read import read_run
+from gdfq.report.terminal import print_run
+from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export, note_bench
+from gdfq.saving import ImageFiles
+from gdfq.stopping import stoppable
 from gdfq.student import Keep, Placement, Scheme
+from gdfq.tensorboard import TensorBoard, require_tensorboard
 from gdfq.version import __version__
 
 
@@ -48,17 +53,28 @@ def run(
     test: Path | None,
     data: Path | None,
     steps: int | None,
+    batch: int | None,
     seed: int,
     device: str,
     classifier: bool | None,
     onnx: bool,
+    report: bool,
+    tensorboard: bool,
+    checkpoint_every: float,
+    resume: bool,
 ) -> None:
     """`gdfq quantize`."""
-    chosen = find_recipe(recipe).with_steps(steps)
+    chosen = find_recipe(recipe).with_steps(steps).with_batch(batch)
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
-    folder = RunFolder(out)
+    if tensorboard:
+        require_tensorboard()
+    folder = RunFolder(out, checkpoint_every)
+    if resume and not folder.checkpoints.exists():
+        raise UsageError(
+            f"a run that goes on has a checkpoint; {out} has none. Leave --resume away to begin."
+        )
     loaded = load_model(model, weights)
     network = loaded.module
     shape, preprocessing = loaded.input(input_shape, mean, std)
@@ -108,36 +124,82 @@ def run(
         resize=preprocessing.resize,
         device=device,
         onnx=onnx,
+        report=report,
+        tensorboard=tensorboard,
     )
-    _summary(quantized, out)
+    if allocation := quantized.metrics.get("allocation"):
+        _print_widths(allocation["widths"])
+    print_run(read_run(out))
+    if report:
+        _report_at_once(out)
 
 
 def _quantize_into(
     folder: RunFolder,
     config: dict[str, Any],
-    network: nn.Module | Captured,
+    teacher: Captured,
     example: torch.Tensor,
     *,
     onnx: bool,
+    report: bool,
+    tensorboard: bool = False,
     **options: Any,
 ) -> QuantizedNetwork:
-    """Quantize with history, student, ONNX file and metrics written into the folder."""
-    folder.begin(config)
-    with ExitStack() as stack:
-        history = stack.enter_context(History(folder.history))
-        terminal = stack.enter_context(Terminal())
+    """Quantize with all that a run writes written into the folder, but for the report."""
+    with _told_of_files(folder), ExitStack() as stack:
+        checkpoints = stack.enter_context(folder).checkpoints
+        goes_on = checkpoints.exists()
+        folder.begin(config)
+        history = checkpoints.hold("history", stack.enter_context(History(folder.history)))
+        listeners: list[Listener] = [history, stack.enter_context(Terminal())]
+        if tensorboard:
+            listeners.append(stack.enter_context(TensorBoard(folder.path)))
+        check = stack.enter_context(stoppable())
 
         def listener(step: Step) -> None:
-            if step.losses:
-                history(step)
-            terminal(step)
+            for hears in listeners:
+                hears(step)
+            check()
 
-        quantized = quantize(network, example, listener=listener, **options)
-    quantized.save(folder.path)
-    if onnx:
-        _export_at_once(quantized, folder.path / ONNX_FILE)
-    folder.finish(quantized.metrics)
+        if goes_on:
+            click.echo(f"{'run':10}goes on from its checkpoint in {folder.path}")
+        quantized = quantize(
+            teacher, example, listener=listener, checkpoints=checkpoints, **options
+        )
+        quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
+        quantized.save(folder.path)
+        if onnx:
+            _export_at_once(quantized, folder.path / ONNX_FILE)
+        if report:
+            started = time.perf_counter()
+            gather(teacher, quantized).write(folder.path)
+            quantized.metrics["seconds"]["evidence"] = round(time.perf_counter() - started, 3)
+        folder.finish(quantized.metrics)
     return quantized
+
+
+@contextmanager
+def _told_of_files(folder: RunFolder) -> Iterator[None]:
+    """Turn what the file system refuses into a GdfqError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GdfqError(
+            f"the folder of a run must stay there and writable, with room; in {folder.path}: "
+            f"{error.strerror or error}. What is finished is kept: mend it, then give the same "
+            "command again."
+        ) from error
+
+
+def _report_at_once(folder: Path) -> None:
+    """Report behind a run, which is of use without it: what fails is a warning."""
+    try:
+        page = write_report(folder)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        click.secho(f"warning: no report was written: {what}", fg="yellow", err=True)
+        return
+    click.echo(f"{'report':10}{page}")
 
 
 def _export_at_once(quantized: QuantizedNetwork, path: Path) -> None:
@@ -168,33 +230,30 @@ def write_images(
     seed: int,
     device: str,
     classifier: bool | None,
+    png: bool,
 ) -> None:
     """`gdfq generate`."""
-    if (out / "images.npz").exists():
-        raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
+    files = ImageFiles(out, png)
     loaded = load_model(model, weights)
     shape, preprocessing = loaded.input(input_shape, mean, std)
     if loaded.preprocessing is None:
         _warn_about_normalisation(mean, std)
-    make_folder(out)
+    files.prepare(shape)
+    example = torch.zeros(1, *shape)
+    teacher = capture(loaded.module, example, classifier=classifier)
     with Terminal() as terminal:
         images, labels = generate(
-            loaded.module,
-            torch.zeros(1, *shape),
+            teacher,
+            example,
             count,
             recipe,
             steps=steps,
             seed=seed,
             device=device,
-            classifier=classifier,
             listener=terminal,
         )
-    np.save(out / "images.npy", images.contiguous().numpy())
-    more = {} if labels is None else {"labels": labels}
-    write_atomically(out / "images.npz", preprocessing.to_npz(images, **more))
-    click.echo(
-        f"{len(images)} images: {out / 'images.npz'} (pixels), {out / 'images.npy'} (floats)"
-    )
+    written = files.write(images, labels, preprocessing, teacher.classes or 1)
+    click.echo(f"{len(images)} images: {', '.join(map(str, written))}")
 
 
 def export(
@@ -250,13 +309,16 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
     )
     heading = "milliseconds a call (quartiles)"
     click.echo(f"\n{'batch':>5}{'threads':>8}  {heading:48}images/s  faster")
+    found = []
     for timings in side_by_side(list(files.values()), shape, seconds=seconds):
         for name, timing in zip(files, timings, strict=True):
+            found.append({"file": name, **asdict(timing)})
             spread = f"{timing.median:.3f} ({timing.low:.3f} to {timing.high:.3f})"
             click.echo(
                 f"{timing.batch:5}{timing.threads:8}  {name:16}{spread:32}"
                 f"{timing.images_per_second:8.0f}  {timings[0].median / timing.median:5.2f}x"
             )
+    note_bench(folder, found)
 
 
 def demo(out: Path) -> None:
@@ -287,11 +349,14 @@ def demo(out: Path) -> None:
         "recipe": as_values(FAST),
         "seed": 0,
     }
-    fast = _quantize_into(folder, config, network, example, recipe=FAST, onnx=True, **common)
+    teacher = capture(network, example)
+    fast = _quantize_into(
+        folder, config, teacher, example, recipe=FAST, onnx=True, report=True, **common
+    )
     results = {"fast": fast}
     for name, recipe in (("GDFQ (paper)", digits.RECIPE), ("direct rounding", digits.ROUNDING)):
         with Terminal() as terminal:
-            results[name] = quantize(network, example, recipe=recipe, listener=terminal, **common)
+            results[name] = quantize(teacher, example, recipe=recipe, listener=terminal, **common)
     rows = [
         (name, result.metrics["student"]["top1"], result.metrics["seconds"]["total"])
         for name, result in reversed(results.items())
@@ -301,6 +366,7 @@ def demo(out: Path) -> None:
     for name, accuracy, seconds in rows:
         click.echo(f"{name:18}{accuracy:7.2f}%{seconds:10.0f}")
     click.echo(f"\nthe run is in {out}; load it with gdfq.load({str(out)!r})")
+    _report_at_once(out)
 
 
 def _warn_about_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
@@ -315,24 +381,6 @@ def _warn_about_normalisation(mean: Sequence[float] | None, std: Sequence[float]
             fg="yellow",
             err=True,
         )
-
-
-def _summary(quantized: QuantizedNetwork, out: Path) -> None:
-    metrics = quantized.metrics
-    if allocation := metrics.get("allocation"):
-        _print_widths(allocation["widths"])
-    for name in ("teacher", "student"):
-        found = metrics.get(name, {})
-        if "top1" in found:
-            click.echo(f"{name:10}top-1 {found['top1']:.2f} %")
-        for output, error in found.get("error_percent", {}).items():
-            click.echo(f"{name:10}{output} {error:.2f} % from the teacher's")
-    size = (out / STUDENT_FILE).stat().st_size
-    click.echo(
-        f"{'size':10}{metrics['float_bytes'] / 1024:.0f} KiB float, {size / 1024:.0f} KiB now"
-    )
-    click.echo(f"{'time':10}{metrics['seconds']['total']:.0f} s, {metrics['steps']} steps")
-    click.echo(f"{'run':10}{out}")
 
 
 def _print_widths(widths: Mapping[str, int]) -> None:

@@ -12,6 +12,13 @@ from gdfq.errors import UsageError
 Found = TypeVar("Found")
 
 
+def check_folder(path: Path) -> None:
+    """Raise UsageError unless the folder can be written, or made where it is not there yet."""
+    there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UsageError(f"the out folder must be writable; {there} is not. Choose another --out.")
+
+
 def make_folder(path: Path) -> None:
     """Make the folder if it is not there. Raises UsageError when it cannot be written."""
     try:
@@ -21,8 +28,7 @@ def make_folder(path: Path) -> None:
             f"the out folder must be writable; {path} cannot be made: {error.strerror}. "
             "Choose another --out."
         ) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"the out folder must be writable; {path} is not. Choose another --out.")
+    check_folder(path)
 
 
 def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Found:
@@ -39,15 +45,32 @@ def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Fo
             os.fsync(file.fileno())
         found = check(temporary)
         temporary.replace(path)
+        _keep_names(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return found
 
 
+def _keep_names(folder: Path) -> None:
+    """Force to disk which names a folder has; only POSIX can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name in the same folder, force it to disk, then rename."""
     write_checked(path, data, lambda _: None)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that died left half-written; nobody else may be writing here."""
+    for path in folder.glob(".*.????????.partial"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

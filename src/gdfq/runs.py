@@ -1,26 +1,36 @@
 """The run folder: what a run writes, in which order, and what makes it finished.
 
-config.json is written first, history.jsonl grows, the student, a few of the images it was tuned on
-and its ONNX file follow, metrics.json is last: a folder with metrics.json is a finished run.
+config.json is written first, history.jsonl and checkpoints grow, the student, a few of the images
+it was tuned on, its ONNX file and the evidence for its report follow, metrics.json is last: a
+folder with metrics.json is a finished run. Then the checkpoints are removed, and the report is made
+from these files alone.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gdfq.artifacts.packed import STUDENT_FILE
+from gdfq.checkpoints import INTERVAL, Checkpoints
 from gdfq.errors import UsageError, first_line
-from gdfq.files import make_folder, write_json
+from gdfq.files import check_folder, make_folder, remove_partial, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
-EXPORT = "export"
-"""Where the metrics of a run say what its ONNX file is."""
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
+EVIDENCE, EVIDENCE_ARRAYS = "evidence.json", "evidence.npz"
+REPORT, REPORT_NUMBERS = "report.html", "report.json"
+EXPORT, BENCH = "export", "bench"
+"""Where the metrics of a run say what its ONNX file is, and how fast."""
 
-_MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE)
+_REPORTED = (EVIDENCE, EVIDENCE_ARRAYS, REPORT, REPORT_NUMBERS)
+_MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE, *_REPORTED)
 _FILES = (CONFIG, METRICS, *_MADE)
 
 
@@ -33,15 +43,46 @@ def _is_ours(config: Path) -> bool:
 
 
 class RunFolder:
-    """A folder that is about to hold a run.
+    """A folder that is about to hold a run; it is made when the run begins.
 
-    Raises UsageError when it cannot be written, or holds a finished run or files of such names
-    that no run wrote. An unfinished run may be begun again.
+    Within its `with` block no other process can use it; the lock of a process that died is free.
+
+    Raises UsageError when it cannot be written, is in use, or holds a finished run or files of such
+    names that no run wrote. An unfinished run goes on if it has a checkpoint, else it begins again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checkpoint_every: float = INTERVAL) -> None:
         self.path = path
-        make_folder(path)
+        self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
+        self.checkpoints = Checkpoints(path / CHECKPOINTS, interval=checkpoint_every)
+        check_folder(path)
+        self._check()
+
+    def __enter__(self) -> "RunFolder":
+        make_folder(self.path)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"one process at a time may write into a run; another one is using {self.path}. "
+                "Wait until it has finished, or choose another --out."
+            ) from None
+        self._check()  # it may have finished in the meantime
+        remove_partial(self.path)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+        if (self.path / METRICS).exists():
+            (self.path / LOCK).unlink(missing_ok=True)
+
+    def _check(self) -> None:
+        path = self.path
         if (path / METRICS).exists():
             raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
         present = [name for name in _FILES if (path / name).exists()]
@@ -56,7 +97,12 @@ class RunFolder:
         return self.path / HISTORY
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Remove what an unfinished run left and write the configuration."""
+        """Remove what an unfinished run left and write the configuration.
+
+        A run that goes on keeps what it has.
+        """
+        if self.checkpoints.exists():
+            return
         for name in _MADE:
             (self.path / name).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config)
@@ -64,6 +110,7 @@ class RunFolder:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which makes the run a finished one."""
         write_json(self.path / METRICS, metrics)
+        self.checkpoints.remove()
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -93,10 +140,23 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def note_export(path: Path, exported: Mapping[str, Any]) -> None:
-    """Where a file that was just exported is the ONNX file of a run, let the metrics say so."""
-    if path.name == ONNX_FILE and (path.parent / METRICS).exists():
-        metrics = read_metrics(path.parent)
-        write_json(path.parent / METRICS, {**metrics, EXPORT: exported})
+    """Where a file that was just exported is the ONNX file of a run, let the metrics say so.
+
+    What was measured of the file before it is forgotten.
+    """
+    if path.name == ONNX_FILE:
+        _note(path.parent, {EXPORT: exported, BENCH: []})
+
+
+def note_bench(folder: Path, timings: Sequence[Mapping[str, Any]]) -> None:
+    """Let the metrics of a run say how fast its ONNX file is."""
+    _note(folder, {BENCH: list(timings)})
+
+
+def _note(folder: Path, news: Mapping[str, Any]) -> None:
+    """Add to the metrics of a finished run; a folder that no run wrote has none."""
+    if (folder / METRICS).exists():
+        write_json(folder / METRICS, {**read_metrics(folder), **news})
 
 
 def check_export(folder: Path) -> None:

@@ -10,7 +10,7 @@ from gdfq import operators
 from gdfq.capture import Captured
 from gdfq.errors import GdfqError
 from gdfq.folding import fold_batch_norms
-from gdfq.progress import Listener, Step
+from gdfq.progress import RANGES, Listener, Step, is_due
 from gdfq.quantizers import ActivationQuantizer
 from gdfq.quantizers.learned import LearnedWeight
 from gdfq.sources import Batch
@@ -19,18 +19,26 @@ from gdfq.student import Student
 
 @torch.no_grad()
 def calibrate_(
-    student: Student, batches: Iterable[Batch], *, steps: int, listener: Listener
+    student: Student,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    listener: Listener,
+    first_step: int = 0,
 ) -> None:
-    """Track all activation ranges over the batches (`steps` of them), then freeze them.
+    """Track all activation ranges over the batches, then freeze them.
+
+    The batches are those from `first_step` on, out of `steps` in all.
 
     Raises GdfqError when a range is not finite.
     """
     student.eval()
     for quantizer in student.activations:
         quantizer.observing = True
-    for step, batch in enumerate(batches, start=1):
+    for step, batch in enumerate(batches, start=first_step + 1):
         student(batch.images)
-        listener(Step("calibrate", step, steps, batch.losses))
+        ranges = student.ranges() if is_due(step, steps, RANGES) else {}
+        listener(Step("calibrate", step, steps, batch.losses, ranges=ranges))
     for name, quantizer in student.named_modules():
         if isinstance(quantizer, ActivationQuantizer):
             quantizer.observing = False
