@@ -259,9 +259,12 @@ def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure |
     axes.scatter([p[1] / 1024 for p in points], [p[2] for p in points], color=BLUE, zorder=3)
     front = frontier(points)
     axes.plot([p[1] / 1024 for p in front], [p[2] for p in front], color=ORANGE, linewidth=1.2)
-    for name, size, value in points:
+    names: dict[tuple[float, float], list[str]] = {}
+    for name, *spot in points:  # runs that are equal share a place
+        names.setdefault((spot[0], spot[1]), []).append(_short(name))
+    for (size, value), together in names.items():
         axes.annotate(
-            _short(name),
+            ", ".join(together),
             (size / 1024, value),
             (5, 5),
             textcoords="offset points",
