@@ -8,12 +8,17 @@ import networks
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 
 from gdfq.capture import Captured, capture
 from gdfq.cli import _exit_code
 from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
+
+# No test goes by time: a busy machine is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

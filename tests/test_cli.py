@@ -179,6 +179,14 @@ def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert not (place / "out").is_dir()  # not even an empty folder stays
+
+
+def test_images_of_an_absent_network_leave_no_folder(place, capsys):
+    call = ["generate", f"{place}/net.py:absent", "--input", "3x8x8", "--out", f"{place}/made"]
+    assert _exit_code(call) == 2
+    assert "'absent' is not there" in capsys.readouterr().err
+    assert not (place / "made").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.allocation import BASE, choose_widths
+from gdfq.allocation import BASE, choose_widths, file_sizes
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
@@ -147,8 +147,7 @@ def quantize(
     if size is not None:
         chosen = keeper.hold("allocation", Noted())
         if not chosen:
-            images = _images_of(feed.stream)
-            chosen.update(_allocated(teacher, scheme, images, size, card, listener))
+            chosen.update(_allocated(teacher, scheme, feed.stream, size, card, listener))
             clock.lap("allocate")
             keeper.stage_ends()
         card = replace(card, keep=tuple(chosen["keep"]))
@@ -412,11 +411,19 @@ def _identity(
 
 
 def _allocated(
-    teacher: Captured, scheme: Scheme, images: Tensor, size: int, card: Card, listener: Listener
+    teacher: Captured,
+    scheme: Scheme,
+    stream: Iterator[Batch],
+    size: int,
+    card: Card,
+    listener: Listener,
 ) -> dict[str, Any]:
     """The widths that are chosen to fit a size: what is kept, and the metrics that say so."""
     metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
-    chosen = choose_widths(teacher, scheme, images, size, metadata=metadata, listener=listener)
+    sizes = file_sizes(teacher, scheme, metadata)
+    sizes.check(size)  # before the images are made, which takes long
+    images = _images_of(stream)
+    chosen = choose_widths(teacher, scheme, images, size, sizes, listener=listener)
     return {
         "keep": list(map(str, chosen.scheme.keep)),
         "metrics": {"size": size, "bytes": chosen.bytes, "widths": dict(chosen.widths)},

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.checkpoints import INTERVAL, Checkpoints
 from gdfq.errors import UsageError, first_line
-from gdfq.files import make_folder, remove_partial, write_json
+from gdfq.files import check_folder, make_folder, remove_partial, write_json
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
@@ -43,7 +43,7 @@ def _is_ours(config: Path) -> bool:
 
 
 class RunFolder:
-    """A folder that is about to hold a run.
+    """A folder that is about to hold a run; it is made when the run begins.
 
     Within its `with` block no other process can use it; the lock of a process that died is free.
 
@@ -55,10 +55,11 @@ class RunFolder:
         self.path = path
         self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
         self.checkpoints = Checkpoints(path / CHECKPOINTS, interval=checkpoint_every)
-        make_folder(path)
+        check_folder(path)
         self._check()
 
     def __enter__(self) -> "RunFolder":
+        make_folder(self.path)
         try:
             self._lock.acquire()
         except Timeout:
