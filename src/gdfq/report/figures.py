@@ -36,9 +36,10 @@ def svg(figure: Figure) -> str:
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r'<svg ([^>]*?)height="[\d.]+pt"([^>]*?) width="[\d.]+pt"', r"<svg \1\2", text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 inherit", text)
-    return _IDS.sub("", text)
+    return _COMMENTS.sub("", _IDS.sub("", text))
 
 
+_COMMENTS = re.compile("<!--.*?-->", re.DOTALL)
 _METADATA = ("Date", "Creator", "Format", "Type")
 
 
