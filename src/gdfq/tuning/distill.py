@@ -18,7 +18,7 @@ from gdfq.folding import fold_batch_norms
 from gdfq.losses import distillation_loss, feature_loss
 from gdfq.outputs import in_order
 from gdfq.progress import Listener, Step
-from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_, step_
+from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.student import Student
 
@@ -122,7 +122,7 @@ def tune_(
             when=f"step {step}",
             advice="Lower the learning rate or use more bits.",
         )
-        step_(optimizer)
+        optimizer.step()
         listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}))
     student.eval()
 
