@@ -1,6 +1,7 @@
 """Accuracy on labelled images, and the error of outputs that are not classes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,30 @@ from gdfq.data import ImageData, Preprocessing
 from gdfq.errors import UsageError
 from gdfq.outputs import in_order
 from gdfq.progress import Listener, Step, silent
+from gdfq.tracing import beside_no_tracing
 
 _BATCH = 250
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a classifier says to images: the likeliest class [N], and its probability [N]."""
+
+    classes: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Answers":
+        """The answers of logits [N, C]."""
+        confidence, classes = logits.softmax(1).max(1)
+        return cls(classes, confidence)
+
+    def top1(self, labels: Tensor) -> float:
+        """Share that is right, in percent; labels [N]."""
+        return 100 * float((self.classes == labels).double().mean())
+
+
+@beside_no_tracing
 @torch.no_grad()
 def logits_of(
     network: Callable[[Tensor], Tensor],
@@ -54,10 +75,10 @@ def top1(
     if data.labels is None:
         raise UsageError("accuracy needs labels; this data has none. Give (images, labels).")
     logits = logits_of(network, data, preprocessing, device=device, listener=listener)
-    answers = logits.argmax(1)
-    return 100 * float((answers == data.labels).double().mean())
+    return Answers.of(logits).top1(data.labels)
 
 
+@beside_no_tracing
 @torch.no_grad()
 def output_errors(
     student: Callable[[Tensor], Any],
