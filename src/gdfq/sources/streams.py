@@ -92,7 +92,8 @@ class Feed:
     """A stream's batches as the stages of a run take them, and what must outlast a stop.
 
     `taken` is how many they took, `examples` a few images of the first [n, *input_shape], `held`
-    the batches that they wanted to be kept, `recent` the last ones. A stream without a state goes on by being made again.
+    the batches that they wanted to be kept, `recent` the last ones. A stream without a state goes
+    on by being made again.
     """
 
     _EXAMPLES = 32
