@@ -1,8 +1,8 @@
 """Tracing by torch: by one thread at a time, while no other computes, and without its warnings.
 
-Two calls of `torch.export` at once fail. And while one runs, the whole process computes otherwise: it
-switches oneDNN off and `torch.compiler.is_compiling` on, so that convolutions and Adam's updates in
-other threads round differently. So threads that compute and one that traces take turns.
+Two calls of `torch.export` at once fail. And while one runs, the whole process computes otherwise:
+it switches oneDNN off and `torch.compiler.is_compiling` on, so that convolutions and Adam's updates
+in other threads round differently. So threads that compute and one that traces take turns.
 """
 
 import threading
@@ -94,7 +94,7 @@ def quiet_tracing() -> Iterator[None]:
 
 
 def beside_no_tracing(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """The function, in which no other thread traces, but but while a `giving_way` listener hears."""
+    """The function, during which no other thread traces unless a `giving_way` listener hears."""
 
     @wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
