@@ -14,7 +14,8 @@ from typing import ParamSpec, TypeVar
 
 from gdfq.progress import Listener, Step
 
-Given, Result = ParamSpec("Given"), TypeVar("Result")
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 class _Turns:
