@@ -309,7 +309,7 @@ def test_other_networks_pass(name, tiny):
 
 
 def test_the_last_images_are_remembered(monkeypatch):
-    recent = Recent()
+    recent = Recent(torch.device("cpu"))
     assert recent.images() is None
     for step in range(9):
         batch = torch.full((100, *networks.SHAPE), float(step))
