@@ -19,7 +19,7 @@ from gdfq.faults import stay_finite
 from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, StepDecay, set_rate_, step_
+from gdfq.schedules import AdamConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.sources.collapse import CollapseWatch
 from gdfq.sources.streams import Stream
@@ -200,7 +200,7 @@ class GeneratorSource:
                     optimizer.zero_grad()
                     losses["generator"].backward()
                     group.average_(parameter.grad for parameter in generator.parameters())
-                    step_(optimizer)
+                    optimizer.step()
             detached = {name: group.mean(value.detach()) for name, value in losses.items()}
             stay_finite(
                 detached,
