@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from gdfq.devices import ALONE, Processes, joined
+from gdfq.devices import ALONE, Group, Processes, joined
 from gdfq.errors import UsageError
+from gdfq.grid import Bits
+from gdfq.progress import silent
+from gdfq.recipes import FAST
+from gdfq.sources.generator import GeneratorSource
+from gdfq.student import Scheme, build_student
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.distill import tune_
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}"
@@ -100,7 +108,7 @@ def test_a_process_that_is_alone_has_the_whole():
     assert ALONE.mean(x) is ALONE.gather(x) is ALONE.part(x) is ALONE.shared_from(0, x) is x
     ALONE.check_batch(7, "it")
     with joined(torch.device("cpu")) as group:
-        assert group is ALONE
+        assert (group.rank, group.size) == (0, 1)
 
 
 def some(rank: int, size: int) -> Processes:
@@ -192,3 +200,33 @@ def test_two_processes_write_one_run(place):
     assert tuned == sorted(set(tuned))
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     assert 0 <= metrics["student"]["top1"] <= 100
+
+
+def test_lower_precision_is_in_the_layers_alone(teacher):
+    """bfloat16: statistics and losses within its rounding of float32's, all in float32."""
+    found = {}
+    for group in (ALONE, Group("bfloat16")):
+        source = GeneratorSource(batch=16)
+        (batch,) = source.stream(teacher, steps=1, seed=1, group=group)
+        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
+        calibrate_(student, [batch], steps=1, listener=silent)
+        ranges = [m.log_step for m in student.activations]
+        config, steps = replace(FAST.tuning, cross_entropy=0.5), []
+        tune_(
+            student, teacher, [batch], config,
+            first_step=0, total_steps=1, listener=steps.append, group=group,
+        )  # fmt: skip
+        losses = {**batch.losses, **steps[0].losses}
+        tensors = [*losses.values(), batch.teacher_logits, *student.state_dict().values()]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        found[group.precision] = losses, torch.stack([step.grad for step in ranges])
+    (full, steps), (low, low_steps) = found["float32"], found["bfloat16"]
+    assert (
+        full.keys()
+        == low.keys()
+        == {"generator", "bns", "boundary", "student", "ce", "kd", "features"}
+    )
+    for name, value in full.items():
+        assert float(low[name]) == pytest.approx(float(value), rel=0.03), name
+    assert any(low[name] != full[name] for name in full)
+    assert difference(steps, low_steps) < 0.1

@@ -169,6 +169,13 @@ def cli() -> None:
     help="DATA to measure on, used for nothing else; labelled for a classifier's accuracy",
 )
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="of the products in layers while it tunes; grids and statistics are float32",
+)
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")
 @click.option(
     "--report/--no-report", default=True, show_default=True, help="gather evidence and report"

@@ -20,7 +20,7 @@ from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
 from gdfq.checkpoints import Checkpoints
-from gdfq.devices import Group, joined
+from gdfq.devices import Group, Precision, joined
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.evidence import gather
@@ -43,9 +43,9 @@ from gdfq.tensorboard import TensorBoard, require_tensorboard
 from gdfq.version import __version__
 
 
-def run(*, device: str, **options: Any) -> None:
+def run(*, device: str, precision: Precision, **options: Any) -> None:
     """`gdfq quantize`, by as many processes as torchrun started."""
-    with joined(find_device(device)) as group:
+    with joined(find_device(device), precision) as group:
         _run(device=device, group=group, **options)
 
 
@@ -98,6 +98,8 @@ def _run(
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "device": str(find_device(device)),
+        "precision": group.precision,
+        "processes": group.size,
         "command": shlex.join(["gdfq", *sys.argv[1:]]),
         "model": model,
         "weights": None if weights is None else str(weights),

@@ -102,8 +102,9 @@ def quantize(
     checkpoints: a folder that the run writes its state into about once a minute, and whenever the
         listener raises. The same call with a folder that has one goes on from there, and ends with
         the same bits. It stays when the run has finished; one process may use it at a time.
-    group: the processes that do this run together (see `gdfq.devices.joined`). All of them call
-        this alike; the first alone measures on `test` and writes checkpoints.
+    group: what the run is computed with: `gdfq.devices.Group("bfloat16")` for less precision, or
+        the processes that do it together (`gdfq.devices.joined`), all of which call this alike;
+        the first alone measures on `test` and writes checkpoints.
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
@@ -432,6 +433,7 @@ def _identity(
         "size": size,
         "recipe": as_values(recipe),
         "card": as_values(card),
+        "precision": group.precision,
     }, {
         "torch": torch.__version__,
         "device": str(teacher.device),

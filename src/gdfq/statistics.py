@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.capture import Captured, tensors_of
-from gdfq.devices import Statistics
+from gdfq.devices import Statistics, exact
 from gdfq.errors import UsageError
 
 
@@ -54,7 +54,7 @@ class _NormWithMoments(torch.autograd.Function):
 
 
 def _norm_with_moments(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _NormWithMoments.apply(x, scale, shift)
+    return _NormWithMoments.apply(exact(x), scale, shift)
 
 
 class StatisticsNetwork:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gdfq.devices import exact
 from gdfq.grid import Layout, along_channels
 
 
@@ -74,6 +75,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = exact(x)
         if self.observing:
             self.observe_(x.detach())
         quantized = self.fake_quantize(x)

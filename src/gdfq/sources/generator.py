@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdfq.capture import Captured
-from gdfq.devices import ALONE, Group
+from gdfq.devices import ALONE, Group, exact
 from gdfq.errors import UsageError
 from gdfq.faults import stay_finite
 from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
@@ -210,7 +210,7 @@ class GeneratorSource:
             )
             images = group.gather(images.detach())
             known, logits = (
-                (labels, group.gather(outputs.detach())) if has_classes else (None, None)
+                (labels, group.gather(exact(outputs.detach()))) if has_classes else (None, None)
             )
             if learns:
                 watch.look(step, images, logits if loss.config.class_boundary else None, labels)
@@ -236,12 +236,14 @@ class _GeneratorLoss:
         total = images.new_zeros(())
         losses: dict[str, Tensor] = {}
         if self.with_statistics is not None:
-            outputs, seen = self.with_statistics(images)
+            with self.group.layers_on(images.device):
+                outputs, seen = self.with_statistics(images)
             seen = self.group.moments(seen)
             losses["bns"] = batch_norm_statistics_loss(seen, self.with_statistics.stored)
             total = total + self.config.statistics * losses["bns"]
         else:
-            outputs = self.teacher(images)
+            with self.group.layers_on(images.device):
+                outputs = self.teacher(images)
         if self.config.class_boundary:
             losses["boundary"] = class_boundary_loss(outputs, labels)
             total = total + self.config.class_boundary * losses["boundary"]

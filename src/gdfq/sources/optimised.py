@@ -76,7 +76,8 @@ class OptimisedSource:
             labels = labels_in_turn(teacher, step, self.batch)
             for iteration in range(self.iterations):
                 with torch.enable_grad():
-                    outputs, seen = network(images)
+                    with group.layers_on(teacher.device):
+                        outputs, seen = network(images)
                     bns = standard_deviation_loss(seen, network.stored)
                     loss = bns
                     if self.class_weight and labels is not None:

@@ -69,7 +69,8 @@ class SpectralSource:
             )
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
-            outputs, seen = network(images)
+            with group.layers_on(teacher.device):
+                outputs, seen = network(images)
             bns = relative_statistics_loss(seen, network.stored)
             return outputs, bns, {"bns": bns.detach()}
 

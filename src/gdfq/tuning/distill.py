@@ -11,7 +11,7 @@ from torch import Tensor
 from gdfq import operators
 from gdfq.capture import Captured
 from gdfq.checkpoints import Keeper, Unkept
-from gdfq.devices import ALONE, Group
+from gdfq.devices import ALONE, Group, exact
 from gdfq.faults import stay_finite
 from gdfq.features import block_ends
 from gdfq.features import with_features as features_of
@@ -61,8 +61,8 @@ class Distillation:
         teacher_outputs, teacher_features = teacher
         parts: dict[str, tuple[float, Tensor]] = {}
         if self.cross_entropy and labels is not None:
-            errors = F.cross_entropy(student_outputs, labels, reduction="none")
-            p = teacher_outputs.softmax(1).gather(1, labels[:, None]).squeeze(1)
+            errors = F.cross_entropy(exact(student_outputs), labels, reduction="none")
+            p = exact(teacher_outputs).softmax(1).gather(1, labels[:, None]).squeeze(1)
             error = torch.where(1 - p <= self.difficulty, errors, 0.0).mean()
             parts["ce"] = self.cross_entropy, error
         if self.distillation and labels is not None:
@@ -118,8 +118,9 @@ def tune_(
         for part in batch.split(images_at_once or len(batch.images)):
             share = len(part.images) / len(batch.images)
             with torch.enable_grad():
-                answers = ask_teacher(part)
-                of_part = config.losses(ask_student(part), answers, part.labels, group)
+                with group.layers_on(teacher.device):
+                    wanted, given = ask_teacher(part), ask_student(part)
+                of_part = config.losses(given, wanted, part.labels, group)
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
