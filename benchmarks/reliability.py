@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -95,13 +96,14 @@ def attempt(words: list[str], log: Path, seconds: float | None) -> tuple[bool, s
     return not killed, (said.splitlines() or ["start"])[-1], time.monotonic() - started
 
 
-def stage_of(line: str, folder: Path) -> str:
-    """Where a killed run was, from the last line that it printed."""
-    word = line.split(" ", 1)[0]
-    known = {"images", "calibrate", "warmup", "tune", "evaluate", "generator"}
-    if word in known:
-        return word
-    return "export" if (folder / "student.safetensors").exists() else "start"
+def stage_of(line: str) -> str:
+    """Where a killed run was, from the last line that it printed: `stage step/steps ...`."""
+    found = re.match(r"(\w+) (\d+)/(\d+) ", line)
+    if found is None:
+        return "start"
+    # Behind the last image of the student's test nothing is printed.
+    over = found[1] == "evaluate" and found[2] == found[3]
+    return "export" if over else found[1]
 
 
 def disturbed(
@@ -115,7 +117,7 @@ def disturbed(
         ended, line, _ = attempt(command(place, folder, case, 0.5), place / "log", wait)
         if ended:
             return {"stages": stages, "outcome": outcome(folder)}
-        stages.append(stage_of(line, folder))
+        stages.append(stage_of(line))
         print(f"  killed after {wait:.1f} s, in {stages[-1]}", flush=True)
 
 
