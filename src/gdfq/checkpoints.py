@@ -76,7 +76,8 @@ class Unkept:
 class Checkpoints:
     """The keeper that writes into a folder, and begins with what it finds there.
 
-    interval: seconds between two checkpoints. Only one process may use a folder at a time.
+    interval: seconds between two checkpoints. Only one process may write into a folder at a time;
+    with `writes` False it only reads what it begins with.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Checkpoints:
         folder: Path,
         *,
         interval: float = INTERVAL,
+        writes: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
-        self._interval, self._clock = interval, clock
+        self._interval, self._clock, self._writes = interval, clock, writes
         self._last, self._cost = clock(), 0.0
         self.seconds = 0.0
         """What checkpoints have taken so far."""
@@ -98,8 +100,8 @@ class Checkpoints:
         self._pieces: weakref.WeakKeyDictionary[Fixed, str] = weakref.WeakKeyDictionary()
 
     @classmethod
-    def of(cls, folder: "str | Path | Checkpoints") -> "Checkpoints":
-        return folder if isinstance(folder, Checkpoints) else cls(Path(folder))
+    def of(cls, folder: "str | Path | Checkpoints", *, writes: bool = True) -> "Checkpoints":
+        return folder if isinstance(folder, Checkpoints) else cls(Path(folder), writes=writes)
 
     def exists(self) -> bool:
         """Whether there is a checkpoint to go on from, whole or not."""
@@ -111,8 +113,9 @@ class Checkpoints:
         Raises UsageError when it belongs to a run with other settings, when none is whole, and
         when the folder cannot be written.
         """
-        make_folder(self.folder)
-        remove_partial(self.folder)
+        if self._writes:
+            make_folder(self.folder)
+            remove_partial(self.folder)
         found = self._read_newest()
         if found is not None:
             self._take(found, settings, around)
@@ -180,7 +183,7 @@ class Checkpoints:
         What cannot be written is a warning: the run in memory is worth more than its copy. Nor is a
         state with NaN or infinity in it written over a good one.
         """
-        if self._settings is None:
+        if self._settings is None or not self._writes:
             return
         started = self._clock()
         states = {name: part.state_dict() for name, part in self._parts.items()}

@@ -348,6 +348,31 @@ def recipes_command() -> None:
         click.echo(f"{recipe.name:24}{recipe.summary}")
 
 
+@cli.command("sweep")
+@click.argument("file", metavar="SWEEP.yaml", type=_PATH)
+@click.option(
+    "--out", type=_PATH, help="folder for all runs  [default: beside the file, named after it]"
+)
+@click.option("--jobs", type=int, help="runs at a time  [default: the cores over --threads]")
+@click.option("--threads", default=1, show_default=True, help="of each run")
+def sweep_command(**options: Any) -> None:
+    """Quantize a grid of networks, widths, recipes and seeds, many at a time.
+
+    Each run has a folder of its own, as from gdfq quantize, and a process of its own. Started
+    again, it skips those that have finished. One that fails does not stop the others; the exit
+    code is then 1. The table of all runs is also in sweep.json and sweep.csv.
+
+    \b
+    networks: [MODEL, ...] or a list of mappings with model, name, weights, input, mean, std,
+              classifier, device, test, data and size; paths are relative to the file
+    bits, recipes, placement, keep, seeds: one value or a list of them
+    steps:    one number
+    """
+    from gdfq.commands import sweep
+
+    sweep(**options)
+
+
 @cli.command("demo")
 @click.option("--out", type=_PATH, default=Path("demo-run"), show_default=True)
 def demo_command(out: Path) -> None:

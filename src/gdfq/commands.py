@@ -2,11 +2,13 @@
 
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
+from gdfq.checkpoints import Checkpoints
+from gdfq.devices import Group, joined
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.evidence import gather
@@ -33,11 +37,19 @@ from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export, not
 from gdfq.saving import ImageFiles
 from gdfq.stopping import stoppable
 from gdfq.student import Keep, Placement, Scheme
+from gdfq.sweep import read_sweep
+from gdfq.sweeping import TABLE_CSV, TABLE_JSON, Row, run_sweep, table, usable_cores
 from gdfq.tensorboard import TensorBoard, require_tensorboard
 from gdfq.version import __version__
 
 
-def run(
+def run(*, device: str, **options: Any) -> None:
+    """`gdfq quantize`, by as many processes as torchrun started."""
+    with joined(find_device(device)) as group:
+        _run(device=device, group=group, **options)
+
+
+def _run(
     *,
     model: str,
     weights: Path | None,
@@ -62,8 +74,8 @@ def run(
     tensorboard: bool,
     checkpoint_every: float,
     resume: bool,
+    group: Group,
 ) -> None:
-    """`gdfq quantize`."""
     chosen = find_recipe(recipe).with_steps(steps).with_batch(batch)
     widths = parse_bits(bits, size)
     for text in keep:
@@ -78,7 +90,7 @@ def run(
     loaded = load_model(model, weights)
     network = loaded.module
     shape, preprocessing = loaded.input(input_shape, mean, std)
-    if loaded.preprocessing is None:
+    if loaded.preprocessing is None and group.rank == 0:
         _warn_about_normalisation(mean, std)
     config = {
         "gdfq": __version__,
@@ -104,11 +116,10 @@ def run(
     example = torch.zeros(1, *shape)
     teacher = capture(network, example, classifier=classifier)
     scheme = Scheme(widths, placement or chosen.placement, tuple(map(Keep.parse, keep)))
-    if size is None:  # else widths are yet to be chosen
+    if size is None and group.rank == 0:  # else widths are yet to be chosen
         click.echo(f"{'network':10}{diagnose(teacher, scheme, chosen).summary()}")
-    quantized = _quantize_into(
-        folder,
-        config,
+    do = partial(_quantize_into, folder, config) if group.rank == 0 else partial(_take_part, folder)
+    quantized = do(
         teacher,
         example,
         bits=bits,
@@ -126,7 +137,10 @@ def run(
         onnx=onnx,
         report=report,
         tensorboard=tensorboard,
+        group=group,
     )
+    if group.rank:
+        return
     if allocation := quantized.metrics.get("allocation"):
         _print_widths(allocation["widths"])
     print_run(read_run(out))
@@ -176,6 +190,26 @@ def _quantize_into(
             quantized.metrics["seconds"]["evidence"] = round(time.perf_counter() - started, 3)
         folder.finish(quantized.metrics)
     return quantized
+
+
+def _take_part(
+    folder: RunFolder,
+    teacher: Captured,
+    example: torch.Tensor,
+    *,
+    onnx: bool,  # noqa: ARG001 (what is written the first process writes)
+    report: bool,  # noqa: ARG001
+    tensorboard: bool,  # noqa: ARG001
+    **options: Any,
+) -> QuantizedNetwork:
+    """Quantize together with the process that writes the folder.
+
+    Only that one heeds signals: it stops at a checkpoint, for which it needs the others.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    checkpoints = Checkpoints(folder.checkpoints.folder, writes=False)
+    return quantize(teacher, example, checkpoints=checkpoints, **options)
 
 
 @contextmanager
@@ -319,6 +353,30 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
                 f"{timing.images_per_second:8.0f}  {timings[0].median / timing.median:5.2f}x"
             )
     note_bench(folder, found)
+
+
+def sweep(file: Path, *, out: Path | None, jobs: int | None, threads: int) -> None:
+    """`gdfq sweep`."""
+    grid = read_sweep(file)
+    out = out or file.with_suffix("")
+    if out == file:
+        raise UsageError(f"a folder cannot have the name of the file {file}. Give --out.")
+    jobs = max(1, usable_cores() // threads) if jobs is None else jobs
+
+    def tell(row: Row, ended: int, total: int) -> None:
+        measured = row.student_top1 is not None
+        result = row.error or (f"top-1 {row.student_top1:.2f} %" if measured else row.status)
+        click.echo(f"{ended}/{total}  {row.folder}  {result}", err=True)
+
+    try:
+        rows = run_sweep(grid, out, home=file.parent, jobs=jobs, threads=threads, tell=tell)
+    except KeyboardInterrupt:
+        click.secho(f"stopped; the same command goes on with {out}.", fg="yellow", err=True)
+        sys.exit(130)
+    click.echo(f"\n{table(rows)}\n\n{'table':10}{out / TABLE_JSON}, {out / TABLE_CSV}")
+    failed = [f"\n  {row.folder}: {row.error}" for row in rows if row.status != "finished"]
+    if failed:
+        raise GdfqError(f"{len(failed)} of {len(rows)} runs:{''.join(failed)}")
 
 
 def demo(out: Path) -> None:

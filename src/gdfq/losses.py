@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Statistics = Sequence[tuple[Tensor, Tensor]]
-"""Mean and biased variance of each batch norm's input, each of shape [channels of that layer]."""
+from gdfq.devices import ALONE, Group, Statistics
 
 
 def class_boundary_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,32 +66,34 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     return -((1 - log_p.exp()).clamp_min(1e-12).pow(gamma) * log_p).mean()
 
 
-def feature_loss(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+def feature_loss(seen: Sequence[Tensor], wanted: Sequence[Tensor], group: Group = ALONE) -> Tensor:
     """1/B Σ_b ‖F̂_b − F_b‖² / ‖F_b‖² over the features of B blocks, each [N, ...] -> scalar.
 
-    `wanted` gets no gradient.
+    `wanted` gets no gradient. In a group ‖F_b‖² is the mean over the parts of the batch, so that
+    the mean of the losses is that of the whole batch.
     """
+    powers = group.mean(torch.stack([inner(teacher, teacher) for teacher in wanted]).detach())
     errors = [
-        _RelativeError.apply(student, teacher)
-        for student, teacher in zip(seen, wanted, strict=True)
+        _RelativeError.apply(student, teacher, power)
+        for student, teacher, power in zip(seen, wanted, powers, strict=True)
     ]
     return torch.stack(errors).mean()
 
 
 class _RelativeError(torch.autograd.Function):
-    """‖a − b‖² / ‖b‖², in four passes over memory for both directions."""
+    """‖a − b‖² / p, in three passes over memory for both directions."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        power = inner(b, b).clamp_min(1e-12 * b.numel())
+    def forward(ctx: Any, a: Tensor, b: Tensor, power: Tensor) -> Tensor:
+        power = power.clamp_min(1e-12 * b.numel())
         difference = a - b
         ctx.save_for_backward(difference, power)
         return inner(difference, difference) / power
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         difference, power = ctx.saved_tensors
-        return difference * (2 * grads[0] / power), None
+        return difference * (2 * grads[0] / power), None, None
 
 
 def patch_entropy(patches: Tensor) -> Tensor:

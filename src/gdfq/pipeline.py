@@ -16,6 +16,7 @@ from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
+from gdfq.devices import ALONE, Group
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.evaluate import Answers, logits_of, output_errors
 from gdfq.export import metadata_of
@@ -73,6 +74,7 @@ def quantize(
     classifier: bool | None = None,
     listener: Listener = silent,
     checkpoints: str | Path | Checkpoints | None = None,
+    group: Group = ALONE,
 ) -> QuantizedNetwork:
     """Quantize a trained network; without `data` no real image is used.
 
@@ -100,6 +102,8 @@ def quantize(
     checkpoints: a folder that the run writes its state into about once a minute, and whenever the
         listener raises. The same call with a folder that has one goes on from there, and ends with
         the same bits. It stays when the run has finished; one process may use it at a time.
+    group: the processes that do this run together (see `gdfq.devices.joined`). All of them call
+        this alike; the first alone measures on `test` and writes checkpoints.
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
@@ -108,7 +112,9 @@ def quantize(
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
 
-    keeper: Keeper = Unkept() if checkpoints is None else Checkpoints.of(checkpoints)
+    keeper: Keeper = Unkept()
+    if checkpoints is not None:
+        keeper = Checkpoints.of(checkpoints, writes=group.rank == 0)
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))
@@ -139,11 +145,14 @@ def quantize(
         keep=tuple(keep),
     )
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
-    keeper.begin(*_identity(teacher, recipe, card, size, given))
+    keeper.begin(*_identity(teacher, recipe, card, size, given, group))
+    group.wait()  # nothing is written before all have read
     listener = giving_way(keeper.listening(listener))
     keeper.hold("clock", clock)
     origin = keeper.hold("origin", Noted(seed=seed))
-    stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener)
+    if recipe.tuning is not None:
+        group.check_batch(source.batch, f"recipe {recipe.name}")
+    stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener, group=group)
     feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     metrics: dict[str, Any] = {}
     if size is not None:
@@ -157,7 +166,14 @@ def quantize(
         metrics["allocation"] = chosen["metrics"]
 
     make = partial(
-        _frozen_student, teacher, scheme, recipe, listener=listener, lap=clock.lap, keeper=keeper
+        _frozen_student,
+        teacher,
+        scheme,
+        recipe,
+        listener=listener,
+        lap=clock.lap,
+        keeper=keeper,
+        group=group,
     )
     network: fx.GraphModule | None = None
     while network is None:
@@ -173,7 +189,7 @@ def quantize(
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
     tested = None
-    if held_out is not None:
+    if held_out is not None and group.rank == 0:
         metrics["test_images"] = len(held_out)
         if held_out.labels is not None and teacher.classes is not None:
             tested = _tested(teacher, network, held_out, preprocessing, listener)
@@ -217,6 +233,7 @@ def _frozen_student(
     listener: Listener,
     lap: Callable[[str], None] = lambda _: None,
     keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
+    group: Group = ALONE,
 ) -> fx.GraphModule:
     """The student after all stages, each of which goes on where the keeper's parts are.
 
@@ -248,6 +265,8 @@ def _frozen_student(
         )
         if recipe.match_moments:
             match_moments_(student, teacher, torch.cat([batch.images for batch in feed.held]))
+        # All saw the same batches, so they differ by what their devices round, if at all.
+        group.same_(student.state_dict().values())
         ends("calibrate")
     if tuning is not None and "tune" not in done:
         if "warmup" not in done:
@@ -275,6 +294,7 @@ def _frozen_student(
                 total_steps=recipe.steps,
                 listener=listener,
                 keeper=keeper,
+                group=group,
             )
         ends("tune")
     network = freeze(student)
@@ -397,7 +417,12 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
 
 
 def _identity(
-    teacher: Captured, recipe: Recipe, card: Card, size: int | None, given: ImageData | None
+    teacher: Captured,
+    recipe: Recipe,
+    card: Card,
+    size: int | None,
+    given: ImageData | None,
+    group: Group,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Which run it is, in plain values, and what its rounding depends on."""
     return {
@@ -411,6 +436,7 @@ def _identity(
         "torch": torch.__version__,
         "device": str(teacher.device),
         "threads": torch.get_num_threads(),
+        "processes": group.size,
     }
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.capture import Captured, tensors_of
+from gdfq.devices import Statistics
 from gdfq.errors import UsageError
-from gdfq.losses import Statistics
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

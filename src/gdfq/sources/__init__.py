@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gdfq.capture import Captured
+from gdfq.devices import ALONE, Group
 from gdfq.progress import Listener, silent
 
 
@@ -25,6 +26,15 @@ class Batch:
     labels: Tensor | None
     teacher_logits: Tensor | None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def part(self, group: Group) -> "Batch":
+        """The images that are this process's."""
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            return None if x is None else group.part(x)
+
+        images, logits = group.part(self.images), rows(self.teacher_logits)
+        return Batch(images, rows(self.labels), logits, self.losses)
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of about equal length, of `size` images or fewer each."""
@@ -70,10 +80,17 @@ class Source(Protocol):
         ...
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Iterator[Batch]:
         """Yield `steps` batches; the same seed gives the same batches.
 
-        The listener hears of work that is done before a batch can be yielded.
+        The listener hears of work that is done before a batch can be yielded. All processes of a
+        group call this alike and get the same, whole batches, which they may make together.
         """
         ...

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdfq.capture import Captured
+from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
 from gdfq.faults import stay_finite
 from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
@@ -29,7 +30,7 @@ from gdfq.statistics import StatisticsNetwork
 Conditioning = Literal["label-embedding", "conditional-batch-norm"]
 
 _HIDDEN = (128, 128, 64)
-_NORM_EPS = (1e-5, 0.8, 0.8)
+_NORM_EPS, _OUTPUT_EPS = (1e-5, 0.8, 0.8), 1e-5
 """The published code passes 0.8 as the second and third norm's eps; the results rest on it."""
 
 
@@ -75,17 +76,17 @@ class Generator(nn.Module):
         self.to_empty(device="cpu")
         _initialise(self, random)
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor, group: Group = ALONE) -> Tensor:
         if self.embedding is not None:
             z, labels = z * self.embedding(labels), torch.zeros_like(labels)
         x = self.linear(z).view(-1, _HIDDEN[0], *self.base)
-        x = self.norms[0](x, labels)
+        x = self.norms[0](x, labels, group)
         for convolution, norm in zip(self.convolutions, list(self.norms)[1:], strict=False):
             weight, bias = convolution.parameters()
             x = upsampled_convolution(x, weight, bias)
-            x = F.leaky_relu_(norm(x, labels), 0.2)
+            x = F.leaky_relu_(norm(x, labels, group), 0.2)
         x = self.convolutions[2](x).tanh()
-        x = F.batch_norm(x, None, None, training=True)
+        x = group.batch_norm(x, None, None, _OUTPUT_EPS)
         top, left = ((4 * b - s) // 2 for b, s in zip(self.base, self.size, strict=True))
         return x[..., top : top + self.size[0], left : left + self.size[1]]
 
@@ -99,12 +100,10 @@ class _ConditionalNorm(nn.Module):
         self.shift = nn.Parameter(torch.empty(classes, channels))
         self.eps = eps
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor, group: Group) -> Tensor:
         if len(self.scale) == 1:
-            return F.batch_norm(
-                x, None, None, self.scale[0], self.shift[0], training=True, eps=self.eps
-            )
-        x = F.batch_norm(x, None, None, training=True, eps=self.eps)
+            return group.batch_norm(x, self.scale[0], self.shift[0], self.eps)
+        x = group.batch_norm(x, None, None, self.eps)
         scale, shift = (p[labels][:, :, None, None] for p in (self.scale, self.shift))
         return torch.addcmul(shift, x, scale)
 
@@ -149,7 +148,13 @@ class GeneratorSource:
     """Part of the yielded batches after which the generator no longer trains."""
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Stream:
         """Yield `steps` batches, training on the way.
 
@@ -163,7 +168,8 @@ class GeneratorSource:
                 f"this network takes {list(teacher.input_shape)}. Give real data instead."
             )
         has_classes = teacher.classes is not None
-        loss = _GeneratorLoss(self if has_classes else replace(self, class_boundary=0.0), teacher)
+        config = self if has_classes else replace(self, class_boundary=0.0)
+        loss = _GeneratorLoss(config, teacher, group)
         classes = teacher.classes or 1
         generator = Generator(
             teacher.input_shape,
@@ -186,24 +192,29 @@ class GeneratorSource:
             labels = labels.to(teacher.device)
             # The consumer's gradient mode must not reach in here, nor ours reach out.
             with torch.set_grad_enabled(step < last):
-                images = generator(z, labels)
-                outputs, losses = loss(images, labels)
+                own = group.part(labels)
+                images = generator(group.part(z), own, group)
+                outputs, losses = loss(images, own)
                 if step < last:
                     set_rate_(optimizer, self.decay.factor(step, planned))
                     optimizer.zero_grad()
                     losses["generator"].backward()
+                    group.average_(parameter.grad for parameter in generator.parameters())
                     optimizer.step()
-            detached = {name: value.detach() for name, value in losses.items()}
+            detached = {name: group.mean(value.detach()) for name, value in losses.items()}
             stay_finite(
                 detached,
                 whose="generator",
                 when=f"step {step}",
                 advice="Use another seed, and check that mean and std are the network's own.",
             )
-            known, logits = (labels, outputs.detach()) if has_classes else (None, None)
+            images = group.gather(images.detach())
+            known, logits = (
+                (labels, group.gather(outputs.detach())) if has_classes else (None, None)
+            )
             if learns:
                 watch.look(step, images, logits if loss.config.class_boundary else None, labels)
-            return Batch(images.detach(), known, logits, detached)
+            return Batch(images, known, logits, detached)
 
         parts: dict[str, Stateful] = {
             "generator": generator,
@@ -216,8 +227,8 @@ class GeneratorSource:
 class _GeneratorLoss:
     """L(G) with its parts for the log; parts of weight 0 are not computed."""
 
-    def __init__(self, config: GeneratorSource, teacher: Captured) -> None:
-        self.config = config
+    def __init__(self, config: GeneratorSource, teacher: Captured, group: Group) -> None:
+        self.config, self.group = config, group
         self.teacher = teacher.network
         self.with_statistics = StatisticsNetwork(teacher) if config.statistics else None
 
@@ -226,6 +237,7 @@ class _GeneratorLoss:
         losses: dict[str, Tensor] = {}
         if self.with_statistics is not None:
             outputs, seen = self.with_statistics(images)
+            seen = self.group.moments(seen)
             losses["bns"] = batch_norm_statistics_loss(seen, self.with_statistics.stored)
             total = total + self.config.statistics * losses["bns"]
         else:

@@ -7,6 +7,7 @@ import torch
 
 from gdfq.capture import Captured
 from gdfq.data import ImageData, Preprocessing
+from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
@@ -22,7 +23,13 @@ class GivenImages:
     batch: int
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> NoReturn:
         """Raises UsageError: there are no images yet."""
         raise UsageError(
@@ -55,7 +62,13 @@ class ImageSource:
     batch: int
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Stream:
         """Yield `steps` batches."""
         draw = random_stream(seed, "images.order")

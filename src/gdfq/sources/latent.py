@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from gdfq import operators
 from gdfq.capture import Captured, flat_module, tensors_of
+from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
 from gdfq.faults import images_stay_finite
 from gdfq.losses import standard_deviation_loss
@@ -41,7 +42,13 @@ class LatentSource:
     generator: AdamConfig = AdamConfig(lr=0.01)  # noqa: RUF009 (frozen)
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Stream:
         """Yield `steps` batches.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gdfq.capture import Captured
+from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
 from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, standard_deviation_loss
@@ -15,7 +16,7 @@ from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig
 from gdfq.sources import Batch, labels_in_turn
-from gdfq.sources.streams import Stream
+from gdfq.sources.streams import InTurn, Stream
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -39,7 +40,13 @@ class OptimisedSource:
     cutoff: float | None = None
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Stream:
         """Yield `steps` batches.
 
@@ -54,10 +61,14 @@ class OptimisedSource:
                 "(--data, or data=...)."
             )
         draw = random_stream(seed, "optimised.draw")
+        losses: dict[str, torch.Tensor] = {}
 
-        def make(step: int) -> Batch:
+        def start() -> torch.Tensor:
             noise = torch.randn(self.batch, *teacher.input_shape, generator=draw)
-            images = noise.to(teacher.device).requires_grad_()
+            return noise.to(teacher.device)
+
+        def optimised(step: int, start: torch.Tensor) -> torch.Tensor:
+            images = start.requires_grad_()
             optimizer = self.optimizer.build([images])
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, patience=self.patience, min_lr=1e-4
@@ -77,17 +88,23 @@ class OptimisedSource:
                 optimizer.step()
                 plateau.step(loss.item())
                 done = step * self.iterations + iteration + 1
-                listener(Step("images", done, steps * self.iterations, {"bns": bns.detach()}))
+                losses["bns"] = bns.detach()
+                listener(Step("images", done, steps * self.iterations, dict(losses)))
             final = images.detach()
-            if self.cutoff is not None:
-                final = low_passed(final, self.cutoff)
+            return final if self.cutoff is None else low_passed(final, self.cutoff)
+
+        in_turn = InTurn(start, optimised, steps, group)
+
+        def make(step: int) -> Batch:
+            images = in_turn(step)
+            labels = labels_in_turn(teacher, step, self.batch)
             with torch.no_grad():
-                logits = teacher.logits(final)
+                logits = teacher.logits(images)
             if logits is not None and not self.class_weight:
                 labels = logits.argmax(1)
-            return Batch(final, labels, logits, {"bns": bns.detach()})
+            return Batch(images, labels, logits, dict(losses))
 
-        return Stream(make, steps, [draw])
+        return Stream(make, steps, [draw], {"images": in_turn})
 
 
 def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:

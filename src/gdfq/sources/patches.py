@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from gdfq import operators
 from gdfq.capture import Captured
+from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
 from gdfq.features import block_ends, with_features
 from gdfq.losses import patch_entropy
@@ -47,7 +48,13 @@ class PatchSource:
     focus: float = 2.0
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Stream:
         """Yield `steps` batches.
 
@@ -71,7 +78,7 @@ class PatchSource:
             return outputs, scale - entropy, {"entropy": entropy.detach()}
 
         draw = random_stream(seed, "patches.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, listener)
+        return spectral_batches(self, teacher, knowledge, steps, draw, listener, group)
 
 
 def patch_nodes(graph: fx.Graph) -> list[fx.Node]:

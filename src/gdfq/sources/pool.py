@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdfq.capture import Captured
+from gdfq.devices import ALONE, Group
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.sources import Batch, Source, first_images
@@ -32,11 +33,17 @@ class ImagePool:
     augmented: bool = True
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> "PoolStream":
         """Yield `steps` batches; raises at once what the source does."""
         needed = -(-self.images // self.source.batch)
-        made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
+        made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener, group=group)
         return PoolStream(self, made, steps, seed, teacher.device)
 
     def made(
@@ -59,7 +66,13 @@ class StoredImages:
     batch: int
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Iterator[Batch]:
         """Yield `steps` batches, or as many as there are; the last may be smaller."""
         batch = Batch(self.images, self.labels, None)

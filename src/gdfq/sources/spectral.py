@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gdfq.capture import Captured
+from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
 from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, relative_statistics_loss
@@ -23,7 +24,7 @@ from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch, labels_in_turn
-from gdfq.sources.streams import Stream
+from gdfq.sources.streams import InTurn, Stream
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -47,7 +48,13 @@ class SpectralSource:
     focus: float = 2.0
 
     def stream(
-        self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
     ) -> Stream:
         """Yield `steps` batches.
 
@@ -67,7 +74,7 @@ class SpectralSource:
             return outputs, bns, {"bns": bns.detach()}
 
         draw = random_stream(seed, "spectral.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, listener)
+        return spectral_batches(self, teacher, knowledge, steps, draw, listener, group)
 
 
 class SpectralConfig(Protocol):
@@ -100,6 +107,7 @@ def spectral_batches(
     steps: int,
     draw: torch.Generator,
     listener: Listener,
+    group: Group,
 ) -> Stream:
     """Batches of images whose Fourier coefficients follow Adam on what the teacher knows.
 
@@ -108,12 +116,16 @@ def spectral_batches(
     channels, *size = teacher.input_shape
     device = teacher.device
     amplitude = natural_spectrum(size, config.exponent).to(device)
+    shape = (config.batch, channels, *amplitude.shape, 2)
+    losses: dict[str, Tensor] = {}
 
-    def make(step: int) -> Batch:
+    def start() -> Tensor:
+        return torch.randn(shape, generator=draw).mul_(math.sqrt(0.5)).to(device)
+
+    def optimised(step: int, start: Tensor) -> Tensor:
+        nonlocal losses
         labels = labels_in_turn(teacher, step, config.batch)
-        shape = (config.batch, channels, *amplitude.shape, 2)
-        noise = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5))
-        coefficients = noise.to(device).requires_grad_()
+        coefficients = start.requires_grad_()
         optimizer = config.optimizer.build([coefficients])
         for iteration in range(config.iterations):
             set_rate_(optimizer, Cosine().factor(iteration, config.iterations))
@@ -130,11 +142,17 @@ def spectral_batches(
             done = step * config.iterations + iteration + 1
             listener(Step("images", done, steps * config.iterations, losses))
         with torch.no_grad():
-            images = from_spectrum(coefficients, amplitude, size, config.grey)
-            logits = teacher.logits(images)
-        return Batch(images, labels, logits, losses)
+            return from_spectrum(coefficients, amplitude, size, config.grey)
 
-    return Stream(make, steps, [draw])
+    in_turn = InTurn(start, optimised, steps, group)
+
+    def make(step: int) -> Batch:
+        images = in_turn(step)
+        with torch.no_grad():
+            logits = teacher.logits(images)
+        return Batch(images, labels_in_turn(teacher, step, config.batch), logits, losses)
+
+    return Stream(make, steps, [draw], {"images": in_turn})
 
 
 def natural_spectrum(size: list[int], exponent: float) -> Tensor:

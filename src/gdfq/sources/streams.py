@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdfq.devices import Group
 from gdfq.progress import Listener, Step, silent
 from gdfq.sources import Batch
 from gdfq.sources.recent import Recent
@@ -86,6 +87,39 @@ class Shuffled:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._pending = list(state["pending"])
+
+
+class InTurn:
+    """Images of batches that need nothing of one another: of each round every process makes one.
+
+    `draw` draws what a batch starts from, `make` makes the images, given the step; there are
+    `steps` of them. Every process draws for all.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[], Tensor],
+        make: Callable[[int, Tensor], Tensor],
+        steps: int,
+        group: Group,
+    ) -> None:
+        self._draw, self._make, self._steps, self._group = draw, make, steps, group
+        self._ready: list[Tensor] = []
+
+    def __call__(self, step: int) -> Tensor:
+        """The images of the next step."""
+        if not self._ready:
+            starts = [self._draw() for _ in range(min(self._group.size, self._steps - step))]
+            own = min(self._group.rank, len(starts) - 1)  # who is left over makes the last again
+            images = self._make(step + own, starts[own])
+            self._ready = [self._group.shared_from(rank, images) for rank in range(len(starts))]
+        return self._ready.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ready": self._ready}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._ready = list(state["ready"])
 
 
 class Feed:

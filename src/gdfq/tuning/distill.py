@@ -11,6 +11,7 @@ from torch import Tensor
 from gdfq import operators
 from gdfq.capture import Captured
 from gdfq.checkpoints import Keeper, Unkept
+from gdfq.devices import ALONE, Group
 from gdfq.faults import stay_finite
 from gdfq.features import block_ends
 from gdfq.features import with_features as features_of
@@ -49,11 +50,12 @@ class Distillation:
     fixed_statistics: bool = True
 
     def losses(
-        self, student: Answers, teacher: Answers, labels: Tensor | None
+        self, student: Answers, teacher: Answers, labels: Tensor | None, group: Group = ALONE
     ) -> dict[str, Tensor]:
         """L(Q) under "student", and those of its parts that have a weight.
 
-        labels are None for a network whose outputs are not classes.
+        In a group their means are those of the whole batch. labels are None for a network whose
+        outputs are not classes.
         """
         student_outputs, student_features = student
         teacher_outputs, teacher_features = teacher
@@ -69,10 +71,11 @@ class Distillation:
             )
             parts["kd"] = self.distillation, kl
         elif self.distillation:
-            error = feature_loss(in_order(student_outputs), in_order(teacher_outputs))
+            error = feature_loss(in_order(student_outputs), in_order(teacher_outputs), group)
             parts["outputs"] = self.distillation, error
         if self.features and teacher_features:  # a network of one block has none
-            parts["features"] = self.features, feature_loss(student_features, teacher_features)
+            error = feature_loss(student_features, teacher_features, group)
+            parts["features"] = self.features, error
         total = sum((weight * loss for weight, loss in parts.values()), torch.zeros(()))
         return {"student": total, **{name: loss for name, (_, loss) in parts.items()}}
 
@@ -87,8 +90,9 @@ def tune_(
     total_steps: int,
     listener: Listener,
     keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
+    group: Group = ALONE,
 ) -> None:
-    """One update of the student for each batch.
+    """One update of the student for each batch, of which each process of a group takes a part.
 
     On a CPU large images pass in parts, whose losses are averaged; the features' errors are then
     relative to each part's own features.
@@ -101,10 +105,12 @@ def tune_(
     student.train()  # only batch norms without fixed statistics behave differently
     optimizer = keeper.hold("optimizer", config.optimizer.build(student))
     ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
-    # Statistics that follow the batch need it whole.
+    # Statistics that follow the batch need it whole, each process the same.
+    own = group if config.fixed_statistics else ALONE
     in_parts = config.fixed_statistics and teacher.device.type == "cpu"
     images_at_once = _images_at_once(teacher) if in_parts else None
-    for step, batch in enumerate(batches, start=first_step):
+    for step, whole in enumerate(batches, start=first_step):
+        batch = whole.part(own)
         rate = config.schedule.factor(step, total_steps)
         set_rate_(optimizer, rate)
         optimizer.zero_grad()
@@ -113,10 +119,12 @@ def tune_(
             share = len(part.images) / len(batch.images)
             with torch.enable_grad():
                 answers = ask_teacher(part)
-                of_part = config.losses(ask_student(part), answers, part.labels)
+                of_part = config.losses(ask_student(part), answers, part.labels, group)
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
+        group.average_(parameter.grad for parameter in student.parameters())
+        group.average_(losses.values())
         stay_finite(
             losses,
             whose="student",

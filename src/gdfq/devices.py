@@ -1,0 +1,210 @@
+"""Several processes that do one run together, each on a device of its own.
+
+All of them go through the same program with the same random streams, and meet where a batch counts
+as a whole. What must be known of it is a mean over the processes, whose gradient is again a mean:
+
+    y = 1/P Σ_p x_p,   ∂x_p = 1/P Σ_q ∂y_q
+
+so each process may differentiate a loss of the whole batch (made with such means) or of its part of
+it, and the mean of what they get is the gradient of the whole batch's loss.
+
+The engine is torch.distributed, started by torchrun. What wraps modules (DistributedDataParallel,
+with or without accelerate or Lightning Fabric) averages gradients behind a module's backward pass
+and knows nothing of statistics that must be whole *within* it; with those, the average is one line
+more.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdfq.errors import GdfqError, UsageError, first_line
+
+Statistics = Sequence[tuple[Tensor, Tensor]]
+"""Mean and biased variance of each batch norm's input, each of shape [channels of that layer]."""
+
+
+class Group:
+    """One process that is alone: what it has is the whole."""
+
+    rank, size = 0, 1
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of all processes' x, with its gradient; shapes are alike."""
+        return x
+
+    def average_(self, tensors: Iterable[Tensor | None]) -> None:
+        """Put the mean of all processes' into each tensor; None is passed over."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All processes' x [n, ...], one behind the other: [size n, ...]. No gradient."""
+        return x
+
+    def shared_from(self, rank: int, x: Tensor) -> Tensor:  # noqa: ARG002
+        """The x of one process; shapes are alike. No gradient."""
+        return x
+
+    def same_(self, tensors: Iterable[Tensor]) -> None:
+        """Put the first process's into each tensor."""
+
+    def wait(self) -> None:
+        """Until all are here."""
+
+    def splits(self, count: int) -> bool:
+        """Whether so many images are shared out evenly; else every process takes them all."""
+        return count % self.size == 0
+
+    def part(self, x: Tensor) -> Tensor:
+        """This process's rows of x [N, ...]."""
+        if self.size == 1 or not self.splits(len(x)):
+            return x
+        return x.tensor_split(self.size)[self.rank]
+
+    def moments(self, statistics: Statistics) -> Statistics:
+        """Statistics of the whole batch, with gradients, from those of each part."""
+        return statistics
+
+    def batch_norm(
+        self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+    ) -> Tensor:
+        """Batch norm of x [N, C, *] by the statistics of the whole batch."""
+        return F.batch_norm(x, None, None, scale, shift, training=True, eps=eps)
+
+    def check_batch(self, batch: int, what: str) -> None:
+        """Raise UsageError when the processes cannot share out so many images."""
+        if not self.splits(batch):
+            fitting = [str(n) for n in range(1, batch + 1) if batch % n == 0]
+            raise UsageError(
+                f"{what} has {batch} images a batch, which {self.size} processes cannot share out "
+                f"evenly. Start one of {', '.join(fitting)}."
+            )
+
+
+ALONE = Group()
+
+
+class Processes(Group):
+    """The processes of torch.distributed's default group."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def mean(self, x: Tensor) -> Tensor:
+        found: Tensor = _Mean.apply(x, self.size)
+        return found
+
+    @torch.no_grad()
+    def average_(self, tensors: Iterable[Tensor | None]) -> None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present:
+            return
+        flat = _mean_(torch.cat([tensor.reshape(-1) for tensor in present]), self.size)
+        for tensor, value in zip(present, flat.split([t.numel() for t in present]), strict=True):
+            tensor.copy_(value.view_as(tensor))
+
+    @torch.no_grad()
+    def gather(self, x: Tensor) -> Tensor:
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)
+        ]
+        _together(dist.all_gather, parts, x.contiguous())
+        return _like(torch.cat(parts), x)
+
+    @torch.no_grad()
+    def shared_from(self, rank: int, x: Tensor) -> Tensor:
+        shared = x.clone(memory_format=torch.contiguous_format)
+        _together(dist.broadcast, shared, rank)
+        return _like(shared, x)
+
+    def same_(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.copy_(self.shared_from(0, tensor))
+
+    def wait(self) -> None:
+        _together(dist.barrier)
+
+    def moments(self, statistics: Statistics) -> Statistics:
+        means = torch.cat([mean for mean, _ in statistics])
+        variances = torch.cat([variance for _, variance in statistics])
+        mean = self.mean(means)
+        variance = self.mean(variances + (means - mean).square())
+        sizes = [len(m) for m, _ in statistics]
+        return list(zip(mean.split(sizes), variance.split(sizes), strict=True))
+
+    def batch_norm(
+        self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+    ) -> Tensor:
+        dims = [0, *range(2, x.ndim)]
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        ((mean, variance),) = self.moments([(mean, variance)])
+        shape = [-1] + [1] * (x.ndim - 2)
+        factor = (variance + eps).rsqrt()
+        factor = factor if scale is None else factor * scale
+        centred = (x - mean.view(shape)) * factor.view(shape)
+        return centred if shift is None else centred + shift.view(shape)
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return _mean_(x.clone(memory_format=torch.contiguous_format), size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        return _mean_(grad, ctx.size), None
+
+
+def _mean_(x: Tensor, size: int) -> Tensor:
+    _together(dist.all_reduce, x)
+    return x.div_(size)
+
+
+def _together(operation: Callable[..., Any], *arguments: Any) -> None:
+    """Do what all processes must do. Raises GdfqError when one of them is gone."""
+    try:
+        operation(*arguments)
+    except RuntimeError as error:
+        raise GdfqError(
+            "all processes of a run must live until its end; one is gone "
+            f"({first_line(error)}). See what it said last; the same command goes on from the "
+            "checkpoint."
+        ) from error
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """x in the memory order of another tensor."""
+    last = other.ndim == 4 and other.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """Within, the group of processes that torchrun started this one in; alone if it did not.
+
+    On GPUs each process takes the one of its number on its machine. Raises UsageError when there
+    are fewer.
+    """
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if here >= gpus:
+            raise UsageError(
+                f"each process needs a GPU of its own; this machine has {gpus} and this is process "
+                f"{here + 1}. Start as many, or use --device cpu."
+            )
+        torch.cuda.set_device(here)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,194 @@
+"""Several processes compute what one does, end together, and write once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import group_figures
+import networks
+import numpy as np
+import pytest
+import torch
+
+from gdfq.devices import ALONE, Processes, joined
+from gdfq.errors import UsageError
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}"
+               f"{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
+
+
+def torchrun(processes: int, *words: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={processes}", *words),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield group_figures.figures(ALONE)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, tmp_path_factory):
+    """What each of several processes computed."""
+    out = tmp_path_factory.mktemp(f"group{request.param}")
+    command = torchrun(request.param, str(HERE / "group_figures.py"), str(out))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
+
+
+def difference(a, b) -> float:
+    """The difference of two trees of tensors, relative to the norm of each."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max(difference(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        return max(map(difference, a, b))
+    return float((a - b).norm() / a.norm())
+
+
+def test_all_processes_have_the_same(together):
+    for one, other in pairwise(together):
+        assert difference(one, other) == 0
+
+
+@pytest.mark.parametrize("source", ["pool", "optimised"])
+def test_images_of_independent_batches_are_those_of_one_process(alone, together, source):
+    """Three and five batches: the processes make more, or fewer, than there are of them."""
+    assert difference(alone[source], together[0][source]) == 0
+
+
+def test_the_generator_starts_as_on_the_whole_batch(alone, together):
+    assert difference(alone["generators"], together[0]["generators"]) < 1e-5
+
+
+def test_the_generator_learns_as_on_the_whole_batch(alone, together):
+    """In double precision: Adam makes a step of the full size of a gradient that is rounding."""
+    for one in alone["long"].values():
+        assert one["losses"].shape == (50, 3)
+        assert one["losses"][0, 0] > one["losses"][-1, 0]
+    assert difference(alone["long"], together[0]["long"]) < 1e-9
+
+
+@pytest.mark.parametrize("student", ["float", "quantized", "paper", "moving"])
+def test_the_first_step_of_a_student_is_that_of_one_process(alone, together, student):
+    one, several = alone[student], together[0][student]
+    assert difference(one["losses"][0], several["losses"][0]) < 1e-5
+    assert difference(one["gradients"], several["gradients"]) < 1e-5
+
+
+def test_fifty_steps_of_a_student_without_quantizers_are_those_of_one_process(alone, together):
+    assert len(alone["float"]["losses"]) == 50
+    assert alone["float"]["losses"][0, 0] > alone["float"]["losses"][-1, 0]
+    assert difference(alone["float"], together[0]["float"]) < 1e-4
+
+
+def test_a_process_that_is_alone_has_the_whole():
+    x = torch.arange(6.0).view(3, 2)
+    assert ALONE.mean(x) is ALONE.gather(x) is ALONE.part(x) is ALONE.shared_from(0, x) is x
+    ALONE.check_batch(7, "it")
+    with joined(torch.device("cpu")) as group:
+        assert group is ALONE
+
+
+def some(rank: int, size: int) -> Processes:
+    group = Processes.__new__(Processes)
+    group.rank, group.size = rank, size
+    return group
+
+
+def test_parts_are_even_or_whole():
+    x = torch.arange(6)
+    assert [some(rank, 3).part(x).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert some(1, 4).part(x) is x
+    with pytest.raises(UsageError, match=r"6 images a batch.* 4 processes.*1, 2, 3, 6"):
+        some(0, 4).check_batch(6, "recipe x")
+
+
+FACTORY = """
+import os, pathlib, networks
+def factory():
+    place = pathlib.Path(__file__).parent
+    (place / f"pid{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
+    return networks.make("Residual")
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    images = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % networks.CLASSES)
+    return tmp_path
+
+
+def quantize(place: Path, *more: str) -> list[str]:
+    return [
+        *("-m", "gdfq", "quantize", f"{place}/net.py:factory", "--input=3x8x8"),
+        *("--mean=.5,.5,.5", "--std=.3,.3,.3", f"--out={place}/out", *more),
+    ]
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
+    words = quantize(
+        place, "--recipe=paper-no-boundary", "--steps=400", "--batch=8", "--checkpoint-every=0.1",
+        f"--test={place}/test.npz", "--no-onnx", "--no-report",
+    )  # fmt: skip
+    run = subprocess.Popen(
+        torchrun(2, *words),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until = time.monotonic() + 240
+    while not list(place.glob("out/checkpoints/checkpoint-*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(int((place / "pid1").read_text()), signal.SIGKILL)
+    said, _ = run.communicate(timeout=240)
+    assert run.returncode != 0
+    assert "SIGKILL" in said
+    assert "all processes of a run must live until its end" in said
+    assert not (place / "out" / "metrics.json").exists()
+
+    again = subprocess.run(
+        [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert again.returncode == 0, again.stderr
+    assert "goes on from its checkpoint" in again.stdout
+    assert "processes was 2 and is 1" in again.stderr
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    assert metrics["steps"] == 400
+
+
+def test_two_processes_write_one_run(place):
+    words = quantize(
+        place,
+        "--recipe=quick",
+        "--steps=12",
+        f"--test={place}/test.npz",
+        "--no-onnx",
+        "--no-report",
+    )
+    done = subprocess.run(
+        torchrun(2, *words), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("layers quantized") == 1
+    history = (place / "out" / "history.jsonl").read_text().splitlines()
+    tuned = [json.loads(line)["step"] for line in history if '"tune"' in line]
+    assert tuned == sorted(set(tuned))
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    assert 0 <= metrics["student"]["top1"] <= 100
