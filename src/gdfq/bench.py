@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from gdfq import operators
 from gdfq.capture import flat_module, tensors_of
 from gdfq.errors import UsageError, first_line
+from gdfq.limits import within
 from gdfq.runtimes import onnx_session, run_once
 
 BATCHES, THREADS = (1, 32), (1, 2)
@@ -52,7 +53,8 @@ def size_of(file: bytes | Path) -> int:
     try:
         tensors = onnx.load(file, load_external_data=False).graph.initializer
         outside = {ExternalDataInfo(t).location for t in tensors if uses_external_data(t)}
-        return sum(path.stat().st_size for path in (file, *map(file.with_name, outside)))
+        beside = [within(file.parent, file.with_name(name)) for name in outside]
+        return sum(path.stat().st_size for path in (file, *beside))
     except Exception as error:  # protobuf's own has no public name
         raise UsageError(
             f"{file} must be an ONNX model, with its weights beside it if they are in files of "

@@ -5,7 +5,6 @@ and its ONNX file follow, metrics.json is last: a folder with metrics.json is a 
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.errors import UsageError, first_line
 from gdfq.files import make_folder, write_json
+from gdfq.limits import read_json, within
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
@@ -27,7 +27,7 @@ _FILES = (CONFIG, METRICS, *_MADE)
 def _is_ours(config: Path) -> bool:
     """Whether a file is the configuration of a run."""
     try:
-        return "gdfq" in json.loads(config.read_bytes())
+        return "gdfq" in read_json(within(config.parent, config))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -71,7 +71,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
     Raises UsageError for a run that has not finished, and for a file that no run wrote.
     """
-    path = folder / METRICS
+    path = within(folder, folder / METRICS)
     if not path.exists():
         if _is_ours(folder / CONFIG):
             raise UsageError(
@@ -80,11 +80,14 @@ def read_metrics(folder: Path) -> dict[str, Any]:
             )
         return {}
     try:
-        metrics: dict[str, Any] = json.loads(path.read_bytes())
+        metrics: dict[str, Any] = read_json(path)
+        for part in ("teacher", "student", EXPORT):
+            if not isinstance(metrics.get(part, {}), dict):
+                raise ValueError(f"its {part!r} is no object")
         for who in ("teacher", "student"):
             if "top1" in metrics.get(who, {}):
                 metrics[who]["top1"] = float(metrics[who]["top1"])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(
             f"{path} must be as a run wrote it; it is damaged or was changed "
             f"({first_line(error)}). Remove it to go on without the run's figures."
@@ -105,7 +108,7 @@ def check_export(folder: Path) -> None:
     A folder that no run wrote says nothing about it.
     """
     expected = read_metrics(folder).get(EXPORT, {}).get("sha256")
-    found = hashlib.sha256((folder / ONNX_FILE).read_bytes()).hexdigest()
+    found = hashlib.sha256(within(folder, folder / ONNX_FILE).read_bytes()).hexdigest()
     if expected is not None and found != expected:
         raise UsageError(
             f"{folder / ONNX_FILE} must be as it was when it was compared with the network; it was "
