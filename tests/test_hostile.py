@@ -158,7 +158,9 @@ def test_a_thin_image_is_not_blown_up(tmp_path):
 def test_only_the_decoders_of_the_formats_are_used(tmp_path):
     """Others run programs, as that of PostScript does."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    (tmp_path / "a" / "x.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    )
     with pytest.raises(UsageError, match="cannot identify"):
         load_data(tmp_path, SHAPE, None)
 
@@ -288,10 +290,19 @@ def test_state_dicts_of_every_type_are_read(tmp_path, legacy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update({"0.weight": s["0.weight"].to(torch.complex64)}), "another type: 0.weight"),
+        (
+            lambda s: s.update({"0.weight": s["0.weight"].to(torch.complex64)}),
+            "another type: 0.weight",
+        ),
         (lambda s: s.update({"1.num_batches_tracked": torch.tensor(0.5)}), "another type: 1.num"),
-        (lambda s: s.update({"0.weight": s["0.weight"].to_sparse()}), "pickled code|ordinary tensors"),
-        (lambda s: s.update({"0.weight": s["0.weight"].to("meta")}), "pickled code|ordinary tensors"),
+        (
+            lambda s: s.update({"0.weight": s["0.weight"].to_sparse()}),
+            "pickled code|ordinary tensors",
+        ),
+        (
+            lambda s: s.update({"0.weight": s["0.weight"].to("meta")}),
+            "pickled code|ordinary tensors",
+        ),
         (lambda s: s.update({7: torch.zeros(1)}), "ordinary tensors by name"),
         (lambda s: s.update({"é\u202e<b>": torch.zeros(1)}), "surplus: é\u202e<b>"),
     ],

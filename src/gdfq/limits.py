@@ -11,6 +11,7 @@ import os
 import pickletools
 import re
 from collections.abc import Collection, Iterator, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
@@ -134,10 +135,10 @@ def check_torch_file(path: Path) -> None:
     """
     with path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:  # the format before torch 1.6, which begins with pickles
-            file.seek(0)
-            # Magic number, version, system, the object, names of its storages.
-            for _ in range(5):
-                _check_calls(file)
+            # A file takes memory for whatever length a pickle asks it to read, a mapping does not.
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                for _ in range(5):  # magic number, version, system, object, names of its storages
+                    _check_calls(content)
             return
     with ZipFile(path) as archive:
         members = archive.infolist()
@@ -150,14 +151,14 @@ def check_torch_file(path: Path) -> None:
                     _check_calls(file)
 
 
-def _check_calls(file: IO[bytes]) -> None:
+def _check_calls(file: IO[bytes] | mmap) -> None:
     """Read one pickle, without running it."""
     for name in _names(file):
         if not _HARMLESS.fullmatch(name):
             raise ValueError(f"it calls {name!r}, which a state dict does not")
 
 
-def _names(file: IO[bytes]) -> Iterator[str]:
+def _names(file: IO[bytes] | mmap) -> Iterator[str]:
     """What a pickle calls, as "module name"; its end is that of the pickle."""
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL":
