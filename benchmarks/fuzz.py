@@ -1,14 +1,14 @@
 """Fuzzing: every loader reads 100,000 mutated files in all, and refuses them in the documented way.
 
-    python benchmarks/fuzz.py                 # all, about a quarter of an hour on one core
+    python benchmarks/fuzz.py                           # all, some minutes on one core
     python benchmarks/fuzz.py --only npz --index 4711   # one input again
 
 Inputs are bit flips, cuts and splices of valid files, edits of their headers with valid lengths and
 checksums, and of their JSON as a tree. Input i of a loader depends on --seed and i alone; a run that
-was stopped goes on. Each loader runs in child processes under a limit of memory. Failures are: any
-exception but GdfqError, a death of the process, more than 20 seconds of a core, more than 512 MiB, memory that was
-asked for in vain, and anything the interpreter's audit sees: files opened outside the folder of the
-test, processes, sockets. Results: benchmarks/results/fuzz.json; the exit code is 1 when there are any.
+was stopped goes on. Loaders run in child processes under a limit of memory. Failures are: any exception
+but GdfqError, a death of the process, more than 20 seconds of a core, more than 512 MiB, memory that was
+asked for in vain, and what the interpreter's audit hears: files opened outside the folder of the test,
+processes, sockets. Results: benchmarks/results/fuzz.json; the exit code is 1 when there are failures.
 """
 
 import argparse
@@ -94,10 +94,8 @@ def student() -> bytes:
         "conv.zero_point": torch.zeros(4, 1, 1, 1),
         "fc.weight": torch.linspace(-1, 1, 4 * CLASSES).view(CLASSES, 4),
     }
-    stored = {name: None for name in tensors}
     x = graph.placeholder("images")
-    for name in tensors:
-        stored[name] = graph.get_attr(name)
+    stored = {name: graph.get_attr(name) for name in tensors}
 
     def call(name: str, *args: Any) -> fx.Node:
         return graph.call_function(operators.resolve(name), args)
@@ -537,7 +535,7 @@ LOADERS = {
 
 def made(name: str, seed: int, index: int) -> bytes:
     """The input of that number."""
-    loader, random = LOADERS[name], Random(f"{seed}/{name}/{index}")
+    loader, random = LOADERS[name], Random(f"{seed}/{name}/{index}")  # noqa: S311
     return loader.change(random.choice(loader.valid), random)
 
 
@@ -549,15 +547,10 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         paths = {sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")}
-        sources = str(Path(operators.__file__).parents[1])
-        self.roots = (
-            str(folder),
-            *map(os.path.realpath, paths),
-            *paths,
-            sources,
-            "/proc/self",
-            "/dev/null",
-        )
+        # Tracebacks quote sources.
+        sources = (str(Path(operators.__file__).parents[1]), __file__, os.path.abspath(sys.argv[0]))
+        known = (*map(os.path.realpath, paths), *paths, *sources, "/proc/self", "/dev/null")
+        self.roots = (str(folder), *known)
         self.seen: list[str] = []
         sys.addaudithook(self._hear)
 
