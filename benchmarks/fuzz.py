@@ -66,9 +66,9 @@ from gdfq.student import Keep
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 SHAPE, CLASSES = (3, 8, 8), 5
-MEMORY, ROOM, SECONDS, CHUNK = 512, 3072, 20, 2000
-"""MiB that one input may add, MiB of address space, seconds of a core that it may take, and inputs
-that one child process reads."""
+MEMORY, ROOM, SECONDS, CHUNK = 512, 6144, 20, 2000
+"""MiB that one input may add, MiB of address space (Python's files reserve what a length of 32 bits
+asks for, and do not touch it), seconds of a core, and inputs that one child process reads."""
 
 
 # --- valid files

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError
-from gdfq.limits import check_pixels, read_npz, within
+from gdfq.limits import RESIZED, check_pixels, read_npz, within
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,7 +75,7 @@ class Resize:
                 max(side, int(was * scale + 1e-6))
                 for side, was in zip(target, image.size, strict=True)
             )
-        check_pixels(*target)
+        check_pixels(target[0], target[1], RESIZED)
         image = image.resize((target[0], target[1]), Resampling[self.interpolation.upper()])
         left, top = (round((was - side) / 2) for was, side in zip(target, size, strict=True))
         return image.crop((left, top, left + size[0], top + size[1]))

@@ -20,8 +20,8 @@ import numpy as np
 
 from gdfq.errors import UsageError
 
-PIXELS = 2**26
-"""Of an image file, and of one that was resized: 8192 x 8192."""
+PIXELS, RESIZED = 2**26, 2**24
+"""Of an image file (8192 x 8192), and of one that was resized: long and thin ones can grow."""
 NUMBERS = 2**24
 """Of one input of a network: 3 x 2048 x 2048 fits."""
 TENSOR = 2**28
@@ -71,10 +71,10 @@ def check_shape(shape: Sequence[int]) -> None:
         )
 
 
-def check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int, most: int = PIXELS) -> None:
     """Raise ValueError when an image would have too many pixels to be held in memory."""
-    if width * height > PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {PIXELS:,}")
+    if width * height > most:
+        raise ValueError(f"{width} x {height} pixels are more than {most:,}")
 
 
 def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
