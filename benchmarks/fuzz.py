@@ -52,6 +52,7 @@ from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import side_by_side, size_of
 from gdfq.capture import flat_module
 from gdfq.card import Card
+from gdfq.checkpoints import Checkpoints
 from gdfq.cli import _Numbers, _Shape, _Size
 from gdfq.data import Preprocessing, load_data
 from gdfq.errors import GdfqError, UsageError
@@ -62,6 +63,7 @@ from gdfq.models.loaded import Loaded
 from gdfq.quantized import load
 from gdfq.recipes import find_recipe
 from gdfq.runs import CONFIG, EXAMPLES, EXPORT, METRICS, ONNX_FILE, RunFolder, check_export
+from gdfq.states import name_of, to_bytes
 from gdfq.student import Keep
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
@@ -108,6 +110,12 @@ def student() -> bytes:
     preprocessing = Preprocessing.of(3, [0.5] * 3, [0.2] * 3)
     card = Card(SHAPE, CLASSES, 0, preprocessing, Bits(4, 8), "full", "fast", 0)
     return packed.to_safetensors(flat_module(graph, tensors), card)
+
+
+def checkpoint() -> bytes:
+    parts = {"student": network().state_dict(), "order": {"left": torch.arange(5), "epoch": 1}}
+    state = {"settings": {"seed": 0}, "around": {"torch": "2"}, "parts": parts}
+    return to_bytes(state, lambda _: "")
 
 
 def npz(**arrays: Any) -> bytes:
@@ -263,6 +271,16 @@ def of_safetensors(data: bytes, random: Random) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json_text(json.loads(data[8 : 8 + length]), random)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def of_checkpoint(data: bytes, random: Random) -> bytes:
+    """Blows, or a checkpoint whose tree was edited; its name has its hash either way."""
+    if random.random() < 0.3:
+        return of_safetensors(data, random)
+    length = int.from_bytes(data[:8], "little")
+    tree = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["gdfq-state"])
+    text = json_text(tree, random).decode()
+    return safetensors.torch.save(safetensors.torch.load(data), {"gdfq-state": text})
 
 
 def of_document(data: bytes, random: Random) -> bytes:
@@ -457,6 +475,16 @@ def read_run(data: bytes, folder: Path) -> None:
         raise errors[-1]
 
 
+def read_checkpoint(data: bytes, folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / f"checkpoint-000001-{name_of(data)}.safetensors").write_bytes(data)
+    keeper = Checkpoints(folder)
+    keeper.begin({"seed": 0}, {"torch": "2"})
+    keeper.hold("student", network())
+    keeper.save()
+
+
 def read_onnx(data: bytes, folder: Path) -> None:
     (folder / "b.bin").write_bytes(bytes(16))
     (folder / "m.onnx").write_bytes(data)
@@ -528,8 +556,9 @@ LOADERS = {
     "run folder": Loader(
         read_run, [json.dumps({name: data.hex() for name, data in RUN.items()}).encode()], of_run, 3
     ),
+    "checkpoint": Loader(read_checkpoint, [checkpoint()], of_checkpoint, 4),
     "ONNX": Loader(read_onnx, [onnx_file()], of_onnx, 6),
-    "options": Loader(read_text, WORDS, of_text, 9),
+    "options": Loader(read_text, WORDS, of_text, 5),
 }
 
 

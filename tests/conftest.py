@@ -1,5 +1,6 @@
 """Shared fixtures; `networks.py` beside this file has the networks."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,18 @@ from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs an optional library belongs to `make check`, and is skipped without it."""
+    for item in items:
+        for needed in item.iter_markers("needs"):
+            (library,) = needed.args
+            absent = importlib.util.find_spec(library) is None
+            skip = pytest.mark.skipif(absent, reason=f"needs the optional library {library}")
+            item.add_marker(skip)
+            item.add_marker(pytest.mark.check)
 
 
 @pytest.fixture(params=networks.NETWORKS)

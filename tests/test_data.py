@@ -44,12 +44,12 @@ def test_squashing_keeps_the_whole_image():
     assert pixels[0, :, 0].tolist() == [3, 5]
 
 
+@pytest.mark.needs("torchvision")
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (231, 500), (97, 61)])
 @pytest.mark.parametrize("short", [224, 232, 235, 256])
 def test_an_independent_reference_gives_the_same_pixels(size, short):
-    transforms = pytest.importorskip(
-        "torchvision.transforms", reason="needs the optional library torchvision"
-    )
+    from torchvision import transforms
+
     image = noise(*size)
     mode = transforms.InterpolationMode.BICUBIC
     expected = transforms.Compose(

@@ -55,6 +55,7 @@ def test_no_index_or_path_is_named():
         assert all(re.fullmatch(r"#.*|[\w-]+==[\w.]+( ; .*)?", line) for line in lines), path
 
 
+@pytest.mark.check
 def test_no_known_hole():
     """Asks the index of Python packages, and so needs a network and pip-audit."""
     if shutil.which("pip-audit", path=Path(sys.executable).parent) is None:

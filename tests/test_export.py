@@ -270,9 +270,11 @@ def test_full_precision_beside_it_has_the_same_function_without_rounding(small):
     assert b.images_per_second == pytest.approx(1000 / b.median)
 
 
+@pytest.mark.needs("openvino")
 def test_openvino_gives_the_same_answers(small, tmp_path):
     """A second runtime, written independently."""
-    openvino = pytest.importorskip("openvino")
+    import openvino
+
     small.export(tmp_path / "q.onnx")
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(tmp_path / "q.onnx"), "CPU")

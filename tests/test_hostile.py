@@ -26,6 +26,7 @@ import gdfq
 from gdfq.artifacts import packed
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import size_of
+from gdfq.checkpoints import Checkpoints
 from gdfq.cli import _Shape, _Size
 from gdfq.data import Resize, load_data
 from gdfq.errors import GdfqError, UsageError
@@ -34,6 +35,8 @@ from gdfq.models import load_model, load_weights_
 from gdfq.models.weights import read_weights
 from gdfq.runs import METRICS, ONNX_FILE, RunFolder, check_export, read_metrics
 from gdfq.runtimes import onnx_session
+from gdfq.saving import ImageFiles
+from gdfq.states import name_of
 from gdfq.student import Keep
 
 _FUZZ = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz.py"
@@ -211,11 +214,6 @@ def test_run_folders_are_not_left(run, tmp_path, name):
     (tmp_path / "other").write_bytes((run / name).read_bytes())
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "other")
-    if name == "config.json":
-        (run / METRICS).unlink()
-        with pytest.raises(UsageError, match="files of the names that a run writes"):
-            RunFolder(run)
-        return
     with pytest.raises(UsageError, match="leads out of it"):
         check_export(run) if name == ONNX_FILE else gdfq.load(run)
 
@@ -452,6 +450,72 @@ def test_names_are_text_and_nothing_else():
     name = "<script>alert(1)</script>\u202e"
     _, card = packed.from_safetensors(signed(lambda d, _: d["card"].update(recipe=name)))
     assert card.recipe == name
+
+
+# --- checkpoints, and what a run that goes on writes to
+
+
+@pytest.mark.parametrize("name", ["history.jsonl", ".lock", "checkpoints", "config.json"])
+def test_a_run_that_goes_on_writes_into_its_folder_alone(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").write_text('{"gdfq": 1}')
+    (tmp_path / "run" / name).symlink_to(tmp_path / "other")
+    with pytest.raises(UsageError, match="leads out of it"):
+        RunFolder(tmp_path / "run")
+    assert (tmp_path / "other").read_text() == '{"gdfq": 1}'
+
+
+def test_images_are_not_written_through_links(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "images.npy").symlink_to(tmp_path / "absent")
+    with pytest.raises(UsageError, match="already holds images"):
+        ImageFiles(tmp_path / "run").prepare(SHAPE)
+
+
+def state(document, **tensors):
+    return safetensors.torch.save(tensors, {"gdfq-state": json.dumps(document)})
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        state({"tensor": "w", "shape": [10**6, 10**6], "stride": [0, 0]}, w=torch.zeros(1)),
+        state({"tensor": "w", "shape": [4], "stride": [10**9]}, w=torch.zeros(4)),
+        state({"tensor": "none", "shape": [1], "stride": [1]}),
+        state({"pairs": [[[], 1]]}),
+        safetensors.torch.save({}, {"gdfq-state": "[" * 10**5}),
+        safetensors.torch.save({}),
+        b"no safetensors",
+    ],
+)
+def test_checkpoints_that_are_none(tmp_path, contents):
+    path = tmp_path / f"checkpoint-000001-{name_of(contents)}.safetensors"
+    path.write_bytes(contents)
+    with pytest.raises(UsageError, match="must be as it was written"):
+        Checkpoints(tmp_path).begin({}, {})
+
+
+def test_checkpoints_elsewhere_are_not_read(tmp_path):
+    contents = state({"pairs": [[key, {"pairs": []}] for key in ("settings", "around", "parts")]})
+    (tmp_path / "run").mkdir()
+    name = f"checkpoint-000001-{name_of(contents)}.safetensors"
+    (tmp_path / name).write_bytes(contents)
+    (tmp_path / "run" / name).symlink_to(tmp_path / name)
+    with pytest.raises(UsageError, match="leads out of it"):
+        Checkpoints(tmp_path / "run").begin({}, {})
+
+
+def test_pieces_that_name_each_other_twice_are_read_once(tmp_path):
+    """By 40 doublings, 2^40 times."""
+    document = None
+    for _ in range(40):
+        contents = state([document, document])
+        (tmp_path / f"piece-{name_of(contents)}.safetensors").write_bytes(contents)
+        document = {"fixed": name_of(contents)}
+    parts = [["settings", {"pairs": []}], ["around", {"pairs": []}], ["parts", {"pairs": []}]]
+    contents = state({"pairs": [*parts, ["more", document]]})
+    (tmp_path / f"checkpoint-000001-{name_of(contents)}.safetensors").write_bytes(contents)
+    Checkpoints(tmp_path).begin({}, {})
 
 
 # --- ONNX

@@ -1,6 +1,5 @@
 """Where networks come from: specs, weights, what a source says of its images, errors."""
 
-import importlib.util
 import json
 import sys
 from types import ModuleType, SimpleNamespace
@@ -22,11 +21,6 @@ from gdfq.models import Loaded, hubs, load_model
 _OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def needs(library):
-    absent = importlib.util.find_spec(library) is None
-    return pytest.mark.skipif(absent, reason=f"needs the optional library {library}")
 
 
 # --- what is given, else what is known
@@ -229,19 +223,19 @@ def test_torchvision_presets():
     [
         pytest.param(
             *("timm:resnet18", (3, 224, 224), 1000, Resize(0.95, False, "bicubic")),
-            marks=needs("timm"),
+            marks=pytest.mark.needs("timm"),
         ),
         pytest.param(
             *("timm:mobilenetv3_small_050", (3, 224, 224), 1000, Resize(0.875, False, "bicubic")),
-            marks=needs("timm"),
+            marks=pytest.mark.needs("timm"),
         ),
         pytest.param(
             *("torchvision:mobilenet_v2", (3, 224, 224), 1000, Resize(224 / 232)),
-            marks=needs("torchvision"),
+            marks=pytest.mark.needs("torchvision"),
         ),
         pytest.param(
             *("ptcv:resnet20_cifar10", (3, 32, 32), 10, None),
-            marks=needs("pytorchcv"),
+            marks=pytest.mark.needs("pytorchcv"),
         ),
     ],
 )
@@ -256,14 +250,14 @@ def test_real_libraries(spec, shape, classes, resize):
         assert loaded.module.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
 
 
-@needs("pytorchcv")
+@pytest.mark.needs("pytorchcv")
 def test_a_librarys_network_is_captured():
     loaded = load_model("ptcv:resnet20_cifar10", "random")
     captured = capture(loaded.module, torch.zeros(1, *loaded.input_shape))
     assert (captured.classes, len(captured.batch_norms)) == (10, 21)
 
 
-@needs("transformers")
+@pytest.mark.needs("transformers")
 def test_hugging_face_folders(tmp_path):
     from transformers import AutoModelForImageClassification, ViTConfig
 
@@ -314,7 +308,7 @@ class _Trap:
         return (open, (str(self.path), "w"))
 
 
-@needs("torchvision")
+@pytest.mark.needs("torchvision")
 def test_cached_torchvision_weights_run_no_code(tmp_path, monkeypatch):
     import torchvision
 
@@ -332,7 +326,7 @@ def test_cached_torchvision_weights_run_no_code(tmp_path, monkeypatch):
     assert torch.equal(loaded.classifier[1].weight, state["classifier.1.weight"])
 
 
-@needs("pytorchcv")
+@pytest.mark.needs("pytorchcv")
 def test_cached_pytorchcv_weights_run_no_code(tmp_path, monkeypatch):
     from pytorchcv.models.common import model_store
 
@@ -344,7 +338,7 @@ def test_cached_pytorchcv_weights_run_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "trap").exists()
 
 
-@needs("timm")
+@pytest.mark.needs("timm")
 def test_cached_timm_weights_are_found_without_network(tmp_path, monkeypatch):
     import huggingface_hub
     import timm

@@ -7,8 +7,6 @@ and keeps parameter names. Nothing after capture looks at the user's module agai
 
 import copy
 import math
-import threading
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +17,7 @@ from gdfq import operators
 from gdfq.errors import UsageError, first_line
 from gdfq.outputs import Structure, flattened, in_order, structure_of
 from gdfq.randomness import stream as random_stream
-
-_EXPORT_LOCK = threading.Lock()  # concurrent torch.export calls fail
+from gdfq.tracing import quiet_tracing
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ def capture(model: nn.Module, example_input: Tensor, *, classifier: bool | None 
             f"{type(model).__name__} and a {type(example_input).__name__}."
         )
     _check_weights(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of a .pt2 file's outputs
+    with quiet_tracing():  # a copy of a .pt2 file's program warns
         model = copy.deepcopy(model).cpu().float().eval()
     example = example_input.detach().cpu().float()
     # Noise beside the example, which may be all zeros and then would compare biases alone. It
@@ -190,8 +186,7 @@ def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int
 
 
 def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    with _EXPORT_LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
+    with quiet_tracing():
         try:
             dynamic = {0: torch.export.Dim.DYNAMIC}
             program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))

@@ -1,15 +1,19 @@
 """The command line. Torch is imported by the commands that need it, not to print help."""
 
 import re
+import shlex
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
-from gdfq.errors import GdfqError, UsageError
+from gdfq.errors import GdfqError, GdfqWarning, UsageError
 from gdfq.memory import keep_freed_memory_
+from gdfq.stopping import StoppedError
 from gdfq.version import __version__
 
 _PATH = click.Path(path_type=Path)
@@ -147,6 +151,7 @@ def cli() -> None:
     show_default=True,
     help="fast, quick, paper, paper-imagenet, round, zeroq, real, ... (gdfq recipes lists all)",
 )
+@click.option("--batch", type=click.IntRange(min=1), help="images a step  [default: the recipe's]")
 @click.option("--out", type=_PATH, required=True, help="folder for the run; must not hold one yet")
 @click.option(
     "--placement",
@@ -167,6 +172,19 @@ def cli() -> None:
 )
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")
+@click.option(
+    "--checkpoint-every",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="how often at most the run is written down, to go on from there",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="go on with the run in --out; without it, that is done if there is one to go on with",
+)
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
     from gdfq.commands import run
@@ -268,12 +286,15 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
     help="whose source makes the images; --steps is for those that learn, as paper's",
 )
 @click.option("--count", default=1024, show_default=True, help="how many images")
-@click.option("--out", type=_PATH, required=True, help="folder for images.npz and images.npy")
+@click.option("--out", type=_PATH, required=True, help="folder for the files")
+@click.option("--png", is_flag=True, help="write PNG files as well, in a folder for each class")
 def generate_command(**options: Any) -> None:
     """Make synthetic images from MODEL alone.
 
-    Writes images.npz (uint8 `images` and `labels`, as --test and --data read them) and
-    images.npy (normalised float32, as the network takes them).
+    \b
+    images.npz           uint8 `images` and `labels`, as --test and --data read them
+    images.npy           normalised float32, as the network takes them
+    png/CLASS/N.png      with --png: an image folder, as --test and --data read it
     """
     from gdfq.commands import write_images
 
@@ -305,6 +326,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str] | None) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GdfqWarning)
+        warnings.showwarning = _shown(warnings.showwarning)
+        return _outcome(arguments)
+
+
+def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: ours in a line, others as before."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, GdfqWarning):
+            click.secho(f"warning: {message}", fg="yellow", err=True)
+        else:
+            otherwise(message, category, *where)
+
+    return show
+
+
+def _outcome(arguments: list[str] | None) -> int:
     try:
         cli.main(arguments, prog_name="gdfq", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -318,6 +358,11 @@ def _exit_code(arguments: list[str] | None) -> int:
     except GdfqError as error:
         click.secho(f"failed: {error}", fg="red", err=True)
         return 1
+    except StoppedError as stop:
+        words = sys.argv[1:] if arguments is None else arguments
+        again = shlex.join(["gdfq", *words, *["--resume"][: "--resume" not in words]])
+        click.secho(f"{stop}; it goes on from here with: {again}", fg="yellow", err=True)
+        return stop.code
     except (click.Abort, KeyboardInterrupt):
         click.secho("stopped; no finished run was written.", fg="yellow", err=True)
         return 130

@@ -4,13 +4,12 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,13 +20,14 @@ from gdfq.capture import Captured, capture
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.export import Exported, Format
-from gdfq.files import make_folder, write_atomically
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, parse_bits, quantize
 from gdfq.progress import History, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
 from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export
+from gdfq.saving import ImageFiles
+from gdfq.stopping import stoppable
 from gdfq.student import Keep, Placement, Scheme
 from gdfq.version import __version__
 
@@ -48,17 +48,24 @@ def run(
     test: Path | None,
     data: Path | None,
     steps: int | None,
+    batch: int | None,
     seed: int,
     device: str,
     classifier: bool | None,
     onnx: bool,
+    checkpoint_every: float,
+    resume: bool,
 ) -> None:
     """`gdfq quantize`."""
-    chosen = find_recipe(recipe).with_steps(steps)
+    chosen = find_recipe(recipe).with_steps(steps).with_batch(batch)
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
-    folder = RunFolder(out)
+    folder = RunFolder(out, checkpoint_every)
+    if resume and not folder.checkpoints.exists():
+        raise UsageError(
+            f"a run that goes on has a checkpoint; {out} has none. Leave --resume away to begin."
+        )
     loaded = load_model(model, weights)
     network = loaded.module
     shape, preprocessing = loaded.input(input_shape, mean, std)
@@ -122,22 +129,44 @@ def _quantize_into(
     **options: Any,
 ) -> QuantizedNetwork:
     """Quantize with history, student, ONNX file and metrics written into the folder."""
-    folder.begin(config)
-    with ExitStack() as stack:
-        history = stack.enter_context(History(folder.history))
+    with _told_of_files(folder), ExitStack() as stack:
+        checkpoints = stack.enter_context(folder).checkpoints
+        goes_on = checkpoints.exists()
+        folder.begin(config)
+        history = checkpoints.hold("history", stack.enter_context(History(folder.history)))
         terminal = stack.enter_context(Terminal())
+        check = stack.enter_context(stoppable())
 
         def listener(step: Step) -> None:
             if step.losses:
                 history(step)
             terminal(step)
+            check()
 
-        quantized = quantize(network, example, listener=listener, **options)
-    quantized.save(folder.path)
-    if onnx:
-        _export_at_once(quantized, folder.path / ONNX_FILE)
-    folder.finish(quantized.metrics)
+        if goes_on:
+            click.echo(f"{'run':10}goes on from its checkpoint in {folder.path}")
+        quantized = quantize(
+            network, example, listener=listener, checkpoints=checkpoints, **options
+        )
+        quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
+        quantized.save(folder.path)
+        if onnx:
+            _export_at_once(quantized, folder.path / ONNX_FILE)
+        folder.finish(quantized.metrics)
     return quantized
+
+
+@contextmanager
+def _told_of_files(folder: RunFolder) -> Iterator[None]:
+    """Turn what the file system refuses into a GdfqError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GdfqError(
+            f"the folder of a run must stay there and writable, with room; in {folder.path}: "
+            f"{error.strerror or error}. What is finished is kept: mend it, then give the same "
+            "command again."
+        ) from error
 
 
 def _export_at_once(quantized: QuantizedNetwork, path: Path) -> None:
@@ -168,33 +197,30 @@ def write_images(
     seed: int,
     device: str,
     classifier: bool | None,
+    png: bool,
 ) -> None:
     """`gdfq generate`."""
-    if (out / "images.npz").exists():
-        raise UsageError(f"{out} already holds images. Choose another --out or remove them.")
+    files = ImageFiles(out, png)
     loaded = load_model(model, weights)
     shape, preprocessing = loaded.input(input_shape, mean, std)
     if loaded.preprocessing is None:
         _warn_about_normalisation(mean, std)
-    make_folder(out)
+    files.prepare(shape)
+    example = torch.zeros(1, *shape)
+    teacher = capture(loaded.module, example, classifier=classifier)
     with Terminal() as terminal:
         images, labels = generate(
-            loaded.module,
-            torch.zeros(1, *shape),
+            teacher,
+            example,
             count,
             recipe,
             steps=steps,
             seed=seed,
             device=device,
-            classifier=classifier,
             listener=terminal,
         )
-    np.save(out / "images.npy", images.contiguous().numpy())
-    more = {} if labels is None else {"labels": labels}
-    write_atomically(out / "images.npz", preprocessing.to_npz(images, **more))
-    click.echo(
-        f"{len(images)} images: {out / 'images.npz'} (pixels), {out / 'images.npy'} (floats)"
-    )
+    written = files.write(images, labels, preprocessing, teacher.classes or 1)
+    click.echo(f"{len(images)} images: {', '.join(map(str, written))}")
 
 
 def export(

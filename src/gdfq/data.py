@@ -1,5 +1,6 @@
 """Where real images come from: `.npz` files, image folders, tensors."""
 
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -137,6 +138,16 @@ class Preprocessing:
         arrays |= {name: tensor.numpy() for name, tensor in more.items()}
         np.savez_compressed(buffer, **arrays)
         return buffer.getvalue()
+
+
+def summary_of(data: ImageData) -> str:
+    """How many images, and a hash of the labels and of a few images spread over all."""
+    digest = hashlib.sha256()
+    few = data.images(torch.arange(0, len(data), -(-len(data) // 16)))
+    for tensor in (few, data.labels):
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return f"{len(data)} images, {digest.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The two errors a caller can expect. Each message says what must hold, what came, what to do."""
+"""What a caller can expect to go wrong. Each message says what must hold, what came, what to do."""
 
 
 def first_line(error: BaseException) -> str:
@@ -13,3 +13,7 @@ class GdfqError(Exception):
 
 class UsageError(GdfqError, ValueError):
     """An input that cannot be used as given (the command line exits with 2)."""
+
+
+class GdfqWarning(UserWarning):
+    """Something a run got over, which its user should know."""

@@ -39,15 +39,32 @@ def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Fo
             os.fsync(file.fileno())
         found = check(temporary)
         temporary.replace(path)
+        _keep_names(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return found
 
 
+def _keep_names(folder: Path) -> None:
+    """Force to disk which names a folder has; only POSIX can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name in the same folder, force it to disk, then rename."""
     write_checked(path, data, lambda _: None)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that died left half-written; nobody else may be writing here."""
+    for path in folder.glob(".*.????????.partial"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

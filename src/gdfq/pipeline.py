@@ -1,10 +1,10 @@
 """The whole method, top to bottom: capture → source → student → calibrate → tune → freeze."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,32 @@ from torch import Tensor, fx, nn
 from gdfq.allocation import BASE, choose_widths
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
-from gdfq.data import ImageData, Preprocessing, Resize, load_data
-from gdfq.errors import UsageError
+from gdfq.checkpoints import Checkpoints, Keeper, Unkept
+from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
+from gdfq.errors import GdfqWarning, UsageError
 from gdfq.evaluate import output_errors, top1
 from gdfq.export import metadata_of
+from gdfq.faults import told_of_shortage
 from gdfq.freeze import freeze
 from gdfq.grid import Bits
-from gdfq.outputs import output_names
+from gdfq.models import weights_hash
+from gdfq.outputs import in_order, output_names
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantized import QuantizedNetwork
+from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
+from gdfq.runs import as_values
 from gdfq.sources import Batch, Source
+from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import ImagePool, collect, first_images
+from gdfq.sources.pool import ImagePool, PoolStream, collect, first_images
+from gdfq.sources.streams import Feed
+from gdfq.states import Noted, name_of
 from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
+from gdfq.version import __version__
 
 _EXAMPLES = 32
 _MEASURED = ("teacher", "student")
@@ -52,6 +61,7 @@ def quantize(
     placement: Placement | None = None,
     keep: Sequence[str] = (),
     steps: int | None = None,
+    batch: int | None = None,
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -59,6 +69,7 @@ def quantize(
     device: str = "auto",
     classifier: bool | None = None,
     listener: Listener = silent,
+    checkpoints: str | Path | Checkpoints | None = None,
 ) -> QuantizedNetwork:
     """Quantize a trained network; without `data` no real image is used.
 
@@ -75,6 +86,7 @@ def quantize(
     placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
     keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.Keep`).
     steps: batches in all; the recipe's own by default.
+    batch: images a step; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
     resize: how the files of an image folder get the network's size (see `gdfq.data.Resize`).
     device: "cpu", "cuda" or "auto".
@@ -82,19 +94,24 @@ def quantize(
         [N, C] with C >= 2. Any other network (detection, segmentation, regression) has no labels:
         its outputs themselves are matched, relative to their size.
     listener: is called with every `gdfq.progress.Step`.
+    checkpoints: a folder that the run writes its state into about once a minute, and whenever the
+        listener raises. The same call with a folder that has one goes on from there, and ends with
+        the same bits. It stays when the run has finished; one process may use it at a time.
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
     widths = parse_bits(bits, size)
-    recipe = find_recipe(recipe).with_steps(steps)
+    recipe = find_recipe(recipe).with_steps(steps).with_batch(batch)
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     clock = _Clock()
 
+    keeper: Keeper = Unkept() if checkpoints is None else Checkpoints.of(checkpoints)
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))
     preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std, resize)
     source: Source = recipe.source
+    given: ImageData | None = None
     if data is not None:
         given = load_data(data, teacher.input_shape, teacher.classes, preprocessing.resize)
         source = on_images(source, given, preprocessing)
@@ -119,31 +136,44 @@ def quantize(
         keep=tuple(keep),
     )
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
+    keeper.begin(*_identity(teacher, recipe, card, size, given))
+    listener = keeper.listening(listener)
+    keeper.hold("clock", clock)
+    origin = keeper.hold("origin", Noted(seed=seed))
+    stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener)
+    feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     metrics: dict[str, Any] = {}
     if size is not None:
-        source, images = _with_images(source, teacher, seed, listener)
-        chosen = choose_widths(
-            teacher,
-            scheme,
-            images,
-            size,
-            metadata=metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False),
-            listener=listener,
-        )
-        scheme = chosen.scheme
-        card = replace(card, keep=tuple(map(str, scheme.keep)))
-        metrics["allocation"] = {"size": size, "bytes": chosen.bytes, "widths": chosen.widths}
-        clock.lap("allocate")
+        chosen = keeper.hold("allocation", Noted())
+        if not chosen:
+            images = _images_of(feed.stream)
+            chosen.update(_allocated(teacher, scheme, images, size, card, listener))
+            clock.lap("allocate")
+            keeper.stage_ends()
+        card = replace(card, keep=tuple(chosen["keep"]))
+        scheme = replace(scheme, keep=tuple(map(Keep.parse, card.keep)))
+        metrics["allocation"] = chosen["metrics"]
 
-    network, examples = quantize_captured(
-        teacher, scheme, recipe, source, seed=seed, listener=listener, lap=clock.lap
+    make = partial(
+        _frozen_student, teacher, scheme, recipe, listener=listener, lap=clock.lap, keeper=keeper
     )
+    network: fx.GraphModule | None = None
+    while network is None:
+        try:
+            with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
+                network = make(feed, seed=origin["seed"])
+        except CollapsedError as error:
+            _choose_another_seed_(origin, seed, error)
+            keeper.forget("feed", *_STUDENT_PARTS)
+            feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
+    if "collapsed" in origin:
+        metrics["collapsed"] = origin["collapsed"]
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
     if held_out is not None:
         metrics |= _measured(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
-    return QuantizedNetwork(network, card, metrics, examples)
+    return QuantizedNetwork(network, card, metrics, feed.examples)
 
 
 def quantize_captured(
@@ -154,56 +184,90 @@ def quantize_captured(
     *,
     seed: int,
     listener: Listener = silent,
-    lap: Callable[[str], None] | None = None,
 ) -> tuple[fx.GraphModule, Tensor]:
     """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
 
-    With it come a few images of the first batch [n, *input_shape]. `lap` is called with the name
-    of each stage when it ends.
+    With it come a few images of the first batch [n, *input_shape].
     """
-    lap = lap or (lambda _: None)
-    batches = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
-    first = next(batches)
-    examples, batches = first.images[:_EXAMPLES].clone(), chain([first], batches)
+    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
+    feed = Feed(stream, teacher.device)
+    network = _frozen_student(teacher, scheme, recipe, feed, seed=seed, listener=listener)
+    return network, feed.examples
+
+
+def _frozen_student(
+    teacher: Captured,
+    scheme: Scheme,
+    recipe: Recipe,
+    feed: Feed,
+    *,
+    seed: int,
+    listener: Listener,
+    lap: Callable[[str], None] = lambda _: None,
+    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
+) -> fx.GraphModule:
+    """The student after all stages, each of which goes on where the keeper's parts are.
+
+    `lap` is called with the name of each stage when it ends.
+    """
     tuning = recipe.tuning
     student = build_student(
         teacher,
         scheme,
         quantizers=recipe.quantizers,
         fixed_statistics=not isinstance(tuning, Distillation) or tuning.fixed_statistics,
-    )
-    calibration: Iterable[Batch] = islice(batches, recipe.calibration)
-    if recipe.match_moments or isinstance(tuning, Reconstruction):
-        calibration = list(calibration)
-    calibrate_(student, calibration, steps=recipe.calibration, listener=listener)
-    if recipe.match_moments:
-        match_moments_(student, teacher, torch.cat([batch.images for batch in calibration]))
-    lap("calibrate")
-    if tuning is not None:
-        waiting = islice(batches, recipe.warmup - recipe.calibration)
-        for step, batch in enumerate(waiting, start=recipe.calibration + 1):
-            listener(Step("warmup", step, recipe.warmup, batch.losses))  # the student waits
-        lap("warmup")
+    ).eval()
+    keeper.hold("student", student)
+    done = keeper.hold("done", Noted())
+
+    def ends(stage: str) -> None:
+        done[stage] = True
+        lap(stage)
+        keeper.stage_ends()
+
+    if "calibrate" not in done:
+        hold = recipe.match_moments or isinstance(tuning, Reconstruction)
+        calibrate_(
+            student,
+            feed.until(recipe.calibration, hold=hold),
+            first_step=feed.taken,
+            steps=recipe.calibration,
+            listener=listener,
+        )
+        if recipe.match_moments:
+            match_moments_(student, teacher, torch.cat([batch.images for batch in feed.held]))
+        ends("calibrate")
+    if tuning is not None and "tune" not in done:
+        if "warmup" not in done:
+            for batch in feed.until(recipe.warmup):  # the student waits
+                listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
+            ends("warmup")
         if isinstance(tuning, Reconstruction):
-            held = islice(chain(calibration, batches), -(-tuning.images // source.batch))
-            updates = recipe.steps - recipe.warmup
             reconstruct_(
-                student, teacher, held, tuning, updates=updates, seed=seed, listener=listener
+                student,
+                teacher,
+                feed.hold(-(-tuning.images // recipe.source.batch)),
+                tuning,
+                updates=recipe.steps - recipe.warmup,
+                seed=seed,
+                listener=listener,
+                keeper=keeper,
             )
         else:
             tune_(
                 student,
                 teacher,
-                batches,
+                feed.until(recipe.steps),
                 tuning,
-                first_step=recipe.warmup,
+                first_step=feed.taken,
                 total_steps=recipe.steps,
                 listener=listener,
+                keeper=keeper,
             )
-        lap("tune")
+        ends("tune")
     network = freeze(student)
     lap("freeze")
-    return network, examples
+    return network
 
 
 def _measured(
@@ -233,7 +297,7 @@ def _measured(
 
 
 def generate(
-    model: nn.Module,
+    model: nn.Module | Captured,
     example_input: Tensor,
     count: int = 1024,
     recipe: str | Recipe = "fast",
@@ -256,7 +320,9 @@ def generate(
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     recipe = find_recipe(recipe)
-    teacher = capture(model, example_input, classifier=classifier).to(find_device(device))
+    if not isinstance(model, Captured):
+        model = capture(model, example_input, classifier=classifier)
+    teacher = model.to(find_device(device))
     if isinstance(recipe.source, ImagePool):
         if steps is not None:
             raise UsageError(
@@ -306,16 +372,67 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
 
 
-def _with_images(
-    source: Source, teacher: Captured, seed: int, listener: Listener
-) -> tuple[ImagePool, Tensor]:
-    """The pool with its images made, and these: they serve the choice of widths and the tuning."""
-    if not isinstance(source, ImagePool):
+def _identity(
+    teacher: Captured, recipe: Recipe, card: Card, size: int | None, given: ImageData | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Which run it is, in plain values, and what its rounding depends on."""
+    return {
+        "gdfq": __version__,
+        "network": [weights_hash(teacher.network), name_of(teacher.network.code.encode())],
+        "data": None if given is None else summary_of(given),
+        "size": size,
+        "recipe": as_values(recipe),
+        "card": as_values(card),
+    }, {
+        "torch": torch.__version__,
+        "device": str(teacher.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _allocated(
+    teacher: Captured, scheme: Scheme, images: Tensor, size: int, card: Card, listener: Listener
+) -> dict[str, Any]:
+    """The widths that are chosen to fit a size: what is kept, and the metrics that say so."""
+    metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
+    chosen = choose_widths(teacher, scheme, images, size, metadata=metadata, listener=listener)
+    return {
+        "keep": list(map(str, chosen.scheme.keep)),
+        "metrics": {"size": size, "bytes": chosen.bytes, "widths": dict(chosen.widths)},
+    }
+
+
+_STUDENT_PARTS = ("student", "done", "optimizer", "reconstruction")
+"""What is held of a student while it is made."""
+
+
+def _choose_another_seed_(origin: Noted, seed: int, error: CollapsedError) -> None:
+    """Note a seed to begin again from. Raises CollapsedError when that was done before."""
+    if "collapsed" in origin:
+        raise CollapsedError(
+            f"{error} So it did from another seed: {origin['collapsed']} "
+            "Use a recipe without a generator, such as fast."
+        ) from error
+    origin["collapsed"] = str(error)
+    origin["seed"] = random_stream(seed, "another seed").initial_seed()
+    warnings.warn(f"{error} It begins again, from another seed.", GdfqWarning, stacklevel=3)
+
+
+def _pass_through(teacher: Captured, images: int) -> None:
+    """Forward and backward of so many images, as a step on them does."""
+    inputs = torch.zeros(images, *teacher.input_shape, device=teacher.device, requires_grad=True)
+    with torch.enable_grad():
+        torch.stack([output.sum() for output in in_order(teacher.network(inputs))]).sum().backward()
+
+
+def _images_of(stream: Iterator[Batch]) -> Tensor:
+    """All images of a pool: they serve the choice of widths and then the tuning."""
+    if not isinstance(stream, PoolStream):
         raise UsageError(
             "bits 'auto' needs images before the student learns, and so a recipe with a pool of "
-            f"them; this one's come from a {type(source).__name__} on the way. Use fast or quick."
+            "them; this one's come on the way. Use fast or quick."
         )
-    return source.made(teacher, seed=seed, listener=listener)
+    return stream.images()
 
 
 def _check_placement(placement: Placement) -> Placement:
@@ -325,16 +442,25 @@ def _check_placement(placement: Placement) -> Placement:
 
 
 class _Clock:
-    """Seconds of each stage, and their total."""
+    """Seconds of each stage, and their total; those before a stop count too."""
 
     def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
+        self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self._laps[stage], self._last = now - self._last, now
+        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
+        self._last = now
 
     def seconds(self) -> dict[str, float]:
-        laps = {"total": self._last - self._started, **self._laps}
+        laps = {"total": sum(self._laps.values()), **self._laps}
         return {stage: round(seconds, 3) for stage, seconds in laps.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"laps": self._laps, "since": time.perf_counter() - self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for stage, seconds in state["laps"].items():
+            self._laps[stage] = self._laps.get(stage, 0.0) + seconds
+        self._last -= state["since"]

@@ -1,6 +1,8 @@
 """What a run says while it runs: steps go to listeners, which print or record them."""
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -29,19 +31,33 @@ def silent(step: Step) -> None:
 
 
 class History:
-    """Writes every n-th step, and the last, as one JSON line: about `lines` lines a stage."""
+    """Writes every n-th step, and the last, as one JSON line: about `lines` lines a stage.
+
+    Of a run that goes on, the lines behind its checkpoint are cut off and written again.
+    """
 
     def __init__(self, path: Path, lines: int = 500) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # nothing is left to fail when it is closed
         self._lines = lines
+        self._whole = self._file.tell()  # bytes up to the end of the last line
 
     def __call__(self, step: Step) -> None:
         if step.index % max(1, step.total // self._lines) and step.index != step.total:
             return
         losses = {name: float(value) for name, value in step.losses.items()}
         record = {"stage": step.stage, "step": step.index, **losses}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = json.dumps(record).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._whole += len(line)
+
+    def state_dict(self) -> dict[str, int]:
+        os.fsync(self._file.fileno())  # a checkpoint must not know of lines that were lost
+        return {"bytes": self._whole}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._whole = min(self._whole, state["bytes"])
+        self._file.truncate(self._whole)
 
     def __enter__(self) -> "History":
         return self

@@ -104,6 +104,18 @@ class Recipe:
             warmup=min(self.warmup, quarter),
         )
 
+    def with_batch(self, batch: int | None) -> "Recipe":
+        """The recipe with so many images a step, when it tunes and when it makes images."""
+        if batch is None:
+            return self
+        if not isinstance(batch, int) or batch < 1:
+            raise UsageError(f"batch must be a whole number of at least 1; got {batch}.")
+        source = self.source
+        if isinstance(source, ImagePool):
+            inner = replace(source.source, batch=batch)  # type: ignore[type-var]
+            return replace(self, source=replace(source, batch=batch, source=inner))
+        return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
+
 
 _FAST_POOL = ImagePool(SpectralSource(), images=2048, batch=100)
 

@@ -1,22 +1,28 @@
 """The run folder: what a run writes, in which order, and what makes it finished.
 
-config.json is written first, history.jsonl grows, the student, a few of the images it was tuned on
-and its ONNX file follow, metrics.json is last: a folder with metrics.json is a finished run.
+config.json is written first, history.jsonl and checkpoints grow, the student, a few of the images
+it was tuned on and its ONNX file follow, metrics.json is last: a folder with metrics.json is a
+finished run. Then the checkpoints are removed.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gdfq.artifacts.packed import STUDENT_FILE
+from gdfq.checkpoints import INTERVAL, Checkpoints
 from gdfq.errors import UsageError, first_line
-from gdfq.files import make_folder, write_json
+from gdfq.files import make_folder, remove_partial, write_json
 from gdfq.limits import read_json, within
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 EXPORT = "export"
 """Where the metrics of a run say what its ONNX file is."""
 
@@ -27,7 +33,7 @@ _FILES = (CONFIG, METRICS, *_MADE)
 def _is_ours(config: Path) -> bool:
     """Whether a file is the configuration of a run."""
     try:
-        return "gdfq" in read_json(within(config.parent, config))
+        return "gdfq" in read_json(config)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -35,13 +41,46 @@ def _is_ours(config: Path) -> bool:
 class RunFolder:
     """A folder that is about to hold a run.
 
-    Raises UsageError when it cannot be written, or holds a finished run or files of such names
-    that no run wrote. An unfinished run may be begun again.
+    Within its `with` block no other process can use it; the lock of a process that died is free.
+
+    Raises UsageError when it cannot be written, is in use, or holds a finished run or files of such
+    names that no run wrote, or links that lead out of it. An unfinished run goes on if it has a
+    checkpoint, else it begins again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checkpoint_every: float = INTERVAL) -> None:
         self.path = path
+        self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
+        self.checkpoints = Checkpoints(path / CHECKPOINTS, interval=checkpoint_every)
         make_folder(path)
+        self._check()
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"one process at a time may write into a run; another one is using {self.path}. "
+                "Wait until it has finished, or choose another --out."
+            ) from None
+        self._check()  # it may have finished in the meantime
+        remove_partial(self.path)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+        if (self.path / METRICS).exists():
+            (self.path / LOCK).unlink(missing_ok=True)
+
+    def _check(self) -> None:
+        path = self.path
+        for name in (*_FILES, LOCK, CHECKPOINTS):
+            within(path, path / name)
         if (path / METRICS).exists():
             raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
         present = [name for name in _FILES if (path / name).exists()]
@@ -56,7 +95,12 @@ class RunFolder:
         return self.path / HISTORY
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Remove what an unfinished run left and write the configuration."""
+        """Remove what an unfinished run left and write the configuration.
+
+        A run that goes on keeps what it has.
+        """
+        if self.checkpoints.exists():
+            return
         for name in _MADE:
             (self.path / name).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config)
@@ -64,6 +108,7 @@ class RunFolder:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which makes the run a finished one."""
         write_json(self.path / METRICS, metrics)
+        self.checkpoints.remove()
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -71,9 +116,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
     Raises UsageError for a run that has not finished, and for a file that no run wrote.
     """
-    path = within(folder, folder / METRICS)
+    path, config = (within(folder, folder / name) for name in (METRICS, CONFIG))
     if not path.exists():
-        if _is_ours(folder / CONFIG):
+        if _is_ours(config):
             raise UsageError(
                 f"the run in a folder must have finished; the one in {folder} has not: it has "
                 f"{CONFIG} and no {METRICS}. Run gdfq quantize again."

@@ -2,7 +2,6 @@
 
 import io
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.outputs import in_order
+from gdfq.tracing import quiet_tracing
 
 Run = Callable[[Tensor], list[Tensor]]
 """Images [N, *input_shape] -> the network's outputs in order, all on the CPU."""
@@ -173,8 +173,7 @@ def program_runner(data: bytes) -> Run:
     Raises GdfqError for a file that torch cannot load.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_tracing():
             module = torch.export.load(io.BytesIO(data)).module(check_guards=False)
     except Exception as error:
         raise GdfqError(

@@ -9,8 +9,8 @@ integer `Clip` keeps within their true width.
 
 import logging
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +24,7 @@ from gdfq.capture import flat_module, tensors_of
 from gdfq.data import Preprocessing
 from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.grid import code_bounds
+from gdfq.tracing import quiet_tracing
 
 INPUT = "images"
 PIXELS = "pixels."
@@ -216,15 +217,23 @@ def _opaque(network: fx.GraphModule) -> fx.GraphModule:
     return flat_module(graph, tensors_of(network)).eval()
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a logger say errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _exported(network: fx.GraphModule, input_shape: tuple[int, ...]) -> ir.Model:
     """The network in ONNX, the quantization operators in a domain of their own."""
     example = torch.zeros(2, *input_shape)  # a batch of one would be taken for a constant
-    noise = logging.getLogger("torch.onnx")
-    level = noise.level
-    noise.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
+        with quiet_tracing(), _quiet("torch.onnx"):
             program = torch.onnx.export(
                 network,
                 (example,),
@@ -238,8 +247,6 @@ def _exported(network: fx.GraphModule, input_shape: tuple[int, ...]) -> ir.Model
             "each operator of the network must have a form in ONNX; the export failed with: "
             f"{first_line(error)}. Export with --format safetensors or pt2 instead."
         ) from error
-    finally:
-        noise.setLevel(level)
     assert program is not None
     return program.model
 

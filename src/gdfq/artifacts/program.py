@@ -1,13 +1,13 @@
 """A frozen network as a `torch.export` program (.pt2), which runs without gdfq."""
 
 import io
-import warnings
 
 import torch
 from torch import fx
 
 from gdfq.capture import flat_module, tensors_of
 from gdfq.errors import UsageError, first_line
+from gdfq.tracing import quiet_tracing
 
 
 def to_program(network: fx.GraphModule, input_shape: tuple[int, ...]) -> bytes:
@@ -21,8 +21,7 @@ def to_program(network: fx.GraphModule, input_shape: tuple[int, ...]) -> bytes:
     module = flat_module(network.graph, tensors_of(network)).eval()
     buffer = io.BytesIO()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch's own deprecations, of no use to the caller
+        with quiet_tracing(), torch.no_grad():
             shapes = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
             torch.export.save(program, buffer)

@@ -5,7 +5,6 @@ that anything downstream can take.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,13 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdfq.capture import Captured
-from gdfq.errors import GdfqError, UsageError
+from gdfq.errors import UsageError
+from gdfq.faults import stay_finite
 from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
-from gdfq.progress import Listener, Step, silent
+from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
+from gdfq.sources.collapse import CollapseWatch
+from gdfq.sources.streams import Stream
 from gdfq.sources.upsampling import upsampled_convolution
+from gdfq.states import Stateful
 from gdfq.statistics import StatisticsNetwork
 
 Conditioning = Literal["label-embedding", "conditional-batch-norm"]
@@ -147,11 +150,12 @@ class GeneratorSource:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> Stream:
         """Yield `steps` batches, training on the way.
 
         Raises UsageError for inputs that are not images [C, H, W] and, when the statistics loss
-        has a weight, for networks without batch norms; GdfqError when the loss is not finite.
+        has a weight, for networks without batch norms; GdfqError when the loss is not finite or the
+        generator collapses (`gdfq.sources.collapse`).
         """
         if len(teacher.input_shape) != 3:
             raise UsageError(
@@ -174,7 +178,9 @@ class GeneratorSource:
         last = ahead + round(self.stop * steps) if learns else 0
         planned = ahead + steps if self.stop else ahead  # stopping early leaves the schedule
         draw = random_stream(seed, "generator.draw")
-        for step in range(ahead + steps):
+        watch = CollapseWatch()
+
+        def make(step: int) -> Batch:
             z = torch.randn(self.batch, self.latent, generator=draw).to(teacher.device)
             labels = torch.randint(classes, (self.batch,), generator=draw)
             labels = labels.to(teacher.device)
@@ -188,17 +194,23 @@ class GeneratorSource:
                     losses["generator"].backward()
                     optimizer.step()
             detached = {name: value.detach() for name, value in losses.items()}
-            if not bool(detached["generator"].isfinite()):
-                raise GdfqError(
-                    f"the generator's loss must stay finite; at step {step} its parts are "
-                    + ", ".join(f"{name} {float(value)}" for name, value in detached.items())
-                    + ". Use another seed, and check that mean and std are the network's own."
-                )
-            if step < ahead:
-                listener(Step("generator", step + 1, ahead, detached))
-            else:
-                known, logits = (labels, outputs.detach()) if has_classes else (None, None)
-                yield Batch(images.detach(), known, logits, detached)
+            stay_finite(
+                detached,
+                whose="generator",
+                when=f"step {step}",
+                advice="Use another seed, and check that mean and std are the network's own.",
+            )
+            known, logits = (labels, outputs.detach()) if has_classes else (None, None)
+            if learns:
+                watch.look(step, images, logits if loss.config.class_boundary else None, labels)
+            return Batch(images.detach(), known, logits, detached)
+
+        parts: dict[str, Stateful] = {
+            "generator": generator,
+            "optimizer": optimizer,
+            "watch": watch,
+        }
+        return Stream(make, steps, [draw], parts, ahead=ahead, listener=listener)
 
 
 class _GeneratorLoss:

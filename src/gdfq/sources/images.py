@@ -1,11 +1,9 @@
 """Given images as a source: few-shot runs, and the upper bound that real data sets."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 
 from gdfq.capture import Captured
 from gdfq.data import ImageData, Preprocessing
@@ -14,6 +12,7 @@ from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.sources import Batch, Source
 from gdfq.sources.pool import ImagePool
+from gdfq.sources.streams import Shuffled, Stream
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,19 @@ class ImageSource:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> Stream:
         """Yield `steps` batches."""
         draw = random_stream(seed, "images.order")
-        pending: list[Tensor] = []
-        for _ in range(steps):
-            if not pending:
-                order = torch.randperm(len(self.data), generator=draw)
-                pending = list(order.split(self.batch))
-            chosen = pending.pop(0)
+        order = Shuffled(draw, lambda indices: list(indices.split(self.batch)))
+
+        def make(_: int) -> Batch:
+            chosen = order.next_of(len(self.data))
             images = self.preprocessing(self.data.images(chosen)).to(teacher.device)
             with torch.no_grad():
                 logits = teacher.logits(images)
             labels = None if logits is None else logits.argmax(1)
             if logits is not None and self.data.labels is not None:
                 labels = self.data.labels[chosen].to(teacher.device)
-            yield Batch(images, labels, logits)
+            return Batch(images, labels, logits)
+
+        return Stream(make, steps, [draw], {"order": order})

@@ -6,7 +6,7 @@ moved by a random pixel ("swing convolution"), so that no pixel is left out of w
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, fx, nn
 from gdfq import operators
 from gdfq.capture import Captured, flat_module, tensors_of
 from gdfq.errors import UsageError
+from gdfq.faults import images_stay_finite
 from gdfq.losses import standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch
+from gdfq.sources.streams import Stream
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork
 
@@ -40,7 +42,7 @@ class LatentSource:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> Stream:
         """Yield `steps` batches.
 
         Raises UsageError for networks without batch norms and for inputs that are not [C, H, W].
@@ -50,21 +52,11 @@ class LatentSource:
                 "the generator makes images [channels, height, width]; "
                 f"this network takes {list(teacher.input_shape)}. Give real data instead."
             )
-        draw = random_stream(seed, "latent.swing")
-        network = StatisticsNetwork(swinging(teacher, draw), of_input=True)
-        return self._batches(teacher, network, steps, seed, listener)
-
-    def _batches(
-        self,
-        teacher: Captured,
-        network: StatisticsNetwork,
-        steps: int,
-        seed: int,
-        listener: Listener,
-    ) -> Iterator[Batch]:
+        swing, draw = (random_stream(seed, f"latent.{purpose}") for purpose in ("swing", "draw"))
+        network = StatisticsNetwork(swinging(teacher, swing), of_input=True)
         device = teacher.device
-        draw = random_stream(seed, "latent.draw")
-        for step in range(steps):
+
+        def make(step: int) -> Batch:
             generator = LatentGenerator(teacher.input_shape, self.latent, draw).to(device)
             z = torch.randn(self.batch, self.latent, generator=draw).to(device).requires_grad_()
             optimizers = (
@@ -79,6 +71,7 @@ class LatentSource:
                     for optimizer in optimizers:
                         set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
                         optimizer.zero_grad()
+                    images_stay_finite({"bns": loss.detach()}, step, iteration)
                     loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
@@ -88,7 +81,9 @@ class LatentSource:
                 images = generator(z)
                 logits = teacher.logits(images)
             labels = None if logits is None else logits.argmax(1)
-            yield Batch(images, labels, logits, {"bns": loss.detach()})
+            return Batch(images, labels, logits, {"bns": loss.detach()})
+
+        return Stream(make, steps, [swing, draw])
 
 
 class LatentGenerator(nn.Module):

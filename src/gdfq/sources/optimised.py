@@ -3,18 +3,19 @@
 With a class loss and a low-pass filter they are those of SynQ (arXiv 2603.18423).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from gdfq.capture import Captured
 from gdfq.errors import UsageError
+from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig
 from gdfq.sources import Batch, labels_in_turn
+from gdfq.sources.streams import Stream
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -39,7 +40,7 @@ class OptimisedSource:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> Stream:
         """Yield `steps` batches.
 
         Raises UsageError for networks without batch norms, and with a cutoff for inputs without a
@@ -52,18 +53,9 @@ class OptimisedSource:
                 f"vectors of {teacher.input_shape[0]}. Use recipe 'zeroq', or give real inputs "
                 "(--data, or data=...)."
             )
-        return self._batches(teacher, network, steps, seed, listener)
-
-    def _batches(
-        self,
-        teacher: Captured,
-        network: StatisticsNetwork,
-        steps: int,
-        seed: int,
-        listener: Listener,
-    ) -> Iterator[Batch]:
         draw = random_stream(seed, "optimised.draw")
-        for step in range(steps):
+
+        def make(step: int) -> Batch:
             noise = torch.randn(self.batch, *teacher.input_shape, generator=draw)
             images = noise.to(teacher.device).requires_grad_()
             optimizer = self.optimizer.build([images])
@@ -78,6 +70,9 @@ class OptimisedSource:
                     loss = bns
                     if self.class_weight and labels is not None:
                         loss = loss + self.class_weight * focal_loss(outputs, labels, self.focus)
+                    images_stay_finite(
+                        {"total": loss.detach(), "bns": bns.detach()}, step, iteration
+                    )
                     (images.grad,) = torch.autograd.grad(loss, images)
                 optimizer.step()
                 plateau.step(loss.item())
@@ -90,7 +85,9 @@ class OptimisedSource:
                 logits = teacher.logits(final)
             if logits is not None and not self.class_weight:
                 labels = logits.argmax(1)
-            yield Batch(final, labels, logits, {"bns": bns.detach()})
+            return Batch(final, labels, logits, {"bns": bns.detach()})
+
+        return Stream(make, steps, [draw])
 
 
 def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:

@@ -5,7 +5,6 @@ So images are optimised until the patches of each attention's output differ as w
 another as they can (arXiv 2203.02250). Their form is that of `spectral.py`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,8 @@ from gdfq.losses import patch_entropy
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig
-from gdfq.sources import Batch
 from gdfq.sources.spectral import spectral_batches
+from gdfq.sources.streams import Stream
 from gdfq.statistics import input_moments
 
 _PATCHES = 64
@@ -49,7 +48,7 @@ class PatchSource:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> Stream:
         """Yield `steps` batches.
 
         Raises UsageError for inputs without a spatial axis, and for networks without patches.

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from gdfq.capture import Captured
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.sources import Batch, Source
+from gdfq.sources.streams import Feed, Shuffled, Stream
+from gdfq.states import Fixed
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,11 @@ class ImagePool:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> "PoolStream":
         """Yield `steps` batches; raises at once what the source does."""
         needed = -(-self.images // self.source.batch)
         made = self.source.stream(teacher, steps=needed, seed=seed, listener=listener)
-        return self._batches(made, steps, seed)
+        return PoolStream(self, made, steps, seed, teacher.device)
 
     def made(
         self, teacher: Captured, *, seed: int, listener: Listener = silent
@@ -45,21 +48,6 @@ class ImagePool:
         """
         images, labels = collect(self.source, teacher, self.images, seed=seed, listener=listener)
         return replace(self, source=StoredImages(images, labels, self.source.batch)), images
-
-    def _batches(self, made: Iterator[Batch], steps: int, seed: int) -> Iterator[Batch]:
-        images, labels = first_images(self.images, made)
-        draw = random_stream(seed, "pool.order")
-        size = min(self.batch, len(images))
-        pending: list[Tensor] = []
-        for _ in range(steps):
-            if not pending:
-                order = torch.randperm(len(images), generator=draw)
-                pending = [part for part in order.split(size) if len(part) == size]
-            chosen = pending.pop()
-            drawn = images[chosen]
-            if self.augmented:
-                drawn = shifted_and_flipped(drawn, draw)
-            yield Batch(drawn, None if labels is None else labels[chosen], None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +64,69 @@ class StoredImages:
         """Yield `steps` batches, or as many as there are; the last may be smaller."""
         batch = Batch(self.images, self.labels, None)
         yield from islice(batch.split(self.batch), steps)
+
+
+class PoolStream(Stream):
+    """The batches of a pool, whose images are made when they are first asked for."""
+
+    def __init__(
+        self,
+        pool: ImagePool,
+        made: Iterator[Batch],
+        steps: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._collected = _Collected(made, pool.images, device)
+        draw = random_stream(seed, "pool.order")
+
+        def whole_batches(order: Tensor) -> list[Tensor]:
+            size = min(pool.batch, len(order))
+            return [part for part in order.split(size) if len(part) == size][::-1]
+
+        order = Shuffled(draw, whole_batches)
+
+        def make(_: int) -> Batch:
+            images, labels = self._collected()
+            chosen = order.next_of(len(images))
+            drawn = images[chosen]
+            if pool.augmented:
+                drawn = shifted_and_flipped(drawn, draw)
+            return Batch(drawn, None if labels is None else labels[chosen], None)
+
+        super().__init__(make, steps, [draw], {"order": order, "images": self._collected})
+
+    def images(self) -> Tensor:
+        """All images of the pool [images, *input_shape], in the order in which they were made."""
+        return self._collected()[0]
+
+
+class _Collected:
+    """The first `count` images of a stream and their labels, made once."""
+
+    def __init__(self, made: Iterator[Batch], count: int, device: torch.device) -> None:
+        self._feed: Feed | None = Feed(made, device)
+        self._count, self._device = count, device
+        self._all: Fixed | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor | None]:
+        if self._all is None:
+            assert self._feed is not None
+            for _ in self._feed.until(self._count, hold=True):
+                pass  # the stream ends when they are enough
+            self._all = Fixed(first_images(self._count, self._feed.held))
+            self._feed = None  # its batches need not stay in memory
+        images, labels = self._all.value
+        return images, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"all": self._all, "feed": self._feed and self._feed.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["all"] is not None:
+            self._all, self._feed = state["all"].to(self._device), None
+        elif self._feed is not None:
+            self._feed.load_state_dict(state["feed"])
 
 
 def collect(

@@ -8,7 +8,7 @@ so; see C. Olah et al., Distill 2017, "Feature Visualization".)
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from gdfq.capture import Captured
 from gdfq.errors import UsageError
+from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, relative_statistics_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch, labels_in_turn
+from gdfq.sources.streams import Stream
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -46,7 +48,7 @@ class SpectralSource:
 
     def stream(
         self, teacher: Captured, *, steps: int, seed: int, listener: Listener = silent
-    ) -> Iterator[Batch]:
+    ) -> Stream:
         """Yield `steps` batches.
 
         Raises UsageError for networks without batch norms and for inputs without a spatial axis.
@@ -98,7 +100,7 @@ def spectral_batches(
     steps: int,
     draw: torch.Generator,
     listener: Listener,
-) -> Iterator[Batch]:
+) -> Stream:
     """Batches of images whose Fourier coefficients follow Adam on what the teacher knows.
 
     The loss is that of `knowledge` plus, for a network with classes, the focal class loss.
@@ -106,7 +108,8 @@ def spectral_batches(
     channels, *size = teacher.input_shape
     device = teacher.device
     amplitude = natural_spectrum(size, config.exponent).to(device)
-    for step in range(steps):
+
+    def make(step: int) -> Batch:
         labels = labels_in_turn(teacher, step, config.batch)
         shape = (config.batch, channels, *amplitude.shape, 2)
         noise = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5))
@@ -121,6 +124,7 @@ def spectral_batches(
                     boundary = focal_loss(outputs, labels, config.focus)
                     loss = loss + config.class_weight * boundary
                     losses["boundary"] = boundary.detach()
+                images_stay_finite({"total": loss.detach(), **losses}, step, iteration)
                 (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
             optimizer.step()
             done = step * config.iterations + iteration + 1
@@ -128,7 +132,9 @@ def spectral_batches(
         with torch.no_grad():
             images = from_spectrum(coefficients, amplitude, size, config.grey)
             logits = teacher.logits(images)
-        yield Batch(images, labels, logits, losses)
+        return Batch(images, labels, logits, losses)
+
+    return Stream(make, steps, [draw])
 
 
 def natural_spectrum(size: list[int], exponent: float) -> Tensor:

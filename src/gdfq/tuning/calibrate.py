@@ -19,16 +19,23 @@ from gdfq.student import Student
 
 @torch.no_grad()
 def calibrate_(
-    student: Student, batches: Iterable[Batch], *, steps: int, listener: Listener
+    student: Student,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    listener: Listener,
+    first_step: int = 0,
 ) -> None:
-    """Track all activation ranges over the batches (`steps` of them), then freeze them.
+    """Track all activation ranges over the batches, then freeze them.
+
+    The batches are those from `first_step` on, out of `steps` in all.
 
     Raises GdfqError when a range is not finite.
     """
     student.eval()
     for quantizer in student.activations:
         quantizer.observing = True
-    for step, batch in enumerate(batches, start=1):
+    for step, batch in enumerate(batches, start=first_step + 1):
         student(batch.images)
         listener(Step("calibrate", step, steps, batch.losses))
     for name, quantizer in student.named_modules():

@@ -1,6 +1,5 @@
 """Tuning: cross-entropy, distillation and block features on the stream's batches."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from gdfq import operators
 from gdfq.capture import Captured
-from gdfq.errors import GdfqError
+from gdfq.checkpoints import Keeper, Unkept
+from gdfq.faults import stay_finite
 from gdfq.features import block_ends
 from gdfq.features import with_features as features_of
 from gdfq.folding import fold_batch_norms
@@ -86,6 +86,7 @@ def tune_(
     first_step: int,
     total_steps: int,
     listener: Listener,
+    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
 ) -> None:
     """One update of the student for each batch.
 
@@ -98,7 +99,7 @@ def tune_(
     Raises GdfqError when the loss is not finite.
     """
     student.train()  # only batch norms without fixed statistics behave differently
-    optimizer = config.optimizer.build(student)
+    optimizer = keeper.hold("optimizer", config.optimizer.build(student))
     ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
     # Statistics that follow the batch need it whole.
     in_parts = config.fixed_statistics and teacher.device.type == "cpu"
@@ -115,12 +116,12 @@ def tune_(
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
-        value = losses["student"].item()
-        if not math.isfinite(value):
-            raise GdfqError(
-                f"the student's loss must stay finite; it is {value} at step {step}. "
-                "Lower the learning rate or use more bits."
-            )
+        stay_finite(
+            losses,
+            whose="student",
+            when=f"step {step}",
+            advice="Lower the learning rate or use more bits.",
+        )
         optimizer.step()
         listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}))
     student.eval()

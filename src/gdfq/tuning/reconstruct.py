@@ -4,15 +4,17 @@ BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): a block se
 finished predecessors make them, some of their values replaced by the teacher's own.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from gdfq.capture import Captured
-from gdfq.errors import GdfqError, UsageError
+from gdfq.checkpoints import Keeper, Unkept
+from gdfq.errors import UsageError
+from gdfq.faults import stay_finite
 from gdfq.features import block_ends, blocks
 from gdfq.folding import fold_batch_norms
 from gdfq.progress import Listener, Step
@@ -51,6 +53,7 @@ def reconstruct_(
     updates: int,
     seed: int,
     listener: Listener,
+    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
 ) -> None:
     """Reconstruct all blocks on the images of the batches, each in so many updates.
 
@@ -61,21 +64,55 @@ def reconstruct_(
     ends = block_ends(network.graph)
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
     seen = wanted = torch.cat([batch.images for batch in batches])
-    draw = random_stream(seed, "reconstruct.draw")
     total = updates * len(student_blocks)
-    done = 0
+    place = keeper.hold("reconstruction", _Place(random_stream(seed, "reconstruct.draw")))
     finished: set[nn.Parameter] = set()
-    for block, goal in zip(student_blocks, blocks(network, ends), strict=True):
+    for index, (block, goal) in enumerate(zip(student_blocks, blocks(network, ends), strict=True)):
         block.requires_grad_(True)
         for parameter in finished:
             parameter.requires_grad_(False)
         inputs, wanted = wanted, _mapped(goal, wanted)
-        for losses in _updates(block, (seen, inputs, wanted), config, updates, draw):
-            done += 1
-            listener(Step("tune", done, total, losses))
+        if place.block <= index:
+            place.enter_(index, optimizer := config.optimizer.build(block))
+            parts = seen, inputs, wanted
+            for losses in _updates(block, parts, config, updates, optimizer, place):
+                listener(Step("tune", updates * index + place.update, total, losses))
+        _settle_(block)
         seen = _mapped(block, seen)
         finished.update(block.parameters())
     student.requires_grad_(True)
+
+
+class _Place:
+    """Where a reconstruction is: at which update of which block, and with what optimizer."""
+
+    def __init__(self, draw: torch.Generator) -> None:
+        self.draw, self.block, self.update = draw, 0, 0
+        self._optimizer: dict[str, Any] | torch.optim.Optimizer | None = None
+
+    def enter_(self, block: int, optimizer: torch.optim.Optimizer) -> None:
+        """Begin a block, or go on with the one that a stop left unfinished."""
+        if block != self.block:
+            self.block, self.update = block, 0
+        elif isinstance(self._optimizer, dict):
+            optimizer.load_state_dict(self._optimizer)
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        optimizer = self._optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer.state_dict()
+        return {
+            "draw": self.draw.get_state(),
+            "block": self.block,
+            "update": self.update,
+            "optimizer": optimizer,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.draw.set_state(state["draw"])
+        self.block, self.update = state["block"], state["update"]
+        self._optimizer = state["optimizer"]
 
 
 def _updates(
@@ -83,18 +120,19 @@ def _updates(
     images: tuple[Tensor, Tensor, Tensor],
     config: Reconstruction,
     updates: int,
-    draw: torch.Generator,
+    optimizer: torch.optim.Optimizer,
+    place: _Place,
 ) -> Iterator[dict[str, Tensor]]:
-    """Train one block; yields each update's losses.
+    """Train one block from its place on; yields each update's losses.
 
     images: the block's inputs from student and teacher, and the teacher's outputs.
     """
     rounded = [m for m in block.modules() if isinstance(m, RoundedWeight)]
     quantizers = [m for m in block.modules() if isinstance(m, ActivationQuantizer)]
+    draw = place.draw
     for quantizer in quantizers:
         quantizer.bypass = Bypass(config.drop, draw) if config.drop else None
-    optimizer = config.optimizer.build(block)
-    for update in range(updates):
+    for update in range(place.update, updates):
         set_rate_(optimizer, config.schedule.factor(update, updates))
         chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
         seen, inputs, wanted = (part[chosen] for part in images)
@@ -112,18 +150,25 @@ def _updates(
                 sharpness = 20 + (2 - 20) * progress
                 loss = loss + config.rounding * sum(m.undecided(sharpness) for m in rounded)
             loss.backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise GdfqError(
-                f"a block's loss must stay finite; it is {value} at update {update}. "
-                "Lower the learning rate or use more bits."
-            )
+        losses = {"student": loss.detach(), "error": error.detach()}
+        stay_finite(
+            losses,
+            whose="block",
+            when=f"update {update} of block {place.block}",
+            advice="Lower the learning rate or use more bits.",
+        )
         optimizer.step()
-        yield {"student": loss.detach(), "error": error.detach()}
-    for quantizer in quantizers:
-        quantizer.bypass = None
-    for weight in rounded:
-        weight.settled = True
+        place.update = update + 1
+        yield losses
+
+
+def _settle_(block: fx.GraphModule) -> None:
+    """What was let through or left undecided while the block was trained is so no longer."""
+    for module in block.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.bypass = None
+        elif isinstance(module, RoundedWeight):
+            module.settled = True
 
 
 @torch.no_grad()

@@ -1,0 +1,78 @@
+"""What can go wrong while a run computes, told in its own terms."""
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gdfq.errors import GdfqError, first_line
+
+
+def stay_finite(losses: Mapping[str, Tensor], *, whose: str, when: str, advice: str) -> None:
+    """Raise GdfqError, with all parts, when the first loss is NaN or infinite."""
+    if not bool(next(iter(losses.values())).isfinite()):
+        parts = ", ".join(f"{name} {float(value):.6g}" for name, value in losses.items())
+        raise GdfqError(
+            f"the {whose}'s loss must stay finite; at {when} its parts are {parts}. {advice}"
+        )
+
+
+def images_stay_finite(losses: Mapping[str, Tensor], batch: int, iteration: int) -> None:
+    """`stay_finite` for images that are optimised."""
+    stay_finite(
+        losses,
+        whose="image",
+        when=f"iteration {iteration} of batch {batch}",
+        advice="Check that mean and std are the network's own, or use another seed.",
+    )
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory is short."""
+    by_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return by_type or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+@contextmanager
+def told_of_shortage(batch: int, ask: Callable[[int], object]) -> Iterator[None]:
+    """Turn a shortage of memory into a GdfqError that names a batch which fits.
+
+    batch: images a step. `ask` does with a number of images what takes most memory; half of what it
+    can do is named, because a step holds more than that.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled it
+        fits = next((n for n in _halves(batch) if _has_room(ask, 2 * n)), None)
+        advice = (
+            f"{fits} images fit: use --batch {fits} (batch={fits})"
+            if fits
+            else "not even one image fits: use a machine with more"
+        )
+        raise GdfqError(
+            f"a step on {batch} images must fit into memory; it does not ({first_line(error)}). "
+            f"{advice}. What is finished is kept."
+        ) from error
+
+
+def _halves(batch: int) -> Iterator[int]:
+    while batch > 1:
+        batch //= 2
+        yield batch
+
+
+def _has_room(ask: Callable[[int], object], images: int) -> bool:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ask(images)
+    except (MemoryError, RuntimeError) as error:
+        if is_shortage(error):
+            return False
+        raise
+    return True

@@ -1,0 +1,145 @@
+"""Streams of batches that can be stopped between two and go on, to the bit."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfq.progress import Listener, Step, silent
+from gdfq.sources import Batch
+from gdfq.states import Fixed, Stateful
+
+
+class Stream:
+    """Batches that `make` makes, given the step from 0 on.
+
+    All randomness comes from `draws`; what else a batch depends on and changes are the `parts`. A
+    batch that a stop leaves unfinished is made again. The first `ahead` batches are not yielded:
+    the listener hears of them as the stage "generator".
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Batch],
+        steps: int,
+        draws: Sequence[torch.Generator],
+        parts: Mapping[str, Stateful] | None = None,
+        *,
+        ahead: int = 0,
+        listener: Listener = silent,
+    ) -> None:
+        self._make, self._end, self._draws, self._parts = make, ahead + steps, draws, parts or {}
+        self._ahead, self._listener = ahead, listener
+        self._step = 0
+        self._note_random_states()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while self._step < self._end:
+            batch = self._make(self._step)
+            self._step += 1
+            self._note_random_states()
+            if self._step > self._ahead:
+                return batch
+            self._listener(Step("generator", self._step, self._ahead, batch.losses))
+        raise StopIteration
+
+    def _note_random_states(self) -> None:
+        self._states = [draw.get_state() for draw in self._draws]
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"step": self._step, "draws": self._states, "parts": parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        for draw, value in zip(self._draws, state["draws"], strict=True):
+            draw.set_state(value)
+        self._note_random_states()
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
+
+
+class Shuffled:
+    """The indices of images in a new random order each epoch, a batch at a time.
+
+    `split` makes batches of an order.
+    """
+
+    def __init__(self, draw: torch.Generator, split: Callable[[Tensor], list[Tensor]]) -> None:
+        self._draw, self._split = draw, split
+        self._pending: list[Tensor] = []
+
+    def next_of(self, count: int) -> Tensor:
+        """The next batch of the indices 0..count − 1."""
+        if not self._pending:
+            self._pending = self._split(torch.randperm(count, generator=self._draw))
+        return self._pending.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": self._pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending = list(state["pending"])
+
+
+class Feed:
+    """A stream's batches as the stages of a run take them, and what must outlast a stop.
+
+    `taken` is how many they took, `examples` a few images of the first [n, *input_shape], `held`
+    the batches that they wanted to be kept. A stream without a state goes on by being made again.
+    """
+
+    _EXAMPLES = 32
+
+    def __init__(self, stream: Iterator[Batch], device: torch.device) -> None:
+        self.stream, self._device = stream, device
+        self.taken = 0
+        self._examples: Fixed | None = None
+        self._held: list[Fixed] = []
+
+    @property
+    def examples(self) -> Tensor:
+        assert self._examples is not None, "no batch was taken yet"
+        examples: Tensor = self._examples.value
+        return examples
+
+    @property
+    def held(self) -> list[Batch]:
+        return [Batch(**part.value) for part in self._held]
+
+    def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:
+        """The batches up to the `count`-th of all."""
+        while self.taken < count:
+            batch = next(self.stream, None)
+            if batch is None:
+                return
+            if self._examples is None:
+                self._examples = Fixed(batch.images[: self._EXAMPLES].clone())
+            if hold:
+                self._held.append(Fixed(vars(batch)))
+            self.taken += 1
+            yield batch
+
+    def hold(self, count: int) -> list[Batch]:
+        """The first `count` batches that are held; as many more as that needs are taken."""
+        for _ in self.until(self.taken + count - len(self._held), hold=True):
+            pass
+        return self.held[:count]
+
+    def state_dict(self) -> dict[str, Any]:
+        of_stream = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
+        return {"taken": self.taken, "examples": self._examples, "held": list(self._held),
+                "stream": of_stream}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken, self._examples = state["taken"], state["examples"]
+        self._held = [part.to(self._device) for part in state["held"]]
+        if hasattr(self.stream, "load_state_dict"):
+            self.stream.load_state_dict(state["stream"])
+        else:
+            next(islice(self.stream, self.taken - 1, self.taken), None)

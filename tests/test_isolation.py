@@ -1,0 +1,96 @@
+"""A call of the library changes nothing but its result, and two at once do not meet."""
+
+import logging
+import threading
+import warnings
+
+import networks
+import pytest
+import torch
+from test_pipeline import same, small, state
+
+import gdfq
+from gdfq import RECIPES
+from gdfq.capture import capture
+
+
+def surroundings():
+    """What of the process a call must leave as it is."""
+    names = ["", "torch", "torch.onnx", "torch.export", *logging.root.manager.loggerDict]
+    loggers = {name: logging.getLogger(name) for name in names}
+    return {
+        "random": torch.random.get_rng_state().tolist(),
+        "type": torch.get_default_dtype(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "filters": list(warnings.filters),
+        "shown by": warnings.showwarning,
+        "loggers": {
+            name: (logger.level, logger.disabled, list(logger.handlers))
+            for name, logger in loggers.items()
+        },
+    }
+
+
+def changed(before, after):
+    known = before["loggers"]
+    after = {**after, "loggers": {name: after["loggers"][name] for name in known}}
+    return [name for name in before if before[name] != after[name]]
+
+
+@pytest.mark.parametrize("name", ["quick", "paper", "genie"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_nothing_of_the_process_is_changed(name, grad, residual, tmp_path):
+    capture(residual, networks.images(1))  # what torch sets when it first traces is torch's own
+    with torch.set_grad_enabled(grad):
+        before = surroundings()
+        result = gdfq.quantize(
+            residual, networks.images(1), "w4a4", small(RECIPES[name]), steps=5,
+            checkpoints=tmp_path,
+        )  # fmt: skip
+        result.save(tmp_path / "saved")
+        gdfq.load(tmp_path / "saved")
+        assert changed(before, surroundings()) == []
+
+
+def test_no_warnings_leak(residual, tmp_path):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        result = gdfq.quantize(
+            residual, networks.images(1), "w4a4", small(RECIPES["quick"]), steps=5
+        )
+        result.export(tmp_path / "student.onnx")
+        result.export(tmp_path / "student.pt2")
+    assert [str(warning.message) for warning in heard] == []
+
+
+def test_two_threads_give_what_they_give_alone(residual):
+    """Capture, tuning and all, at the same time."""
+    names = ("quick", "paper")
+    jobs = {name: small(RECIPES[name]) for name in names}
+
+    def quantized(name):
+        return gdfq.quantize(residual, networks.images(1), "w4a4", jobs[name], steps=8)
+
+    alone = {name: quantized(name) for name in names}
+    together, errors = {}, []
+    meeting = threading.Barrier(len(names))
+
+    def work(name):
+        meeting.wait()
+        try:
+            together[name] = quantized(name)
+        except BaseException as error:
+            errors.append(error)
+
+    filters = list(warnings.filters)
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert warnings.filters == filters
+    for name in names:
+        assert same(state(alone[name].network), state(together[name].network))
