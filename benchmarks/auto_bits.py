@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from accuracy import NETWORKS, SHARED, Row, compared, hash_of, stored
 
-from gdfq.allocation import choose_widths
+from gdfq.allocation import choose_widths, file_sizes
 from gdfq.artifacts.onnx import to_onnx
 from gdfq.capture import Captured, capture
 from gdfq.card import Card
@@ -112,10 +112,8 @@ def rows_of(name: str, seed: int, known: dict[tuple[object, ...], dict[str, obje
                 base = Scheme(Bits(4, 8), "full")
                 card = card_of(name, teacher, base, recipe, seed)
                 started = time.perf_counter()
-                chosen = choose_widths(
-                    teacher, base, images, budget, metadata=metadata_of(card, {}, safe=False),
-                    listener=listener,
-                )  # fmt: skip
+                sizes = file_sizes(teacher, base, metadata_of(card, {}, safe=False))
+                chosen = choose_widths(teacher, base, images, budget, sizes, listener=listener)
                 choosing = time.perf_counter() - started
                 row = run(name, teacher, recipe, chosen.scheme, seed, listener)
                 yield common | {

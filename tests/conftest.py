@@ -5,12 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import networks
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from safetensors.torch import save_file
 
 from gdfq.capture import Captured, capture
+from gdfq.cli import _exit_code
 from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
+
+# No test goes by time: a busy machine is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -46,6 +54,22 @@ def teacher(residual: torch.nn.Module) -> Captured:
 def tiny() -> Recipe:
     """The published method at a size for tests."""
     return replace(PAPER, source=GeneratorSource(batch=8)).with_steps(8)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all that `gdfq quantize` writes; not to be changed."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "net.py").write_text("from networks import Residual as factory\n")
+    (place / "networks.py").write_text(Path(networks.__file__).read_text())
+    save_file(networks.make("Residual").state_dict(), place / "w.safetensors")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
+    np.savez(place / "test.npz", images=pixels, labels=np.arange(40) % networks.CLASSES)
+    words = ["quantize", f"{place}/net.py:factory", "--weights", f"{place}/w.safetensors"]
+    words += ["--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3", "--recipe", "paper"]
+    words += ["--steps", "12", "--test", f"{place}/test.npz", "--out", f"{place}/run"]
+    assert _exit_code(words) == 0
+    return place / "run"
 
 
 @pytest.fixture(scope="session")

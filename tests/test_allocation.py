@@ -187,6 +187,13 @@ def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
     assert found == widths | {"fc": 6}
 
 
+def test_an_impossible_size_is_found_before_images_are_made(residual):
+    heard = []
+    with pytest.raises(UsageError, match="smallest possible size"):
+        gdfq.quantize(residual, networks.images(1), "auto", SMALL, size=2000, listener=heard.append)
+    assert not heard
+
+
 def test_the_images_are_made_once_and_are_the_recipes_own(teacher):
     pool = SMALL.source
     made, images = pool.made(teacher, seed=3)

@@ -148,3 +148,61 @@ def test_weights_that_are_not_finite_are_refused():
         model.conv1.weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(UsageError, match=r"conv1\.weight.*NaN"):
         capture(model, networks.images(1))
+
+
+class Crossed(nn.Module):
+    """Attention between two sequences: its one weight is used in parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.query = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        return self.fc(self.attention(self.query(x), x, x, need_weights=False)[0].mean(1))
+
+
+def test_layers_are_named_by_their_modules():
+    """Also where a weight is computed or cut into parts; such parts are parameters as it is."""
+    captured = capture(Crossed().eval(), torch.zeros(1, 8, 2, 5))
+    layers = [n for n in captured.network.graph.nodes if operators.has_weight(n)]
+    assert [operators.layer_name(layer) for layer in layers] == [
+        *("query", "attention.in_proj", "attention.in_proj", "attention.out_proj", "fc")
+    ]
+    tensors = tensors_of(captured.network)
+    parts = [tensors[layer.args[1].target] for layer in layers[1:3]]
+    assert [tuple(part.shape) for part in parts] == [(8, 8), (16, 8)]
+    assert all(isinstance(part, nn.Parameter) for part in parts)
+
+    standardised = capture(networks.make("Standardised"), networks.images(1))
+    layers = filter(operators.has_weight, standardised.network.graph.nodes)
+    assert [operators.layer_name(layer) for layer in layers] == ["conv", "fc"]
+
+
+class Windows(nn.Module):
+    """Shifted windows with a mask that is filled in place, as torchvision's Swin has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        mask = x.new_zeros((4, 4))
+        for i, rows in enumerate(((0, 2), (2, 4))):
+            mask[rows[0] : rows[1], :] = i
+        mask = mask.flatten().unsqueeze(0) - mask.flatten().unsqueeze(1)
+        mask = mask.masked_fill(mask != 0, -100.0).masked_fill(mask == 0, 0.0)
+        return self.fc((x @ x.transpose(1, 2) + mask).softmax(-1).mean(1))
+
+
+def test_a_mask_of_fixed_size_becomes_a_constant():
+    model = Windows().eval()
+    captured = capture(model, torch.zeros(1, 3, 4, 4))
+    names = {operators.name_of(node) for node in captured.network.graph.nodes}
+    assert not any("fill" in name or "zeros" in name or "copy" in name for name in names)
+    x = networks.images(3, shape=(3, 4, 4))
+    assert torch.allclose(captured.network(x), model(x), atol=1e-6)

@@ -72,7 +72,7 @@ def test_states_keep_numbers_keys_types_and_strides():
     assert not unequal(dense, from_bytes(to_bytes(state, str), Fixed))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

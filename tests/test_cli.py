@@ -46,11 +46,14 @@ def place(tmp_path):
     return tmp_path
 
 
-def arguments(place, *more, model="factory", weights="w.safetensors", out="out"):
+def arguments(
+    place, *more, model="factory", weights="w.safetensors", out="out", command="quantize"
+):
+    report = ["--no-report"] if command == "quantize" else []
     return [
-        *("quantize", f"{place}/net.py:{model}", "--weights", f"{place}/{weights}"),
+        *(command, f"{place}/net.py:{model}", "--weights", f"{place}/{weights}"),
         *("--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"),
-        *("--recipe", "paper", "--steps", "4", "--out", f"{place}/{out}", *more),
+        *("--recipe", "paper", "--steps", "4", "--out", f"{place}/{out}", *report, *more),
     ]
 
 
@@ -116,7 +119,7 @@ def test_every_form_of_weights_gives_the_same_network(place, weights):
 
 
 def test_generate_writes_images_that_can_be_given_back(place):
-    made = ["generate", *arguments(place, out="fakes")[1:], "--count", "10"]
+    made = [*arguments(place, out="fakes", command="generate"), "--count", "10"]
     assert _exit_code(made) == 0
     floats = np.load(place / "fakes" / "images.npy")
     assert floats.shape == (10, *networks.SHAPE)
@@ -176,6 +179,14 @@ def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert not (place / "out").is_dir()  # not even an empty folder stays
+
+
+def test_images_of_an_absent_network_leave_no_folder(place, capsys):
+    call = ["generate", f"{place}/net.py:absent", "--input", "3x8x8", "--out", f"{place}/made"]
+    assert _exit_code(call) == 2
+    assert "'absent' is not there" in capsys.readouterr().err
+    assert not (place / "made").exists()
 
 
 @pytest.mark.parametrize(
@@ -278,7 +289,7 @@ def test_help_and_version_do_not_import_torch(capsys):
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
     assert _exit_code(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"gdfq, version {gdfq.__version__}"
-    for command in ("quantize", "evaluate", "generate", "demo", "recipes"):
+    for command in ("quantize", "evaluate", "report", "compare", "generate", "demo", "recipes"):
         assert _exit_code([command, "--help"]) == 0
     assert _exit_code(["recipes"]) == 0
     assert "GDFQ as published for CIFAR" in capsys.readouterr().out

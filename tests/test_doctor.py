@@ -10,12 +10,14 @@ from torch import nn
 import gdfq
 from gdfq.capture import capture
 from gdfq.cli import main
-from gdfq.doctor import diagnose, with_costs
+from gdfq.costs import now, peak_bytes, with_costs
+from gdfq.doctor import FloatOperators, diagnose
 from gdfq.grid import Bits
 from gdfq.recipes import find_recipe
 from gdfq.student import Keep, Scheme
 
 FULL = Scheme(Bits(4, 4), "full")
+NO_FORM = "no integer form"
 
 
 def counted_by_hooks(model, x):
@@ -56,8 +58,8 @@ def test_attention_counts_its_products():
     layers = sum(layer.operations for layer in diagnosis.layers)
     # Two blocks of four heads: 17 x 17 scores of 8 products each, and as many to weigh values.
     assert diagnosis.operations - layers == 2 * 2 * 4 * 17 * 17 * 8
-    assert diagnosis.float_operators["layer_norm"] == 5
-    assert diagnosis.float_operators["softmax"] == 2
+    assert FloatOperators("layer_norm", 5, NO_FORM) in diagnosis.float_operators
+    assert FloatOperators("softmax", 2, NO_FORM) in diagnosis.float_operators
     assert diagnosis.batch_norms == 0
 
 
@@ -77,6 +79,8 @@ class Sequence(nn.Module):
 def test_a_batch_that_is_not_first_counts_once():
     teacher = capture(Sequence().eval(), torch.zeros(1, 8, 2, 5))
     diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
+    names = [layer.name for layer in diagnosis.layers]
+    assert names == ["attention.in_proj", "attention.out_proj", "fc"]
     counts = [layer.operations for layer in diagnosis.layers]
     assert counts == [10 * 8 * 24, 10 * 8 * 8, 8 * 3]  # ten positions
     assert diagnosis.operations == sum(counts) + 2 * 2 * 10 * 10 * 4
@@ -89,11 +93,22 @@ def test_what_is_on_no_grid_is_float():
     teacher = capture(model.eval(), networks.images(1))
     recipe = find_recipe("real")
     full = diagnose(teacher, FULL, recipe)
-    assert full.float_operators == {}
+    assert full.float_operators == ()
     kept = diagnose(teacher, Scheme(Bits(4, 4), "full", (Keep("2", None),)), recipe)
-    assert kept.float_operators == {"conv2d": 1}
+    assert kept.float_operators == (FloatOperators("conv2d", 1, "kept float"),)
     published = diagnose(teacher, Scheme(Bits(4, 4), "t1"), recipe)
-    assert published.float_operators == {"conv2d": 1, "linear": 1}  # the input's, and the last
+    why = "what enters it is no ReLU's output, which alone placement t1 quantizes"
+    assert published.float_operators == (  # the input's, and the last
+        FloatOperators("conv2d", 1, why),
+        FloatOperators("linear", 1, why),
+    )
+
+
+def test_what_shapes_outputs_is_float_and_said_so():
+    teacher = capture(networks.make("Detector"), networks.images(1))
+    found = diagnose(teacher, FULL, find_recipe("fast")).float_operators
+    assert FloatOperators("sigmoid", 2, NO_FORM) in found
+    assert FloatOperators("cat", 1, "only shapes the outputs") in found
 
 
 def test_widths_are_those_of_the_run():
@@ -156,6 +171,16 @@ def test_costs_are_measured_and_nothing_changes(name, teacher):
     assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
 
 
+def test_a_gpu_is_waited_for_and_its_own_memory_counts(monkeypatch):
+    """As far as it can be seen without one: what is asked, of which device, and that it is used."""
+    device, asked = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: asked.append(d) or 12345)
+    assert now(device) <= now(torch.device("cpu"))
+    assert peak_bytes(device) == 12345
+    assert asked == [device, device]
+
+
 def test_the_command(capsys, tmp_path):
     file = tmp_path / "net.py"
     source = (networks.__file__, networks.__name__)
@@ -173,4 +198,5 @@ def test_the_command(capsys, tmp_path):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "2 of 2 batch norms fold" in printed
+    assert "1 conv2d, 1 add, 1 linear (what enters it is no ReLU's output" in printed
     assert "measured on one step of each" in printed

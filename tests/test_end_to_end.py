@@ -1,5 +1,6 @@
 """Real images: the digits that scikit-learn ships, and the CIFAR-10 network of ../shared."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 import gdfq
 from gdfq import demo
+from gdfq.capture import capture
 from gdfq.models import load_model
 from gdfq.recipes import find_recipe
+from gdfq.trust import measure
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -48,6 +51,31 @@ def test_fast_beats_direct_rounding_by_far_at_three_bits(digits):
     rounded = quantize(digits, "w3a3", demo.ROUNDING, placement="t1")
     fast = quantize(digits, "w3a3", "fast", steps=100, placement="t1")
     assert fast["student"]["top1"] > rounded["student"]["top1"] + 6
+
+
+def test_the_loss_is_foreseen_without_data(digits):
+    """Students from harmless to poor come in their order, each drop lies in its interval."""
+    network, _, (images, labels) = digits
+    teacher = capture(network, torch.zeros(1, *demo.INPUT_SHAPE))
+    recipe = replace(find_recipe("quick"), tuning=None, steps=2, calibration=2, warmup=2)
+    expected = []
+    for bits in ("w8a8", "w4a4", "w3a3"):
+        student = gdfq.quantize(
+            teacher,
+            torch.zeros(1, *demo.INPUT_SHAPE),
+            bits,
+            recipe,
+            mean=demo.PREPROCESSING.mean,
+            std=demo.PREPROCESSING.std,
+            test=(images, labels),
+        )
+        drop = student.metrics["teacher"]["top1"] - student.metrics["student"]["top1"]
+        seen = measure(teacher, student.network, seed=0)
+        low, high = seen.interval
+        assert low <= max(drop, 0) <= high
+        expected.append(seen.expected_drop)
+    assert expected == sorted(expected)
+    assert expected[0] < 1 < expected[-1]
 
 
 def test_eight_bits_cost_next_to_nothing(digits):

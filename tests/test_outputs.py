@@ -29,6 +29,12 @@ def test_structures_by_hand():
     assert names_of([0, 1], "one") == ["output.0", "output.1"]
     assert names_of({"x": 0}, "one") == names_of(0, "one") == ["one"]
     assert names_of({"images": 0, "a": [1], "a.0": 2}, "one") == ["output.images", "a.0", "a.0_"]
+    holes = (a, None, {"x": None, "y": b})
+    assert structure_of(holes) == [0, None, {"x": None, "y": 1}]
+    assert read_structure([0, None, {"x": None, "y": 1}]) == structure_of(holes)
+    assert built(structure_of(holes), [a, b]) == holes
+    assert names_of(structure_of(holes), "one") == ["output.0", "output.2.y"]
+    assert count_of(structure_of(holes)) == 2
     with pytest.raises(UsageError, match="must differ as text"):
         structure_of({1: a, "1": b})
 
@@ -54,7 +60,9 @@ def test_structures_survive_a_file(value):
     assert len(set(names)) == len(tensors)
 
 
-@pytest.mark.parametrize("value", [True, "0", None, [], [0, 0], [1, 0], {"x": 2}, [0, [[None]]]])
+@pytest.mark.parametrize(
+    "value", [True, "0", None, [], [0, 0], [1, 0], {"x": 2}, {"x": None}, [0, [["a"]]]]
+)
 def test_a_file_must_place_each_output_once(value):
     with pytest.raises(ValueError, match="output"):
         read_structure(value)
@@ -155,6 +163,35 @@ def test_what_only_shapes_outputs_stays_float(tmp_path):
     quantized.export(tmp_path / "q.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "q.onnx")
     assert [output.name for output in session.get_outputs()] == ["conv2d", "boxes", "again"]
+
+
+class Auxiliary(networks.Residual):
+    """A classifier that returns None where its training needs something."""
+
+    def forward(self, x):
+        return {"auxiliary": None, "logits": super().forward(x)}
+
+
+def test_none_among_the_outputs_comes_back(tmp_path):
+    model = Auxiliary().eval()
+    model.load_state_dict(networks.make("Residual").state_dict())
+    quantized = gdfq.quantize(model, networks.images(1), "w8a8", FEW)
+    assert quantized.card.classes == networks.CLASSES
+    quantized.save(tmp_path)
+    found = gdfq.load(tmp_path)(networks.images(2))
+    assert found.keys() == {"auxiliary", "logits"}
+    assert found["auxiliary"] is None
+    assert found["logits"].shape == (2, networks.CLASSES)
+    assert quantized.export(tmp_path / "q.onnx").inside.typical_error < 1e-3
+
+
+def test_nothing_but_none_is_refused():
+    class Nothing(networks.Residual):
+        def forward(self, x):
+            return (None,)
+
+    with pytest.raises(UsageError, match="returned no tensor"):
+        capture(Nothing().eval(), networks.images(1))
 
 
 def test_blocks_are_for_one_output():

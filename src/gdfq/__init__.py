@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gdfq.pipeline import generate, quantize
     from gdfq.quantized import QuantizedNetwork, load
     from gdfq.recipes import RECIPES, Recipe
+    from gdfq.report import write_report
 
 _HOME = {
     "Exported": "gdfq.export",
@@ -26,6 +27,7 @@ _HOME = {
     "load": "gdfq.quantized",
     "RECIPES": "gdfq.recipes",
     "Recipe": "gdfq.recipes",
+    "write_report": "gdfq.report",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "generate",
     "load",
     "quantize",
+    "write_report",
 ]
 
 

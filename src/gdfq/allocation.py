@@ -25,7 +25,7 @@ from gdfq.errors import UsageError
 from gdfq.folding import fold_batch_norms
 from gdfq.freeze import freeze
 from gdfq.grid import MAX_BITS, Bits, code_bounds, fake_quantize
-from gdfq.knapsack import allocate
+from gdfq.knapsack import allocate, check_budget
 from gdfq.losses import distillation_loss, feature_loss
 from gdfq.outputs import in_order, output_names
 from gdfq.progress import Listener, Step, silent
@@ -50,6 +50,25 @@ Layers = Mapping[str, Sequence[fx.Node]]
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Bytes of the ONNX file, which no image changes."""
+
+    rest: int
+    """What the file holds whatever is chosen."""
+    layers: Mapping[str, Mapping[int, int]]
+    """Of each layer whose width is to be chosen, by name and width."""
+
+    @property
+    def groups(self) -> list[Mapping[int, int]]:
+        """The layers', and the rest as one more thing to carry, without a choice."""
+        return [*self.layers.values(), {0: self.rest}]
+
+    def check(self, size: int) -> None:
+        """Raise UsageError, which names the smallest possible size, when `size` is below it."""
+        check_budget(self.groups, size)
+
+
+@dataclass(frozen=True)
 class Allocation:
     """The widths that were chosen, as a scheme and by the layers' names."""
 
@@ -64,29 +83,26 @@ def choose_widths(
     scheme: Scheme,
     images: Tensor,
     size: int,
+    sizes: Sizes,
     *,
-    metadata: Mapping[str, str],
     listener: Listener = silent,
 ) -> Allocation:
     """The scheme with widths for all layers that it does not keep, within `size` bytes of ONNX.
 
-    images: normalised [N, *input_shape], N >= 1. metadata: what the file will say about itself,
-    apart from the widths that are chosen here.
+    images: normalised [N, *input_shape], N >= 1. sizes: those of `file_sizes` for this scheme.
 
-    Raises UsageError when no choice is small enough, or there is nothing to choose.
+    Raises UsageError when no choice is small enough.
     """
     teacher = fold_batch_norms(teacher)
     layers = free_layers(teacher, scheme)
-    fixed, sizes = file_sizes(teacher, scheme, layers, metadata)
     loss = divergence(teacher)
     costs = sensitivities(teacher, layers, images[:_IMAGES], loss=loss, listener=listener)
-    # The rest of the file is one more thing to carry, without a choice.
-    *chosen, _ = allocate([*costs.values(), {0: 0.0}], [*sizes.values(), {0: fixed}], size)
+    *chosen, _ = allocate([*costs.values(), {0: 0.0}], sizes.groups, size)
     widths = dict(zip(layers, chosen, strict=True))
     named = tuple(
         Keep.exactly(name, bits) for name, bits in widths.items() if bits != scheme.bits.weights
     )
-    total = fixed + sum(sizes[name][bits] for name, bits in widths.items())
+    total = sizes.rest + sum(sizes.layers[name][bits] for name, bits in widths.items())
     return Allocation(replace(scheme, keep=(*scheme.keep, *named)), widths, total)
 
 
@@ -149,17 +165,17 @@ def sensitivities(
     return costs
 
 
-def file_sizes(
-    teacher: Captured,
-    scheme: Scheme,
-    layers: Layers,
-    metadata: Mapping[str, str],
-) -> tuple[int, dict[str, dict[int, int]]]:
-    """Bytes of the ONNX file: what it holds whatever is chosen, and each layer at each width.
+def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -> Sizes:
+    """Bytes of the ONNX file: of each layer that the scheme does not keep, and of the rest.
 
     Measured on the file of the scheme as it is, which has to be of 4 bits. A layer of another
-    width costs the words that say so, too. teacher: with folded batch norms.
+    width costs the words that say so, too. metadata: what the file will say about itself, apart
+    from the widths that are chosen.
+
+    Raises UsageError when there is nothing to choose.
     """
+    teacher = fold_batch_norms(teacher)
+    layers = free_layers(teacher, scheme)
     student = build_student(teacher, scheme)
     noise = torch.randn(2, *teacher.input_shape, generator=stream(0, "allocation.noise"))
     batch = Batch(noise.to(teacher.device), None, None)
@@ -177,7 +193,7 @@ def file_sizes(
     for name, layer in sizes.items():
         for bits in set(WIDTHS) - {scheme.bits.weights}:
             layer[bits] += len(f" {Keep.exactly(name, bits)}".encode())
-    return fixed + _LENGTHS, sizes
+    return Sizes(fixed + _LENGTHS, sizes)
 
 
 def _fill_(network: fx.GraphModule) -> None:

@@ -242,8 +242,9 @@ def _simplify(module: fx.GraphModule) -> None:
     aten = torch.ops.aten
     (output,) = graph.find_nodes(op="output")
     returned = output.args[0]
-    if isinstance(returned, tuple | list) and len(returned) == 1:
-        output.args = (returned[0],)
+    assert isinstance(returned, tuple | list)
+    tensors = tuple(node for node in returned if node is not None)
+    output.args = (tensors[0] if len(tensors) == 1 else tensors,)
     # Export flattens inputs through pytree; a plain graph needs no such code.
     graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):
@@ -260,6 +261,16 @@ def _simplify(module: fx.GraphModule) -> None:
             node.target = aten.reshape.default  # a view fails on channels_last tensors
         elif name in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
+        elif name in _FILLED and all(type(side) is int for side in node.meta["val"].shape):
+            # Of the image it takes the device alone, and the mask that it begins can be folded.
+            value = node.meta["val"]
+            fill = _FILLED[name] if _FILLED[name] is not None else node.args[-1]
+            with graph.inserting_before(node):
+                replacement = graph.call_function(
+                    aten.full.default, (list(value.shape), fill), {"dtype": value.dtype}
+                )
+            replacement.meta = dict(node.meta)
+            node.replace_all_uses_with(replacement)
         elif node.op == "call_function" and "assert" in name:
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -291,6 +302,17 @@ _IDENTITIES = frozenset(
 )
 
 
+_FILLED = {
+    "aten.new_zeros.default": 0,
+    "aten.zeros_like.default": 0,
+    "aten.new_ones.default": 1,
+    "aten.ones_like.default": 1,
+    "aten.new_full.default": None,
+    "aten.full_like.default": None,
+}
+"""Operators that make a tensor of one number, which is their last argument where None is here."""
+
+
 def _products_to_linear(graph: fx.Graph) -> None:
     """Write the product with a weight matrix, x @ W (+ b), as the linear layer that it is."""
     aten = torch.ops.aten
@@ -313,12 +335,18 @@ def _products_to_linear(graph: fx.Graph) -> None:
 
 
 def _fold_constants(module: fx.GraphModule) -> None:
-    """Replace what depends on tensors of the network alone (weight standardisation, say)."""
+    """Replace what depends on tensors of the network alone (weight standardisation, say).
+
+    A constant that is made from parameters is one, and lies beside the largest of them.
+    """
     graph = module.graph
     known: dict[fx.Node, Any] = {
         node: _attribute(module, str(node.target)) for node in graph.find_nodes(op="get_attr")
     }
-    for node in list(graph.nodes):
+    parameters: dict[fx.Node, list[fx.Node]] = {
+        node: [node] for node, value in known.items() if isinstance(value, nn.Parameter)
+    }
+    for node in graph.nodes:
         inputs = node.all_input_nodes
         function: Any = node.target
         is_random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
@@ -326,20 +354,30 @@ def _fold_constants(module: fx.GraphModule) -> None:
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         with torch.no_grad():
-            known[node] = value = function(*args, **kwargs)
+            known[node] = function(*args, **kwargs)
+        parameters[node] = [source for n in inputs for source in parameters.get(n, ())]
+    for node in [n for n in known if n.op != "get_attr" and not all(u in known for u in n.users)]:
+        value = known[node]
         if not isinstance(value, Tensor):
-            continue  # a tuple of tensors: what is taken out of it folds
-        name = f"folded_{node.name}"
-        learned = value.is_floating_point() and any(
-            isinstance(known[n], nn.Parameter) for n in inputs
-        )
-        setattr(module, name, nn.Parameter(value) if learned else nn.Buffer(value))
+            continue  # numbers, and tuples of tensors: what is taken out of those folds
+        sources = parameters[node] if value.is_floating_point() else []
+        largest = max(sources, key=lambda source: known[source].numel(), default=None)
+        kept = nn.Buffer(value) if largest is None else nn.Parameter(value)
         with graph.inserting_before(node):
-            constant = graph.get_attr(name)
+            constant = graph.get_attr(_attach(module, largest, kept, default=node.name))
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
-        known[constant] = getattr(module, name)
     graph.eliminate_dead_code()
+
+
+def _attach(module: nn.Module, beside: fx.Node | None, value: Tensor, default: str) -> str:
+    """Give a new tensor a name in the module that holds another, and return its whole path."""
+    path, _, leaf = ("" if beside is None else str(beside.target)).rpartition(".")
+    holder, name = module.get_submodule(path), f"folded_{leaf or default}"
+    while hasattr(holder, name):
+        name += "_"  # of one layer still
+    setattr(holder, name, value)
+    return f"{path}.{name}" if path else name
 
 
 def _check_operators(module: fx.GraphModule) -> None:

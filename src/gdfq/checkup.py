@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gdfq.capture import capture
-from gdfq.doctor import Diagnosis, Layer, diagnose, with_costs
+from gdfq.costs import with_costs
+from gdfq.doctor import Diagnosis, Layer, diagnose
 from gdfq.errors import UsageError
 from gdfq.models import load_model
 from gdfq.pipeline import AUTO, find_device, parse_bits
@@ -81,6 +82,14 @@ def _cells(layer: Layer) -> tuple[str, ...]:
     )
 
 
+def _in_float(diagnosis: Diagnosis) -> str:
+    """Operators by the reason for which they stay float."""
+    reasons: dict[str, list[str]] = {}
+    for found in diagnosis.float_operators:
+        reasons.setdefault(found.why, []).append(f"{found.count} {found.operator}")
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+
+
 def _facts(diagnosis: Diagnosis) -> dict[str, str]:
     shape = "x".join(map(str, diagnosis.input_shape))
     outputs = ", ".join(diagnosis.outputs)
@@ -89,13 +98,12 @@ def _facts(diagnosis: Diagnosis) -> dict[str, str]:
         if diagnosis.classes is None
         else f"{outputs} of {diagnosis.classes} classes"
     )
-    in_float = ", ".join(f"{count} {name}" for name, count in diagnosis.float_operators.items())
     facts = {
         "input": shape,
         "output": task,
         "recipe": f"{diagnosis.recipe}, {diagnosis.bits}, placement {diagnosis.placement}",
         "network": diagnosis.summary(),
-        "in float": in_float or "no operator",
+        "in float": _in_float(diagnosis) or "no operator",
     }
     if diagnosis.seconds is not None and diagnosis.peak_bytes is not None:
         parts = ", ".join(f"{name} {value:.0f} s" for name, value in diagnosis.seconds.items())

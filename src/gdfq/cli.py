@@ -173,6 +173,12 @@ def cli() -> None:
 @click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")
 @click.option(
+    "--report/--no-report", default=True, show_default=True, help="gather evidence and report"
+)
+@click.option(
+    "--tensorboard", is_flag=True, help="also write event files (pip install 'gdfq[tensorboard]')"
+)
+@click.option(
     "--checkpoint-every",
     type=click.FloatRange(min=0),
     default=60.0,
@@ -274,6 +280,40 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
     from gdfq.commands import bench
 
     bench(folder, against, seconds)
+
+
+@cli.command("report")
+@click.argument("folder", metavar="DIR", type=_PATH)
+def report_command(folder: Path) -> None:
+    """Write DIR/report.html from what the run in DIR left: what you got, and what to do next.
+
+    The page needs no network. Its figures (SVG and PNG) are in DIR/report, its numbers in
+    DIR/report.json. A part of the run that is missing or damaged is named; the rest appears.
+    """
+    from gdfq.report import write_report
+
+    click.echo(write_report(folder))
+
+
+@cli.command("compare")
+@click.argument("folders", metavar="DIR DIR ...", type=_PATH, nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=_PATH,
+    default=Path("comparison.html"),
+    show_default=True,
+    help="the page",
+)
+def compare_command(folders: tuple[Path, ...], out: Path) -> None:
+    """Put runs side by side: accuracy, size, time, expected loss.
+
+    Runs of other networks, or with other test images, are named and kept apart.
+    """
+    from gdfq.report.compare import compare
+    from gdfq.report.terminal import print_comparison
+
+    print_comparison(compare(folders, out))
+    click.echo(f"{'page':10}{out}")
 
 
 @cli.command("generate")

@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import nn
 
 from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
@@ -19,16 +19,21 @@ from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
+from gdfq.evidence import gather
 from gdfq.export import Exported, Format
 from gdfq.models import load_model, weights_hash
 from gdfq.pipeline import find_device, generate, parse_bits, quantize
-from gdfq.progress import History, Step, Terminal
+from gdfq.progress import History, Listener, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
-from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export
+from gdfq.report import write_report
+from gdfq.report.read import read_run
+from gdfq.report.terminal import print_run
+from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export, note_bench
 from gdfq.saving import ImageFiles
 from gdfq.stopping import stoppable
 from gdfq.student import Keep, Placement, Scheme
+from gdfq.tensorboard import TensorBoard, require_tensorboard
 from gdfq.version import __version__
 
 
@@ -53,6 +58,8 @@ def run(
     device: str,
     classifier: bool | None,
     onnx: bool,
+    report: bool,
+    tensorboard: bool,
     checkpoint_every: float,
     resume: bool,
 ) -> None:
@@ -61,6 +68,8 @@ def run(
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
+    if tensorboard:
+        require_tensorboard()
     folder = RunFolder(out, checkpoint_every)
     if resume and not folder.checkpoints.exists():
         raise UsageError(
@@ -115,43 +124,56 @@ def run(
         resize=preprocessing.resize,
         device=device,
         onnx=onnx,
+        report=report,
+        tensorboard=tensorboard,
     )
-    _summary(quantized, out)
+    if allocation := quantized.metrics.get("allocation"):
+        _print_widths(allocation["widths"])
+    print_run(read_run(out))
+    if report:
+        _report_at_once(out)
 
 
 def _quantize_into(
     folder: RunFolder,
     config: dict[str, Any],
-    network: nn.Module | Captured,
+    teacher: Captured,
     example: torch.Tensor,
     *,
     onnx: bool,
+    report: bool,
+    tensorboard: bool = False,
     **options: Any,
 ) -> QuantizedNetwork:
-    """Quantize with history, student, ONNX file and metrics written into the folder."""
+    """Quantize with all that a run writes written into the folder, but for the report."""
     with _told_of_files(folder), ExitStack() as stack:
         checkpoints = stack.enter_context(folder).checkpoints
         goes_on = checkpoints.exists()
         folder.begin(config)
         history = checkpoints.hold("history", stack.enter_context(History(folder.history)))
-        terminal = stack.enter_context(Terminal())
+        listeners: list[Listener] = [history, stack.enter_context(Terminal())]
+        if tensorboard:
+            listeners.append(stack.enter_context(TensorBoard(folder.path)))
         check = stack.enter_context(stoppable())
 
         def listener(step: Step) -> None:
-            if step.losses:
-                history(step)
-            terminal(step)
+            for hears in listeners:
+                hears(step)
             check()
 
         if goes_on:
             click.echo(f"{'run':10}goes on from its checkpoint in {folder.path}")
         quantized = quantize(
-            network, example, listener=listener, checkpoints=checkpoints, **options
+            teacher, example, listener=listener, checkpoints=checkpoints, **options
         )
         quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
         quantized.save(folder.path)
         if onnx:
             _export_at_once(quantized, folder.path / ONNX_FILE)
+        if report:
+            started = time.perf_counter()
+            gather(teacher, quantized).write(folder.path)
+            quantized.metrics["seconds"]["evidence"] = round(time.perf_counter() - started, 3)
         folder.finish(quantized.metrics)
     return quantized
 
@@ -167,6 +189,17 @@ def _told_of_files(folder: RunFolder) -> Iterator[None]:
             f"{error.strerror or error}. What is finished is kept: mend it, then give the same "
             "command again."
         ) from error
+
+
+def _report_at_once(folder: Path) -> None:
+    """Report behind a run, which is of use without it: what fails is a warning."""
+    try:
+        page = write_report(folder)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        click.secho(f"warning: no report was written: {what}", fg="yellow", err=True)
+        return
+    click.echo(f"{'report':10}{page}")
 
 
 def _export_at_once(quantized: QuantizedNetwork, path: Path) -> None:
@@ -276,13 +309,16 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
     )
     heading = "milliseconds a call (quartiles)"
     click.echo(f"\n{'batch':>5}{'threads':>8}  {heading:48}images/s  faster")
+    found = []
     for timings in side_by_side(list(files.values()), shape, seconds=seconds):
         for name, timing in zip(files, timings, strict=True):
+            found.append({"file": name, **asdict(timing)})
             spread = f"{timing.median:.3f} ({timing.low:.3f} to {timing.high:.3f})"
             click.echo(
                 f"{timing.batch:5}{timing.threads:8}  {name:16}{spread:32}"
                 f"{timing.images_per_second:8.0f}  {timings[0].median / timing.median:5.2f}x"
             )
+    note_bench(folder, found)
 
 
 def demo(out: Path) -> None:
@@ -313,11 +349,14 @@ def demo(out: Path) -> None:
         "recipe": as_values(FAST),
         "seed": 0,
     }
-    fast = _quantize_into(folder, config, network, example, recipe=FAST, onnx=True, **common)
+    teacher = capture(network, example)
+    fast = _quantize_into(
+        folder, config, teacher, example, recipe=FAST, onnx=True, report=True, **common
+    )
     results = {"fast": fast}
     for name, recipe in (("GDFQ (paper)", digits.RECIPE), ("direct rounding", digits.ROUNDING)):
         with Terminal() as terminal:
-            results[name] = quantize(network, example, recipe=recipe, listener=terminal, **common)
+            results[name] = quantize(teacher, example, recipe=recipe, listener=terminal, **common)
     rows = [
         (name, result.metrics["student"]["top1"], result.metrics["seconds"]["total"])
         for name, result in reversed(results.items())
@@ -327,6 +366,7 @@ def demo(out: Path) -> None:
     for name, accuracy, seconds in rows:
         click.echo(f"{name:18}{accuracy:7.2f}%{seconds:10.0f}")
     click.echo(f"\nthe run is in {out}; load it with gdfq.load({str(out)!r})")
+    _report_at_once(out)
 
 
 def _warn_about_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
@@ -341,24 +381,6 @@ def _warn_about_normalisation(mean: Sequence[float] | None, std: Sequence[float]
             fg="yellow",
             err=True,
         )
-
-
-def _summary(quantized: QuantizedNetwork, out: Path) -> None:
-    metrics = quantized.metrics
-    if allocation := metrics.get("allocation"):
-        _print_widths(allocation["widths"])
-    for name in ("teacher", "student"):
-        found = metrics.get(name, {})
-        if "top1" in found:
-            click.echo(f"{name:10}top-1 {found['top1']:.2f} %")
-        for output, error in found.get("error_percent", {}).items():
-            click.echo(f"{name:10}{output} {error:.2f} % from the teacher's")
-    size = (out / STUDENT_FILE).stat().st_size
-    click.echo(
-        f"{'size':10}{metrics['float_bytes'] / 1024:.0f} KiB float, {size / 1024:.0f} KiB now"
-    )
-    click.echo(f"{'time':10}{metrics['seconds']['total']:.0f} s, {metrics['steps']} steps")
-    click.echo(f"{'run':10}{out}")
 
 
 def _print_widths(widths: Mapping[str, int]) -> None:

@@ -1,17 +1,9 @@
-"""What will happen to a network, told before anything runs.
-
-Sizes and operations are counted from the graph; time and memory are measured on one step of each
-stage of the recipe and multiplied.
-"""
+"""What will happen to a network, told before anything runs: counted from its graph."""
 
 import math
-import resource
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,15 +16,14 @@ from gdfq.errors import GdfqError
 from gdfq.folding import fold_batch_norms
 from gdfq.grid import Bits, Layout
 from gdfq.outputs import output_names
-from gdfq.progress import Step, silent
-from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe
-from gdfq.sources import Batch, Source, labels_in_turn
-from gdfq.sources.pool import ImagePool
-from gdfq.student import Scheme, activation_widths, build_student, feeds_softmax_only
-from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
-from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
+from gdfq.student import (
+    Scheme,
+    activation_widths,
+    build_student,
+    feeds_softmax_only,
+    shapes_outputs,
+)
 
 _FEW_CHANNELS = 16
 """A depthwise layer of so few channels loses most, and is slow in integer kernels."""
@@ -54,6 +45,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class FloatOperators:
+    """Operators of one kind that a runtime computes in float, all for the same reason."""
+
+    operator: str
+    count: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What was found out about a network and a run on it."""
 
@@ -69,8 +69,8 @@ class Diagnosis:
     """Batch norms that become part of the layer before them."""
     activations: Mapping[int, int]
     """Quantized activations, by their width."""
-    float_operators: Mapping[str, int]
-    """Operators that a runtime computes in float."""
+    float_operators: tuple[FloatOperators, ...]
+    """Operators that a runtime computes in float, and why."""
     parameters: int
     operations: int
     float_bytes: int
@@ -132,7 +132,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         batch_norms=norms,
         folded=norms - len(fold_batch_norms(teacher).batch_norms),
         activations=dict(sorted(Counter(widths.values()).items())),
-        float_operators=dict(Counter(_computed_in_float(nodes, weight_bits, widths))),
+        float_operators=_float_operators(nodes, weight_bits, widths, scheme),
         parameters=sum(t.numel() for t in tensors.values() if isinstance(t, torch.nn.Parameter)),
         operations=sum(layer.operations for layer in found) + sum(map(_product_operations, nodes)),
         float_bytes=sum(t.nbytes for t in tensors_of(fold_batch_norms(teacher).network).values()),
@@ -188,26 +188,51 @@ def _stored_bytes(layer: Layer) -> int:
     return -(-count * container // 8) + 9 * layer.weight[0]
 
 
-def _computed_in_float(
-    nodes: list[fx.Node], weight_bits: Mapping[fx.Node, int], widths: Mapping[fx.Node, int]
-) -> Iterator[str]:
-    """Operators that have no integer form, or whose inputs are on no grid."""
+def _float_operators(
+    nodes: list[fx.Node],
+    weight_bits: Mapping[fx.Node, int],
+    widths: Mapping[fx.Node, int],
+    scheme: Scheme,
+) -> tuple[FloatOperators, ...]:
+    """What is computed in float, in the order in which it first comes."""
+    tail = shapes_outputs(nodes)
+    reasons: Counter[tuple[str, str]] = Counter()
     for node in nodes:
-        name = operators.name_of(node)
-        if not (name.startswith("aten.") and operators.is_activation(node)):
-            continue
-        sources = filter(operators.is_activation, node.all_input_nodes)
-        on_grid = all(operators.grid_source(source) in widths for source in sources)
-        kept = operators.has_weight(node) and node not in weight_bits
-        of_integers = name in operators.INTEGER_CONSUMERS and on_grid and not kept
-        vanishes = (
-            operators.keeps_grid(node)
-            or operators.is_rectifier(node)
-            or name == operators.BATCH_NORM
-            or feeds_softmax_only(node)
-        )
-        if not (of_integers or vanishes):
-            yield name.split(".")[1]
+        why = _why_float(node, weight_bits, widths, scheme, node in tail)
+        if why is not None:
+            reasons[operators.name_of(node).split(".")[1], why] += 1
+    return tuple(FloatOperators(name, count, why) for (name, why), count in reasons.items())
+
+
+def _why_float(
+    node: fx.Node,
+    weight_bits: Mapping[fx.Node, int],
+    widths: Mapping[fx.Node, int],
+    scheme: Scheme,
+    is_tail: bool,
+) -> str | None:
+    """Why a runtime computes a node in float; None for one that it does not."""
+    name = operators.name_of(node)
+    vanishes = (
+        operators.keeps_grid(node)
+        or operators.is_rectifier(node)
+        or name == operators.BATCH_NORM
+        or feeds_softmax_only(node)
+    )
+    if not (name.startswith("aten.") and operators.is_activation(node)) or vanishes:
+        return None
+    if name not in operators.INTEGER_CONSUMERS:
+        return "no integer form"
+    if operators.has_weight(node) and node not in weight_bits:
+        return "kept float"
+    sources = filter(operators.is_activation, node.all_input_nodes)
+    if all(operators.grid_source(source) in widths for source in sources):
+        return None
+    if is_tail:
+        return "only shapes the outputs"
+    if scheme.placement == "t1":
+        return "what enters it is no ReLU's output, which alone placement t1 quantizes"
+    return "what enters it stays float"
 
 
 def _advice(bits: Bits, layers: tuple[Layer, ...], nodes: list[fx.Node]) -> Iterator[str]:
@@ -233,82 +258,3 @@ def _advice(bits: Bits, layers: tuple[Layer, ...], nodes: list[fx.Node]) -> Iter
             "4 bits lost 1 point on a CIFAR-10 ResNet-20, 4 on a CIFAR-100 ResNet-56 and 18 on "
             "MobileNetV1 x0.25; wider activations (w4a8) cost no byte."
         )
-
-
-def with_costs(
-    diagnosis: Diagnosis, teacher: Captured, scheme: Scheme, recipe: Recipe
-) -> Diagnosis:
-    """The diagnosis with time and memory, measured on one step of each stage on this device."""
-    if diagnosis.problems:
-        return diagnosis
-    seconds = {
-        "images": _source_seconds(recipe.source, teacher, recipe.steps),
-        "tuning": _tuning_seconds(teacher, scheme, recipe),
-    }
-    kilo = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
-    held = recipe.source.images if isinstance(recipe.source, ImagePool) else 0
-    peak += 4 * held * math.prod(teacher.input_shape)
-    return replace(diagnosis, seconds=seconds, peak_bytes=peak)
-
-
-class _EnoughError(Exception):
-    """Raised by a stopwatch that has seen what it wanted."""
-
-
-class _Stopwatch:
-    """A listener that times the second event and knows how many there would be."""
-
-    def __init__(self) -> None:
-        self.seconds, self.total = 0.0, 0
-        self._last: float | None = None
-
-    def __call__(self, step: Step) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            self.seconds, self.total = now - self._last, step.total
-            raise _EnoughError
-        self._last = now
-
-
-def _source_seconds(source: Source, teacher: Captured, steps: int) -> float:
-    """Of a whole stream: the second iteration, or else the second batch, times their number."""
-    if isinstance(source, ImagePool):
-        return _source_seconds(source.source, teacher, -(-source.images // source.source.batch))
-    watch = _Stopwatch()
-    stream = source.stream(teacher, steps=max(2, steps), seed=0, listener=watch)
-    try:
-        next(stream)
-        started = time.perf_counter()
-        next(stream)
-    except _EnoughError:
-        return watch.seconds * watch.total
-    return (time.perf_counter() - started) * steps
-
-
-def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
-    """The second update, times their number, on noise."""
-    if recipe.tuning is None:
-        return 0.0
-    count = recipe.source.batch
-    noise = torch.randn(count, *teacher.input_shape, generator=random_stream(0, "doctor.noise"))
-    batch = Batch(noise.to(teacher.device), labels_in_turn(teacher, 0, count), None)
-    student = build_student(teacher, scheme, quantizers=recipe.quantizers)
-    calibrate_(student, [batch], steps=1, listener=silent)
-    updates = recipe.steps - recipe.warmup
-    if isinstance(recipe.tuning, Reconstruction):
-        started = time.perf_counter()
-        reconstruct_(student, teacher, [batch], recipe.tuning, updates=1, seed=0, listener=silent)
-        return (time.perf_counter() - started) * updates
-    watch = _Stopwatch()
-    with suppress(_EnoughError):
-        tune_(
-            student,
-            teacher,
-            [batch, batch],
-            recipe.tuning,
-            first_step=recipe.warmup,
-            total_steps=recipe.steps,
-            listener=watch,
-        )
-    return watch.seconds * updates

@@ -1,6 +1,7 @@
 """Accuracy on labelled images, and the error of outputs that are not classes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,24 @@ from gdfq.outputs import in_order
 from gdfq.progress import Listener, Step, silent
 
 _BATCH = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a classifier says to images: the likeliest class [N], and its probability [N]."""
+
+    classes: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Answers":
+        """The answers of logits [N, C]."""
+        confidence, classes = logits.softmax(1).max(1)
+        return cls(classes, confidence)
+
+    def top1(self, labels: Tensor) -> float:
+        """Share that is right, in percent; labels [N]."""
+        return 100 * float((self.classes == labels).double().mean())
 
 
 @torch.no_grad()
@@ -54,8 +73,7 @@ def top1(
     if data.labels is None:
         raise UsageError("accuracy needs labels; this data has none. Give (images, labels).")
     logits = logits_of(network, data, preprocessing, device=device, listener=listener)
-    answers = logits.argmax(1)
-    return 100 * float((answers == data.labels).double().mean())
+    return Answers.of(logits).top1(data.labels)
 
 
 @torch.no_grad()

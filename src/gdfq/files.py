@@ -12,6 +12,13 @@ from gdfq.errors import UsageError
 Found = TypeVar("Found")
 
 
+def check_folder(path: Path) -> None:
+    """Raise UsageError unless the folder can be written, or made where it is not there yet."""
+    there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UsageError(f"the out folder must be writable; {there} is not. Choose another --out.")
+
+
 def make_folder(path: Path) -> None:
     """Make the folder if it is not there. Raises UsageError when it cannot be written."""
     try:
@@ -21,8 +28,7 @@ def make_folder(path: Path) -> None:
             f"the out folder must be writable; {path} cannot be made: {error.strerror}. "
             "Choose another --out."
         ) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"the out folder must be writable; {path} is not. Choose another --out.")
+    check_folder(path)
 
 
 def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Found:

@@ -24,11 +24,7 @@ def allocate(
 
     Raises UsageError, which names the smallest sum, when nothing fits.
     """
-    smallest = sum(min(group.values()) for group in sizes)
-    if smallest > budget:
-        raise UsageError(
-            f"the smallest possible size is {smallest} bytes; got {budget}. Ask for that or more."
-        )
+    check_budget(sizes, budget)
     greatest = [max(group) for group in sizes]
     if sum(group[option] for group, option in zip(sizes, greatest, strict=True)) <= budget:
         return greatest
@@ -64,6 +60,15 @@ def allocate(
         chosen.append(known[taken[best]])
         best = int(parents[best])
     return chosen[::-1]
+
+
+def check_budget(sizes: Sequence[Mapping[int, int]], budget: int) -> None:
+    """Raise UsageError, which names the smallest sum, when no choice fits."""
+    smallest = sum(min(group.values()) for group in sizes)
+    if smallest > budget:
+        raise UsageError(
+            f"the smallest possible size is {smallest} bytes; got {budget}. Ask for that or more."
+        )
 
 
 def _relaxed(

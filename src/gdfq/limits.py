@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
@@ -26,6 +26,8 @@ NUMBERS = 2**24
 """Of one input of a network: 3 x 2048 x 2048 fits."""
 TENSOR = 2**28
 """Numbers of one tensor inside a stored network, for one image: 1 GiB of floats."""
+LEVELS = 100
+"""Of lists and objects in each other."""
 _UNPACKED, _RATIO = 2**26, 100
 """Bytes that any archive may unpack to, and how many times its own size a large one may."""
 
@@ -57,9 +59,21 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """The value of JSON text. Raises ValueError for what is none, or is nested too deeply."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if isinstance(value, dict | list):
+        _check_depth(value, LEVELS)
+    return value
+
+
+def _check_depth(value: Any, levels: int) -> None:
+    """Raise ValueError for a value that could not be written again: that takes more of the stack."""
+    if not levels:
+        raise ValueError("it is nested too deeply")
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            _check_depth(inner, levels - 1)
 
 
 def check_shape(shape: Sequence[int]) -> None:
@@ -151,14 +165,14 @@ def check_torch_file(path: Path) -> None:
                     _check_calls(file)
 
 
-def _check_calls(file: IO[bytes] | mmap) -> None:
+def _check_calls(file: Any) -> None:
     """Read one pickle, without running it."""
     for name in _names(file):
         if not _HARMLESS.fullmatch(name):
             raise ValueError(f"it calls {name!r}, which a state dict does not")
 
 
-def _names(file: IO[bytes] | mmap) -> Iterator[str]:
+def _names(file: Any) -> Iterator[str]:
     """What a pickle calls, as "module name"; its end is that of the pickle."""
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL":

@@ -269,9 +269,14 @@ def has_weight(node: fx.Node) -> bool:
 
 
 def layer_name(node: fx.Node) -> str:
-    """The name of the module a layer's weight belongs to, `layer1.0.conv1`."""
+    """The name of the module a layer's weight belongs to, `layer1.0.conv1`.
+
+    Of a module that holds several weights, as attention does, with which of them: `in_proj`.
+    """
     weight: Any = node.args[1]
-    return re.sub(r"\.(folded_)?weight_*$", "", str(weight.target))
+    path, _, leaf = str(weight.target).rpartition(".")
+    which = re.sub(r"_?weight_*$", "", re.sub(r"^(folded_)+", "", leaf))
+    return ".".join(filter(None, (path, which))) or leaf
 
 
 def outputs(graph: fx.Graph) -> list[fx.Node]:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from gdfq.errors import UsageError
 
-Structure = int | list["Structure"] | dict[str, "Structure"]
-"""The place of a tensor in the flat order, or what holds such places. Tuples count as lists."""
+Structure = None | int | list["Structure"] | dict[str, "Structure"]
+"""The place of a tensor in the flat order, or what holds such places. Tuples count as lists.
+
+None is where a network returns None: auxiliary outputs that are for training, say."""
 
 
 def flattened(value: object) -> list[Tensor]:
@@ -20,6 +22,8 @@ def flattened(value: object) -> list[Tensor]:
 
     Raises UsageError for anything else that is in it.
     """
+    if value is None:
+        return []
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -37,6 +41,8 @@ def structure_of(value: object) -> Structure:
     places = iter(range(len(flattened(value))))
 
     def structure(part: object) -> Structure:
+        if part is None:
+            return None
         if isinstance(part, Tensor):
             return next(places)
         if isinstance(part, Mapping):
@@ -54,6 +60,8 @@ def structure_of(value: object) -> Structure:
 
 def built(structure: Structure, tensors: Sequence[Tensor]) -> Any:
     """The tensors as the user's network returned them (a list comes back as a tuple)."""
+    if structure is None:
+        return None
     if isinstance(structure, int):
         return tensors[structure]
     if isinstance(structure, dict):
@@ -70,6 +78,8 @@ def names_of(structure: Structure, single: str) -> list[str]:
     """A name for each tensor: its keys and places, `boxes` or `levels.0`; `single` if it is one."""
 
     def walk(part: Structure, path: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+        if part is None:
+            return
         if isinstance(part, int):
             yield part, ".".join(path) or single
             return
@@ -107,6 +117,8 @@ def output_names(network: HasOutputs) -> list[str]:
 
 def count_of(structure: Structure) -> int:
     """How many tensors a structure places."""
+    if structure is None:
+        return 0
     if isinstance(structure, int):
         return 1
     return sum(map(count_of, structure.values() if isinstance(structure, dict) else structure))
@@ -119,6 +131,8 @@ def read_structure(value: object) -> Structure:
     def read(part: object, depth: int) -> Structure:
         if depth > 16:
             raise ValueError("outputs are nested too deeply")
+        if part is None:
+            return None
         if isinstance(part, bool) or not isinstance(part, int | list | dict):
             raise ValueError(f"an output's place cannot be {part!r}")
         if isinstance(part, int):

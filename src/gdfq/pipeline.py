@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.allocation import BASE, choose_widths
+from gdfq.allocation import BASE, choose_widths, file_sizes
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
 from gdfq.errors import GdfqWarning, UsageError
-from gdfq.evaluate import output_errors, top1
+from gdfq.evaluate import Answers, logits_of, output_errors
 from gdfq.export import metadata_of
 from gdfq.faults import told_of_shortage
 from gdfq.freeze import freeze
@@ -29,10 +29,10 @@ from gdfq.quantized import QuantizedNetwork
 from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs import as_values
-from gdfq.sources import Batch, Source
+from gdfq.sources import Batch, Source, first_images
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import ImagePool, PoolStream, collect, first_images
+from gdfq.sources.pool import ImagePool, PoolStream, collect
 from gdfq.sources.streams import Feed
 from gdfq.states import Noted, name_of
 from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
@@ -40,6 +40,7 @@ from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 from gdfq.version import __version__
+from gdfq.witness import Tested, Witness
 
 _EXAMPLES = 32
 _MEASURED = ("teacher", "student")
@@ -146,8 +147,7 @@ def quantize(
     if size is not None:
         chosen = keeper.hold("allocation", Noted())
         if not chosen:
-            images = _images_of(feed.stream)
-            chosen.update(_allocated(teacher, scheme, images, size, card, listener))
+            chosen.update(_allocated(teacher, scheme, feed.stream, size, card, listener))
             clock.lap("allocate")
             keeper.stage_ends()
         card = replace(card, keep=tuple(chosen["keep"]))
@@ -170,10 +170,20 @@ def quantize(
         metrics["collapsed"] = origin["collapsed"]
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
+    tested = None
     if held_out is not None:
-        metrics |= _measured(teacher, network, held_out, preprocessing, listener)
+        metrics["test_images"] = len(held_out)
+        if held_out.labels is not None and teacher.classes is not None:
+            tested = _tested(teacher, network, held_out, preprocessing, listener)
+            metrics |= {
+                who: {"top1": round(answers.top1(tested.labels), 4)}
+                for who, answers in (("teacher", tested.teacher), ("student", tested.student))
+            }
+        else:
+            metrics["student"] = _compared(teacher, network, held_out, preprocessing, listener)
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
-    return QuantizedNetwork(network, card, metrics, feed.examples)
+    witness = Witness(*(feed.recent.images() or (feed.examples, None)), tested)
+    return QuantizedNetwork(network, card, metrics, feed.examples, witness)
 
 
 def quantize_captured(
@@ -270,20 +280,30 @@ def _frozen_student(
     return network
 
 
-def _measured(
+def _tested(
+    teacher: Captured,
+    network: fx.GraphModule,
+    held_out: ImageData,
+    preprocessing: Preprocessing,
+    listener: Listener,
+) -> Tested:
+    """What teacher and student, both classifiers, answer to labelled test images."""
+    ask = partial(logits_of, device=teacher.device, listener=listener)
+    answers = (
+        Answers.of(ask(module, held_out, preprocessing)) for module in (teacher.network, network)
+    )
+    assert held_out.labels is not None
+    return Tested(held_out, held_out.labels, *answers)
+
+
+def _compared(
     teacher: Captured,
     network: fx.GraphModule,
     held_out: ImageData,
     preprocessing: Preprocessing,
     listener: Listener,
 ) -> dict[str, Any]:
-    """Accuracies of teacher and student on test images, or the error of each output."""
-    ask = partial(top1, device=teacher.device, listener=listener)
-    found: dict[str, Any] = {"test_images": len(held_out)}
-    if teacher.classes is not None:
-        for name, module in (("teacher", teacher.network), ("student", network)):
-            found[name] = {"top1": round(ask(module, held_out, preprocessing), 4)}
-        return found
+    """The error of each of the student's outputs against the teacher's, on test images."""
     errors = output_errors(
         network,
         teacher.network,
@@ -292,8 +312,8 @@ def _measured(
         device=teacher.device,
         listener=listener,
     )
-    relative = dict(zip(output_names(teacher), (round(error, 4) for error in errors), strict=True))
-    return {**found, "student": {"error_percent": relative}}
+    rounded = (round(error, 4) for error in errors)
+    return {"error_percent": dict(zip(output_names(teacher), rounded, strict=True))}
 
 
 def generate(
@@ -391,11 +411,19 @@ def _identity(
 
 
 def _allocated(
-    teacher: Captured, scheme: Scheme, images: Tensor, size: int, card: Card, listener: Listener
+    teacher: Captured,
+    scheme: Scheme,
+    stream: Iterator[Batch],
+    size: int,
+    card: Card,
+    listener: Listener,
 ) -> dict[str, Any]:
     """The widths that are chosen to fit a size: what is kept, and the metrics that say so."""
     metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
-    chosen = choose_widths(teacher, scheme, images, size, metadata=metadata, listener=listener)
+    sizes = file_sizes(teacher, scheme, metadata)
+    sizes.check(size)  # before the images are made, which takes long
+    images = _images_of(stream)
+    chosen = choose_widths(teacher, scheme, images, size, sizes, listener=listener)
     return {
         "keep": list(map(str, chosen.scheme.keep)),
         "metrics": {"size": size, "bytes": chosen.bytes, "widths": dict(chosen.widths)},

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -21,9 +21,21 @@ class Step:
     index: int
     total: int
     losses: Mapping[str, Tensor]
+    rate: float | None = None
+    """The learning rate, as a share of the one that the stage begins with."""
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    """Now and then, how much each activation's grid spans, by name."""
 
 
 Listener = Callable[[Step], None]
+
+RANGES = 50
+"""How often a stage tells the activations' ranges."""
+
+
+def is_due(index: int, total: int, times: int) -> bool:
+    """Whether to speak at step `index` (from 1) of `total`: about `times` times, and at the end."""
+    return index % max(1, total // times) == 0 or index == total
 
 
 def silent(step: Step) -> None:
@@ -31,7 +43,7 @@ def silent(step: Step) -> None:
 
 
 class History:
-    """Writes every n-th step, and the last, as one JSON line: about `lines` lines a stage.
+    """Writes steps with losses or ranges as JSON lines, about `lines` of them a stage.
 
     Of a run that goes on, the lines behind its checkpoint are cut off and written again.
     """
@@ -42,10 +54,15 @@ class History:
         self._whole = self._file.tell()  # bytes up to the end of the last line
 
     def __call__(self, step: Step) -> None:
-        if step.index % max(1, step.total // self._lines) and step.index != step.total:
+        is_due_now = bool(step.losses) and is_due(step.index, step.total, self._lines)
+        if not is_due_now and not step.ranges:
             return
         losses = {name: float(value) for name, value in step.losses.items()}
-        record = {"stage": step.stage, "step": step.index, **losses}
+        record: dict[str, object] = {"stage": step.stage, "step": step.index, **losses}
+        if step.rate is not None:
+            record["rate"] = step.rate
+        if step.ranges:
+            record["ranges"] = dict(step.ranges)
         line = json.dumps(record).encode() + b"\n"
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -20,6 +20,7 @@ from gdfq.outputs import built, in_order
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream
 from gdfq.runs import EXAMPLES, note_export, read_metrics
+from gdfq.witness import Witness
 
 
 class QuantizedNetwork(nn.Module):
@@ -29,7 +30,8 @@ class QuantizedNetwork(nn.Module):
     Weights are integer codes; activations are rounded to their grids while it runs. `metrics`
     holds the seconds and steps of the run that made it, and the top-1 accuracies of teacher and
     student if test images were given. `examples` are a few normalised images [n, *input_shape] of
-    those that it was tuned on; exported files are compared on them.
+    those that it was tuned on; exported files are compared on them. `witness` is what the run that
+    made it saw besides; it is not saved.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class QuantizedNetwork(nn.Module):
         card: Card,
         metrics: Mapping[str, Any] | None = None,
         examples: Tensor | None = None,
+        witness: Witness | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -47,6 +50,7 @@ class QuantizedNetwork(nn.Module):
             draw = stream(0, "export.examples")
             examples = torch.randn(16, *card.input_shape, generator=draw)
         self.examples = examples.cpu()
+        self.witness = witness
 
     def forward(self, images: Tensor) -> Any:
         return built(self.card.outputs, in_order(self.network(images)))

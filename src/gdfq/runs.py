@@ -1,12 +1,13 @@
 """The run folder: what a run writes, in which order, and what makes it finished.
 
 config.json is written first, history.jsonl and checkpoints grow, the student, a few of the images
-it was tuned on and its ONNX file follow, metrics.json is last: a folder with metrics.json is a
-finished run. Then the checkpoints are removed.
+it was tuned on, its ONNX file and the evidence for its report follow, metrics.json is last: a
+folder with metrics.json is a finished run. Then the checkpoints are removed, and the report is made
+from these files alone.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,16 +18,19 @@ from filelock import FileLock, Timeout
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.checkpoints import INTERVAL, Checkpoints
 from gdfq.errors import UsageError, first_line
-from gdfq.files import make_folder, remove_partial, write_json
+from gdfq.files import check_folder, make_folder, remove_partial, write_json
 from gdfq.limits import read_json, within
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
-EXPORT = "export"
-"""Where the metrics of a run say what its ONNX file is."""
+EVIDENCE, EVIDENCE_ARRAYS = "evidence.json", "evidence.npz"
+REPORT, REPORT_NUMBERS = "report.html", "report.json"
+EXPORT, BENCH = "export", "bench"
+"""Where the metrics of a run say what its ONNX file is, and how fast."""
 
-_MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE)
+_REPORTED = (EVIDENCE, EVIDENCE_ARRAYS, REPORT, REPORT_NUMBERS)
+_MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE, *_REPORTED)
 _FILES = (CONFIG, METRICS, *_MADE)
 
 
@@ -39,7 +43,7 @@ def _is_ours(config: Path) -> bool:
 
 
 class RunFolder:
-    """A folder that is about to hold a run.
+    """A folder that is about to hold a run; it is made when the run begins.
 
     Within its `with` block no other process can use it; the lock of a process that died is free.
 
@@ -52,10 +56,11 @@ class RunFolder:
         self.path = path
         self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
         self.checkpoints = Checkpoints(path / CHECKPOINTS, interval=checkpoint_every)
-        make_folder(path)
+        check_folder(path)
         self._check()
 
     def __enter__(self) -> "RunFolder":
+        make_folder(self.path)
         try:
             self._lock.acquire()
         except Timeout:
@@ -141,10 +146,23 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def note_export(path: Path, exported: Mapping[str, Any]) -> None:
-    """Where a file that was just exported is the ONNX file of a run, let the metrics say so."""
-    if path.name == ONNX_FILE and (path.parent / METRICS).exists():
-        metrics = read_metrics(path.parent)
-        write_json(path.parent / METRICS, {**metrics, EXPORT: exported})
+    """Where a file that was just exported is the ONNX file of a run, let the metrics say so.
+
+    What was measured of the file before it is forgotten.
+    """
+    if path.name == ONNX_FILE:
+        _note(path.parent, {EXPORT: exported, BENCH: []})
+
+
+def note_bench(folder: Path, timings: Sequence[Mapping[str, Any]]) -> None:
+    """Let the metrics of a run say how fast its ONNX file is."""
+    _note(folder, {BENCH: list(timings)})
+
+
+def _note(folder: Path, news: Mapping[str, Any]) -> None:
+    """Add to the metrics of a finished run; a folder that no run wrote has none."""
+    if (folder / METRICS).exists():
+        write_json(folder / METRICS, {**read_metrics(folder), **news})
 
 
 def check_export(folder: Path) -> None:

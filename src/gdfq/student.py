@@ -16,6 +16,7 @@ from gdfq.features import WithFeatures, with_features
 from gdfq.folding import fold_batch_norms
 from gdfq.grid import MAX_BITS, MIN_BITS, Bits
 from gdfq.quantizers import ActivationQuantizer, WeightQuantizer
+from gdfq.quantizers.again import making_again
 from gdfq.quantizers.learned import LearnedRange, LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
 from gdfq.quantizers.rounding import RoundedWeight
@@ -167,7 +168,8 @@ class Student(nn.Module):
         self.network = graph_module
 
     def forward(self, images: Tensor) -> Any:
-        return self.network(images)
+        with making_again():
+            return self.network(images)
 
     def named(self, names: Sequence[str]) -> list[fx.Node]:
         """The student's nodes whose values stand for the teacher's nodes of these names."""
@@ -183,12 +185,27 @@ class Student(nn.Module):
 
     def with_features(self, names: Sequence[str]) -> WithFeatures:
         """The student with its values, as quantized, of the teacher's nodes of these names."""
-        return with_features(self.network, self.named(names))
+        network = with_features(self.network, self.named(names))
+
+        def ask(images: Tensor) -> tuple[Any, Sequence[Tensor]]:
+            with making_again():
+                found: tuple[Any, Sequence[Tensor]] = network(images)
+                return found
+
+        return ask
 
     @property
     def activations(self) -> Iterator[ActivationQuantizer]:
         """All activation quantizers."""
         return (module for module in self.modules() if isinstance(module, ActivationQuantizer))
+
+    def ranges(self) -> dict[str, float]:
+        """How much the grid of each quantized activation spans, by the name of its node."""
+        return {
+            name.rpartition(".")[2]: float(module.grid()[0]) * (2**module.bits - 1)
+            for name, module in self.named_modules()
+            if isinstance(module, ActivationQuantizer)
+        }
 
 
 def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
@@ -216,7 +233,7 @@ def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
 def _full_placement(
     nodes: list[fx.Node], scheme: Scheme, floats: set[fx.Node]
 ) -> dict[fx.Node, int]:
-    tail = _tail(nodes)
+    tail = shapes_outputs(nodes)
     wanted = {
         operators.grid_source(source)
         for node in nodes
@@ -246,8 +263,8 @@ def _full_placement(
     }
 
 
-def _tail(nodes: list[fx.Node]) -> set[fx.Node]:
-    """What only shapes the network's outputs, behind the last layers: it stays float.
+def shapes_outputs(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes that only shape the network's outputs, behind the last layers: they stay float.
 
     A sigmoid of scores or the arithmetic of boxes, say, up to the outputs themselves.
     """

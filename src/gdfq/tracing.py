@@ -15,3 +15,10 @@ def quiet_tracing() -> Iterator[None]:
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def no_tracing() -> Iterator[None]:
+    """Within, no thread traces; for moments, because other threads wait here too."""
+    with _LOCK:
+        yield

@@ -7,6 +7,7 @@ layer of every network.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ from gdfq.grid import (
 )
 from gdfq.losses import inner
 from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
+from gdfq.quantizers.again import note_how_made
 
 _SHRINKS, _COARSE = 80, 5
 """Candidate ranges: the full one times 1, 0.99, 0.98, ...; of weights' every fifth comes first."""
+_CACHED = 2**16
+"""Numbers that are put on their grid together."""
 _SAMPLE = 2**17
 """Values of a feature map that a range search looks at."""
 
@@ -170,20 +174,39 @@ class _LearnedStep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         # Both bounds as numbers: clamping by tensors is several times slower.
         low, high = (bound - float(zero_point) for bound in code_bounds(bits))
-        # One new tensor and passes in place: on a CPU fresh memory costs more than arithmetic.
-        quantized = (x / step).round_().clamp_(low, high).mul_(step)
-        ctx.save_for_backward(x, quantized, step)
+        quantized = _on_grid(x, step, low, high)
+        make = partial(_on_grid, x.detach(), step.detach(), low, high)
+        ctx.slot = note_how_made(quantized, make)
+        ctx.save_for_backward(x, step)
         ctx.bounds = (low, high)
         return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, quantized, step = ctx.saved_tensors
+        x, step = ctx.saved_tensors
         (grad,) = grads
+        quantized = ctx.slot.take(partial(_on_grid, x, step, *ctx.bounds))
         low, high = (bound * float(step) for bound in ctx.bounds)
         grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
         grad_step = (inner(grad, quantized) - inner(grad_x, x)) / step
         return grad_x, grad_step.view_as(step), None, None
+
+
+@torch.no_grad()
+def _on_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+    """x on its grid, in its own layout: one new tensor, and passes in place over what is cached.
+
+    On a CPU fresh memory and its bandwidth cost more than arithmetic.
+    """
+    quantized = torch.empty_like(x)
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    parts = [(x, quantized)]
+    if x.device.type == "cpu" and x.permute(order).is_contiguous():
+        whole = (tensor.permute(order).view(-1).split(_CACHED) for tensor in (x, quantized))
+        parts = list(zip(*whole, strict=True))
+    for old, new in parts:
+        torch.div(old, step, out=new).round_().clamp_(low, high).mul_(step)
+    return quantized
 
 
 def learned_step(x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:

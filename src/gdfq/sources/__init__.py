@@ -1,6 +1,6 @@
 """Sources of images. Each is a frozen value whose `stream` yields batches for the student."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,6 +51,14 @@ def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
         return None
     labels = (torch.arange(batch) + step * batch) % teacher.classes
     return labels.to(teacher.device)
+
+
+def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
+    """The first `count` images of some batches, and their labels if they have any."""
+    batches = list(made)
+    images = torch.cat([batch.images for batch in batches])[:count]
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return images, torch.cat(labels)[:count] if labels else None
 
 
 class Source(Protocol):

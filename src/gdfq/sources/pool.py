@@ -1,6 +1,6 @@
 """A pool of images that is made once and drawn from again and again, augmented."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from gdfq.capture import Captured
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.sources import Batch, Source
+from gdfq.sources import Batch, Source, first_images
 from gdfq.sources.streams import Feed, Shuffled, Stream
 from gdfq.states import Fixed
 
@@ -138,14 +138,6 @@ def collect(
     """
     steps = -(-count // source.batch)
     return first_images(count, source.stream(teacher, steps=steps, seed=seed, listener=listener))
-
-
-def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images of some batches, and their labels if they have any."""
-    batches = list(made)
-    images = torch.cat([batch.images for batch in batches])[:count]
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    return images, torch.cat(labels)[:count] if labels else None
 
 
 def shifted_and_flipped(images: Tensor, draw: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gdfq.progress import Listener, Step, silent
 from gdfq.sources import Batch
+from gdfq.sources.recent import Recent
 from gdfq.states import Fixed, Stateful
 
 
@@ -91,7 +92,8 @@ class Feed:
     """A stream's batches as the stages of a run take them, and what must outlast a stop.
 
     `taken` is how many they took, `examples` a few images of the first [n, *input_shape], `held`
-    the batches that they wanted to be kept. A stream without a state goes on by being made again.
+    the batches that they wanted to be kept, `recent` the last ones since a stop. A stream without a
+    state goes on by being made again.
     """
 
     _EXAMPLES = 32
@@ -101,6 +103,7 @@ class Feed:
         self.taken = 0
         self._examples: Fixed | None = None
         self._held: list[Fixed] = []
+        self.recent = Recent()
 
     @property
     def examples(self) -> Tensor:
@@ -123,6 +126,7 @@ class Feed:
             if hold:
                 self._held.append(Fixed(vars(batch)))
             self.taken += 1
+            self.recent.see_(batch)
             yield batch
 
     def hold(self, count: int) -> list[Batch]:

@@ -10,7 +10,7 @@ from gdfq import operators
 from gdfq.capture import Captured
 from gdfq.errors import GdfqError
 from gdfq.folding import fold_batch_norms
-from gdfq.progress import Listener, Step
+from gdfq.progress import RANGES, Listener, Step, is_due
 from gdfq.quantizers import ActivationQuantizer
 from gdfq.quantizers.learned import LearnedWeight
 from gdfq.sources import Batch
@@ -37,7 +37,8 @@ def calibrate_(
         quantizer.observing = True
     for step, batch in enumerate(batches, start=first_step + 1):
         student(batch.images)
-        listener(Step("calibrate", step, steps, batch.losses))
+        ranges = student.ranges() if is_due(step, steps, RANGES) else {}
+        listener(Step("calibrate", step, steps, batch.losses, ranges=ranges))
     for name, quantizer in student.named_modules():
         if isinstance(quantizer, ActivationQuantizer):
             quantizer.observing = False

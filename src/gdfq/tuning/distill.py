@@ -17,8 +17,8 @@ from gdfq.features import with_features as features_of
 from gdfq.folding import fold_batch_norms
 from gdfq.losses import distillation_loss, feature_loss
 from gdfq.outputs import in_order
-from gdfq.progress import Listener, Step
-from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
+from gdfq.progress import RANGES, Listener, Step, is_due
+from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_, step_
 from gdfq.sources import Batch
 from gdfq.student import Student
 
@@ -105,7 +105,8 @@ def tune_(
     in_parts = config.fixed_statistics and teacher.device.type == "cpu"
     images_at_once = _images_at_once(teacher) if in_parts else None
     for step, batch in enumerate(batches, start=first_step):
-        set_rate_(optimizer, config.schedule.factor(step, total_steps))
+        rate = config.schedule.factor(step, total_steps)
+        set_rate_(optimizer, rate)
         optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
         for part in batch.split(images_at_once or len(batch.images)):
@@ -122,8 +123,9 @@ def tune_(
             when=f"step {step}",
             advice="Lower the learning rate or use more bits.",
         )
-        optimizer.step()
-        listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}))
+        step_(optimizer)
+        ranges = student.ranges() if is_due(step + 1, total_steps, RANGES) else {}
+        listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges))
     student.eval()
 
 

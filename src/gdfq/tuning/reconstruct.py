@@ -21,7 +21,7 @@ from gdfq.progress import Listener, Step
 from gdfq.quantizers import ActivationQuantizer, Bypass
 from gdfq.quantizers.rounding import RoundedWeight
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import Cosine, GridAdam, Schedule, set_rate_
+from gdfq.schedules import Cosine, GridAdam, Schedule, set_rate_, step_
 from gdfq.sources import Batch
 from gdfq.student import Student
 
@@ -75,8 +75,8 @@ def reconstruct_(
         if place.block <= index:
             place.enter_(index, optimizer := config.optimizer.build(block))
             parts = seen, inputs, wanted
-            for losses in _updates(block, parts, config, updates, optimizer, place):
-                listener(Step("tune", updates * index + place.update, total, losses))
+            for rate, losses in _updates(block, parts, config, updates, optimizer, place):
+                listener(Step("tune", updates * index + place.update, total, losses, rate))
         _settle_(block)
         seen = _mapped(block, seen)
         finished.update(block.parameters())
@@ -122,8 +122,9 @@ def _updates(
     updates: int,
     optimizer: torch.optim.Optimizer,
     place: _Place,
-) -> Iterator[dict[str, Tensor]]:
-    """Train one block from its place on; yields each update's losses.
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Train one block from its place on; yields each update's share of the
+    learning rate and its losses.
 
     images: the block's inputs from student and teacher, and the teacher's outputs.
     """
@@ -133,7 +134,8 @@ def _updates(
     for quantizer in quantizers:
         quantizer.bypass = Bypass(config.drop, draw) if config.drop else None
     for update in range(place.update, updates):
-        set_rate_(optimizer, config.schedule.factor(update, updates))
+        rate = config.schedule.factor(update, updates)
+        set_rate_(optimizer, rate)
         chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
         seen, inputs, wanted = (part[chosen] for part in images)
         if config.drop:
@@ -157,9 +159,9 @@ def _updates(
             when=f"update {update} of block {place.block}",
             advice="Lower the learning rate or use more bits.",
         )
-        optimizer.step()
+        step_(optimizer)
         place.update = update + 1
-        yield losses
+        yield rate, losses
 
 
 def _settle_(block: fx.GraphModule) -> None:

@@ -1,0 +1,176 @@
+"""Runs side by side: a table, a plot of quality over size, and what cannot be compared."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from gdfq.errors import GdfqError, UsageError
+from gdfq.files import make_folder, write_atomically
+from gdfq.report import figures
+from gdfq.report.figures import svg
+from gdfq.report.page import environment
+from gdfq.report.read import Run, number, read_run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in the table; None is what is not known."""
+
+    name: str
+    network: str | None
+    """The hash of the weights that it was made from."""
+    test: str | None
+    """What it was tested on: a fingerprint of it, or its name."""
+    bits: str
+    recipe: str
+    accuracy: float | None
+    drop: float | None
+    agreement: float | None
+    expected: str
+    """The loss that is expected without data, in words."""
+    bytes: int | None
+    file: str | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows that can be compared, those that cannot, and why."""
+
+    rows: tuple[Row, ...]
+    apart: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+
+def compare(folders: Sequence[str | Path], out: Path) -> Comparison:
+    """Compare the runs in some folders and write the page `out`.
+
+    A folder that holds no run is named, and the others are compared. Raises UsageError when none
+    holds one, or the page cannot be written.
+    """
+    runs, notes = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except GdfqError as error:
+            notes.append(str(error))
+    if not runs:
+        raise UsageError(
+            "one folder at least must hold a run; none does: "
+            f"{', '.join(map(str, folders))}. Give folders that gdfq quantize wrote."
+        )
+    notes += [
+        f"{run.folder}: {said}" for run in runs for said in dict.fromkeys(run.problems.values())
+    ]
+    comparison = side_by_side(_named(runs), notes)
+    make_folder(out.parent)
+    try:
+        write_atomically(out, _page(comparison).encode())
+    except OSError as error:
+        raise UsageError(
+            f"the page must be writable; {out} is not ({error.strerror}). Choose another --out."
+        ) from error
+    return comparison
+
+
+def side_by_side(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
+    """Keep apart the runs of another network than most, and accuracies on other test images."""
+    said = list(notes)
+    network = _most(row.network for row in rows)
+    same = [row for row in rows if row.network == network]
+    apart = [row for row in rows if row.network != network]
+    said += [
+        f"{row.name} is of another network (its weights' hash is {_hash(row.network)}, that of "
+        f"most runs {_hash(network)}), so it is not compared."
+        for row in apart
+    ]
+    test = _most(row.test for row in same if row.accuracy is not None)
+    compared = []
+    for row in same:
+        if row.accuracy is not None and row.test != test:
+            said.append(
+                f"{row.name} was tested on other images than most runs, so its accuracy is not "
+                "compared."
+            )
+            row = replace(row, accuracy=None, drop=None)
+        compared.append(row)
+    return Comparison(tuple(compared), tuple(apart), tuple(said))
+
+
+def row_of(run: Run, name: str) -> Row:
+    """What is compared of a run; what its files do not hold, or not as numbers, is None."""
+    config, metrics = run.config, run.metrics
+    trust = run.evidence.get("trust") or {}
+    test = (run.evidence.get("test") or {}).get("fingerprint") or config.get("test")
+    recipe: Any = config.get("recipe")
+    drop = run.drop
+    return Row(
+        name=name,
+        network=config.get("weights_sha256"),
+        test=test,
+        bits=str(config.get("bits", "–")),
+        recipe=str(recipe.get("name", "–") if isinstance(recipe, dict) else recipe or "–"),
+        accuracy=None if drop is None else number(metrics["student"]["top1"]),
+        drop=drop,
+        agreement=number(trust.get("agreement")),
+        expected=_expected(trust),
+        bytes=None if run.file is None else run.file[1],
+        file=None if run.file is None else run.file[0],
+        seconds=number((metrics.get("seconds") or {}).get("total")),
+    )
+
+
+def quality(rows: Sequence[Row]) -> tuple[str, list[tuple[str, float, float]]]:
+    """The plot's quality, and (name, bytes, quality) of each run that has both.
+
+    Accuracy where any run has one, else agreement with the original.
+    """
+    words, values = "top-1, %", [row.accuracy for row in rows]
+    if all(value is None for value in values):
+        words, values = "agreement with the original, %", [row.agreement for row in rows]
+    points = [
+        (row.name, float(row.bytes), value)
+        for row, value in zip(rows, values, strict=True)
+        if row.bytes is not None and value is not None
+    ]
+    return words, points
+
+
+def _named(runs: Sequence[Run]) -> list[Row]:
+    """A row for each run, named by its folder, with the path where two have one name."""
+    counts = Counter(run.name for run in runs)
+    return [row_of(run, run.name if counts[run.name] == 1 else str(run.folder)) for run in runs]
+
+
+def _expected(trust: Any) -> str:
+    points, interval = number(trust.get("expected_drop")), trust.get("interval")
+    if points is not None and interval:
+        return f"{points:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
+    return "cannot tell" if trust else "–"
+
+
+def _most(values: Iterator[str | None]) -> str | None:
+    """The value that occurs most often, of those the first."""
+    counts = Counter(values)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _hash(value: str | None) -> str:
+    return "unknown" if value is None else f"{value[:12]}…"
+
+
+def _page(comparison: Comparison) -> str:
+    words, points = quality(comparison.rows)
+    figure = figures.pareto(points, words)
+    return (
+        environment()
+        .get_template("compare.html")
+        .render(
+            comparison=comparison,
+            figures={} if figure is None else {"pareto": Markup(svg(figure))},  # noqa: S704
+        )
+    )

@@ -1,0 +1,220 @@
+"""What each section of the report shows, from a run's values; a sentence where there are none."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from gdfq.report import figures
+from gdfq.report.alarms import alarms
+from gdfq.report.pictures import data_uri, histogram_path, place
+from gdfq.report.read import Record, Run, number
+from gdfq.report.verdict import harmful_layers
+from gdfq.runs import CONFIG, EVIDENCE, HISTORY, METRICS
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """Values for a section's template, and its figures by name."""
+
+    values: Mapping[str, Any]
+    figures: Mapping[str, Figure | None] = field(default_factory=dict)
+
+
+def trust(run: Run) -> Content | str:
+    """What can be expected without data."""
+    found = run.evidence.get("trust")
+    if not found:
+        reason = _missing(run, "trust")
+        return f"The loss without data was not estimated: {reason}"
+    return Content({"trust": found, "tells": number(found.get("expected_drop")) is not None})
+
+
+def images(run: Run) -> Content | str:
+    """The images that the student learned from."""
+    found = run.evidence.get("images")
+    if not found:
+        return f"The images were not looked at: {_missing(run, 'images')}"
+    grid, noise = run.arrays["images.grid"], run.arrays["images.noise"]
+    labels = run.arrays["images.labels"].tolist()
+    shown = list(map(data_uri, grid)) if grid.ndim == 4 else []
+    pairs = list(zip(labels or [None] * len(shown), shown, strict=False))
+    rows = [
+        (label, [uri for _, uri in group]) for label, group in groupby(pairs, lambda pair: pair[0])
+    ]
+    return Content(
+        {
+            "images": found,
+            "real": bool(run.config.get("data")),
+            "alarms": alarms(found, run.history),
+            "rows": rows,
+            "noise": list(map(data_uri, noise)) if noise.ndim == 4 else [],
+            "means": _means(found["distances"]),
+        },
+        {"statistics": figures.distances(found["distances"])},
+    )
+
+
+def _means(distances: Sequence[Record]) -> Mapping[str, float]:
+    """The mean distance of each kind of image over all batch norms."""
+    kinds = ("synthetic", "white", "natural")
+    return {kind: sum(d[kind] for d in distances) / len(distances) for kind in kinds if distances}
+
+
+def layers(run: Run) -> Content | str:
+    """Layer by layer, the most harmful first; then the activations that no layer reads."""
+    found = run.evidence.get("layers")
+    if not found:
+        return f"The layers were not compared: {_missing(run, 'layers')}"
+    activations = {
+        activation["name"]: {**activation, **_drawn(run, "activation", index, activation)}
+        for index, activation in enumerate(found["activations"])
+    }
+    total = sum(layer["harm"] or 0 for layer in found["layers"])
+    rows = [
+        {
+            **layer,
+            **_drawn(run, "weight", index, None),
+            "harm_share": None if layer["harm"] is None else 100 * layer["harm"] / (total or 1),
+            "input": activations.get(layer["activation"]),
+        }
+        for index, layer in enumerate(found["layers"])
+    ]
+    rows.sort(key=lambda row: -(row["harm"] or 0))
+    read = {layer["activation"] for layer in found["layers"]}
+    return Content(
+        {
+            "layers": rows,
+            "others": [row for name, row in activations.items() if name not in read],
+            "harmful": harmful_layers(found["layers"]),
+            "kind": found["harm"],
+            "count": found["images"],
+        },
+        {
+            "harm": figures.harms(found["layers"], found["harm"]),
+            "signal": figures.signal(found["layers"]),
+        },
+    )
+
+
+def _drawn(run: Run, kind: str, index: int, grid: Record | None) -> dict[str, Any]:
+    """The outline of a tensor's values, and where its grid begins and ends in it."""
+    ends = run.arrays[f"layers.{kind}_ends"][index].tolist()
+    path = histogram_path(run.arrays[f"layers.{kind}_counts"][index])
+    marks = [] if grid is None else [place(grid[end], ends) for end in ("low", "high")]
+    return {"path": path, "marks": marks}
+
+
+def training(run: Run) -> Content | str:
+    """Losses, learning rates and ranges over the steps; time by stage."""
+    seconds = run.metrics.get("seconds") or {}
+    if not run.history and not seconds:
+        return f"Nothing is known of the training: {run.problems.get(HISTORY, 'it left no steps.')}"
+    names = list(dict.fromkeys(record["stage"] for record in run.history))
+    drawn = {f"losses-{name}": figures.losses(run.history, name) for name in names}
+    moving = {f"ranges-{name}": figures.ranges(run.history, name) for name in names}
+    return Content(
+        {"rates": list(_rates(run.config.get("recipe"))), "seconds": seconds},
+        {
+            **drawn,
+            "rate": figures.rates(run.history),
+            **moving,
+            "seconds": figures.stages(seconds),
+        },
+    )
+
+
+def _rates(recipe: object) -> Iterator[tuple[str, float]]:
+    """The learning rates that the student's tuning began with."""
+    tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
+    optimizer = (tuning or {}).get("optimizer") or {}
+    for name in ("lr", "codes", "steps", "others", "roundings"):
+        if optimizer.get(name):
+            yield name, optimizer[name]
+
+
+def test(run: Run) -> Content | str:
+    """What changed on labelled images."""
+    found = run.evidence.get("test")
+    errors = (run.metrics.get("student") or {}).get("error_percent")
+    if not found and errors:
+        return "The network has no classes. Outputs against the original's: " + ", ".join(
+            f"{name} {error:.2f} %" for name, error in errors.items()
+        )
+    if not found and run.drop is not None:
+        before, after = (run.metrics[who]["top1"] for who in ("teacher", "student"))
+        return (
+            f"Accuracy was {before:.2f} % and is {after:.2f} %. More is not known: "
+            f"{_missing(run, 'test')}"
+        )
+    if not found:
+        return "No labelled test images were given (--test), so no accuracy was measured."
+    pictures = run.arrays["test.pictures"]
+    shown = list(map(data_uri, pictures)) if pictures.ndim == 4 else []
+    changes = sorted(
+        ((label, n, a, b, b - a) for label, n, a, b in found["by_class"]), key=lambda row: row[4]
+    )
+    return Content(
+        {
+            "test": found,
+            "margin": 1.96 * found["error"],
+            "changes": changes,
+            "flips": list(zip(found["flips"], shown, strict=False)),
+        },
+        {
+            "classes": figures.class_changes(found["by_class"]),
+            "reliability": figures.reliability(found["calibration"]),
+        },
+    )
+
+
+def repeat(run: Run) -> Content | str:
+    """How to make the run again."""
+    if not run.config:
+        return run.problems.get(CONFIG, "How the run was made is not known.")
+    names = {
+        "gdfq": "gdfq",
+        "torch": "torch",
+        "python": "Python",
+        "device": "device",
+        "threads": "threads",
+        "model": "network",
+        "weights": "weights",
+        "weights_sha256": "SHA-256 of the weights",
+        "input": "input",
+        "bits": "bits",
+        "placement": "placement",
+        "keep": "kept",
+        "seed": "seed",
+        "data": "real data",
+        "test": "test data",
+    }
+    values = {label: run.config[key] for key, label in names.items() if run.config.get(key)}
+    exported = run.metrics.get("export") or {}
+    if exported.get("sha256"):
+        values["SHA-256 of the ONNX file"] = exported["sha256"]
+    recipe: Any = run.config.get("recipe")
+    values["recipe"] = recipe.get("name") if isinstance(recipe, dict) else recipe
+    values["seed"] = run.config.get("seed")
+    return Content({"command": run.config.get("command"), "values": values, "recipe": recipe})
+
+
+def _missing(run: Run, section: str) -> str:
+    """Why a section of the evidence is not there."""
+    reason = (run.evidence.get("missing") or {}).get(section)
+    if reason:
+        return f"{reason}."
+    unfinished = run.problems.get(METRICS)
+    return run.problems.get(EVIDENCE) or unfinished or "the run holds nothing about it."
+
+
+SECTIONS: Mapping[str, tuple[str, Callable[[Run], Content | str]]] = {
+    "trust": ("Expected loss without data", trust),
+    "images": ("The images it learned from", images),
+    "layers": ("Layer by layer", layers),
+    "training": ("Training", training),
+    "test": ("On test images", test),
+    "repeat": ("How to repeat it", repeat),
+}

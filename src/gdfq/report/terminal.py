@@ -1,0 +1,55 @@
+"""Runs as tables in the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from gdfq.report.alarms import alarms
+from gdfq.report.compare import Comparison, Row
+from gdfq.report.read import Run, number
+from gdfq.report.verdict import size_words, smaller, verdict
+
+
+def print_run(run: Run) -> None:
+    """What a run gave, before and after, and its verdict in one sentence."""
+    metrics = run.metrics
+    table = Table("", "before", "now", "")
+    before = number(metrics.get("float_bytes"))
+    if run.file is not None and before is not None:
+        _, size = run.file
+        table.add_row("size", size_words(before), size_words(size), smaller(before, size))
+    if run.drop is not None:
+        tops = (metrics[who]["top1"] for who in ("teacher", "student"))
+        table.add_row("top-1", *(f"{top:.2f} %" for top in tops), f"{run.drop:.2f} points lost")
+    for output, error in ((metrics.get("student") or {}).get("error_percent") or {}).items():
+        table.add_row(output, "", "", f"{error:.2f} % from the original's")
+    seconds = metrics["seconds"]["total"]
+    table.add_row("time", "", f"{seconds:.0f} s", f"{metrics['steps']} steps")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    found = verdict(run, alarms(run.evidence.get("images"), run.history))
+    console.print(found.sentence, markup=False)
+    console.print(f"{'run':10}{run.folder}", markup=False)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Runs side by side; those that cannot be compared are named below."""
+    table = Table("run", "bits", "recipe", "top-1", "lost", "expected", "size", "seconds")
+    for row in comparison.rows:
+        table.add_row(*_cells(row))
+    console = Console(highlight=False)
+    console.print(table)
+    for note in comparison.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.bits,
+        row.recipe,
+        "–" if row.accuracy is None else f"{row.accuracy:.2f} %",
+        "–" if row.drop is None else f"{row.drop:.2f}",
+        row.expected,
+        "–" if row.bytes is None else size_words(row.bytes),
+        "–" if row.seconds is None else f"{row.seconds:.0f}",
+    )

@@ -1,0 +1,251 @@
+"""What a user got, in one sentence, with what it rests on and what to do next."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from gdfq.grid import MAX_BITS
+from gdfq.report.read import Record, Run, number
+from gdfq.student import Keep
+
+Level = Literal["good", "fair", "poor", "unknown"]
+
+_GOOD, _FAIR = 0.01, 0.05
+"""Parts of the accuracy that may be lost. 1 % is what MLPerf asks of a quantized network."""
+_WORDS: Mapping[Level, str] = {
+    "good": "This can be trusted",
+    "fair": "This is usable, with a loss",
+    "poor": "This lost too much",
+    "unknown": "Whether this can be trusted is not known",
+}
+_SHARE, _TIMES, _MOST = 0.05, 3.0, 3
+"""A harmful layer does that share of all harm and so many times the median; so many are named."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Points of accuracy that are lost, with the ends of their 95 % interval.
+
+    kind: "measured" on test images, or "expected" from agreement on synthetic ones.
+    """
+
+    kind: Literal["measured", "expected"]
+    points: float
+    low: float
+    high: float
+    reference: float | None
+    """The accuracy before, in percent, where it is known."""
+
+    def level(self) -> Level:
+        """By what was measured, or by the most that is expected.
+
+        A measurement that looks good and may be poor all the same, on a few images, is unknown.
+        """
+        if self.kind == "expected":
+            return self._level_of(self.high)
+        level = self._level_of(self.points)
+        is_uncertain = level == "good" and self._level_of(self.high) == "poor"
+        return "unknown" if is_uncertain else level
+
+    def _level_of(self, points: float) -> Level:
+        lost = points / (100.0 if self.reference is None else max(self.reference, 1e-9))
+        return "good" if lost <= _GOOD else "fair" if lost <= _FAIR else "poor"
+
+
+@dataclass(frozen=True)
+class Harmful:
+    """A layer that does much of the harm, and the option that would help."""
+
+    name: str
+    share: float
+    """Of the harm of all layers, in percent."""
+    option: str
+    bytes: int
+    """That the option would add."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence, what it rests on, and what to do next."""
+
+    level: Level
+    sentence: str
+    evidence: tuple[str, ...]
+    advice: tuple[str, ...]
+
+
+def verdict(run: Run, alarms: Sequence[str] = ()) -> Verdict:
+    """The verdict on a run, of what could be read of it."""
+    loss = loss_of(run)
+    level = "unknown" if loss is None else loss.level()
+    parts = list(filter(None, (_size(run), _speed(run.metrics), _lost(run, loss))))
+    sentence = f"{_WORDS[level]}: {', '.join(parts)}." if parts else f"{_WORDS[level]}."
+    return Verdict(level, sentence, tuple(_evidence(run, loss)), tuple(_advice(run, level, alarms)))
+
+
+def loss_of(run: Run) -> Loss | None:
+    """What was lost: measured if there was a test, else expected if that can be told."""
+    drop = run.drop
+    if drop is not None:
+        before = float(run.metrics["teacher"]["top1"])
+        error = number(run.evidence.get("test", {}).get("error"))
+        margin = 1.96 * (error if error is not None else _unpaired(run.metrics))
+        return Loss("measured", drop, drop - margin, drop + margin, before)
+    trust = run.evidence.get("trust") or {}
+    points, interval = number(trust.get("expected_drop")), trust.get("interval")
+    if points is None or not interval:
+        return None
+    return Loss("expected", points, float(interval[0]), float(interval[1]), None)
+
+
+def _unpaired(metrics: Record) -> float:
+    """The standard error of a drop, in points, when only the two accuracies are known."""
+    count = max(1, int(metrics.get("test_images", 1)))
+    shares = (float(metrics[who]["top1"]) / 100 for who in ("teacher", "student"))
+    return 100 * float(sum(p * (1 - p) / count for p in shares) ** 0.5)
+
+
+def harmful_layers(layers: Sequence[Record]) -> tuple[Harmful, ...]:
+    """The layers that do far more harm than others, the worst first."""
+    harms = [(layer, number(layer.get("harm")) or 0.0) for layer in layers]
+    total, middle = sum(harm for _, harm in harms), median([harm for _, harm in harms] or [0.0])
+    worst = sorted(harms, key=lambda pair: -pair[1])[:_MOST]
+    return tuple(
+        _remedy(layer, 100 * harm / total)
+        for layer, harm in worst
+        if harm > 0 and harm >= _SHARE * total and harm >= _TIMES * middle
+    )
+
+
+def _remedy(layer: Record, share: float) -> Harmful:
+    bits = int(layer["bits"])
+    wider = MAX_BITS if bits < MAX_BITS else None
+    keep = Keep(Keep.exactly(layer["name"], MAX_BITS).pattern, wider)
+    added = int(layer["weights"]) * ((wider or 32) - bits) // 8
+    return Harmful(layer["name"], share, f"--keep '{keep}'", added)
+
+
+def size_words(count: float) -> str:
+    """Bytes in the unit that people read."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1024:.0f} KiB"
+
+
+def smaller(before: float, after: float) -> str:
+    """How two sizes compare, in words."""
+    if after > before:
+        return f"{after / before:.1f} times larger"
+    return f"{before / after:.1f} times smaller"
+
+
+def faster(metrics: Record) -> float | None:
+    """How many times faster one image on one thread is, if `gdfq bench` measured it."""
+    timings = [t for t in metrics.get("bench") or [] if (t["batch"], t["threads"]) == (1, 1)]
+    if len(timings) != 2:
+        return None
+    return float(timings[0]["median"]) / float(timings[1]["median"])
+
+
+def _size(run: Run) -> str | None:
+    before = number(run.metrics.get("float_bytes"))
+    if run.file is None:
+        return None
+    size = size_words(run.file[1])
+    return size if before is None else f"{size}, {smaller(before, run.file[1])}"
+
+
+def _speed(metrics: Record) -> str | None:
+    times = faster(metrics)
+    return None if times is None else f"{times:.1f} times as fast"
+
+
+def _lost(run: Run, loss: Loss | None) -> str:
+    if loss is None:
+        errors = (run.metrics.get("student") or {}).get("error_percent")
+        if errors:
+            worst = max(errors, key=lambda name: errors[name])
+            return f"outputs are off by {errors[worst]:.1f} % at most ({worst})"
+        return "the loss of accuracy cannot be told"
+    if loss.kind == "measured":
+        after = (loss.reference or 0) - loss.points
+        return f"{loss.points:.2f} points lost of {loss.reference:.2f} % ({after:.2f} % now)"
+    return f"about {loss.points:.1f} points lost ({loss.low:.1f} to {loss.high:.1f} expected)"
+
+
+def _evidence(run: Run, loss: Loss | None) -> Iterator[str]:
+    if run.file is not None:
+        name, size = run.file
+        before = number(run.metrics.get("float_bytes"))
+        float_words = (
+            "" if before is None else f"; the weights in float32 take {size_words(before)}"
+        )
+        yield f"Size: {name} has {size:,} bytes{float_words}."
+    if loss is not None and loss.kind == "measured":
+        yield (
+            f"Accuracy: measured on {run.metrics.get('test_images', 'the')} test images, which "
+            f"were used for nothing else; the drop lies in {loss.low:.2f} to {loss.high:.2f} "
+            "points (95 % interval)."
+        )
+    trust = run.evidence.get("trust") or {}
+    if trust:
+        agreement = number(trust.get("agreement"))
+        said = f"{agreement:.1f} % of " if agreement is not None else ""
+        yield (
+            f"Agreement: both networks give the same answer to {said}{trust.get('images', '')} "
+            "held-out synthetic images."
+        )
+    if loss is None:
+        yield f"Expected loss: it cannot be told. {trust.get('reason') or _UNTOLD}"
+    if faster(run.metrics) is None:
+        yield f"Speed: not measured; gdfq bench {run.folder} does."
+    exported = (run.metrics.get("export") or {}).get("inside") or {}
+    if exported.get("agreement") is not None:
+        yield (
+            f"File: ONNX Runtime gives the simulation's answers on {exported['agreement']:.1f} % "
+            f"of {exported.get('images', '')} images."
+        )
+
+
+_UNTOLD = "There was no test data, and this run holds no estimate without data."
+
+
+def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
+    yield from alarms
+    layers = (run.evidence.get("layers") or {}).get("layers") or []
+    if level != "good":
+        for layer in harmful_layers(layers):
+            yield (
+                f"{layer.option} keeps the layer that does {layer.share:.0f} % of the harm wider; "
+                f"that adds {size_words(layer.bytes)}."
+            )
+        yield from _wider(str(run.config.get("bits", "")))
+        name = _recipe(run.config)
+        if name in {"quick", "round", "zeroq"}:
+            yield f"--recipe fast tunes longer than {name} and loses less."
+        if not run.config.get("data"):
+            yield (
+                "A few hundred real images, if you can have them, are worth more than synthetic "
+                "ones: --recipe real --data DIR."
+            )
+    if level == "unknown":
+        yield (f"Measure it on more labelled images: gdfq evaluate {run.folder} --test DATA.")
+    if level == "good":
+        yield "Nothing needs to be done. Deploy the file."
+
+
+def _wider(bits: str) -> Iterator[str]:
+    weights, _, activations = bits.removeprefix("w").partition("a")
+    if not (weights.isdecimal() and activations.isdecimal()):
+        return
+    if int(activations) < MAX_BITS:
+        yield f"--bits w{weights}a{MAX_BITS}: wider activations take no byte more in the file."
+    elif int(weights) < MAX_BITS:
+        yield f"--bits w{MAX_BITS}a{MAX_BITS}: wider weights, in a larger file."
+
+
+def _recipe(config: Record) -> str:
+    recipe: Any = config.get("recipe")
+    return str(recipe.get("name", "")) if isinstance(recipe, dict) else str(recipe or "")

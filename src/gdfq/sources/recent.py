@@ -1,0 +1,40 @@
+"""The last batches of a stream, as many as a report looks at."""
+
+from collections import deque
+from math import prod
+
+from torch import Tensor
+
+from gdfq.sources import Batch, first_images
+
+IMAGES, _NUMBERS = 256, 2**24
+"""So many images are kept, as far as they hold no more numbers than that (64 MiB: 111 images of
+3x224x224)."""
+
+
+class Recent:
+    """Remembers the last images that it is shown."""
+
+    def __init__(self) -> None:
+        self._batches: deque[Batch] = deque()
+
+    def see_(self, batch: Batch) -> None:
+        """Remember a batch, and forget what is no longer needed."""
+        self._batches.append(batch)
+        while sum(len(kept.images) for kept in self._batches) - len(
+            self._batches[0].images
+        ) >= _enough(batch.images):
+            self._batches.popleft()
+
+    def images(self) -> tuple[Tensor, Tensor | None] | None:
+        """The images [N, *input_shape], the newest batch first, and their labels [N] if any.
+
+        None where no batch was seen.
+        """
+        if not self._batches:
+            return None
+        return first_images(_enough(self._batches[-1].images), reversed(self._batches))
+
+
+def _enough(images: Tensor) -> int:
+    return max(1, min(IMAGES, _NUMBERS // prod(images.shape[1:])))

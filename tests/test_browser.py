@@ -1,0 +1,146 @@
+"""The report in a real browser: what it shows a person at a desk and on a phone."""
+
+import shutil
+
+import pytest
+
+import gdfq
+from gdfq.report.compare import compare
+
+pytestmark = pytest.mark.check
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+WIDTHS = (1280, 390)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs a browser: chromium or chromium-browser in PATH")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="needs playwright: pip install 'gdfq[browser]'"
+    )
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def pages(finished, tmp_path_factory):
+    """A report and a comparison."""
+    place = tmp_path_factory.mktemp("pages")
+    run = shutil.copytree(finished, place / "run")
+    compare([run, finished], place / "comparison.html")
+    return {"report": gdfq.write_report(run), "comparison": place / "comparison.html"}
+
+
+@pytest.fixture(params=[(name, width) for name in ("report", "comparison") for width in WIDTHS])
+def page(request, browser, pages):
+    """A page that is open, with what it said and asked for."""
+    name, width = request.param
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
+    opened = context.new_page()
+    opened.said, opened.asked = [], []
+    opened.on("console", lambda message: opened.said.append(message.text))
+    opened.on("pageerror", lambda error: opened.said.append(str(error)))
+    opened.on("request", lambda request: opened.asked.append(request.url))
+    opened.goto(pages[name].resolve().as_uri())
+    yield opened
+    context.close()
+
+
+def test_it_is_quiet_and_asks_for_nothing(page):
+    page.wait_for_load_state("networkidle")
+    assert page.said == []
+    asked = [url for url in page.asked if not url.startswith("data:")]
+    assert asked == [page.url]
+
+
+def test_nothing_scrolls_sideways(page):
+    width, needed = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
+    assert needed <= width
+
+
+def test_figures_have_size_and_stay_inside(page):
+    width = page.viewport_size["width"]
+    figures = page.locator("figure > svg")
+    assert figures.count() >= 1
+    for figure in figures.all():
+        box = figure.bounding_box()
+        assert box["width"] > 200
+        assert box["height"] > 60
+        assert box["x"] + box["width"] <= width
+        assert figure.locator("path").count() > 3
+    broken = "[...document.images].filter((i) => !i.complete || !i.naturalWidth).length"
+    assert page.evaluate(broken) == 0
+
+
+def test_labels_are_large_enough(page):
+    sizes = page.evaluate(
+        """[...document.querySelectorAll('figure > svg text')].map((text) => {
+            const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width
+                / svg.viewBox.baseVal.width;
+            return parseFloat(getComputedStyle(text).fontSize) * scale; })"""
+    )
+    assert min(sizes) >= 7.5
+
+
+def test_tables_sort(page):
+    table = page.locator("table.sortable").first
+    head = table.locator("thead th").nth(1)
+
+    def column():
+        return [
+            cell.get_attribute("data-value") or cell.inner_text()
+            for cell in table.locator("tbody tr td:nth-child(2)").all()
+        ]
+
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return float("-inf") if text in {"", "–"} else text
+
+    before = sorted(column())
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert [value(text) for text in column()] == sorted(map(value, column()), reverse=True)
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert [value(text) for text in column()] == sorted(map(value, column()))
+    assert sorted(column()) == before
+
+
+def test_dark_mode_changes_page_and_figures(page):
+    colours = (
+        "() => ['body', 'figure > svg'].map((s) => {"
+        " const style = getComputedStyle(document.querySelector(s));"
+        " return [style.backgroundColor, style.color]; })"
+    )
+
+    def light(colour):
+        return sum(map(int, colour[colour.index("(") + 1 : -1].split(",")[:3])) > 3 * 128
+
+    (paper, ink), (_, line) = page.evaluate(colours)
+    assert light(paper)
+    assert not light(ink)
+    page.locator("#theme").click()
+    (paper, ink), (_, line) = page.evaluate(colours)
+    assert not light(paper)
+    assert light(ink)
+    assert light(line)
+    page.locator("#theme").click()
+    assert light(page.evaluate(colours)[0][0])
+    page.emulate_media(color_scheme="dark")
+    page.reload()
+    assert not light(page.evaluate(colours)[0][0])
+
+
+def test_it_prints_light_on_few_pages(page, tmp_path):
+    page.locator("#theme").click()
+    page.emulate_media(media="print")
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(255, 255, 255)"
+    assert page.locator("#theme").is_hidden()
+    page.pdf(path=tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").stat().st_size > 10_000
