@@ -33,6 +33,7 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.grid import Bits
 from gdfq.models import load_model, load_weights_
 from gdfq.models.weights import read_weights
+from gdfq.report import read_run, write_report
 from gdfq.runs import METRICS, ONNX_FILE, RunFolder, check_export, read_metrics
 from gdfq.runtimes import onnx_session
 from gdfq.saving import ImageFiles
@@ -45,12 +46,15 @@ _FUZZ = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz.py"
 def _fuzz():
     spec = importlib.util.spec_from_file_location("fuzz", _FUZZ)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(_FUZZ.parent)
+        mutations = importlib.import_module("mutations")
+        spec.loader.exec_module(module)
+    return module, mutations
 
 
-fuzz = _fuzz()
-SHAPE, CLASSES = fuzz.SHAPE, fuzz.CLASSES
+fuzz, mutations = _fuzz()
+SHAPE, CLASSES = mutations.SHAPE, mutations.CLASSES
 
 
 @pytest.mark.parametrize("name", fuzz.LOADERS)
@@ -108,7 +112,7 @@ def test_arrays_that_are_not_what_they_say(tmp_path, member, message):
 
 def test_pickled_arrays_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = pickle.dumps(fuzz.Trap())
+    code = pickle.dumps(mutations.Trap())
     code += bytes(-len(code) % 8)  # as many bytes as so many objects would have
     npz(tmp_path / "x.npz", images=npy((len(code) // 8,), "|O", code))
     with pytest.raises(UsageError, match="is neither"):
@@ -224,7 +228,7 @@ def test_what_is_written_into_a_run_replaces_links(run, tmp_path):
     for name in ("config.json", STUDENT_FILE):
         (run / name).unlink()
         (run / name).symlink_to(tmp_path / "other")
-    network, card = packed.from_safetensors(fuzz.student())
+    network, card = packed.from_safetensors(mutations.student())
     gdfq.quantized.QuantizedNetwork(network, card).save(run)
     assert (tmp_path / "other").read_text() == "precious"
     assert not (run / STUDENT_FILE).is_symlink()
@@ -309,11 +313,11 @@ def test_state_dicts_of_every_type_are_read(tmp_path, legacy):
     ],
 )
 def test_tensors_that_no_network_takes(tmp_path, change, message):
-    state = dict(fuzz.network().state_dict())
+    state = dict(mutations.network().state_dict())
     change(state)
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UsageError, match=message):
-        load_weights_(fuzz.network(), tmp_path / "x.pt")
+        load_weights_(mutations.network(), tmp_path / "x.pt")
 
 
 def test_shapes_that_overflow(tmp_path):
@@ -338,7 +342,7 @@ def run(tmp_path):
 
 def signed(change):
     """A stored network whose document was changed and signed again."""
-    data = fuzz.student()
+    data = mutations.student()
     header = json.loads(data[8 : packed.header_bytes(data)])
     document = json.loads(header["__metadata__"]["gdfq"])
     tensors = safetensors.torch.load(data)
@@ -439,6 +443,32 @@ def test_the_last_of_two_equal_names_counts(run):
     assert read_metrics(run)["steps"] == 2
 
 
+def test_reports_are_written_into_the_folder_alone(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (run / "report").symlink_to(tmp_path / "other")
+    with pytest.raises(UsageError, match="leads out of it"):
+        write_report(run)
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_reports_escape_names(run):
+    name = "<script>alert(1)</script>"
+    config = {"gdfq": name, "model": name, "command": name, "recipe": {"class": name, "name": name}}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / METRICS).write_text(json.dumps({"student": {name: name}, "teacher": {}, name: name}))
+    assert name not in write_report(run).read_text()
+
+
+def test_evidence_that_costs_too_much_is_named(run):
+    npz(run / "evidence.npz", counts=bytes(2**26 + 1))
+    (run / "evidence.json").write_text('{"version": 1, "deep": ' + "[" * 500 + "]" * 500 + "}")
+    (run / METRICS).write_text('{"teacher": {"top1": 1' + "0" * 400 + '}, "student": {"top1": 1}}')
+    found = read_run(run)
+    assert "would unpack" in found.problems["evidence.npz"]
+    assert "too deeply" in found.problems["evidence.json"]
+    assert found.drop is None
+
+
 def test_a_configuration_that_is_none_belongs_to_others(run):
     (run / METRICS).unlink()
     (run / "config.json").write_text("[" * 10**5)
@@ -476,13 +506,22 @@ def state(document, **tensors):
     return safetensors.torch.save(tensors, {"gdfq-state": json.dumps(document)})
 
 
+def run_of(part, **tensors):
+    """A checkpoint with one part."""
+    parts = {"pairs": [["part", part]]}
+    keys = {"settings": {"pairs": []}, "around": {"pairs": []}, "parts": parts}
+    return state({"pairs": [[key, value] for key, value in keys.items()]}, **tensors)
+
+
 @pytest.mark.parametrize(
     "contents",
     [
-        state({"tensor": "w", "shape": [10**6, 10**6], "stride": [0, 0]}, w=torch.zeros(1)),
-        state({"tensor": "w", "shape": [4], "stride": [10**9]}, w=torch.zeros(4)),
-        state({"tensor": "none", "shape": [1], "stride": [1]}),
-        state({"pairs": [[[], 1]]}),
+        run_of({"tensor": "w", "shape": [10**6, 10**6], "stride": [0, 0]}, w=torch.zeros(1)),
+        run_of({"tensor": "w", "shape": [4], "stride": [10**9]}, w=torch.zeros(4)),
+        run_of({"tensor": "none", "shape": [1], "stride": [1]}),
+        run_of({"pairs": [[[], 1]]}),
+        state([1, 2]),
+        state({"pairs": [[key, 1] for key in ("settings", "around", "parts")]}),
         safetensors.torch.save({}, {"gdfq-state": "[" * 10**5}),
         safetensors.torch.save({}),
         b"no safetensors",
@@ -496,7 +535,7 @@ def test_checkpoints_that_are_none(tmp_path, contents):
 
 
 def test_checkpoints_elsewhere_are_not_read(tmp_path):
-    contents = state({"pairs": [[key, {"pairs": []}] for key in ("settings", "around", "parts")]})
+    contents = run_of(None)
     (tmp_path / "run").mkdir()
     name = f"checkpoint-000001-{name_of(contents)}.safetensors"
     (tmp_path / name).write_bytes(contents)
@@ -512,8 +551,7 @@ def test_pieces_that_name_each_other_twice_are_read_once(tmp_path):
         contents = state([document, document])
         (tmp_path / f"piece-{name_of(contents)}.safetensors").write_bytes(contents)
         document = {"fixed": name_of(contents)}
-    parts = [["settings", {"pairs": []}], ["around", {"pairs": []}], ["parts", {"pairs": []}]]
-    contents = state({"pairs": [*parts, ["more", document]]})
+    contents = run_of(document)
     (tmp_path / f"checkpoint-000001-{name_of(contents)}.safetensors").write_bytes(contents)
     Checkpoints(tmp_path).begin({}, {})
 
@@ -527,7 +565,7 @@ def test_weights_of_onnx_files_lie_beside_them(tmp_path, place):
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.bin").write_bytes(bytes(16))
     (folder / "link.bin").symlink_to(tmp_path / "out.bin")
-    model = fuzz.onnx.load_from_string(fuzz.onnx_file())
+    model = mutations.onnx.load_from_string(mutations.onnx_file())
     model.graph.initializer[1].external_data[0].value = place
     (folder / "m.onnx").write_bytes(model.SerializeToString())
     for read in (size_of, onnx_session):
@@ -536,7 +574,7 @@ def test_weights_of_onnx_files_lie_beside_them(tmp_path, place):
 
 
 def test_onnx_tensors_have_the_bytes_that_they_say(tmp_path):
-    model = fuzz.onnx.load_from_string(fuzz.onnx_file())
+    model = mutations.onnx.load_from_string(mutations.onnx_file())
     model.graph.initializer[0].dims[:] = [2**31, 2**31]
     with pytest.raises(UsageError, match="ONNX Runtime can load"):
         onnx_session(model.SerializeToString())

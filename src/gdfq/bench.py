@@ -90,7 +90,14 @@ _TYPES = ("tensor(float)", "tensor(uint8)")
 def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
     """Noise [N, ...] for the one input of a session; raises UsageError when it is another."""
     inputs = session.get_inputs()
-    found = [(value.type, tuple(value.shape)) for value in inputs]
+    try:
+        found = [(value.type, tuple(value.shape)) for value in inputs]
+        names = [value.name for value in inputs]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the inputs of an ONNX file must have names in UTF-8; those of one have not. "
+            "Export it again."
+        ) from error
     type, (batch, *rest) = found[0] if found and found[0][1] else ("nothing", (0,))
     if len(found) != 1 or type not in _TYPES or isinstance(batch, int) or rest != [*shape[1:]]:
         wanted = "x".join(map(str, ("N", *shape[1:])))
@@ -101,8 +108,8 @@ def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any
         )
     draw = np.random.default_rng(0)
     if type == "tensor(uint8)":
-        return {inputs[0].name: draw.integers(0, 256, shape, dtype=np.uint8)}
-    return {inputs[0].name: draw.standard_normal(shape, dtype=np.float32)}
+        return {names[0]: draw.integers(0, 256, shape, dtype=np.uint8)}
+    return {names[0]: draw.standard_normal(shape, dtype=np.float32)}
 
 
 def _measured(

@@ -68,7 +68,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _check_depth(value: Any, levels: int) -> None:
-    """Raise ValueError for a value that could not be written again: that takes more of the stack."""
+    """Raise ValueError for a value too deep to be written again, which takes more of the stack."""
     if not levels:
         raise ValueError("it is nested too deeply")
     for inner in value.values() if isinstance(value, dict) else value:
