@@ -451,6 +451,14 @@ def test_reports_are_written_into_the_folder_alone(run, tmp_path):
     assert not list((tmp_path / "other").iterdir())
 
 
+@pytest.mark.parametrize("name", ["history.jsonl", "evidence.json", "evidence.npz", METRICS])
+def test_reports_read_the_folder_alone(run, tmp_path, name):
+    (tmp_path / "other").write_bytes((run / name).read_bytes())
+    (run / name).unlink()
+    (run / name).symlink_to(tmp_path / "other")
+    assert "leads out of it" in read_run(run).problems[name]
+
+
 def test_reports_escape_names(run):
     name = "<script>alert(1)</script>"
     config = {"gdfq": name, "model": name, "command": name, "recipe": {"class": name, "name": name}}
