@@ -17,7 +17,7 @@ install: .venv/installed
 
 # Optional libraries; one that an index does not have is skipped by its tests, with a line. Torch stays
 # the one that is there: torchvision asks for another build of it, and its networks need none.
-OPTIONAL := docs openvino nncf hf ptcv audit
+OPTIONAL := docs openvino nncf hf ptcv browser tensorboard audit
 .venv/checked: .venv/installed
 	$(PIP) freeze | grep '^torch==' > .venv/torch.txt
 	for extra in $(OPTIONAL); do \

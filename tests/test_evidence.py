@@ -278,7 +278,7 @@ def test_flips_and_confusions_by_hand():
 
 def test_all_sections_are_gathered_and_written(teacher, quantized, tmp_path):
     evidence = gather(teacher, quantized)
-    assert set(evidence.sections) == {"layers", "images", "test"}
+    assert set(evidence.sections) == {"trust", "layers", "images", "test"}
     assert evidence.missing == {}
     test = evidence.sections["test"]
     assert test["teacher"] == pytest.approx(quantized.metrics["teacher"]["top1"])
@@ -296,9 +296,9 @@ def test_what_cannot_be_measured_says_why(teacher, quantized, monkeypatch):
     monkeypatch.setattr(gdfq.evidence, "measure_layers", fails)
     evidence = gather(teacher, quantized)
     assert evidence.missing == {"layers": "RuntimeError: no memory"}
-    assert set(evidence.sections) == {"images", "test"}
+    assert set(evidence.sections) == {"trust", "images", "test"}
     nothing = gdfq.QuantizedNetwork(quantized.network, quantized.card)
-    assert set(gather(teacher, nothing).missing) == {"layers", "images", "test"}
+    assert set(gather(teacher, nothing).missing) == {"trust", "layers", "images", "test"}
 
 
 @pytest.mark.parametrize("name", ["Branches", "Shared", "Transposed"])
@@ -309,7 +309,7 @@ def test_other_networks_pass(name, tiny):
 
 
 def test_the_last_images_are_remembered(monkeypatch):
-    recent = Recent()
+    recent = Recent(torch.device("cpu"))
     assert recent.images() is None
     for step in range(9):
         batch = torch.full((100, *networks.SHAPE), float(step))

@@ -361,7 +361,7 @@ def test_a_run_without_test_data(run, undrawn):
 def test_an_estimate_is_shown_with_its_error(run, undrawn):
     evidence = json.loads((run / "evidence.json").read_text())
     evidence["trust"] = {
-        "agreement": 96.5, "kl": 0.04, "images": 512, "source": "spectral",
+        "agreement": 96.5, "kl": 0.04, "images": 512, "source": "spectral", "relative_error": 9.5,
         "expected_drop": 1.5, "interval": [0.5, 2.5], "reason": "",
     }  # fmt: skip
     (run / "evidence.json").write_text(json.dumps(evidence))

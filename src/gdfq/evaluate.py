@@ -11,6 +11,7 @@ from gdfq.data import ImageData, Preprocessing
 from gdfq.errors import UsageError
 from gdfq.outputs import in_order
 from gdfq.progress import Listener, Step, silent
+from gdfq.tracing import beside_no_tracing
 
 _BATCH = 250
 
@@ -33,6 +34,7 @@ class Answers:
         return 100 * float((self.classes == labels).double().mean())
 
 
+@beside_no_tracing
 @torch.no_grad()
 def logits_of(
     network: Callable[[Tensor], Tensor],
@@ -76,6 +78,7 @@ def top1(
     return Answers.of(logits).top1(data.labels)
 
 
+@beside_no_tracing
 @torch.no_grad()
 def output_errors(
     student: Callable[[Tensor], Any],

@@ -36,6 +36,7 @@ from gdfq.sources.pool import ImagePool, PoolStream, collect
 from gdfq.sources.streams import Feed
 from gdfq.states import Noted, name_of
 from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
+from gdfq.tracing import beside_no_tracing, giving_way
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
@@ -50,6 +51,7 @@ AUTO = "auto"
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
 
 
+@beside_no_tracing
 def quantize(
     model: nn.Module | Captured,
     example_input: Tensor,
@@ -138,7 +140,7 @@ def quantize(
     )
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
     keeper.begin(*_identity(teacher, recipe, card, size, given))
-    listener = keeper.listening(listener)
+    listener = giving_way(keeper.listening(listener))
     keeper.hold("clock", clock)
     origin = keeper.hold("origin", Noted(seed=seed))
     stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener)
@@ -316,6 +318,7 @@ def _compared(
     return {"error_percent": dict(zip(output_names(teacher), rounded, strict=True))}
 
 
+@beside_no_tracing
 def generate(
     model: nn.Module | Captured,
     example_input: Tensor,
@@ -340,6 +343,7 @@ def generate(
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     recipe = find_recipe(recipe)
+    listener = giving_way(listener)
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))

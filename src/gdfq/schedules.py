@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gdfq.quantizers import ActivationQuantizer, WeightQuantizer
-from gdfq.tracing import no_tracing
 
 
 @dataclass(frozen=True)
@@ -114,13 +113,3 @@ def set_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each group's learning rate to `factor` times the one it was built with."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
-
-
-def step_(optimizer: torch.optim.Optimizer) -> None:
-    """One update, while no other thread traces.
-
-    Tracing sets `torch.compiler.is_compiling` for the whole process, and Adam then takes its bias
-    corrections in float32.
-    """
-    with no_tracing():
-        optimizer.step()

@@ -21,6 +21,7 @@ from gdfq.evidence.layers import measure_layers
 from gdfq.files import write_atomically, write_json
 from gdfq.quantized import QuantizedNetwork
 from gdfq.runs import EVIDENCE, EVIDENCE_ARRAYS
+from gdfq.trust import measure
 from gdfq.witness import Witness
 
 VERSION = 1
@@ -28,7 +29,7 @@ VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Numbers by section (`layers`, `images`, `test`), and arrays as `section.name`.
+    """Numbers by section (`trust`, `layers`, `images`, `test`), and arrays as `section.name`.
 
     A section that could not be measured is in `missing`, with the reason.
     """
@@ -56,15 +57,15 @@ def gather(teacher: Captured, quantized: QuantizedNetwork) -> Evidence:
     witness = quantized.witness
     if witness is None:
         reason = "the network was loaded from a file, which remembers no images"
-        return Evidence(missing=dict.fromkeys(("layers", "images", "test"), reason))
+        return Evidence(missing=dict.fromkeys(("trust", "layers", "images", "test"), reason))
     measures = _measures(teacher, quantized, witness)
     sections: dict[str, Any] = {}
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     missing: dict[str, str] = {}
-    for name, measure in measures.items():
+    for name, measured in measures.items():
         started = time.perf_counter()
         try:
-            found = asdict(measure())
+            found = asdict(measured())
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {first_line(error)}"
             continue
@@ -83,6 +84,7 @@ def _measures(
     """What is measured, by its section."""
     preprocessing = quantized.card.preprocessing
     measures: dict[str, Callable[[], Any]] = {
+        "trust": lambda: measure(teacher, quantized.network, seed=quantized.card.seed),
         "layers": lambda: measure_layers(teacher, quantized.network, witness.images),
         "images": lambda: measure_images(teacher, witness.images, witness.labels, preprocessing),
     }

@@ -36,9 +36,10 @@ def svg(figure: Figure) -> str:
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r'<svg ([^>]*?)height="[\d.]+pt"([^>]*?) width="[\d.]+pt"', r"<svg \1\2", text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 inherit", text)
-    return _IDS.sub("", text)
+    return _COMMENTS.sub("", _IDS.sub("", text))
 
 
+_COMMENTS = re.compile("<!--.*?-->", re.DOTALL)
 _METADATA = ("Date", "Creator", "Format", "Type")
 
 
@@ -259,9 +260,12 @@ def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure |
     axes.scatter([p[1] / 1024 for p in points], [p[2] for p in points], color=BLUE, zorder=3)
     front = frontier(points)
     axes.plot([p[1] / 1024 for p in front], [p[2] for p in front], color=ORANGE, linewidth=1.2)
-    for name, size, value in points:
+    names: dict[tuple[float, float], list[str]] = {}
+    for name, *spot in points:  # runs that are equal share a place
+        names.setdefault((spot[0], spot[1]), []).append(_short(name))
+    for (size, value), together in names.items():
         axes.annotate(
-            _short(name),
+            ", ".join(together),
             (size / 1024, value),
             (5, 5),
             textcoords="offset points",

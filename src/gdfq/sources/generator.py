@@ -18,7 +18,7 @@ from gdfq.faults import stay_finite
 from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, StepDecay, set_rate_, step_
+from gdfq.schedules import AdamConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.sources.collapse import CollapseWatch
 from gdfq.sources.streams import Stream
@@ -192,7 +192,7 @@ class GeneratorSource:
                     set_rate_(optimizer, self.decay.factor(step, planned))
                     optimizer.zero_grad()
                     losses["generator"].backward()
-                    step_(optimizer)
+                    optimizer.step()
             detached = {name: value.detach() for name, value in losses.items()}
             stay_finite(
                 detached,

@@ -20,7 +20,7 @@ from gdfq.faults import images_stay_finite
 from gdfq.losses import standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, Cosine, set_rate_, step_
+from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch
 from gdfq.sources.streams import Stream
 from gdfq.sources.upsampling import upsampled_convolution
@@ -74,7 +74,7 @@ class LatentSource:
                     images_stay_finite({"bns": loss.detach()}, step, iteration)
                     loss.backward()
                 for optimizer in optimizers:
-                    step_(optimizer)
+                    optimizer.step()
                 done = step * self.iterations + iteration + 1
                 listener(Step("images", done, steps * self.iterations, {"bns": loss.detach()}))
             with torch.no_grad():

@@ -13,7 +13,7 @@ from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, standard_deviation_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, step_
+from gdfq.schedules import AdamConfig
 from gdfq.sources import Batch, labels_in_turn
 from gdfq.sources.streams import Stream
 from gdfq.statistics import StatisticsNetwork
@@ -74,7 +74,7 @@ class OptimisedSource:
                         {"total": loss.detach(), "bns": bns.detach()}, step, iteration
                     )
                     (images.grad,) = torch.autograd.grad(loss, images)
-                step_(optimizer)
+                optimizer.step()
                 plateau.step(loss.item())
                 done = step * self.iterations + iteration + 1
                 listener(Step("images", done, steps * self.iterations, {"bns": bns.detach()}))

@@ -2,10 +2,13 @@
 
 from collections import deque
 from math import prod
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gdfq.sources import Batch, first_images
+from gdfq.states import Fixed
 
 IMAGES, _NUMBERS = 256, 2**24
 """So many images are kept, as far as they hold no more numbers than that (64 MiB: 111 images of
@@ -15,7 +18,8 @@ IMAGES, _NUMBERS = 256, 2**24
 class Recent:
     """Remembers the last images that it is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._batches: deque[Batch] = deque()
 
     def see_(self, batch: Batch) -> None:
@@ -34,6 +38,13 @@ class Recent:
         if not self._batches:
             return None
         return first_images(_enough(self._batches[-1].images), reversed(self._batches))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": [vars(batch) for batch in self._batches]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        found = Fixed(state["batches"]).to(self._device).value
+        self._batches = deque(Batch(**values) for values in found)
 
 
 def _enough(images: Tensor) -> int:

@@ -21,7 +21,7 @@ from gdfq.faults import images_stay_finite
 from gdfq.losses import focal_loss, relative_statistics_loss
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, Cosine, set_rate_, step_
+from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch, labels_in_turn
 from gdfq.sources.streams import Stream
 from gdfq.statistics import StatisticsNetwork
@@ -126,7 +126,7 @@ def spectral_batches(
                     losses["boundary"] = boundary.detach()
                 images_stay_finite({"total": loss.detach(), **losses}, step, iteration)
                 (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
-            step_(optimizer)
+            optimizer.step()
             done = step * config.iterations + iteration + 1
             listener(Step("images", done, steps * config.iterations, losses))
         with torch.no_grad():

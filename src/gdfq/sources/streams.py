@@ -92,8 +92,8 @@ class Feed:
     """A stream's batches as the stages of a run take them, and what must outlast a stop.
 
     `taken` is how many they took, `examples` a few images of the first [n, *input_shape], `held`
-    the batches that they wanted to be kept, `recent` the last ones since a stop. A stream without a
-    state goes on by being made again.
+    the batches that they wanted to be kept, `recent` the last ones. A stream without a state goes
+    on by being made again.
     """
 
     _EXAMPLES = 32
@@ -103,7 +103,7 @@ class Feed:
         self.taken = 0
         self._examples: Fixed | None = None
         self._held: list[Fixed] = []
-        self.recent = Recent()
+        self.recent = Recent(device)
 
     @property
     def examples(self) -> Tensor:
@@ -137,12 +137,18 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         of_stream = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
-        return {"taken": self.taken, "examples": self._examples, "held": list(self._held),
-                "stream": of_stream}  # fmt: skip
+        return {
+            "taken": self.taken,
+            "examples": self._examples,
+            "held": list(self._held),
+            "recent": self.recent.state_dict(),
+            "stream": of_stream,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken, self._examples = state["taken"], state["examples"]
         self._held = [part.to(self._device) for part in state["held"]]
+        self.recent.load_state_dict(state["recent"])
         if hasattr(self.stream, "load_state_dict"):
             self.stream.load_state_dict(state["stream"])
         else:

@@ -18,7 +18,7 @@ from gdfq.folding import fold_batch_norms
 from gdfq.losses import distillation_loss, feature_loss
 from gdfq.outputs import in_order
 from gdfq.progress import RANGES, Listener, Step, is_due
-from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_, step_
+from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
 from gdfq.sources import Batch
 from gdfq.student import Student
 
@@ -123,7 +123,7 @@ def tune_(
             when=f"step {step}",
             advice="Lower the learning rate or use more bits.",
         )
-        step_(optimizer)
+        optimizer.step()
         ranges = student.ranges() if is_due(step + 1, total_steps, RANGES) else {}
         listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges))
     student.eval()

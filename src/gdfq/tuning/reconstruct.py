@@ -21,7 +21,7 @@ from gdfq.progress import Listener, Step
 from gdfq.quantizers import ActivationQuantizer, Bypass
 from gdfq.quantizers.rounding import RoundedWeight
 from gdfq.randomness import stream as random_stream
-from gdfq.schedules import Cosine, GridAdam, Schedule, set_rate_, step_
+from gdfq.schedules import Cosine, GridAdam, Schedule, set_rate_
 from gdfq.sources import Batch
 from gdfq.student import Student
 
@@ -159,7 +159,7 @@ def _updates(
             when=f"update {update} of block {place.block}",
             advice="Lower the learning rate or use more bits.",
         )
-        step_(optimizer)
+        optimizer.step()
         place.update = update + 1
         yield rate, losses
 
