@@ -9,15 +9,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 install: .venv/installed
 
 # Torch first and by itself: on an index that has a CPU build, that one then serves all the rest.
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml requirements/test.lock
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable ".[test]"
+	$(PIP) install --quiet --constraint requirements/test.lock --editable ".[test]"
 	touch $@
 
 # Optional libraries; one that an index does not have is skipped by its tests, with a line. Torch stays
 # the one that is there: torchvision asks for another build of it, and its networks need none.
-OPTIONAL := docs openvino nncf hf ptcv browser tensorboard
+OPTIONAL := docs openvino nncf hf ptcv browser tensorboard audit
 .venv/checked: .venv/installed
 	$(PIP) freeze | grep '^torch==' > .venv/torch.txt
 	for extra in $(OPTIONAL); do \

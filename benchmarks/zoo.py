@@ -70,7 +70,7 @@ ENTRIES = (
     Entry("timm:resnet26d"), Entry("timm:resnext26ts"),
     Entry("torchvision:googlenet"), Entry("torchvision:inception_v3", (3, 96, 96)), Entry("timm:repvgg_a0"),
     Entry("timm:efficientnet_lite0"), Entry("timm:deit_tiny_patch16_224", LARGE), Entry("timm:convnext_atto"),
-    Entry("ptcv:sqnxt23_w1", (3, 128, 128)), Entry("torchvision:swin_t"),
+    Entry("ptcv:sqnxt23_w1", LARGE), Entry("torchvision:swin_t"),
     Entry("timm:vit_tiny_patch16_224", LARGE), Entry("torchvision:mobilenet_v3_large"), Entry("timm:efficientnet_b0"),
     Entry("torchvision:densenet121"), Entry("ptcv:wrn16_10_cifar10", (3, 32, 32)), Entry("timm:mobilenetv1_100"),
     Entry("timm:regnety_002"), Entry("ptcv:preresnet10"), Entry("timm:legacy_seresnet18"), Entry("torchvision:resnext50_32x4d"),

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from gdfq import operators
 from gdfq.capture import flat_module, tensors_of
 from gdfq.errors import UsageError, first_line
+from gdfq.limits import within
 from gdfq.runtimes import onnx_session, run_once
 
 BATCHES, THREADS = (1, 32), (1, 2)
@@ -52,7 +53,8 @@ def size_of(file: bytes | Path) -> int:
     try:
         tensors = onnx.load(file, load_external_data=False).graph.initializer
         outside = {ExternalDataInfo(t).location for t in tensors if uses_external_data(t)}
-        return sum(path.stat().st_size for path in (file, *map(file.with_name, outside)))
+        beside = [within(file.parent, file.with_name(name)) for name in outside]
+        return sum(path.stat().st_size for path in (file, *beside))
     except Exception as error:  # protobuf's own has no public name
         raise UsageError(
             f"{file} must be an ONNX model, with its weights beside it if they are in files of "
@@ -88,7 +90,14 @@ _TYPES = ("tensor(float)", "tensor(uint8)")
 def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
     """Noise [N, ...] for the one input of a session; raises UsageError when it is another."""
     inputs = session.get_inputs()
-    found = [(value.type, tuple(value.shape)) for value in inputs]
+    try:
+        found = [(value.type, tuple(value.shape)) for value in inputs]
+        names = [value.name for value in inputs]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the inputs of an ONNX file must have names in UTF-8; those of one have not. "
+            "Export it again."
+        ) from error
     type, (batch, *rest) = found[0] if found and found[0][1] else ("nothing", (0,))
     if len(found) != 1 or type not in _TYPES or isinstance(batch, int) or rest != [*shape[1:]]:
         wanted = "x".join(map(str, ("N", *shape[1:])))
@@ -99,8 +108,8 @@ def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any
         )
     draw = np.random.default_rng(0)
     if type == "tensor(uint8)":
-        return {inputs[0].name: draw.integers(0, 256, shape, dtype=np.uint8)}
-    return {inputs[0].name: draw.standard_normal(shape, dtype=np.float32)}
+        return {names[0]: draw.integers(0, 256, shape, dtype=np.uint8)}
+    return {names[0]: draw.standard_normal(shape, dtype=np.float32)}
 
 
 def _measured(

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from gdfq.errors import GdfqWarning, UsageError, first_line
 from gdfq.files import make_folder, remove_partial, write_atomically
+from gdfq.limits import within
 from gdfq.progress import Listener, Step
 from gdfq.states import Fixed, Stateful, all_finite, differences, from_bytes, name_of, to_bytes
 
@@ -266,10 +267,10 @@ class Checkpoints:
 
     def _read(self, path: Path) -> tuple[dict[str, Any], set[str]]:
         """A checkpoint's state and its pieces. Raises ValueError and others when it is damaged."""
-        used: set[str] = set()
+        read: dict[str, Fixed] = {}
 
         def contents(path: Path, name: str) -> bytes:
-            data = path.read_bytes()
+            data = within(self.folder, path).read_bytes()
             if name_of(data) != name:
                 raise ValueError("it is truncated or was changed")
             return data
@@ -278,15 +279,18 @@ class Checkpoints:
             path = self.folder / f"piece-{name}.safetensors"
             if not _PIECE.fullmatch(path.name):
                 raise ValueError(f"a piece cannot have the name {name!r}")
-            used.add(name)
-            part = Fixed(from_bytes(contents(path, name), fixed))
-            self._pieces[part] = name
-            return part
+            if name not in read:  # once: pieces that name each other twice would double without end
+                read[name] = Fixed(from_bytes(contents(path, name), fixed))
+                self._pieces[read[name]] = name
+            return read[name]
 
         match = _CHECKPOINT.fullmatch(path.name)
         assert match is not None
         state = from_bytes(contents(path, match[2]), fixed)
-        return {key: state[key] for key in ("settings", "around", "parts")}, used
+        parts = {key: state[key] for key in ("settings", "around", "parts")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            raise ValueError("its parts are no dictionaries")
+        return parts, set(read)
 
 
 def _changes(old: dict[str, Any], new: Mapping[str, Any]) -> str:

@@ -25,10 +25,10 @@ class _Shape(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        parts = str(value).lower().split("x")
-        if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) < 2:
+        text = str(value).lower()
+        if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})+", text):
             self.fail(f"a shape is written as for instance 3x32x32; got {value!r}.", param, ctx)
-        return tuple(int(part) for part in parts)
+        return tuple(map(int, text.split("x")))
 
 
 class _Numbers(click.ParamType):
@@ -54,7 +54,9 @@ class _Size(click.ParamType):
     }
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", str(value).strip().upper())
+        match = re.fullmatch(
+            r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]?I?B|)", str(value).strip().upper()
+        )
         size = 0 if match is None else int(float(match[1]) * self.units.get(match[2], 0))
         if size < 1:
             self.fail(

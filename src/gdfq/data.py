@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError
+from gdfq.limits import RESIZED, check_pixels, read_npz, within
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_DECODERS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
+"""Pillow's names of these formats: whatever a file is called, no other decoder sees it."""
 _FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
@@ -59,7 +62,10 @@ class Resize:
             )
 
     def __call__(self, image: "Image", size: tuple[int, int]) -> "Image":
-        """The image in the given size (width, height)."""
+        """The image in the given size (width, height).
+
+        Raises ValueError when it is so long and thin that it could not be held in memory.
+        """
         from PIL.Image import Resampling
 
         # 224 / (224 / 232) is a little less than 232.
@@ -70,6 +76,7 @@ class Resize:
                 max(side, int(was * scale + 1e-6))
                 for side, was in zip(target, image.size, strict=True)
             )
+        check_pixels(target[0], target[1], RESIZED)
         image = image.resize((target[0], target[1]), Resampling[self.interpolation.upper()])
         left, top = (round((was - side) / 2) for was, side in zip(target, size, strict=True))
         return image.crop((left, top, left + size[0], top + size[1]))
@@ -177,13 +184,15 @@ class FolderData:
 
         channels, height, width = self.shape
         try:
-            with Image.open(file) as opened:
+            with Image.open(file, formats=_DECODERS) as opened:
+                check_pixels(*opened.size)  # before they are decoded
                 image = opened.convert("L" if channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = self.resize(image, (width, height))
+        except Exception as error:  # each decoder has types of its own for damaged files
             raise UsageError(
                 f"every file of an image folder must be a readable image; {file} is not: {error}."
             ) from error
-        pixels = torch.from_numpy(np.array(self.resize(image, (width, height))))
+        pixels = torch.from_numpy(np.array(image))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
@@ -226,16 +235,16 @@ def load_data(
 
 def _npz(path: Path) -> ArrayData:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("images", "labels") if name in file}
+        arrays = read_npz(path, ("images", "labels"))
     except FileNotFoundError as error:
         raise UsageError(f"there is no data at {path}. Give an .npz file or a folder.") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError) as error:
-        raise UsageError(_not_npz(path, error)) from error
     except Exception as error:  # zipfile and zlib raise types of their own
-        raise UsageError(_not_npz(path, error)) from error
+        raise UsageError(
+            f"data must be a readable .npz file or an image folder; {path} is neither: {error}."
+        ) from error
     if "images" not in arrays:
-        raise UsageError(f"an .npz file must hold 'images'; {path} has {', '.join(file.files)}.")
+        has = ", ".join(arrays) or "neither images nor labels"
+        raise UsageError(f"an .npz file must hold 'images'; {path} has {has}.")
     images, labels = arrays["images"], arrays.get("labels")
     if images.dtype != np.uint8:
         raise UsageError(f"'images' must be uint8 pixels; in {path} they are {images.dtype}.")
@@ -246,19 +255,15 @@ def _npz(path: Path) -> ArrayData:
     return ArrayData(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
-def _not_npz(path: Path, error: Exception) -> str:
-    return f"data must be a readable .npz file or an image folder; {path} is neither: {error}."
-
-
 def _folder(path: Path, input_shape: tuple[int, ...], resize: Resize) -> FolderData:
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
         raise UsageError(
             "an image folder needs a network with 1 or 3 input channels [C, H, W]; "
             f"this one takes {list(input_shape)}. Use an .npz file."
         )
-    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    classes = sorted(within(path, entry) for entry in path.iterdir() if entry.is_dir())
     found = [
-        (file, index)
+        (within(path, file), index)
         for index, folder in enumerate(classes)
         for file in sorted(folder.iterdir())
         if file.suffix.lower() in _SUFFIXES
@@ -273,6 +278,8 @@ def _folder(path: Path, input_shape: tuple[int, ...], resize: Resize) -> FolderD
 
 
 def _check(data: ImageData, input_shape: tuple[int, ...], classes: int | None) -> None:
+    if isinstance(data, ArrayData) and not data.array.ndim:
+        raise UsageError("images must be [N, C, *size]; this is a single number.")
     if not len(data):
         raise UsageError(
             "data must hold at least one image; this holds none. "

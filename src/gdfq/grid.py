@@ -46,7 +46,7 @@ class Bits:
     @classmethod
     def parse(cls, text: str) -> "Bits":
         """Read `w4a8`-like text. Raises UsageError for anything else."""
-        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        match = re.fullmatch(r"w([0-9]{1,2})a([0-9]{1,2})", text.strip().lower())
         if match is None:
             raise UsageError(
                 f"bits are written w<weights>a<activations>, each 2..8; got {text!r}. "

@@ -15,6 +15,7 @@ from gdfq.errors import UsageError
 from gdfq.evaluate import top1
 from gdfq.export import Exported, Format, export
 from gdfq.files import make_folder, write_atomically
+from gdfq.limits import within
 from gdfq.outputs import built, in_order
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream
@@ -127,9 +128,9 @@ def load(path: str | Path) -> QuantizedNetwork:
     if not path.is_dir():
         return QuantizedNetwork(*packed.read(path))
     metrics = read_metrics(path)
-    network, card = packed.read(path / STUDENT_FILE)
+    network, card = packed.read(within(path, path / STUDENT_FILE))
     examples = None
     if (path / EXAMPLES).exists():
-        images = load_data(path / EXAMPLES, card.input_shape, card.classes)
+        images = load_data(within(path, path / EXAMPLES), card.input_shape, card.classes)
         examples = card.preprocessing(images.images(torch.arange(len(images))))
     return QuantizedNetwork(network, card, metrics, examples)

@@ -7,7 +7,6 @@ from these files alone.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.checkpoints import INTERVAL, Checkpoints
 from gdfq.errors import UsageError, first_line
 from gdfq.files import check_folder, make_folder, remove_partial, write_json
+from gdfq.limits import read_json, within
 
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
@@ -37,7 +37,7 @@ _FILES = (CONFIG, METRICS, *_MADE)
 def _is_ours(config: Path) -> bool:
     """Whether a file is the configuration of a run."""
     try:
-        return "gdfq" in json.loads(config.read_bytes())
+        return "gdfq" in read_json(config)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -48,7 +48,8 @@ class RunFolder:
     Within its `with` block no other process can use it; the lock of a process that died is free.
 
     Raises UsageError when it cannot be written, is in use, or holds a finished run or files of such
-    names that no run wrote. An unfinished run goes on if it has a checkpoint, else it begins again.
+    names that no run wrote, or links that lead out of it. An unfinished run goes on if it has a
+    checkpoint, else it begins again.
     """
 
     def __init__(self, path: Path, checkpoint_every: float = INTERVAL) -> None:
@@ -83,6 +84,8 @@ class RunFolder:
 
     def _check(self) -> None:
         path = self.path
+        for name in (*_FILES, LOCK, CHECKPOINTS):
+            within(path, path / name)
         if (path / METRICS).exists():
             raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
         present = [name for name in _FILES if (path / name).exists()]
@@ -118,20 +121,23 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
     Raises UsageError for a run that has not finished, and for a file that no run wrote.
     """
-    path = folder / METRICS
+    path, config = (within(folder, folder / name) for name in (METRICS, CONFIG))
     if not path.exists():
-        if _is_ours(folder / CONFIG):
+        if _is_ours(config):
             raise UsageError(
                 f"the run in a folder must have finished; the one in {folder} has not: it has "
                 f"{CONFIG} and no {METRICS}. Run gdfq quantize again."
             )
         return {}
     try:
-        metrics: dict[str, Any] = json.loads(path.read_bytes())
+        metrics: dict[str, Any] = read_json(path)
+        for part in ("teacher", "student", EXPORT):
+            if not isinstance(metrics.get(part, {}), dict):
+                raise ValueError(f"its {part!r} is no object")
         for who in ("teacher", "student"):
             if "top1" in metrics.get(who, {}):
                 metrics[who]["top1"] = float(metrics[who]["top1"])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(
             f"{path} must be as a run wrote it; it is damaged or was changed "
             f"({first_line(error)}). Remove it to go on without the run's figures."
@@ -165,7 +171,7 @@ def check_export(folder: Path) -> None:
     A folder that no run wrote says nothing about it.
     """
     expected = read_metrics(folder).get(EXPORT, {}).get("sha256")
-    found = hashlib.sha256((folder / ONNX_FILE).read_bytes()).hexdigest()
+    found = hashlib.sha256(within(folder, folder / ONNX_FILE).read_bytes()).hexdigest()
     if expected is not None and found != expected:
         raise UsageError(
             f"{folder / ONNX_FILE} must be as it was when it was compared with the network; it was "

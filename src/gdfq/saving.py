@@ -1,5 +1,6 @@
 """Synthetic images as files that other tools read."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class ImageFiles:
 
     def prepare(self, input_shape: tuple[int, ...]) -> None:
         """Make the folder. Raises UsageError when it holds images, or PNG could not be written."""
-        if any((self.folder / name).exists() for name in (PIXELS, FLOATS, PNG)):
+        if any(os.path.lexists(self.folder / name) for name in (PIXELS, FLOATS, PNG)):
             raise UsageError(
                 f"{self.folder} already holds images. Choose another --out or remove them."
             )

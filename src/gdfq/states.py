@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdfq.artifacts.packed import header_bytes
+from gdfq.limits import parse_json
 
 _HEADER, _KEY = 8, "gdfq-state"
 
@@ -92,11 +94,16 @@ def from_bytes(data: bytes, fixed: Callable[[str], Fixed]) -> Any:
     """The state of a file's contents; tuples come back as lists.
 
     Tensors get the strides that they had: arithmetic of another memory order rounds otherwise.
+    Raises ValueError and others for contents that `to_bytes` did not make.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    # A copy each: where a tensor lies in the file its memory need not be aligned.
-    tensors = {name: tensor.clone() for name, tensor in load(data).items()}
+    try:
+        # A copy each: where a tensor lies in the file its memory need not be aligned.
+        tensors = {name: tensor.clone() for name, tensor in load(data).items()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
     def decoded(value: Any) -> Any:
         if isinstance(value, list):
@@ -106,11 +113,14 @@ def from_bytes(data: bytes, fixed: Callable[[str], Fixed]) -> Any:
         if "fixed" in value:
             return fixed(value["fixed"])
         if "tensor" in value:
-            return tensors[value["tensor"]].as_strided(value["shape"], value["stride"])
+            tensor = tensors[value["tensor"]]
+            if math.prod(value["shape"]) != tensor.numel():
+                raise ValueError(f"{tensor.numel()} numbers cannot have shape {value['shape']}")
+            return tensor.as_strided(value["shape"], value["stride"])
         return {key: decoded(inside) for key, inside in value["pairs"]}
 
-    header = json.loads(data[_HEADER : header_bytes(data)])
-    return decoded(json.loads(header["__metadata__"][_KEY]))
+    header = parse_json(data[_HEADER : header_bytes(data)])
+    return decoded(parse_json(header["__metadata__"][_KEY]))
 
 
 def name_of(data: bytes) -> str:

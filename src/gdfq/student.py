@@ -59,7 +59,7 @@ class Keep:
         pattern, _, width = text.rpartition("=")
         if pattern and width == "float":
             return cls(pattern, None)
-        if pattern and width.isdecimal() and MIN_BITS <= int(width) <= MAX_BITS:
+        if pattern and width in map(str, range(MIN_BITS, MAX_BITS + 1)):
             return cls(pattern, int(width))
         raise UsageError(
             "what is kept is written PATTERN=float, or PATTERN=BITS with 2..8 bits, as "

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from gdfq import operators
 from gdfq.capture import flat_module
-from gdfq.errors import UsageError
+from gdfq.errors import UsageError, first_line
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -54,7 +54,7 @@ def graph_from_json(nodes: object, tensors: Mapping[str, Tensor]) -> fx.GraphMod
             raise _broken("a node's name or target is not text")
         if not _NAME.fullmatch(name) or iskeyword(name) or name in known:
             raise _broken(f"{name!r} is not a new node name")
-        if not all(_NAME.fullmatch(key) for key in kwargs):
+        if not all(_NAME.fullmatch(key) and not iskeyword(key) for key in kwargs):
             raise _broken(f"node {name!r} has an argument with an impossible name")
         if kind == "operator":
             known[name] = graph.create_node("call_function", _resolve(target), args, kwargs, name)
@@ -71,7 +71,10 @@ def graph_from_json(nodes: object, tensors: Mapping[str, Tensor]) -> fx.GraphMod
     kinds = [node.op for node in graph.nodes]
     if kinds.count("placeholder") != 1 or kinds.count("output") != 1 or kinds[-1] != "output":
         raise _broken("it must have one input and end with its one output")
-    return flat_module(graph, dict(tensors))
+    try:
+        return flat_module(graph, dict(tensors))
+    except Exception as error:  # of Python, which compiles it, and of torch, which sets attributes
+        raise _broken(f"it cannot be compiled ({first_line(error)})") from error
 
 
 _KINDS = {

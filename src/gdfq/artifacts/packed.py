@@ -8,6 +8,7 @@ tensors.
 import hashlib
 import json
 import math
+import operator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch import Tensor, fx
 
 from gdfq import operators
 from gdfq.artifacts.graphs import graph_from_json, graph_to_json
+from gdfq.artifacts.rehearsal import rehearse
 from gdfq.capture import tensors_of
 from gdfq.card import Card
 from gdfq.data import Preprocessing, Resize
 from gdfq.errors import UsageError
-from gdfq.grid import Bits, code_bounds
-from gdfq.outputs import count_of, read_structure
+from gdfq.grid import MAX_BITS, MIN_BITS, Bits, code_bounds
+from gdfq.limits import check_shape, parse_json
+from gdfq.outputs import read_structure
 
 FORMAT, VERSION = "gdfq-student", 4
 STUDENT_FILE = "student.safetensors"
@@ -47,9 +50,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
     """The inverse of `pack`: int8 codes of the given shape.
 
-    Raises ValueError when there are more or fewer bytes than the shape needs.
+    Raises ValueError when there are more or fewer bytes than the shape needs, and TypeError when
+    that is no shape.
     """
-    count = math.prod(shape)
+    count = math.prod(map(operator.index, shape))
+    if bits not in range(MIN_BITS, MAX_BITS + 1):
+        raise ValueError(f"codes cannot have {bits} bits")
     if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
         raise ValueError(f"{list(packed.shape)} bytes cannot hold codes {shape} of {bits} bits")
     planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
@@ -93,10 +99,11 @@ def read(path: Path) -> tuple[fx.GraphModule, Card]:
     """Read what `to_safetensors` made. Raises UsageError as `gdfq.load` says."""
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
             f"a quantized network is a file such as {STUDENT_FILE}; {path} cannot be read "
-            f"({error.strerror}). Give the folder of a run that has finished, or the file."
+            f"({reason}). Give the folder of a run that has finished, or the file."
         ) from error
     return from_safetensors(data, str(path))
 
@@ -108,28 +115,30 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModul
 
     try:
         tensors = load(data)
-        header = json.loads(data[_HEADER : header_bytes(data)])
-        document = json.loads(header["__metadata__"][_KEY])
+        header = parse_json(data[_HEADER : header_bytes(data)])
+        document = parse_json(header["__metadata__"][_KEY])
         found, version = document["format"], document["version"]
-    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise _damaged(name) from error
     if found != FORMAT or version != VERSION:
         raise UsageError(
             f"{name} must be of format {FORMAT!r}, version {VERSION}; it is "
             f"{found!r}, version {version!r}. Read it with the version of gdfq that wrote it."
         )
-    if digest(document, tensors) != document.get("sha256"):
-        raise _damaged(name)
     try:
+        if digest(document, tensors) != document.get("sha256"):
+            raise _damaged(name)
         for codes, entry in document["codes"].items():
             tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"])
         card, graph = _card(document["card"]), document["graph"]
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except (*_NOT_OURS, RecursionError) as error:
         raise _damaged(name) from error
     network = graph_from_json(graph, tensors)
-    if count_of(card.outputs) != len(operators.outputs(network.graph)):
-        raise _damaged(name)
+    rehearse(network, card)
     return network, card
+
+
+_NOT_OURS = (LookupError, ValueError, TypeError, AttributeError, OverflowError)
 
 
 def digest(document: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -153,7 +162,8 @@ def _code_widths(network: fx.GraphModule) -> dict[str, int]:
 
 def _card(values: dict[str, Any]) -> Card:
     """The card of a document. Raises ValueError and others for what `save` does not write."""
-    shape = tuple(int(size) for size in values["input_shape"])
+    shape = tuple(map(operator.index, values["input_shape"]))
+    check_shape(shape)
     preprocessing = values["preprocessing"]
     return Card(
         **{
@@ -165,8 +175,8 @@ def _card(values: dict[str, Any]) -> Card:
             "keep": tuple(str(pattern) for pattern in values["keep"]),
             "preprocessing": Preprocessing.of(
                 shape[0],
-                preprocessing["mean"],
-                preprocessing["std"],
+                tuple(map(float, preprocessing["mean"])),
+                tuple(map(float, preprocessing["std"])),
                 Resize(**preprocessing.get("resize", {})),  # version 0.1.0 wrote none
             ),
         }

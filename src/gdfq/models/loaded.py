@@ -7,6 +7,7 @@ from torch import nn
 
 from gdfq.data import Preprocessing
 from gdfq.errors import UsageError
+from gdfq.limits import check_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,8 @@ class Loaded:
     ) -> tuple[tuple[int, ...], Preprocessing]:
         """The shape of one input and its preprocessing: what is given, else what is known.
 
-        Raises UsageError when nobody knows the shape, or mean and std do not fit its channels.
+        Raises UsageError when nobody knows the shape or it is no image's, or mean and std do not
+        fit its channels.
         """
         shape = shape or self.input_shape
         if shape is None:
@@ -37,6 +39,7 @@ class Loaded:
                 "the shape of one input must be known; this network does not say it. "
                 "Give it with --input, as --input 3x32x32."
             )
+        check_shape(shape)
         own = self.preprocessing
         if own is None:
             return shape, Preprocessing.of(shape[0], mean, std)

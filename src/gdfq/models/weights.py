@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.errors import UsageError, first_line
+from gdfq.limits import check_torch_file
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -35,12 +36,18 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         for n in wanted
         if n in given and given[n].shape != wanted[n].shape
     ]
+    types = [
+        f"{n} {given[n].dtype} for {wanted[n].dtype}"
+        for n in wanted
+        if n in given and not torch.can_cast(given[n].dtype, wanted[n].dtype)
+    ]
     problems = [
         f"{what}: {_few(names)}"
         for what, names in (
             ("missing", missing),
             ("surplus", surplus),
             ("of another shape", shapes),
+            ("of another type", types),
         )
         if names
     ]
@@ -60,6 +67,16 @@ def _contents(state: object) -> str:
     return _few([str(key) for key in state]) if isinstance(state, dict) else "something else"
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor that lies in memory, number after number."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or a torch state dict; pickled code is refused."""
     from safetensors.torch import load_file
@@ -70,6 +87,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
+            check_torch_file(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises types of every kind for broken files
         raise UsageError(
@@ -78,9 +96,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and _is_plain(value) for name, value in state.items()
+    ):
         raise UsageError(
-            f"weights must be a dictionary of tensors, perhaps under 'state_dict'; {path} holds "
+            f"weights must be ordinary tensors by name, perhaps under 'state_dict'; {path} holds "
             f"a {type(state).__name__} of {_contents(state)}. Save model.state_dict()."
         )
     return state

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from gdfq.errors import UsageError, first_line
 from gdfq.files import write_atomically, write_json
+from gdfq.limits import within
 from gdfq.report.alarms import alarms
 from gdfq.report.figures import png, svg
 from gdfq.report.read import Run, number
@@ -83,7 +84,7 @@ def write_page(run: Run) -> Path:
     try:
         write_atomically(run.folder / REPORT, text.encode())
         write_json(run.folder / REPORT_NUMBERS, values)
-        write_figures(run.folder / FIGURES, drawn)
+        write_figures(within(run.folder, run.folder / FIGURES), drawn)
     except OSError as error:
         raise UsageError(
             f"the run's folder must be writable; {run.folder} is not ({error.strerror}). "

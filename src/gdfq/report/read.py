@@ -1,7 +1,7 @@
 """The folder of a run as values, whatever state it is in: what is missing or damaged is named."""
 
-import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.errors import UsageError, first_line
 from gdfq.evidence import VERSION
+from gdfq.limits import parse_json, read_json, read_npz, within
 from gdfq.runs import CONFIG, EVIDENCE, EVIDENCE_ARRAYS, HISTORY, METRICS, ONNX_FILE
 from gdfq.version import __version__
 
@@ -50,7 +51,7 @@ class Run:
         """Points of accuracy that were lost, where they were measured."""
         try:
             return float(self.metrics["teacher"]["top1"]) - float(self.metrics["student"]["top1"])
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             return None
 
 
@@ -71,7 +72,7 @@ def read_run(folder: str | Path) -> Run:
             problems[name] = absent
             return None
         try:
-            return read(path)
+            return read(within(folder, path))
         except Exception as error:  # zipfile and zlib raise types of their own
             problems[name] = f"{name} is damaged or was changed ({first_line(error)})."
             return None
@@ -81,7 +82,7 @@ def read_run(folder: str | Path) -> Run:
     metrics = part(METRICS, _document, unfinished)
     history = part(HISTORY, _lines, f"{HISTORY} is missing: losses over steps are not known.")
     evidence = part(EVIDENCE, _evidence, _NO_EVIDENCE)
-    arrays = part(EVIDENCE_ARRAYS, _arrays, _NO_EVIDENCE)
+    arrays = part(EVIDENCE_ARRAYS, read_npz, _NO_EVIDENCE)
     newer = str((config or {}).get("gdfq", __version__))
     if _version(newer) > _version(__version__):
         problems["version"] = (
@@ -112,7 +113,7 @@ _NO_EVIDENCE = (
 
 
 def _document(path: Path) -> Record:
-    value = json.loads(path.read_bytes())
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
     return value
@@ -124,7 +125,7 @@ def _lines(path: Path) -> tuple[Record, ...]:
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             record["stage"], float(record["step"])
         except (ValueError, LookupError, TypeError):
             if number == len(lines):
@@ -141,13 +142,8 @@ def _evidence(path: Path) -> Record:
     return value
 
 
-def _arrays(path: Path) -> Mapping[str, np.ndarray[Any, Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdecimal() else 0 for part in text.split("."))
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in text.split("."))
 
 
 def number(value: object) -> float | None:

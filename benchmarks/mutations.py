@@ -1,0 +1,399 @@
+"""Valid files of every kind that gdfq reads, and what damage and strangers make of them."""
+
+import copy
+import io
+import json
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import onnx
+import safetensors.torch
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+from torch import fx, nn
+
+from gdfq import operators
+from gdfq.artifacts import packed
+from gdfq.artifacts.packed import STUDENT_FILE
+from gdfq.capture import flat_module
+from gdfq.card import Card
+from gdfq.data import Preprocessing
+from gdfq.grid import Bits
+from gdfq.runs import (
+    CONFIG,
+    EVIDENCE,
+    EVIDENCE_ARRAYS,
+    EXAMPLES,
+    EXPORT,
+    HISTORY,
+    METRICS,
+    ONNX_FILE,
+)
+from gdfq.states import to_bytes
+
+SHAPE, CLASSES = (3, 8, 8), 5
+
+
+# --- valid files
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, CLASSES)
+    )
+
+
+def student() -> bytes:
+    """A small frozen network, written by hand."""
+    graph = fx.Graph()
+    tensors = {
+        "x.scale": torch.tensor(0.1),
+        "x.zero_point": torch.tensor(0.0),
+        "conv.codes": torch.arange(4 * 3 * 9, dtype=torch.int8)
+        .remainder(16)
+        .sub(8)
+        .view(4, 3, 3, 3),
+        "conv.scale": torch.full((4, 1, 1, 1), 0.02),
+        "conv.zero_point": torch.zeros(4, 1, 1, 1),
+        "fc.weight": torch.linspace(-1, 1, 4 * CLASSES).view(CLASSES, 4),
+    }
+    x = graph.placeholder("images")
+    stored = {name: graph.get_attr(name) for name in tensors}
+
+    def call(name: str, *args: Any) -> fx.Node:
+        return graph.call_function(operators.resolve(name), args)
+
+    x = call("gdfq.fake_quantize", x, stored["x.scale"], stored["x.zero_point"], 8)
+    weight = [stored[f"conv.{name}"] for name in ("codes", "scale", "zero_point")]
+    x = call("aten.conv2d.default", x, call("gdfq.dequantize", *weight, 4), None, [1, 1], [1, 1])
+    x = call("aten.mean.dim", call("aten.relu.default", x), [2, 3])
+    graph.output(call("aten.linear.default", x, stored["fc.weight"]))
+    preprocessing = Preprocessing.of(3, [0.5] * 3, [0.2] * 3)
+    card = Card(SHAPE, CLASSES, 0, preprocessing, Bits(4, 8), "full", "fast", 0)
+    return packed.to_safetensors(flat_module(graph, tensors), card)
+
+
+def checkpoint() -> bytes:
+    parts = {"student": network().state_dict(), "order": {"left": torch.arange(5), "epoch": 1}}
+    state = {"settings": {"seed": 0}, "around": {"torch": "2"}, "parts": parts}
+    return to_bytes(state, lambda _: "")
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def images_npz() -> bytes:
+    draw = np.random.default_rng(0)
+    return npz(images=draw.integers(0, 256, (6, *SHAPE), np.uint8), labels=np.arange(6) % CLASSES)
+
+
+def image_files() -> list[bytes]:
+    draw = np.random.default_rng(0)
+    found = []
+    for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM"):
+        for mode, channels in (("RGB", (3,)), ("L", ())):
+            buffer = io.BytesIO()
+            Image.fromarray(draw.integers(0, 256, (9, 12, *channels), np.uint8), mode).save(
+                buffer, kind
+            )
+            found.append(buffer.getvalue())
+    return found
+
+
+class Trap:
+    """Pickled code."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch trap",)
+
+
+def torch_files(legacy: bool) -> list[bytes]:
+    found = []
+    state = network().state_dict()
+    for value in (state, {"state_dict": state}, {**state, "trap": Trap()}):
+        buffer = io.BytesIO()
+        torch.save(value, buffer, _use_new_zipfile_serialization=not legacy)
+        found.append(buffer.getvalue())
+    return found
+
+
+def onnx_file() -> bytes:
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [3, 4], range(12))
+    outside = TensorProto(name="b", data_type=TensorProto.FLOAT, dims=[4])
+    outside.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "b.bin"), ("offset", "0"), ("length", "16")):
+        entry = outside.external_data.add()
+        entry.key, entry.value = key, value
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"], axis=1),
+        helper.make_node("Gemm", ["f", "w", "b"], ["y"]),
+    ]
+    ends = (("x", ["N", *SHAPE]), ("y", ["N", 4]))
+    first, last = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in ends)
+    graph = helper.make_graph(nodes, "g", [first], [last], [weight, outside])
+    opset = [helper.make_opsetid("", 21)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+
+
+def run_files() -> dict[str, bytes]:
+    metrics = {
+        "teacher": {"top1": 90.0},
+        "student": {"top1": 89.5},
+        "seconds": {"total": 1.5},
+        "steps": 8,
+        EXPORT: {"sha256": "0" * 64, "path": ONNX_FILE},
+    }
+    return {
+        CONFIG: json.dumps({"gdfq": "0.1.0", "recipe": {"class": "Recipe"}}).encode(),
+        METRICS: json.dumps(metrics).encode(),
+        EXAMPLES: npz(images=np.zeros((2, *SHAPE), np.uint8)),
+        ONNX_FILE: onnx_file(),
+        STUDENT_FILE: student(),
+        HISTORY: b'{"stage": "tune", "step": 1, "loss": 0.5}\n' * 3,
+        EVIDENCE: json.dumps({"version": 1, "layers": [{"name": "conv", "error": 0.1}]}).encode(),
+        EVIDENCE_ARRAYS: npz(counts=np.arange(8), edges=np.linspace(0, 1, 9)),
+    }
+
+
+# --- mutations
+
+NUMBERS = (0, 1, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
+TEXTS = ("", "..", "../../etc/passwd", "/dev/zero", "<script>alert(1)</script>", "\u202e\U0001f600",
+         "\x00", "__class__", "forward", "os.system", "import os", "a" * 5000, "nan", "aten.zeros.default",
+         "float64", "w4a4", "import", "%s%n")  # fmt: skip
+NAMES = tuple(text for text in TEXTS if text.strip("\0"))
+"""Of files, which end at a null."""
+VALUES: tuple[Any, ...] = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**400, -1.5, 1e308, math.inf, math.nan,
+                           [], {}, [[]], [10**9] * 4, {"node": "x"}, {"float": "nan"})  # fmt: skip
+
+
+def scramble(data: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
+    """A few blows to bytes that know nothing of what they are."""
+    data = bytearray(data)
+    for _ in range(random.choice((1, 1, 2, 4))):
+        at, length = random.randrange(len(data) + 1), random.choice((1, 2, 4, 8, 64, 1024))
+        kind = random.randrange(8)
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            data[at : at + length] = random.randbytes(length)
+        elif kind == 2:
+            del data[at:]
+        elif kind == 3:
+            del data[at : at + length]
+        elif kind == 4:
+            data[at:at] = data[at : at + length] * random.choice((1, 2, 100))
+        elif kind == 5:
+            other = random.choice(others or (bytes(data),))
+            data[at:] = other[random.randrange(len(other) + 1) :]
+        elif kind == 6:
+            width, order = random.choice((2, 4, 8)), random.choice(("little", "big"))
+            number = random.choice(NUMBERS) % 2 ** (8 * width)
+            data[at : at + width] = number.to_bytes(width, order)
+        else:
+            data[at : at + length] = bytes([random.choice((0, 255, 48, 125))]) * length
+    return bytes(data)
+
+
+def edited(tree: Any, random: Random) -> Any:
+    """A JSON value with one place changed: another value, none, twice, under another name."""
+    places = list(_places(tree))
+    if not places:
+        return copy.deepcopy(random.choice(VALUES))
+    holder, key = random.choice(places)
+    kind = random.randrange(7)
+    if kind == 0:
+        holder[key] = copy.deepcopy(random.choice(VALUES))
+    elif kind == 1:
+        holder[key] = random.choice(TEXTS)
+    elif kind == 2:
+        del holder[key]
+    elif kind == 3:
+        other, where = random.choice(places)
+        holder[key] = json.loads(json.dumps(other[where]))
+    elif kind == 4 and isinstance(holder, dict):
+        holder[random.choice(TEXTS)] = holder.pop(key)
+    elif kind == 5 and isinstance(holder[key], int | float):
+        holder[key] = random.choice((-holder[key], holder[key] * 10**6, holder[key] + 1, *NUMBERS))
+    else:
+        value: Any = holder[key]
+        for _ in range(random.choice((1, 20, 200))):
+            value = [value] if random.random() < 0.5 else {"a": value}
+        holder[key] = value
+    return tree
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    for key in keys:
+        yield tree, key
+        yield from _places(tree[key])
+
+
+def json_text(tree: Any, random: Random) -> bytes:
+    for _ in range(random.choice((1, 1, 3))):
+        tree = edited(tree, random)
+    text = json.dumps(tree)
+    if random.random() < 0.02:
+        text = "[" * 10**5
+    elif random.random() < 0.02 and text.startswith("{"):
+        text = '{"gdfq":1,"gdfq":[],' + text[1:]
+    return text.encode(errors="surrogatepass")
+
+
+def of_safetensors(data: bytes, random: Random) -> bytes:
+    """Blows, or a header edited as JSON whose length is right."""
+    if random.random() < 0.5:
+        return scramble(data, random)
+    length = int.from_bytes(data[:8], "little")
+    header = json_text(json.loads(data[8 : 8 + length]), random)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def of_checkpoint(data: bytes, random: Random) -> bytes:
+    """Blows, or a checkpoint whose tree was edited; its name has its hash either way."""
+    if random.random() < 0.3:
+        return of_safetensors(data, random)
+    length = int.from_bytes(data[:8], "little")
+    tree = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["gdfq-state"])
+    text = json_text(tree, random).decode()
+    return safetensors.torch.save(safetensors.torch.load(data), {"gdfq-state": text})
+
+
+def of_document(data: bytes, random: Random) -> bytes:
+    """A student whose document was edited and signed again."""
+    length = int.from_bytes(data[:8], "little")
+    document = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["gdfq"])
+    tensors = safetensors.torch.load(data)
+    for _ in range(random.choice((1, 1, 2, 3))):
+        part = random.choice(("card", "codes", "graph", "graph"))
+        document[part] = edited(document[part], random)
+    try:
+        document["sha256"] = packed.digest(document, tensors)
+        text = json.dumps(document, separators=(",", ":"))
+        return safetensors.torch.save(tensors, {"gdfq": text})
+    except Exception:  # what cannot even be written
+        return scramble(data, random)
+
+
+def of_zip(data: bytes, random: Random) -> bytes:
+    """Blows, or members that are changed inside, left out or doubled in a valid archive."""
+    if random.random() < 0.4:
+        return scramble(data, random)
+    buffer = io.BytesIO()
+    kind = random.choice(
+        (zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+    )
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", kind) as new:
+        for info in old.infolist():
+            content = old.read(info)
+            if random.random() < 0.5:
+                head = random.choice((64, 128, len(content)))  # most is decided at the beginning
+                content = scramble(content[:head], random) + content[head:]
+            if random.random() < 0.1:
+                content = _npy_header(content, random)
+            name = random.choice(NAMES) if random.random() < 0.03 else info.filename
+            for _ in range(random.choice((0, 1, 2)) if random.random() < 0.1 else 1):
+                new.writestr(name, content)
+    return buffer.getvalue()
+
+
+def _npy_header(content: bytes, random: Random) -> bytes:
+    descr = random.choice(("|u1", "<i8", "|O", "<f4", "|V2000000000", "<U100000000", "|S1", ">i2"))
+    shape = tuple(random.choice((*NUMBERS, 3, 8, 6, -1)) for _ in range(random.randrange(6)))
+    text = f"{{'descr': {descr!r}, 'fortran_order': {random.random() < 0.5}, 'shape': {shape}, }}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + content[128:]
+
+
+def of_image(data: bytes, random: Random) -> bytes:
+    """Blows; and a PNG of any size, with valid checksums, whose pixels are few or very many."""
+    if random.random() < 0.9 or not data.startswith(b"\x89PNG"):
+        head = random.choice((64, 200, len(data)))
+        return scramble(data[:head], random) + data[head:]
+    sides = [random.choice((0, 1, 12, 2000, 60000, 10**6, 2**31 - 1, 2**32 - 1)) for _ in range(2)]
+    depth, colour = random.choice((1, 2, 8, 16)), random.choice((0, 2, 3, 4, 6))
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", *sides, depth, colour, 0, 0, random.randrange(2))),
+        (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6))),
+        (b"IDAT", zlib.compress(bytes(min(sides[0] * sides[1], 10**6)))),
+        (b"IEND", b""),
+    )
+    made = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        made += struct.pack(">I", len(content)) + name + content + checksum
+    return made
+
+
+def of_onnx(data: bytes, random: Random) -> bytes:
+    """Blows, or a model that says another thing in a valid file."""
+    if random.random() < 0.5:
+        return scramble(data, random)
+    model = onnx.load_from_string(data)
+    graph = model.graph
+    for _ in range(random.choice((1, 2, 3))):
+        tensor, node = random.choice(graph.initializer), random.choice(graph.node)
+        kind = random.randrange(8)
+        if kind == 0:
+            del tensor.dims[:]
+            tensor.dims.extend(
+                random.choice((*NUMBERS[:-1], 3, 4, -1)) for _ in range(random.randrange(5))
+            )
+        elif kind == 1:
+            tensor.data_type = random.randrange(30)
+        elif kind == 2 and tensor.external_data:
+            entry = random.choice(tensor.external_data)
+            entry.value = random.choice(
+                (*map(str, NUMBERS), "-1", "b.bin", "../out.bin", *TEXTS[:6])
+            )
+        elif kind == 3:
+            node.op_type = random.choice(
+                ("Relu", "Conv", "Reshape", "ConstantOfShape", "Expand", "If", "x")
+            )
+        elif kind == 4:
+            node.input[random.randrange(len(node.input))] = random.choice(
+                ("", "x", "w", "b", "y", "none")
+            )
+        elif kind == 5 and node.attribute:
+            node.attribute[0].i = random.choice((-1, 7, 2**62))
+        elif kind == 6:
+            shape = random.choice((graph.input[0], graph.output[0])).type.tensor_type.shape
+            random.choice(shape.dim).dim_value = random.choice((-1, 0, 2**40, 8))
+        else:
+            graph.node.append(random.choice(graph.node))
+    return model.SerializeToString()
+
+
+def of_run(data: bytes, random: Random) -> bytes:
+    """One of the files of a run, changed: which, and its new content (a link for none)."""
+    files = json.loads(data)
+    name = random.choice(list(files))
+    content = bytes.fromhex(files[name])
+    head = name.encode() + b"\n"
+    if random.random() < 0.05:
+        return head
+    if name.endswith(".json") and random.random() < 0.7:
+        return head + json_text(json.loads(content), random)
+    changes = {".npz": of_zip, ".safetensors": of_safetensors}
+    return head + changes.get("." + name.rpartition(".")[2], scramble)(content, random)
+
+
+def of_text(data: bytes, random: Random) -> bytes:
+    """A word that an option could get."""
+    if random.random() < 0.3:
+        return random.choice(
+            (*TEXTS, "1" + "0" * 5000, "w" + "9" * 5000 + "a4", "9x" * 200 + "9")
+        ).encode()
+    return scramble(data, random) if random.random() < 0.7 else data * random.choice((2, 3, 200))

@@ -1,0 +1,181 @@
+"""Files of strangers: what they may cost, stated once, and how they are read within that.
+
+A small file may say that it holds much. Sizes are compared with the file, or with the numbers here,
+before memory is taken. What fails raises ValueError, or what the library raises; callers say which
+file it was.
+"""
+
+import json
+import math
+import os
+import pickletools
+import re
+from collections.abc import Collection, Iterator, Sequence
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+
+import numpy as np
+
+from gdfq.errors import UsageError
+
+PIXELS, RESIZED = 2**26, 2**24
+"""Of an image file (8192 x 8192), and of one that was resized: long and thin ones can grow."""
+NUMBERS = 2**24
+"""Of one input of a network: 3 x 2048 x 2048 fits."""
+TENSOR = 2**28
+"""Numbers of one tensor inside a stored network, for one image: 1 GiB of floats."""
+LEVELS = 100
+"""Of lists and objects in each other."""
+_UNPACKED, _RATIO = 2**26, 100
+"""Bytes that any archive may unpack to, and how many times its own size a large one may."""
+
+
+def within(folder: Path, path: Path) -> Path:
+    """`path`, a file or folder whose parent is in the folder.
+
+    Raises UsageError for a symbolic link that leads out of the folder, a pipe or a device.
+    """
+    if path.is_symlink():
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(os.path.realpath(folder)):
+            raise UsageError(
+                f"what is read of a folder must lie in it; {path} is a symbolic link that leads "
+                f"out of it, to {target}. Copy that into the folder, or give that path itself."
+            )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(
+            f"a folder must hold files and folders alone; {path} is a pipe or a device. Remove it."
+        )
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError, and ValueError for what is none."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON text. Raises ValueError for what is none, or is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if isinstance(value, dict | list):
+        _check_depth(value, LEVELS)
+    return value
+
+
+def _check_depth(value: Any, levels: int) -> None:
+    """Raise ValueError for a value too deep to be written again, which takes more of the stack."""
+    if not levels:
+        raise ValueError("it is nested too deeply")
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            _check_depth(inner, levels - 1)
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Raise UsageError when one input of a network has more numbers than any image."""
+    if math.prod(shape) > NUMBERS:
+        raise UsageError(
+            f"one input may have {NUMBERS:,} numbers at most; {'x'.join(map(str, shape))} has "
+            f"{math.prod(shape):,}. Give the shape of one image."
+        )
+
+
+def check_pixels(width: int, height: int, most: int = PIXELS) -> None:
+    """Raise ValueError when an image would have too many pixels to be held in memory."""
+    if width * height > most:
+        raise ValueError(f"{width} x {height} pixels are more than {most:,}")
+
+
+def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    """The named arrays of an .npz file that are there, or all.
+
+    Raises OSError, and ValueError and others for a damaged file, one that holds objects, and one
+    that unpacks to more than 64 MiB and 100 times its size.
+    """
+    with ZipFile(path) as archive:
+        members = {
+            info.filename.removesuffix(".npy"): info
+            for info in archive.infolist()
+            if names is None or info.filename.removesuffix(".npy") in names
+        }
+        size = sum(info.file_size for info in members.values())
+        if size > max(_UNPACKED, _RATIO * path.stat().st_size):
+            raise ValueError(f"it would unpack to {size:,} bytes, which its size does not explain")
+        return {name: _array(archive, info) for name, info in members.items()}
+
+
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _array(archive: ZipFile, info: ZipInfo) -> np.ndarray[Any, Any]:
+    if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # others ask for memory by themselves
+        raise ValueError(f"{info.filename} is compressed in another way than numpy's")
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"{info.filename} is of version {version}")
+        shape, _, dtype = _HEADERS[version](file)
+        declared, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        if declared != there:
+            raise ValueError(f"{info.filename} says it has {declared} bytes; it has {there}")
+    with archive.open(info) as file:
+        array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
+_ZIP = b"PK\x03\x04"
+_HARMLESS = re.compile(
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
+    r"|torch (\w+Storage|Size|device|bool|(b?float|complex|u?int)\d+\w*)"
+    r"|torch\.storage UntypedStorage|torch\.serialization _get_layout"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
+)
+"""What the pickled part of a state dict may call. `weights_only` lets pass more: `bytearray` and
+`Tensor` take a length, and so any memory that a few bytes ask for."""
+
+
+def check_torch_file(path: Path) -> None:
+    """Raise ValueError when reading a torch file with weights_only could take memory without end.
+
+    It must hold its bytes as they are, and call nothing that makes some.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:  # the format before torch 1.6, which begins with pickles
+            # A file takes memory for whatever length a pickle asks it to read, a mapping does not.
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                for _ in range(5):  # magic number, version, system, object, names of its storages
+                    _check_calls(content)
+            return
+    with ZipFile(path) as archive:
+        members = archive.infolist()
+        packed = any(info.compress_type != ZIP_STORED for info in members)
+        if packed or sum(info.file_size for info in members) > path.stat().st_size:
+            raise ValueError("it says it holds more bytes than it has")
+        for info in members:
+            if info.filename.lower().endswith("data.pkl"):
+                with archive.open(info) as file:
+                    _check_calls(file)
+
+
+def _check_calls(file: Any) -> None:
+    """Read one pickle, without running it."""
+    for name in _names(file):
+        if not _HARMLESS.fullmatch(name):
+            raise ValueError(f"it calls {name!r}, which a state dict does not")
+
+
+def _names(file: Any) -> Iterator[str]:
+    """What a pickle calls, as "module name"; its end is that of the pickle."""
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL":
+            yield str(argument)
+        elif opcode.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
+            yield opcode.name
