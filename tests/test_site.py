@@ -6,6 +6,7 @@ import subprocess
 import sys
 from html import unescape
 
+import click
 import pages
 import pytest
 
@@ -29,10 +30,10 @@ def test_the_reference_has_every_command_and_option():
         section = rest.partition("\n## ")[0]
         assert command.help.split("\n")[0] in section
         for parameter in command.params:
-            assert (
-                max(parameter.opts, key=len).replace("folder", "DIR").removeprefix("model")
-                in section
-            )
+            if isinstance(parameter, click.Argument):
+                assert parameter.make_metavar(click.Context(command)) in section
+            else:
+                assert max(parameter.opts, key=len) in section
     assert "| of the ONNX file at most" not in text  # the words before it are there, too
     assert "with --bits auto: of the ONNX file at most" in text
 
