@@ -149,6 +149,10 @@ def main() -> None:
                          "runs": len(runs), "same": same, "outcome": expected,
                          "checkpoints": took["checkpoints"], "of": took["total"]})  # fmt: skip
             print(f"  {len(stages)} kills, {len(runs)} runs finished, {same} the same", flush=True)
+            for run in runs:
+                other = [name for name in expected if run["outcome"].get(name) != expected[name]]
+                if other:
+                    print(f"  different after kills in {run['stages']}: {other}", flush=True)
             RESULTS.write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
     print(table(rows))
 

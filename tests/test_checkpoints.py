@@ -1,6 +1,7 @@
 """Checkpoints: written whole, read whole, and only by the run that they belong to."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -322,3 +323,23 @@ def test_the_history_is_cut_where_the_checkpoint_was(tmp_path):
         assert path.read_text() == whole
         history(Step("tune", 2, 3, {"loss": torch.tensor(0.25)}))
     assert path.read_text() == whole + '{"stage": "tune", "step": 2, "loss": 0.25}\n'
+
+
+def test_a_batch_that_is_made_again_is_told_once(tmp_path):
+    """Stopped in the second batch of images, which begins with step 3."""
+    path = tmp_path / "history.jsonl"
+
+    def tell(history, steps):
+        for stage, step in steps:
+            history(Step(stage, step, 4, {"loss": torch.tensor(float(step))}))
+
+    with History(path) as history:
+        tell(history, [("images", 1), ("images", 2), ("images", 3)])
+        state = from_bytes(to_bytes(history.state_dict(), str), Fixed)
+        tell(history, [("images", 4)])
+    with History(path) as history:
+        history.load_state_dict(state)
+        tell(history, [("images", 3), ("images", 4), ("tune", 1)])
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [("images", 1), ("images", 2), ("images", 3), ("images", 4), ("tune", 1)]
+    assert [(row["stage"], row["step"]) for row in told] == steps

@@ -28,6 +28,16 @@ class Recorder:
             raise StopError
 
 
+def told_once(rows):
+    """The rows without those of batches that were made again."""
+    found: list = []
+    for row in rows:
+        while found and found[-1][0] == row[0] and found[-1][1] >= row[1]:
+            found.pop()
+        found.append(row)
+    return found
+
+
 CASES = {
     "fast": {"steps": 12},
     "quick": {"steps": 12},
@@ -88,5 +98,4 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(name, teacher, tmp_path):
     assert expected.card == got.card
     assert torch.equal(expected.witness.images, got.witness.images)
     assert {**expected.metrics, "seconds": 0} == {**got.metrics, "seconds": 0}
-    in_tuning = [row for row in whole.rows if row[0] == "tune"]
-    assert [row for row in rows if row[0] == "tune"] == in_tuning
+    assert told_once(rows) == whole.rows

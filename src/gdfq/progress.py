@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -45,13 +45,15 @@ def silent(step: Step) -> None:
 class History:
     """Writes steps with losses or ranges as JSON lines, about `lines` of them a stage.
 
-    Of a run that goes on, the lines behind its checkpoint are cut off and written again.
+    Of a run that goes on, the lines behind its checkpoint are cut off and written again. So are
+    those of a batch that a stop left unfinished: a step that is heard again begins it anew.
     """
 
     def __init__(self, path: Path, lines: int = 500) -> None:
         self._file = path.open("ab", buffering=0)  # nothing is left to fail when it is closed
         self._lines = lines
         self._whole = self._file.tell()  # bytes up to the end of the last line
+        self._written: list[tuple[str, int, int]] = []  # of each line its stage, step and place
 
     def __call__(self, step: Step) -> None:
         is_due_now = bool(step.losses) and is_due(step.index, step.total, self._lines)
@@ -63,18 +65,27 @@ class History:
             record["rate"] = step.rate
         if step.ranges:
             record["ranges"] = dict(step.ranges)
+        while self._written and self._written[-1][0] == step.stage:
+            if self._written[-1][1] < step.index:
+                break
+            self._cut_(self._written.pop()[2])
         line = json.dumps(record).encode() + b"\n"
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._written.append((step.stage, step.index, self._whole))
         self._whole += len(line)
 
-    def state_dict(self) -> dict[str, int]:
-        os.fsync(self._file.fileno())  # a checkpoint must not know of lines that were lost
-        return {"bytes": self._whole}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._whole = min(self._whole, state["bytes"])
+    def _cut_(self, size: int) -> None:
+        self._whole = min(self._whole, size)
         self._file.truncate(self._whole)
+
+    def state_dict(self) -> dict[str, Any]:
+        os.fsync(self._file.fileno())  # a checkpoint must not know of lines that were lost
+        return {"bytes": self._whole, "lines": list(self._written)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._cut_(state["bytes"])
+        self._written = [(stage, step, place) for stage, step, place in state["lines"]]
 
     def __enter__(self) -> "History":
         return self
