@@ -248,7 +248,7 @@ def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
 
 
 def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
-    def diverge(self, student, teacher, labels):
+    def diverge(self, student, *_):
         return {"student": student[0].sum() * torch.nan}
 
     monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", diverge)
