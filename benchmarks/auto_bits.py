@@ -75,6 +75,7 @@ def card_of(name: str, teacher: Captured, scheme: Scheme, recipe: Recipe, seed: 
     return Card(
         input_shape=teacher.input_shape,
         classes=teacher.classes,
+        outputs=teacher.outputs,
         preprocessing=NETWORKS[name].preprocessing,
         bits=scheme.bits,
         placement=scheme.placement,
