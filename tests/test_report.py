@@ -164,7 +164,14 @@ def test_the_verdict_says_what_it_rests_on():
 
 def test_accuracies_alone_have_a_wider_interval():
     loss = loss_of(made(**measured(90.0, 90.0, images=100)))
-    assert loss.high == pytest.approx(1.96 * 100 * (2 * 0.9 * 0.1 / 100) ** 0.5)
+    share = 91 / 102
+    assert loss.high == pytest.approx(1.96 * 100 * (2 * share * (1 - share) / 102) ** 0.5)
+
+
+def test_few_images_that_are_all_right_are_not_certain():
+    run = made(**measured(100.0, 100.0, images=4))
+    assert loss_of(run).high == pytest.approx(1.96 * 100 * (2 * 5 / 6 * 1 / 6 / 6) ** 0.5)
+    assert verdict(run).level == "unknown"
 
 
 def test_an_expected_loss_counts_by_its_upper_end():
