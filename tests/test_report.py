@@ -192,13 +192,19 @@ def test_what_cannot_be_told_is_not_told():
     assert found.level == "unknown"
     assert "the loss of accuracy cannot be told" in found.sentence
     assert any("cannot be told. Too few images." in line for line in found.evidence)
-    assert any("gdfq evaluate" in line for line in found.advice)
+    assert "Measure it on labelled images: gdfq evaluate a run --test DATA." in found.advice
     assert verdict(made()).level == "unknown"
 
 
 def test_outputs_that_are_no_classes_have_their_error():
     found = verdict(made(metrics={"student": {"error_percent": {"boxes": 3.2, "scores": 1.0}}}))
     assert "outputs are off by 3.2 % at most (boxes)" in found.sentence
+    assert not any("labelled images" in line for line in found.advice)
+    trust = {"agreement": None, "relative_error": 2.5, "images": 64, "source": "noise"}
+    found = verdict(made(evidence={"trust": trust}))
+    assert "Outputs: they are off by 2.5 % on 64 held-out inputs (noise)." in found.evidence
+    assert not any("same answer" in line for line in found.evidence)
+    assert not any("labelled images" in line for line in found.advice)
 
 
 def test_advice_names_what_helps():

@@ -196,12 +196,7 @@ def _evidence(run: Run, loss: Loss | None) -> Iterator[str]:
         )
     trust = run.evidence.get("trust") or {}
     if trust:
-        agreement = number(trust.get("agreement"))
-        said = f"{agreement:.1f} % of " if agreement is not None else ""
-        yield (
-            f"Agreement: both networks give the same answer to {said}{trust.get('images', '')} "
-            "held-out synthetic images."
-        )
+        yield _likeness(trust)
     if loss is None:
         yield f"Expected loss: it cannot be told. {trust.get('reason') or _UNTOLD}"
     if faster(run.metrics) is None:
@@ -214,7 +209,25 @@ def _evidence(run: Run, loss: Loss | None) -> Iterator[str]:
         )
 
 
-_UNTOLD = "There was no test data, and this run holds no estimate without data."
+_UNTOLD = "This run holds neither a test of accuracy nor an estimate without data."
+
+
+def _likeness(trust: Record) -> str:
+    """How alike both networks are on held-out inputs: their answers, else their outputs."""
+    inputs = f"{trust.get('images', '–')} held-out inputs ({trust.get('source', 'unknown')})"
+    agreement, error = number(trust.get("agreement")), number(trust.get("relative_error"))
+    if agreement is not None:
+        return f"Agreement: both networks give the same answer to {agreement:.1f} % of {inputs}."
+    if error is not None:
+        return f"Outputs: they are off by {error:.1f} % on {inputs}."
+    return f"Outputs: they are not finite on some of {inputs}."
+
+
+def _has_classes(run: Run) -> bool:
+    """Whether accuracy can be measured, as far as the run's files tell."""
+    trust = run.evidence.get("trust")
+    is_without = trust and number(trust.get("agreement")) is None
+    return not (is_without or (run.metrics.get("student") or {}).get("error_percent"))
 
 
 def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
@@ -235,8 +248,9 @@ def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
                 "A few hundred real images, if you can have them, are worth more than synthetic "
                 "ones: --recipe real --data DIR."
             )
-    if level == "unknown":
-        yield (f"Measure it on more labelled images: gdfq evaluate {run.folder} --test DATA.")
+    if level == "unknown" and _has_classes(run):
+        more = "labelled images" if run.drop is None else "more labelled images"
+        yield f"Measure it on {more}: gdfq evaluate {run.folder} --test DATA."
     if level == "good":
         yield "Nothing needs to be done. Deploy the file."
 
