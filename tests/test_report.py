@@ -178,7 +178,31 @@ def test_an_expected_loss_counts_by_its_upper_end():
     trust = {"expected_drop": 0.5, "interval": [0.1, 3.0], "agreement": 97.0, "images": 512}
     found = verdict(made(evidence={"trust": trust}))
     assert found.level == "fair"
-    assert "about 0.5 points lost (0.1 to 3.0 expected)" in found.sentence
+    assert found.sentence == (
+        "This is probably usable, with a loss: 244 KiB, about 0.5 points are expected to be lost."
+    )
+    evidence = " ".join(found.evidence)
+    assert "0.1 to 3.0 points, an interval that held nine of ten" in evidence
+    assert "mixtures of images are made to be hard" in evidence
+
+
+@pytest.mark.parametrize(
+    ("interval", "level", "words"),
+    [
+        ([0.0, 0.9], "good", "This can probably be trusted"),
+        ([0.9, 5.1], "unknown", "Whether this can be trusted is not known"),
+        ([1.1, 5.1], "poor", "This may have lost too much"),
+    ],
+)
+def test_an_estimate_is_judged_by_both_ends_and_is_no_fact(interval, level, words):
+    trust = {"expected_drop": sum(interval) / 2, "interval": interval, "agreement": 97.0}
+    found = verdict(made(evidence={"trust": trust}))
+    assert found.level == level
+    assert found.sentence.startswith(f"{words}: ")
+
+
+def test_a_measurement_that_may_be_anything_is_unknown():
+    assert verdict(made(**measured(90.0, 86.0, images=100))).level == "unknown"
 
 
 def test_what_cannot_be_told_is_not_told():
