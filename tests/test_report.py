@@ -25,7 +25,7 @@ from gdfq.report.alarms import (
 from gdfq.report.compare import Row, compare, quality, side_by_side
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Run, read_run
-from gdfq.report.verdict import faster, harmful_layers, loss_of, size_words, verdict
+from gdfq.report.verdict import faster, harmful_layers, loss_of, lost_or_won, size_words, verdict
 
 TITLES = (
     "Expected loss without data",
@@ -155,8 +155,8 @@ def test_few_test_images_tell_little():
 def test_the_verdict_says_what_it_rests_on():
     found = verdict(made(**measured(90.0, 88.0), evidence={"test": {"error": 0.25}}))
     assert found.sentence == (
-        "This is usable, with a loss: 244 KiB, 4.0 times smaller, 2.00 points lost of 90.00 % "
-        "(88.00 % now)."
+        "This is usable, with a loss: 244 KiB, 4.0 times smaller, 2.00 points lost "
+        "(90.00 % before, 88.00 % now)."
     )
     assert "1.51 to 2.49 points (95 % interval)" in " ".join(found.evidence)
     assert any("250,000 bytes" in line for line in found.evidence)
@@ -272,6 +272,12 @@ def test_speed_is_that_of_one_image_on_one_thread():
     assert faster({"bench": timings}) == 1.5
     assert faster({}) is None
     assert "1.5 times as fast" in verdict(made(metrics={"bench": timings})).sentence
+
+
+def test_what_is_won_or_slower_is_said_so():
+    bench = [{"batch": 1, "threads": 1, "median": median} for median in (1.0, 1.4)]
+    sentence = verdict(made(**measured(90.0, 90.56, bench=bench))).sentence
+    assert "1.4 times slower, 0.56 points won (90.00 % before, 90.56 % now)" in sentence
 
 
 def test_sizes_in_words():
@@ -570,7 +576,7 @@ def test_the_terminal_shows_the_run(run, capsys):
     print_run(found)
     printed = capsys.readouterr().out
     assert "times smaller" in printed
-    assert "points lost" in printed
+    assert lost_or_won(found.drop) in printed
     assert verdict(found).sentence.split(":")[0] in printed
     print_run(replace(found, evidence={}))
 
@@ -579,7 +585,7 @@ def test_bench_leaves_its_figures_in_the_run(run, undrawn):
     assert _exit_code(["bench", str(run), "--seconds", "0.01"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert {t["file"] for t in metrics["bench"]} == {"full precision", "w4a4"}
-    assert "times as fast" in str(page_of(run))
+    assert re.search("times (as fast|slower)", str(page_of(run)))
 
 
 # TensorBoard

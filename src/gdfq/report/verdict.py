@@ -156,6 +156,11 @@ def smaller(before: float, after: float) -> str:
     return f"{before / after:.1f} times smaller"
 
 
+def lost_or_won(points: float) -> str:
+    """A drop of accuracy, in words."""
+    return f"{abs(points):.2f} points {'lost' if points >= 0 else 'won'}"
+
+
 def faster(metrics: Record) -> float | None:
     """How many times faster one image on one thread is, if `gdfq bench` measured it."""
     timings = [t for t in metrics.get("bench") or [] if (t["batch"], t["threads"]) == (1, 1)]
@@ -174,7 +179,9 @@ def _size(run: Run) -> str | None:
 
 def _speed(metrics: Record) -> str | None:
     times = faster(metrics)
-    return None if times is None else f"{times:.1f} times as fast"
+    if times is None:
+        return None
+    return f"{times:.1f} times as fast" if times >= 1 else f"{1 / times:.1f} times slower"
 
 
 def _lost(run: Run, loss: Loss | None) -> str:
@@ -185,8 +192,9 @@ def _lost(run: Run, loss: Loss | None) -> str:
             return f"outputs are off by {errors[worst]:.1f} % at most ({worst})"
         return "the loss of accuracy cannot be told"
     if loss.kind == "measured":
-        after = (loss.reference or 0) - loss.points
-        return f"{loss.points:.2f} points lost of {loss.reference:.2f} % ({after:.2f} % now)"
+        before = loss.reference or 0.0
+        after = before - loss.points
+        return f"{lost_or_won(loss.points)} ({before:.2f} % before, {after:.2f} % now)"
     return f"about {loss.points:.1f} points are expected to be lost"
 
 
