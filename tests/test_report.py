@@ -22,7 +22,7 @@ from gdfq.report.alarms import (
     saturated,
     uncovered,
 )
-from gdfq.report.compare import Row, compare, quality, side_by_side
+from gdfq.report.compare import Row, _page, compare, quality, side_by_side
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Run, read_run
 from gdfq.report.verdict import faster, harmful_layers, loss_of, lost_or_won, size_words, verdict
@@ -307,7 +307,12 @@ def test_figures_without_values_are_none():
     assert figures.rates([]) is figures.ranges([], "tune") is figures.stages({}) is None
     assert figures.distances([]) is figures.signal([]) is figures.class_changes([]) is None
     assert figures.harms([{"name": "a", "harm": None}], "divergence") is None
-    assert figures.pareto([], "top-1") is None
+    assert figures.pareto([], "top-1") is figures.pareto([("a", 1.0, 9.0)], "top-1") is None
+
+
+def test_the_plot_of_a_comparison_ends_at_all_right():
+    figure = figures.pareto([("a", 1.0, 100.0), ("b", 2.0, 90.0)], "top-1, %")
+    assert figure.axes[0].get_ylim()[1] == 100
 
 
 def test_names_are_no_formulas():
@@ -556,6 +561,20 @@ def test_compare_names_what_it_cannot_read(run, tmp_path, capsys):
     assert "top-1" in text
     with pytest.raises(UsageError, match="one folder at least must hold a run"):
         compare([tmp_path / "nowhere"], page)
+
+
+def test_the_plot_names_the_runs_that_it_leaves_out():
+    rows = [row("a", bytes=1, accuracy=90.0), row("b", bytes=2, accuracy=91.0)]
+    page = str(Text(_page(side_by_side([*rows, row("untested", bytes=3)]))))
+    assert "Not in the plot, as the size or the quality (top-1) is not known: untested." in page
+    assert "nothing to plot" in str(Text(_page(side_by_side(rows[:1]))))
+
+
+def test_evidence_that_an_unfinished_run_lacks_was_not_declined(run):
+    for name in ("metrics.json", "evidence.json", "evidence.npz"):
+        (run / name).unlink()
+    (said,) = set(read_run(run).problems.values())
+    assert said.startswith("the run has not finished")
 
 
 def test_a_comparison_escapes_names(run, tmp_path):

@@ -166,11 +166,14 @@ def _hash(value: str | None) -> str:
 def _page(comparison: Comparison) -> str:
     words, points = quality(comparison.rows)
     figure = figures.pareto(points, words)
+    drawn = {name for name, *_ in points}
     return (
         environment()
         .get_template("compare.html")
         .render(
             comparison=comparison,
+            quality=words.removesuffix(", %"),
+            left_out=[row.name for row in comparison.rows if row.name not in drawn],
             figures={} if figure is None else {"pareto": Markup(svg(figure))},  # noqa: S704
         )
     )

@@ -253,8 +253,11 @@ def class_changes(by_class: Sequence[Sequence[Any]]) -> Figure | None:
 
 
 def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure | None:
-    """Quality over size: (name, bytes, quality) of each run; what no other beats is joined."""
-    if not points:
+    """Quality in percent over size: (name, bytes, quality) of each run.
+
+    What no other beats is joined. One run alone is no comparison, so it is not drawn.
+    """
+    if len(points) < 2:
         return None
     figure, axes = _axes(3.6)
     axes.scatter([p[1] / 1024 for p in points], [p[2] for p in points], color=BLUE, zorder=3)
@@ -273,6 +276,7 @@ def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure |
             color=_INK,
         )
     axes.margins(0.15)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 100))
     _label(axes, "size, KiB", quality)
     return figure
 

@@ -81,8 +81,10 @@ def read_run(folder: str | Path) -> Run:
     unfinished = f"the run has not finished: it has no {METRICS}. What it left is shown."
     metrics = part(METRICS, _document, unfinished)
     history = part(HISTORY, _lines, f"{HISTORY} is missing: losses over steps are not known.")
-    evidence = part(EVIDENCE, _evidence, _NO_EVIDENCE)
-    arrays = part(EVIDENCE_ARRAYS, read_npz, _NO_EVIDENCE)
+    # Evidence is gathered last, so a run that has not finished could not have it yet.
+    without = _NO_EVIDENCE if (folder / METRICS).exists() else unfinished
+    evidence = part(EVIDENCE, _evidence, without)
+    arrays = part(EVIDENCE_ARRAYS, read_npz, without)
     newer = str((config or {}).get("gdfq", __version__))
     if _version(newer) > _version(__version__):
         problems["version"] = (
