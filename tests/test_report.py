@@ -241,11 +241,14 @@ def test_advice_names_what_helps():
     run = made(**measured(90.0, 70.0), config=config, evidence={"layers": {"layers": layers}})
     advice = verdict(run, ("An alarm.",)).advice
     assert advice[0] == "An alarm."
-    assert "--keep 'stem=8' keeps the layer that does 67 % of the harm wider" in advice[1]
+    assert "--keep 'stem=8' keeps the layer with 67 % of the harm wider" in advice[1]
     assert "adds 2 KiB" in advice[1]
     assert "--keep 'head=float'" in advice[2]
     assert "w4a8" in advice[3]
     assert "--recipe fast" in advice[4]
+    found = {"layers": {"layers": layers, "harm": "error"}}
+    said = verdict(made(**measured(90.0, 70.0), evidence=found)).advice[0]
+    assert "67 % of the sum of the layers' own errors" in said
     assert verdict(made(**measured(90.0, 89.9))).advice == (
         "Nothing needs to be done. Deploy the file.",
     )

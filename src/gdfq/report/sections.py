@@ -11,7 +11,7 @@ from gdfq.report import figures
 from gdfq.report.alarms import alarms
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Record, Run, number
-from gdfq.report.verdict import harmful_layers
+from gdfq.report.verdict import HARM_WORDS, harmful_layers
 from gdfq.runs import CONFIG, EVIDENCE, HISTORY, METRICS
 
 
@@ -90,6 +90,7 @@ def layers(run: Run) -> Content | str:
             "others": [row for name, row in activations.items() if name not in read],
             "harmful": harmful_layers(found["layers"]),
             "kind": found["harm"],
+            "whole": HARM_WORDS[found["harm"]],
             "count": found["images"],
         },
         {

@@ -31,6 +31,12 @@ _WORDS: Mapping[str, Mapping[Level, str]] = {
 _SHARE, _TIMES, _MOST = 0.05, 3.0, 3
 """A harmful layer does that share of all harm and so many times the median; so many are named."""
 
+HARM_WORDS: Mapping[str, str] = {
+    "divergence": "the harm",
+    "error": "the sum of the layers' own errors",
+}
+"""What a layer has a share of, by the kind of `gdfq.evidence.harm.Harm`."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -258,11 +264,12 @@ def _has_classes(run: Run) -> bool:
 
 def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
     yield from alarms
-    layers = (run.evidence.get("layers") or {}).get("layers") or []
+    found = run.evidence.get("layers") or {}
     if level != "good":
-        for layer in harmful_layers(layers):
+        for layer in harmful_layers(found.get("layers") or []):
+            share = f"{layer.share:.0f} % of {HARM_WORDS[found.get('harm', 'divergence')]}"
             yield (
-                f"{layer.option} keeps the layer that does {layer.share:.0f} % of the harm wider; "
+                f"{layer.option} keeps the layer with {share} wider; "
                 f"that adds {size_words(layer.bytes)}."
             )
         yield from _wider(str(run.config.get("bits", "")))
