@@ -362,8 +362,12 @@ def recipes_command() -> None:
 @click.option(
     "--out", type=_PATH, help="folder for all runs  [default: beside the file, named after it]"
 )
-@click.option("--jobs", type=int, help="runs at a time  [default: the cores over --threads]")
-@click.option("--threads", default=1, show_default=True, help="of each run")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="runs at a time  [default: the cores over --threads]"
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="of each run"
+)
 def sweep_command(**options: Any) -> None:
     """Quantize a grid of networks, widths, recipes and seeds, many at a time.
 

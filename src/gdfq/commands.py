@@ -182,10 +182,13 @@ def _quantize_into(
         quantized = quantize(
             teacher, example, listener=listener, checkpoints=checkpoints, **options
         )
+        folder.write_config(config)
         quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
         quantized.save(folder.path)
+        check()
         if onnx:
             _export_at_once(quantized, folder.path / ONNX_FILE)
+        check()
         if report:
             started = time.perf_counter()
             gather(teacher, quantized).write(folder.path)
