@@ -25,7 +25,7 @@ from gdfq.report.alarms import (
 from gdfq.report.compare import Row, compare, quality, side_by_side
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Run, read_run
-from gdfq.report.verdict import faster, harmful_layers, loss_of, size_words, verdict
+from gdfq.report.verdict import faster, harmful_layers, loss_of, lost_or_won, size_words, verdict
 
 TITLES = (
     "Expected loss without data",
@@ -155,8 +155,8 @@ def test_few_test_images_tell_little():
 def test_the_verdict_says_what_it_rests_on():
     found = verdict(made(**measured(90.0, 88.0), evidence={"test": {"error": 0.25}}))
     assert found.sentence == (
-        "This is usable, with a loss: 244 KiB, 4.0 times smaller, 2.00 points lost of 90.00 % "
-        "(88.00 % now)."
+        "This is usable, with a loss: 244 KiB, 4.0 times smaller, 2.00 points lost "
+        "(90.00 % before, 88.00 % now)."
     )
     assert "1.51 to 2.49 points (95 % interval)" in " ".join(found.evidence)
     assert any("250,000 bytes" in line for line in found.evidence)
@@ -164,14 +164,45 @@ def test_the_verdict_says_what_it_rests_on():
 
 def test_accuracies_alone_have_a_wider_interval():
     loss = loss_of(made(**measured(90.0, 90.0, images=100)))
-    assert loss.high == pytest.approx(1.96 * 100 * (2 * 0.9 * 0.1 / 100) ** 0.5)
+    share = 91 / 102
+    assert loss.high == pytest.approx(1.96 * 100 * (2 * share * (1 - share) / 102) ** 0.5)
+
+
+def test_few_images_that_are_all_right_are_not_certain():
+    run = made(**measured(100.0, 100.0, images=4))
+    assert loss_of(run).high == pytest.approx(1.96 * 100 * (2 * 5 / 6 * 1 / 6 / 6) ** 0.5)
+    assert verdict(run).level == "unknown"
 
 
 def test_an_expected_loss_counts_by_its_upper_end():
     trust = {"expected_drop": 0.5, "interval": [0.1, 3.0], "agreement": 97.0, "images": 512}
     found = verdict(made(evidence={"trust": trust}))
     assert found.level == "fair"
-    assert "about 0.5 points lost (0.1 to 3.0 expected)" in found.sentence
+    assert found.sentence == (
+        "This is probably usable, with a loss: 244 KiB, about 0.5 points are expected to be lost."
+    )
+    evidence = " ".join(found.evidence)
+    assert "0.1 to 3.0 points, an interval that held nine of ten" in evidence
+    assert "mixtures of images are made to be hard" in evidence
+
+
+@pytest.mark.parametrize(
+    ("interval", "level", "words"),
+    [
+        ([0.0, 0.9], "good", "This can probably be trusted"),
+        ([0.9, 5.1], "unknown", "Whether this can be trusted is not known"),
+        ([1.1, 5.1], "poor", "This may have lost too much"),
+    ],
+)
+def test_an_estimate_is_judged_by_both_ends_and_is_no_fact(interval, level, words):
+    trust = {"expected_drop": sum(interval) / 2, "interval": interval, "agreement": 97.0}
+    found = verdict(made(evidence={"trust": trust}))
+    assert found.level == level
+    assert found.sentence.startswith(f"{words}: ")
+
+
+def test_a_measurement_that_may_be_anything_is_unknown():
+    assert verdict(made(**measured(90.0, 86.0, images=100))).level == "unknown"
 
 
 def test_what_cannot_be_told_is_not_told():
@@ -185,13 +216,19 @@ def test_what_cannot_be_told_is_not_told():
     assert found.level == "unknown"
     assert "the loss of accuracy cannot be told" in found.sentence
     assert any("cannot be told. Too few images." in line for line in found.evidence)
-    assert any("gdfq evaluate" in line for line in found.advice)
+    assert "Measure it on labelled images: gdfq evaluate a run --test DATA." in found.advice
     assert verdict(made()).level == "unknown"
 
 
 def test_outputs_that_are_no_classes_have_their_error():
     found = verdict(made(metrics={"student": {"error_percent": {"boxes": 3.2, "scores": 1.0}}}))
     assert "outputs are off by 3.2 % at most (boxes)" in found.sentence
+    assert not any("labelled images" in line for line in found.advice)
+    trust = {"agreement": None, "relative_error": 2.5, "images": 64, "source": "noise"}
+    found = verdict(made(evidence={"trust": trust}))
+    assert "Outputs: they are off by 2.5 % on 64 held-out inputs (noise)." in found.evidence
+    assert not any("same answer" in line for line in found.evidence)
+    assert not any("labelled images" in line for line in found.advice)
 
 
 def test_advice_names_what_helps():
@@ -235,6 +272,12 @@ def test_speed_is_that_of_one_image_on_one_thread():
     assert faster({"bench": timings}) == 1.5
     assert faster({}) is None
     assert "1.5 times as fast" in verdict(made(metrics={"bench": timings})).sentence
+
+
+def test_what_is_won_or_slower_is_said_so():
+    bench = [{"batch": 1, "threads": 1, "median": median} for median in (1.0, 1.4)]
+    sentence = verdict(made(**measured(90.0, 90.56, bench=bench))).sentence
+    assert "1.4 times slower, 0.56 points won (90.00 % before, 90.56 % now)" in sentence
 
 
 def test_sizes_in_words():
@@ -533,7 +576,7 @@ def test_the_terminal_shows_the_run(run, capsys):
     print_run(found)
     printed = capsys.readouterr().out
     assert "times smaller" in printed
-    assert "points lost" in printed
+    assert lost_or_won(found.drop) in printed
     assert verdict(found).sentence.split(":")[0] in printed
     print_run(replace(found, evidence={}))
 
@@ -542,7 +585,7 @@ def test_bench_leaves_its_figures_in_the_run(run, undrawn):
     assert _exit_code(["bench", str(run), "--seconds", "0.01"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert {t["file"] for t in metrics["bench"]} == {"full precision", "w4a4"}
-    assert "times as fast" in str(page_of(run))
+    assert re.search("times (as fast|slower)", str(page_of(run)))
 
 
 # TensorBoard

@@ -6,7 +6,7 @@ from rich.table import Table
 from gdfq.report.alarms import alarms
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.read import Run, number
-from gdfq.report.verdict import size_words, smaller, verdict
+from gdfq.report.verdict import lost_or_won, size_words, smaller, verdict
 
 
 def print_run(run: Run) -> None:
@@ -19,7 +19,7 @@ def print_run(run: Run) -> None:
         table.add_row("size", size_words(before), size_words(size), smaller(before, size))
     if run.drop is not None:
         tops = (metrics[who]["top1"] for who in ("teacher", "student"))
-        table.add_row("top-1", *(f"{top:.2f} %" for top in tops), f"{run.drop:.2f} points lost")
+        table.add_row("top-1", *(f"{top:.2f} %" for top in tops), lost_or_won(run.drop))
     for output, error in ((metrics.get("student") or {}).get("error_percent") or {}).items():
         table.add_row(output, "", "", f"{error:.2f} % from the original's")
     seconds = metrics["seconds"]["total"]

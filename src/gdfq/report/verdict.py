@@ -13,11 +13,20 @@ Level = Literal["good", "fair", "poor", "unknown"]
 
 _GOOD, _FAIR = 0.01, 0.05
 """Parts of the accuracy that may be lost. 1 % is what MLPerf asks of a quantized network."""
-_WORDS: Mapping[Level, str] = {
-    "good": "This can be trusted",
-    "fair": "This is usable, with a loss",
-    "poor": "This lost too much",
-    "unknown": "Whether this can be trusted is not known",
+_UNKNOWN = "Whether this can be trusted is not known"
+_WORDS: Mapping[str, Mapping[Level, str]] = {
+    "measured": {
+        "good": "This can be trusted",
+        "fair": "This is usable, with a loss",
+        "poor": "This lost too much",
+        "unknown": _UNKNOWN,
+    },
+    "expected": {
+        "good": "This can probably be trusted",
+        "fair": "This is probably usable, with a loss",
+        "poor": "This may have lost too much",
+        "unknown": _UNKNOWN,
+    },
 }
 _SHARE, _TIMES, _MOST = 0.05, 3.0, 3
 """A harmful layer does that share of all harm and so many times the median; so many are named."""
@@ -25,9 +34,10 @@ _SHARE, _TIMES, _MOST = 0.05, 3.0, 3
 
 @dataclass(frozen=True)
 class Loss:
-    """Points of accuracy that are lost, with the ends of their 95 % interval.
+    """Points of accuracy that are lost, and the ends of an interval.
 
-    kind: "measured" on test images, or "expected" from agreement on synthetic ones.
+    kind: "measured" on test images, where the interval is of 95 %; or "expected" by `gdfq.trust`
+    from the outputs' error on held-out images, where it holds nine of ten.
     """
 
     kind: Literal["measured", "expected"]
@@ -40,13 +50,12 @@ class Loss:
     def level(self) -> Level:
         """By what was measured, or by the most that is expected.
 
-        A measurement that looks good and may be poor all the same, on a few images, is unknown.
+        Unknown where one end of the interval is good and the other poor.
         """
-        if self.kind == "expected":
-            return self._level_of(self.high)
-        level = self._level_of(self.points)
-        is_uncertain = level == "good" and self._level_of(self.high) == "poor"
-        return "unknown" if is_uncertain else level
+        low, high = self._level_of(self.low), self._level_of(self.high)
+        if (low, high) == ("good", "poor"):
+            return "unknown"
+        return high if self.kind == "expected" else self._level_of(self.points)
 
     def _level_of(self, points: float) -> Level:
         lost = points / (100.0 if self.reference is None else max(self.reference, 1e-9))
@@ -80,7 +89,8 @@ def verdict(run: Run, alarms: Sequence[str] = ()) -> Verdict:
     loss = loss_of(run)
     level = "unknown" if loss is None else loss.level()
     parts = list(filter(None, (_size(run), _speed(run.metrics), _lost(run, loss))))
-    sentence = f"{_WORDS[level]}: {', '.join(parts)}." if parts else f"{_WORDS[level]}."
+    words = _UNKNOWN if loss is None else _WORDS[loss.kind][level]
+    sentence = f"{words}: {', '.join(parts)}." if parts else f"{words}."
     return Verdict(level, sentence, tuple(_evidence(run, loss)), tuple(_advice(run, level, alarms)))
 
 
@@ -100,10 +110,15 @@ def loss_of(run: Run) -> Loss | None:
 
 
 def _unpaired(metrics: Record) -> float:
-    """The standard error of a drop, in points, when only the two accuracies are known."""
-    count = max(1, int(metrics.get("test_images", 1)))
-    shares = (float(metrics[who]["top1"]) / 100 for who in ("teacher", "student"))
-    return 100 * float(sum(p * (1 - p) / count for p in shares) ** 0.5)
+    """The standard error of a drop, in points, when only the two accuracies are known.
+
+    One more right and one more wrong answer of each network keep few images from being certain
+    (A. Agresti and B. Caffo, 2000, "Simple and effective confidence intervals for proportions").
+    """
+    images = max(1, int(metrics.get("test_images", 1)))
+    right = (images * float(metrics[who]["top1"]) / 100 for who in ("teacher", "student"))
+    shares = ((count + 1) / (images + 2) for count in right)
+    return 100 * float(sum(p * (1 - p) / (images + 2) for p in shares) ** 0.5)
 
 
 def harmful_layers(layers: Sequence[Record]) -> tuple[Harmful, ...]:
@@ -141,6 +156,11 @@ def smaller(before: float, after: float) -> str:
     return f"{before / after:.1f} times smaller"
 
 
+def lost_or_won(points: float) -> str:
+    """A drop of accuracy, in words."""
+    return f"{abs(points):.2f} points {'lost' if points >= 0 else 'won'}"
+
+
 def faster(metrics: Record) -> float | None:
     """How many times faster one image on one thread is, if `gdfq bench` measured it."""
     timings = [t for t in metrics.get("bench") or [] if (t["batch"], t["threads"]) == (1, 1)]
@@ -159,7 +179,9 @@ def _size(run: Run) -> str | None:
 
 def _speed(metrics: Record) -> str | None:
     times = faster(metrics)
-    return None if times is None else f"{times:.1f} times as fast"
+    if times is None:
+        return None
+    return f"{times:.1f} times as fast" if times >= 1 else f"{1 / times:.1f} times slower"
 
 
 def _lost(run: Run, loss: Loss | None) -> str:
@@ -170,9 +192,10 @@ def _lost(run: Run, loss: Loss | None) -> str:
             return f"outputs are off by {errors[worst]:.1f} % at most ({worst})"
         return "the loss of accuracy cannot be told"
     if loss.kind == "measured":
-        after = (loss.reference or 0) - loss.points
-        return f"{loss.points:.2f} points lost of {loss.reference:.2f} % ({after:.2f} % now)"
-    return f"about {loss.points:.1f} points lost ({loss.low:.1f} to {loss.high:.1f} expected)"
+        before = loss.reference or 0.0
+        after = before - loss.points
+        return f"{lost_or_won(loss.points)} ({before:.2f} % before, {after:.2f} % now)"
+    return f"about {loss.points:.1f} points are expected to be lost"
 
 
 def _evidence(run: Run, loss: Loss | None) -> Iterator[str]:
@@ -189,14 +212,14 @@ def _evidence(run: Run, loss: Loss | None) -> Iterator[str]:
             f"were used for nothing else; the drop lies in {loss.low:.2f} to {loss.high:.2f} "
             "points (95 % interval)."
         )
+    if loss is not None and loss.kind == "expected":
+        yield (
+            f"Expected loss: {loss.low:.1f} to {loss.high:.1f} points, an interval that held nine "
+            "of ten of other networks (docs/trust.md). It is an estimate: no accuracy was measured."
+        )
     trust = run.evidence.get("trust") or {}
     if trust:
-        agreement = number(trust.get("agreement"))
-        said = f"{agreement:.1f} % of " if agreement is not None else ""
-        yield (
-            f"Agreement: both networks give the same answer to {said}{trust.get('images', '')} "
-            "held-out synthetic images."
-        )
+        yield _likeness(trust)
     if loss is None:
         yield f"Expected loss: it cannot be told. {trust.get('reason') or _UNTOLD}"
     if faster(run.metrics) is None:
@@ -209,7 +232,28 @@ def _evidence(run: Run, loss: Loss | None) -> Iterator[str]:
         )
 
 
-_UNTOLD = "There was no test data, and this run holds no estimate without data."
+_UNTOLD = "This run holds neither a test of accuracy nor an estimate without data."
+
+
+def _likeness(trust: Record) -> str:
+    """How alike both networks are on held-out inputs: their answers, else their outputs."""
+    inputs = f"{trust.get('images', '–')} held-out inputs ({trust.get('source', 'unknown')})"
+    agreement, error = number(trust.get("agreement")), number(trust.get("relative_error"))
+    if agreement is not None:
+        return (
+            f"Agreement: both networks give the same answer to {agreement:.1f} % of {inputs}. This "
+            "is no measure of accuracy: mixtures of images are made to be hard."
+        )
+    if error is not None:
+        return f"Outputs: they are off by {error:.1f} % on {inputs}."
+    return f"Outputs: they are not finite on some of {inputs}."
+
+
+def _has_classes(run: Run) -> bool:
+    """Whether accuracy can be measured, as far as the run's files tell."""
+    trust = run.evidence.get("trust")
+    is_without = trust and number(trust.get("agreement")) is None
+    return not (is_without or (run.metrics.get("student") or {}).get("error_percent"))
 
 
 def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
@@ -230,8 +274,9 @@ def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
                 "A few hundred real images, if you can have them, are worth more than synthetic "
                 "ones: --recipe real --data DIR."
             )
-    if level == "unknown":
-        yield (f"Measure it on more labelled images: gdfq evaluate {run.folder} --test DATA.")
+    if level == "unknown" and _has_classes(run):
+        more = "labelled images" if run.drop is None else "more labelled images"
+        yield f"Measure it on {more}: gdfq evaluate {run.folder} --test DATA."
     if level == "good":
         yield "Nothing needs to be done. Deploy the file."
 
