@@ -109,11 +109,13 @@ def rows_of(name: str, seed: int, known: dict[tuple[object, ...], dict[str, obje
                 if (row := known.get((name, seed, title))) is not None:
                     yield row
                     continue
-                budget = 1000 * -(-int(multiple * size) // 1000)  # type: ignore[operator]
                 base = Scheme(Bits(4, 8), "full")
                 card = card_of(name, teacher, base, recipe, seed)
                 started = time.perf_counter()
                 sizes = file_sizes(teacher, base, metadata_of(card, {}, safe=False))
+                # The least that can be promised, which lies a little above the smallest file.
+                least = sum(min(group.values()) for group in sizes.groups)
+                budget = 1000 * -(-max(int(multiple * size), least) // 1000)  # type: ignore[call-overload]
                 chosen = choose_widths(teacher, base, images, budget, sizes, listener=listener)
                 choosing = time.perf_counter() - started
                 row = run(name, teacher, recipe, chosen.scheme, seed, listener)

@@ -425,3 +425,17 @@ def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, 
     assert "export" not in json.loads((place / "out" / "metrics.json").read_text())
     assert not (place / "out" / "student.onnx").exists()
     assert (place / "out" / "metrics.json").exists()
+
+
+def test_a_run_that_cannot_be_leaves_no_folder(place, capsys):
+    assert _exit_code(arguments(place, "--keep", "nowhere=8")) == 2
+    shown = capsys.readouterr()
+    assert "nowhere" in shown.err
+    assert "network" not in shown.out
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_seconds_are_numbers(seconds, place, capsys):
+    assert _exit_code(arguments(place, "--checkpoint-every", seconds)) == 2
+    assert "--checkpoint-every" in capsys.readouterr().err

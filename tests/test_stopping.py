@@ -61,6 +61,23 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):  #
     assert sorted(os.listdir(out)) == sorted(os.listdir(place / "whole"))
 
 
+def test_the_configuration_is_that_of_the_end(place, monkeypatch):  # noqa: F811
+    assert stopped(monkeypatch, arguments(place), signal.SIGTERM, 2) == 143
+    assert _exit_code(arguments(place, "--test", f"{place}/test.npz")) == 0
+    config = json.loads((place / "out" / "config.json").read_text())
+    assert config["test"] == f"{place}/test.npz"
+
+
+def test_a_signal_during_the_export_is_not_lost(place, monkeypatch):  # noqa: F811
+    def export(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("gdfq.commands.QuantizedNetwork.export", export)
+    assert _exit_code(arguments(place)) == 143
+    assert not (place / "out" / "metrics.json").exists()
+
+
 def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):  # noqa: F811
     call = arguments(place)
     assert stopped(monkeypatch, call, signal.SIGTERM, 2) == 143

@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gdfq.capture import Captured, capture
-from gdfq.errors import UsageError
 from gdfq.pipeline import quantize
 from gdfq.sources.pool import collect
-from gdfq.trust import LAW, Law, Trust, comparable, judged, measure, mixed
+from gdfq.trust import LAW, Law, comparable, judged, measure, mixed
 
 ERRORS = st.floats(0.0, 2.0)
 
@@ -133,11 +132,3 @@ def test_it_cannot_tell_from_answers_that_say_nothing(teacher, student, why: str
     assert seen.interval is None
     assert why in seen.reason
     json.dumps(seen.as_values(), allow_nan=False)
-
-
-def test_it_travels_as_json():
-    seen = Trust("images", 8, 1.5, 90.0, 0.25, 1.0, (0.5, 2.0))
-    assert Trust.from_values(json.loads(json.dumps(seen.as_values()))) == seen
-    for damaged in ({}, {**seen.as_values(), "interval": [1.0]}, {**seen.as_values(), "more": 1}):
-        with pytest.raises(UsageError, match="fields"):
-            Trust.from_values(damaged)

@@ -1,5 +1,6 @@
 """The command line. Torch is imported by the commands that need it, not to print help."""
 
+import math
 import re
 import shlex
 import sys
@@ -43,6 +44,18 @@ class _Numbers(click.ParamType):
             self.fail(
                 f"give numbers with commas between, as 0.5,0.5,0.5; got {value!r}.", param, ctx
             )
+
+
+class _Seconds(click.FloatRange):
+    """Numbers of seconds: those that no comparison tells from others, as nan, are none."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"give a number of seconds; got {value!r}.", param, ctx)
+        return seconds
 
 
 class _Size(click.ParamType):
@@ -187,7 +200,7 @@ def cli() -> None:
 )
 @click.option(
     "--checkpoint-every",
-    type=click.FloatRange(min=0),
+    type=_Seconds(min=0),
     default=60.0,
     show_default=True,
     metavar="SECONDS",
@@ -273,7 +286,7 @@ def export_command(**options: Any) -> None:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Seconds(min=0, min_open=True),
     default=1.0,
     show_default=True,
     help="for each measurement",
@@ -362,8 +375,12 @@ def recipes_command() -> None:
 @click.option(
     "--out", type=_PATH, help="folder for all runs  [default: beside the file, named after it]"
 )
-@click.option("--jobs", type=int, help="runs at a time  [default: the cores over --threads]")
-@click.option("--threads", default=1, show_default=True, help="of each run")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="runs at a time  [default: the cores over --threads]"
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="of each run"
+)
 def sweep_command(**options: Any) -> None:
     """Quantize a grid of networks, widths, recipes and seeds, many at a time.
 

@@ -118,8 +118,12 @@ def _run(
     example = torch.zeros(1, *shape)
     teacher = capture(network, example, classifier=classifier)
     scheme = Scheme(widths, placement or chosen.placement, tuple(map(Keep.parse, keep)))
-    if size is None and group.rank == 0:  # else widths are yet to be chosen
-        click.echo(f"{'network':10}{diagnose(teacher, scheme, chosen).summary()}")
+    if size is None:  # else widths are yet to be chosen
+        diagnosis = diagnose(teacher, scheme, chosen)
+        if diagnosis.problems and data is None:  # with given images it may lack nothing
+            raise UsageError(diagnosis.problems[0])
+        if group.rank == 0:
+            click.echo(f"{'network':10}{diagnosis.summary()}")
     do = partial(_quantize_into, folder, config) if group.rank == 0 else partial(_take_part, folder)
     quantized = do(
         teacher,
@@ -182,10 +186,13 @@ def _quantize_into(
         quantized = quantize(
             teacher, example, listener=listener, checkpoints=checkpoints, **options
         )
+        folder.write_config(config)
         quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
         quantized.save(folder.path)
+        check()
         if onnx:
             _export_at_once(quantized, folder.path / ONNX_FILE)
+        check()
         if report:
             started = time.perf_counter()
             gather(teacher, quantized).write(folder.path)

@@ -108,6 +108,10 @@ class RunFolder:
             return
         for name in _MADE:
             (self.path / name).unlink(missing_ok=True)
+        self.write_config(config)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write the configuration; a run that goes on may have other test images or versions."""
         write_json(self.path / CONFIG, config)
 
     def finish(self, metrics: dict[str, Any]) -> None:

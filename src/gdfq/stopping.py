@@ -7,8 +7,11 @@ from threading import current_thread, main_thread
 from types import FrameType
 
 
-class StoppedError(Exception):
-    """The process was asked to stop; `code` is the exit code that says by which signal."""
+class StoppedError(BaseException):
+    """The process was asked to stop; `code` is the exit code that says by which signal.
+
+    No error: as with KeyboardInterrupt, what catches every Exception must let it pass.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")

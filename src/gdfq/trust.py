@@ -9,7 +9,7 @@ only a reason.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.capture import Captured
-from gdfq.errors import UsageError
 from gdfq.losses import distillation_loss
 from gdfq.outputs import in_order
 from gdfq.parity import Parity
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.sources.pool import collect
-from gdfq.sources.spectral import SpectralSource, from_spectrum, natural_spectrum
+from gdfq.sources.spectral import SpectralSource, natural_noise
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,6 @@ class Trust:
     def as_values(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "Trust":
-        """The inverse of `as_values`, also behind JSON. Raises UsageError for anything else."""
-        try:
-            interval = values["interval"]
-            if interval is not None:
-                low, high = interval
-                interval = (float(low), float(high))
-            return cls(**{**values, "interval": interval})
-        except (TypeError, KeyError, ValueError) as error:
-            raise UsageError(
-                f"a trust must have the fields of gdfq.trust.Trust; got {values!r}. Measure again."
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -120,7 +105,8 @@ def measure(
     # A seed of its own keeps the images apart from those that a recipe of the same seed makes.
     seed = random_stream(seed, "trust").initial_seed()
     if reason := _out_of_reach(teacher):
-        kind, images = "noise with the spectrum of natural images", _noise(teacher, seed)
+        kind, draw = "noise with the spectrum of natural images", random_stream(seed, "trust.noise")
+        images = natural_noise(_MOST, teacher.input_shape, _SOURCE, draw).to(teacher.device)
     else:
         kind, images = "mixtures of images made for this", held_out(teacher, seed, listener)
     wanted, got = _answers(teacher.network, network, images, listener)
@@ -184,17 +170,6 @@ def mixed(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
     share = 0.5 + 0.5 * torch.rand(count, generator=draw)
     share = share.to(images.device).view(-1, *([1] * (images.ndim - 1)))
     return share * images[first] + (1 - share) * images[second]
-
-
-def _noise(teacher: Captured, seed: int) -> Tensor:
-    """Images [64, *input_shape] that need nothing from the teacher but its input's shape."""
-    draw = random_stream(seed, "trust.noise")
-    channels, *size = teacher.input_shape
-    if not size:
-        return torch.randn(_MOST, channels, generator=draw).to(teacher.device)
-    amplitude = natural_spectrum(size, _SOURCE.exponent)
-    noise = torch.randn(_MOST, channels, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
-    return from_spectrum(noise, amplitude, size, _SOURCE.grey).to(teacher.device)
 
 
 @torch.no_grad()

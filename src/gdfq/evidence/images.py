@@ -17,15 +17,13 @@ from gdfq.evidence.walk import images_at_once
 from gdfq.features import with_features
 from gdfq.losses import Statistics, relative_statistics_loss
 from gdfq.randomness import stream
-from gdfq.sources.spectral import from_spectrum, natural_spectrum
+from gdfq.sources.spectral import SpectralSource, natural_noise
 from gdfq.statistics import StatisticsNetwork
 
 _CLASSES, _EACH = 10, 4
 """The grid of images: so many classes, so many images of each."""
 _SIDE = 64
 """Thumbnails are no larger than that."""
-_EXPONENT, _GREY = 1.5, 0.85
-"""Of 1/f noise, as `gdfq.sources.spectral` starts from it."""
 
 
 @dataclass(frozen=True)
@@ -201,14 +199,9 @@ def thumbnails(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, 
 
 def _noise(count: int, shape: Sequence[int]) -> dict[str, Tensor]:
     """Images of white and of 1/f noise [count, *shape], of mean 0 and variance 1 alike."""
-    channels, *size = shape
     draw = stream(0, "evidence.noise")
     white = torch.randn(count, *shape, generator=draw)
-    if not size:
-        return {"white": white, "natural": white}
-    amplitude = natural_spectrum(size, _EXPONENT)
-    coefficients = torch.randn(count, channels, *amplitude.shape, 2, generator=draw) * 0.5**0.5
-    return {"white": white, "natural": from_spectrum(coefficients, amplitude, size, _GREY)}
+    return {"white": white, "natural": natural_noise(count, shape, SpectralSource(), draw)}
 
 
 def _distances(

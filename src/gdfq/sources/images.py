@@ -34,7 +34,8 @@ class GivenImages:
         """Raises UsageError: there are no images yet."""
         raise UsageError(
             "this recipe tunes on real images and none were given. "
-            "Give them with --data (or data=...), or choose a data-free recipe such as 'fast'."
+            "Give them to gdfq quantize (--data, or data=...), or choose a data-free recipe, "
+            "such as 'fast'."
         )
 
 

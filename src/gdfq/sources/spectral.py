@@ -8,7 +8,7 @@ so; see C. Olah et al., Distill 2017, "Feature Visualization".)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -154,6 +154,21 @@ def spectral_batches(
         return Batch(images, labels_in_turn(teacher, step, config.batch), logits, losses)
 
     return Stream(make, steps, [draw], {"images": in_turn})
+
+
+def natural_noise(
+    count: int, shape: Sequence[int], config: SpectralConfig, draw: torch.Generator
+) -> Tensor:
+    """What optimisation starts from: noise [count, *shape] with the spectrum of natural images.
+
+    Inputs without dimensions to have a spectrum in are white.
+    """
+    channels, *size = shape
+    if not size:
+        return torch.randn(count, channels, generator=draw)
+    amplitude = natural_spectrum(size, config.exponent)
+    noise = torch.randn(count, channels, *amplitude.shape, 2, generator=draw).mul_(math.sqrt(0.5))
+    return from_spectrum(noise, amplitude, size, config.grey)
 
 
 def natural_spectrum(size: list[int], exponent: float) -> Tensor:
