@@ -158,6 +158,44 @@ def test_the_students_features_are_its_quantized_values():
     assert [len(feature.unique()) <= 4 for feature in features] == [True, True]
 
 
+def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
+    teacher = capture(networks.make("Residual"), networks.images(2))
+    student = build_student(teacher, Scheme(Bits(4, 3), "t1"), quantizers="learned").eval()
+    batch = Batch(networks.images(8), None, None)
+    calibrate_(student, [batch], steps=1, listener=silent)
+    lean = student.with_features(["relu", "relu_1"])
+
+    def answer_and_gradients(ask):
+        student.zero_grad()
+        with torch.enable_grad():
+            logits = ask(batch.images)
+            logits.square().sum().backward()
+        return logits, [p.grad.clone() for p in student.parameters() if p.grad is not None]
+
+    logits, gradients = answer_and_gradients(student)
+    lean_logits, lean_gradients = answer_and_gradients(lambda x: lean(x)[0])
+    assert torch.equal(logits, lean_logits)
+    assert len(gradients) == len(lean_gradients) > 5
+    assert all(map(torch.equal, gradients, lean_gradients))
+
+    counted = {"relu": 0}
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counted["relu"] += "relu" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        lean(batch.images)
+    assert counted == {"relu": 0}
+    # A grid that begins elsewhere does not clamp as a ReLU does.
+    first = next(iter(student.activations))
+    first.zero_point += 1
+    with Count():
+        student.with_features([])(batch.images)
+    assert counted == {"relu": 1}
+
+
 def test_a_network_of_one_layer_has_no_block_ends():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
     graph = capture(network, torch.randn(2, 3, 2, 2)).network.graph

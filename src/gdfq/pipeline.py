@@ -213,14 +213,19 @@ def quantize_captured(
     *,
     seed: int,
     listener: Listener = silent,
+    group: Group = ALONE,
 ) -> tuple[fx.GraphModule, Tensor]:
     """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
 
     With it come a few images of the first batch [n, *input_shape].
     """
-    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener)
+    stream = source.stream(
+        teacher, steps=recipe.steps, seed=seed, listener=listener, group=group
+    )
     feed = Feed(stream, teacher.device)
-    network = _frozen_student(teacher, scheme, recipe, feed, seed=seed, listener=listener)
+    network = _frozen_student(
+        teacher, scheme, recipe, feed, seed=seed, listener=listener, group=group
+    )
     return network, feed.examples
 
 

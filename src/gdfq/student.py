@@ -14,7 +14,7 @@ from gdfq.capture import Captured, tensors_of
 from gdfq.errors import UsageError
 from gdfq.features import WithFeatures, with_features
 from gdfq.folding import fold_batch_norms
-from gdfq.grid import MAX_BITS, MIN_BITS, Bits
+from gdfq.grid import MAX_BITS, MIN_BITS, Bits, code_bounds
 from gdfq.quantizers import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.again import making_again
 from gdfq.quantizers.learned import LearnedRange, LearnedWeight
@@ -184,8 +184,13 @@ class Student(nn.Module):
         return [found[name] for name in names]
 
     def with_features(self, names: Sequence[str]) -> WithFeatures:
-        """The student with its values, as quantized, of the teacher's nodes of these names."""
+        """The student with its values, as quantized, of the teacher's nodes of these names.
+
+        For tuning, when the ranges are known: ReLUs in front of grids that clamp as they do are
+        left out, which saves passes over memory and changes nothing.
+        """
         network = with_features(self.network, self.named(names))
+        _leave_out_rectifiers_(network)
 
         def ask(images: Tensor) -> tuple[Any, Sequence[Tensor]]:
             with making_again():
@@ -206,6 +211,24 @@ class Student(nn.Module):
             for name, module in self.named_modules()
             if isinstance(module, ActivationQuantizer)
         }
+
+
+def _leave_out_rectifiers_(network: fx.GraphModule) -> None:
+    """Let each grid that starts at zero, and passes no gradient below it, stand for its ReLU."""
+    for node in network.graph.nodes:
+        quantizer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(quantizer, LearnedRange):
+            continue
+        (source,) = node.all_input_nodes
+        starts_at_zero = float(quantizer.zero_point) == code_bounds(quantizer.bits)[0]
+        if (
+            operators.name_of(source) == "aten.relu.default"
+            and list(source.users) == [node]
+            and starts_at_zero
+        ):
+            node.replace_input_with(source, source.all_input_nodes[0])
+            network.graph.erase_node(source)
+    network.recompile()
 
 
 def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
