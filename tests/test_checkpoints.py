@@ -343,3 +343,17 @@ def test_a_batch_that_is_made_again_is_told_once(tmp_path):
     told = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [("images", 1), ("images", 2), ("images", 3), ("images", 4), ("tune", 1)]
     assert [(row["stage"], row["step"]) for row in told] == steps
+
+
+def test_a_folder_in_use_is_refused_and_free_again_behind_an_error(tmp_path):
+    first = Checkpoints(tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt), first:
+        with pytest.raises(UsageError, match="another one is using"), Checkpoints(first.folder):
+            pass
+        with Checkpoints(first.folder, writes=False):  # as the other processes of a group do
+            pass
+        raise KeyboardInterrupt
+    with Checkpoints(first.folder) as again:
+        again.begin(RUN, AROUND)
+    again.remove()
+    assert not first.folder.exists()

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from filelock import FileLock, Timeout
+
 from gdfq.errors import GdfqWarning, UsageError, first_line
 from gdfq.files import make_folder, remove_partial, write_atomically
 from gdfq.limits import within
@@ -28,11 +30,16 @@ INTERVAL = 60.0
 _SHARE = 0.02
 """Of the time that checkpoints take at most: one that took long puts the next one off."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{32})\.safetensors")
+_LOCK = ".lock"
 _PIECE = re.compile(r"piece-([0-9a-f]{32})\.safetensors")
 
 
 class Keeper(Protocol):
-    """What keeps the parts of a run."""
+    """What keeps the parts of a run, within its `with` block."""
+
+    def __enter__(self) -> "Keeper": ...
+
+    def __exit__(self, *stopped: object) -> None: ...
 
     def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
         """Say which run it is (plain values), and what its rounding depends on."""
@@ -58,6 +65,12 @@ class Keeper(Protocol):
 class Unkept:
     """The keeper that keeps nothing."""
 
+    def __enter__(self) -> "Unkept":
+        return self
+
+    def __exit__(self, *stopped: object) -> None:
+        pass
+
     def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
         pass
 
@@ -77,8 +90,9 @@ class Unkept:
 class Checkpoints:
     """The keeper that writes into a folder, and begins with what it finds there.
 
-    interval: seconds between two checkpoints. Only one process may write into a folder at a time;
-    with `writes` False it only reads what it begins with.
+    interval: seconds between two checkpoints. With `writes` False it only reads what it begins
+    with. Within its `with` block no other keeper may write into the folder, of this process or
+    another; the lock of a process that died is free.
     """
 
     def __init__(
@@ -91,6 +105,7 @@ class Checkpoints:
     ) -> None:
         self.folder = folder
         self._interval, self._clock, self._writes = interval, clock, writes
+        self._lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
         self._last, self._cost = clock(), 0.0
         self.seconds = 0.0
         """What checkpoints have taken so far."""
@@ -103,6 +118,22 @@ class Checkpoints:
     @classmethod
     def of(cls, folder: "str | Path | Checkpoints", *, writes: bool = True) -> "Checkpoints":
         return folder if isinstance(folder, Checkpoints) else cls(Path(folder), writes=writes)
+
+    def __enter__(self) -> "Checkpoints":
+        """Raises UsageError when the folder cannot be written or is in use."""
+        if self._writes:
+            make_folder(self.folder)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise UsageError(
+                    "one run at a time may write its checkpoints into a folder; another one is "
+                    f"using {self.folder}. Wait until it has finished, or choose another folder."
+                ) from None
+        return self
+
+    def __exit__(self, *stopped: object) -> None:
+        self._lock.release()
 
     def exists(self) -> bool:
         """Whether there is a checkpoint to go on from, whole or not."""
@@ -202,7 +233,7 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Remove the folder: the run has finished."""
-        for path in self._files(_CHECKPOINT) + self._files(_PIECE):
+        for path in [*self._files(_CHECKPOINT), *self._files(_PIECE), self.folder / _LOCK]:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()

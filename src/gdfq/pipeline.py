@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def quantize(
     listener: is called with every `gdfq.progress.Step`.
     checkpoints: a folder that the run writes its state into about once a minute, and whenever the
         listener raises. The same call with a folder that has one goes on from there, and ends with
-        the same bits. It stays when the run has finished; one process may use it at a time.
+        the same bits. It stays when the run has finished; while one run uses it another is refused.
     group: what the run is computed with: `gdfq.devices.Group("bfloat16")` for less precision, or
         the processes that do it together (`gdfq.devices.joined`), all of which call this alike;
         the first alone measures on `test` and writes checkpoints.
@@ -146,20 +146,45 @@ def quantize(
         keep=tuple(keep),
     )
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
-    keeper.begin(*_identity(teacher, recipe, card, size, given, group))
-    group.wait()  # nothing is written before all have read
+    run = _Run(teacher, recipe, source, scheme, card, size, held_out, group)
+    with keeper:
+        keeper.begin(*_identity(run, given))
+        group.wait()  # nothing is written before all have read
+        return _carried_out(run, keeper, clock, listener)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What is to be done, checked."""
+
+    teacher: Captured
+    recipe: Recipe
+    source: Source
+    scheme: Scheme
+    card: Card
+    size: int | None
+    held_out: ImageData | None
+    group: Group
+
+
+def _carried_out(
+    run: _Run, keeper: Keeper, clock: "_Clock", listener: Listener
+) -> QuantizedNetwork:
+    """All stages, each of which goes on where the keeper's parts are."""
+    teacher, recipe, group = run.teacher, run.recipe, run.group
+    scheme, card = run.scheme, run.card
     listener = giving_way(keeper.listening(listener))
     keeper.hold("clock", clock)
-    origin = keeper.hold("origin", Noted(seed=seed))
+    origin = keeper.hold("origin", Noted(seed=card.seed))
     if recipe.tuning is not None:
-        group.check_batch(source.batch, f"recipe {recipe.name}")
-    stream = partial(source.stream, teacher, steps=recipe.steps, listener=listener, group=group)
+        group.check_batch(run.source.batch, f"recipe {recipe.name}")
+    stream = partial(run.source.stream, teacher, steps=recipe.steps, listener=listener, group=group)
     feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     metrics: dict[str, Any] = {}
-    if size is not None:
+    if run.size is not None:
         chosen = keeper.hold("allocation", Noted())
         if not chosen:
-            chosen.update(_allocated(teacher, scheme, feed.stream, size, card, listener))
+            chosen.update(_allocated(teacher, scheme, feed.stream, run.size, card, listener))
             clock.lap("allocate")
             keeper.stage_ends()
         card = replace(card, keep=tuple(chosen["keep"]))
@@ -182,7 +207,7 @@ def quantize(
             with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
                 network = make(feed, seed=origin["seed"])
         except CollapsedError as error:
-            _choose_another_seed_(origin, seed, error)
+            _choose_another_seed_(origin, card.seed, error)
             keeper.forget("feed", *_STUDENT_PARTS)
             feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     if "collapsed" in origin:
@@ -190,16 +215,18 @@ def quantize(
 
     metrics |= {"seconds": clock.seconds(), "steps": recipe.steps}
     tested = None
-    if held_out is not None and group.rank == 0:
-        metrics["test_images"] = len(held_out)
-        if held_out.labels is not None and teacher.classes is not None:
-            tested = _tested(teacher, network, held_out, preprocessing, listener)
+    if run.held_out is not None and group.rank == 0:
+        metrics["test_images"] = len(run.held_out)
+        if run.held_out.labels is not None and teacher.classes is not None:
+            tested = _tested(teacher, network, run.held_out, card.preprocessing, listener)
             metrics |= {
                 who: {"top1": round(answers.top1(tested.labels), 4)}
                 for who, answers in (("teacher", tested.teacher), ("student", tested.student))
             }
         else:
-            metrics["student"] = _compared(teacher, network, held_out, preprocessing, listener)
+            metrics["student"] = _compared(
+                teacher, network, run.held_out, card.preprocessing, listener
+            )
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
     witness = Witness(*(feed.recent.images() or (feed.examples, None)), tested)
     return QuantizedNetwork(network, card, metrics, feed.examples, witness)
@@ -219,9 +246,7 @@ def quantize_captured(
 
     With it come a few images of the first batch [n, *input_shape].
     """
-    stream = source.stream(
-        teacher, steps=recipe.steps, seed=seed, listener=listener, group=group
-    )
+    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener, group=group)
     feed = Feed(stream, teacher.device)
     network = _frozen_student(
         teacher, scheme, recipe, feed, seed=seed, listener=listener, group=group
@@ -422,28 +447,22 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
 
 
-def _identity(
-    teacher: Captured,
-    recipe: Recipe,
-    card: Card,
-    size: int | None,
-    given: ImageData | None,
-    group: Group,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _identity(run: _Run, given: ImageData | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Which run it is, in plain values, and what its rounding depends on."""
+    network = run.teacher.network
     return {
         "gdfq": __version__,
-        "network": [weights_hash(teacher.network), name_of(teacher.network.code.encode())],
+        "network": [weights_hash(network), name_of(network.code.encode())],
         "data": None if given is None else summary_of(given),
-        "size": size,
-        "recipe": as_values(recipe),
-        "card": as_values(card),
-        "precision": group.precision,
+        "size": run.size,
+        "recipe": as_values(run.recipe),
+        "card": as_values(run.card),
+        "precision": run.group.precision,
     }, {
         "torch": torch.__version__,
-        "device": str(teacher.device),
+        "device": str(run.teacher.device),
         "threads": torch.get_num_threads(),
-        "processes": group.size,
+        "processes": run.group.size,
     }
 
 
