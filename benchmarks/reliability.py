@@ -3,13 +3,14 @@
     python benchmarks/reliability.py            # 50 kills, writes results/reliability.json
     python benchmarks/reliability.py --kills 4  # fewer
 
-Each case is a whole `gdfq quantize` on the digits network of `gdfq demo`, one thread, in a process of
-its own (forked from one that has imported torch), with a checkpoint every half second at most. A run is
-killed with SIGKILL at a random moment of the undisturbed run's time, started again with the same
-command, and killed at another such moment unless it ended before; then it may finish. Every finished run must have the
-same bytes of weights, examples, ONNX file (of the first case) and history, and the same metrics (times excepted), as the
-undisturbed run. The cost is the share of the undisturbed run's time that its checkpoints took, at the
-default interval.
+Each case is a whole `gdfq quantize` on the digits network of `gdfq demo`, one thread, in a process
+of its own (forked from one that has imported torch), with a checkpoint every half second at most;
+the first case also exports, gathers evidence and reports. A run is killed with SIGKILL at a random
+moment of the undisturbed run's time, started again with the same command, and killed at another
+such moment unless it ended before; then it may finish. Every finished run must have the same bytes
+of weights, examples, ONNX file and history, and the same metrics (times excepted), as the
+undisturbed run. The cost is the share of the undisturbed run's time that its checkpoints took, at
+the default interval.
 """
 
 import argparse
@@ -35,8 +36,22 @@ from gdfq.demo import PREPROCESSING, load_digits, train
 RESULTS = Path(__file__).parent / "results" / "reliability.json"
 CASES = {
     "fast-like (pool, learned grids)": ["--recipe", "quick", "--steps", "60"],
-    "paper-like (generator, min-max)": ["--recipe", "paper", "--steps", "60", "--no-onnx"],
-    "genie-like (reconstruction)": ["--recipe", "genie", "--steps", "30", "--no-onnx"],
+    "paper-like (generator, min-max)": [
+        "--recipe",
+        "paper",
+        "--steps",
+        "60",
+        "--no-onnx",
+        "--no-report",
+    ],
+    "genie-like (reconstruction)": [
+        "--recipe",
+        "genie",
+        "--steps",
+        "30",
+        "--no-onnx",
+        "--no-report",
+    ],
 }
 FILES = ("student.safetensors", "student.onnx", "examples.npz", "history.jsonl")
 
@@ -47,7 +62,7 @@ def command(place: Path, out: Path, case: str, every: float) -> list[str]:
         *("quantize", "gdfq.demo:DigitsNetwork", "--weights", str(place / "digits.safetensors")),
         *("--test", str(place / "test.npz"), "--input", "1x8x8"),
         *("--mean", str(mean), "--std", str(std), "--out", str(out)),
-        *("--checkpoint-every", str(every), "--no-report", *CASES[case]),
+        *("--checkpoint-every", str(every), *CASES[case]),
     ]
 
 

@@ -347,11 +347,12 @@ def test_a_batch_that_is_made_again_is_told_once(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_free_again_behind_an_error(tmp_path):
     first = Checkpoints(tmp_path / "kept")
-    with pytest.raises(KeyboardInterrupt), first:
+    with first:
         with pytest.raises(UsageError, match="another one is using"), Checkpoints(first.folder):
             pass
         with Checkpoints(first.folder, writes=False):  # as the other processes of a group do
             pass
+    with pytest.raises(KeyboardInterrupt), first:
         raise KeyboardInterrupt
     with Checkpoints(first.folder) as again:
         again.begin(RUN, AROUND)

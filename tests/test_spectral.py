@@ -17,7 +17,12 @@ from gdfq.losses import relative_statistics_loss
 from gdfq.sources import Batch
 from gdfq.sources.images import on_images
 from gdfq.sources.pool import ImagePool, collect, shifted_and_flipped
-from gdfq.sources.spectral import SpectralSource, from_spectrum, natural_spectrum
+from gdfq.sources.spectral import (
+    SpectralSource,
+    from_spectrum,
+    natural_noise,
+    natural_spectrum,
+)
 from gdfq.statistics import StatisticsNetwork
 
 
@@ -75,6 +80,29 @@ def test_the_images_come_near_the_statistics(teacher):
     other = next(source.stream(teacher, steps=1, seed=1)).images
     assert torch.equal(again, batch.images)
     assert not torch.equal(other, batch.images)
+
+
+def test_images_have_the_networks_own_scale_and_contrasts_of_their_own():
+    """A network of raw pixels gets images of raw pixels."""
+    source = SpectralSource(batch=64, iterations=1)
+    draw = torch.Generator().manual_seed(0)
+    pixels = 120 + 60 * natural_noise(64, (3, 16, 16), source, draw)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 12, 3, bias=False),
+        torch.nn.BatchNorm2d(12, momentum=1.0),
+        torch.nn.Flatten(),
+        torch.nn.Linear(12 * 14 * 14, 4),
+    )
+    network.train()(pixels)
+    raw = capture(network.eval(), pixels[:2])
+    (batch,) = source.stream(raw, steps=1, seed=0)
+    assert float(batch.images.mean()) == pytest.approx(120, abs=6)
+    assert float(batch.images.std()) == pytest.approx(60, abs=6)
+    contrasts = batch.images.flatten(1).std(1).log()
+    (alike,) = replace(source, contrast=0.0).stream(raw, steps=1, seed=0)
+    plain = alike.images.flatten(1).std(1).log()
+    assert 0.3 < float((contrasts.var() - plain.var()).sqrt()) < 0.5
 
 
 def test_drawing_images_leaves_gradients_as_they_were(teacher):

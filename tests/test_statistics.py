@@ -6,7 +6,7 @@ from torch import nn
 from gdfq import UsageError
 from gdfq.capture import capture
 from gdfq.losses import batch_norm_statistics_loss
-from gdfq.statistics import StatisticsNetwork, moments
+from gdfq.statistics import StatisticsNetwork, moments, remembered_input
 
 
 def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -61,3 +61,45 @@ def test_a_network_without_batch_norm_is_refused():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(UsageError, match="this network has none"):
         StatisticsNetwork(capture(plain, networks.images(1)))
+
+
+def trained_on(images: torch.Tensor, first: nn.Module) -> nn.Module:
+    """A layer and a batch norm that has seen these images."""
+    network = nn.Sequential(first, nn.BatchNorm2d(first.weight.shape[0], momentum=1.0))
+    network.train()(images)
+    head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
+    return nn.Sequential(network, head).eval()
+
+
+def test_the_first_batch_norm_remembers_its_inputs():
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(16, 3, 12, 12, generator=draw)
+    mean = torch.tensor([0.4, -0.2, 100.0])
+    seen = mean.view(3, 1, 1) + 25 * noise
+    torch.manual_seed(0)
+    network = trained_on(seen, nn.Conv2d(3, 12, 3, padding=1))
+    found, deviation = remembered_input(capture(network, seen[:1]), noise)
+    assert float(deviation) == pytest.approx(25, rel=0.01)
+    assert torch.allclose(found, mean, atol=1.0)
+
+
+def test_filters_of_zero_sum_say_nothing_of_the_mean():
+    noise = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 12, 3)
+    with torch.no_grad():
+        conv.weight -= conv.weight.mean((1, 2, 3), keepdim=True)
+        conv.weight -= conv.weight.mean((2, 3), keepdim=True)
+    network = trained_on(7 + 0.5 * noise, conv)
+    found, deviation = remembered_input(capture(network, noise[:1]), noise)
+    assert float(deviation) == pytest.approx(0.5, rel=0.01)
+    assert found.abs().max() < 1e-3
+
+
+def test_a_network_that_remembers_nothing_gets_unit_inputs():
+    noise = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    conv = nn.Conv2d(3, 12, 3, bias=False)
+    nn.init.zeros_(conv.weight)
+    found, deviation = remembered_input(capture(trained_on(noise, conv), noise[:1]), noise)
+    assert found.tolist() == [0, 0, 0]
+    assert float(deviation) == 1

@@ -62,13 +62,13 @@ class StatisticsNetwork:
 
     Calling it with images [N, *input_shape] returns (what the teacher returns, statistics), where
     the statistics are tied to the batch-norm nodes themselves, not to hooks or an order of modules.
-    `stored` holds the running statistics to compare with, in the same order. With `of_input` the
-    images' own statistics come first, to be compared with mean 0 and variance 1.
+    `stored` holds the running statistics to compare with, in the same order. With `of_input` (mean
+    and variance, [C] each) the images' own statistics come first, to be compared with these.
 
     Raises UsageError when the network has no batch norm.
     """
 
-    def __init__(self, teacher: Captured, *, of_input: bool = False) -> None:
+    def __init__(self, teacher: Captured, *, of_input: tuple[Tensor, Tensor] | None = None) -> None:
         if not teacher.batch_norms:
             raise UsageError(
                 "the batch-norm statistics loss needs batch norms; this network has none. "
@@ -76,10 +76,9 @@ class StatisticsNetwork:
             )
         norms = [batch_norm_of(teacher, node) for node in teacher.batch_norms]
         self.stored: Statistics = [(norm.mean, norm.variance) for norm in norms]
-        self._of_input = of_input
-        if of_input:
-            zero = torch.zeros(teacher.input_shape[0], device=teacher.device)
-            self.stored = [(zero, torch.ones_like(zero)), *self.stored]
+        self._of_input = of_input is not None
+        if of_input is not None:
+            self.stored = [of_input, *self.stored]
         self._module = _with_moments(teacher, norms)
 
     def __call__(self, images: Tensor) -> tuple[Any, Statistics]:
@@ -93,6 +92,58 @@ def input_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Differentiable mean and biased variance of each channel of the images."""
     variance, mean = torch.var_mean(images, [0, *range(2, images.ndim)], correction=0)
     return mean, variance
+
+
+def unit_input(teacher: Captured) -> tuple[Tensor, Tensor]:
+    """Mean 0 and variance 1 of each channel [C]: what normalised inputs are supposed to have."""
+    zero = torch.zeros(teacher.input_shape[0], device=teacher.device)
+    return zero, torch.ones_like(zero)
+
+
+_PULL = 0.01
+"""Of the input's mean to 0: it decides where the first filters, of zero sum say, tell nothing."""
+
+
+@torch.no_grad()
+def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [C] and deviation (scalar) of the inputs that the first batch norm learned from.
+
+    Normalised inputs need not have mean 0 and deviation 1: with mean and std 0.5 they have about
+    half of that, raw pixels something else. noise [N, C, *size] has mean 0 and deviation 1. As far
+    as all before the batch norm is affine, inputs m + s·noise give its K channels the means
+    b + A m and the variances v + s²d², where b, A [K, C], d, and v, which the edges make of m, are
+    found by asking the network. In units of its own deviations σ these lie next to what is stored,
+    (μ, σ²), for
+
+        m = argmin ‖(b + A m − μ)/σ‖² + λ‖m/s‖²,   s = argmin ‖s·d/σ − √max(0, 1 − v/σ²)‖²
+
+    with v = 0 for the s in the first. Where the network says nothing of it, mean 0 and deviation 1.
+    """
+    network = StatisticsNetwork(teacher)
+    mean, variance = network.stored[0]
+    sigma = variance.sqrt().clamp_min(1e-3)
+
+    def first(images: Tensor) -> tuple[Tensor, Tensor]:
+        return network(images)[1][0]
+
+    d = first(noise)[1].sqrt() / sigma
+
+    def deviation(v: Tensor | float) -> Tensor:
+        rest = (1 - v / sigma.square()).clamp_min(0).sqrt()
+        return (d * rest).sum() / d.square().sum()
+
+    nothing = torch.zeros_like(noise[:1])
+    channels = torch.arange(noise.shape[1], device=noise.device)
+    b, _ = first(nothing)
+    a = torch.stack([first(nothing.index_fill(1, c, 1))[0] - b for c in channels], 1)
+    a = a / sigma[:, None]
+    pull = _PULL / deviation(0.0).square() * torch.eye(len(channels), device=noise.device)
+    m = torch.linalg.solve(a.T @ a + pull, a.T @ ((mean - b) / sigma))
+    shape = (1, -1, *[1] * (noise.ndim - 2))
+    s = deviation(first(nothing + m.view(shape))[1])
+    if not (s.isfinite() and s > 0 and m.isfinite().all()):
+        return torch.zeros_like(m), torch.ones_like(s)
+    return m, s
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Law:
 LAW = Law(shift=-0.84, power=2.44, error=0.63, limit=0.7)
 """Fitted by `python benchmarks/trust.py`; its runs are in benchmarks/results/trust.json."""
 
-_SOURCE = SpectralSource()
+_SOURCE = SpectralSource(contrast=0.0)  # as the law was fitted
 _MOST, _FEWEST, _PIXELS = 64, 32, 64 * 64**2
 """Images that are made: the most, but of large ones only as many as have that many pixels, and not
 fewer than the fewest."""

@@ -25,7 +25,7 @@ from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch
 from gdfq.sources.streams import Stream
 from gdfq.sources.upsampling import upsampled_convolution
-from gdfq.statistics import StatisticsNetwork
+from gdfq.statistics import StatisticsNetwork, unit_input
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LatentSource:
                 f"this network takes {list(teacher.input_shape)}. Give real data instead."
             )
         swing, draw = (random_stream(seed, f"latent.{purpose}") for purpose in ("swing", "draw"))
-        network = StatisticsNetwork(swinging(teacher, swing), of_input=True)
+        network = StatisticsNetwork(swinging(teacher, swing), of_input=unit_input(teacher))
         device = teacher.device
 
         def make(step: int) -> Batch:

@@ -17,7 +17,7 @@ from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig
 from gdfq.sources import Batch, labels_in_turn
 from gdfq.sources.streams import InTurn, Stream
-from gdfq.statistics import StatisticsNetwork
+from gdfq.statistics import StatisticsNetwork, unit_input
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class OptimisedSource:
         Raises UsageError for networks without batch norms, and with a cutoff for inputs without a
         spatial axis.
         """
-        network = StatisticsNetwork(teacher, of_input=True)
+        network = StatisticsNetwork(teacher, of_input=unit_input(teacher))
         if self.cutoff is not None and len(teacher.input_shape) < 2:
             raise UsageError(
                 "images that pass a filter need one spatial axis or more; this network takes "

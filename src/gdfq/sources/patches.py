@@ -20,7 +20,7 @@ from gdfq.losses import patch_entropy
 from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig
-from gdfq.sources.spectral import spectral_batches
+from gdfq.sources.spectral import Look, spectral_batches
 from gdfq.sources.streams import Stream
 from gdfq.statistics import input_moments
 
@@ -78,7 +78,9 @@ class PatchSource:
             return outputs, scale - entropy, {"entropy": entropy.detach()}
 
         draw = random_stream(seed, "patches.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, listener, group)
+        return spectral_batches(
+            self, teacher, knowledge, steps, draw, listener, group, Look.unit(teacher)
+        )
 
 
 def patch_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -25,7 +25,7 @@ from gdfq.randomness import stream as random_stream
 from gdfq.schedules import AdamConfig, Cosine, set_rate_
 from gdfq.sources import Batch, labels_in_turn
 from gdfq.sources.streams import InTurn, Stream
-from gdfq.statistics import StatisticsNetwork
+from gdfq.statistics import StatisticsNetwork, remembered_input, unit_input
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class SpectralSource:
     """Each batch follows Adam on relative statistics plus a weak focal class loss.
 
     The loss is `relative_statistics_loss` over all batch norms and the input, whose target is
-    mean 0 and deviation 1, plus, for a network with classes, `class_weight` times `focal_loss` with
+    `remembered_input`, plus, for a network with classes, `class_weight` times `focal_loss` with
     exponent `focus` to labels that cover the classes in turn. `exponent` is α of the
     spectrum; `grey` is the share of the power that the channels have in common at the start (see
-    `from_spectrum`).
+    `from_spectrum`). Natural images differ in contrast: each image's is e to the power of a normal
+    number of deviation `contrast`.
     """
 
     batch: int = 128
@@ -44,6 +45,7 @@ class SpectralSource:
     optimizer: AdamConfig = AdamConfig(lr=0.05, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
     grey: float = 0.85
+    contrast: float = 0.4
     class_weight: float = 0.01
     focus: float = 2.0
 
@@ -60,13 +62,18 @@ class SpectralSource:
 
         Raises UsageError for networks without batch norms and for inputs without a spatial axis.
         """
-        network = StatisticsNetwork(teacher, of_input=True)
         if len(teacher.input_shape) < 2:
             raise UsageError(
                 "images with a spectrum need one spatial axis or more; this network takes vectors "
                 f"of {teacher.input_shape[0]}. Use recipe 'zeroq', or give real inputs (--data, or "
                 "data=...)."
             )
+
+        noise = natural_noise(
+            _ASKED, teacher.input_shape, self, random_stream(seed, "spectral.input")
+        ).to(teacher.device)
+        mean, deviation = remembered_input(teacher, noise)
+        network = StatisticsNetwork(teacher, of_input=(mean, deviation.square().expand_as(mean)))
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
             with group.layers_on(teacher.device):
@@ -75,7 +82,27 @@ class SpectralSource:
             return outputs, bns, {"bns": bns.detach()}
 
         draw = random_stream(seed, "spectral.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, listener, group)
+        look = Look(mean, deviation, self.contrast)
+        return spectral_batches(self, teacher, knowledge, steps, draw, listener, group, look)
+
+
+_ASKED = 32
+"""Images of noise that the network is asked about to find out what inputs it knows."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Mean ([C]) and deviation of all images, and how much their contrasts differ."""
+
+    mean: Tensor
+    deviation: Tensor
+    contrast: float
+
+    @classmethod
+    def unit(cls, teacher: Captured) -> "Look":
+        """Mean 0, deviation 1 and no other contrast."""
+        mean, variance = unit_input(teacher)
+        return cls(mean, variance[0], 0.0)
 
 
 class SpectralConfig(Protocol):
@@ -109,6 +136,7 @@ def spectral_batches(
     draw: torch.Generator,
     listener: Listener,
     group: Group,
+    look: Look,
 ) -> Stream:
     """Batches of images whose Fourier coefficients follow Adam on what the teacher knows.
 
@@ -120,18 +148,28 @@ def spectral_batches(
     shape = (config.batch, channels, *amplitude.shape, 2)
     losses: dict[str, Tensor] = {}
 
-    def start() -> Tensor:
-        return torch.randn(shape, generator=draw).mul_(math.sqrt(0.5)).to(device)
+    one_each = (config.batch, *[1] * (1 + len(size)))
+    mean = look.mean.view(-1, *[1] * len(size))
 
-    def optimised(step: int, start: Tensor) -> Tensor:
+    def start() -> tuple[Tensor, Tensor]:
+        coefficients = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5)).to(device)
+        contrast = torch.randn(one_each, generator=draw).mul_(look.contrast).exp_().to(device)
+        return coefficients, contrast / contrast.square().mean().sqrt()
+
+    def optimised(step: int, start: tuple[Tensor, Tensor]) -> Tensor:
         nonlocal losses
         labels = labels_in_turn(teacher, step, config.batch)
-        coefficients = start.requires_grad_()
+        coefficients, contrast = start[0].requires_grad_(), look.deviation * start[1]
+
+        def images_of(coefficients: Tensor) -> Tensor:
+            plain = from_spectrum(coefficients, amplitude, size, config.grey)
+            return torch.addcmul(mean, plain, contrast)
+
         optimizer = config.optimizer.build([coefficients])
         for iteration in range(config.iterations):
             set_rate_(optimizer, Cosine().factor(iteration, config.iterations))
             with torch.enable_grad():
-                images = from_spectrum(coefficients, amplitude, size, config.grey)
+                images = images_of(coefficients)
                 outputs, loss, losses = knowledge(images)
                 if labels is not None:
                     boundary = focal_loss(outputs, labels, config.focus)
@@ -143,7 +181,7 @@ def spectral_batches(
             done = step * config.iterations + iteration + 1
             listener(Step("images", done, steps * config.iterations, losses))
         with torch.no_grad():
-            return from_spectrum(coefficients, amplitude, size, config.grey)
+            return images_of(coefficients)
 
     in_turn = InTurn(start, optimised, steps, group)
 

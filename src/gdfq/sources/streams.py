@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from gdfq.progress import Listener, Step, silent
 from gdfq.sources import Batch
 from gdfq.sources.recent import Recent
 from gdfq.states import Fixed, Stateful
+
+Start = TypeVar("Start")
 
 
 class Stream:
@@ -89,7 +91,7 @@ class Shuffled:
         self._pending = list(state["pending"])
 
 
-class InTurn:
+class InTurn(Generic[Start]):
     """Images of batches that need nothing of one another: of each round every process makes one.
 
     `draw` draws what a batch starts from, `make` makes the images, given the step; there are
@@ -98,8 +100,8 @@ class InTurn:
 
     def __init__(
         self,
-        draw: Callable[[], Tensor],
-        make: Callable[[int, Tensor], Tensor],
+        draw: Callable[[], Start],
+        make: Callable[[int, Start], Tensor],
         steps: int,
         group: Group,
     ) -> None:
