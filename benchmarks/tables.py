@@ -29,7 +29,9 @@ MobileNetV1 showed of the images is told in [recipes.md](recipes.md).
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. A *float step* is a plain
 training step of the same network on the same batch, measured in the same process (batch norms in
-evaluation form). Peak memory is the process's. `fast` took 800 steps until it was given 1,500; rows say which they have. Those of `real`, w2a2 and
+evaluation form). Peak memory is the process's. `fast` took 800 steps until it was given 1,500; rows say which they have. Rows with † are of an
+earlier form of their recipe: those of `fast` and `quick` are from before the images got the network's own
+scale and contrasts that differ ([recipes.md](recipes.md)), which changes most for ResNet-56. Those of `real`, w2a2 and
 MobileNetV1 are older still: made before the inner loops were made faster (the same arithmetic but
 for rounding, and a range search whose sample has since changed a little).
 
@@ -75,9 +77,8 @@ def accuracy_tables() -> str:
     runs = defaultdict(list)
     for path in sorted(RESULTS.glob("*-s*.json")):
         run = json.loads(path.read_text())
-        if is_stale(run):
-            continue
-        runs[run["network"], run["placement"], run["bits"], run["recipe"], run["steps"]].append(run)
+        name = f"`{run['recipe']}`{'†' * is_stale(run)}"
+        runs[run["network"], run["placement"], run["bits"], name, run["steps"]].append(run)
     lines = [
         "\n## Accuracy\n",
         "| network | placement | bits | recipe | steps | seeds | full precision | top-1, all images "
@@ -103,7 +104,7 @@ def accuracy_tables() -> str:
             images = f" ({mean(lambda run: run['seconds']['images']):.0f})"
         star = "\\*" if network in DEVELOPMENT else ""
         lines.append(
-            f"| {network}{star} | {placement} | {bits} | `{recipe}` | {steps:,} | {len(group)} "
+            f"| {network}{star} | {placement} | {bits} | {recipe} | {steps:,} | {len(group)} "
             f"| {full['all']:.2f} | {statistics.mean(top1):.2f}{spread} | {even:.2f} / {odd:.2f} "
             f"| {full['all'] - statistics.mean(top1):.2f}{interval} | {full['odd'] - odd:.2f} "
             f"| {agreement} | {mean(lambda run: run['seconds']['total']):.0f}{images} | {cost} "
@@ -145,7 +146,7 @@ def time_table() -> str:
     runs = defaultdict(list)
     for path in RESULTS.glob("cifar10_resnet20-w4a4-t1-*-s*.json"):
         run = json.loads(path.read_text())
-        if "float_steps" in run and not is_stale(run):
+        if "float_steps" in run:
             runs[run["recipe"], run["steps"]].append(run)
     rows = sorted(
         (
