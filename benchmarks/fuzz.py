@@ -50,6 +50,7 @@ from mutations import (
     of_onnx,
     of_run,
     of_safetensors,
+    of_sweep,
     of_text,
     of_zip,
     onnx_file,
@@ -78,6 +79,7 @@ from gdfq.report.read import read_run as read_for_report
 from gdfq.runs import RunFolder, check_export
 from gdfq.states import name_of
 from gdfq.student import Keep
+from gdfq.sweep import read_sweep
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 MEMORY, ROOM, SECONDS, CHUNK = 512, 6144, 20, 2000
@@ -177,6 +179,11 @@ def read_text(data: bytes, _: Path) -> None:
         raise UsageError("it is none of them")
 
 
+def read_sweep_(data: bytes, folder: Path) -> None:
+    (folder / "sweep.yaml").write_bytes(data)
+    read_sweep(folder / "sweep.yaml").cells()
+
+
 WORDS = [
     b"w4a8",
     b"stage1.*=float",
@@ -186,6 +193,21 @@ WORDS = [
     b"0.5,0.5,0.5",
     b"1.5MiB",
     b"net.onnx",
+]
+SWEEPS = [
+    b"networks: [net.onnx, timm:resnet18]\nbits: [w4a4, w8a8]\nseeds: [0, 1, 2]\nsteps: 100\n",
+    b"""networks:
+  - model: file.py:net
+    name: mine
+    input: [3, 32, 32]
+    mean: 0.5
+    classifier: false
+    size: 300KB
+recipes: [fast, round]
+bits: auto
+placement: [full, t1]
+keep: [[], ["last=8", "stem.*=float"]]
+""",
 ]
 RUN = run_files()
 
@@ -201,8 +223,8 @@ class Loader:
 
 
 LOADERS = {
-    "npz": Loader(read_npz_, [images_npz()], of_zip, 16),
-    "image folder": Loader(read_images, image_files(), of_image, 16),
+    "npz": Loader(read_npz_, [images_npz()], of_zip, 14),
+    "image folder": Loader(read_images, image_files(), of_image, 15),
     "weights, safetensors": Loader(
         read_weights(".safetensors"),
         [safetensors.torch.save(network().state_dict())],
@@ -221,6 +243,7 @@ LOADERS = {
     "checkpoint": Loader(read_checkpoint, [checkpoint()], of_checkpoint, 4),
     "ONNX": Loader(read_onnx, [onnx_file()], of_onnx, 6),
     "options": Loader(read_text, WORDS, of_text, 5),
+    "sweep": Loader(read_sweep_, SWEEPS, of_sweep, 3),
 }
 
 

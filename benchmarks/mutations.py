@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import safetensors.torch
 import torch
+import yaml
 from onnx import TensorProto, helper
 from PIL import Image
 from torch import fx, nn
@@ -397,3 +398,10 @@ def of_text(data: bytes, random: Random) -> bytes:
             (*TEXTS, "1" + "0" * 5000, "w" + "9" * 5000 + "a4", "9x" * 200 + "9")
         ).encode()
     return scramble(data, random) if random.random() < 0.7 else data * random.choice((2, 3, 200))
+
+
+def of_sweep(data: bytes, random: Random) -> bytes:
+    """Bytes of YAML, or its values as a tree: JSON is YAML."""
+    if random.random() < 0.4:
+        return scramble(data, random)
+    return json_text(yaml.safe_load(data), random)

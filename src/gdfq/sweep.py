@@ -1,6 +1,7 @@
 """A sweep: a grid of networks, widths, recipes and seeds as a value, read from a YAML file."""
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -16,8 +17,8 @@ from gdfq.student import PLACEMENTS, Keep
 
 Value = TypeVar("Value")
 
-_LARGEST = 2**20
-"""Bytes of a sweep file; a larger one is none."""
+_LARGEST, _DEEPEST, _MOST = 2**20, 8, 10_000
+"""Bytes of a sweep file, lists in lists, and runs; with more of them it is none."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class Sweep:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        runs = math.prod(map(len, self._axes()))
+        if runs > _MOST:
+            raise UsageError(
+                f"a sweep must have at most {_MOST} runs; this one has {short(runs)}. Split it."
+            )
         for network, bits in product(self.networks, self.bits):
             if bits != AUTO:
                 parse_bits(bits, None)
@@ -120,10 +126,11 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """The runs, each once; seeds vary fastest."""
-        grid = product(
-            self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
-        )
+        grid = product(*self._axes())
         return list(dict.fromkeys(Cell(*values, self.steps) for values in grid))
+
+    def _axes(self) -> tuple[tuple[Any, ...], ...]:
+        return self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -143,14 +150,20 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _check_syntax(text: str) -> None:
-    """Raise UsageError for what is no YAML, for keys that nobody reads, and for aliases.
+    """Raise UsageError for what is no YAML, for keys that nobody reads, for aliases and for depth.
 
-    A few nested aliases could stand for billions of values.
+    A few nested aliases could stand for billions of values; reading n open brackets takes n².
     """
     import yaml
 
+    depth = 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                line = event.start_mark.line + 1
+                raise UsageError(f"line {line}: a sweep has no lists so deep in lists.")
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
                 raise UsageError(f"line {line}: a sweep has no aliases (*name). Write it out.")
