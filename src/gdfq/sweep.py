@@ -101,7 +101,8 @@ class Sweep:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        runs = math.prod(map(len, self._axes()))
+        lists = self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
+        runs = math.prod(map(len, lists))
         if runs > _MOST:
             raise UsageError(
                 f"a sweep must have at most {_MOST} runs; this one has {short(runs)}. Split it."
@@ -126,11 +127,10 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """The runs, each once; seeds vary fastest."""
-        grid = product(*self._axes())
+        grid = product(
+            self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
+        )
         return list(dict.fromkeys(Cell(*values, self.steps) for values in grid))
-
-    def _axes(self) -> tuple[tuple[Any, ...], ...]:
-        return self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
 
 
 def read_sweep(path: Path) -> Sweep:
