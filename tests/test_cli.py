@@ -206,7 +206,7 @@ def test_images_of_an_absent_network_leave_no_folder(place, capsys):
         (["--nonsense"], "--nonsense"),
         (["--steps", "2"], "at least 4"),
         (["--recipe", "real"], "--data"),
-        (["--test", "absent.npz"], "no data at absent.npz"),
+        (["--test", "absent.npz"], "absent.npz' does not exist"),
         (["--test", "{place}/far.npz"], "labels must lie in 0..4"),
         (["--test", "{place}/net.py"], "is neither"),
     ],

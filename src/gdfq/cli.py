@@ -18,6 +18,7 @@ from gdfq.stopping import StoppedError
 from gdfq.version import __version__
 
 _PATH = click.Path(path_type=Path)
+_DATA = click.Path(path_type=Path, exists=True)
 
 
 class _Shape(click.ParamType):
@@ -180,10 +181,10 @@ def cli() -> None:
 )
 @click.option(
     "--test",
-    type=_PATH,
+    type=_DATA,
     help="DATA to measure on, used for nothing else; labelled for a classifier's accuracy",
 )
-@click.option("--data", type=_PATH, help="real DATA to tune on instead of synthetic images")
+@click.option("--data", type=_DATA, help="real DATA to tune on instead of synthetic images")
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
@@ -238,7 +239,7 @@ def doctor_command(**options: Any) -> None:
 
 @cli.command("evaluate")
 @click.argument("folder", metavar="DIR", type=_PATH)
-@click.option("--test", type=_PATH, required=True, help="labelled DATA")
+@click.option("--test", type=_DATA, required=True, help="labelled DATA")
 def evaluate_command(folder: Path, test: Path) -> None:
     """Top-1 accuracy of the quantized network in DIR."""
     from gdfq.progress import Terminal

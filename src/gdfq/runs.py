@@ -87,7 +87,10 @@ class RunFolder:
         for name in (*_FILES, LOCK, CHECKPOINTS):
             within(path, path / name)
         if (path / METRICS).exists():
-            raise UsageError(f"{path} already holds a run. Choose another --out or remove it.")
+            raise UsageError(
+                f"{path} already holds a run, which has finished. Choose another --out or remove "
+                f"it; gdfq report {path} writes its report."
+            )
         present = [name for name in _FILES if (path / name).exists()]
         if present and not _is_ours(path / CONFIG):
             raise UsageError(
