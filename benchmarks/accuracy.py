@@ -41,12 +41,12 @@ from gdfq.evaluate import logits_of
 from gdfq.grid import Bits
 from gdfq.memory import keep_freed_memory_
 from gdfq.models import load_weights_
-from gdfq.pipeline import quantize_captured
 from gdfq.progress import Terminal
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources import Batch
 from gdfq.sources.images import GivenImages, on_images
 from gdfq.sources.pool import ImagePool, collect
+from gdfq.stages import quantize_captured
 from gdfq.student import Scheme
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

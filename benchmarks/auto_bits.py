@@ -32,10 +32,10 @@ from gdfq.export import metadata_of
 from gdfq.grid import Bits
 from gdfq.memory import keep_freed_memory_
 from gdfq.models import load_weights_
-from gdfq.pipeline import quantize_captured
 from gdfq.progress import Terminal
 from gdfq.recipes import QUICK, Recipe
 from gdfq.sources.pool import ImagePool
+from gdfq.stages import quantize_captured
 from gdfq.student import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "auto_bits.json"

@@ -31,9 +31,9 @@ from zoo import ROOT
 from gdfq.capture import Captured, capture
 from gdfq.data import load_data
 from gdfq.evaluate import logits_of
+from gdfq.making import generate
 from gdfq.memory import keep_freed_memory_
 from gdfq.models import load_weights_
-from gdfq.pipeline import generate
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
 

@@ -12,7 +12,8 @@ from gdfq.version import __version__
 if TYPE_CHECKING:
     from gdfq.errors import GdfqError, UsageError
     from gdfq.export import Exported
-    from gdfq.pipeline import generate, quantize
+    from gdfq.making import generate
+    from gdfq.pipeline import quantize
     from gdfq.quantized import QuantizedNetwork, load
     from gdfq.recipes import RECIPES, Recipe
     from gdfq.report import write_report
@@ -21,7 +22,7 @@ _HOME = {
     "Exported": "gdfq.export",
     "GdfqError": "gdfq.errors",
     "UsageError": "gdfq.errors",
-    "generate": "gdfq.pipeline",
+    "generate": "gdfq.making",
     "quantize": "gdfq.pipeline",
     "QuantizedNetwork": "gdfq.quantized",
     "load": "gdfq.quantized",

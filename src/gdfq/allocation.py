@@ -35,6 +35,8 @@ from gdfq.sources import Batch
 from gdfq.student import Keep, Scheme, build_student
 from gdfq.tuning.calibrate import calibrate_
 
+AUTO = "auto"
+"""In the place of widths: they are to be chosen."""
 BASE = Bits(4, 8)
 """Widths of the layers that the chosen scheme does not name."""
 _IMAGES = 128
@@ -47,6 +49,24 @@ Loss = Callable[[Any, Any], Tensor]
 """Outputs of student and teacher -> scalar."""
 Layers = Mapping[str, Sequence[fx.Node]]
 """The layers whose width is to be chosen, by name; one that is called twice has two nodes."""
+
+
+def parse_bits(bits: str | Bits, size: int | None) -> Bits:
+    """The widths that are meant; of "auto" those that layers start from.
+
+    Raises UsageError for text that says no widths, and for "auto" without a size or a size
+    without "auto".
+    """
+    if (bits == AUTO) != (size is not None):
+        raise UsageError(
+            "bits 'auto' and a size belong together: widths are chosen to fit the size of the ONNX "
+            f"file; got bits {str(bits)!r} and size {size}. Use as --bits auto --size 300KB."
+        )
+    if size is not None:
+        if not isinstance(size, int) or size < 1:
+            raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
+        return BASE
+    return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
 
 
 @dataclass(frozen=True)

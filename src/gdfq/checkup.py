@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gdfq.allocation import AUTO, parse_bits
 from gdfq.capture import capture
 from gdfq.costs import with_costs
+from gdfq.devices import find_device
 from gdfq.doctor import Diagnosis, Layer, diagnose
 from gdfq.errors import UsageError
 from gdfq.models import load_model
-from gdfq.pipeline import AUTO, find_device, parse_bits
 from gdfq.recipes import find_recipe
 from gdfq.student import Keep, Placement, Scheme
 

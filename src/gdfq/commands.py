@@ -15,18 +15,20 @@ from typing import Any
 import click
 import torch
 
+from gdfq.allocation import parse_bits
 from gdfq.artifacts.onnx import to_onnx
 from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
 from gdfq.checkpoints import Checkpoints
-from gdfq.devices import Group, Precision, joined
+from gdfq.devices import Group, Precision, find_device, joined
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.evidence import gather
 from gdfq.export import Exported, Format
+from gdfq.making import generate
 from gdfq.models import load_model, weights_hash
-from gdfq.pipeline import find_device, generate, parse_bits, quantize
+from gdfq.pipeline import quantize
 from gdfq.progress import History, Listener, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe

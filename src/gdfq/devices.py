@@ -232,3 +232,13 @@ def joined(device: torch.device, precision: Precision = "float32") -> Iterator[G
         yield Processes(precision)
     finally:
         dist.destroy_process_group()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU if there is one. Raises UsageError otherwise."""
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if name == "auto":
+        return torch.device(available[-1])
+    if name not in available:
+        raise UsageError(f"device must be one of auto, {', '.join(available)} here; got {name!r}.")
+    return torch.device(name)

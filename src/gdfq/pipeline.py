@@ -1,8 +1,7 @@
 """The whole method, top to bottom: capture → source → student → calibrate → tune → freeze."""
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,44 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.allocation import BASE, choose_widths, file_sizes
+from gdfq.allocation import choose_widths, file_sizes, parse_bits
 from gdfq.capture import Captured, capture, tensors_of
 from gdfq.card import Card
 from gdfq.checkpoints import Checkpoints, Keeper, Unkept
+from gdfq.clock import Clock
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
-from gdfq.devices import ALONE, Group
+from gdfq.devices import ALONE, Group, find_device
 from gdfq.errors import GdfqWarning, UsageError
-from gdfq.evaluate import Answers, logits_of, output_errors
+from gdfq.evaluate import output_errors
 from gdfq.export import metadata_of
 from gdfq.faults import told_of_shortage
-from gdfq.freeze import freeze
 from gdfq.grid import Bits
 from gdfq.models import weights_hash
 from gdfq.outputs import in_order, output_names
-from gdfq.progress import Listener, Step, silent
+from gdfq.progress import Listener, silent
 from gdfq.quantized import QuantizedNetwork
 from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs import as_values
-from gdfq.sources import Batch, Source, first_images
+from gdfq.sources import Batch, Source
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import ImagePool, PoolStream, collect
+from gdfq.sources.pool import PoolStream
 from gdfq.sources.streams import Feed
+from gdfq.stages import STUDENT_PARTS, frozen_student
 from gdfq.states import Noted, name_of
-from gdfq.student import PLACEMENTS, Keep, Placement, Scheme, build_student
+from gdfq.student import PLACEMENTS, Keep, Placement, Scheme
 from gdfq.tracing import beside_no_tracing, giving_way
-from gdfq.tuning.calibrate import calibrate_, match_moments_
-from gdfq.tuning.distill import Distillation, tune_
-from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 from gdfq.version import __version__
 from gdfq.witness import Tested, Witness
 
 _EXAMPLES = 32
 _MEASURED = ("teacher", "student")
-AUTO = "auto"
-"""In the place of widths: they are to be chosen."""
-
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
 
 
@@ -111,7 +105,7 @@ def quantize(
     widths = parse_bits(bits, size)
     recipe = find_recipe(recipe).with_steps(steps).with_batch(batch)
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
-    clock = _Clock()
+    clock = Clock()
 
     keeper: Keeper = Unkept()
     if checkpoints is not None:
@@ -167,9 +161,7 @@ class _Run:
     group: Group
 
 
-def _carried_out(
-    run: _Run, keeper: Keeper, clock: "_Clock", listener: Listener
-) -> QuantizedNetwork:
+def _carried_out(run: _Run, keeper: Keeper, clock: Clock, listener: Listener) -> QuantizedNetwork:
     """All stages, each of which goes on where the keeper's parts are."""
     teacher, recipe, group = run.teacher, run.recipe, run.group
     scheme, card = run.scheme, run.card
@@ -192,7 +184,7 @@ def _carried_out(
         metrics["allocation"] = chosen["metrics"]
 
     make = partial(
-        _frozen_student,
+        frozen_student,
         teacher,
         scheme,
         recipe,
@@ -208,7 +200,7 @@ def _carried_out(
                 network = make(feed, seed=origin["seed"])
         except CollapsedError as error:
             _choose_another_seed_(origin, card.seed, error)
-            keeper.forget("feed", *_STUDENT_PARTS)
+            keeper.forget("feed", *STUDENT_PARTS)
             feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
     if "collapsed" in origin:
         metrics["collapsed"] = origin["collapsed"]
@@ -218,7 +210,7 @@ def _carried_out(
     if run.held_out is not None and group.rank == 0:
         metrics["test_images"] = len(run.held_out)
         if run.held_out.labels is not None and teacher.classes is not None:
-            tested = _tested(teacher, network, run.held_out, card.preprocessing, listener)
+            tested = Tested.of(teacher, network, run.held_out, card.preprocessing, listener)
             metrics |= {
                 who: {"top1": round(answers.top1(tested.labels), 4)}
                 for who, answers in (("teacher", tested.teacher), ("student", tested.student))
@@ -230,123 +222,6 @@ def _carried_out(
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
     witness = Witness(*(feed.recent.images() or (feed.examples, None)), tested)
     return QuantizedNetwork(network, card, metrics, feed.examples, witness)
-
-
-def quantize_captured(
-    teacher: Captured,
-    scheme: Scheme,
-    recipe: Recipe,
-    source: Source,
-    *,
-    seed: int,
-    listener: Listener = silent,
-    group: Group = ALONE,
-) -> tuple[fx.GraphModule, Tensor]:
-    """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
-
-    With it come a few images of the first batch [n, *input_shape].
-    """
-    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener, group=group)
-    feed = Feed(stream, teacher.device)
-    network = _frozen_student(
-        teacher, scheme, recipe, feed, seed=seed, listener=listener, group=group
-    )
-    return network, feed.examples
-
-
-def _frozen_student(
-    teacher: Captured,
-    scheme: Scheme,
-    recipe: Recipe,
-    feed: Feed,
-    *,
-    seed: int,
-    listener: Listener,
-    lap: Callable[[str], None] = lambda _: None,
-    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
-    group: Group = ALONE,
-) -> fx.GraphModule:
-    """The student after all stages, each of which goes on where the keeper's parts are.
-
-    `lap` is called with the name of each stage when it ends.
-    """
-    tuning = recipe.tuning
-    student = build_student(
-        teacher,
-        scheme,
-        quantizers=recipe.quantizers,
-        fixed_statistics=not isinstance(tuning, Distillation) or tuning.fixed_statistics,
-    ).eval()
-    keeper.hold("student", student)
-    done = keeper.hold("done", Noted())
-
-    def ends(stage: str) -> None:
-        done[stage] = True
-        lap(stage)
-        keeper.stage_ends()
-
-    if "calibrate" not in done:
-        hold = recipe.match_moments or isinstance(tuning, Reconstruction)
-        calibrate_(
-            student,
-            feed.until(recipe.calibration, hold=hold),
-            first_step=feed.taken,
-            steps=recipe.calibration,
-            listener=listener,
-        )
-        if recipe.match_moments:
-            match_moments_(student, teacher, torch.cat([batch.images for batch in feed.held]))
-        # All saw the same batches, so they differ by what their devices round, if at all.
-        group.same_(student.state_dict().values())
-        ends("calibrate")
-    if tuning is not None and "tune" not in done:
-        if "warmup" not in done:
-            for batch in feed.until(recipe.warmup):  # the student waits
-                listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
-            ends("warmup")
-        if isinstance(tuning, Reconstruction):
-            reconstruct_(
-                student,
-                teacher,
-                feed.hold(-(-tuning.images // recipe.source.batch)),
-                tuning,
-                updates=recipe.steps - recipe.warmup,
-                seed=seed,
-                listener=listener,
-                keeper=keeper,
-            )
-        else:
-            tune_(
-                student,
-                teacher,
-                feed.until(recipe.steps),
-                tuning,
-                first_step=feed.taken,
-                total_steps=recipe.steps,
-                listener=listener,
-                keeper=keeper,
-                group=group,
-            )
-        ends("tune")
-    network = freeze(student)
-    lap("freeze")
-    return network
-
-
-def _tested(
-    teacher: Captured,
-    network: fx.GraphModule,
-    held_out: ImageData,
-    preprocessing: Preprocessing,
-    listener: Listener,
-) -> Tested:
-    """What teacher and student, both classifiers, answer to labelled test images."""
-    ask = partial(logits_of, device=teacher.device, listener=listener)
-    answers = (
-        Answers.of(ask(module, held_out, preprocessing)) for module in (teacher.network, network)
-    )
-    assert held_out.labels is not None
-    return Tested(held_out, held_out.labels, *answers)
 
 
 def _compared(
@@ -367,84 +242,6 @@ def _compared(
     )
     rounded = (round(error, 4) for error in errors)
     return {"error_percent": dict(zip(output_names(teacher), rounded, strict=True))}
-
-
-@beside_no_tracing
-def generate(
-    model: nn.Module | Captured,
-    example_input: Tensor,
-    count: int = 1024,
-    recipe: str | Recipe = "fast",
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    classifier: bool | None = None,
-    listener: Listener = silent,
-) -> tuple[Tensor, Tensor | None]:
-    """Synthetic images alone: [count, *input_shape] normalised floats, and their labels [count].
-
-    A network whose outputs are not classes (see `quantize`) has no labels.
-
-    The images of a pool are those that the recipe would tune on. Any other source runs the
-    recipe's `steps`, or as many as `count` images need if that is more; the images are its last
-    ones, when a generator has learned most. Raises UsageError and GdfqError
-    as `quantize` does.
-    """
-    if count < 1:
-        raise UsageError(f"count must be at least 1; got {count}.")
-    recipe = find_recipe(recipe)
-    listener = giving_way(listener)
-    if not isinstance(model, Captured):
-        model = capture(model, example_input, classifier=classifier)
-    teacher = model.to(find_device(device))
-    if isinstance(recipe.source, ImagePool):
-        if steps is not None:
-            raise UsageError(
-                f"recipe {recipe.name!r} makes each image once, whatever its steps; "
-                f"got steps={steps}. Leave steps away; it is for generators that learn."
-            )
-        made = recipe.source.source
-        images, labels = collect(made, teacher, count, seed=seed, listener=listener)
-        return images.cpu(), None if labels is None else labels.cpu()
-    needed = -(-count // recipe.source.batch)
-    total = max(recipe.steps if steps is None else steps, needed)
-    kept: list[Batch] = []
-    stream = recipe.source.stream(teacher, steps=total, seed=seed, listener=listener)
-    for step, batch in enumerate(stream, start=1):
-        listener(Step("generate", step, total, batch.losses))
-        if step > total - needed:
-            kept.append(batch)
-    images, labels = first_images(count, kept)
-    return images.cpu(), None if labels is None else labels.cpu()
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one. Raises UsageError otherwise."""
-    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    if name == "auto":
-        return torch.device(available[-1])
-    if name not in available:
-        raise UsageError(f"device must be one of auto, {', '.join(available)} here; got {name!r}.")
-    return torch.device(name)
-
-
-def parse_bits(bits: str | Bits, size: int | None) -> Bits:
-    """The widths that are meant; of "auto" those that layers start from.
-
-    Raises UsageError for text that says no widths, and for "auto" without a size or a size
-    without "auto".
-    """
-    if (bits == AUTO) != (size is not None):
-        raise UsageError(
-            "bits 'auto' and a size belong together: widths are chosen to fit the size of the ONNX "
-            f"file; got bits {str(bits)!r} and size {size}. Use as --bits auto --size 300KB."
-        )
-    if size is not None:
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
-        return BASE
-    return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
 
 
 def _identity(run: _Run, given: ImageData | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -486,10 +283,6 @@ def _allocated(
     }
 
 
-_STUDENT_PARTS = ("student", "done", "optimizer", "reconstruction")
-"""What is held of a student while it is made."""
-
-
 def _choose_another_seed_(origin: Noted, seed: int, error: CollapsedError) -> None:
     """Note a seed to begin again from. Raises CollapsedError when that was done before."""
     if "collapsed" in origin:
@@ -523,28 +316,3 @@ def _check_placement(placement: Placement) -> Placement:
     if placement not in PLACEMENTS:
         raise UsageError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}.")
     return placement
-
-
-class _Clock:
-    """Seconds of each stage, and their total; those before a stop count too."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        laps = {"total": sum(self._laps.values()), **self._laps}
-        return {stage: round(seconds, 3) for stage, seconds in laps.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"laps": self._laps, "since": time.perf_counter() - self._last}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for stage, seconds in state["laps"].items():
-            self._laps[stage] = self._laps.get(stage, 0.0) + seconds
-        self._last -= state["since"]

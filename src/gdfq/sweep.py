@@ -10,8 +10,8 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar
 
+from gdfq.allocation import AUTO, parse_bits
 from gdfq.errors import UsageError, first_line
-from gdfq.pipeline import AUTO, parse_bits
 from gdfq.recipes import find_recipe
 from gdfq.student import PLACEMENTS, Keep
 

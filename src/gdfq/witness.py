@@ -1,11 +1,14 @@
 """What a run sees on its way and forgets otherwise: evidence for its report is gathered from it."""
 
 from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor
+from torch import Tensor, fx
 
-from gdfq.data import ImageData
-from gdfq.evaluate import Answers
+from gdfq.capture import Captured
+from gdfq.data import ImageData, Preprocessing
+from gdfq.evaluate import Answers, logits_of
+from gdfq.progress import Listener
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +19,24 @@ class Tested:
     labels: Tensor
     teacher: Answers
     student: Answers
+
+    @classmethod
+    def of(
+        cls,
+        teacher: Captured,
+        network: fx.GraphModule,
+        held_out: ImageData,
+        preprocessing: Preprocessing,
+        listener: Listener,
+    ) -> "Tested":
+        """What teacher and student, both classifiers, answer to labelled test images."""
+        ask = partial(logits_of, device=teacher.device, listener=listener)
+        answers = (
+            Answers.of(ask(module, held_out, preprocessing))
+            for module in (teacher.network, network)
+        )
+        assert held_out.labels is not None
+        return cls(held_out, held_out.labels, *answers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,29 @@
+"""How long each stage of a run takes."""
+
+import time
+from typing import Any
+
+
+class Clock:
+    """Seconds of each stage, and their total; those before a stop count too."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        laps = {"total": sum(self._laps.values()), **self._laps}
+        return {stage: round(seconds, 3) for stage, seconds in laps.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"laps": self._laps, "since": time.perf_counter() - self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for stage, seconds in state["laps"].items():
+            self._laps[stage] = self._laps.get(stage, 0.0) + seconds
+        self._last -= state["since"]

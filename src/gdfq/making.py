@@ -1,0 +1,62 @@
+"""Synthetic images alone."""
+
+from torch import Tensor, nn
+
+from gdfq.capture import Captured, capture
+from gdfq.devices import find_device
+from gdfq.errors import UsageError
+from gdfq.progress import Listener, Step, silent
+from gdfq.recipes import Recipe, find_recipe
+from gdfq.sources import Batch, first_images
+from gdfq.sources.pool import ImagePool, collect
+from gdfq.tracing import beside_no_tracing, giving_way
+
+
+@beside_no_tracing
+def generate(
+    model: nn.Module | Captured,
+    example_input: Tensor,
+    count: int = 1024,
+    recipe: str | Recipe = "fast",
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    classifier: bool | None = None,
+    listener: Listener = silent,
+) -> tuple[Tensor, Tensor | None]:
+    """Synthetic images alone: [count, *input_shape] normalised floats, and their labels [count].
+
+    A network whose outputs are not classes (see `quantize`) has no labels.
+
+    The images of a pool are those that the recipe would tune on. Any other source runs the
+    recipe's `steps`, or as many as `count` images need if that is more; the images are its last
+    ones, when a generator has learned most. Raises UsageError and GdfqError
+    as `quantize` does.
+    """
+    if count < 1:
+        raise UsageError(f"count must be at least 1; got {count}.")
+    recipe = find_recipe(recipe)
+    listener = giving_way(listener)
+    if not isinstance(model, Captured):
+        model = capture(model, example_input, classifier=classifier)
+    teacher = model.to(find_device(device))
+    if isinstance(recipe.source, ImagePool):
+        if steps is not None:
+            raise UsageError(
+                f"recipe {recipe.name!r} makes each image once, whatever its steps; "
+                f"got steps={steps}. Leave steps away; it is for generators that learn."
+            )
+        made = recipe.source.source
+        images, labels = collect(made, teacher, count, seed=seed, listener=listener)
+        return images.cpu(), None if labels is None else labels.cpu()
+    needed = -(-count // recipe.source.batch)
+    total = max(recipe.steps if steps is None else steps, needed)
+    kept: list[Batch] = []
+    stream = recipe.source.stream(teacher, steps=total, seed=seed, listener=listener)
+    for step, batch in enumerate(stream, start=1):
+        listener(Step("generate", step, total, batch.losses))
+        if step > total - needed:
+            kept.append(batch)
+    images, labels = first_images(count, kept)
+    return images.cpu(), None if labels is None else labels.cpu()

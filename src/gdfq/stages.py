@@ -1,0 +1,124 @@
+"""The stages of a student, top to bottom: build → calibrate → warm up → tune → freeze."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.capture import Captured
+from gdfq.checkpoints import Keeper, Unkept
+from gdfq.devices import ALONE, Group
+from gdfq.freeze import freeze
+from gdfq.progress import Listener, Step, silent
+from gdfq.recipes import Recipe
+from gdfq.sources import Source
+from gdfq.sources.streams import Feed
+from gdfq.states import Noted
+from gdfq.student import Scheme, build_student
+from gdfq.tuning.calibrate import calibrate_, match_moments_
+from gdfq.tuning.distill import Distillation, tune_
+from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
+
+STUDENT_PARTS = ("student", "done", "optimizer", "reconstruction")
+"""What is held of a student while it is made."""
+
+
+def quantize_captured(
+    teacher: Captured,
+    scheme: Scheme,
+    recipe: Recipe,
+    source: Source,
+    *,
+    seed: int,
+    listener: Listener = silent,
+    group: Group = ALONE,
+) -> tuple[fx.GraphModule, Tensor]:
+    """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
+
+    With it come a few images of the first batch [n, *input_shape].
+    """
+    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener, group=group)
+    feed = Feed(stream, teacher.device)
+    network = frozen_student(
+        teacher, scheme, recipe, feed, seed=seed, listener=listener, group=group
+    )
+    return network, feed.examples
+
+
+def frozen_student(
+    teacher: Captured,
+    scheme: Scheme,
+    recipe: Recipe,
+    feed: Feed,
+    *,
+    seed: int,
+    listener: Listener,
+    lap: Callable[[str], None] = lambda _: None,
+    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
+    group: Group = ALONE,
+) -> fx.GraphModule:
+    """The student after all stages, each of which goes on where the keeper's parts are.
+
+    `lap` is called with the name of each stage when it ends.
+    """
+    tuning = recipe.tuning
+    student = build_student(
+        teacher,
+        scheme,
+        quantizers=recipe.quantizers,
+        fixed_statistics=not isinstance(tuning, Distillation) or tuning.fixed_statistics,
+    ).eval()
+    keeper.hold("student", student)
+    done = keeper.hold("done", Noted())
+
+    def ends(stage: str) -> None:
+        done[stage] = True
+        lap(stage)
+        keeper.stage_ends()
+
+    if "calibrate" not in done:
+        hold = recipe.match_moments or isinstance(tuning, Reconstruction)
+        calibrate_(
+            student,
+            feed.until(recipe.calibration, hold=hold),
+            first_step=feed.taken,
+            steps=recipe.calibration,
+            listener=listener,
+        )
+        if recipe.match_moments:
+            match_moments_(student, teacher, torch.cat([batch.images for batch in feed.held]))
+        # All saw the same batches, so they differ by what their devices round, if at all.
+        group.same_(student.state_dict().values())
+        ends("calibrate")
+    if tuning is not None and "tune" not in done:
+        if "warmup" not in done:
+            for batch in feed.until(recipe.warmup):  # the student waits
+                listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
+            ends("warmup")
+        if isinstance(tuning, Reconstruction):
+            reconstruct_(
+                student,
+                teacher,
+                feed.hold(-(-tuning.images // recipe.source.batch)),
+                tuning,
+                updates=recipe.steps - recipe.warmup,
+                seed=seed,
+                listener=listener,
+                keeper=keeper,
+            )
+        else:
+            tune_(
+                student,
+                teacher,
+                feed.until(recipe.steps),
+                tuning,
+                first_step=feed.taken,
+                total_steps=recipe.steps,
+                listener=listener,
+                keeper=keeper,
+                group=group,
+            )
+        ends("tune")
+    network = freeze(student)
+    lap("freeze")
+    return network
