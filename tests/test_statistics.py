@@ -103,3 +103,19 @@ def test_a_network_that_remembers_nothing_gets_unit_inputs():
     found, deviation = remembered_input(capture(trained_on(noise, conv), noise[:1]), noise)
     assert found.tolist() == [0, 0, 0]
     assert float(deviation) == 1
+
+
+def test_what_is_far_from_affine_is_not_trusted():
+    """Inputs are squared before the batch norm."""
+
+    class Squared(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward((x * x).clamp_max(2.0))
+
+    noise = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    network = trained_on(noise, Squared(3, 12, 3))
+    teacher = capture(network, noise[:1])
+    found, deviation = remembered_input(teacher, noise)
+    assert found.tolist() == [0, 0, 0]
+    assert float(deviation) == 1

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from gdfq.capture import Captured, tensors_of
 from gdfq.devices import Statistics, exact
 from gdfq.errors import UsageError
+from gdfq.losses import relative_statistics_loss
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,8 @@ def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
 
         m = argmin ‖(b + A m − μ)/σ‖² + λ‖m/s‖²,   s = argmin ‖s·d/σ − √max(0, 1 − v/σ²)‖²
 
-    with v = 0 for the s in the first. Where the network says nothing of it, mean 0 and deviation 1.
+    with v = 0 for the s in the first. Where the network says nothing of it, and where what comes
+    before is so far from affine that it then sees worse, mean 0 and deviation 1.
     """
     network = StatisticsNetwork(teacher)
     mean, variance = network.stored[0]
@@ -141,9 +143,14 @@ def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
     m = torch.linalg.solve(a.T @ a + pull, a.T @ ((mean - b) / sigma))
     shape = (1, -1, *[1] * (noise.ndim - 2))
     s = deviation(first(nothing + m.view(shape))[1])
-    if not (s.isfinite() and s > 0 and m.isfinite().all()):
-        return torch.zeros_like(m), torch.ones_like(s)
-    return m, s
+
+    def error(images: Tensor) -> Tensor:
+        return relative_statistics_loss([first(images)], network.stored[:1])
+
+    # A comparison with what is not finite is false.
+    if s > 0 and error(torch.addcmul(m.view(shape), noise, s)) <= error(noise):
+        return m, s
+    return torch.zeros_like(m), torch.ones_like(s)
 
 
 @dataclass(frozen=True)
