@@ -129,7 +129,7 @@ def accuracy_tables() -> str:
         for run in group:
             if run.get("along"):
                 lines.append(
-                    f"\n### Along the way: {network} {bits} {placement} `{recipe}`, seed {run['seed']}\n\n"
+                    f"\n### Along the way: {network} {bits} {placement} {recipe}, seed {run['seed']}\n\n"
                     "| step | seconds | top-1 (measured, never used) |\n| --- | --- | --- |"
                 )
                 lines += [
@@ -153,7 +153,7 @@ def time_table() -> str:
             statistics.mean(run["seconds"]["total"] for run in group),
             statistics.mean(run["float_steps"] for run in group),
             statistics.mean(run["student"]["all"] for run in group),
-            recipe,
+            f"`{recipe}`{'†' * any(map(is_stale, group))}",
             steps,
         )
         for (recipe, steps), group in runs.items()
@@ -166,7 +166,7 @@ def time_table() -> str:
         "| --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {seconds:.0f} | {cost:,.0f} | `{recipe}`, {steps:,} | {top1:.2f} |"
+        f"| {seconds:.0f} | {cost:,.0f} | {recipe}, {steps:,} | {top1:.2f} |"
         for seconds, cost, top1, recipe, steps in rows
     ]
     return "\n".join(lines) + "\n"

@@ -382,3 +382,16 @@ def make(name: str, seed: int = 0) -> nn.Module:
 
 def images(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def that_saw(images: Tensor) -> nn.Module:
+    """A network whose batch norm has seen these images [N, 3, 16, 16]; random weights."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 12, 3, bias=False),
+        nn.BatchNorm2d(12, momentum=1.0),
+        nn.Flatten(),
+        nn.Linear(12 * 14 * 14, 4),
+    )
+    network.train()(images)
+    return network.eval()

@@ -358,3 +358,24 @@ def test_a_folder_in_use_is_refused_and_free_again_behind_an_error(tmp_path):
         again.begin(RUN, AROUND)
     again.remove()
     assert not first.folder.exists()
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "a" / ".lock").mkdir(parents=True)
+    with (
+        pytest.raises(UsageError, match=r"\.lock must be a file that can be written"),
+        Checkpoints(tmp_path / "a"),
+    ):
+        pass
+    (tmp_path / "b").mkdir()
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / "b" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(UsageError, match="symbolic link that leads out"),
+        Checkpoints(tmp_path / "b"),
+    ):
+        pass
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(UsageError, match="must be writable"), Checkpoints(tmp_path / "c"):
+        pass

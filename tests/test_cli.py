@@ -43,6 +43,10 @@ def place(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
     np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % networks.CLASSES)
     np.savez(tmp_path / "far.npz", images=images, labels=np.arange(40))
+    np.savez(tmp_path / "bare.npz", images=images)
+    np.savez(
+        tmp_path / "wide.npz", images=np.zeros((4, 3, 8, 9), np.uint8), labels=np.zeros(4, int)
+    )
     return tmp_path
 
 
@@ -206,8 +210,11 @@ def test_images_of_an_absent_network_leave_no_folder(place, capsys):
         (["--nonsense"], "--nonsense"),
         (["--steps", "2"], "at least 4"),
         (["--recipe", "real"], "--data"),
-        (["--test", "absent.npz"], "absent.npz' does not exist"),
+        (["--test", "absent.npz"], "no data at absent.npz"),
         (["--test", "{place}/far.npz"], "labels must lie in 0..4"),
+        (["--test", "{place}/bare.npz"], "test images need labels"),
+        (["--data", "{place}/wide.npz"], "must have the network's input shape [3, 8, 8]"),
+        (["--seed", "-1"], "-1 is not in the range"),
         (["--test", "{place}/net.py"], "is neither"),
     ],
 )
@@ -219,7 +226,7 @@ def test_bad_options(place, capsys, more, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not (place / "out" / "metrics.json").exists()
+    assert not (place / "out").exists()
 
 
 def test_a_finished_run_is_never_overwritten(place, capsys):

@@ -225,7 +225,7 @@ def test_distances_do_not_depend_on_how_many_pass_at_once(teacher, monkeypatch):
 
 def test_white_noise_is_as_far_as_white_noise(teacher):
     """Images that are noise have the distances of noise, and its diversity."""
-    noise = images._noise(64, networks.SHAPE)["natural"]
+    noise = images._noise(64, teacher)["natural"]
     found = images.measure_images(teacher, noise, None, UNIT)
     assert all(d.synthetic == pytest.approx(d.natural) for d in found.distances)
     assert found.diversity.features == pytest.approx(1)
@@ -321,3 +321,13 @@ def test_the_last_images_are_remembered(monkeypatch):
     monkeypatch.setattr("gdfq.sources.recent._NUMBERS", 5 * 3 * 8 * 8)
     few, _ = recent.images()
     assert len(few) == 5  # large images are few
+
+
+def test_noise_has_the_scale_that_the_network_knows():
+    pixels = 120 + 60 * torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    teacher = capture(networks.that_saw(pixels), pixels[:1])
+    noise = images._noise(64, teacher)["white"]
+    assert float(noise.mean()) == pytest.approx(120, abs=12)
+    assert float(noise.std()) == pytest.approx(60, abs=12)
+    (distance,) = images.measure_images(teacher, pixels, None, UNIT).distances
+    assert distance.white < 0.2

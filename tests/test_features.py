@@ -196,6 +196,27 @@ def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
     assert counted == {"relu": 1}
 
 
+def test_a_rectifier_that_others_read_too_stays():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = self.first(x).relu()
+            return self.second(h), h
+
+    torch.manual_seed(0)
+    teacher = capture(Both().eval(), torch.randn(2, 6))
+    student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers="learned").eval()
+    batch = Batch(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), None, None)
+    calibrate_(student, [batch], steps=1, listener=silent)
+    lean, _ = student.with_features([])(batch.images)
+    plain = student(batch.images)
+    assert all(map(torch.equal, lean, plain))
+    assert bool((lean[1] >= 0).all())
+
+
 def test_a_network_of_one_layer_has_no_block_ends():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
     graph = capture(network, torch.randn(2, 3, 2, 2)).network.graph

@@ -81,3 +81,11 @@ def test_features_by_hand():
     wanted = [tensor([[1.0, 4.0]]), tensor([[2.0]])]
     # 4/17 of the first block's energy, all of the second's.
     assert float(feature_loss(seen, wanted)) == pytest.approx((4 / 17 + 1) / 2)
+
+
+def test_a_channel_that_hardly_moves_is_asked_for_nothing_else():
+    """Its unit is 10⁻³, and what it should have is still its own deviation."""
+    still = [(tensor([5.0]), tensor([0.0]))]
+    assert float(relative_statistics_loss(still, still)) == 0
+    moved = [(tensor([5.001]), tensor([0.002**2]))]
+    assert float(relative_statistics_loss(moved, still)) == pytest.approx(1 + 4, rel=1e-3)

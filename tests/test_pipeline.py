@@ -215,6 +215,8 @@ def test_generate_gives_the_last_images(residual, tiny):
         ({"bits": "w1a4"}, "2 to 8 bits"),
         ({"recipe": "papr"}, "no recipe 'papr'.*paper-imagenet"),
         ({"steps": 3}, "at least 4"),
+        ({"seed": -1}, "a seed must be a whole number, at least 0; got -1"),
+        ({"seed": "a"}, "a seed must be a whole number, at least 0; got 'a'"),
         ({"steps": 0}, "at least 1"),
         ({"steps": 4.5}, "whole number"),
         ({"bits": 4}, "w4a4"),

@@ -87,22 +87,19 @@ def test_images_have_the_networks_own_scale_and_contrasts_of_their_own():
     source = SpectralSource(batch=64, iterations=1)
     draw = torch.Generator().manual_seed(0)
     pixels = 120 + 60 * natural_noise(64, (3, 16, 16), source, draw)
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 12, 3, bias=False),
-        torch.nn.BatchNorm2d(12, momentum=1.0),
-        torch.nn.Flatten(),
-        torch.nn.Linear(12 * 14 * 14, 4),
-    )
-    network.train()(pixels)
-    raw = capture(network.eval(), pixels[:2])
+    raw = capture(networks.that_saw(pixels), pixels[:2])
     (batch,) = source.stream(raw, steps=1, seed=0)
     assert float(batch.images.mean()) == pytest.approx(120, abs=6)
     assert float(batch.images.std()) == pytest.approx(60, abs=6)
+    (ready,) = replace(source, iterations=30).stream(raw, steps=1, seed=0)
+    assert float(ready.images.std()) == pytest.approx(60, abs=3)
     contrasts = batch.images.flatten(1).std(1).log()
     (alike,) = replace(source, contrast=0.0).stream(raw, steps=1, seed=0)
     plain = alike.images.flatten(1).std(1).log()
     assert 0.3 < float((contrasts.var() - plain.var()).sqrt()) < 0.5
+    # However much they differ, they have that deviation together.
+    (wild,) = replace(source, contrast=2.0).stream(raw, steps=1, seed=0)
+    assert float(wild.images.std()) == pytest.approx(60, rel=0.2)
 
 
 def test_drawing_images_leaves_gradients_as_they_were(teacher):

@@ -119,3 +119,15 @@ def test_what_is_far_from_affine_is_not_trusted():
     found, deviation = remembered_input(teacher, noise)
     assert found.tolist() == [0, 0, 0]
     assert float(deviation) == 1
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-4, 1e-3, 1e-2])
+def test_filters_that_are_nearly_dead_do_not_mislead(factor):
+    noise = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 12, 3)
+    with torch.no_grad():
+        conv.weight[:9] *= factor
+    network = trained_on(0.5 * noise, conv)
+    _, deviation = remembered_input(capture(network, noise[:1]), noise)
+    assert float(deviation) == pytest.approx(0.5, rel=0.01)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,10 +46,10 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):  #
     call, out = arguments(place, *more), place / "out"
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert stopped(monkeypatch, call, signal.SIGINT, 2) == 130
-    assert f"stopped by SIGINT; it goes on from here with: gdfq quantize {place}" in (
+    assert f"stopped by SIGINT; it goes on from here with: gdfq quantize --resume {place}" in (
         error := capsys.readouterr().err
     )
-    assert "--resume" in error
+    assert error.count("--resume") == 1
     assert not (out / "metrics.json").exists()
     assert stopped(monkeypatch, [*call, "--resume"], signal.SIGTERM, 3) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
@@ -59,6 +60,16 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):  #
         assert (out / name).read_bytes() == (place / "whole" / name).read_bytes(), name
     assert metrics(out) == metrics(place / "whole")
     assert sorted(os.listdir(out)) == sorted(os.listdir(place / "whole"))
+
+
+def test_the_command_that_is_said_goes_on(place, capsys, monkeypatch):  # noqa: F811
+    """As a sweep writes it, with the model behind `--`."""
+    command, model, *options = arguments(place)
+    assert stopped(monkeypatch, [command, *options, "--", model], signal.SIGTERM, 2) == 143
+    said = capsys.readouterr().err
+    again = shlex.split(said.partition("with: gdfq ")[2].splitlines()[0])
+    assert _exit_code(again) == 0
+    assert "goes on from its checkpoint" in capsys.readouterr().out
 
 
 def test_the_configuration_is_that_of_the_end(place, monkeypatch):  # noqa: F811

@@ -131,7 +131,10 @@ def test_a_model_cannot_be_an_option():
         ("!!set {networks}", "no mapping"),
         ("networks: [{model: a, !!binary name: b}]", "line 1: a network has no 'name'"),
         ("networks: &n [a]\nbits: *n", "line 2: a sweep has no aliases"),
-        ("networks: [a]\nkeep: " + "[" * 10**5, "line 2: a sweep has no lists so deep"),
+        (
+            "networks: [a]\nkeep: " + "[" * 10**5,
+            "line 2: a sweep has lists and mappings in one another 8 deep at most",
+        ),
         (
             f"networks: [a]\nseeds: {list(range(101))}\nsteps: 1\nbits: {['w4a4'] * 100}",
             "at most 10000 runs; this one has 10100",

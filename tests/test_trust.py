@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gdfq.capture import Captured, capture
 from gdfq.pipeline import quantize
 from gdfq.sources.pool import collect
-from gdfq.trust import LAW, Law, comparable, judged, measure, mixed
+from gdfq.trust import LAW, Law, comparable, judged, made, measure, mixed
 
 ERRORS = st.floats(0.0, 2.0)
 
@@ -132,3 +132,11 @@ def test_it_cannot_tell_from_answers_that_say_nothing(teacher, student, why: str
     assert seen.interval is None
     assert why in seen.reason
     json.dumps(seen.as_values(), allow_nan=False)
+
+
+def test_the_images_are_of_the_kind_that_the_law_was_fitted_on():
+    """Of deviation 1 and one contrast, whatever scale the network knows."""
+    pixels = 0.3 * torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = made(capture(networks.that_saw(pixels), pixels[:1]), seed=0)
+    assert float(images.std()) > 0.45
+    assert float(images.flatten(1).std(1).log().std()) < 0.3

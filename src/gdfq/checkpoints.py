@@ -123,6 +123,7 @@ class Checkpoints:
         """Raises UsageError when the folder cannot be written or is in use."""
         if self._writes:
             make_folder(self.folder)
+            lock = within(self.folder, self.folder / _LOCK)
             try:
                 self._lock.acquire()
             except Timeout:
@@ -130,6 +131,10 @@ class Checkpoints:
                     "one run at a time may write its checkpoints into a folder; another one is "
                     f"using {self.folder}. Wait until it has finished, or choose another folder."
                 ) from None
+            except OSError as error:
+                raise UsageError(
+                    f"{lock} must be a file that can be written: {first_line(error)}. Remove it."
+                ) from error
         return self
 
     def __exit__(self, *stopped: object) -> None:

@@ -18,7 +18,6 @@ from gdfq.stopping import StoppedError
 from gdfq.version import __version__
 
 _PATH = click.Path(path_type=Path)
-_DATA = click.Path(path_type=Path, exists=True)
 
 
 class _Shape(click.ParamType):
@@ -31,6 +30,15 @@ class _Shape(click.ParamType):
         if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})+", text):
             self.fail(f"a shape is written as for instance 3x32x32; got {value!r}.", param, ctx)
         return tuple(map(int, text.split("x")))
+
+
+class _Data(click.ParamType):
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not Path(value).exists():
+            self.fail(f"there is no data at {value}. Give an .npz file or a folder.", param, ctx)
+        return Path(value)
 
 
 class _Numbers(click.ParamType):
@@ -126,7 +134,9 @@ def _network_options(command: Any) -> Any:
     return command
 
 
-_SEED = click.option("--seed", default=0, show_default=True, help="of all randomness")
+_SEED = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of all randomness"
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -181,10 +191,10 @@ def cli() -> None:
 )
 @click.option(
     "--test",
-    type=_DATA,
+    type=_Data(),
     help="DATA to measure on, used for nothing else; labelled for a classifier's accuracy",
 )
-@click.option("--data", type=_DATA, help="real DATA to tune on instead of synthetic images")
+@click.option("--data", type=_Data(), help="real DATA to tune on instead of synthetic images")
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
@@ -239,7 +249,7 @@ def doctor_command(**options: Any) -> None:
 
 @cli.command("evaluate")
 @click.argument("folder", metavar="DIR", type=_PATH)
-@click.option("--test", type=_DATA, required=True, help="labelled DATA")
+@click.option("--test", type=_Data(), required=True, help="labelled DATA")
 def evaluate_command(folder: Path, test: Path) -> None:
     """Top-1 accuracy of the quantized network in DIR."""
     from gdfq.progress import Terminal
@@ -346,7 +356,9 @@ def compare_command(folders: tuple[Path, ...], out: Path) -> None:
     show_default=True,
     help="whose source makes the images; --steps is for those that learn, as paper's",
 )
-@click.option("--count", default=1024, show_default=True, help="how many images")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=1024, show_default=True, help="how many images"
+)
 @click.option("--out", type=_PATH, required=True, help="folder for the files")
 @click.option("--png", is_flag=True, help="write PNG files as well, in a folder for each class")
 def generate_command(**options: Any) -> None:
@@ -434,6 +446,13 @@ def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _again(words: list[str]) -> str:
+    """The command that goes on where this one was stopped."""
+    if words[0] == "quantize" and "--resume" not in words:
+        words = [words[0], "--resume", *words[1:]]
+    return shlex.join(["gdfq", *words])
+
+
 def _outcome(arguments: list[str] | None) -> int:
     try:
         cli.main(arguments, prog_name="gdfq", standalone_mode=False)
@@ -450,8 +469,7 @@ def _outcome(arguments: list[str] | None) -> int:
         return 1
     except StoppedError as stop:
         words = sys.argv[1:] if arguments is None else arguments
-        again = shlex.join(["gdfq", *words, *["--resume"][: "--resume" not in words]])
-        click.secho(f"{stop}; it goes on from here with: {again}", fg="yellow", err=True)
+        click.secho(f"{stop}; it goes on from here with: {_again(words)}", fg="yellow", err=True)
         return stop.code
     except (click.Abort, KeyboardInterrupt):
         click.secho("stopped; no finished run was written.", fg="yellow", err=True)

@@ -21,6 +21,7 @@ from gdfq.artifacts.packed import STUDENT_FILE
 from gdfq.bench import in_full_precision, side_by_side, size_of
 from gdfq.capture import Captured, capture
 from gdfq.checkpoints import Checkpoints
+from gdfq.data import load_data
 from gdfq.devices import Group, Precision, find_device, joined
 from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
@@ -28,7 +29,7 @@ from gdfq.evidence import gather
 from gdfq.export import Exported, Format
 from gdfq.making import generate
 from gdfq.models import load_model, weights_hash
-from gdfq.pipeline import quantize
+from gdfq.pipeline import load_test, quantize
 from gdfq.progress import History, Listener, Step, Terminal
 from gdfq.quantized import QuantizedNetwork, load
 from gdfq.recipes import FAST, find_recipe
@@ -119,6 +120,10 @@ def _run(
     }
     example = torch.zeros(1, *shape)
     teacher = capture(network, example, classifier=classifier)
+    resize = preprocessing.resize
+    # Read before there is a folder, which stays away when they cannot be used.
+    given = None if data is None else load_data(data, shape, teacher.classes, resize)
+    held_out = None if test is None else load_test(test, teacher, resize)
     scheme = Scheme(widths, placement or chosen.placement, tuple(map(Keep.parse, keep)))
     if size is None:  # else widths are yet to be chosen
         diagnosis = diagnose(teacher, scheme, chosen)
@@ -133,14 +138,14 @@ def _run(
         bits=bits,
         size=size,
         recipe=chosen,
-        data=data,
-        test=test,
+        data=given,
+        test=held_out,
         placement=placement,
         keep=keep,
         seed=seed,
         mean=preprocessing.mean,
         std=preprocessing.std,
-        resize=preprocessing.resize,
+        resize=resize,
         device=device,
         onnx=onnx,
         report=report,

@@ -295,7 +295,7 @@ def _check(data: ImageData, input_shape: tuple[int, ...], classes: int | None) -
     if shape != input_shape:
         raise UsageError(
             f"images must have the network's input shape {list(input_shape)}; "
-            f"these are {list(shape)}. Resize them or give another --input."
+            f"these are {list(shape)}. Resize them; files in folders are resized as they are read."
         )
     if data.labels is None or classes is None:
         return

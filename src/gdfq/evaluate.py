@@ -14,6 +14,7 @@ from gdfq.progress import Listener, Step, silent
 from gdfq.tracing import beside_no_tracing
 
 _BATCH = 250
+LABELS = "Give (images, labels), an .npz file with both, or a folder with one folder a class."
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def top1(
     Raises UsageError for data without labels.
     """
     if data.labels is None:
-        raise UsageError("accuracy needs labels; this data has none. Give (images, labels).")
+        raise UsageError(f"accuracy needs labels; this data has none. {LABELS}")
     logits = logits_of(network, data, preprocessing, device=device, listener=listener)
     return Answers.of(logits).top1(data.labels)
 

@@ -16,7 +16,7 @@ def check_folder(path: Path) -> None:
     """Raise UsageError unless the folder can be written, or made where it is not there yet."""
     there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UsageError(f"the out folder must be writable; {there} is not. Choose another --out.")
+        raise UsageError(f"the out folder must be writable; {there} is not. Choose another.")
 
 
 def make_folder(path: Path) -> None:
@@ -26,7 +26,7 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise UsageError(
             f"the out folder must be writable; {path} cannot be made: {error.strerror}. "
-            "Choose another --out."
+            "Choose another."
         ) from error
     check_folder(path)
 

@@ -44,16 +44,16 @@ def standard_deviation_loss(seen: Statistics, stored: Statistics) -> Tensor:
 def relative_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
     """1/L Σ_l mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²]: both errors in units of the channel's own σ.
 
-    A channel counts by how far it is off, not by how large its values are. A floor of 10⁻³ on σ
-    keeps channels that are almost constant from ruling the rest.
+    A channel counts by how far it is off, not by how large its values are. A floor of 10⁻³ on the
+    unit keeps channels that are almost constant from ruling the rest.
     """
-    stored = [(mean, deviation.clamp_min(1e-3)) for mean, deviation in _deviations(stored)]
-    seen = [
-        (mean / sigma, deviation / sigma)
-        for (mean, deviation), (_, sigma) in zip(_deviations(seen), stored, strict=True)
-    ]
-    target = [(mean / sigma, torch.ones_like(sigma)) for mean, sigma in stored]
-    return batch_norm_statistics_loss(seen, target)
+    units = [deviation.clamp_min(1e-3) for _, deviation in _deviations(stored)]
+
+    def in_units(statistics: Statistics) -> Statistics:
+        pairs = zip(_deviations(statistics), units, strict=True)
+        return [(mean / unit, deviation / unit) for (mean, deviation), unit in pairs]
+
+    return batch_norm_statistics_loss(in_units(seen), in_units(stored))
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:

@@ -6,6 +6,7 @@ from gdfq.capture import Captured, capture
 from gdfq.devices import find_device
 from gdfq.errors import UsageError
 from gdfq.progress import Listener, Step, silent
+from gdfq.randomness import check_seed
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources import Batch, first_images
 from gdfq.sources.pool import ImagePool, collect
@@ -36,6 +37,7 @@ def generate(
     """
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
+    check_seed(seed)
     recipe = find_recipe(recipe)
     listener = giving_way(listener)
     if not isinstance(model, Captured):

@@ -18,7 +18,7 @@ from gdfq.clock import Clock
 from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
 from gdfq.devices import ALONE, Group, find_device
 from gdfq.errors import GdfqWarning, UsageError
-from gdfq.evaluate import output_errors
+from gdfq.evaluate import LABELS, output_errors
 from gdfq.export import metadata_of
 from gdfq.faults import told_of_shortage
 from gdfq.grid import Bits
@@ -26,6 +26,7 @@ from gdfq.models import weights_hash
 from gdfq.outputs import in_order, output_names
 from gdfq.progress import Listener, silent
 from gdfq.quantized import QuantizedNetwork
+from gdfq.randomness import check_seed
 from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs import as_values
@@ -105,6 +106,7 @@ def quantize(
     widths = parse_bits(bits, size)
     recipe = find_recipe(recipe).with_steps(steps).with_batch(batch)
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
+    check_seed(seed)
     clock = Clock()
 
     keeper: Keeper = Unkept()
@@ -119,13 +121,7 @@ def quantize(
     if data is not None:
         given = load_data(data, teacher.input_shape, teacher.classes, preprocessing.resize)
         source = on_images(source, given, preprocessing)
-    held_out = (
-        None
-        if test is None
-        else load_data(test, teacher.input_shape, teacher.classes, preprocessing.resize)
-    )
-    if held_out is not None and held_out.labels is None and teacher.classes is not None:
-        raise UsageError("test images need labels; these have none. Give (images, labels).")
+    held_out = None if test is None else load_test(test, teacher, preprocessing.resize)
     clock.lap("capture")
 
     card = Card(
@@ -145,6 +141,14 @@ def quantize(
         keeper.begin(*_identity(run, given))
         group.wait()  # nothing is written before all have read
         return _carried_out(run, keeper, clock, listener)
+
+
+def load_test(test: Data, teacher: Captured, resize: Resize) -> ImageData:
+    """Test images for a network. Raises UsageError for what cannot be used or lacks labels."""
+    images = load_data(test, teacher.input_shape, teacher.classes, resize)
+    if images.labels is None and teacher.classes is not None:
+        raise UsageError(f"test images need labels; these have none. {LABELS}")
+    return images
 
 
 @dataclass(frozen=True, eq=False)

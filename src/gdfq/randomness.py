@@ -4,6 +4,8 @@ import hashlib
 
 import torch
 
+from gdfq.errors import UsageError
+
 
 def stream(seed: int, purpose: str) -> torch.Generator:
     """A CPU random stream that depends on `seed` and `purpose` only.
@@ -13,3 +15,9 @@ def stream(seed: int, purpose: str) -> torch.Generator:
     """
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UsageError for what is no seed."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UsageError(f"a seed must be a whole number, at least 0; got {seed!r}.")

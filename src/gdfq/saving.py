@@ -34,7 +34,7 @@ class ImageFiles:
         """Make the folder. Raises UsageError when it holds images, or PNG could not be written."""
         if any(os.path.lexists(self.folder / name) for name in (PIXELS, FLOATS, PNG)):
             raise UsageError(
-                f"{self.folder} already holds images. Choose another --out or remove them."
+                f"{self.folder} already holds images. Choose another folder or remove them."
             )
         if self.png and (len(input_shape) != 3 or input_shape[0] not in (1, 3)):
             raise UsageError(

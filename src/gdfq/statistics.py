@@ -116,31 +116,32 @@ def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
     found by asking the network. In units of its own deviations σ these lie next to what is stored,
     (μ, σ²), for
 
-        m = argmin ‖(b + A m − μ)/σ‖² + λ‖m/s‖²,   s = argmin ‖s·d/σ − √max(0, 1 − v/σ²)‖²
+        m = argmin ‖(b + A m − μ)/σ‖² + λ‖m/s‖²,   s = argmin ‖(s·d − √max(0, σ² − v))/σ‖²
 
-    with v = 0 for the s in the first. Where the network says nothing of it, and where what comes
-    before is so far from affine that it then sees worse, mean 0 and deviation 1.
+    with v = 0 for the s in the first, and no unit below 10⁻³: channels that hardly move say
+    nothing. Where the network says nothing of it, and where what comes before is so far from affine
+    that it then sees worse, mean 0 and deviation 1.
     """
     network = StatisticsNetwork(teacher)
     mean, variance = network.stored[0]
-    sigma = variance.sqrt().clamp_min(1e-3)
+    unit = variance.sqrt().clamp_min(1e-3)
 
     def first(images: Tensor) -> tuple[Tensor, Tensor]:
         return network(images)[1][0]
 
-    d = first(noise)[1].sqrt() / sigma
+    d = first(noise)[1].sqrt() / unit
 
     def deviation(v: Tensor | float) -> Tensor:
-        rest = (1 - v / sigma.square()).clamp_min(0).sqrt()
+        rest = (variance - v).clamp_min(0).sqrt() / unit
         return (d * rest).sum() / d.square().sum()
 
     nothing = torch.zeros_like(noise[:1])
     channels = torch.arange(noise.shape[1], device=noise.device)
     b, _ = first(nothing)
     a = torch.stack([first(nothing.index_fill(1, c, 1))[0] - b for c in channels], 1)
-    a = a / sigma[:, None]
+    a = a / unit[:, None]
     pull = _PULL / deviation(0.0).square() * torch.eye(len(channels), device=noise.device)
-    m = torch.linalg.solve(a.T @ a + pull, a.T @ ((mean - b) / sigma))
+    m = torch.linalg.solve(a.T @ a + pull, a.T @ ((mean - b) / unit))
     shape = (1, -1, *[1] * (noise.ndim - 2))
     s = deviation(first(nothing + m.view(shape))[1])
 

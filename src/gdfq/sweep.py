@@ -163,7 +163,10 @@ def _check_syntax(text: str) -> None:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 line = event.start_mark.line + 1
-                raise UsageError(f"line {line}: a sweep has no lists so deep in lists.")
+                raise UsageError(
+                    f"line {line}: a sweep has lists and mappings in one another {_DEEPEST} deep "
+                    "at most; this is deeper. Write it flat."
+                )
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
                 raise UsageError(f"line {line}: a sweep has no aliases (*name). Write it out.")

@@ -1,7 +1,6 @@
 """What the synthetic images are worth: their statistics, classes and diversity, beside noise."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,14 @@ from gdfq.features import with_features
 from gdfq.losses import Statistics, relative_statistics_loss
 from gdfq.randomness import stream
 from gdfq.sources.spectral import SpectralSource, natural_noise
-from gdfq.statistics import StatisticsNetwork
+from gdfq.statistics import StatisticsNetwork, remembered_input
 
 _CLASSES, _EACH = 10, 4
 """The grid of images: so many classes, so many images of each."""
 _SIDE = 64
 """Thumbnails are no larger than that."""
+_ASKED = 32
+"""Images of noise that the network is asked about to find the scale of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Distance:
     name: str
     synthetic: float
     white: float
-    """Of white noise N(0, 1)."""
+    """Of white noise of the scale that the network remembers (`remembered_input`)."""
     natural: float
-    """Of noise with the spectrum of natural images, 1/f^1.5."""
+    """Of such noise with the spectrum of natural images, 1/f^1.5."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def measure_images(
     Noise of the same number is looked at in the same way.
     """
     images = images.to(teacher.device)
-    noises = {
-        kind: noise.to(images) for kind, noise in _noise(len(images), teacher.input_shape).items()
-    }
+    noises = {kind: noise.to(images) for kind, noise in _noise(len(images), teacher).items()}
     distances = _distances(teacher, images, noises)
     nearest = min(noises, key=lambda kind: sum(getattr(d, kind) for d in distances))
     outputs, features = _asked(teacher, images)
@@ -197,11 +196,20 @@ def thumbnails(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, 
     return preprocessing.pixels(images).numpy()
 
 
-def _noise(count: int, shape: Sequence[int]) -> dict[str, Tensor]:
-    """Images of white and of 1/f noise [count, *shape], of mean 0 and variance 1 alike."""
-    draw = stream(0, "evidence.noise")
+def _noise(count: int, teacher: Captured) -> dict[str, Tensor]:
+    """Images of white and of 1/f noise [count, *input_shape], as `remembered_input` scales inputs.
+
+    For a network without batch norms they have mean 0 and variance 1.
+    """
+    draw, shape = stream(0, "evidence.noise"), teacher.input_shape
     white = torch.randn(count, *shape, generator=draw)
-    return {"white": white, "natural": natural_noise(count, shape, SpectralSource(), draw)}
+    natural = natural_noise(count, shape, SpectralSource(), draw)
+    noises = {"white": white.to(teacher.device), "natural": natural.to(teacher.device)}
+    if not teacher.batch_norms:
+        return noises
+    mean, deviation = remembered_input(teacher, noises["natural"][:_ASKED])
+    mean = mean.view(-1, *[1] * (len(shape) - 1))
+    return {kind: torch.addcmul(mean, noise, deviation) for kind, noise in noises.items()}
 
 
 def _distances(

@@ -69,11 +69,9 @@ class SpectralSource:
                 "data=...)."
             )
 
-        noise = natural_noise(
-            _ASKED, teacher.input_shape, self, random_stream(seed, "spectral.input")
-        ).to(teacher.device)
-        mean, deviation = remembered_input(teacher, noise)
-        network = StatisticsNetwork(teacher, of_input=(mean, deviation.square().expand_as(mean)))
+        look = self.look(teacher, seed)
+        variance = look.deviation.square().expand_as(look.mean)
+        network = StatisticsNetwork(teacher, of_input=(look.mean, variance))
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
             with group.layers_on(teacher.device):
@@ -82,8 +80,13 @@ class SpectralSource:
             return outputs, bns, {"bns": bns.detach()}
 
         draw = random_stream(seed, "spectral.draw")
-        look = Look(mean, deviation, self.contrast)
         return spectral_batches(self, teacher, knowledge, steps, draw, listener, group, look)
+
+    def look(self, teacher: Captured, seed: int) -> "Look":
+        """What is the same of all images."""
+        draw = random_stream(seed, "spectral.input")
+        noise = natural_noise(_ASKED, teacher.input_shape, self, draw).to(teacher.device)
+        return Look(*remembered_input(teacher, noise), self.contrast)
 
 
 _ASKED = 32
