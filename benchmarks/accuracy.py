@@ -43,11 +43,11 @@ from gdfq.memory import keep_freed_memory_
 from gdfq.models import load_weights_
 from gdfq.progress import Terminal
 from gdfq.recipes import Recipe, find_recipe
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch
 from gdfq.sources.images import GivenImages, on_images
 from gdfq.sources.pool import ImagePool, collect
 from gdfq.stages import quantize_captured
-from gdfq.student import Scheme
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).parent / "results"

@@ -34,9 +34,9 @@ from gdfq.memory import keep_freed_memory_
 from gdfq.models import load_weights_
 from gdfq.progress import Terminal
 from gdfq.recipes import QUICK, Recipe
+from gdfq.scheme import Scheme
 from gdfq.sources.pool import ImagePool
 from gdfq.stages import quantize_captured
-from gdfq.student import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "auto_bits.json"
 STEPS = {"imagenet_mobilenetv1_025": 40}

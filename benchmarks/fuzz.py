@@ -77,8 +77,8 @@ from gdfq.quantized import load
 from gdfq.recipes import find_recipe
 from gdfq.report.read import read_run as read_for_report
 from gdfq.runs import RunFolder, check_export
+from gdfq.scheme import Keep
 from gdfq.states import name_of
-from gdfq.student import Keep
 from gdfq.sweep import read_sweep
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"

@@ -46,8 +46,9 @@ from gdfq.models import RANDOM, load_model
 from gdfq.progress import silent
 from gdfq.randomness import stream
 from gdfq.recipes import FAST
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 

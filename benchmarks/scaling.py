@@ -30,8 +30,9 @@ from gdfq.grid import Bits
 from gdfq.progress import Step, silent
 from gdfq.randomness import stream
 from gdfq.recipes import FAST, PAPER
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 

@@ -30,11 +30,12 @@ from gdfq.losses import batch_norm_statistics_loss
 from gdfq.progress import silent
 from gdfq.randomness import stream
 from gdfq.recipes import FAST, PAPER
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch
 from gdfq.sources.generator import Generator
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork, moments
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 

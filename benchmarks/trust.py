@@ -36,11 +36,11 @@ from gdfq.models import load_weights_
 from gdfq.progress import Terminal
 from gdfq.randomness import stream
 from gdfq.recipes import PAPER, QUICK, Recipe
+from gdfq.scheme import Scheme
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.stages import quantize_captured
-from gdfq.student import Scheme
 from gdfq.trust import LAW, Law, comparable, judged, mixed
 from gdfq.trust import made as spectral_images
 

@@ -16,12 +16,13 @@ from gdfq.grid import Bits
 from gdfq.progress import silent
 from gdfq.recipes import FAST, PAPER
 from gdfq.schedules import SgdConfig
+from gdfq.scheme import Scheme
 from gdfq.sources.generator import Conditioning, GeneratorSource
 from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
 from gdfq.sources.streams import Stream
-from gdfq.student import Scheme, Student, build_student
+from gdfq.student import Student, build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 

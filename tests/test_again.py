@@ -12,8 +12,9 @@ from gdfq.grid import Bits
 from gdfq.progress import silent
 from gdfq.quantizers.again import making_again
 from gdfq.quantizers.learned import learned_step
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 
 ZERO = torch.tensor(-3.0)

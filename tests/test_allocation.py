@@ -25,8 +25,8 @@ from gdfq.grid import Bits, fake_quantize
 from gdfq.knapsack import allocate
 from gdfq.quantizers.learned import best_weight_grid
 from gdfq.recipes import QUICK
+from gdfq.scheme import Keep, Scheme
 from gdfq.sources.pool import ImagePool
-from gdfq.student import Keep, Scheme
 
 SMALL = replace(
     QUICK,

@@ -23,8 +23,9 @@ from gdfq.errors import UsageError
 from gdfq.grid import Bits
 from gdfq.progress import silent
 from gdfq.recipes import FAST
+from gdfq.scheme import Scheme
 from gdfq.sources.generator import GeneratorSource
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 

@@ -14,7 +14,7 @@ from gdfq.costs import now, peak_bytes, with_costs
 from gdfq.doctor import FloatOperators, diagnose
 from gdfq.grid import Bits
 from gdfq.recipes import find_recipe
-from gdfq.student import Keep, Scheme
+from gdfq.scheme import Keep, Scheme
 
 FULL = Scheme(Bits(4, 4), "full")
 NO_FORM = "no integer form"

@@ -17,10 +17,11 @@ from gdfq.grid import Bits
 from gdfq.operators import name_of
 from gdfq.progress import silent
 from gdfq.recipes import FAST
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 
 

@@ -37,8 +37,8 @@ from gdfq.report import read_run, write_report
 from gdfq.runs import METRICS, ONNX_FILE, RunFolder, check_export, read_metrics
 from gdfq.runtimes import onnx_session
 from gdfq.saving import ImageFiles
+from gdfq.scheme import Keep
 from gdfq.states import name_of
-from gdfq.student import Keep
 
 _FUZZ = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz.py"
 

@@ -14,9 +14,10 @@ from gdfq import UsageError
 from gdfq.capture import capture
 from gdfq.grid import Bits
 from gdfq.outputs import built, count_of, flattened, names_of, read_structure, structure_of
+from gdfq.placement import activation_widths
 from gdfq.recipes import FAST, find_recipe
+from gdfq.scheme import Scheme
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student import Scheme, activation_widths
 
 
 def test_structures_by_hand():

@@ -15,9 +15,10 @@ from gdfq import UsageError, demo, operators
 from gdfq.capture import capture
 from gdfq.grid import Bits
 from gdfq.losses import patch_entropy
+from gdfq.placement import activation_widths
 from gdfq.recipes import find_recipe
+from gdfq.scheme import Scheme
 from gdfq.sources.patches import PatchSource, patch_nodes, patches
-from gdfq.student import Scheme, activation_widths
 
 
 def transformer():

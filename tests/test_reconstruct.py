@@ -22,8 +22,9 @@ from gdfq.quantizers import Bypass
 from gdfq.quantizers.rounding import RoundedWeight
 from gdfq.recipes import FAST, GENIE
 from gdfq.schedules import GridAdam, SgdConfig
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_

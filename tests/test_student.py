@@ -7,12 +7,14 @@ from gdfq.capture import capture
 from gdfq.errors import GdfqError, UsageError
 from gdfq.freeze import freeze, rescaled
 from gdfq.grid import Bits, dequantize
+from gdfq.placement import activation_widths
 from gdfq.progress import silent
 from gdfq.quantizers import QuantizedTensor
 from gdfq.quantizers.learned import LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
+from gdfq.scheme import Keep, Scheme
 from gdfq.sources import Batch
-from gdfq.student import Keep, Scheme, Student, StudentBatchNorm, activation_widths, build_student
+from gdfq.student import Student, StudentBatchNorm, build_student
 from gdfq.tuning.calibrate import calibrate_
 
 

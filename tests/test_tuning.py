@@ -11,8 +11,9 @@ from gdfq.grid import Bits, affine_grid
 from gdfq.progress import silent
 from gdfq.recipes import FAST, PAPER
 from gdfq.schedules import Cosine, GridAdam, SgdConfig, set_rate_
+from gdfq.scheme import Scheme
 from gdfq.sources.generator import GeneratorSource
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 

@@ -31,8 +31,9 @@ from gdfq.outputs import in_order, output_names
 from gdfq.progress import Listener, Step, silent
 from gdfq.quantizers.learned import best_weight_grid
 from gdfq.randomness import stream
+from gdfq.scheme import Keep, Scheme
 from gdfq.sources import Batch
-from gdfq.student import Keep, Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 
 AUTO = "auto"

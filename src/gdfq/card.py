@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gdfq.data import Preprocessing
 from gdfq.grid import Bits
 from gdfq.outputs import Structure
-from gdfq.student import Placement
+from gdfq.scheme import Placement
 from gdfq.version import __version__
 
 

@@ -17,7 +17,7 @@ from gdfq.doctor import Diagnosis, Layer, diagnose
 from gdfq.errors import UsageError
 from gdfq.models import load_model
 from gdfq.recipes import find_recipe
-from gdfq.student import Keep, Placement, Scheme
+from gdfq.scheme import Keep, Placement, Scheme
 
 
 def doctor(

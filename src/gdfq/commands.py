@@ -38,8 +38,8 @@ from gdfq.report.read import read_run
 from gdfq.report.terminal import print_run
 from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export, note_bench
 from gdfq.saving import ImageFiles
+from gdfq.scheme import Keep, Placement, Scheme
 from gdfq.stopping import stoppable
-from gdfq.student import Keep, Placement, Scheme
 from gdfq.sweep import read_sweep
 from gdfq.sweeping import TABLE_CSV, TABLE_JSON, Row, run_sweep, table, usable_cores
 from gdfq.tensorboard import TensorBoard, require_tensorboard

@@ -14,9 +14,10 @@ from gdfq.doctor import Diagnosis
 from gdfq.progress import Step, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe
+from gdfq.scheme import Scheme
 from gdfq.sources import Batch, Source, labels_in_turn
 from gdfq.sources.pool import ImagePool
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_

@@ -16,14 +16,10 @@ from gdfq.errors import GdfqError
 from gdfq.folding import fold_batch_norms
 from gdfq.grid import Bits, Layout
 from gdfq.outputs import output_names
+from gdfq.placement import activation_widths, feeds_softmax_only, shapes_outputs
 from gdfq.recipes import Recipe
-from gdfq.student import (
-    Scheme,
-    activation_widths,
-    build_student,
-    feeds_softmax_only,
-    shapes_outputs,
-)
+from gdfq.scheme import Scheme
+from gdfq.student import build_student
 
 _FEW_CHANNELS = 16
 """A depthwise layer of so few channels loses most, and is slow in integer kernels."""

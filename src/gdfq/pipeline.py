@@ -30,6 +30,7 @@ from gdfq.randomness import check_seed
 from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs import as_values
+from gdfq.scheme import PLACEMENTS, Keep, Placement, Scheme
 from gdfq.sources import Batch, Source
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
@@ -37,7 +38,6 @@ from gdfq.sources.pool import PoolStream
 from gdfq.sources.streams import Feed
 from gdfq.stages import STUDENT_PARTS, frozen_student
 from gdfq.states import Noted, name_of
-from gdfq.student import PLACEMENTS, Keep, Placement, Scheme
 from gdfq.tracing import beside_no_tracing, giving_way
 from gdfq.version import __version__
 from gdfq.witness import Tested, Witness
@@ -83,8 +83,8 @@ def quantize(
     test: labelled images; teacher and student are measured on them at the end, into the result's
         `metrics`, and they are used for nothing else. For a network that is no classifier they
         need no labels: the error of its outputs against the teacher's is measured.
-    placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.Scheme`).
-    keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.Keep`).
+    placement: "t1" or "full"; the recipe's own by default (see `gdfq.scheme.Scheme`).
+    keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.scheme.Keep`).
     steps: batches in all; the recipe's own by default.
     batch: images a step; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.

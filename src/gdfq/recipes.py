@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
 from gdfq.schedules import AdamConfig, Cosine, GridAdam, SgdConfig
+from gdfq.scheme import Placement
 from gdfq.sources import Source
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.images import GivenImages
@@ -16,7 +17,7 @@ from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.patches import PatchSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student import ACTIVATION_QUANTIZERS, Placement, Quantizers
+from gdfq.student import ACTIVATION_QUANTIZERS, Quantizers
 from gdfq.tuning.distill import Distillation
 from gdfq.tuning.reconstruct import Reconstruction
 

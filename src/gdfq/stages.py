@@ -11,10 +11,11 @@ from gdfq.devices import ALONE, Group
 from gdfq.freeze import freeze
 from gdfq.progress import Listener, Step, silent
 from gdfq.recipes import Recipe
+from gdfq.scheme import Scheme
 from gdfq.sources import Source
 from gdfq.sources.streams import Feed
 from gdfq.states import Noted
-from gdfq.student import Scheme, build_student
+from gdfq.student import build_student
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_

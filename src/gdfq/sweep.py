@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from gdfq.allocation import AUTO, parse_bits
 from gdfq.errors import UsageError, first_line
 from gdfq.recipes import find_recipe
-from gdfq.student import PLACEMENTS, Keep
+from gdfq.scheme import PLACEMENTS, Keep
 
 Value = TypeVar("Value")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gdfq.grid import MAX_BITS
 from gdfq.report.read import Record, Run, number
-from gdfq.student import Keep
+from gdfq.scheme import Keep
 
 Level = Literal["good", "fair", "poor", "unknown"]
 
