@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from gdfq import operators
-from gdfq.artifacts.onnx import PIXELS, codes_name, to_onnx
+from gdfq.artifacts.onnx import codes_name, to_onnx
 from gdfq.artifacts.packed import from_safetensors, header_bytes, to_safetensors
+from gdfq.artifacts.passes import PIXELS
 from gdfq.artifacts.program import to_program
 from gdfq.card import Card
 from gdfq.errors import GdfqError, UsageError

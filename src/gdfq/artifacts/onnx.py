@@ -8,7 +8,6 @@ integer `Clip` keeps within their true width.
 """
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,17 +19,24 @@ import torch
 from torch import Tensor, fx
 
 from gdfq import grid
+from gdfq.artifacts.passes import (
+    DOMAIN,
+    INPUT,
+    inputs_of,
+    keep_codes,
+    keep_float,
+    normalise_pixels,
+    numbers_of,
+    pool_globally,
+    replace_node,
+)
+from gdfq.artifacts.titles import kind_of, rename, strip
 from gdfq.capture import flat_module, tensors_of
 from gdfq.data import Preprocessing
 from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.grid import code_bounds
 from gdfq.tracing import quiet_tracing
 
-INPUT = "images"
-PIXELS = "pixels."
-"""How names begin of what normalises pixels in the file."""
-
-_DOMAIN = "gdfq"
 _OPSET, _OPSET_OF_INT2 = 21, 25
 _PACKED = {
     2: (ir.DataType.INT2, ml_dtypes.int2),
@@ -85,18 +91,18 @@ def _rewrite(
             graph.outputs[i] = copy.outputs[0]
     for value, name in zip((graph.inputs[0], *graph.outputs), (INPUT, *outputs), strict=True):
         value.name = name
-    _pool_globally(graph)
+    pool_globally(graph)
     writer = _Writer(graph)
     for node in list(graph):
-        if node.domain == _DOMAIN:
+        if node.domain == DOMAIN:
             writer.write(node)
-    _keep_codes(graph)
-    _keep_float(graph)
+    keep_codes(graph)
+    keep_float(graph)
     if raw_input is not None:
-        _normalise_pixels(graph, raw_input)
-    _rename(graph, writer.titles)
-    _strip(model)
-    model.opset_imports.pop(_DOMAIN, None)
+        normalise_pixels(graph, raw_input)
+    rename(graph, writer.titles)
+    strip(model)
+    model.opset_imports.pop(DOMAIN, None)
     constants = (value.const_value for value in graph.initializers.values())
     if any(tensor is not None and tensor.dtype == ir.DataType.INT2 for tensor in constants):
         # Between the two, the operators that are used here only gained types.
@@ -162,7 +168,7 @@ def _symbol(
 ) -> Tensor:
     """An operator of our own domain for the exporter, with the shape and type of `value`."""
     made: Tensor = torch.onnx.ops.symbolic(
-        f"{_DOMAIN}::{name}",
+        f"{DOMAIN}::{name}",
         inputs,
         {**attributes},
         dtype=torch.float32,
@@ -265,8 +271,8 @@ class _Writer:
             "Dequantize": self._weight,
             "DequantizeBias": self._bias,
         }[node.op_type]
-        inputs = _inputs(node)
-        _replace(self.graph, node, form(node))
+        inputs = inputs_of(node)
+        replace_node(self.graph, node, form(node))
         maker = inputs[0].producer()
         if maker is not None and not inputs[0].uses():
             self.graph.remove(maker, safe=True)
@@ -276,15 +282,15 @@ class _Writer:
 
     def _activation(self, node: ir.Node) -> list[ir.Node]:
         """Signed codes of k bits become unsigned ones: q + 2^(k−1), and so their zero point."""
-        x, scale, zero_point = _inputs(node)
+        x, scale, zero_point = inputs_of(node)
         bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
         lowest, highest = code_bounds(bits)
-        unsigned = (_array(zero_point) - lowest).astype(np.uint8)
+        unsigned = (numbers_of(zero_point) - lowest).astype(np.uint8)
         maker = x.producer()
-        bounds = (np.array([_bounds(maker)]) / _array(scale)).round() + unsigned
+        bounds = (np.array([_bounds(maker)]) / numbers_of(scale)).round() + unsigned
         if bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest - lowest:
             x = maker.inputs[0]  # what it cuts off is lost to the quantizer as well
-        step = self._constant(f"{base}.scale", _array(scale))
+        step = self._constant(f"{base}.scale", numbers_of(scale))
         new_zero_point = self._constant(f"{base}.zero_point", unsigned)
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
         nodes = [quantized]
@@ -294,14 +300,14 @@ class _Writer:
             nodes.append(ir.node("Clip", [quantized.outputs[0], None, top]))
         codes = nodes[-1].outputs[0]
         nodes.append(ir.node("DequantizeLinear", [codes, step, new_zero_point]))
-        self.titles |= {made: f"{base}.{_kind(made)}" for made in nodes}
+        self.titles |= {made: f"{base}.{kind_of(made)}" for made in nodes}
         return nodes
 
     def _weight(self, node: ir.Node) -> list[ir.Node]:
-        codes, scale, zero_point = _inputs(node)
+        codes, scale, zero_point = inputs_of(node)
         bits = node.attributes["bits"].as_int()
         base = f"{_stem(codes.name)}.weight"
-        values, steps, offsets = _array(codes), _array(scale), _array(zero_point)
+        values, steps, offsets = numbers_of(codes), numbers_of(scale), numbers_of(zero_point)
         nodes: list[ir.Node] = []
         if bits in _PACKED:
             kind, numbers = _PACKED[bits]
@@ -334,10 +340,10 @@ class _Writer:
         return [*nodes, ir.node("DequantizeLinear", inputs, attributes)]
 
     def _bias(self, node: ir.Node) -> list[ir.Node]:
-        codes, activation_scale, weight_scale = _inputs(node)
+        codes, activation_scale, weight_scale = inputs_of(node)
         base = f"{_stem(codes.name)}.bias"
-        stored = self._constant(base, _array(codes))
-        steps = _array(activation_scale) * _array(weight_scale).reshape(-1)
+        stored = self._constant(base, numbers_of(codes))
+        steps = numbers_of(activation_scale) * numbers_of(weight_scale).reshape(-1)
         if steps.size == 1:  # of a weight that has one step for all channels
             factor = self._constant(f"{base}_scale", steps.reshape(()))
             return [ir.node("DequantizeLinear", [stored, factor])]
@@ -352,7 +358,7 @@ class _Writer:
         while (known := self.graph.initializers.get(name)) is not None:
             old = known.const_value
             same_type = old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape)
-            if same_type and np.array_equal(_array(known), array):
+            if same_type and np.array_equal(numbers_of(known), array):
                 return known
             name += "_"
             tensor.name = name
@@ -368,259 +374,11 @@ def _bounds(node: ir.Node | None) -> tuple[float, float]:
     if node is not None and node.op_type == "Clip" and len(node.inputs) == 3:
         low, high = node.inputs[1:]
         if all(value is not None and value.const_value is not None for value in (low, high)):
-            return float(_array(low)), float(_array(high))
+            return float(numbers_of(low)), float(numbers_of(high))
     return np.nan, np.nan
-
-
-def _inputs(node: ir.Node) -> tuple[Any, ...]:
-    return tuple(node.inputs)
-
-
-def _replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put nodes in the place of one; the last of them make its values, each one."""
-    graph.insert_before(node, nodes)
-    makers = nodes[-len(node.outputs) :]
-    for old, (new,) in zip(node.outputs, (maker.outputs for maker in makers), strict=True):
-        new.name, new.shape, new.type = old.name, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-
-
-def _array(value: ir.Value | None) -> np.ndarray[Any, Any]:
-    """The numbers of a constant."""
-    if value is None or value.const_value is None:
-        raise GdfqError("the quantization constants must be known at export; one is computed.")
-    return value.const_value.numpy()
 
 
 def _stem(name: str | None) -> str:
     """`layer1.conv1` for `quantized.layer1.conv1.codes`."""
     assert name is not None
     return name.rpartition(".")[0].partition(".")[2]
-
-
-def _pool_globally(graph: ir.Graph) -> None:
-    """Means over all spatial dimensions as GlobalAveragePool, which has integer kernels.
-
-    Kernels fuse it with the quantization behind it, which so comes before the Flatten.
-    """
-    for node in list(graph):
-        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
-            continue
-        x, axes = _inputs(node)
-        rank = None if x.shape is None else x.shape.rank()
-        if rank is None or rank < 3:
-            continue
-        if sorted(axis % rank for axis in _array(axes).reshape(-1).tolist()) != [*range(2, rank)]:
-            continue
-        pooled = ir.node("GlobalAveragePool", [x])
-        if node.attributes["keepdims"].as_int():
-            _replace(graph, node, [pooled])
-            continue
-        (old,) = node.outputs
-        users = {use.node for use in old.uses()}
-        quantizer = users.pop() if len(users) == 1 else None
-        if quantizer is None or quantizer.op_type != "FakeQuantize":
-            _replace(graph, node, [pooled, _flatten(pooled)])
-            continue
-        quantized = ir.node(
-            "FakeQuantize",
-            [pooled.outputs[0], *quantizer.inputs[1:]],
-            quantizer.attributes,
-            domain=_DOMAIN,
-        )
-        _replace(graph, quantizer, [pooled, quantized, _flatten(quantized)])
-        graph.remove(node, safe=True)
-
-
-def _flatten(node: ir.Node) -> ir.Node:
-    return ir.node("Flatten", [node.outputs[0]], {"axis": 1})
-
-
-_MOVES_NUMBERS = frozenset(
-    {
-        *("Expand", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze"),
-        *("Transpose", "Unsqueeze"),
-    }
-)
-
-
-def _keep_codes(graph: ir.Graph) -> None:
-    """Let operators that only move numbers move codes: what follows then reads integers."""
-    for node in list(graph):
-        if node.op_type not in _MOVES_NUMBERS:
-            continue
-        first, *others = _inputs(node)
-        dequantize = first.producer()
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
-            continue
-        codes, scale, *zero_points = _inputs(dequantize)
-        if not zero_points or _array(zero_points[0]).dtype != np.uint8:
-            continue  # a weight
-        (zero_point,) = zero_points
-        if node.op_type == "Pad" and _mode(node) == "constant":
-            if len(others) > 1 and others[1] is not None and _array(others[1]).any():
-                continue  # what it pads with need not lie on the grid
-            others[1:2] = [zero_point]
-        count = len(node.outputs)
-        moved = ir.node(node.op_type, [codes, *others], node.attributes, num_outputs=count)
-        after = [ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs]
-        _replace(graph, node, [moved, *after])
-        if not first.uses():
-            graph.remove(dequantize, safe=True)
-
-
-def _keep_float(graph: ir.Graph) -> None:
-    """Let layers with float weights, and poolings with borders, be computed in float.
-
-    Between DequantizeLinear and QuantizeLinear ONNX Runtime would round such weights to 8 bits by
-    itself, and its integer pooling counts the cells of borders otherwise. A Clip that clips nothing
-    hides the first from it.
-    """
-    for node in list(graph):
-        first = node.inputs[0] if node.inputs else None
-        maker = None if first is None else first.producer()
-        if maker is None or maker.op_type != "DequantizeLinear":
-            continue
-        weight = node.inputs[1] if node.op_type in _LAYERS else None
-        attributes = {name: value.value for name, value in node.attributes.items()}
-        borders = any(attributes.get("pads", ())) or bool(attributes.get("ceil_mode"))
-        if (weight is not None and weight.is_initializer()) or (
-            node.op_type == "AveragePool" and borders
-        ):
-            low, high = (
-                ir.Value(name=name, const_value=ir.tensor(bound, name=name))
-                for name, bound in zip(("float.low", "float.high"), _FLOATS, strict=True)
-            )
-            for value in (low, high):
-                if value.name not in graph.initializers:
-                    graph.register_initializer(value)
-            bounds = [graph.initializers["float.low"], graph.initializers["float.high"]]
-            hidden = ir.node("Clip", [first, *bounds])
-            graph.insert_before(node, [hidden])
-            node.replace_input_with(0, hidden.outputs[0])
-
-
-_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_FLOATS = (np.finfo(np.float32).min, np.finfo(np.float32).max)
-
-
-def _mode(pad: ir.Node) -> str:
-    mode = pad.attributes.get("mode")
-    return "constant" if mode is None else mode.as_string()
-
-
-def _normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
-    """Let the graph begin with uint8 pixels: (x / 255 − mean) / std as one factor and one shift."""
-    old = graph.inputs[0]
-    assert old.shape is not None
-    mean, std = (np.array(v, dtype=np.float32) for v in (preprocessing.mean, preprocessing.std))
-    shape = (1, len(mean), *[1] * (old.shape.rank() - 2))
-    new = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
-    values = {f"{PIXELS}factor": 1 / (255 * std), f"{PIXELS}shift": -mean / std}
-    constants = []
-    for name, numbers in values.items():
-        value = ir.Value(name=name, const_value=ir.tensor(numbers.reshape(shape), name=name))
-        graph.register_initializer(value)
-        constants.append(value)
-    cast = ir.node("Cast", [new], {"to": ir.DataType.FLOAT})
-    scaled = ir.node("Mul", [cast.outputs[0], constants[0]])
-    shifted = ir.node("Add", [scaled.outputs[0], constants[1]])
-    ir.convenience.replace_all_uses_with(old, shifted.outputs[0])
-    old.name = None
-    graph.inputs[0] = new
-    first = next(iter(graph))
-    graph.insert_before(first, [cast, scaled, shifted])
-
-
-def _rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
-    """Short names that a person recognises: each node has that of its value.
-
-    titles: those of some nodes, which no other gets. Of several values each has its number behind.
-
-    What dequantizes constants stays without a node name; that saves a few percent of a small file.
-    """
-    outputs = {value.name for value in graph.outputs}
-    taken = {*graph.initializers, INPUT, *outputs, *titles.values()}
-    for node in graph:
-        name = titles.get(node) or _title(node)
-        unique, count = name, 0
-        while node not in titles and unique in taken:
-            count += 1
-            unique = f"{name}_{count}"
-        names = [unique] if len(node.outputs) == 1 else _numbered(unique, len(node.outputs))
-        taken |= {unique, *names}
-        node.name = None if _OF_CONSTANTS.search(name) else unique
-        for value, new in zip(node.outputs, names, strict=True):
-            if not value.is_graph_output():
-                value.name = new
-
-
-def _numbered(name: str, count: int) -> list[str]:
-    return [f"{name}.{index}" for index in range(count)]
-
-
-_OF_CONSTANTS = re.compile(r"\.(weight|bias)\.")
-_OWN = ("codes.", "float.", "val_", "min_val", "max_val")
-"""Constants that say nothing about the nodes they enter: ours, and the exporter's."""
-_SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq"}
-
-
-def _kind(node: ir.Node) -> str:
-    return _SHORT.get(node.op_type, node.op_type.lower())
-
-
-def _title(node: ir.Node) -> str:
-    """`layer1.conv1` for a layer, `relu.q` for what quantizes a ReLU's output, else the operator.
-
-    Where constants enter they say what the node is about.
-    """
-    kind = _kind(node)
-    names = ["" if value is None else str(value.name) for value in node.inputs]
-    # A weight, or one that is made of it: `conv.weight`, `conv.weight.dq`.
-    layer, of_weight, _ = f"{names[1]}.".rpartition(".weight.") if len(names) > 1 else ("", "", "")
-    if of_weight:
-        return layer
-    for value in node.inputs:
-        if value is not None and value.is_initializer() and not str(value.name).startswith(_OWN):
-            return re.sub(r"[._](scale|zero|zero_point)$", "", str(value.name)) + f".{kind}"
-    if names and names[0].endswith(".q"):
-        return names[0].removesuffix("q") + kind
-    return kind
-
-
-def _each(value: int) -> list[tuple[int, ...]]:
-    """`value` for each of one, two and three dimensions, and for both ends of them."""
-    return [(value,) * count for count in (1, 2, 3, 4, 6)]
-
-
-_DEFAULTS: tuple[tuple[str, Sequence[object]], ...] = (
-    ("auto_pad", ("NOTSET",)),
-    ("group", (1,)),
-    ("dilations", _each(1)),
-    ("strides", _each(1)),
-    ("pads", _each(0)),
-)
-"""Attributes of convolutions that need not be written down."""
-
-
-def _strip(model: ir.Model) -> None:
-    """Remove what the export notes about the code that it ran."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.name, model.graph.doc_string = "gdfq", None
-    for node in model.graph:
-        for attribute, default in _DEFAULTS:
-            found = node.attributes.get(attribute)
-            value = None if found is None else found.value
-            if (tuple(value) if isinstance(value, list) else value) in default:
-                del node.attributes[attribute]
-        if "Conv" in node.op_type:
-            node.attributes.pop("kernel_shape", None)  # that of the weight
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-        value.doc_string = None
