@@ -24,8 +24,8 @@ of the development networks' test images is what the design of `fast` looked at
 
 READING = """
 *Development networks* are marked with an asterisk: hyper-parameters were chosen on their
-even-indexed images (with seed 100), so read the odd half. The others never chose anything; what
-MobileNetV1 showed of the images is told in [recipes.md](recipes.md).
+even-indexed images (with seed 100), so read the odd half. The accuracy of the others never chose anything; what
+ResNet-56 and MobileNetV1 showed of the images is told in [recipes.md](recipes.md).
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. A *float step* is a plain
 training step of the same network on the same batch, measured in the same process (batch norms in
