@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import paired
 import peer
 import torch
 import torch.nn.functional as F
@@ -162,14 +163,14 @@ def float_step_seconds(teacher: Captured, batch: int) -> float:
 
 
 def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, object]:
-    """Accuracies, agreement and the paired 95 % bootstrap interval of the drop, in percent."""
+    """Accuracies, agreement and the paired 95 % bootstrap interval of the drop, in percent.
+
+    `right` is which images the student answered rightly: what compares it with another student.
+    """
     right = student.argmax(1) == labels
     right_teacher = teacher.argmax(1) == labels
     halves = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
-    gap = right_teacher.double() - right.double()
-    draw = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(gap), (1000, len(gap)), generator=draw)
-    low, high = torch.quantile(gap[picks].mean(1), torch.tensor([0.025, 0.975]).double()).tolist()
+    low, high = paired.interval(right_teacher.double() - right.double())
 
     def percent(part: Tensor) -> float:
         return round(100 * float(part.double().mean()), 3)
@@ -178,7 +179,9 @@ def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, obje
         "teacher": {name: percent(right_teacher[half]) for name, half in halves.items()},
         "student": {name: percent(right[half]) for name, half in halves.items()},
         "agreement": percent(student.argmax(1) == teacher.argmax(1)),
-        "drop_interval": [round(100 * low, 3), round(100 * high, 3)],
+        "drop_interval": [round(low, 3), round(high, 3)],
+        "images_tested": len(labels),
+        "right": paired.packed(right),
     }
 
 
@@ -322,8 +325,8 @@ def main() -> None:
         result = json.loads(path.read_text()) if path.exists() else {}
         # A row that another form of the recipe made says nothing of this one.
         if result.get("settings") != settings_of(row):
-            if row.recipe == PEER and not peer.available():
-                print(f"{path.stem}: skipped, {peer.ABSENT}", flush=True)
+            if row.recipe == PEER and (why := peer.why_absent()):
+                print(f"{path.stem}: skipped, {why}", flush=True)
                 continue
             result = run_row(row)
             path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,13 @@
 """Sony's model-compression-toolkit as a rival: its generated images, its quantization.
 
-An optional extra: `pip install "model-compression-toolkit==2.6.1" torchvision` beside gdfq.
+An optional extra in a folder of its own, because its matplotlib is older than ours:
+
+    pip install --target DIR "numpy<2.4" scipy scikit-image scikit-learn PuLP protobuf \
+        tensorboard "networkx<3.6" "matplotlib<3.10" "pydantic<2.12"
+    pip install --target DIR --no-deps "model-compression-toolkit==2.6.1" \
+        "mct-quantizers~=1.7.0" "edge-mdt-cl~=1.1.0" torchvision
+    PYTHONPATH=DIR python benchmarks/accuracy.py --recipes mct
+
 The bits are placed as in `t1`: all weights for each output channel, of the activations the
 outputs of ReLUs alone.
 """
@@ -15,16 +22,16 @@ from torch import Tensor, nn
 IMAGES = 512
 ITERATIONS = 200
 EPOCHS = 40
-ABSENT = "model-compression-toolkit is not installed; see benchmarks/peer.py"
 
 
-def available() -> bool:
+def why_absent() -> str | None:
+    """Why the toolkit cannot be imported; None if it can."""
     _operators_of_torchvision()
     try:
         import model_compression_toolkit  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    except Exception as error:  # it raises errors of its own where a library is missing
+        return f"model-compression-toolkit does not import ({error}); see benchmarks/peer.py"
+    return None
 
 
 def quantized(
