@@ -277,9 +277,9 @@ TARGETS = [
 """Network, widths and placement of the tables."""
 SEEDS = (0, 1, 2)
 RIVALS = [(R20, "w4a4", "t1"), (R20, "w3a3", "t1")]
-"""Where the rivals run too, each about as long as `fast`."""
+"""Where the rivals run too."""
 PAPER_STEPS = 200
-"""Steps of `paper` that take as long as all of `fast` (see seconds in the table)."""
+"""Of `paper`, whose own 80,000 take more than a day on two cores."""
 PLAN = (
     [Row(*target, "fast", seed) for seed in SEEDS for target in TARGETS]
     + [Row(R20, "w4a4", "t1", "quick", seed) for seed in SEEDS]
