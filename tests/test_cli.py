@@ -229,6 +229,14 @@ def test_bad_options(place, capsys, more, message):
     assert not (place / "out").exists()
 
 
+def test_files_of_others_are_no_run(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "metrics.json").write_text("{}")
+    assert _exit_code(arguments(place)) == 2
+    assert "has metrics.json. Choose another --out" in capsys.readouterr().err
+    assert [path.name for path in (place / "out").iterdir()] == ["metrics.json"]
+
+
 def test_a_finished_run_is_never_overwritten(place, capsys):
     assert _exit_code(arguments(place)) == 0
     before = (place / "out" / "student.safetensors").read_bytes()
@@ -389,7 +397,7 @@ def test_bench_against_files_of_others(place, capsys):
     assert (place / "against.data").stat().st_size >= 4 * 3 * 64
     assert _exit_code(["bench", out, "--against", file, "--seconds", "0.01"]) == 0
     size = sum((place / name).stat().st_size for name in ("against.onnx", "against.data"))
-    assert f"size      {size / 1024:.0f} KiB full precision" in capsys.readouterr().out
+    assert f"size      {size / 1024:.1f} KiB full precision" in capsys.readouterr().out
     for inputs in (
         [[1, 3, 8, 8]],
         [["N", 3, 8, 8], ["N", 3, 8, 8]],

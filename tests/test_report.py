@@ -242,7 +242,7 @@ def test_advice_names_what_helps():
     advice = verdict(run, ("An alarm.",)).advice
     assert advice[0] == "An alarm."
     assert "--keep 'stem=8' keeps the layer with 67 % of the harm wider" in advice[1]
-    assert "adds 2 KiB" in advice[1]
+    assert "adds 2.0 KiB" in advice[1]
     assert "--keep 'head=float'" in advice[2]
     assert "w4a8" in advice[3]
     assert "--recipe fast" in advice[4]
@@ -284,8 +284,9 @@ def test_what_is_won_or_slower_is_said_so():
 
 
 def test_sizes_in_words():
-    assert [size_words(n) for n in (1024, 10 * 2**20, 3 * 2**30)] == [
-        "1 KiB",
+    assert [size_words(n) for n in (1434, 10 * 1024, 10 * 2**20, 3 * 2**30)] == [
+        "1.4 KiB",
+        "10 KiB",
         "10.0 MiB",
         "3.0 GiB",
     ]

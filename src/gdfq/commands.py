@@ -36,6 +36,7 @@ from gdfq.recipes import FAST, find_recipe
 from gdfq.report import write_report
 from gdfq.report.read import read_run
 from gdfq.report.terminal import print_run
+from gdfq.report.verdict import size_words, smaller
 from gdfq.runs import EXPORT, ONNX_FILE, RunFolder, as_values, check_export, note_bench
 from gdfq.saving import ImageFiles
 from gdfq.scheme import Keep, Placement, Scheme
@@ -354,8 +355,8 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
     }
     sizes = list(map(size_of, files.values()))
     click.echo(
-        f"size      {sizes[0] / 1024:.0f} KiB full precision, {sizes[1] / 1024:.0f} KiB "
-        f"{quantized.card.bits}: {sizes[0] / sizes[1]:.1f} times smaller"
+        f"size      {size_words(sizes[0])} full precision, {size_words(sizes[1])} "
+        f"{quantized.card.bits}: {smaller(*sizes)}"
     )
     heading = "milliseconds a call (quartiles)"
     click.echo(f"\n{'batch':>5}{'threads':>8}  {heading:48}images/s  faster")

@@ -86,13 +86,14 @@ class RunFolder:
         path = self.path
         for name in (*_FILES, LOCK, CHECKPOINTS):
             within(path, path / name)
-        if (path / METRICS).exists():
+        ours = _is_ours(path / CONFIG)
+        if ours and (path / METRICS).exists():
             raise UsageError(
                 f"{path} already holds a run, which has finished. Choose another --out or remove "
                 f"it; gdfq report {path} writes its report."
             )
         present = [name for name in _FILES if (path / name).exists()]
-        if present and not _is_ours(path / CONFIG):
+        if present and not ours:
             raise UsageError(
                 f"the out folder must not hold files of the names that a run writes; {path} "
                 f"has {', '.join(present)}. Choose another --out."

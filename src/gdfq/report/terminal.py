@@ -16,7 +16,8 @@ def print_run(run: Run) -> None:
     before = number(metrics.get("float_bytes"))
     if run.file is not None and before is not None:
         _, size = run.file
-        table.add_row("size", size_words(before), size_words(size), smaller(before, size))
+        weights = f"{size_words(before)} of weights"
+        table.add_row("size", weights, f"{size_words(size)} file", smaller(before, size))
     if run.drop is not None:
         tops = (metrics[who]["top1"] for who in ("teacher", "student"))
         table.add_row("top-1", *(f"{top:.2f} %" for top in tops), lost_or_won(run.drop))

@@ -152,7 +152,8 @@ def size_words(count: float) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
-    return f"{count / 1024:.0f} KiB"
+    kib = count / 1024
+    return f"{kib:.0f} KiB" if kib >= 10 else f"{kib:.1f} KiB"
 
 
 def smaller(before: float, after: float) -> str:
