@@ -32,8 +32,8 @@ anything; what ResNet-56 and MobileNetV1 showed of the images is told in [recipe
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. How busy it was differed: one and
 the same row of `fast` took 825 and 653 seconds. A *float step* is a plain training step of the same network on
-the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak memory is the process's. Rows with † are of an earlier form of their recipe,
-mostly from before images had the network's own scale and contrasts of their own
+the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
+memory is the process's. Rows with † are of an earlier form of their recipe, mostly from before images had the network's own scale and contrasts of their own
 ([recipes.md](recipes.md)) and before `fast` took 1,500 steps instead of 800.
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to half the time

@@ -279,7 +279,7 @@ def _advice(run: Run, level: Level, alarms: Sequence[str]) -> Iterator[str]:
             yield f"--recipe fast tunes longer than {name} and loses less."
         if not run.config.get("data"):
             yield (
-                "A few hundred real images, if you can have them, are worth more than synthetic "
+                "A few hundred real images, if you can have them, may be worth more than synthetic "
                 "ones: --recipe real --data DIR."
             )
     if level == "unknown" and _has_classes(run):
