@@ -125,6 +125,7 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> R
     pool = recipe.source
     if not isinstance(pool, ImagePool) or isinstance(pool.source, GivenImages):
         return recipe
+    pool = pool.fitted(teacher.input_shape)
     CACHE.mkdir(exist_ok=True)
     kind = type(pool.source).__name__.lower()
     path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"

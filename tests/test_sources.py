@@ -12,10 +12,12 @@ from gdfq.data import ArrayData, Preprocessing
 from gdfq.errors import GdfqError
 from gdfq.randomness import stream
 from gdfq.schedules import AdamConfig, SgdConfig, StepDecay, set_rate_
+from gdfq.sources import Batch
 from gdfq.sources.generator import Generator, GeneratorSource
 from gdfq.sources.images import GivenImages, ImageSource
 from gdfq.sources.latent import LatentSource, swinging
 from gdfq.sources.optimised import OptimisedSource, low_passed
+from gdfq.sources.streams import Feed, Stream
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork
 
@@ -261,3 +263,26 @@ def test_published_learning_rate_steps():
 def test_sources_are_values():
     assert replace(GeneratorSource(batch=8), batch=9) == GeneratorSource(batch=9)
     assert hash(GeneratorSource(batch=8)) == hash(GeneratorSource(batch=8))
+
+
+def test_a_feed_shows_its_first_batch_before_it_hands_it_out():
+    def numbered(count):
+        def make(step):
+            return Batch(torch.full((40, 1), float(step)), None, None)
+
+        return Stream(make, count, [])
+
+    feed = Feed(numbered(5), torch.device("cpu"))
+    feed.begin()
+    assert feed.taken == 0
+    assert feed.examples.shape == (32, 1)
+    assert feed.examples.eq(0).all()
+    stopped = feed.state_dict()
+    for again in (feed, Feed(numbered(5), torch.device("cpu")), Feed(None, torch.device("cpu"))):
+        if again is not feed:
+            again.stream = again.stream or (numbered(5)._make(step) for step in range(5))
+            again.load_state_dict(stopped)
+        again.begin()  # nothing is taken twice
+        assert [float(batch.images[0]) for batch in again.until(3)] == [0, 1, 2]
+        assert [float(batch.images[0]) for batch in again.until(9)] == [3, 4]
+        assert again.taken == 5

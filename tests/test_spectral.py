@@ -16,7 +16,7 @@ from gdfq.errors import UsageError
 from gdfq.losses import relative_statistics_loss
 from gdfq.sources import Batch
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import ImagePool, collect, shifted_and_flipped
+from gdfq.sources.pool import ImagePool, collect, known_again, shifted_and_flipped
 from gdfq.sources.spectral import (
     SpectralSource,
     from_spectrum,
@@ -26,21 +26,25 @@ from gdfq.sources.spectral import (
 from gdfq.statistics import StatisticsNetwork
 
 
-@pytest.mark.parametrize("size", [[32, 32], [9, 12], [64], [5, 6, 7]])
+@pytest.mark.parametrize("size", [[32, 32], [9, 12], [64], [5, 6, 7], [1, 8], [1, 1]])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_white_coefficients_make_images_of_variance_one(size, channels):
-    amplitude = natural_spectrum(size, 1.5)
+    """So much of it as asked is that of the images' means, or all, if there is one pixel."""
+    amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)
-    white = torch.randn(400, channels, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
+    white = torch.randn(2000, channels, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
     images = from_spectrum(white, amplitude, size, grey=0.85)
-    assert images.shape == (400, channels, *size)
-    assert float(images.square().mean()) == pytest.approx(1, abs=0.15)
+    assert images.shape == (2000, channels, *size)
+    assert float(images.square().mean()) == pytest.approx(1, abs=0.1)
+    means = images.mean(list(range(2, images.ndim)))
+    share = 1 if math.prod(size) == 1 else 0.3
+    assert float(means.square().mean()) == pytest.approx(share, rel=0.15)
 
 
 def test_the_spectrum_falls_as_asked():
     """NumPy's own transform sees 1/f^1.5 in the images: power falls by 4³ from f to 4 f."""
     size = [64, 64]
-    amplitude = natural_spectrum(size, 1.5)
+    amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)
     white = torch.randn(200, 1, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
     power = np.abs(np.fft.fft2(from_spectrum(white, amplitude, size, 0.85).numpy())) ** 2
@@ -50,7 +54,7 @@ def test_the_spectrum_falls_as_asked():
 
 def test_channels_are_as_alike_as_asked():
     size, grey = [32, 32], 0.85
-    amplitude = natural_spectrum(size, 1.0)
+    amplitude = natural_spectrum(size, 1.0, 0.3)
     draw = torch.Generator().manual_seed(0)
     white = torch.randn(300, 3, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
     images = from_spectrum(white, amplitude, size, grey)
@@ -84,7 +88,7 @@ def test_the_images_come_near_the_statistics(teacher):
 
 def test_images_have_the_networks_own_scale_and_contrasts_of_their_own():
     """A network of raw pixels gets images of raw pixels."""
-    source = SpectralSource(batch=64, iterations=1)
+    source = SpectralSource(batch=64, iterations=1, contrast=0.4)
     draw = torch.Generator().manual_seed(0)
     pixels = 120 + 60 * natural_noise(64, (3, 16, 16), source, draw)
     raw = capture(networks.that_saw(pixels), pixels[:2])
@@ -125,7 +129,7 @@ class Counted:
     def stream(self, teacher, *, steps, **_):
         for step in range(steps):
             number = torch.arange(4.0) + 4 * step
-            yield Batch(number.view(4, 1, 1, 1).expand(4, 1, 8, 8), number.long(), None)
+            yield Batch(number.view(4, 1, 1, 1).expand(4, 3, 8, 8), number.long(), None)
 
 
 def test_a_pool_shows_each_image_once_an_epoch(teacher):
@@ -141,10 +145,77 @@ def test_a_pool_shows_each_image_once_an_epoch(teacher):
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, same, strict=True))
 
 
+class Textures:
+    """Images of noise, as a source."""
+
+    batch = 8
+
+    def stream(self, teacher, *, steps, **_):
+        for step in range(steps):
+            yield Batch(networks.images(8, seed=step), torch.zeros(8, dtype=torch.long), None)
+
+
+class Brightest(torch.nn.Module):
+    """Tells where an image is brightest, or what its brightest channel is."""
+
+    def __init__(self, where: bool) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.where = where
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x.sum(1).flatten(1) if self.where else x.amax((2, 3))
+
+
+@pytest.mark.parametrize("where", [True, False])
+def test_a_pool_moves_images_that_the_teacher_knows_again(where):
+    teacher = capture(Brightest(where).eval(), networks.images(2))
+    images, _ = collect(Textures(), teacher, 32, seed=0)
+    known = float(known_again(teacher, images, torch.Generator().manual_seed(0)))
+    assert known < 0.2 if where else known > 0.8
+    pool = ImagePool(Textures(), images=32, batch=8)
+    drawn = [batch.images for batch in pool.stream(teacher, steps=12, seed=0)]
+    as_made = [
+        all(any(torch.equal(image, made) for made in images) for image in batch) for batch in drawn
+    ]
+    assert all(as_made) if where else sum(as_made) < 6
+    never = replace(pool, augmented=False)
+    assert (
+        all(
+            torch.equal(a, b.images)
+            for a, b in zip(drawn, never.stream(teacher, steps=12, seed=0), strict=True)
+        )
+        == where
+    )
+
+
+def test_a_pool_moves_images_for_a_network_without_classes():
+    shape = networks.shape_of("Volume")
+    teacher = capture(networks.make("Volume"), networks.images(2, shape=shape))
+    assert known_again(teacher, networks.images(4, shape=shape), torch.Generator()) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "images"), [((3, 8, 8), 10), ((3, 8, 16), 8), ((3, 16, 16), 4), ((3, 99, 99), 4)]
+)
+def test_a_pool_has_fewer_images_when_they_are_large(shape, images):
+    pool = ImagePool(Counted(), images=10, batch=5, pixels=1100)
+    assert pool.fitted(shape).images == images
+    assert replace(pool, pixels=None).fitted(shape).images == 10
+
+
+def test_a_pool_makes_as_many_as_fit(teacher):
+    pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
+    assert len(pool.stream(teacher, steps=1, seed=0).images()) == 8
+    _, images = pool.made(teacher, seed=0)
+    assert len(images) == 8
+
+
 def test_collect_takes_the_first(teacher):
     images, labels = collect(Counted(), teacher, 6, seed=0)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5]
-    assert images.shape == (6, 1, 8, 8)
+    assert images.shape == (6, 3, 8, 8)
 
 
 @settings(max_examples=30)

@@ -36,7 +36,8 @@ def with_costs(
         "tuning": _tuning_seconds(teacher, scheme, recipe),
     }
     peak = peak_bytes(teacher.device)
-    held = recipe.source.images if isinstance(recipe.source, ImagePool) else 0
+    pool = recipe.source
+    held = pool.fitted(teacher.input_shape).images if isinstance(pool, ImagePool) else 0
     peak += 4 * held * math.prod(teacher.input_shape)
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
 
@@ -79,7 +80,8 @@ class _Stopwatch:
 def _source_seconds(source: Source, teacher: Captured, steps: int) -> float:
     """Of a whole stream: the second iteration, or else the second batch, times their number."""
     if isinstance(source, ImagePool):
-        return _source_seconds(source.source, teacher, -(-source.images // source.source.batch))
+        images = source.fitted(teacher.input_shape).images
+        return _source_seconds(source.source, teacher, -(-images // source.source.batch))
     watch = _Stopwatch(teacher.device)
     stream = source.stream(teacher, steps=max(2, steps), seed=0, listener=watch)
     try:

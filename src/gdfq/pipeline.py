@@ -201,7 +201,7 @@ def _carried_out(run: _Run, keeper: Keeper, clock: Clock, listener: Listener) ->
     while network is None:
         try:
             with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
-                network = make(feed, seed=origin["seed"])
+                network, scaled = make(feed, seed=origin["seed"])
         except CollapsedError as error:
             _choose_another_seed_(origin, card.seed, error)
             keeper.forget("feed", *STUDENT_PARTS)
@@ -224,7 +224,7 @@ def _carried_out(run: _Run, keeper: Keeper, clock: Clock, listener: Listener) ->
                 teacher, network, run.held_out, card.preprocessing, listener
             )
     metrics["float_bytes"] = sum(t.nbytes for t in tensors_of(teacher.network).values())
-    witness = Witness(*(feed.recent.images() or (feed.examples, None)), tested)
+    witness = Witness(*(feed.recent.images() or (feed.examples, None)), scaled, tested)
     return QuantizedNetwork(network, card, metrics, feed.examples, witness)
 
 

@@ -118,7 +118,7 @@ class Recipe:
         return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
 
 
-_FAST_POOL = ImagePool(SpectralSource(), images=2048, batch=100)
+_FAST_POOL = ImagePool(SpectralSource(iterations=60), images=2048, batch=100, pixels=2**25)
 
 _FAST_TUNING = Distillation(
     GridAdam(codes=0.01, steps=1e-3, others=5e-4),
@@ -139,6 +139,7 @@ FAST = Recipe(
     tuning=_FAST_TUNING,
     placement="full",
     quantizers="learned",
+    match_moments=True,
 )
 
 QUICK = replace(
@@ -148,7 +149,6 @@ QUICK = replace(
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
     tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),
-    match_moments=True,
 )
 
 PATCHES = replace(
@@ -156,6 +156,7 @@ PATCHES = replace(
     name="patches",
     summary="fast on images of diverse patches: for networks without batch norms (transformers)",
     source=ImagePool(PatchSource(), images=1024, batch=100),
+    match_moments=False,
 )
 
 GENIE = Recipe(

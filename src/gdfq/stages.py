@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from gdfq.capture import Captured
 from gdfq.checkpoints import Keeper, Unkept
 from gdfq.devices import ALONE, Group
+from gdfq.equalization import equalize
 from gdfq.freeze import freeze
 from gdfq.progress import Listener, Step, silent
 from gdfq.recipes import Recipe
@@ -40,7 +41,7 @@ def quantize_captured(
     """
     stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener, group=group)
     feed = Feed(stream, teacher.device)
-    network = frozen_student(
+    network, _ = frozen_student(
         teacher, scheme, recipe, feed, seed=seed, listener=listener, group=group
     )
     return network, feed.examples
@@ -57,12 +58,16 @@ def frozen_student(
     lap: Callable[[str], None] = lambda _: None,
     keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
     group: Group = ALONE,
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, Captured]:
     """The student after all stages, each of which goes on where the keeper's parts are.
 
+    With it comes the teacher as the student began from it: its channels have the same scales.
     `lap` is called with the name of each stage when it ends.
     """
     tuning = recipe.tuning
+    if recipe.quantizers == "learned":
+        feed.begin()
+        teacher = equalize(teacher, scheme, feed.examples)
     student = build_student(
         teacher,
         scheme,
@@ -122,4 +127,4 @@ def frozen_student(
         ends("tune")
     network = freeze(student)
     lap("freeze")
-    return network
+    return network, teacher

@@ -43,9 +43,11 @@ class Tested:
 class Witness:
     """Images that the student saw last [N, *input_shape], their labels [N], and test answers.
 
-    labels are None for a network without classes, `tested` where there was nothing to test on.
+    teacher: with the scales of the student's channels (`gdfq.equalization`). labels are None for a
+    network without classes, `tested` where there was nothing to test on.
     """
 
     images: Tensor
     labels: Tensor | None
+    teacher: Captured
     tested: Tested | None

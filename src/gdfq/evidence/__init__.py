@@ -85,7 +85,7 @@ def _measures(
     preprocessing = quantized.card.preprocessing
     measures: dict[str, Callable[[], Any]] = {
         "trust": lambda: measure(teacher, quantized.network, seed=quantized.card.seed),
-        "layers": lambda: measure_layers(teacher, quantized.network, witness.images),
+        "layers": lambda: measure_layers(witness.teacher, quantized.network, witness.images),
         "images": lambda: measure_images(teacher, witness.images, witness.labels, preprocessing),
     }
     tested = witness.tested

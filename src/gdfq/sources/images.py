@@ -46,7 +46,7 @@ def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> 
     """
     if isinstance(source, ImagePool):
         given = ImageSource(data, preprocessing, source.batch)
-        return replace(source, source=given, images=len(data))
+        return replace(source, source=given, images=len(data), pixels=None)
     return ImageSource(data, preprocessing, source.batch)
 
 

@@ -35,14 +35,15 @@ class PatchSource:
     The entropy is the mean over the outputs of all attentions; of a network that has none, over
     its blocks' features, whose positions are the patches. Images keep mean 0 and deviation 1 for
     each channel. A network with classes also gets `class_weight` times `focal_loss` with exponent
-    `focus`, to labels that cover the classes in turn. `exponent` and `grey` are those of
-    `from_spectrum`'s images.
+    `focus`, to labels that cover the classes in turn. `exponent`, `brightness` and `grey` are
+    those of `natural_spectrum` and `from_spectrum`.
     """
 
     batch: int = 32
     iterations: int = 60
     optimizer: AdamConfig = AdamConfig(lr=0.1, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
+    brightness: float = 0.06
     grey: float = 0.85
     class_weight: float = 0.1
     focus: float = 2.0

@@ -34,18 +34,19 @@ class SpectralSource:
 
     The loss is `relative_statistics_loss` over all batch norms and the input, whose target is
     `remembered_input`, plus, for a network with classes, `class_weight` times `focal_loss` with
-    exponent `focus` to labels that cover the classes in turn. `exponent` is α of the
-    spectrum; `grey` is the share of the power that the channels have in common at the start (see
-    `from_spectrum`). Natural images differ in contrast: each image's is e to the power of a normal
-    number of deviation `contrast`.
+    exponent `focus` to labels that cover the classes in turn. At the start `exponent` is α of the
+    spectrum, `brightness` the share of the power that is at f = 0, and `grey` the share that the
+    channels have in common (see `from_spectrum`). Natural images differ in contrast: each image's
+    is e to the power of a normal number of deviation `contrast`.
     """
 
     batch: int = 128
     iterations: int = 30
     optimizer: AdamConfig = AdamConfig(lr=0.05, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
+    brightness: float = 0.3
     grey: float = 0.85
-    contrast: float = 0.4
+    contrast: float = 0.3
     class_weight: float = 0.01
     focus: float = 2.0
 
@@ -120,6 +121,8 @@ class SpectralConfig(Protocol):
     @property
     def exponent(self) -> float: ...
     @property
+    def brightness(self) -> float: ...
+    @property
     def grey(self) -> float: ...
     @property
     def class_weight(self) -> float: ...
@@ -147,7 +150,7 @@ def spectral_batches(
     """
     channels, *size = teacher.input_shape
     device = teacher.device
-    amplitude = natural_spectrum(size, config.exponent).to(device)
+    amplitude = natural_spectrum(size, config.exponent, config.brightness).to(device)
     shape = (config.batch, channels, *amplitude.shape, 2)
     losses: dict[str, Tensor] = {}
 
@@ -207,29 +210,33 @@ def natural_noise(
     channels, *size = shape
     if not size:
         return torch.randn(count, channels, generator=draw)
-    amplitude = natural_spectrum(size, config.exponent)
+    amplitude = natural_spectrum(size, config.exponent, config.brightness)
     noise = torch.randn(count, channels, *amplitude.shape, 2, generator=draw).mul_(math.sqrt(0.5))
     return from_spectrum(noise, amplitude, size, config.grey)
 
 
-def natural_spectrum(size: list[int], exponent: float) -> Tensor:
+def natural_spectrum(size: list[int], exponent: float, brightness: float) -> Tensor:
     """Amplitudes 1/f^exponent on the grid of `torch.fft.rfftn` over `size`: [*, last//2 + 1].
 
-    The lowest frequency's amplitude also stands for f = 0. Scaled so that unit complex normal
-    coefficients make images of variance 1.
+    Scaled so that unit complex normal coefficients make images of variance 1, with the share
+    `brightness` of it at f = 0: by so much images differ from one another in their mean.
     """
     axes = [torch.fft.fftfreq(side) for side in size[:-1]] + [torch.fft.rfftfreq(size[-1])]
     grid = torch.meshgrid(*axes, indexing="ij")
-    frequency = torch.stack(grid).square().sum(0).sqrt().clamp_min(1 / max(size))
-    amplitude = frequency**-exponent
+    frequency = torch.stack(grid).square().sum(0).sqrt()
     # A coefficient of unit power adds 2 |c|² with its mirror image; of the first column (and, for
     # an even side, the last), whose mirror it is itself, only the real half remains.
     count = torch.full((size[-1] // 2 + 1,), 2.0)
     count[0] = 0.5
     if size[-1] % 2 == 0:
         count[-1] = 0.5
+    pixels, mean = math.prod(size), frequency == 0
+    amplitude = torch.where(mean, 0.0, frequency.pow(-exponent))
     power = (count * amplitude.square()).sum()
-    return amplitude * (math.prod(size) / power).sqrt()
+    if power == 0:  # of one pixel, all is in the mean
+        power, brightness = torch.ones(()), 1.0
+    amplitude *= ((1 - brightness) * pixels / power).sqrt()
+    return amplitude.masked_fill(mean, math.sqrt(brightness * pixels / 0.5))
 
 
 def from_spectrum(coefficients: Tensor, amplitude: Tensor, size: list[int], grey: float) -> Tensor:

@@ -127,9 +127,9 @@ class InTurn(Generic[Start]):
 class Feed:
     """A stream's batches as the stages of a run take them, and what must outlast a stop.
 
-    `taken` is how many they took, `examples` a few images of the first [n, *input_shape], `held`
-    the batches that they wanted to be kept, `recent` the last ones. A stream without a state goes
-    on by being made again.
+    `taken` is how many they took, `examples` a few images of the first [n, *input_shape], which
+    are there once `begin` was called, `held` the batches that they wanted to be kept, `recent` the
+    last ones. A stream without a state goes on by being made again.
     """
 
     _EXAMPLES = 32
@@ -138,6 +138,7 @@ class Feed:
         self.stream, self._device = stream, device
         self.taken = 0
         self._examples: Fixed | None = None
+        self._first: Fixed | None = None
         self._held: list[Fixed] = []
         self.recent = Recent(device)
 
@@ -151,14 +152,20 @@ class Feed:
     def held(self) -> list[Batch]:
         return [Batch(**part.value) for part in self._held]
 
+    def begin(self) -> None:
+        """Look at the first batch, which is handed out later."""
+        if self._examples is None and (batch := next(self.stream, None)) is not None:
+            self._examples = Fixed(batch.images[: self._EXAMPLES].clone())
+            self._first = Fixed(vars(batch))
+
     def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:
         """The batches up to the `count`-th of all."""
         while self.taken < count:
-            batch = next(self.stream, None)
+            self.begin()
+            first, self._first = self._first, None
+            batch = next(self.stream, None) if first is None else Batch(**first.value)
             if batch is None:
                 return
-            if self._examples is None:
-                self._examples = Fixed(batch.images[: self._EXAMPLES].clone())
             if hold:
                 self._held.append(Fixed(vars(batch)))
             self.taken += 1
@@ -176,6 +183,7 @@ class Feed:
         return {
             "taken": self.taken,
             "examples": self._examples,
+            "first": self._first,
             "held": list(self._held),
             "recent": self.recent.state_dict(),
             "stream": of_stream,
@@ -183,9 +191,11 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken, self._examples = state["taken"], state["examples"]
+        self._first = state["first"] and state["first"].to(self._device)
         self._held = [part.to(self._device) for part in state["held"]]
         self.recent.load_state_dict(state["recent"])
         if hasattr(self.stream, "load_state_dict"):
             self.stream.load_state_dict(state["stream"])
         else:
-            next(islice(self.stream, self.taken - 1, self.taken), None)
+            seen = self.taken + (self._first is not None)
+            next(islice(self.stream, seen, seen), None)

@@ -1,0 +1,162 @@
+"""Channels brought to alike scales, exactly, while the network is still float.
+
+A positive factor passes through a ReLU, a sum or a pooling unchanged: relu(x / s) = relu(x) / s.
+So what the output channels of one layer are divided by can be multiplied into the input channels
+of the next (cross-layer equalization, arXiv 1906.04721, section 4.1). An activation has one grid
+for all of its channels, which then suits each of them better. That paper takes ranges of weights;
+here it is the steps that the grids themselves would have.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gdfq import operators
+from gdfq.capture import Captured, flat_module, tensors_of
+from gdfq.folding import fold_batch_norms
+from gdfq.grid import Layout, along_channels
+from gdfq.placement import activation_widths
+from gdfq.quantizers.learned import best_range, channel_steps
+from gdfq.scheme import Scheme
+
+_SHARE = 0.5
+"""Of the differences between channels, as logarithms, that go into the next weights."""
+_LIMIT = 8.0
+"""Greatest factor: channels that hardly ever speak would ask for any."""
+
+
+@torch.no_grad()
+def equalize(teacher: Captured, scheme: Scheme, images: Tensor) -> Captured:
+    """The same function, with batch norms folded, whose channels ask for more alike grids.
+
+    For each channel c of each activation that the scheme quantizes, the step Δ_c of the grid that
+    would suit it alone is found on `images`, normalised [N, *input_shape], and the step Δ of the
+    grid that suits all: the channel is divided by (Δ_c / Δ)^½, because the next layer's weights,
+    which are multiplied by it, share grids too. Activations that cannot differ, such as the parts
+    of a sum, share the mean of their logarithms. Channels stay as they are where something else
+    than convolutions, linear layers, ReLUs, sums, poolings and zeros around them sees them.
+    """
+    teacher = fold_batch_norms(teacher)
+    graph = teacher.network.graph
+    tensors = tensors_of(teacher.network)
+    ties = _ties(graph)
+    asked = _Asked(teacher.network, activation_widths(teacher, scheme), ties)
+    asked.run(images)
+    scales = {node: asked.scale(top) for node, top in ties.items() if top in asked.found}
+    for layer in filter(operators.has_weight, graph.nodes):
+        x, weight_node, bias_node = layer.args[:3]
+        layout, groups = operators.weight_layout(layer)
+        weight = tensors[weight_node.target]
+        if x in scales:
+            weight = weight * _along_inputs(scales[x], weight, layout)
+        if layer in scales:
+            weight = weight / along_channels(scales[layer], weight, layout, groups)
+            bias = tensors[bias_node.target] / scales[layer]
+            tensors[bias_node.target] = nn.Parameter(bias, requires_grad=False)
+        if x in scales or layer in scales:
+            tensors[weight_node.target] = nn.Parameter(weight, requires_grad=False)
+    return replace(teacher, network=flat_module(graph, tensors))
+
+
+class _Asked(fx.Interpreter):
+    """Runs a network and notes by how much, as logarithms, channels differ from their tensor."""
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        widths: Mapping[fx.Node, int],
+        ties: Mapping[fx.Node, fx.Node],
+    ) -> None:
+        super().__init__(network)
+        self.widths, self.ties = widths, ties
+        self.found: dict[fx.Node, list[Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.widths and n in self.ties:
+            bits = self.widths[n]
+            apart = (channel_steps(value, bits) / best_range(value, bits)[0]).log()
+            silent = value.transpose(0, 1).flatten(1).abs().amax(1) == 0
+            apart.masked_fill_(silent, 0.0)
+            self.found.setdefault(self.ties[n], []).append(apart)
+        return value
+
+    def scale(self, top: fx.Node) -> Tensor:
+        """What each channel [C] is divided by."""
+        apart = _SHARE * torch.stack(self.found[top]).mean(0)
+        return apart.clamp(-math.log(_LIMIT), math.log(_LIMIT)).exp()
+
+
+def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each activation whose channels may be scaled, the one whose scales it has."""
+    above: dict[fx.Node, fx.Node] = {}
+
+    def top(node: fx.Node) -> fx.Node:
+        while above[node] is not node:
+            node = above[node]
+        return node
+
+    layers = list(filter(operators.has_weight, graph.nodes))
+    targets = Counter(str(node.target) for layer in layers for node in layer.args[1:3])
+    barred: list[fx.Node] = []
+    for node in graph.nodes:
+        inputs = list(filter(operators.is_activation, node.all_input_nodes))
+        if operators.is_activation(node):
+            above[node] = node
+        if operators.has_weight(node) and _is_plain(node, targets):
+            continue
+        if _passes(node, inputs):
+            for x in inputs:
+                above[top(x)] = node
+        elif operators.name_of(node) != "aten.sym_size.int":
+            barred += [*inputs, node] if node in above else inputs
+    fixed = {top(node) for node in barred}
+    return {node: top(node) for node in above if top(node) not in fixed}
+
+
+def _is_plain(layer: fx.Node, targets: Counter[str]) -> bool:
+    """Whether a layer's channels are second, and weight and bias constants of its own."""
+    constants: Any = layer.args[1:3]
+    return operators.has_channels_second(layer) and all(
+        node.op == "get_attr" and targets[str(node.target)] == 1 for node in constants
+    )
+
+
+_PASSING = (
+    frozenset(f"aten.{name}.default" for name in ("relu", "leaky_relu", "clone", "contiguous"))
+    | {f"aten.{kind}avg_pool{d}d.default" for kind in ("", "adaptive_") for d in (1, 2, 3)}
+    | operators.MAX_POOLING
+)
+
+
+def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
+    """Whether a node's channels are positive factors of their own times what enters them."""
+    name = operators.name_of(node)
+    if not inputs or not operators.is_activation(node):
+        return False
+    shape, shapes = node.meta["val"].shape, [x.meta["val"].shape for x in inputs]
+    if name in operators.SUMS:
+        return len(node.all_input_nodes) == 2 and all(s == shape for s in shapes)
+    if name in {"aten.mean.dim", "aten.sum.dim_IntList"}:
+        dims: Any = node.args[1]
+        return {0, 1}.isdisjoint(d % len(shapes[0]) for d in dims)
+    if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
+        return operators.keeps_grid(node) and shape[:2] == shapes[0][:2]
+    if name in {"aten.flatten.using_ints", "aten.reshape.default"}:
+        return bool(shape[:2] == shapes[0][:2])
+    return name in _PASSING
+
+
+def _along_inputs(values: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """One value for each input channel [I], shaped to broadcast against `weight`."""
+    ones = [1] * (weight.ndim - 2)
+    if layout is Layout.TRANSPOSED:
+        return values.view(-1, 1, *ones)
+    groups = len(values) // weight.shape[1]  # of [O, I/g, *k]
+    each = values.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return each.view(weight.shape[0], weight.shape[1], *ones)
