@@ -27,14 +27,15 @@ of the development networks' test images is what the design of `fast` looked at
 
 READING = """
 *Development networks* are marked with an asterisk: hyper-parameters were chosen on their
-even-indexed images (with seed 100), so read the odd half. The accuracy of the others never chose
-anything; what ResNet-56 and MobileNetV1 showed of the images is told in [recipes.md](recipes.md).
+even-indexed images (with seed 100), so read the odd half. ResNet-56 showed mistakes of the images, and
+MobileNetV1 (both with seed 100) how many iterations they need, when not to shift them and that channels are worth
+equalizing ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. How busy it was differed: one and
 the same row of `fast` took 825 and 653 seconds. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
-memory is the process's. Rows with † are of an earlier form of their recipe, mostly from before images had the network's own scale and contrasts of their own
-([recipes.md](recipes.md)) and before `fast` took 1,500 steps instead of 800.
+memory is the process's. Rows with † are of an earlier form of their recipe: of `fast` and `real`
+before images took 60 iterations and channels were equalized ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to half the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is

@@ -80,9 +80,23 @@ def test_channels_get_the_roots_of_their_steps():
     assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
 
 
+class Offset(nn.Module):
+    """Adds a constant to each channel, which no factor passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 8, 8).clone())
+
+    def forward(self, x):
+        return x + self.offset
+
+
 @pytest.mark.parametrize(
     "between",
-    [nn.ReLU6(), nn.Hardswish(), nn.AdaptiveMaxPool2d(4, return_indices=True), nn.Sigmoid()],
+    [
+        *(nn.ReLU6(), nn.Hardswish(), nn.AdaptiveMaxPool2d(4, return_indices=True), nn.Sigmoid()),
+        *(Offset(), nn.InstanceNorm2d(2), nn.Softmax(1)),
+    ],
     ids=lambda module: type(module).__name__,
 )
 def test_channels_stay_where_factors_do_not_pass(between):
@@ -121,6 +135,17 @@ def test_a_weight_that_is_used_twice_stays_one():
     teacher = capture(networks.make("Shared"), networks.images(2))
     equalized = equalize(teacher, T1, networks.images(16, seed=1))
     assert not {name for name in changed(teacher, equalized) if name.startswith("conv.weight")}
+
+
+def test_a_weight_that_is_read_elsewhere_stays():
+    class Told(Chain):
+        def forward(self, x):
+            return super().forward(x) + self.depthwise.weight.square().sum()
+
+    teacher = capture(Told(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
+    images = networks.images(8, seed=2, shape=(1, 8, 8))
+    torch.testing.assert_close(equalized.network(images), teacher.network(images))
 
 
 def test_dead_channels_and_extremes_have_bounds():

@@ -278,10 +278,11 @@ def test_a_feed_shows_its_first_batch_before_it_hands_it_out():
     assert feed.examples.shape == (32, 1)
     assert feed.examples.eq(0).all()
     stopped = feed.state_dict()
-    for again in (feed, Feed(numbered(5), torch.device("cpu")), Feed(None, torch.device("cpu"))):
-        if again is not feed:
-            again.stream = again.stream or (numbered(5)._make(step) for step in range(5))
-            again.load_state_dict(stopped)
+    resumed = Feed(numbered(5), torch.device("cpu"))
+    without_state = Feed(iter(list(numbered(5))), torch.device("cpu"))
+    for again in (resumed, without_state):
+        again.load_state_dict(stopped)
+    for again in (feed, resumed, without_state):
         again.begin()  # nothing is taken twice
         assert [float(batch.images[0]) for batch in again.until(3)] == [0, 1, 2]
         assert [float(batch.images[0]) for batch in again.until(9)] == [3, 4]

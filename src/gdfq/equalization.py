@@ -101,14 +101,14 @@ def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             node = above[node]
         return node
 
-    layers = list(filter(operators.has_weight, graph.nodes))
-    targets = Counter(str(node.target) for layer in layers for node in layer.args[1:3])
+    constants = [node for node in graph.nodes if node.op == "get_attr"]
+    uses = Counter(str(node.target) for node in constants for _ in node.users)
     barred: list[fx.Node] = []
     for node in graph.nodes:
         inputs = list(filter(operators.is_activation, node.all_input_nodes))
         if operators.is_activation(node):
             above[node] = node
-        if operators.has_weight(node) and _is_plain(node, targets):
+        if operators.has_weight(node) and _is_plain(node, uses):
             continue
         if _passes(node, inputs):
             for x in inputs:
@@ -119,11 +119,11 @@ def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return {node: top(node) for node in above if top(node) not in fixed}
 
 
-def _is_plain(layer: fx.Node, targets: Counter[str]) -> bool:
+def _is_plain(layer: fx.Node, uses: Counter[str]) -> bool:
     """Whether a layer's channels are second, and weight and bias constants of its own."""
     constants: Any = layer.args[1:3]
     return operators.has_channels_second(layer) and all(
-        node.op == "get_attr" and targets[str(node.target)] == 1 for node in constants
+        node.op == "get_attr" and uses[str(node.target)] == 1 for node in constants
     )
 
 
@@ -141,10 +141,10 @@ def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
         return False
     shape, shapes = node.meta["val"].shape, [x.meta["val"].shape for x in inputs]
     if name in operators.SUMS:
-        return len(node.all_input_nodes) == 2 and all(s == shape for s in shapes)
+        return len(inputs) == 2 and all(s == shape for s in shapes)
     if name in {"aten.mean.dim", "aten.sum.dim_IntList"}:
         dims: Any = node.args[1]
-        return {0, 1}.isdisjoint(d % len(shapes[0]) for d in dims)
+        return bool(dims) and {0, 1}.isdisjoint(d % len(shapes[0]) for d in dims)
     if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
         return operators.keeps_grid(node) and shape[:2] == shapes[0][:2]
     if name in {"aten.flatten.using_ints", "aten.reshape.default"}:

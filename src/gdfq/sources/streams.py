@@ -190,7 +190,8 @@ class Feed:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken, self._examples = state["taken"], state["examples"]
+        self.taken = state["taken"]
+        self._examples = state["examples"] and state["examples"].to(self._device)
         self._first = state["first"] and state["first"].to(self._device)
         self._held = [part.to(self._device) for part in state["held"]]
         self.recent.load_state_dict(state["recent"])
