@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import gdfq
 from gdfq.capture import capture, tensors_of
 from gdfq.equalization import equalize
+from gdfq.errors import UsageError
 from gdfq.folding import fold_batch_norms
 from gdfq.grid import Bits
 from gdfq.progress import silent
@@ -95,7 +97,7 @@ class Offset(nn.Module):
     "between",
     [
         *(nn.ReLU6(), nn.Hardswish(), nn.AdaptiveMaxPool2d(4, return_indices=True), nn.Sigmoid()),
-        *(Offset(), nn.InstanceNorm2d(2), nn.Softmax(1)),
+        *(Offset(), nn.InstanceNorm2d(2), nn.Softmax(1), nn.ConstantPad3d((0, 0, 0, 0, 1, -1), 0)),
     ],
     ids=lambda module: type(module).__name__,
 )
@@ -129,6 +131,20 @@ def test_factors_pass_through(between):
     assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
     images = networks.images(8, seed=2, shape=(1, 8, 8))
     torch.testing.assert_close(equalized.network(images), teacher.network(images))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.AvgPool1d(3, 1, 1), nn.Linear(9, 4)),
+        nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.MaxPool1d(3), nn.Linear(3, 4)),
+    ],
+    ids=["average", "greatest"],
+)
+def test_pools_over_channels_let_no_factor_pass(network):
+    teacher = capture(network.eval(), networks.images(2, shape=(6,)))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(6,)))
+    assert not changed(teacher, equalized)
 
 
 def test_a_weight_that_is_used_twice_stays_one():
@@ -190,6 +206,19 @@ def test_networks_of_unlike_channels_lose_less():
         teacher = capture(network, images[:2])
         ratios.append(error(equalize(teacher, T1, images), wanted) / error(teacher, wanted))
     assert sorted(ratios)[4] < 0.6
+
+
+def test_a_scheme_that_fits_no_layer_is_told_before_images_are_made():
+    heard = []
+    with pytest.raises(UsageError, match="nosuchlayer"):
+        gdfq.quantize(
+            networks.make("Residual"),
+            networks.images(1),
+            recipe="quick",
+            keep=["nosuchlayer=8"],
+            listener=heard.append,
+        )
+    assert not heard
 
 
 def test_steps_of_channels_are_those_of_each_alone():

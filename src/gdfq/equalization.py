@@ -127,11 +127,15 @@ def _is_plain(layer: fx.Node, uses: Counter[str]) -> bool:
     )
 
 
-_PASSING = (
-    frozenset(f"aten.{name}.default" for name in ("relu", "leaky_relu", "clone", "contiguous"))
-    | {f"aten.{kind}avg_pool{d}d.default" for kind in ("", "adaptive_") for d in (1, 2, 3)}
-    | operators.MAX_POOLING
+_PASSING = frozenset(
+    f"aten.{name}.default" for name in ("relu", "leaky_relu", "clone", "contiguous")
 )
+_POOLS = {
+    f"aten.{kind}pool{d}d.default": d
+    for kind in ("avg_", "adaptive_avg_", "max_")
+    for d in (1, 2, 3)
+}
+"""With the axes that they pool over, the last ones: of fewer dimensions, channels are an axis."""
 
 
 def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
@@ -146,9 +150,12 @@ def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
         dims: Any = node.args[1]
         return bool(dims) and {0, 1}.isdisjoint(d % len(shapes[0]) for d in dims)
     if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
-        return operators.keeps_grid(node) and shape[:2] == shapes[0][:2]
+        of_channels = len(node.args[1]) > 2 * (len(shape) - 2)  # type: ignore[arg-type]
+        return operators.keeps_grid(node) and not of_channels
     if name in {"aten.flatten.using_ints", "aten.reshape.default"}:
         return bool(shape[:2] == shapes[0][:2])
+    if name in _POOLS:
+        return len(shape) == _POOLS[name] + 2
     return name in _PASSING
 
 

@@ -16,7 +16,7 @@ from gdfq.scheme import Scheme
 from gdfq.sources import Source
 from gdfq.sources.streams import Feed
 from gdfq.states import Noted
-from gdfq.student import build_student
+from gdfq.student import build_student, check_scheme
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
@@ -66,6 +66,7 @@ def frozen_student(
     """
     tuning = recipe.tuning
     if recipe.quantizers == "learned":
+        check_scheme(teacher, scheme)
         feed.begin()
         teacher = equalize(teacher, scheme, feed.examples)
     student = build_student(

@@ -205,6 +205,15 @@ def build_student(
     return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
 
 
+def check_scheme(teacher: Captured, scheme: Scheme) -> None:
+    """Raise what `build_student` with learned quantizers would, before images are made for it."""
+    teacher = fold_batch_norms(teacher)
+    layers = list(filter(operators.has_weight, teacher.network.graph.nodes))
+    _check_quantizable(
+        teacher, scheme, scheme.weight_bits(layers), activation_widths(teacher, scheme)
+    )
+
+
 def _check_quantizable(
     teacher: Captured, scheme: Scheme, weights: dict[fx.Node, int], widths: dict[fx.Node, int]
 ) -> None:
