@@ -9,7 +9,7 @@ from torch import nn
 
 import gdfq
 from gdfq.capture import capture, tensors_of
-from gdfq.equalization import equalize
+from gdfq.equalization import channel_scales, rescaled
 from gdfq.errors import UsageError
 from gdfq.folding import fold_batch_norms
 from gdfq.grid import Bits
@@ -22,6 +22,10 @@ from gdfq.tuning.calibrate import calibrate_
 
 T1 = Scheme(Bits(4, 4), "t1")
 FULL = Scheme(Bits(4, 4), "full")
+
+
+def equalize(teacher, scheme, images):
+    return rescaled(teacher, channel_scales(teacher, scheme, images))
 
 
 def changed(teacher, equalized):
@@ -133,18 +137,52 @@ def test_factors_pass_through(between):
     torch.testing.assert_close(equalized.network(images), teacher.network(images))
 
 
+class ChannelMean(nn.Module):
+    def forward(self, x):
+        return x.mean(1, keepdim=True)
+
+
+def unlike(*modules):
+    """A network whose first layer has channels of scales from 1/3 to 3, and random biases."""
+    torch.manual_seed(0)
+    first = modules[0]
+    with torch.no_grad():
+        factors = torch.logspace(-0.5, 0.5, len(first.bias))
+        first.weight.normal_().mul_(factors.view(-1, *[1] * (first.weight.ndim - 1)))
+        first.bias.normal_().mul_(factors)
+    return nn.Sequential(*modules).eval()
+
+
+def convolution(channels=8):
+    return nn.Conv2d(3, channels, 3, padding=1)
+
+
 @pytest.mark.parametrize(
-    "network",
+    ("modules", "shape", "scaled"),
     [
-        nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.AvgPool1d(3, 1, 1), nn.Linear(9, 4)),
-        nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.MaxPool1d(3), nn.Linear(3, 4)),
+        ((nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), (6,), True),
+        ((nn.Linear(6, 9), nn.ReLU(), nn.AvgPool1d(3, 1, 1), nn.Linear(9, 4)), (6,), False),
+        ((nn.Linear(6, 9), nn.ReLU(), nn.MaxPool1d(3), nn.Linear(3, 4)), (6,), False),
+        ((convolution(), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=4)), (3, 8, 8), True),
+        ((convolution(), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, groups=2)), (3, 8, 8), True),
+        ((convolution(), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)), (3, 8, 8), False),
+        ((convolution(), nn.ReLU(), ChannelMean(), nn.Conv2d(1, 4, 1)), (3, 8, 8), False),
+        (
+            (convolution(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+            (3, 8, 8),
+            True,
+        ),
     ],
-    ids=["average", "greatest"],
+    ids=["linear", "average", "greatest", "groups", "transposed", "flat", "mean", "pooled"],
 )
-def test_pools_over_channels_let_no_factor_pass(network):
-    teacher = capture(network.eval(), networks.images(2, shape=(6,)))
-    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(6,)))
-    assert not changed(teacher, equalized)
+def test_only_what_keeps_channels_lets_factors_pass(modules, shape, scaled):
+    teacher = capture(unlike(*modules), networks.images(2, shape=shape))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=shape))
+    assert bool(changed(teacher, equalized)) == scaled
+    images = networks.images(8, seed=2, shape=shape)
+    torch.testing.assert_close(
+        equalized.network(images), teacher.network(images), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_weight_that_is_used_twice_stays_one():
@@ -164,21 +202,15 @@ def test_a_weight_that_is_read_elsewhere_stays():
     torch.testing.assert_close(equalized.network(images), teacher.network(images))
 
 
-def test_dead_channels_and_extremes_have_bounds():
+@pytest.mark.parametrize(("weight", "bias", "scale"), [(1.0, -100.0, 1), (1e-6, 0.0, 1 / 8)])
+def test_dead_channels_stay_and_faint_ones_have_a_bound(weight, bias, scale):
     chain = Chain(nn.Identity())
     with torch.no_grad():
-        chain.first.weight.copy_(torch.tensor([1e-6, 1.0]).view(2, 1, 1, 1))
-        chain.first.bias.copy_(torch.tensor([0.0, -100.0]))  # the second never speaks
+        chain.first.weight.copy_(torch.tensor([weight, 1.0]).view(2, 1, 1, 1))
+        chain.first.bias.copy_(torch.tensor([bias, 0.0]))
     teacher = capture(chain.eval(), networks.images(2, shape=(1, 8, 8)))
-    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
-    assert not changed(teacher, equalized) - {"first.weight", "first.bias", "depthwise.weight"}
-    with torch.no_grad():
-        chain.first.bias.copy_(torch.tensor([0.0, 0.0]))
-    teacher = capture(chain, networks.images(2, shape=(1, 8, 8)))
-    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
-    before, after = tensors_of(teacher.network), tensors_of(equalized.network)
-    scale = (before["first.weight"] / after["first.weight"]).flatten()
-    assert float(scale[0]) == pytest.approx(1 / 8, rel=1e-5)
+    scales = channel_scales(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
+    assert float(scales["relu"][0]) == pytest.approx(scale, rel=1e-5)
 
 
 def test_networks_of_unlike_channels_lose_less():

@@ -31,35 +31,45 @@ _LIMIT = 8.0
 
 
 @torch.no_grad()
-def equalize(teacher: Captured, scheme: Scheme, images: Tensor) -> Captured:
-    """The same function, with batch norms folded, whose channels ask for more alike grids.
+def channel_scales(teacher: Captured, scheme: Scheme, images: Tensor) -> dict[str, Tensor]:
+    """What the channels [C] of activations should be divided by, by the names of their nodes.
 
     For each channel c of each activation that the scheme quantizes, the step Δ_c of the grid that
     would suit it alone is found on `images`, normalised [N, *input_shape], and the step Δ of the
-    grid that suits all: the channel is divided by (Δ_c / Δ)^½, because the next layer's weights,
+    grid that suits all: the channel's scale is (Δ_c / Δ)^½, because the next layer's weights,
     which are multiplied by it, share grids too. Activations that cannot differ, such as the parts
-    of a sum, share the mean of their logarithms. Channels stay as they are where something else
-    than convolutions, linear layers, ReLUs, sums, poolings and zeros around them sees them.
+    of a sum, share the mean of their logarithms. There is no scale where something else than
+    convolutions, linear layers, ReLUs, sums, poolings and zeros around them sees the channels.
     """
+    teacher = fold_batch_norms(teacher)
+    ties = _ties(teacher.network.graph)
+    asked = _Asked(teacher.network, activation_widths(teacher, scheme), ties)
+    asked.run(images)
+    return {node.name: asked.scale(top) for node, top in ties.items() if top in asked.found}
+
+
+@torch.no_grad()
+def rescaled(teacher: Captured, scales: Mapping[str, Tensor]) -> Captured:
+    """The same function with batch norms folded and channels divided by their `channel_scales`."""
     teacher = fold_batch_norms(teacher)
     graph = teacher.network.graph
     tensors = tensors_of(teacher.network)
-    ties = _ties(graph)
-    asked = _Asked(teacher.network, activation_widths(teacher, scheme), ties)
-    asked.run(images)
-    scales = {node: asked.scale(top) for node, top in ties.items() if top in asked.found}
+
+    def put(node: fx.Node, value: Tensor) -> None:
+        trains = isinstance(tensors[str(node.target)], nn.Parameter)
+        new = nn.Parameter(value, requires_grad=False) if trains else value
+        tensors[str(node.target)] = new
+
     for layer in filter(operators.has_weight, graph.nodes):
         x, weight_node, bias_node = layer.args[:3]
         layout, groups = operators.weight_layout(layer)
-        weight = tensors[weight_node.target]
-        if x in scales:
-            weight = weight * _along_inputs(scales[x], weight, layout)
-        if layer in scales:
-            weight = weight / along_channels(scales[layer], weight, layout, groups)
-            bias = tensors[bias_node.target] / scales[layer]
-            tensors[bias_node.target] = nn.Parameter(bias, requires_grad=False)
-        if x in scales or layer in scales:
-            tensors[weight_node.target] = nn.Parameter(weight, requires_grad=False)
+        if x.name in scales:
+            weight = tensors[weight_node.target]
+            put(weight_node, weight * _along_inputs(scales[x.name], weight, layout))
+        if layer.name in scales:
+            weight, scale = tensors[weight_node.target], scales[layer.name]
+            put(weight_node, weight / along_channels(scale, weight, layout, groups))
+            put(bias_node, tensors[bias_node.target] / scale)
     return replace(teacher, network=flat_module(graph, tensors))
 
 

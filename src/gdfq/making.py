@@ -30,7 +30,7 @@ def generate(
 
     A network whose outputs are not classes (see `quantize`) has no labels.
 
-    The images of a pool are those that the recipe would tune on. Any other source runs the
+    The first images of a pool are those that the recipe would tune on. Any other source runs the
     recipe's `steps`, or as many as `count` images need if that is more; the images are its last
     ones, when a generator has learned most. Raises UsageError and GdfqError
     as `quantize` does.

@@ -28,8 +28,9 @@ class Recipe:
 
     The first `calibration` steps set the activation ranges, the student is not updated in the
     first `warmup` steps (the generator learns), and the rest tune it. Without `tuning` all
-    steps calibrate. With `match_moments` each layer's outputs are brought to the teacher's mean
-    and deviation after calibration (`gdfq.tuning.calibrate`).
+    steps calibrate. Learned quantizers begin from the teacher with channels equalized by the first
+    images (`gdfq.equalization`). With `match_moments` each layer's outputs are brought to the
+    teacher's mean and deviation after calibration (`gdfq.tuning.calibrate`).
     """
 
     name: str
@@ -145,7 +146,7 @@ FAST = Recipe(
 QUICK = replace(
     FAST,
     name="quick",
-    summary="fast with an eighth of the images, a twentieth of the steps: a minute",
+    summary="fast with fewer images, half of their iterations, a twentieth of the steps: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
     tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),

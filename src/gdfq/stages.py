@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from gdfq.capture import Captured
 from gdfq.checkpoints import Keeper, Unkept
 from gdfq.devices import ALONE, Group
-from gdfq.equalization import equalize
+from gdfq.equalization import channel_scales, rescaled
 from gdfq.freeze import freeze
 from gdfq.progress import Listener, Step, silent
 from gdfq.recipes import Recipe
@@ -21,7 +21,7 @@ from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
-STUDENT_PARTS = ("student", "done", "optimizer", "reconstruction")
+STUDENT_PARTS = ("scales", "student", "done", "optimizer", "reconstruction")
 """What is held of a student while it is made."""
 
 
@@ -66,9 +66,7 @@ def frozen_student(
     """
     tuning = recipe.tuning
     if recipe.quantizers == "learned":
-        check_scheme(teacher, scheme)
-        feed.begin()
-        teacher = equalize(teacher, scheme, feed.examples)
+        teacher = _equalized(teacher, scheme, feed, keeper, group)
     student = build_student(
         teacher,
         scheme,
@@ -129,3 +127,20 @@ def frozen_student(
     network = freeze(student)
     lap("freeze")
     return network, teacher
+
+
+def _equalized(
+    teacher: Captured, scheme: Scheme, feed: Feed, keeper: Keeper, group: Group
+) -> Captured:
+    """The teacher with alike channels, by the first images; after a stop, and everywhere, the same.
+
+    Raises UsageError for a scheme that cannot be, before the images are made.
+    """
+    scales = keeper.hold("scales", Noted())
+    if not scales:
+        check_scheme(teacher, scheme)
+        feed.begin()
+        scales.update(channel_scales(teacher, scheme, feed.examples))
+        # A search ends elsewhere where devices round otherwise.
+        group.same_(scales.values())
+    return rescaled(teacher, {name: s.to(teacher.device) for name, s in scales.items()})

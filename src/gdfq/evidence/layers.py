@@ -33,7 +33,8 @@ class LayerEvidence:
     share: float
     """Of the bytes of all weights, in percent."""
     weight_sqnr: float | None
-    """Decibels: the original weight (batch norm folded) over its difference from the student's,
+    """Decibels: the original weight (batch norm folded, channels
+    equalized) over its difference from the student's,
     which is rounding and tuning."""
     output_sqnr: float
     """Decibels: the teacher's output over the student's difference from it, with all that the

@@ -16,15 +16,15 @@ from gdfq.progress import Listener, silent
 from gdfq.randomness import stream as random_stream
 from gdfq.sources import Batch, Source, first_images
 from gdfq.sources.streams import Feed, Shuffled, Stream
-from gdfq.states import Fixed
+from gdfq.states import Fixed, Noted, Stateful
 
 
 @dataclass(frozen=True)
 class ImagePool:
     """Batches from the first `images` images of another source, in a new order each epoch.
 
-    Of large images it takes only as many of the source's batches as have `pixels` pixels together,
-    and one at least: each of them says more, and costs more.
+    Of large images, which say more and cost more, it takes only as many of the source's batches as
+    have `pixels` pixels together, and one batch at least.
 
     Each batch is shifted by up to an eighth of the image's side and flipped at random, all its
     images alike, unless `augmented` is False or the teacher does not know the images again then:
@@ -108,7 +108,7 @@ class PoolStream(Stream):
     ) -> None:
         self._collected = _Collected(made, pool.images, teacher.device)
         draw = random_stream(seed, "pool.order")
-        moves: bool | None = None if pool.augmented else False
+        moves = Noted({} if pool.augmented else {"them": False})
 
         def whole_batches(order: Tensor) -> list[Tensor]:
             size = min(pool.batch, len(order))
@@ -117,19 +117,19 @@ class PoolStream(Stream):
         order = Shuffled(draw, whole_batches)
 
         def make(_: int) -> Batch:
-            nonlocal moves
             images, labels = self._collected()
-            if moves is None:
+            if not moves:
                 known = known_again(teacher, images, random_stream(seed, "pool.moved"))
                 group.same_([known])  # what devices round must not part the processes
-                moves = bool(known >= _KNOWN)
+                moves["them"] = bool(known >= _KNOWN)
             chosen = order.next_of(len(images))
             drawn = images[chosen]
-            if moves:
+            if moves["them"]:
                 drawn = shifted_and_flipped(drawn, draw)
             return Batch(drawn, None if labels is None else labels[chosen], None)
 
-        super().__init__(make, steps, [draw], {"order": order, "images": self._collected})
+        parts: dict[str, Stateful] = {"order": order, "images": self._collected, "moves": moves}
+        super().__init__(make, steps, [draw], parts)
 
     def images(self) -> Tensor:
         """All images of the pool [images, *input_shape], in the order in which they were made."""
