@@ -214,7 +214,7 @@ def test_two_processes_tune_as_well_as_one(tmp_path):
         *("-m", "gdfq", "quantize", "gdfq.demo:DigitsNetwork"),
         *(f"--weights={tmp_path}/digits.safetensors", "--input=1x8x8", f"--test={tmp_path}/test.npz"),
         *(f"--mean={demo.PREPROCESSING.mean[0]}", f"--std={demo.PREPROCESSING.std[0]}"),
-        *("--bits=w3a3", "--recipe=quick", "--steps=100", "--no-onnx", "--no-report"),
+        *("--bits=w4a4", "--recipe=quick", "--steps=100", "--no-onnx", "--no-report"),
     ]  # fmt: skip
     found = []
     for command in ([sys.executable, *words], torchrun(2, *words)):
@@ -225,7 +225,7 @@ def test_two_processes_tune_as_well_as_one(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads((out / "metrics.json").read_text())["student"]["top1"])
     one, two = found
-    # Two of one process from other seeds differ by more.
+    # Rounding alone may part them: at 3 bits by up to 3.7, no less than two seeds.
     assert two == pytest.approx(one, abs=2.0)
 
 
