@@ -119,7 +119,7 @@ class Recipe:
         return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
 
 
-_FAST_POOL = ImagePool(SpectralSource(iterations=60), images=2048, batch=100, pixels=2**25)
+_FAST_POOL = ImagePool(SpectralSource(iterations=60), images=2048, batch=32, pixels=2**25)
 
 _FAST_TUNING = Distillation(
     GridAdam(codes=0.01, steps=1e-3, others=5e-4),
@@ -134,9 +134,9 @@ FAST = Recipe(
     name="fast",
     summary="learned grids, tuned on a pool of spectral images: minutes on a CPU",
     source=_FAST_POOL,
-    steps=1500,
-    calibration=3,
-    warmup=3,
+    steps=3000,
+    calibration=10,
+    warmup=10,
     tuning=_FAST_TUNING,
     placement="full",
     quantizers="learned",
@@ -146,9 +146,9 @@ FAST = Recipe(
 QUICK = replace(
     FAST,
     name="quick",
-    summary="fast with fewer images, half of their iterations, a twentieth of the steps: a minute",
-    source=ImagePool(SpectralSource(), images=256, batch=100),
-    steps=80,
+    summary="fast with fewer images, half of their iterations, a twelfth of the steps: a minute",
+    source=ImagePool(SpectralSource(), images=256, batch=32),
+    steps=250,
     tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),
 )
 
@@ -157,6 +157,9 @@ PATCHES = replace(
     name="patches",
     summary="fast on images of diverse patches: for networks without batch norms (transformers)",
     source=ImagePool(PatchSource(), images=1024, batch=100),
+    steps=1500,
+    calibration=3,
+    warmup=3,
     match_moments=False,
 )
 
