@@ -146,9 +146,11 @@ FAST = Recipe(
 QUICK = replace(
     FAST,
     name="quick",
-    summary="fast with fewer images, half of their iterations, a twelfth of the steps: a minute",
-    source=ImagePool(SpectralSource(), images=256, batch=32),
-    steps=250,
+    summary="fast with fewer images, half of their iterations, few steps: a minute",
+    source=ImagePool(SpectralSource(), images=256, batch=100),
+    steps=80,
+    calibration=3,
+    warmup=3,
     tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),
 )
 
