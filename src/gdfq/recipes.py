@@ -119,7 +119,7 @@ class Recipe:
         return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
 
 
-_FAST_POOL = ImagePool(SpectralSource(iterations=60), images=2048, batch=32, pixels=2**25)
+_FAST_POOL = ImagePool(SpectralSource(iterations=60), images=2048, batch=32, pixels=2**26)
 
 _FAST_TUNING = Distillation(
     GridAdam(codes=0.01, steps=1e-3, others=5e-4),
