@@ -28,14 +28,16 @@ of the development networks' test images is what the design of `fast` looked at
 READING = """
 *Development networks* are marked with an asterisk: hyper-parameters were chosen on their
 even-indexed images (with seed 100), so read the odd half. ResNet-56 showed mistakes of the images, and
-MobileNetV1 (both with seed 100) how many iterations they need, when not to shift them and that channels are worth
+MobileNetV1 (both with seed 100) how many images of how many iterations it needs, when not to shift them and that channels are worth
 equalizing ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. How busy it was differed: one and
 the same row of `fast` took 825 and 653 seconds. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
-memory is the process's. Rows with † are of an earlier form of their recipe: of `fast` and `real`
-before images took 60 iterations and channels were equalized ([recipes.md](recipes.md)).
+memory is the process's. Rows with † are of an earlier form of their recipe, and two rows of one name are of two such forms. Of `fast`: first
+images of 30 iterations and channels not equalized (all rows with fewer than 300 seconds of images of
+ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still in 1,500 steps of 100 images; the present
+form, 3,000 steps of 32 and twice the pixels of large inputs, has no row yet ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to half the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
@@ -80,7 +82,8 @@ def accuracy_tables() -> str:
     for path in sorted(RESULTS.glob("*-s*.json")):
         run = json.loads(path.read_text())
         name = f"`{run['recipe']}`{'†' * is_stale(run)}"
-        runs[run["network"], run["placement"], run["bits"], name, run["steps"]].append(run)
+        what = (run["network"], run["placement"], run["bits"], name, run["steps"])
+        runs[(*what, run.get("settings"))].append(run)  # no mean over two forms of a recipe
     lines = [
         "\n## Accuracy\n",
         "| network | placement | bits | recipe | steps | seeds | full precision | top-1, all images "
@@ -88,7 +91,7 @@ def accuracy_tables() -> str:
         "| seconds (images) | float steps | peak MiB |",
         "| --- |" + " --- |" * 14,
     ]
-    for (network, placement, bits, recipe, steps), group in runs.items():
+    for (network, placement, bits, recipe, steps, _), group in runs.items():
         top1 = [run["student"]["all"] for run in group]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
         full = group[0]["teacher"]
@@ -127,7 +130,7 @@ def accuracy_tables() -> str:
         "the interval is the paired bootstrap over test images, its bounds averaged over seeds."
     )
     lines += [READING, PAPER_READING, PUBLISHED]
-    for (network, placement, bits, recipe, _), group in runs.items():
+    for (network, placement, bits, recipe, *_), group in runs.items():
         for run in group:
             if run.get("along"):
                 lines.append(
@@ -156,6 +159,7 @@ def rival_table() -> str:
         "| seconds: `fast`, other |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    heading = len(lines)
     where = ("network", "placement", "bits", "seed")
     for fast in kept:
         if fast["recipe"] != "fast" or fast["steps"] != find_recipe("fast").steps:
@@ -175,6 +179,8 @@ def rival_table() -> str:
                 f"| {' | '.join(cells)} "
                 f"| {fast['seconds']['total']:.0f}, {other['seconds']['total']:.0f} |"
             )
+    if len(lines) == heading:
+        lines.append("\nNo row of the present `fast` is there yet.")
     return "\n".join(lines) + "\n"
 
 
@@ -184,16 +190,16 @@ def time_table() -> str:
     for path in RESULTS.glob("cifar10_resnet20-w4a4-t1-*-s*.json"):
         run = json.loads(path.read_text())
         if "float_steps" in run:
-            runs[run["recipe"], run["steps"]].append(run)
+            runs[run["recipe"], run["steps"], run.get("settings")].append(run)
     rows = sorted(
         (
             statistics.mean(run["seconds"]["total"] for run in group),
             statistics.mean(run["float_steps"] for run in group),
             statistics.mean(run["student"]["all"] for run in group),
-            f"`{recipe}`{'†' * any(map(is_stale, group))}",
+            f"`{recipe}`{'†' * is_stale(group[0])}",
             steps,
         )
-        for (recipe, steps), group in runs.items()
+        for (recipe, steps, _), group in runs.items()
     )
     lines = [
         "\n## Accuracy over time\n",
