@@ -36,8 +36,8 @@ the same row of `fast` took 825 and 653 seconds. A *float step* is a plain train
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
 memory is the process's. Rows with † are of an earlier form of their recipe, and two rows of one name are of two such forms. Of `fast`: first
 images of 30 iterations and channels not equalized (all rows with fewer than 300 seconds of images of
-ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still in 1,500 steps of 100 images; the present
-form, 3,000 steps of 32 and twice the pixels of large inputs, has no row yet ([recipes.md](recipes.md)).
+ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still in 1,500 steps of 100 images. The present
+form takes 3,000 steps of 32 and twice the pixels of large inputs ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to half the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
