@@ -36,7 +36,7 @@ the same row of `fast` took 825 and 653 seconds. A *float step* is a plain train
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
 memory is the process's. Rows with † are of an earlier form of their recipe, and two rows of one name are of two such forms. Of `fast`: first
 images of 30 iterations and channels not equalized (all rows with fewer than 300 seconds of images of
-ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still in 1,500 steps of 100 images. The present
+ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still on batches of 100 images. The present
 form takes 3,000 steps of 32 and twice the pixels of large inputs ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to half the time
@@ -46,7 +46,7 @@ Sony's model-compression-toolkit 2.6.1 with its own generated images and gradien
 """
 
 PAPER_READING = """
-`paper` at 200 steps takes as long as `fast` did at 800. `paper` and `paper-real` at 2,000 steps are a fortieth
+`paper` and `paper-real` at 2,000 steps are a fortieth
 of the published 80,000. With the published learning rate (1e-4, cut tenfold at a quarter, a half
 and three quarters) the updates that follow the warm-up move the student little: it is the schedule
 that limits at this length, not the images. The full 80,000 steps have not been run here: on two
@@ -204,8 +204,8 @@ def time_table() -> str:
     lines = [
         "\n## Accuracy over time\n",
         "CIFAR-10 ResNet-20, w4a4, t1: each point is a run of its own (or the mean of its seeds), its "
-        "schedule scaled to its length, and the whole time counts, images included. From 200 steps on the "
-        "differences are within what one seed can tell.\n",
+        "schedule scaled to its length, and the whole time counts, images included. A float step is of the row's "
+        "own batch (32 of `fast`; 100 of `quick` and of rows with †), so compare them within a recipe only.\n",
         "| seconds | float steps | recipe, steps | top-1 |",
         "| --- | --- | --- | --- |",
     ]
