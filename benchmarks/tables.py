@@ -34,7 +34,7 @@ Seconds are the whole run, capture to frozen student, on one thread of a machine
 was also busy; the images' share is charged to every row that uses them. How busy it was differed: one and
 the same row of `fast` took 825 and 653 seconds. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
-memory is the process's. Rows with † are of an earlier form of their recipe, and rows alike but for it of another. Of `fast`: first
+memory is the process's. Rows with † are of an earlier form of their recipe, the others of the present one. Of `fast`: first
 images of 30 iterations and channels not equalized (all rows with fewer than 300 seconds of images of
 ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still on batches of 100 images. The present
 form takes 3,000 steps of 32 and twice the pixels of large inputs ([recipes.md](recipes.md)).
