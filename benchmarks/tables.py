@@ -39,7 +39,7 @@ images of 30 iterations and channels not equalized (all rows with fewer than 300
 ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still on batches of 100 images. The present
 form takes 3,000 steps of 32 and twice the pixels of large inputs ([recipes.md](recipes.md)).
 
-`genie` and `synq` are those methods built from the pieces of this package and cut to half the time
+`genie` and `synq` are those methods built from the pieces of this package and cut to a third of the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
 Sony's model-compression-toolkit 2.6.1 with its own generated images and gradient-based quantization:
 512 images of 200 iterations and 40 epochs (its "steps"), chosen here to fit the time, the rest its defaults.

@@ -50,7 +50,7 @@ def test_gdfq_beats_direct_rounding_on_real_digits(digits):
 
 
 def test_fast_beats_direct_rounding_by_far_at_three_bits(digits):
-    """Six points at least, in a hundred updates on images that no one took."""
+    """Six points at least, in ninety updates on images that no one took."""
     rounded = quantize(digits, "w3a3", demo.ROUNDING, placement="t1")
     fast = quantize(digits, "w3a3", "fast", steps=100, placement="t1")
     assert fast["student"]["top1"] > rounded["student"]["top1"] + 6

@@ -109,3 +109,17 @@ def test_the_readme_names_real_recipes():
     table = (pages.ROOT / "README.md").read_text().split("| recipe |")[1].split("\n\n")[0]
     for name in re.findall(r"`([a-z][a-z-]*)`", table):
         assert name in RECIPES
+
+
+def test_the_page_on_fast_says_what_fast_is():
+    page = (DOCS / "recipes.md").read_text().split("## What helped")[0]
+    fast = RECIPES["fast"]
+    for text in (
+        f"{fast.source.images:,} images",
+        f"{fast.source.fitted((3, 224, 224)).images:,}\n   of 224 x 224",
+        f"{fast.source.source.batch} at a time for {fast.source.source.iterations} iterations",
+        f"{fast.steps:,} steps",
+        f"batches of {fast.source.batch} images",
+        f"T = {fast.tuning.temperature:.0f}",
+    ):
+        assert text in page
