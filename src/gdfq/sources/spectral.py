@@ -42,7 +42,7 @@ class SpectralSource:
 
     batch: int = 128
     iterations: int = 30
-    optimizer: AdamConfig = AdamConfig(lr=0.05, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
+    optimizer: AdamConfig = AdamConfig(lr=0.2, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
     brightness: float = 0.3
     grey: float = 0.85
