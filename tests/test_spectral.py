@@ -193,6 +193,14 @@ def test_a_pool_moves_images_that_the_teacher_knows_again(where):
     )
 
 
+def test_the_teacher_is_asked_about_images_from_all_over_the_pool():
+    teacher = capture(Brightest(where=True).eval(), networks.images(2))
+    even = torch.zeros(512, *teacher.input_shape)  # nowhere brighter, wherever it is moved
+    images = torch.cat([even, networks.images(512)])
+    known = float(known_again(teacher, images, torch.Generator().manual_seed(0)))
+    assert 0.5 <= known < 0.6
+
+
 def test_a_pool_moves_images_for_a_network_without_classes():
     shape = networks.shape_of("Volume")
     teacher = capture(networks.make("Volume"), networks.images(2, shape=shape))

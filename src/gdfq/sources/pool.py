@@ -194,7 +194,9 @@ def known_again(teacher: Captured, images: Tensor, draw: torch.Generator) -> Ten
         found: Tensor = teacher.network(images).argmax(1)
         return found
 
-    parts = images[:_ASKED].split(_ALIKE)
+    # From all over the pool, for images that were made together are alike.
+    asked = torch.linspace(0, len(images) - 1, min(_ASKED, len(images)), device=images.device)
+    parts = images[asked.round().long()].split(_ALIKE)
     same = [classes(part) == classes(shifted_and_flipped(part, draw)) for part in parts]
     return torch.cat(same).float().mean()
 
