@@ -28,16 +28,17 @@ of the development networks' test images is what the design of `fast` looked at
 READING = """
 *Development networks* are marked with an asterisk: hyper-parameters were chosen on their
 even-indexed images (with seed 100), so read the odd half. ResNet-56 showed mistakes of the images, and
-MobileNetV1 (both with seed 100) how many images of how many iterations it needs, when not to shift them and that channels are worth
-equalizing ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
+MobileNetV1 (both with seed 100) how many images of how many iterations it needs, when not to shift them, that channels are worth
+equalizing, and that images should be optimised further ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. How busy it was differed: one and
 the same row of `fast` took 825 and 653 seconds. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
-memory is the process's. Rows with † are of an earlier form of their recipe, the others of the present one. Of `fast`: first
-images of 30 iterations and channels not equalized (all rows with fewer than 300 seconds of images of
-ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`), then both, still on batches of 100 images. The present
-form takes 3,000 steps of 32 and twice the pixels of large inputs ([recipes.md](recipes.md)).
+memory is the process's. Rows with † are of an earlier form of their recipe, the others of the present one. The forms of `fast`,
+told apart by their steps: those with 3,000, and with 50 to 400, had images whose coefficients moved by 0.05 an iteration and not
+0.2; before them, with 800 and 1,500, batches of 100 images and half as many large ones; and of these, those with fewer than 300 seconds of images of
+ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`, images of 30 iterations and channels that were not
+equalized ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to a third of the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
