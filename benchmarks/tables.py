@@ -37,7 +37,7 @@ the row's own batch (100 for `mct`), measured in the same process (batch norms i
 memory is the process's. Rows with † are of an earlier form of their recipe, the others of the present one. The forms of `fast`,
 told apart by their steps: those with 3,000, and with 50 to 400, had images whose coefficients moved by 0.05 an iteration and not
 0.2; before them, with 800 and 1,500, batches of 100 images and half as many large ones; and of these, those with fewer than 300 seconds of images of
-ResNet-20, and ResNet-56, MobileNetV1 at w8a8 and `real`, images of 30 iterations and channels that were not
+ResNet-20, and `real`, images of 30 iterations and channels that were not
 equalized ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to a third of the time
