@@ -35,12 +35,12 @@ was also busy; the images' share is charged to every row that uses them. How bus
 the same row of `fast` took 825 and 653 seconds. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
 memory is the process's. Rows with † are of an earlier form of their recipe, the others of the present one. The forms of `fast`,
-told apart by their steps: those with 3,000, and with 50 to 400, had images whose coefficients moved by 0.05 an iteration and not
+told apart by their steps: those with 50 to 400 had images whose coefficients moved by 0.05 an iteration and not
 0.2; before them, with 800 and 1,500, batches of 100 images and half as many large ones; and of these, those with fewer than 300 seconds of images of
 ResNet-20, and `real`, images of 30 iterations and channels that were not
 equalized ([recipes.md](recipes.md)).
 
-`genie` and `synq` are those methods built from the pieces of this package and cut to a third of the time
+`genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
 Sony's model-compression-toolkit 2.6.1 with its own generated images and gradient-based quantization:
 512 images of 200 iterations and 40 epochs (its "steps"), chosen here to fit the time, the rest its defaults.
@@ -206,7 +206,7 @@ def time_table() -> str:
         "\n## Accuracy over time\n",
         "CIFAR-10 ResNet-20, w4a4, t1: each point is a run of its own (or the mean of its seeds), its "
         "schedule scaled to its length, and the whole time counts, images included. A float step is of the row's "
-        "own batch (32 of `fast`; 100 of `quick` and of rows with †), so compare them within a recipe only.\n",
+        "own batch (32 of `fast`, but 100 of its rows with 800 steps or 1,500), so compare like with like only.\n",
         "| seconds | float steps | recipe, steps | top-1 |",
         "| --- | --- | --- | --- |",
     ]
