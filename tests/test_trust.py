@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 
 import networks
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from gdfq.capture import Captured, capture
 from gdfq.pipeline import quantize
 from gdfq.sources.pool import collect
-from gdfq.trust import LAW, Law, comparable, judged, made, measure, mixed
+from gdfq.trust import _SOURCE, LAW, Law, comparable, judged, made, measure, mixed
 
 ERRORS = st.floats(0.0, 2.0)
 
@@ -140,3 +141,12 @@ def test_the_images_are_of_the_kind_that_the_law_was_fitted_on():
     images = made(capture(networks.that_saw(pixels), pixels[:1]), seed=0)
     assert float(images.std()) > 0.45
     assert float(images.flatten(1).std(1).log().std()) < 0.3
+
+
+def test_the_images_of_the_law_do_not_follow_those_of_the_recipes():
+    """Each setting stands where the law's images are made: another default would be another law."""
+    inherited = {field.name for field in fields(_SOURCE)} - set(
+        vars(type(_SOURCE))["__annotations__"]
+    )
+    assert inherited == {"contrast"}  # which `look` does without
+    assert _SOURCE.optimizer.lr == 0.05

@@ -22,6 +22,7 @@ from gdfq.outputs import in_order
 from gdfq.parity import Parity
 from gdfq.progress import Listener, Step, silent
 from gdfq.randomness import stream as random_stream
+from gdfq.schedules import AdamConfig
 from gdfq.sources.pool import collect
 from gdfq.sources.spectral import Look, SpectralSource, natural_noise
 
@@ -90,10 +91,18 @@ LAW = Law(shift=-0.84, power=2.44, error=0.63, limit=0.7)
 class _AsFitted(SpectralSource):
     """Images of mean 0, deviation 1, one contrast and similar brightness, whatever the network.
 
-    Such were the images that the law was fitted on, so it holds for no others.
+    Such were the images that the law was fitted on, so it holds for no others, and every setting
+    stands here whatever the recipes' images become.
     """
 
+    batch: int = 128
+    iterations: int = 30
+    optimizer: AdamConfig = AdamConfig(lr=0.05, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
+    exponent: float = 1.5
     brightness: float = 0.06
+    grey: float = 0.85
+    class_weight: float = 0.01
+    focus: float = 2.0
 
     def look(self, teacher: Captured, seed: int) -> Look:  # noqa: ARG002 (of all the same)
         return Look.unit(teacher)
