@@ -27,8 +27,8 @@ class ImagePool:
     have `pixels` pixels together, and one batch at least.
 
     Each batch is shifted by up to an eighth of the image's side and flipped at random, all its
-    images alike, unless `augmented` is False or the teacher does not know the images again then:
-    made images may be of its class in one place alone. The last batch of an epoch is left out when
+    images alike, unless `augmented` is False or the teacher does not give half of the images their
+    class again then: made images may be of it in one place alone. The last batch of an epoch is left out when
     it is smaller than the others.
     """
 
@@ -178,7 +178,8 @@ def collect(
 _ASKED, _ALIKE = 256, 4
 """Images that the teacher is asked about again, and how many of them are moved alike."""
 _KNOWN = 0.5
-"""Between networks that learn from moved images (0.67 to 0.83) and one that does not (to 0.43)."""
+"""Between two networks that learn from moved images (0.67 to 0.83 are known again) and one that
+does not (0.36 to 0.43)."""
 
 
 @torch.no_grad()

@@ -86,11 +86,11 @@ class SpectralSource:
     def look(self, teacher: Captured, seed: int) -> "Look":
         """What is the same of all images."""
         draw = random_stream(seed, "spectral.input")
-        noise = natural_noise(_ASKED, teacher.input_shape, self, draw).to(teacher.device)
+        noise = natural_noise(_NOISE_IMAGES, teacher.input_shape, self, draw).to(teacher.device)
         return Look(*remembered_input(teacher, noise), self.contrast)
 
 
-_ASKED = 32
+_NOISE_IMAGES = 32
 """Images of noise that the network is asked about to find out what inputs it knows."""
 
 
@@ -110,7 +110,7 @@ class Look:
 
 
 class SpectralConfig(Protocol):
-    """How images are optimised by their spectra; the fields of `SpectralSource`."""
+    """How images are optimised by their spectra; what `SpectralSource` and `PatchSource` share."""
 
     @property
     def batch(self) -> int: ...
