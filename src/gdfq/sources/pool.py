@@ -28,8 +28,8 @@ class ImagePool:
 
     Each batch is shifted by up to an eighth of the image's side and flipped at random, all its
     images alike, unless `augmented` is False or the teacher does not give half of the images their
-    class again then: made images may be of it in one place alone. The last batch of an epoch is left out when
-    it is smaller than the others.
+    class again then: made images may be of it in one place alone. The last batch of an epoch is
+    left out when it is smaller than the others.
     """
 
     source: Source
