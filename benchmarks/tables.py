@@ -31,13 +31,14 @@ even-indexed images (with seed 100), so read the odd half. ResNet-56 showed mist
 MobileNetV1 (both with seed 100) how many images of how many iterations it needs, when not to shift them, that channels are worth
 equalizing, and that images should be optimised further ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
-was also busy; the images' share is charged to every row that uses them. How busy it was differed: one and
-the same row of `fast` took 825 and 653 seconds. A *float step* is a plain training step of the same network on
+was also busy; the images' share is charged to every row that uses them. How busy it was differed, and so did the
+machines: rows of one network and recipe differ by up to 1.8 times. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
-memory is the process's. Rows with † are of an earlier form of their recipe, the others of the present one. The forms of `fast`,
+memory is the process's. Rows with † are of an earlier form of their recipe (or, `paper` and `paper-real`, of the script, which noted no
+settings), the others of the present one. The forms of `fast`,
 told apart by their steps: those with 50 to 400 had images whose coefficients moved by 0.05 an iteration and not
 0.2; before them, with 800 and 1,500, batches of 100 images and half as many large ones; and of these, those with fewer than 300 seconds of images of
-ResNet-20, and `real`, images of 30 iterations and channels that were not
+ResNet-20, images of 30 iterations and channels that were not
 equalized ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time
@@ -78,6 +79,22 @@ def is_missing(row: Row) -> bool:
     )
 
 
+def on_one_thread(runs: list[dict]) -> list[dict]:
+    """Those whose times are comparable; all if none is."""
+    return [run for run in runs if run.get("threads", 1) == 1] or runs
+
+
+def on_two_threads(runs: list[dict]) -> str:
+    """What runs that had the machine to themselves took."""
+    alone = [
+        f"{run['network']} {run['placement']} {run['bits']} `{run['recipe']}` of seed {run['seed']} "
+        f"{run['seconds']['total']:.0f} s"
+        for run in runs
+        if run.get("threads", 1) == 2 and not is_stale(run)
+    ]
+    return f"\nAlone on the machine, with two threads: {'; '.join(alone)}." if alone else ""
+
+
 def accuracy_tables() -> str:
     runs = defaultdict(list)
     for path in sorted(RESULTS.glob("*-s*.json")):
@@ -100,20 +117,22 @@ def accuracy_tables() -> str:
         def mean(of: Callable[[dict], float], group: list[dict] = group) -> float:
             return statistics.mean(of(run) for run in group)
 
+        timed = on_one_thread(group)
+
         odd, even = (mean(lambda run, h=half: run["student"][h]) for half in ("odd", "even"))
         interval, agreement, cost, images = "", "", "", ""
         if "drop_interval" in group[0]:
             low, high = (mean(lambda run, i=i: run["drop_interval"][i]) for i in (0, 1))
             interval = f" ({low:.2f} to {high:.2f})"
             agreement = f"{mean(lambda run: run['agreement']):.2f}"
-            cost = f"{mean(lambda run: run['float_steps']):,.0f}"
-            images = f" ({mean(lambda run: run['seconds']['images']):.0f})"
+            cost = f"{mean(lambda run: run['float_steps'], timed):,.0f}"
+            images = f" ({mean(lambda run: run['seconds']['images'], timed):.0f})"
         star = "\\*" if network in DEVELOPMENT else ""
         lines.append(
             f"| {network}{star} | {placement} | {bits} | {recipe} | {steps:,} | {len(group)} "
             f"| {full['all']:.2f} | {statistics.mean(top1):.2f}{spread} | {even:.2f} / {odd:.2f} "
             f"| {full['all'] - statistics.mean(top1):.2f}{interval} | {full['odd'] - odd:.2f} "
-            f"| {agreement} | {mean(lambda run: run['seconds']['total']):.0f}{images} | {cost} "
+            f"| {agreement} | {mean(lambda run: run['seconds']['total'], timed):.0f}{images} | {cost} "
             f"| {max(run['peak_mib'] for run in group)} |"
         )
     missing: dict[str, list[str]] = defaultdict(list)
@@ -128,8 +147,10 @@ def accuracy_tables() -> str:
     lines.append(
         "\nMade by `OMP_NUM_THREADS=1 python benchmarks/accuracy.py`, row by row; `real` is "
         "`fast`'s tuning on 1,024 real training images. ± is the standard deviation over seeds; "
-        "the interval is the paired bootstrap over test images, its bounds averaged over seeds."
+        "the interval is the paired bootstrap over test images, its bounds averaged over seeds. "
+        "Seconds and float steps are of the runs on one thread, where there are any."
     )
+    lines.append(on_two_threads([run for group in runs.values() for run in group]))
     lines += [READING, PAPER_READING, PUBLISHED]
     for (network, placement, bits, recipe, *_), group in runs.items():
         for run in group:
@@ -194,8 +215,8 @@ def time_table() -> str:
             runs[run["recipe"], run["steps"], run.get("settings")].append(run)
     rows = sorted(
         (
-            statistics.mean(run["seconds"]["total"] for run in group),
-            statistics.mean(run["float_steps"] for run in group),
+            statistics.mean(run["seconds"]["total"] for run in on_one_thread(group)),
+            statistics.mean(run["float_steps"] for run in on_one_thread(group)),
             statistics.mean(run["student"]["all"] for run in group),
             f"`{recipe}`{'†' * is_stale(group[0])}",
             steps,
@@ -220,7 +241,7 @@ def time_table() -> str:
 RUNTIME = """
 ## Exported files
 
-`python benchmarks/runtime.py make`, then `measure`: placement `full`, recipe `quick`; all files of a
+`python benchmarks/runtime.py make`, then `measure`: placement `full`, recipe `quick` in an earlier form; all files of a
 network are timed in turn in one process of ONNX Runtime, 1.5 seconds for each file and setting;
 median [first, third quartile] milliseconds a call. `quantize_static` is ONNX Runtime's own
 quantization of the same float32 file with the same images (uint8 activations, int8 weights for each
@@ -232,7 +253,7 @@ the machine): MobileNetV1's first two layers have 3 and 8 channels, for which th
 233 of 1,352, against 111 and 49 in float, whose kernel works on 16 channels at once. Kept float, with
 nothing quantized between them, the file is faster than float32. ResNet-18 spends 6,400 of 6,900 in
 QLinearConv, 1,150 of them in the first layer (3 channels), as `quantize_static`'s file does; its
-own kernels, not the graph around them, decide that bar.
+own kernels, not the graph around them, decide its time.
 """
 
 
