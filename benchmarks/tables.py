@@ -32,7 +32,8 @@ MobileNetV1 (both with seed 100) how many images of how many iterations it needs
 equalizing, and that images should be optimised further ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy; the images' share is charged to every row that uses them. How busy it was differed, and so did the
-machines: rows of one network and recipe differ by up to 1.8 times. A *float step* is a plain training step of the same network on
+machines: rows of one network and recipe differ by up to one and a half times. The images of ResNet-20's seed 1
+were made on two threads, also those of the row of w3a3. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
 memory is the process's. Rows with † are of an earlier form of their recipe (or, `paper` and `paper-real`, of the script, which noted no
 settings), the others of the present one. The forms of `fast`,
@@ -85,14 +86,14 @@ def on_one_thread(runs: list[dict]) -> list[dict]:
 
 
 def on_two_threads(runs: list[dict]) -> str:
-    """What runs that had the machine to themselves took."""
-    alone = [
+    """What the other runs of present recipes took."""
+    runs_of_two = [
         f"{run['network']} {run['placement']} {run['bits']} `{run['recipe']}` of seed {run['seed']} "
         f"{run['seconds']['total']:.0f} s"
         for run in runs
         if run.get("threads", 1) == 2 and not is_stale(run)
     ]
-    return f"\nAlone on the machine, with two threads: {'; '.join(alone)}." if alone else ""
+    return f"\nWith two threads: {'; '.join(runs_of_two)}." if runs_of_two else ""
 
 
 def accuracy_tables() -> str:

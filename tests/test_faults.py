@@ -46,12 +46,6 @@ def test_a_shortage_names_a_batch_that_fits(error, room, advice):
     assert asked[:2] == [200, 100]
 
 
-def test_the_largest_batch_of_a_pool_may_be_that_of_making_its_images():
-    assert RECIPES["fast"].largest_batch == 128
-    assert RECIPES["fast"].with_batch(200).largest_batch == 200
-    assert RECIPES["paper"].largest_batch == 200
-
-
 def test_other_errors_are_not_taken_for_a_shortage():
     with pytest.raises(RuntimeError, match="mat1 and mat2"), told_of_shortage(8, print):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

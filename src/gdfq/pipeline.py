@@ -200,7 +200,7 @@ def _carried_out(run: _Run, keeper: Keeper, clock: Clock, listener: Listener) ->
     network: fx.GraphModule | None = None
     while network is None:
         try:
-            with told_of_shortage(recipe.largest_batch, partial(_pass_through, teacher)):
+            with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
                 network, scaled = make(feed, seed=origin["seed"])
         except CollapsedError as error:
             _choose_another_seed_(origin, card.seed, error)

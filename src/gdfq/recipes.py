@@ -118,15 +118,6 @@ class Recipe:
             return replace(self, source=replace(source, batch=batch, source=inner))
         return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
 
-    @property
-    def largest_batch(self) -> int:
-        """The most images of a step, of those that make images and those that tune."""
-        source = self.source
-        batches = [source.batch]
-        if isinstance(source, ImagePool):
-            batches.append(source.source.batch)
-        return max(batches)
-
 
 _FAST_POOL = ImagePool(SpectralSource(iterations=60), images=2048, batch=32, pixels=2**26)
 
