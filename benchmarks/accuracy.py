@@ -125,7 +125,6 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> R
     pool = recipe.source
     if not isinstance(pool, ImagePool) or isinstance(pool.source, GivenImages):
         return recipe
-    pool = pool.fitted(teacher.input_shape)
     CACHE.mkdir(exist_ok=True)
     kind = type(pool.source).__name__.lower()
     path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"
@@ -240,7 +239,7 @@ def run_row(row: Row) -> dict[str, object]:
 def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, Facts, int]:
     """The student of one of our recipes, what the run was, and the batch it tuned on."""
     recipe = find_recipe(row.recipe).with_steps(row.steps)
-    recipe = replace(recipe, placement=row.placement)  # type: ignore[arg-type]
+    recipe = replace(recipe, placement=row.placement).fitted(teacher.input_shape)  # type: ignore[arg-type]
     with Terminal() as listener:
         recipe = stored(recipe, teacher, row, listener)
         source = recipe.source

@@ -208,17 +208,23 @@ def test_a_pool_moves_images_for_a_network_without_classes():
 
 
 @pytest.mark.parametrize(
-    ("shape", "images"), [((3, 8, 8), 10), ((3, 8, 16), 8), ((3, 16, 16), 4), ((3, 99, 99), 4)]
+    ("shape", "images", "batch"),
+    [((3, 8, 8), 10, 5), ((3, 8, 16), 8, 4), ((3, 16, 16), 4, 2), ((3, 99, 99), 4, 2)],
 )
-def test_a_pool_has_fewer_images_when_they_are_large(shape, images):
+def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(shape, images, batch):
     pool = ImagePool(Counted(), images=10, batch=5, pixels=1100)
-    assert pool.fitted(shape).images == images
-    assert replace(pool, pixels=None).fitted(shape).images == 10
+    assert (pool.fitted(shape).images, pool.fitted(shape).batch) == (images, batch)
+    assert replace(pool, batch=1).fitted(shape).batch == 1
+    same = replace(pool, pixels=None)
+    assert same.fitted(shape) == same
+    assert pool.fitted(shape).fitted(shape) == pool.fitted(shape)
 
 
 def test_a_pool_makes_as_many_as_fit(teacher):
     pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
-    assert len(pool.stream(teacher, steps=1, seed=0).images()) == 8
+    stream = pool.stream(teacher, steps=1, seed=0)
+    assert len(stream.images()) == 8
+    assert len(next(stream).images) == 3
     _, images = pool.made(teacher, seed=0)
     assert len(images) == 8
 

@@ -80,7 +80,7 @@ def _run(
     resume: bool,
     group: Group,
 ) -> None:
-    chosen = find_recipe(recipe).with_steps(steps).with_batch(batch)
+    chosen = find_recipe(recipe).with_steps(steps)
     widths = parse_bits(bits, size)
     for text in keep:
         Keep.parse(text)
@@ -94,6 +94,7 @@ def _run(
     loaded = load_model(model, weights)
     network = loaded.module
     shape, preprocessing = loaded.input(input_shape, mean, std)
+    chosen = chosen.fitted(shape).with_batch(batch)
     if loaded.preprocessing is None and group.rank == 0:
         _warn_about_normalisation(mean, std)
     config = {

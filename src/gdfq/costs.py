@@ -29,6 +29,7 @@ def with_costs(
     """The diagnosis with time and memory, measured on one step of each stage on this device."""
     if diagnosis.problems:
         return diagnosis
+    recipe = recipe.fitted(teacher.input_shape)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
     seconds = {
@@ -37,7 +38,7 @@ def with_costs(
     }
     peak = peak_bytes(teacher.device)
     pool = recipe.source
-    held = pool.fitted(teacher.input_shape).images if isinstance(pool, ImagePool) else 0
+    held = pool.images if isinstance(pool, ImagePool) else 0
     peak += 4 * held * math.prod(teacher.input_shape)
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
 
@@ -80,8 +81,7 @@ class _Stopwatch:
 def _source_seconds(source: Source, teacher: Captured, steps: int) -> float:
     """Of a whole stream: the second iteration, or else the second batch, times their number."""
     if isinstance(source, ImagePool):
-        images = source.fitted(teacher.input_shape).images
-        return _source_seconds(source.source, teacher, -(-images // source.source.batch))
+        return _source_seconds(source.source, teacher, -(-source.images // source.source.batch))
     watch = _Stopwatch(teacher.device)
     stream = source.stream(teacher, steps=max(2, steps), seed=0, listener=watch)
     try:

@@ -104,7 +104,7 @@ def quantize(
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
     widths = parse_bits(bits, size)
-    recipe = find_recipe(recipe).with_steps(steps).with_batch(batch)
+    recipe = find_recipe(recipe).with_steps(steps)
     recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
     check_seed(seed)
     clock = Clock()
@@ -115,6 +115,7 @@ def quantize(
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))
+    recipe = recipe.fitted(teacher.input_shape).with_batch(batch)
     preprocessing = Preprocessing.of(teacher.input_shape[0], mean, std, resize)
     source: Source = recipe.source
     given: ImageData | None = None

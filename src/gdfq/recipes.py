@@ -4,6 +4,7 @@ A recipe is a frozen value. A new method is a new value here, or one new source,
 loss beside the others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
@@ -118,8 +119,14 @@ class Recipe:
             return replace(self, source=replace(source, batch=batch, source=inner))
         return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
 
+    def fitted(self, input_shape: Sequence[int]) -> "Recipe":
+        """The recipe with as many images, and as many a step, as it takes of that shape."""
+        if not isinstance(self.source, ImagePool):
+            return self
+        return replace(self, source=self.source.fitted(input_shape))
 
-_FAST_POOL = ImagePool(SpectralSource(iterations=60), images=2048, batch=32, pixels=2**26)
+
+_FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=2**26)
 
 _FAST_TUNING = Distillation(
     GridAdam(codes=0.01, steps=1e-3, others=5e-4),
@@ -134,7 +141,7 @@ FAST = Recipe(
     name="fast",
     summary="learned grids, tuned on a pool of spectral images: minutes on a CPU",
     source=_FAST_POOL,
-    steps=2500,
+    steps=2400,
     calibration=10,
     warmup=10,
     tuning=_FAST_TUNING,
@@ -146,7 +153,7 @@ FAST = Recipe(
 QUICK = replace(
     FAST,
     name="quick",
-    summary="fast with fewer images, half of their iterations, few steps: a minute",
+    summary="fast with few images and few steps: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100),
     steps=80,
     calibration=3,

@@ -24,7 +24,8 @@ class ImagePool:
     """Batches from the first `images` images of another source, in a new order each epoch.
 
     Of large images, which say more and cost more, it takes only as many of the source's batches as
-    have `pixels` pixels together, and one batch at least.
+    have `pixels` pixels together, and one batch at least; its own batches shrink with it, so that
+    an epoch has as many.
 
     Each batch is shifted by up to an eighth of the image's side and flipped at random, all its
     images alike, unless `augmented` is False or the teacher does not give half of the images their
@@ -39,11 +40,13 @@ class ImagePool:
     pixels: int | None = None
 
     def fitted(self, input_shape: Sequence[int]) -> "ImagePool":
-        """The same pool with as many images as it takes of inputs of that shape."""
+        """The same pool with as many images, and as many a batch, as of inputs of that shape."""
         if self.pixels is None:
             return self
         batches = max(1, self.pixels // (math.prod(input_shape[1:]) * self.source.batch))
-        return replace(self, images=min(self.images, batches * self.source.batch), pixels=None)
+        images = min(self.images, batches * self.source.batch)
+        batch = max(1, self.batch * images // self.images)
+        return replace(self, images=images, batch=batch, pixels=None)
 
     def stream(
         self,

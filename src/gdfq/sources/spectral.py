@@ -41,8 +41,8 @@ class SpectralSource:
     """
 
     batch: int = 128
-    iterations: int = 30
-    optimizer: AdamConfig = AdamConfig(lr=0.2, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
+    iterations: int = 24
+    optimizer: AdamConfig = AdamConfig(lr=0.3, betas=(0.5, 0.5))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
     brightness: float = 0.3
     grey: float = 0.85
