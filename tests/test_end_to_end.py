@@ -59,7 +59,8 @@ def test_fast_beats_direct_rounding_by_far_at_three_bits(digits):
 def test_the_loss_is_foreseen_without_data(digits):
     """Students from harmless to poor come in their order, each drop lies in its interval.
 
-    As far as a few hundred images tell the drop, that is: within two of its standard errors.
+    As far as a few hundred images tell the drop, that is: within two of its standard errors. Two
+    students of each kind, because one's luck moves its drop by a point or two.
     """
     network, _, (images, labels) = digits
     teacher = capture(network, torch.zeros(1, *demo.INPUT_SHAPE))
@@ -71,8 +72,8 @@ def test_the_loss_is_foreseen_without_data(digits):
         return logits.argmax(1) == labels
 
     was_right = right(teacher.network)
-    expected = []
-    for bits in ("w8a8", "w4a4", "w3a3"):
+
+    def seen(bits, seed):
         student = gdfq.quantize(
             teacher,
             torch.zeros(1, *demo.INPUT_SHAPE),
@@ -80,14 +81,23 @@ def test_the_loss_is_foreseen_without_data(digits):
             recipe,
             mean=demo.PREPROCESSING.mean,
             std=demo.PREPROCESSING.std,
+            seed=seed,
         )
         is_right = right(student.network)
         lost, won = int((was_right & ~is_right).sum()), int((~was_right & is_right).sum())
-        drop, error = paired_drop(lost, won, len(labels))
-        seen = measure(teacher, student.network, seed=0)
-        low, high = seen.interval
+        foreseen = measure(teacher, student.network, seed=seed)
+        return (
+            *paired_drop(lost, won, len(labels)),
+            *foreseen.interval,
+            foreseen.expected_drop,
+        )
+
+    expected = []
+    for bits in ("w8a8", "w4a4", "w3a3"):
+        both = torch.tensor([seen(bits, seed) for seed in (0, 1)]).mean(0)
+        drop, error, low, high, foreseen = both.tolist()
         assert low - 2 * error <= max(drop, 0) <= high + 2 * error
-        expected.append(seen.expected_drop)
+        expected.append(foreseen)
     assert expected == sorted(expected)
     assert expected[0] < 1 < expected[-1]
 
