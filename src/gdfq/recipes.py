@@ -120,7 +120,7 @@ class Recipe:
         return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
 
     def fitted(self, input_shape: Sequence[int]) -> "Recipe":
-        """The recipe with as many images, and as many a step, as it takes of inputs of that shape."""
+        """The recipe with as many images, and as many a step, as inputs of that shape allow."""
         if not isinstance(self.source, ImagePool):
             return self
         return replace(self, source=self.source.fitted(input_shape))

@@ -40,7 +40,7 @@ class ImagePool:
     pixels: int | None = None
 
     def fitted(self, input_shape: Sequence[int]) -> "ImagePool":
-        """The same pool with as many images, and as many a batch, as it takes of that input shape."""
+        """The same pool with as many images, and as many a batch, as inputs of that shape allow."""
         if self.pixels is None:
             return self
         batches = max(1, self.pixels // (math.prod(input_shape[1:]) * self.source.batch))
