@@ -40,7 +40,7 @@ settings), the others of the present one. The forms of `fast`,
 told apart by their steps: those with 2,500, and `real`, had 2,048 images of 60 slower iterations and batches of 32; before them, with 800 and
 1,500, images whose coefficients moved by 0.05 an iteration and not 0.2, batches of 100 and half as many large images; and of these, those with fewer than
 300 seconds of images of ResNet-20, images of 30 iterations and channels that were not
-equalized. `quick` had 30 of the slower iterations ([recipes.md](recipes.md)).
+equalized ([recipes.md](recipes.md)).
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
