@@ -34,10 +34,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.p
                f"{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
 
 
-def torchrun(processes: int, *words: str) -> list[str]:
+def torchrun(processes: int, *words: str, look: float = 0.1) -> list[str]:
+    """look: seconds between two looks for a dead process, at which torchrun ends the others."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={processes}", *words),
+        *(f"--monitor-interval={look}", f"--nproc-per-node={processes}", *words),
     ]
 
 
@@ -157,8 +158,9 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
         place, "--recipe=paper-no-boundary", "--steps=400", "--batch=8", "--checkpoint-every=0.1",
         f"--test={place}/test.npz", "--no-onnx", "--no-report",
     )  # fmt: skip
+    # The one that lives must come to say so itself, before torchrun ends it.
     run = subprocess.Popen(
-        torchrun(2, *words),
+        torchrun(2, *words, look=20),
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
