@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    multiprocessing.set_forkserver_preload(["gdfq.commands", "onnxscript"])
+    multiprocessing.set_forkserver_preload(["gdfq.jobs.quantize", "onnxscript"])
     draw = random.Random(options.seed)  # noqa: S311 (no secret)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:

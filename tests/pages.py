@@ -63,6 +63,7 @@ def run(page: Path, chosen: Sequence[Block], folder: Path) -> dict[str, object]:
     for block in chosen:
         if block.title is not None:
             (folder / block.title).write_text(block.code)
+            sys.modules.pop(Path(block.title).stem, None)  # of another folder, of the same name
         elif block.language == "python":
             # Empty lines before it, so that an error names the line of the page.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), space)

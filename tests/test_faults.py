@@ -212,7 +212,7 @@ def test_a_folder_that_fails_can_be_mended(place, capsys, monkeypatch, number): 
             super().__call__(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gdfq.commands.History", Failing)
+        patch.setattr("gdfq.jobs.quantize.History", Failing)
         assert _exit_code(arguments(place, "--steps", "8")) == 1
     error = capsys.readouterr().err
     assert os.strerror(number) in error

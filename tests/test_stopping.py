@@ -30,7 +30,7 @@ def stopped(monkeypatch, call, number, rows):
                 os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gdfq.commands.History", Signals)
+        patch.setattr("gdfq.jobs.quantize.History", Signals)
         return _exit_code(call)
 
 
@@ -84,7 +84,7 @@ def test_a_signal_during_the_export_is_not_lost(place, monkeypatch):  # noqa: F8
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("gdfq.commands.QuantizedNetwork.export", export)
+    monkeypatch.setattr("gdfq.jobs.quantize.QuantizedNetwork.export", export)
     assert _exit_code(arguments(place)) == 143
     assert not (place / "out" / "metrics.json").exists()
 

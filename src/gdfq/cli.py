@@ -224,7 +224,7 @@ def cli() -> None:
 )
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
-    from gdfq.commands import run
+    from gdfq.jobs.quantize import run
 
     run(**options)
 
@@ -242,7 +242,7 @@ def doctor_command(**options: Any) -> None:
     Lists each layer and what becomes of it, what stays float, sizes, operations, and time and
     memory as one step of each stage shows them. Exits with 1 when the run could not begin.
     """
-    from gdfq.checkup import doctor
+    from gdfq.jobs.doctor import doctor
 
     sys.exit(doctor(**options))
 
@@ -283,7 +283,7 @@ def export_command(**options: Any) -> None:
     pt2          torch.export program; runs with torch alone
     safetensors  codes at their true width; gdfq.load reads it
     """
-    from gdfq.commands import export
+    from gdfq.jobs.export import export
 
     export(**options)
 
@@ -308,7 +308,7 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
     Without --against it is compared with the same network with float weights and no rounding,
     made for the purpose; that is as large and as fast as full precision.
     """
-    from gdfq.commands import bench
+    from gdfq.jobs.bench import bench
 
     bench(folder, against, seconds)
 
@@ -369,7 +369,7 @@ def generate_command(**options: Any) -> None:
     images.npy           normalised float32, as the network takes them
     png/CLASS/N.png      with --png: an image folder, as --test and --data read it
     """
-    from gdfq.commands import write_images
+    from gdfq.jobs.generate import write_images
 
     write_images(**options)
 
@@ -407,7 +407,7 @@ def sweep_command(**options: Any) -> None:
     bits, recipes, placement, keep, seeds: one value or a list of them
     steps:    one number
     """
-    from gdfq.commands import sweep
+    from gdfq.jobs.sweep import sweep
 
     sweep(**options)
 
@@ -416,7 +416,7 @@ def sweep_command(**options: Any) -> None:
 @click.option("--out", type=_PATH, default=Path("demo-run"), show_default=True)
 def demo_command(out: Path) -> None:
     """Train a small network on handwritten digits, lose the data, quantize it, compare."""
-    from gdfq.commands import demo
+    from gdfq.jobs.demo import demo
 
     demo(out)
 

@@ -1,0 +1,1 @@
+"""The command line's jobs: the pipeline with files around it. One module a command."""
