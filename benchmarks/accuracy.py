@@ -14,11 +14,13 @@ import argparse
 import copy
 import hashlib
 import json
+import re
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,9 +47,8 @@ from gdfq.models import load_weights_
 from gdfq.progress import Terminal
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.scheme import Scheme
-from gdfq.sources import Batch
 from gdfq.sources.images import GivenImages, on_images
-from gdfq.sources.pool import ImagePool, collect
+from gdfq.sources.pool import ImagePool, StoredImages, collect
 from gdfq.stages import quantize_captured
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -56,6 +57,8 @@ CACHE = Path(__file__).parent / "cache"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 REAL_IMAGES = 1024
 PEER = "mct"
+IMAGE_CODE = ("losses.py", "statistics.py", "schedules.py", "randomness.py")
+"""What images depend on besides the sources themselves."""
 Module = Callable[[Tensor], Tensor]
 Facts = dict[str, object]
 
@@ -103,34 +106,20 @@ class Row:
         return RESULTS / ("-".join(parts) + ".json")
 
 
-@dataclass(frozen=True)
-class StoredImages:
-    """Images made before, as a source; `seconds` is what making them took."""
+def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> tuple[Recipe, float]:
+    """The recipe with the images of its pool made once for all rows of a network and seed.
 
-    images: Tensor
-    labels: Tensor
-    batch: int
-    seconds: float
-
-    def stream(self, *_: object, **__: object) -> Iterator[Batch]:
-        for images, labels in zip(
-            self.images.split(self.batch), self.labels.split(self.batch), strict=True
-        ):
-            layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
-            yield Batch(images.contiguous(memory_format=layout), labels, None)
-
-
-def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> Recipe:
-    """The recipe with the images of its pool made once for all rows of a network and seed."""
+    With it come the seconds that making them took.
+    """
     pool = recipe.source
     if not isinstance(pool, ImagePool) or isinstance(pool.source, GivenImages):
-        return recipe
+        return recipe, 0.0
     CACHE.mkdir(exist_ok=True)
     kind = type(pool.source).__name__.lower()
     path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"
     settings = path.with_suffix(".txt")
     # Other images come of other settings, and of other code.
-    made_by = f"{pool.source!r} {hash_of('sources/*.py', 'losses.py', 'statistics.py')}"
+    made_by = f"{pool.source!r} {hash_of('sources/*.py', *IMAGE_CODE)}"
     if not settings.exists() or settings.read_text().partition("\n")[0] != made_by:
         started = time.perf_counter()
         images, labels = collect(
@@ -141,8 +130,9 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> R
         settings.write_text(f"{made_by}\n{seconds:.3f}")
     made = load_file(path)
     seconds = float(settings.read_text().split("\n")[1])
-    source = StoredImages(made["images"], made["labels"], pool.batch, seconds)
-    return replace(recipe, source=replace(pool, source=source))
+    images = made["images"].contiguous(memory_format=torch.channels_last)
+    source = StoredImages(images, made["labels"], pool.source.batch)
+    return replace(recipe, source=replace(pool, source=source)), seconds
 
 
 def float_step_seconds(teacher: Captured, batch: int) -> float:
@@ -203,7 +193,23 @@ def settings_of(row: Row) -> str:
     return hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
 
 
+def forget_peak_() -> None:
+    """Let the peak of this process's memory count from here, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> int:
+    """The most memory that the process held since `forget_peak_`."""
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def run_row(row: Row) -> dict[str, object]:
+    forget_peak_()
     network = NETWORKS[row.network]
     model = network.factory().eval()  # type: ignore[operator]
     load_weights_(model, SHARED / "models" / f"{row.network}.safetensors")
@@ -231,7 +237,7 @@ def run_row(row: Row) -> dict[str, object]:
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "float_step_seconds": round(float_step, 4),
         "float_steps": round(seconds["total"] / float_step),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mib": peak_mib(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
 
@@ -241,14 +247,13 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
     recipe = find_recipe(row.recipe).with_steps(row.steps)
     recipe = replace(recipe, placement=row.placement).fitted(teacher.input_shape)  # type: ignore[arg-type]
     with Terminal() as listener:
-        recipe = stored(recipe, teacher, row, listener)
+        recipe, made = stored(recipe, teacher, row, listener)
         source = recipe.source
         if row.recipe in {"real", "paper-real"}:
             assert network.train is not None
             train = load_data(SHARED / "data" / network.train, network.shape, teacher.classes)
             few = ArrayData(train.images(torch.arange(REAL_IMAGES)), train.labels[:REAL_IMAGES])
             source = on_images(source, few, network.preprocessing)
-        made = getattr(getattr(source, "source", None), "seconds", 0.0)
         started = time.perf_counter()
         scheme = Scheme(Bits.parse(row.bits), recipe.placement)
         student, _ = quantize_captured(

@@ -94,7 +94,7 @@ def rows_of(name: str, seed: int, known: dict[tuple[object, ...], dict[str, obje
     recipe = replace(QUICK.with_steps(STEPS.get(name)), placement="full")
     common = {"network": name, "seed": seed, "steps": recipe.steps, "code": hash_of("**/*.py")}
     with Terminal() as listener:
-        recipe = stored(recipe, teacher, Row(name, "", "full", recipe.name, seed), listener)
+        recipe, _ = stored(recipe, teacher, Row(name, "", "full", recipe.name, seed), listener)
         assert isinstance(recipe.source, ImagePool)
         images = recipe.source.source.images  # type: ignore[attr-defined]
         for bits, multiples in BUDGETS.items():

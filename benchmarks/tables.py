@@ -228,7 +228,7 @@ def time_table() -> str:
         "\n## Accuracy over time\n",
         "CIFAR-10 ResNet-20, w4a4, t1: each point is a run of its own (or the mean of its seeds), its "
         "schedule scaled to its length, and the whole time counts, images included. A float step is of the row's "
-        "own batch (32 of `fast`, but 100 of its rows with 800 steps or 1,500), so compare like with like only.\n",
+        "own batch (64 of `fast`, 32 of its rows with 2,500 steps, 100 of those with 1,500), so compare like with like only.\n",
         "| seconds | float steps | recipe, steps | top-1 |",
         "| --- | --- | --- | --- |",
     ]

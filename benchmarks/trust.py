@@ -203,7 +203,7 @@ def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
         recipe = replace(recipe, placement=run.placement)  # type: ignore[arg-type]
         scheme = Scheme(Bits.parse(run.bits), recipe.placement)
         with Terminal() as listener:
-            recipe = stored(recipe, teacher, run, listener)  # type: ignore[arg-type]
+            recipe, _ = stored(recipe, teacher, run, listener)  # type: ignore[arg-type]
             student, _ = quantize_captured(
                 teacher, scheme, recipe, recipe.source, seed=run.seed, listener=listener
             )

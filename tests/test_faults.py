@@ -20,6 +20,8 @@ from gdfq.faults import told_of_shortage
 from gdfq.progress import History
 from gdfq.sources.collapse import CollapsedError, CollapseWatch, symptom_of
 from gdfq.sources.generator import GeneratorSource
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
 
 CPU_SHORT = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
@@ -30,7 +32,8 @@ SHORTAGES = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), CPU_S
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=["python", "gpu", "cpu"])
 @pytest.mark.parametrize(
-    ("room", "advice"), [(100, "50 images fit: use --batch 50"), (1, "not even one image fits")]
+    ("room", "advice"),
+    [(100, r"50 images fit: .*another folder.*--batch 50 "), (1, "not even one image fits")],
 )
 def test_a_shortage_names_a_batch_that_fits(error, room, advice):
     asked = []
@@ -56,8 +59,18 @@ def test_a_run_that_is_short_of_memory_says_so(teacher, tiny, monkeypatch):
         raise CPU_SHORT
 
     monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", short)
-    with pytest.raises(GdfqError, match=r"a step on 8 images.*4 images fit: use --batch 4"):
+    with pytest.raises(GdfqError, match=r"a step on 8 images.*4 images fit: .*--batch 4 "):
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
+
+
+def test_images_of_a_pool_may_be_what_does_not_fit(teacher, monkeypatch):
+    def short(*_):
+        raise CPU_SHORT
+
+    monkeypatch.setattr("gdfq.sources.spectral.focal_loss", short)
+    recipe = replace(RECIPES["fast"].with_steps(4), source=ImagePool(SpectralSource(batch=9), 9, 3))
+    with pytest.raises(GdfqError, match=r"a step on 9 images.*4 images fit: .*--batch 4 "):
+        gdfq.quantize(teacher, networks.images(1), "w4a4", recipe)
 
 
 def test_the_batch_can_be_chosen(teacher, tiny):

@@ -113,13 +113,18 @@ def test_the_readme_names_real_recipes():
 
 def test_the_page_on_fast_says_what_fast_is():
     page = (DOCS / "recipes.md").read_text().split("## What helped")[0]
-    fast = RECIPES["fast"]
+    fast, quick = RECIPES["fast"], RECIPES["quick"]
+    large = fast.source.fitted((3, 224, 224))
+    adam = fast.source.source.optimizer
     for text in (
         f"{fast.source.images:,} images",
-        f"{fast.source.fitted((3, 224, 224)).images:,}\n   of 224 x 224",
+        f"{large.images:,}\n   of 224 x 224",
+        f"{large.batch} of 224 x 224",
+        f"Adam (rate {adam.lr}, β = {adam.betas})",
         f"{fast.source.source.batch} at a time for {fast.source.source.iterations} iterations",
         f"{fast.steps:,} steps",
         f"batches of {fast.source.batch} images",
         f"T = {fast.tuning.temperature:.0f}",
+        f"`quick` has {quick.source.images} images, {quick.steps} steps of\n{quick.source.batch} images",
     ):
         assert text in page

@@ -1,10 +1,13 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gdfq import UsageError
 from gdfq.capture import capture
@@ -12,7 +15,7 @@ from gdfq.data import ArrayData, Preprocessing
 from gdfq.errors import GdfqError
 from gdfq.randomness import stream
 from gdfq.schedules import AdamConfig, SgdConfig, StepDecay, set_rate_
-from gdfq.sources import Batch
+from gdfq.sources import Batch, labels_in_turn
 from gdfq.sources.generator import Generator, GeneratorSource
 from gdfq.sources.images import GivenImages, ImageSource
 from gdfq.sources.latent import LatentSource, swinging
@@ -20,6 +23,30 @@ from gdfq.sources.optimised import OptimisedSource, low_passed
 from gdfq.sources.streams import Feed, Stream
 from gdfq.sources.upsampling import upsampled_convolution
 from gdfq.statistics import StatisticsNetwork
+
+
+def labels_of(classes, step, batch):
+    knows = SimpleNamespace(classes=classes, device=torch.device("cpu"))
+    return labels_in_turn(knows, step, batch).tolist()
+
+
+def test_labels_come_in_turn_by_hand():
+    assert labels_of(3, 1, 5) == [2, 0, 1, 2, 0]
+    assert labels_of(10, 0, 4) == [0, 3, 6, 9]
+    assert labels_of(10, 1, 4) == [1, 4, 7, 2]
+    assert labels_of(10, 2, 4) == [5, 8, 0, 3]
+    assert labels_in_turn(SimpleNamespace(classes=None), 0, 4) is None
+
+
+@settings(max_examples=50)
+@given(classes=st.integers(2, 2000), share=st.floats(0.05, 2))
+def test_labels_meet_every_class_before_one_again(classes, share):
+    batch = max(1, round(classes * share))
+    steps = range(-(-2 * classes // batch))
+    labels = [label for step in steps for label in labels_of(classes, step, batch)]
+    assert sorted(labels[:classes]) == list(range(classes))
+    assert labels[classes : 2 * classes] == labels[:classes]
+
 
 FORMS = ("label-embedding", "conditional-batch-norm")
 

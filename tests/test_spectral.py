@@ -1,7 +1,7 @@
 """Images in the frequency domain, and the pool that hands them out."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import networks
 import numpy as np
@@ -124,15 +124,17 @@ def test_vectors_have_no_spectrum():
         ImagePool(SpectralSource(), images=8, batch=4).stream(vectors, steps=1, seed=0)  # at once
 
 
+@dataclass(frozen=True)
 class Counted:
     """Images that say which they are, as a source."""
 
-    batch = 4
+    batch: int = 4
 
     def stream(self, teacher, *, steps, **_):
         for step in range(steps):
-            number = torch.arange(4.0) + 4 * step
-            yield Batch(number.view(4, 1, 1, 1).expand(4, 3, 8, 8), number.long(), None)
+            number = torch.arange(float(self.batch)) + self.batch * step
+            images = number.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+            yield Batch(images, number.long(), None)
 
 
 def test_a_pool_shows_each_image_once_an_epoch(teacher):
@@ -208,12 +210,20 @@ def test_a_pool_moves_images_for_a_network_without_classes():
 
 
 @pytest.mark.parametrize(
-    ("shape", "images", "batch"),
-    [((3, 8, 8), 10, 5), ((3, 8, 16), 8, 4), ((3, 16, 16), 4, 2), ((3, 99, 99), 4, 2)],
+    ("shape", "images", "batch", "at_once"),
+    [  # room for 50, 25, 12 and not even one image
+        ((3, 8, 8), 40, 10, 4),
+        ((3, 8, 16), 24, 8, 3),
+        ((3, 16, 16), 12, 4, 1),
+        ((3, 99, 99), 1, 1, 1),
+    ],
 )
-def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(shape, images, batch):
-    pool = ImagePool(Counted(), images=10, batch=5, pixels=1100)
-    assert (pool.fitted(shape).images, pool.fitted(shape).batch) == (images, batch)
+def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(
+    shape, images, batch, at_once
+):
+    pool = ImagePool(Counted(), images=40, batch=10, pixels=3200)
+    fitted = pool.fitted(shape)
+    assert (fitted.images, fitted.batch, fitted.source.batch) == (images, batch, at_once)
     assert replace(pool, batch=1).fitted(shape).batch == 1
     same = replace(pool, pixels=None)
     assert same.fitted(shape) == same
@@ -223,10 +233,10 @@ def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(shape, 
 def test_a_pool_makes_as_many_as_fit(teacher):
     pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
     stream = pool.stream(teacher, steps=1, seed=0)
-    assert len(stream.images()) == 8
-    assert len(next(stream).images) == 3
+    assert len(stream.images()) == 9
+    assert len(next(stream).images) == 4
     _, images = pool.made(teacher, seed=0)
-    assert len(images) == 8
+    assert len(images) == 9
 
 
 def test_collect_takes_the_first(teacher):

@@ -19,7 +19,7 @@ from gdfq.outputs import output_names
 from gdfq.placement import activation_widths, feeds_softmax_only, shapes_outputs
 from gdfq.recipes import Recipe
 from gdfq.scheme import Scheme
-from gdfq.student import build_student
+from gdfq.student import check_scheme
 
 _FEW_CHANNELS = 16
 """A depthwise layer of so few channels loses most, and is slow in integer kernels."""
@@ -98,13 +98,13 @@ class Diagnosis:
 
 
 def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
-    """What a recipe would do to a teacher, without running any of it."""
+    """What a recipe would do to a teacher, without a step of it."""
     folded = fold_batch_norms(teacher) if recipe.quantizers != "min-max" else teacher
     nodes = list(folded.network.graph.nodes)
     layers = list(filter(operators.has_weight, nodes))
     problems: list[str] = []
     try:
-        build_student(teacher, scheme, quantizers=recipe.quantizers)
+        check_scheme(teacher, scheme, recipe.quantizers)
         widths = activation_widths(folded, scheme)
         weight_bits = scheme.weight_bits(layers)
     except GdfqError as error:

@@ -50,13 +50,13 @@ def told_of_shortage(batch: int, ask: Callable[[int], object]) -> Iterator[None]
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled it
         fits = next((n for n in _halves(batch) if _has_room(ask, 2 * n)), None)
         advice = (
-            f"{fits} images fit: use --batch {fits} (batch={fits})"
+            f"{fits} images fit: begin in another folder with --batch {fits} (batch={fits})"
             if fits
-            else "not even one image fits: use a machine with more"
+            else "not even one image fits"
         )
         raise GdfqError(
             f"a step on {batch} images must fit into memory; it does not ({first_line(error)}). "
-            f"{advice}. What is finished is kept."
+            f"{advice}. What is finished is kept, for a machine with more."
         ) from error
 
 

@@ -49,7 +49,7 @@ def generate(
                 f"recipe {recipe.name!r} makes each image once, whatever its steps; "
                 f"got steps={steps}. Leave steps away; it is for generators that learn."
             )
-        made = recipe.source.source
+        made = recipe.source.fitted(teacher.input_shape).source
         images, labels = collect(made, teacher, count, seed=seed, listener=listener)
         return images.cpu(), None if labels is None else labels.cpu()
     needed = -(-count // recipe.source.batch)

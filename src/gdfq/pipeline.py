@@ -34,7 +34,7 @@ from gdfq.scheme import PLACEMENTS, Keep, Placement, Scheme
 from gdfq.sources import Batch, Source
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.images import on_images
-from gdfq.sources.pool import PoolStream
+from gdfq.sources.pool import ImagePool, PoolStream
 from gdfq.sources.streams import Feed
 from gdfq.stages import STUDENT_PARTS, frozen_student
 from gdfq.states import Noted, name_of
@@ -42,7 +42,6 @@ from gdfq.tracing import beside_no_tracing, giving_way
 from gdfq.version import __version__
 from gdfq.witness import Tested, Witness
 
-_EXAMPLES = 32
 _MEASURED = ("teacher", "student")
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
 
@@ -201,7 +200,7 @@ def _carried_out(run: _Run, keeper: Keeper, clock: Clock, listener: Listener) ->
     network: fx.GraphModule | None = None
     while network is None:
         try:
-            with told_of_shortage(recipe.source.batch, partial(_pass_through, teacher)):
+            with told_of_shortage(_most_at_once(run.source), partial(_pass_through, teacher)):
                 network, scaled = make(feed, seed=origin["seed"])
         except CollapsedError as error:
             _choose_another_seed_(origin, card.seed, error)
@@ -298,6 +297,12 @@ def _choose_another_seed_(origin: Noted, seed: int, error: CollapsedError) -> No
     origin["collapsed"] = str(error)
     origin["seed"] = random_stream(seed, "another seed").initial_seed()
     warnings.warn(f"{error} It begins again, from another seed.", GdfqWarning, stacklevel=3)
+
+
+def _most_at_once(source: Source) -> int:
+    """Images of the largest batch that is passed through a network with gradients."""
+    inner = source.source.batch if isinstance(source, ImagePool) else 0
+    return max(source.batch, inner)
 
 
 def _pass_through(teacher: Captured, images: int) -> None:

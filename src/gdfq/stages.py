@@ -138,7 +138,7 @@ def _equalized(
     """
     scales = keeper.hold("scales", Noted())
     if not scales:
-        check_scheme(teacher, scheme)
+        check_scheme(teacher, scheme, "learned")
         feed.begin()
         scales.update(channel_scales(teacher, scheme, feed.examples))
         # A search ends elsewhere where devices round otherwise.

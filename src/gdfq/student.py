@@ -205,9 +205,10 @@ def build_student(
     return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
 
 
-def check_scheme(teacher: Captured, scheme: Scheme) -> None:
-    """Raise what `build_student` with learned quantizers would, before images are made for it."""
-    teacher = fold_batch_norms(teacher)
+def check_scheme(teacher: Captured, scheme: Scheme, quantizers: Quantizers) -> None:
+    """Raise what `build_student` would, without searching grids for it."""
+    if quantizers != "min-max":
+        teacher = fold_batch_norms(teacher)
     layers = list(filter(operators.has_weight, teacher.network.graph.nodes))
     _check_quantizable(
         teacher, scheme, scheme.weight_bits(layers), activation_widths(teacher, scheme)

@@ -55,12 +55,15 @@ class Batch:
 def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
     """Labels [batch] of the step-th batch when batches cover the classes in turn, on the device.
 
-    None for a teacher whose outputs are not classes.
+    Batches of fewer images than there are classes take them from all over, for neighbours are
+    often alike, as ImageNet's dogs are. None for a teacher whose outputs are not classes.
     """
-    if teacher.classes is None:
+    classes = teacher.classes
+    if classes is None:
         return None
-    labels = (torch.arange(batch) + step * batch) % teacher.classes
-    return labels.to(teacher.device)
+    apart = -(-classes // batch)
+    order = torch.cat([torch.arange(first, classes, apart) for first in range(apart)])
+    return order[(torch.arange(batch) + step * batch) % classes].to(teacher.device)
 
 
 def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:

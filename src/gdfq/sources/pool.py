@@ -24,8 +24,8 @@ class ImagePool:
     """Batches from the first `images` images of another source, in a new order each epoch.
 
     Of large images, which say more and cost more, it takes only as many of the source's batches as
-    have `pixels` pixels together, and one batch at least; its own batches shrink with it, so that
-    an epoch has as many.
+    have `pixels` pixels together, and one batch at least, of which none has more than an eighth of
+    them. Its own batches shrink with it, to the next power of two, which processes can share out.
 
     Each batch is shifted by up to an eighth of the image's side and flipped at random, all its
     images alike, unless `augmented` is False or the teacher does not give half of the images their
@@ -43,10 +43,13 @@ class ImagePool:
         """The same pool with as many images, and as many a batch, as inputs of that shape allow."""
         if self.pixels is None:
             return self
-        batches = max(1, self.pixels // (math.prod(input_shape[1:]) * self.source.batch))
-        images = min(self.images, batches * self.source.batch)
-        batch = max(1, self.batch * images // self.images)
-        return replace(self, images=images, batch=batch, pixels=None)
+        room = self.pixels // math.prod(input_shape[1:])
+        at_once = min(self.source.batch, max(1, room // 8))
+        images = min(self.images, max(1, room // at_once) * at_once)
+        share = self.batch * images / self.images
+        batch = min(self.batch, 2 ** math.ceil(math.log2(share)) if share > 1 else 1)
+        source = replace(self.source, batch=at_once)  # type: ignore[type-var]
+        return replace(self, source=source, images=images, batch=batch, pixels=None)
 
     def stream(
         self,
