@@ -126,7 +126,10 @@ class Recipe:
         return replace(self, source=self.source.fitted(input_shape))
 
 
-_FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=2**26)
+_PIXELS = 2**26
+"""Of all images of a pool: 0.8 GB in three channels."""
+
+_FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=_PIXELS)
 
 _FAST_TUNING = Distillation(
     GridAdam(codes=0.01, steps=1e-3, others=5e-4),
@@ -154,7 +157,7 @@ QUICK = replace(
     FAST,
     name="quick",
     summary="fast with few images and few steps: a minute",
-    source=ImagePool(SpectralSource(), images=256, batch=100),
+    source=ImagePool(SpectralSource(), images=256, batch=100, pixels=_PIXELS),
     steps=80,
     calibration=3,
     warmup=3,
@@ -165,7 +168,7 @@ PATCHES = replace(
     FAST,
     name="patches",
     summary="fast on images of diverse patches: for networks without batch norms (transformers)",
-    source=ImagePool(PatchSource(), images=1024, batch=100),
+    source=ImagePool(PatchSource(), images=1024, batch=100, pixels=_PIXELS),
     steps=1500,
     calibration=3,
     warmup=3,
