@@ -31,16 +31,12 @@ even-indexed images (with seed 100), so read the odd half. ResNet-56 showed mist
 MobileNetV1 (both with seed 100) how many images of how many iterations it needs, when not to shift them, that channels are worth
 equalizing, and that images should be optimised further ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
-was also busy; the images' share is charged to every row that uses them. How busy it was differed, and so did the
-machines: rows of one network and recipe differ by up to one and a half times. The images of ResNet-20's seed 1
-were made on two threads, also those of the row of w3a3. A *float step* is a plain training step of the same network on
+was also busy, but for the runs on two threads with nothing else running, which are named; the images' share is
+charged to every row that uses them. How busy it was differed, and so did the
+machines: rows of one network and recipe differ by up to one and a half times. A *float step* is a plain training step of the same network on
 the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
-memory is the process's. Rows with † are of an earlier form of their recipe (or, `paper` and `paper-real`, of the script, which noted no
-settings), the others of the present one. The forms of `fast`,
-told apart by their steps: those with 2,500, and `real`, had 2,048 images of 60 slower iterations and batches of 32; before them, with 800 and
-1,500, images whose coefficients moved by 0.05 an iteration and not 0.2, batches of 100 and half as many large images; and of these, those with fewer than
-300 seconds of images of ResNet-20, images of 30 iterations and channels that were not
-equalized ([recipes.md](recipes.md)).
+memory is the process's. Rows with † are of an earlier form of the script, which noted no
+settings.
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time
 of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
@@ -228,7 +224,7 @@ def time_table() -> str:
         "\n## Accuracy over time\n",
         "CIFAR-10 ResNet-20, w4a4, t1: each point is a run of its own (or the mean of its seeds), its "
         "schedule scaled to its length, and the whole time counts, images included. A float step is of the row's "
-        "own batch (64 of `fast`, 32 of its rows with 2,500 steps, 100 of those with 1,500), so compare like with like only.\n",
+        "own batch (64 of `fast`, 100 of `quick`), so compare like with like only.\n",
         "| seconds | float steps | recipe, steps | top-1 |",
         "| --- | --- | --- | --- |",
     ]
