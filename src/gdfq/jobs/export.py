@@ -26,6 +26,7 @@ def export(
 
 
 def print_export(exported: Exported) -> None:
+    """Say which file was written, how it compared with the network, and what to know of it."""
     click.echo(f"{'file':10}{exported.path}, {exported.bytes / 1024:.0f} KiB")
     for kind, parity in (("usual", exported.inside), ("extreme", exported.beyond)):
         same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same answers "
