@@ -291,7 +291,7 @@ PLAN = (
     + [Row(*target, "real", seed) for seed in SEEDS for target in TARGETS if target[0] != MOBILE]
     + [Row(*target, "paper", seed, PAPER_STEPS) for seed in SEEDS for target in RIVALS]
     + [Row(*target, recipe, seed) for seed in SEEDS for recipe in ("genie", "synq", PEER) for target in RIVALS]
-    + [Row(R20, "w4a4", "t1", "fast", 0, steps) for steps in (50, 100, 200, 400)]
+    + [Row(R20, "w4a4", "t1", "fast", 0, steps) for steps in (50, 100, 200, 400, 800)]
     + [Row(*target, recipe, seed) for recipe in ("zeroq", "round") for seed in SEEDS for target in TARGETS]
 )  # fmt: skip
 """All rows in the order in which they are to be measured."""

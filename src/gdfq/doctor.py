@@ -248,7 +248,7 @@ def _advice(bits: Bits, layers: tuple[Layer, ...], nodes: list[fx.Node]) -> Iter
     if smallest == 2:
         yield "2 bits lost 14 points on a CIFAR-10 ResNet-20: expect a network of little use."
     elif smallest == 3:
-        yield "3 bits lost 3 points on a CIFAR-10 ResNet-20 and more on larger tasks."
+        yield "3 bits lost 3 points on a CIFAR-10 ResNet-20 and 8 on a CIFAR-100 ResNet-56."
     elif smallest == 4:
         yield (
             "4 bits lost 1 point on a CIFAR-10 ResNet-20, 3 on a CIFAR-100 ResNet-56 and 11 on "
