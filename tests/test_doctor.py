@@ -158,6 +158,13 @@ def test_narrow_depthwise_layers_are_named():
     assert wide.advice == ()
 
 
+def test_a_layer_of_one_input_channel_is_not_depthwise():
+    stem = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
+    diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))
+    assert "depthwise" not in " ".join(diagnosis.advice)
+
+
 @pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
 def test_costs_are_measured_and_nothing_changes(name, teacher):
     before = {key: value.clone() for key, value in teacher.network.state_dict().items()}

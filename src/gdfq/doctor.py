@@ -237,6 +237,7 @@ def _advice(bits: Bits, layers: tuple[Layer, ...], nodes: list[fx.Node]) -> Iter
         for layer, node in zip(layers, nodes, strict=True)
         if operators.name_of(node) in operators.CONVOLUTIONS
         and layer.weight[1] == 1
+        and node.all_input_nodes[0].meta["val"].shape[1] > 1  # else a stem of one channel
         and layer.weight[0] <= _FEW_CHANNELS
     ]
     smallest = min(bits.weights, bits.activations)
