@@ -1,5 +1,6 @@
 """What is told beforehand, against independent counts and the run itself."""
 
+import itertools
 import json
 
 import networks
@@ -12,6 +13,8 @@ from gdfq.capture import capture
 from gdfq.cli import main
 from gdfq.costs import now, peak_bytes, with_costs
 from gdfq.doctor import FloatOperators, diagnose
+from gdfq.features import block_ends, blocks
+from gdfq.folding import fold_batch_norms
 from gdfq.grid import Bits
 from gdfq.recipes import find_recipe
 from gdfq.scheme import Keep, Scheme
@@ -163,6 +166,16 @@ def test_a_layer_of_one_input_channel_is_not_depthwise():
     model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
     diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))
     assert "depthwise" not in " ".join(diagnosis.advice)
+
+
+def test_updates_by_block_cost_what_their_second_does(teacher, monkeypatch):
+    """By a clock that goes on by 1 each time it is asked: a second for each block and update."""
+    ticks = itertools.count()
+    monkeypatch.setattr("gdfq.costs.now", lambda _: float(next(ticks)))
+    recipe = find_recipe("genie").with_steps(8)
+    found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
+    folded = fold_batch_norms(teacher).network
+    assert found.seconds["tuning"] == 7 * len(blocks(folded, block_ends(folded.graph)))
 
 
 @pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])

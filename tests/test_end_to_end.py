@@ -57,12 +57,13 @@ def test_fast_beats_direct_rounding_by_far_at_three_bits(digits):
 
 
 def test_the_loss_is_foreseen_without_data(digits):
-    """Students from harmless to poor come in their order, and none loses more than was foreseen.
+    """Students from harmless to poor come in their order, each drop lies about in its interval.
 
     As far as a few hundred images tell the drop, that is: within two of its standard errors. Two
-    students of each kind, because one's luck moves its drop by a point or two. That this network
-    loses less than is foreseen at three bits, docs/trust.md tells.
+    students of each kind, because one's luck moves its drop by a point or two. Where the interval
+    begins above the drop, it does so by what docs/trust.md tells of this network at most.
     """
+    careful = 3.2
     network, _, (images, labels) = digits
     teacher = capture(network, torch.zeros(1, *demo.INPUT_SHAPE))
     recipe = replace(find_recipe("quick"), tuning=None, steps=2, calibration=2, warmup=2)
@@ -89,15 +90,15 @@ def test_the_loss_is_foreseen_without_data(digits):
         foreseen = measure(teacher, student.network, seed=seed)
         return (
             *paired_drop(lost, won, len(labels)),
-            foreseen.interval[1],
+            *foreseen.interval,
             foreseen.expected_drop,
         )
 
     expected = []
     for bits in ("w8a8", "w4a4", "w3a3"):
         both = torch.tensor([seen(bits, seed) for seed in (0, 1)]).mean(0)
-        drop, error, high, foreseen = both.tolist()
-        assert drop <= high + 2 * error
+        drop, error, low, high, foreseen = both.tolist()
+        assert low - careful - 2 * error <= max(drop, 0) <= high + 2 * error
         expected.append(foreseen)
     assert expected == sorted(expected)
     assert expected[0] < 1 < expected[-1]

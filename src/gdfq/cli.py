@@ -109,12 +109,14 @@ def _network_options(command: Any) -> Any:
         click.option(
             "--mean",
             type=_Numbers(),
-            help="of the input normalisation  [default: the network's own, else 0]",
+            help="of the input normalisation, for pixels in 0..1  "
+            "[default: the network's own, else 0]",
         ),
         click.option(
             "--std",
             type=_Numbers(),
-            help="of the input normalisation  [default: the network's own, else 1]",
+            help="of the input normalisation, for pixels in 0..1  "
+            "[default: the network's own, else 1]",
         ),
         click.option(
             "--device",

@@ -1,8 +1,7 @@
 """`gdfq doctor`: a diagnosis as a table for people or as JSON for programs."""
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Unpack
 
 import click
 import torch
@@ -15,18 +14,13 @@ from gdfq.costs import with_costs
 from gdfq.devices import find_device
 from gdfq.doctor import Diagnosis, Layer, diagnose
 from gdfq.errors import UsageError
-from gdfq.models import load_model
+from gdfq.jobs.network import NetworkOptions, open_network
 from gdfq.recipes import find_recipe
 from gdfq.scheme import Keep, Placement, Scheme
 
 
 def doctor(
     *,
-    model: str,
-    weights: Path | None,
-    input_shape: tuple[int, ...] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
     bits: str,
     recipe: str,
     placement: Placement | None,
@@ -35,6 +29,7 @@ def doctor(
     device: str,
     classifier: bool | None,
     as_json: bool,
+    **options: Unpack[NetworkOptions],
 ) -> int:
     """Print the diagnosis; 0 when the run would go, 1 when it would end at once."""
     if bits == AUTO:
@@ -44,9 +39,8 @@ def doctor(
     chosen = find_recipe(recipe).with_steps(steps)
     keeps = tuple(map(Keep.parse, keep))
     scheme = Scheme(parse_bits(bits, None), placement or chosen.placement, keeps)
-    loaded = load_model(model, weights)
-    shape, _ = loaded.input(input_shape, mean, std)
-    teacher = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
+    network, shape, _ = open_network(warns=False, **options)
+    teacher = capture(network, torch.zeros(1, *shape), classifier=classifier)
     teacher = teacher.to(find_device(device))
     diagnosis = with_costs(diagnose(teacher, scheme, chosen), teacher, scheme, chosen)
     if as_json:

@@ -1,26 +1,20 @@
 """Images from a network alone, written into a folder."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import click
 import torch
 
 from gdfq.capture import capture
-from gdfq.jobs.warnings import warn_about_normalisation
+from gdfq.jobs.network import NetworkOptions, open_network
 from gdfq.making import generate
-from gdfq.models import load_model
 from gdfq.progress import Terminal
 from gdfq.saving import ImageFiles
 
 
 def write_images(
     *,
-    model: str,
-    weights: Path | None,
-    input_shape: tuple[int, ...] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
     recipe: str,
     out: Path,
     count: int,
@@ -29,16 +23,14 @@ def write_images(
     device: str,
     classifier: bool | None,
     png: bool,
+    **options: Unpack[NetworkOptions],
 ) -> None:
     """`gdfq generate`."""
     files = ImageFiles(out, png)
-    loaded = load_model(model, weights)
-    shape, preprocessing = loaded.input(input_shape, mean, std)
-    if loaded.preprocessing is None:
-        warn_about_normalisation(mean, std)
+    network, shape, preprocessing = open_network(warns=True, **options)
     files.prepare(shape)
     example = torch.zeros(1, *shape)
-    teacher = capture(loaded.module, example, classifier=classifier)
+    teacher = capture(network, example, classifier=classifier)
     with Terminal() as terminal:
         images, labels = generate(
             teacher,

@@ -5,11 +5,11 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import click
 import torch
@@ -24,8 +24,8 @@ from gdfq.doctor import diagnose
 from gdfq.errors import GdfqError, UsageError
 from gdfq.evidence import gather
 from gdfq.jobs.export import print_export
-from gdfq.jobs.warnings import warn_about_normalisation
-from gdfq.models import load_model, weights_hash
+from gdfq.jobs.network import NetworkOptions, open_network
+from gdfq.models import weights_hash
 from gdfq.pipeline import load_test, quantize
 from gdfq.progress import History, Listener, Step, Terminal
 from gdfq.quantized import QuantizedNetwork
@@ -48,11 +48,6 @@ def run(*, device: str, precision: Precision, **options: Any) -> None:
 
 def _run(
     *,
-    model: str,
-    weights: Path | None,
-    input_shape: tuple[int, ...] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
     bits: str,
     size: int | None,
     recipe: str,
@@ -72,6 +67,7 @@ def _run(
     checkpoint_every: float,
     resume: bool,
     group: Group,
+    **options: Unpack[NetworkOptions],
 ) -> None:
     chosen = find_recipe(recipe).with_steps(steps)
     widths = parse_bits(bits, size)
@@ -84,15 +80,11 @@ def _run(
         raise UsageError(
             f"a run that goes on has a checkpoint; {out} has none. Leave --resume away to begin."
         )
-    loaded = load_model(model, weights)
-    network = loaded.module
-    shape, preprocessing = loaded.input(input_shape, mean, std)
+    network, shape, preprocessing = open_network(warns=group.rank == 0, **options)
     chosen = chosen.fitted(shape).with_batch(batch)
-    if loaded.preprocessing is None and group.rank == 0:
-        warn_about_normalisation(mean, std)
     config = written_down(network, device, group) | {
-        "model": model,
-        "weights": None if weights is None else str(weights),
+        "model": options["model"],
+        "weights": None if options["weights"] is None else str(options["weights"]),
         "input": list(shape),
         "normalisation": as_values(preprocessing),
         "bits": bits,

@@ -46,8 +46,8 @@ class ImagePool:
         room = self.pixels // math.prod(input_shape[1:])
         at_once = min(self.source.batch, max(1, room // 8))
         images = min(self.images, max(1, room // at_once) * at_once)
-        share = self.batch * images / self.images
-        batch = min(self.batch, 2 ** math.ceil(math.log2(share)) if share > 1 else 1)
+        share = -(-self.batch * images // self.images)
+        batch = min(self.batch, 1 << (share - 1).bit_length())
         source = replace(self.source, batch=at_once)  # type: ignore[type-var]
         return replace(self, source=source, images=images, batch=batch, pixels=None)
 
