@@ -38,18 +38,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gdfq
-from gdfq.capture import Captured, capture
-from gdfq.data import ArrayData, ImageData, Preprocessing, load_data
-from gdfq.evaluate import logits_of
-from gdfq.grid import Bits
-from gdfq.memory import keep_freed_memory_
-from gdfq.models import load_weights_
-from gdfq.progress import Terminal
+from gdfq.analysis.accuracy import logits_of
+from gdfq.data.datasets import ArrayData, ImageData, Preprocessing, load_data
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.execution.progress import Terminal
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured, capture
+from gdfq.models.registry import load_weights_
 from gdfq.recipes import Recipe, find_recipe
-from gdfq.scheme import Scheme
-from gdfq.sources.images import GivenImages, on_images
+from gdfq.sources.given import GivenImages, on_images
 from gdfq.sources.pool import ImagePool, StoredImages, collect
 from gdfq.stages import quantize_captured
+from gdfq.student.scheme import Scheme
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).parent / "results"
@@ -57,7 +57,12 @@ CACHE = Path(__file__).parent / "cache"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 REAL_IMAGES = 1024
 PEER = "mct"
-IMAGE_CODE = ("losses.py", "statistics.py", "schedules.py", "randomness.py")
+IMAGE_CODE = (
+    "functional/losses.py",
+    "graph/statistics.py",
+    "optim.py",
+    "execution/seeding.py",
+)
 """What images depend on besides the sources themselves."""
 Module = Callable[[Tensor], Tensor]
 Facts = dict[str, object]

@@ -22,21 +22,21 @@ from pathlib import Path
 import torch
 from accuracy import NETWORKS, SHARED, Row, compared, hash_of, stored
 
-from gdfq.allocation import choose_widths, file_sizes
-from gdfq.artifacts.onnx import to_onnx
-from gdfq.capture import Captured, capture
-from gdfq.card import Card
-from gdfq.data import load_data
-from gdfq.evaluate import logits_of
-from gdfq.export import metadata_of
-from gdfq.grid import Bits
-from gdfq.memory import keep_freed_memory_
-from gdfq.models import load_weights_
-from gdfq.progress import Terminal
+from gdfq.analysis.accuracy import logits_of
+from gdfq.analysis.bit_allocation import choose_widths, file_sizes
+from gdfq.data.datasets import load_data
+from gdfq.deploy.card import Card
+from gdfq.deploy.export import metadata_of
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.execution.progress import Terminal
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured, capture
+from gdfq.models.registry import load_weights_
 from gdfq.recipes import QUICK, Recipe
-from gdfq.scheme import Scheme
 from gdfq.sources.pool import ImagePool
 from gdfq.stages import quantize_captured
+from gdfq.student.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "auto_bits.json"
 STEPS = {"imagenet_mobilenetv1_025": 40}

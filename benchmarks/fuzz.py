@@ -61,25 +61,25 @@ from mutations import (
 )
 from torch import nn
 
-from gdfq import operators
-from gdfq.artifacts import packed
-from gdfq.artifacts.packed import STUDENT_FILE
-from gdfq.bench import side_by_side, size_of
-from gdfq.checkpoints import Checkpoints
-from gdfq.cli import _Numbers, _Shape, _Size
-from gdfq.data import Preprocessing, load_data
+from gdfq.cli.app import _Numbers, _Shape, _Size
+from gdfq.data.datasets import Preprocessing, load_data
+from gdfq.deploy import safetensors as packed
+from gdfq.deploy.benchmark import side_by_side, size_of
+from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import GdfqError, UsageError
-from gdfq.files import write_json
-from gdfq.grid import Bits
-from gdfq.models import load_model, load_weights_
+from gdfq.execution.checkpoints import Checkpoints
+from gdfq.files.atomic import write_json
+from gdfq.files.states import name_of
+from gdfq.functional.grid import Bits
+from gdfq.graph import operators
 from gdfq.models.loaded import Loaded
+from gdfq.models.registry import load_model, load_weights_
 from gdfq.quantized import load
 from gdfq.recipes import find_recipe
 from gdfq.report.read import read_run as read_for_report
-from gdfq.runs import RunFolder, check_export
-from gdfq.scheme import Keep
-from gdfq.states import name_of
-from gdfq.sweep import read_sweep
+from gdfq.runs.folder import RunFolder, check_export
+from gdfq.runs.sweep import read_sweep
+from gdfq.student.scheme import Keep
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 MEMORY, ROOM, SECONDS, CHUNK = 512, 6144, 20, 2000

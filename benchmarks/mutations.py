@@ -21,14 +21,15 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import fx, nn
 
-from gdfq import operators
-from gdfq.artifacts import packed
-from gdfq.artifacts.packed import STUDENT_FILE
-from gdfq.capture import flat_module
-from gdfq.card import Card
-from gdfq.data import Preprocessing
-from gdfq.grid import Bits
-from gdfq.runs import (
+from gdfq.data.datasets import Preprocessing
+from gdfq.deploy import safetensors as packed
+from gdfq.deploy.card import Card
+from gdfq.deploy.safetensors import STUDENT_FILE
+from gdfq.files.states import to_bytes
+from gdfq.functional.grid import Bits
+from gdfq.graph import operators
+from gdfq.graph.capture import flat_module
+from gdfq.runs.folder import (
     CONFIG,
     EVIDENCE,
     EVIDENCE_ARRAYS,
@@ -38,7 +39,6 @@ from gdfq.runs import (
     METRICS,
     ONNX_FILE,
 )
-from gdfq.states import to_bytes
 
 SHAPE, CLASSES = (3, 8, 8), 5
 

@@ -28,12 +28,12 @@ from accuracy import NETWORKS, RESULTS, SHARED, Network
 from torch import Tensor, nn
 from zoo import ROOT
 
-from gdfq.capture import Captured, capture
-from gdfq.data import load_data
-from gdfq.evaluate import logits_of
+from gdfq.analysis.accuracy import logits_of
+from gdfq.data.datasets import load_data
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.graph.capture import Captured, capture
 from gdfq.making import generate
-from gdfq.memory import keep_freed_memory_
-from gdfq.models import load_weights_
+from gdfq.models.registry import load_weights_
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
 

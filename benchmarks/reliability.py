@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from gdfq.cli import _exit_code
+from gdfq.cli.app import _exit_code
 from gdfq.demo import PREPROCESSING, load_digits, train
 
 RESULTS = Path(__file__).parent / "results" / "reliability.json"
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    multiprocessing.set_forkserver_preload(["gdfq.jobs.quantize", "onnxscript"])
+    multiprocessing.set_forkserver_preload(["gdfq.cli.quantize", "onnxscript"])
     draw = random.Random(options.seed)  # noqa: S311 (no secret)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -23,17 +23,17 @@ from networks import resnet18
 from torch import Tensor, nn
 
 import gdfq
-from gdfq.artifacts.onnx import to_onnx
-from gdfq.bench import side_by_side
-from gdfq.capture import capture
-from gdfq.data import Preprocessing, load_data
-from gdfq.evaluate import logits_of
-from gdfq.folding import fold_batch_norms
-from gdfq.models import load_weights_
-from gdfq.progress import Terminal
+from gdfq.analysis.accuracy import logits_of
+from gdfq.data.datasets import Preprocessing, load_data
+from gdfq.deploy.benchmark import side_by_side
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.deploy.runtimes import onnx_runner
+from gdfq.execution.progress import Terminal
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import capture
+from gdfq.models.registry import load_weights_
 from gdfq.recipes import QUICK, find_recipe
-from gdfq.runtimes import onnx_runner
-from gdfq.sources.images import GivenImages
+from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
 
 CACHE = Path(__file__).parent / "cache" / "runtime"

@@ -38,17 +38,17 @@ from timing import measure
 from torch import Tensor, nn
 from zoo import of_tests
 
-from gdfq.capture import capture
 from gdfq.errors import UsageError
-from gdfq.grid import Bits
-from gdfq.memory import keep_freed_memory_
-from gdfq.models import RANDOM, load_model
-from gdfq.progress import silent
-from gdfq.randomness import stream
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.execution.progress import silent
+from gdfq.execution.seeding import stream
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import capture
+from gdfq.models.registry import RANDOM, load_model
 from gdfq.recipes import FAST
-from gdfq.scheme import Scheme
-from gdfq.sources import Batch
-from gdfq.student import build_student
+from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
+from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 

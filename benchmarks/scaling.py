@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 from networks import cifar10_resnet20
 
-from gdfq.capture import capture
-from gdfq.devices import Group, joined
-from gdfq.grid import Bits
-from gdfq.progress import Step, silent
-from gdfq.randomness import stream
+from gdfq.execution.distributed import Group, joined
+from gdfq.execution.progress import Step, silent
+from gdfq.execution.seeding import stream
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import capture
 from gdfq.recipes import FAST, PAPER
-from gdfq.scheme import Scheme
-from gdfq.sources import Batch
-from gdfq.student import build_student
+from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
+from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 

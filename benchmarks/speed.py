@@ -24,18 +24,18 @@ from scale import main as measure_scale
 from timing import measure
 from torch import Tensor
 
-from gdfq.capture import capture
-from gdfq.grid import Bits
-from gdfq.losses import batch_norm_statistics_loss
-from gdfq.progress import silent
-from gdfq.randomness import stream
+from gdfq.execution.progress import silent
+from gdfq.execution.seeding import stream
+from gdfq.functional.grid import Bits
+from gdfq.functional.losses import batch_norm_statistics_loss
+from gdfq.functional.upsample_conv import upsampled_convolution
+from gdfq.graph.capture import capture
+from gdfq.graph.statistics import StatisticsNetwork, moments
 from gdfq.recipes import FAST, PAPER
-from gdfq.scheme import Scheme
-from gdfq.sources import Batch
+from gdfq.sources.base import Batch
 from gdfq.sources.generator import Generator
-from gdfq.sources.upsampling import upsampled_convolution
-from gdfq.statistics import StatisticsNetwork, moments
-from gdfq.student import build_student
+from gdfq.student.build import build_student
+from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 

@@ -14,7 +14,7 @@ from zoo import of_tests
 
 import gdfq
 from gdfq import demo
-from gdfq.capture import capture
+from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
 
 SEEDS = (0, 1, 2)

@@ -4,7 +4,7 @@
     python benchmarks/trust.py --networks digits   # only some networks' runs
 
 Students of several networks, widths, recipes and seeds are made, their drop of accuracy is
-measured on real test images, and beside it what `gdfq.trust` sees without them. Nothing but this
+measured on real test images, and beside it what `gdfq.analysis.accuracy_drop` sees without them. Nothing but this
 validation uses the test images. Each run is saved to benchmarks/results/trust.json as soon as it is
 done and is skipped when it is there; students are kept under benchmarks/cache.
 """
@@ -25,24 +25,24 @@ from scipy.optimize import least_squares
 from torch import Tensor, fx
 
 from gdfq import demo
-from gdfq.artifacts import packed
-from gdfq.capture import Captured, capture
-from gdfq.card import Card
-from gdfq.data import ArrayData, ImageData, Preprocessing, load_data
-from gdfq.evaluate import logits_of
-from gdfq.grid import Bits
-from gdfq.memory import keep_freed_memory_
-from gdfq.models import load_weights_
-from gdfq.progress import Terminal
-from gdfq.randomness import stream
+from gdfq.analysis.accuracy import logits_of
+from gdfq.analysis.accuracy_drop import LAW, Law, comparable, judged, mixed
+from gdfq.analysis.accuracy_drop import made as spectral_images
+from gdfq.data.datasets import ArrayData, ImageData, Preprocessing, load_data
+from gdfq.deploy import safetensors as packed
+from gdfq.deploy.card import Card
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.execution.progress import Terminal
+from gdfq.execution.seeding import stream
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured, capture
+from gdfq.models.registry import load_weights_
 from gdfq.recipes import PAPER, QUICK, Recipe
-from gdfq.scheme import Scheme
 from gdfq.sources.generator import GeneratorSource
-from gdfq.sources.optimised import OptimisedSource
+from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.stages import quantize_captured
-from gdfq.trust import LAW, Law, comparable, judged, mixed
-from gdfq.trust import made as spectral_images
+from gdfq.student.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "trust.json"
 STUDENTS = CACHE / "trust"
@@ -50,7 +50,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "trust.svg"
 DIGITS = "digits"
 PLAIN, MIXTURES = "images", "mixtures"
 HELD_OUT_SEED = stream(0, "trust").initial_seed()
-"""That of `gdfq.trust.measure` for seed 0, unlike any run's."""
+"""That of `gdfq.analysis.accuracy_drop.measure` for seed 0, unlike any run's."""
 Row = dict[str, Any]
 CLASSES = {DIGITS: 10, R20: 10, R32: 10, R56: 100, MOBILE: 1000}
 TEST_IMAGES = {DIGITS: 898, R20: 4000, R56: 1500, R32: 2000, MOBILE: 1000}
@@ -275,7 +275,7 @@ Predictor = Callable[[Row], float]
 
 
 def logit_error(row: Row, kind: str = MIXTURES) -> float:
-    """What `gdfq.trust` goes by."""
+    """What `gdfq.analysis.accuracy_drop` goes by."""
     return comparable(row["seen"][kind]["relative_error"] / 100, CLASSES[row["network"]])
 
 
@@ -361,7 +361,7 @@ def report(rows: list[Row]) -> None:
     error = resampled(off, nine_of_ten)[1]
     law = Law(round(shift, 2), round(power, 2), round(error, 2), LAW.limit)
     print(f"\n{len(rows)} runs of {len({row['network'] for row in rows})} networks; {law}")
-    print(f"gdfq.trust.LAW is {'this' if law == LAW else f'another: {LAW}'}\n")
+    print(f"gdfq.analysis.accuracy_drop.LAW is {'this' if law == LAW else f'another: {LAW}'}\n")
     print(
         "| network | runs | drops | median error, points | largest error, points | drops inside the interval |"
     )

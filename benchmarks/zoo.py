@@ -26,12 +26,12 @@ import torch
 from torch import nn
 
 import gdfq
-from gdfq import operators
-from gdfq.capture import Captured, capture, tensors_of
 from gdfq.errors import GdfqError
-from gdfq.models import RANDOM, load_model
+from gdfq.graph import operators
+from gdfq.graph.capture import Captured, capture, tensors_of
+from gdfq.models.registry import RANDOM, load_model
 from gdfq.recipes import FAST, Recipe
-from gdfq.sources import Source
+from gdfq.sources.base import Source
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.patches import PatchSource
 from gdfq.sources.spectral import SpectralSource

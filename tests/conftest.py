@@ -4,15 +4,15 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-import networks
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
+from support import networks
 
-from gdfq.capture import Captured, capture
-from gdfq.cli import _exit_code
+from gdfq.cli.app import _exit_code
+from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
 

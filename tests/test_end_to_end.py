@@ -8,13 +8,13 @@ import torch
 
 import gdfq
 from gdfq import demo
-from gdfq.capture import capture
-from gdfq.data import ArrayData
-from gdfq.evaluate import logits_of
-from gdfq.evidence.answers import paired_drop
-from gdfq.models import load_model
+from gdfq.analysis.accuracy import logits_of
+from gdfq.analysis.accuracy_drop import measure
+from gdfq.analysis.predictions import paired_drop
+from gdfq.data.datasets import ArrayData
+from gdfq.graph.capture import capture
+from gdfq.models.registry import load_model
 from gdfq.recipes import find_recipe
-from gdfq.trust import measure
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

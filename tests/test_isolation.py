@@ -4,14 +4,14 @@ import logging
 import threading
 import warnings
 
-import networks
 import pytest
 import torch
+from support import networks
 from test_pipeline import same, small, state
 
 import gdfq
 from gdfq import RECIPES
-from gdfq.capture import capture
+from gdfq.graph.capture import capture
 
 
 def surroundings():

@@ -1,18 +1,18 @@
 import copy
 from dataclasses import replace
 
-import networks
 import numpy as np
 import pytest
 import torch
+from support import networks
 
 import gdfq
 from gdfq import RECIPES, UsageError
-from gdfq.data import ArrayData, load_data
+from gdfq.data.datasets import ArrayData, load_data
 from gdfq.recipes import PAPER
 from gdfq.sources.generator import GeneratorSource
-from gdfq.sources.images import GivenImages
-from gdfq.sources.optimised import OptimisedSource
+from gdfq.sources.given import GivenImages
+from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.tuning.distill import Distillation
 from gdfq.tuning.reconstruct import Reconstruction
@@ -139,7 +139,7 @@ def test_the_published_values():
 
 
 def test_the_student_loss_by_hand():
-    from gdfq.schedules import SgdConfig
+    from gdfq.optim import SgdConfig
 
     student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
     config = Distillation(SgdConfig(lr=0.1), temperature=1.0, distillation=3.0)

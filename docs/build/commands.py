@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gdfq.cli import cli
+from gdfq.cli.app import cli
 
 PAGE, MARK = "reference/commands.md", "<!-- the commands -->"
 _CELL = str.maketrans({"|": r"\|", "<": "&lt;", "*": r"\*", "_": r"\_"})

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from gdfq.version import __version__
 
 if TYPE_CHECKING:
+    from gdfq.deploy.export import Exported
     from gdfq.errors import GdfqError, UsageError
-    from gdfq.export import Exported
     from gdfq.making import generate
     from gdfq.pipeline import quantize
     from gdfq.quantized import QuantizedNetwork, load
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gdfq.report import write_report
 
 _HOME = {
-    "Exported": "gdfq.export",
+    "Exported": "gdfq.deploy.export",
     "GdfqError": "gdfq.errors",
     "UsageError": "gdfq.errors",
     "generate": "gdfq.making",

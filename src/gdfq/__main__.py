@@ -1,5 +1,5 @@
 """`python -m gdfq`."""
 
-from gdfq.cli import main
+from gdfq.cli.app import main
 
 main()

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdfq.data import Preprocessing
+from gdfq.data.datasets import Preprocessing
 from gdfq.errors import UsageError
-from gdfq.randomness import stream
+from gdfq.execution.seeding import stream
 from gdfq.recipes import PAPER, find_recipe
 from gdfq.sources.generator import GeneratorSource
 

@@ -2,15 +2,15 @@
 
 from torch import Tensor, nn
 
-from gdfq.capture import Captured, capture
-from gdfq.devices import find_device
 from gdfq.errors import UsageError
-from gdfq.progress import Listener, Step, silent
-from gdfq.randomness import check_seed
+from gdfq.execution.distributed import find_device
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.seeding import check_seed
+from gdfq.execution.tracing import beside_no_tracing, giving_way
+from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import Recipe, find_recipe
-from gdfq.sources import Batch, first_images
+from gdfq.sources.base import Batch, first_images
 from gdfq.sources.pool import ImagePool, collect
-from gdfq.tracing import beside_no_tracing, giving_way
 
 
 @beside_no_tracing

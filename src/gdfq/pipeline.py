@@ -10,37 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.allocation import choose_widths, file_sizes, parse_bits
-from gdfq.capture import Captured, capture, tensors_of
-from gdfq.card import Card
-from gdfq.checkpoints import Checkpoints, Keeper, Unkept
-from gdfq.clock import Clock
-from gdfq.data import ImageData, Preprocessing, Resize, load_data, summary_of
-from gdfq.devices import ALONE, Group, find_device
+from gdfq.analysis.accuracy import LABELS, output_errors
+from gdfq.analysis.bit_allocation import choose_widths, file_sizes, parse_bits
+from gdfq.analysis.observations import Tested, Witness
+from gdfq.data.datasets import ImageData, Preprocessing, Resize, load_data, summary_of
+from gdfq.deploy.card import Card
+from gdfq.deploy.export import metadata_of
 from gdfq.errors import GdfqWarning, UsageError
-from gdfq.evaluate import LABELS, output_errors
-from gdfq.export import metadata_of
-from gdfq.faults import told_of_shortage
-from gdfq.grid import Bits
-from gdfq.models import weights_hash
-from gdfq.outputs import in_order, output_names
-from gdfq.progress import Listener, silent
+from gdfq.execution.checkpoints import Checkpoints, Keeper, Unkept
+from gdfq.execution.distributed import ALONE, Group, find_device
+from gdfq.execution.guards import told_of_shortage
+from gdfq.execution.progress import Listener, silent
+from gdfq.execution.seeding import check_seed
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.execution.stopwatch import Clock
+from gdfq.execution.tracing import beside_no_tracing, giving_way
+from gdfq.files.states import Noted, name_of
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured, capture, tensors_of
+from gdfq.graph.outputs import in_order, output_names
+from gdfq.models.registry import weights_hash
 from gdfq.quantized import QuantizedNetwork
-from gdfq.randomness import check_seed
-from gdfq.randomness import stream as random_stream
 from gdfq.recipes import Recipe, find_recipe
-from gdfq.runs import as_values
-from gdfq.scheme import PLACEMENTS, Keep, Placement, Scheme
-from gdfq.sources import Batch, Source
+from gdfq.runs.folder import as_values
+from gdfq.sources.base import Batch, Source
 from gdfq.sources.collapse import CollapsedError
-from gdfq.sources.images import on_images
+from gdfq.sources.given import on_images
 from gdfq.sources.pool import ImagePool, PoolStream
-from gdfq.sources.streams import Feed
+from gdfq.sources.stream import Feed
 from gdfq.stages import STUDENT_PARTS, frozen_student
-from gdfq.states import Noted, name_of
-from gdfq.tracing import beside_no_tracing, giving_way
+from gdfq.student.scheme import PLACEMENTS, Keep, Placement, Scheme
 from gdfq.version import __version__
-from gdfq.witness import Tested, Witness
 
 _MEASURED = ("teacher", "student")
 Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
@@ -73,32 +73,34 @@ def quantize(
     """Quantize a trained network; without `data` no real image is used.
 
     model: any nn.Module that maps images to logits, or to other tensors (see `classifier`), or
-        a `gdfq.capture.Captured`, which was captured before; it is not changed.
+        a `gdfq.graph.capture.Captured`, which was captured before; it is not changed.
     example_input: [N, C, H, W], one input or more as the network takes them (normalised).
     bits: widths of weights and activations, 2..8 each, as "w4a4"; or "auto", which chooses each
-        layer's so that the ONNX file is no larger than `size` bytes (see `gdfq.allocation`).
+        layer's so that the ONNX file is no larger than `size` bytes (see
+        `gdfq.analysis.bit_allocation`).
     recipe: a name in `gdfq.RECIPES` or a Recipe of your own.
-    data: real images to tune on instead of synthetic ones (see `gdfq.data.load_data`).
+    data: real images to tune on instead of synthetic ones (see `gdfq.data.datasets.load_data`).
     test: labelled images; teacher and student are measured on them at the end, into the result's
         `metrics`, and they are used for nothing else. For a network that is no classifier they
         need no labels: the error of its outputs against the teacher's is measured.
-    placement: "t1" or "full"; the recipe's own by default (see `gdfq.scheme.Scheme`).
-    keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.scheme.Keep`).
+    placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.scheme.Scheme`).
+    keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.scheme.Keep`).
     steps: batches in all; the recipe's own by default.
     batch: images a step; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
-    resize: how the files of an image folder get the network's size (see `gdfq.data.Resize`).
-    device: "cpu", "cuda" or "auto".
+    resize: how the files of an image folder get the network's size (see
+    `gdfq.data.datasets.Resize`). device: "cpu", "cuda" or "auto".
     classifier: whether the output are logits of classes; by default, whether it is one tensor
         [N, C] with C >= 2. Any other network (detection, segmentation, regression) has no labels:
         its outputs themselves are matched, relative to their size.
-    listener: is called with every `gdfq.progress.Step`.
+    listener: is called with every `gdfq.execution.progress.Step`.
     checkpoints: a folder that the run writes its state into about once a minute, and whenever the
         listener raises. The same call with a folder that has one goes on from there, and ends with
         the same bits. It stays when the run has finished; while one run uses it another is refused.
-    group: what the run is computed with: `gdfq.devices.Group("bfloat16")` for less precision, or
-        the processes that do it together (`gdfq.devices.joined`), all of which call this alike;
-        the first alone measures on `test` and writes checkpoints.
+    group: what the run is computed with: `gdfq.execution.distributed.Group("bfloat16")` for less
+    precision, or
+        the processes that do it together (`gdfq.execution.distributed.joined`), all of which call
+        this alike; the first alone measures on `test` and writes checkpoints.
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.artifacts import packed
-from gdfq.artifacts.packed import STUDENT_FILE
-from gdfq.card import Card
-from gdfq.data import load_data
+from gdfq.analysis.accuracy import top1
+from gdfq.analysis.observations import Witness
+from gdfq.data.datasets import load_data
+from gdfq.deploy import safetensors as packed
+from gdfq.deploy.card import Card
+from gdfq.deploy.export import Exported, Format, export
+from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
-from gdfq.evaluate import top1
-from gdfq.export import Exported, Format, export
-from gdfq.files import make_folder, write_atomically
-from gdfq.limits import within
-from gdfq.outputs import built, in_order
-from gdfq.progress import Listener, silent
-from gdfq.randomness import stream
-from gdfq.runs import EXAMPLES, note_export, read_metrics
-from gdfq.witness import Witness
+from gdfq.execution.progress import Listener, silent
+from gdfq.execution.seeding import stream
+from gdfq.files.atomic import make_folder, write_atomically
+from gdfq.files.untrusted import within
+from gdfq.graph.outputs import built, in_order
+from gdfq.runs.folder import EXAMPLES, note_export, read_metrics
 
 
 class QuantizedNetwork(nn.Module):
@@ -60,7 +60,7 @@ class QuantizedNetwork(nn.Module):
         return next(self.buffers()).device
 
     def evaluate(self, data: Any, *, listener: Listener = silent) -> float:
-        """Top-1 accuracy in percent on labelled images (see `gdfq.data.load_data`).
+        """Top-1 accuracy in percent on labelled images (see `gdfq.data.datasets.load_data`).
 
         Raises UsageError for data without labels, and for a network that has no classes.
         """

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
-from gdfq.schedules import AdamConfig, Cosine, GridAdam, SgdConfig
-from gdfq.scheme import Placement
-from gdfq.sources import Source
+from gdfq.optim import AdamConfig, Cosine, GridAdam, SgdConfig
+from gdfq.sources.base import Source
 from gdfq.sources.generator import GeneratorSource
-from gdfq.sources.images import GivenImages
+from gdfq.sources.given import GivenImages
 from gdfq.sources.latent import LatentSource
-from gdfq.sources.optimised import OptimisedSource
 from gdfq.sources.patches import PatchSource
+from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student import ACTIVATION_QUANTIZERS, Quantizers
+from gdfq.student.build import ACTIVATION_QUANTIZERS, Quantizers
+from gdfq.student.scheme import Placement
 from gdfq.tuning.distill import Distillation
 from gdfq.tuning.reconstruct import Reconstruction
 
@@ -30,8 +30,8 @@ class Recipe:
     The first `calibration` steps set the activation ranges, the student is not updated in the
     first `warmup` steps (the generator learns), and the rest tune it. Without `tuning` all
     steps calibrate. Learned quantizers begin from the teacher with channels equalized by the first
-    images (`gdfq.equalization`). With `match_moments` each layer's outputs are brought to the
-    teacher's mean and deviation after calibration (`gdfq.tuning.calibrate`).
+    images (`gdfq.student.equalization`). With `match_moments` each layer's outputs are brought to
+    the teacher's mean and deviation after calibration (`gdfq.tuning.calibrate`).
     """
 
     name: str

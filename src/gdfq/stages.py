@@ -5,18 +5,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from gdfq.capture import Captured
-from gdfq.checkpoints import Keeper, Unkept
-from gdfq.devices import ALONE, Group
-from gdfq.equalization import channel_scales, rescaled
-from gdfq.freeze import freeze
-from gdfq.progress import Listener, Step, silent
+from gdfq.execution.checkpoints import Keeper, Unkept
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.files.states import Noted
+from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
-from gdfq.scheme import Scheme
-from gdfq.sources import Source
-from gdfq.sources.streams import Feed
-from gdfq.states import Noted
-from gdfq.student import build_student, check_scheme
+from gdfq.sources.base import Source
+from gdfq.sources.stream import Feed
+from gdfq.student.build import build_student, check_scheme
+from gdfq.student.equalization import channel_scales, rescaled
+from gdfq.student.freeze import freeze
+from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import Distillation, tune_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_

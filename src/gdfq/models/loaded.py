@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gdfq.data import Preprocessing
+from gdfq.data.datasets import Preprocessing
 from gdfq.errors import UsageError
-from gdfq.limits import check_shape
+from gdfq.files.untrusted import check_shape
 
 
 @dataclass(frozen=True, eq=False)

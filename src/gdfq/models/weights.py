@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.errors import UsageError, first_line
-from gdfq.limits import check_torch_file
+from gdfq.files.untrusted import check_torch_file
 
 
 def weights_hash(model: nn.Module) -> str:

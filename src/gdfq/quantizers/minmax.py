@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from gdfq.grid import (
+from gdfq.functional.grid import (
     affine_grid,
     channel_range,
     quantize,
     straight_through,
     weight_grid,
 )
-from gdfq.quantizers import ActivationQuantizer, QuantizedTensor, WeightQuantizer
+from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 
 
 class MinMaxWeight(WeightQuantizer):

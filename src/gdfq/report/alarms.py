@@ -21,7 +21,7 @@ _PARTS = 10
 
 
 def collapse(diversity: Mapping[str, Any]) -> str | None:
-    """All images alike, or all of a class (see `gdfq.evidence.images.Diversity`)."""
+    """All images alike, or all of a class (see `gdfq.analysis.images.Diversity`)."""
     if diversity["pixels"] < _ALIKE:
         return (
             "Collapse: all images are alike (their pixels differ by "

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from gdfq.errors import GdfqError, UsageError
-from gdfq.files import make_folder, write_atomically
+from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.report import figures
 from gdfq.report.figures import svg
 from gdfq.report.page import environment

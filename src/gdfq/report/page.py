@@ -9,14 +9,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from gdfq.errors import UsageError, first_line
-from gdfq.files import write_atomically, write_json
-from gdfq.limits import within
+from gdfq.files.atomic import write_atomically, write_json
+from gdfq.files.untrusted import within
 from gdfq.report.alarms import alarms
 from gdfq.report.figures import png, svg
 from gdfq.report.read import Run, number
 from gdfq.report.sections import SECTIONS, Content
 from gdfq.report.verdict import Verdict, size_words, verdict
-from gdfq.runs import REPORT, REPORT_NUMBERS
+from gdfq.runs.folder import REPORT, REPORT_NUMBERS
 from gdfq.version import __version__
 
 FIGURES = "report"

@@ -12,7 +12,7 @@ from gdfq.report.alarms import alarms
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Record, Run, number
 from gdfq.report.verdict import HARM_WORDS, harmful_layers
-from gdfq.runs import CONFIG, EVIDENCE, HISTORY, METRICS
+from gdfq.runs.folder import CONFIG, EVIDENCE, HISTORY, METRICS
 
 
 @dataclass(frozen=True, eq=False)

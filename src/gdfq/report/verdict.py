@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from gdfq.grid import MAX_BITS
+from gdfq.functional.grid import MAX_BITS
 from gdfq.report.read import Record, Run, number
-from gdfq.scheme import Keep
+from gdfq.student.scheme import Keep
 
 Level = Literal["good", "fair", "poor", "unknown"]
 
@@ -35,14 +35,15 @@ HARM_WORDS: Mapping[str, str] = {
     "divergence": "the harm",
     "error": "the sum of the layers' own errors",
 }
-"""What a layer has a share of, by the kind of `gdfq.evidence.harm.Harm`."""
+"""What a layer has a share of, by the kind of `gdfq.analysis.sensitivity.Harm`."""
 
 
 @dataclass(frozen=True)
 class Loss:
     """Points of accuracy that are lost, and the ends of an interval.
 
-    kind: "measured" on test images, where the interval is of 95 %; or "expected" by `gdfq.trust`
+    kind: "measured" on test images, where the interval is of 95 %; or "expected" by
+    `gdfq.analysis.accuracy_drop`
     from the outputs' error on held-out images, where it holds nine of ten.
     """
 

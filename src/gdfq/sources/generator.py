@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdfq.capture import Captured
-from gdfq.devices import ALONE, Group, exact
 from gdfq.errors import UsageError
-from gdfq.faults import stay_finite
-from gdfq.losses import batch_norm_statistics_loss, class_boundary_loss
-from gdfq.progress import Listener, silent
-from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, StepDecay, set_rate_
-from gdfq.sources import Batch
+from gdfq.execution.distributed import ALONE, Group, exact
+from gdfq.execution.guards import stay_finite
+from gdfq.execution.progress import Listener, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.states import Stateful
+from gdfq.functional.losses import batch_norm_statistics_loss, class_boundary_loss
+from gdfq.functional.upsample_conv import upsampled_convolution
+from gdfq.graph.capture import Captured
+from gdfq.graph.statistics import StatisticsNetwork
+from gdfq.optim import AdamConfig, StepDecay, set_rate_
+from gdfq.sources.base import Batch
 from gdfq.sources.collapse import CollapseWatch
-from gdfq.sources.streams import Stream
-from gdfq.sources.upsampling import upsampled_convolution
-from gdfq.states import Stateful
-from gdfq.statistics import StatisticsNetwork
+from gdfq.sources.stream import Stream
 
 Conditioning = Literal["label-embedding", "conditional-batch-norm"]
 

@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gdfq import operators
-from gdfq.capture import Captured, flat_module, tensors_of
-from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
-from gdfq.faults import images_stay_finite
-from gdfq.losses import standard_deviation_loss
-from gdfq.progress import Listener, Step, silent
-from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, Cosine, set_rate_
-from gdfq.sources import Batch
-from gdfq.sources.streams import Stream
-from gdfq.sources.upsampling import upsampled_convolution
-from gdfq.statistics import StatisticsNetwork, unit_input
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.guards import images_stay_finite
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.functional.losses import standard_deviation_loss
+from gdfq.functional.upsample_conv import upsampled_convolution
+from gdfq.graph import operators
+from gdfq.graph.capture import Captured, flat_module, tensors_of
+from gdfq.graph.statistics import StatisticsNetwork, unit_input
+from gdfq.optim import AdamConfig, Cosine, set_rate_
+from gdfq.sources.base import Batch
+from gdfq.sources.stream import Stream
 
 
 @dataclass(frozen=True)

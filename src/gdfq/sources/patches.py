@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gdfq import operators
-from gdfq.capture import Captured
-from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
-from gdfq.features import block_ends, with_features
-from gdfq.losses import patch_entropy
-from gdfq.progress import Listener, silent
-from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.progress import Listener, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.functional.losses import patch_entropy
+from gdfq.graph import operators
+from gdfq.graph.blocks import block_ends, with_features
+from gdfq.graph.capture import Captured
+from gdfq.graph.statistics import input_moments
+from gdfq.optim import AdamConfig
 from gdfq.sources.spectral import Look, spectral_batches
-from gdfq.sources.streams import Stream
-from gdfq.statistics import input_moments
+from gdfq.sources.stream import Stream
 
 _PATCHES = 64
 """Patches that are compared: an even choice of them, where there are more."""

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdfq.capture import Captured
-from gdfq.devices import ALONE, Group
-from gdfq.progress import Listener, silent
-from gdfq.randomness import stream as random_stream
-from gdfq.sources import Batch, Source, first_images
-from gdfq.sources.streams import Feed, Shuffled, Stream
-from gdfq.states import Fixed, Noted, Stateful
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.progress import Listener, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.states import Fixed, Noted, Stateful
+from gdfq.graph.capture import Captured
+from gdfq.sources.base import Batch, Source, first_images
+from gdfq.sources.stream import Feed, Shuffled, Stream
 
 
 @dataclass(frozen=True)

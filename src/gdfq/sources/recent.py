@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdfq.sources import Batch, first_images
-from gdfq.states import Fixed
+from gdfq.files.states import Fixed
+from gdfq.sources.base import Batch, first_images
 
 IMAGES, _NUMBERS = 256, 2**24
 """So many images are kept, as far as they hold no more numbers than that (64 MiB: 111 images of

@@ -15,17 +15,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gdfq.capture import Captured
-from gdfq.devices import ALONE, Group
 from gdfq.errors import UsageError
-from gdfq.faults import images_stay_finite
-from gdfq.losses import focal_loss, relative_statistics_loss
-from gdfq.progress import Listener, Step, silent
-from gdfq.randomness import stream as random_stream
-from gdfq.schedules import AdamConfig, Cosine, set_rate_
-from gdfq.sources import Batch, labels_in_turn
-from gdfq.sources.streams import InTurn, Stream
-from gdfq.statistics import StatisticsNetwork, remembered_input, unit_input
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.guards import images_stay_finite
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.functional.losses import focal_loss, relative_statistics_loss
+from gdfq.graph.capture import Captured
+from gdfq.graph.statistics import StatisticsNetwork, remembered_input, unit_input
+from gdfq.optim import AdamConfig, Cosine, set_rate_
+from gdfq.sources.base import Batch, labels_in_turn
+from gdfq.sources.stream import InTurn, Stream
 
 
 @dataclass(frozen=True)

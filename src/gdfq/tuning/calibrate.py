@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gdfq import operators
-from gdfq.capture import Captured
 from gdfq.errors import GdfqError
-from gdfq.folding import fold_batch_norms
-from gdfq.progress import RANGES, Listener, Step, is_due
-from gdfq.quantizers import ActivationQuantizer
-from gdfq.quantizers.learned import LearnedWeight
-from gdfq.sources import Batch
-from gdfq.student import Student
+from gdfq.execution.progress import RANGES, Listener, Step, is_due
+from gdfq.graph import operators
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import Captured
+from gdfq.quantizers.base import ActivationQuantizer
+from gdfq.quantizers.lsq import LearnedWeight
+from gdfq.sources.base import Batch
+from gdfq.student.build import Student
 
 
 @torch.no_grad()

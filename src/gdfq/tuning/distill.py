@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdfq import operators
-from gdfq.capture import Captured
-from gdfq.checkpoints import Keeper, Unkept
-from gdfq.devices import ALONE, Group, exact
-from gdfq.faults import stay_finite
-from gdfq.features import block_ends
-from gdfq.features import with_features as features_of
-from gdfq.folding import fold_batch_norms
-from gdfq.losses import distillation_loss, feature_loss
-from gdfq.outputs import in_order
-from gdfq.progress import RANGES, Listener, Step, is_due
-from gdfq.schedules import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
-from gdfq.sources import Batch
-from gdfq.student import Student
+from gdfq.execution.checkpoints import Keeper, Unkept
+from gdfq.execution.distributed import ALONE, Group, exact
+from gdfq.execution.guards import stay_finite
+from gdfq.execution.progress import RANGES, Listener, Step, is_due
+from gdfq.functional.losses import distillation_loss, feature_loss
+from gdfq.graph import operators
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.blocks import block_ends
+from gdfq.graph.blocks import with_features as features_of
+from gdfq.graph.capture import Captured
+from gdfq.graph.outputs import in_order
+from gdfq.optim import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
+from gdfq.sources.base import Batch
+from gdfq.student.build import Student
 
 Answers = tuple[Any, Sequence[Tensor]]
 """What student or teacher returns (logits [N, C] of a classifier), and each block's features."""

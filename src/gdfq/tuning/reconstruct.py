@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.capture import Captured
-from gdfq.checkpoints import Keeper, Unkept
 from gdfq.errors import UsageError
-from gdfq.faults import stay_finite
-from gdfq.features import block_ends, blocks
-from gdfq.folding import fold_batch_norms
-from gdfq.progress import Listener, Step
-from gdfq.quantizers import ActivationQuantizer, Bypass
-from gdfq.quantizers.rounding import RoundedWeight
-from gdfq.randomness import stream as random_stream
-from gdfq.schedules import Cosine, GridAdam, Schedule, set_rate_
-from gdfq.sources import Batch
-from gdfq.student import Student
+from gdfq.execution.checkpoints import Keeper, Unkept
+from gdfq.execution.guards import stay_finite
+from gdfq.execution.progress import Listener, Step
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.blocks import block_ends, blocks
+from gdfq.graph.capture import Captured
+from gdfq.optim import Cosine, GridAdam, Schedule, set_rate_
+from gdfq.quantizers.adaround import RoundedWeight
+from gdfq.quantizers.base import ActivationQuantizer, Bypass
+from gdfq.sources.base import Batch
+from gdfq.student.build import Student
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""Accuracy on labelled images, and the error of outputs that are not classes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.data.datasets import ImageData, Preprocessing
+from gdfq.errors import UsageError
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.tracing import beside_no_tracing
+from gdfq.graph.outputs import in_order
+
+_BATCH = 250
+LABELS = "Give (images, labels), an .npz file with both, or a folder with one folder a class."
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a classifier says to images: the likeliest class [N], and its probability [N]."""
+
+    classes: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Answers":
+        """The answers of logits [N, C]."""
+        confidence, classes = logits.softmax(1).max(1)
+        return cls(classes, confidence)
+
+    def top1(self, labels: Tensor) -> float:
+        """Share that is right, in percent; labels [N]."""
+        return 100 * float((self.classes == labels).double().mean())
+
+
+@beside_no_tracing
+@torch.no_grad()
+def logits_of(
+    network: Callable[[Tensor], Tensor],
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    listener: Listener = silent,
+) -> Tensor:
+    """A classifier's logits [N, C], on the CPU, for all images in order."""
+    batches = _batches(data, preprocessing, device, listener)
+    return torch.cat([network(images).cpu() for images in batches])
+
+
+def _batches(
+    data: ImageData, preprocessing: Preprocessing, device: torch.device, listener: Listener
+) -> Iterator[Tensor]:
+    """All images in order, as the network takes them."""
+    parts = torch.arange(len(data)).split(_BATCH)
+    for step, chosen in enumerate(parts, start=1):
+        yield preprocessing(data.images(chosen)).to(device)
+        listener(Step("evaluate", step, len(parts), {}))
+
+
+def top1(
+    network: nn.Module,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    listener: Listener = silent,
+) -> float:
+    """Share of images, in percent, whose highest logit is that of the label.
+
+    The network is taken as it is: put it into evaluation mode first.
+    Raises UsageError for data without labels.
+    """
+    if data.labels is None:
+        raise UsageError(f"accuracy needs labels; this data has none. {LABELS}")
+    logits = logits_of(network, data, preprocessing, device=device, listener=listener)
+    return Answers.of(logits).top1(data.labels)
+
+
+@beside_no_tracing
+@torch.no_grad()
+def output_errors(
+    student: Callable[[Tensor], Any],
+    teacher: Callable[[Tensor], Any],
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    listener: Listener = silent,
+) -> list[float]:
+    """‖ŷ − y‖ / ‖y‖ of each output y of the teacher and ŷ of the student, in percent, over all
+    images. It needs no labels.
+    """
+    powers: list[list[list[Tensor]]] = []
+    for images in _batches(data, preprocessing, device, listener):
+        pairs = zip(in_order(student(images)), in_order(teacher(images)), strict=True)
+        powers.append([[(a - b).square().sum(), b.square().sum()] for a, b in pairs])
+    error, power = torch.tensor(powers, dtype=torch.float64).sum(0).unbind(1)
+    relative: list[float] = (100 * (error / power.clamp_min(1e-30)).sqrt()).tolist()
+    return relative

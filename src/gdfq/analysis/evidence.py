@@ -1,0 +1,94 @@
+"""The evidence for a run's report: what needs teacher, student and images together.
+
+A run's folder holds no teacher, so this is measured once, behind the run, and kept as plain
+numbers in `evidence.json` and `evidence.npz`. The report is made from files alone.
+"""
+
+import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdfq.analysis.accuracy_drop import measure
+from gdfq.analysis.images import measure_images
+from gdfq.analysis.layers import measure_layers
+from gdfq.analysis.observations import Witness
+from gdfq.analysis.predictions import measure_changes
+from gdfq.errors import first_line
+from gdfq.files.atomic import write_atomically, write_json
+from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
+from gdfq.runs.folder import EVIDENCE, EVIDENCE_ARRAYS
+
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Numbers by section (`trust`, `layers`, `images`, `test`), and arrays as `section.name`.
+
+    A section that could not be measured is in `missing`, with the reason.
+    """
+
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write both files into a folder, each whole or not at all."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = dict(self.arrays)
+        np.savez_compressed(buffer, **arrays)
+        write_atomically(folder / EVIDENCE_ARRAYS, buffer.getvalue())
+        document = {"version": VERSION, "missing": dict(self.missing), **self.sections}
+        write_json(folder / EVIDENCE, document)
+
+
+def gather(teacher: Captured, quantized: QuantizedNetwork) -> Evidence:
+    """Measure all that the report shows of a run that has just been made.
+
+    teacher: what it was made from. A section that fails is left out and says why: the run is
+    worth more than its report.
+    """
+    witness = quantized.witness
+    if witness is None:
+        reason = "the network was loaded from a file, which remembers no images"
+        return Evidence(missing=dict.fromkeys(("trust", "layers", "images", "test"), reason))
+    measures = _measures(teacher, quantized, witness)
+    sections: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    missing: dict[str, str] = {}
+    for name, measured in measures.items():
+        started = time.perf_counter()
+        try:
+            found = asdict(measured())
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        ours = {key: value for key, value in found.items() if isinstance(value, np.ndarray)}
+        arrays |= {f"{name}.{key}": value for key, value in ours.items()}
+        sections[name] = {key: value for key, value in found.items() if key not in ours}
+        sections[name]["seconds"] = round(time.perf_counter() - started, 3)
+    if witness.tested is None:
+        missing["test"] = "no labelled test images were given"
+    return Evidence(sections, arrays, missing)
+
+
+def _measures(
+    teacher: Captured, quantized: QuantizedNetwork, witness: Witness
+) -> dict[str, Callable[[], Any]]:
+    """What is measured, by its section."""
+    preprocessing = quantized.card.preprocessing
+    measures: dict[str, Callable[[], Any]] = {
+        "trust": lambda: measure(teacher, quantized.network, seed=quantized.card.seed),
+        "layers": lambda: measure_layers(witness.teacher, quantized.network, witness.images),
+        "images": lambda: measure_images(teacher, witness.images, witness.labels, preprocessing),
+    }
+    tested = witness.tested
+    if tested is not None:
+        measures["test"] = lambda: measure_changes(tested, preprocessing)
+    return measures

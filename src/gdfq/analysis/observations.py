@@ -1,0 +1,53 @@
+"""What a run sees on its way and forgets otherwise: evidence for its report is gathered from it."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, fx
+
+from gdfq.analysis.accuracy import Answers, logits_of
+from gdfq.data.datasets import ImageData, Preprocessing
+from gdfq.execution.progress import Listener
+from gdfq.graph.capture import Captured
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """Test images with their labels [N], and what teacher and student answered to them."""
+
+    data: ImageData
+    labels: Tensor
+    teacher: Answers
+    student: Answers
+
+    @classmethod
+    def of(
+        cls,
+        teacher: Captured,
+        network: fx.GraphModule,
+        held_out: ImageData,
+        preprocessing: Preprocessing,
+        listener: Listener,
+    ) -> "Tested":
+        """What teacher and student, both classifiers, answer to labelled test images."""
+        ask = partial(logits_of, device=teacher.device, listener=listener)
+        answers = (
+            Answers.of(ask(module, held_out, preprocessing))
+            for module in (teacher.network, network)
+        )
+        assert held_out.labels is not None
+        return cls(held_out, held_out.labels, *answers)
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """Images that the student saw last [N, *input_shape], their labels [N], and test answers.
+
+    teacher: with the scales of the student's channels (`gdfq.student.equalization`). labels are
+    None for a network without classes, `tested` where there was nothing to test on.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    teacher: Captured
+    tested: Tested | None

@@ -1,0 +1,49 @@
+"""How fast the file of a run is, beside full precision."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from gdfq.deploy.benchmark import in_full_precision, side_by_side, size_of
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.errors import UsageError
+from gdfq.quantized import load
+from gdfq.report.verdict import size_words, smaller
+from gdfq.runs.folder import ONNX_FILE, check_export, note_bench
+
+
+def bench(folder: Path, against: Path | None, seconds: float) -> None:
+    """`gdfq bench`."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"what is measured is the folder of a run, with {ONNX_FILE} in it; {folder} is none. "
+            "Give the folder."
+        )
+    quantized = load(folder)
+    shape = quantized.card.input_shape
+    file = folder / ONNX_FILE
+    if not file.exists():
+        raise UsageError(f"{folder} must hold {ONNX_FILE}. Make it with: gdfq export {folder}")
+    check_export(folder)
+    files: dict[str, bytes | Path] = {
+        "full precision": against or to_onnx(in_full_precision(quantized.network), shape, {}),
+        f"{quantized.card.bits}": file,
+    }
+    sizes = list(map(size_of, files.values()))
+    click.echo(
+        f"size      {size_words(sizes[0])} full precision, {size_words(sizes[1])} "
+        f"{quantized.card.bits}: {smaller(*sizes)}"
+    )
+    heading = "milliseconds a call (quartiles)"
+    click.echo(f"\n{'batch':>5}{'threads':>8}  {heading:48}images/s  faster")
+    found = []
+    for timings in side_by_side(list(files.values()), shape, seconds=seconds):
+        for name, timing in zip(files, timings, strict=True):
+            found.append({"file": name, **asdict(timing)})
+            spread = f"{timing.median:.3f} ({timing.low:.3f} to {timing.high:.3f})"
+            click.echo(
+                f"{timing.batch:5}{timing.threads:8}  {name:16}{spread:32}"
+                f"{timing.images_per_second:8.0f}  {timings[0].median / timing.median:5.2f}x"
+            )
+    note_bench(folder, found)

@@ -1,0 +1,40 @@
+"""A file to deploy, from the folder of a run."""
+
+from pathlib import Path
+
+import click
+
+from gdfq.deploy.export import Exported, Format
+from gdfq.deploy.safetensors import STUDENT_FILE
+from gdfq.errors import UsageError
+from gdfq.quantized import load
+
+
+def export(
+    folder: Path, *, format: Format | None, out: Path | None, raw_input: bool, safe_x86: bool
+) -> None:
+    """`gdfq export`."""
+    if format is None and out is None:
+        format = "onnx"
+    quantized = load(folder)
+    home = folder if folder.is_dir() else folder.parent
+    path = out or home / f"student.{format}"
+    if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
+        raise UsageError(f"{path} is the network itself. Give another file with --out.")
+    exported = quantized.export(path, format=format, raw_input=raw_input, safe_x86=safe_x86)
+    print_export(exported)
+
+
+def print_export(exported: Exported) -> None:
+    """Say which file was written, how it compared with the network, and what to know of it."""
+    click.echo(f"{'file':10}{exported.path}, {exported.bytes / 1024:.0f} KiB")
+    for kind, parity in (("usual", exported.inside), ("extreme", exported.beyond)):
+        same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same answers "
+        click.echo(
+            f"{'parity':10}{same}on {parity.images} {kind} images; outputs differ by "
+            f"{parity.max_difference:.2g} at most ({100 * parity.relative_error:.2g} %)"
+        )
+    for name, share in exported.differs_first:
+        click.echo(f"{'':10}{name}: {100 * share:.2g} % of the codes differ")
+    for note in exported.notes:
+        click.secho(f"{'note':10}{note}", fg="yellow" if exported.saturates_here else None)

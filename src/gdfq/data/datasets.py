@@ -1,0 +1,312 @@
+"""Where real images come from: `.npz` files, image folders, tensors."""
+
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdfq.errors import UsageError
+from gdfq.files.untrusted import RESIZED, check_pixels, read_npz, within
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_DECODERS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
+"""Pillow's names of these formats: whatever a file is called, no other decoder sees it."""
+_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+
+class ImageData(Protocol):
+    """Images with or without labels."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Integers [N], or None."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def images(self, chosen: Tensor) -> Tensor:
+        """The images of the given indices: uint8 pixels, or floats that are already normalised."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How an image file gets the network's size: it is resized, then cropped at the centre.
+
+    crop: the share of the resized image's sides that is kept: 0.875 resizes to 256 for 224.
+    squash: both sides are resized to that, whatever the image's shape; without, the image keeps
+        its shape and covers it.
+    interpolation: one of pillow's filters (antialiased).
+    """
+
+    crop: float = 1.0
+    squash: bool = False
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise UsageError(f"crop must lie in 0..1 and not be 0; got {self.crop}.")
+        if self.interpolation not in _FILTERS:
+            raise UsageError(
+                f"interpolation must be one of {', '.join(_FILTERS)}; got {self.interpolation!r}."
+            )
+
+    def __call__(self, image: "Image", size: tuple[int, int]) -> "Image":
+        """The image in the given size (width, height).
+
+        Raises ValueError when it is so long and thin that it could not be held in memory.
+        """
+        from PIL.Image import Resampling
+
+        # 224 / (224 / 232) is a little less than 232.
+        target = tuple(math.floor(side / self.crop + 1e-6) for side in size)
+        if not self.squash:
+            scale = max(side / was for side, was in zip(target, image.size, strict=True))
+            target = tuple(
+                max(side, int(was * scale + 1e-6))
+                for side, was in zip(target, image.size, strict=True)
+            )
+        check_pixels(target[0], target[1], RESIZED)
+        image = image.resize((target[0], target[1]), Resampling[self.interpolation.upper()])
+        left, top = (round((was - side) / 2) for was, side in zip(target, size, strict=True))
+        return image.crop((left, top, left + size[0], top + size[1]))
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """(pixel / 255 − mean) / std, per channel; image files are resized before."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: Resize = Resize()
+
+    @classmethod
+    def of(
+        cls,
+        channels: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        resize: Resize | None = None,
+    ) -> "Preprocessing":
+        """Mean 0 and std 1 where they are not given.
+
+        Raises UsageError when their lengths are not `channels` or a std is not positive.
+        """
+        mean, std = tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels)
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise UsageError(
+                    f"{name} needs one value for each of the {channels} input channels; "
+                    f"got {len(values)}: {', '.join(map(str, values))}."
+                )
+            if not np.isfinite(values).all():
+                raise UsageError(f"{name} must be finite; got {', '.join(map(str, values))}.")
+        if min(std) <= 0:
+            raise UsageError(f"std must be positive; got {', '.join(map(str, std))}.")
+        return cls(mean, std, resize or Resize())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 pixels [N, C, *] become normalised floats; floats are taken as normalised."""
+        if not images.is_floating_point():
+            shape = (1, -1, *([1] * (images.ndim - 2)))
+            mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
+            images = (images.float() / 255 - mean) / std
+        images = images.float()
+        layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+        return images.contiguous(memory_format=layout)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The inverse: normalised floats become uint8 pixels, clipped to 0..255."""
+        shape = (1, -1, *([1] * (images.ndim - 2)))
+        mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
+        return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def to_npz(self, images: Tensor, **more: Tensor) -> bytes:
+        """Normalised images as pixels in an .npz file, as `load_data` reads it, and more arrays."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {"images": self.pixels(images).numpy()}
+        arrays |= {name: tensor.numpy() for name, tensor in more.items()}
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+
+def summary_of(data: ImageData) -> str:
+    """How many images, and a hash of the labels and of a few images spread over all."""
+    digest = hashlib.sha256()
+    few = data.images(torch.arange(0, len(data), -(-len(data) // 16)))
+    for tensor in (few, data.labels):
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return f"{len(data)} images, {digest.hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayData:
+    """Images that are in memory."""
+
+    array: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def images(self, chosen: Tensor) -> Tensor:
+        return self.array[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class FolderData:
+    """Image files, read and resized when asked for."""
+
+    files: tuple[Path, ...]
+    labels: Tensor | None
+    shape: tuple[int, int, int]
+    resize: Resize
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def images(self, chosen: Tensor) -> Tensor:
+        return torch.stack([self._read(self.files[int(i)]) for i in chosen])
+
+    def _read(self, file: Path) -> Tensor:
+        from PIL import Image
+
+        channels, height, width = self.shape
+        try:
+            with Image.open(file, formats=_DECODERS) as opened:
+                check_pixels(*opened.size)  # before they are decoded
+                image = opened.convert("L" if channels == 1 else "RGB")
+            image = self.resize(image, (width, height))
+        except Exception as error:  # each decoder has types of its own for damaged files
+            raise UsageError(
+                f"every file of an image folder must be a readable image; {file} is not: {error}."
+            ) from error
+        pixels = torch.from_numpy(np.array(image))
+        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def load_data(
+    data: "str | Path | Tensor | tuple[Tensor, Tensor] | ImageData",
+    input_shape: tuple[int, ...],
+    classes: int | None,
+    resize: Resize = Resize(),
+) -> ImageData:
+    """Images for a network of the given input shape and number of classes, if it has any.
+
+    data: an `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (a
+    sub-folder for each class; their sorted order is the class index), a tensor of images (uint8
+    pixels, or floats that are already normalised), or a pair of images and labels.
+    resize: of the files of an image folder; the others must have the network's size.
+
+    Raises UsageError for missing, unreadable or empty data, other shapes, labels out of range.
+    """
+    if isinstance(data, str | Path):
+        path = Path(data)
+        if path.is_dir():
+            loaded: ImageData = _folder(path, input_shape, resize)
+        else:
+            loaded = _npz(path)
+    elif isinstance(data, Tensor | np.ndarray):
+        loaded = ArrayData(torch.as_tensor(data), None)
+    elif isinstance(data, tuple | list) and len(data) == 2:
+        images, labels = (torch.as_tensor(part) for part in data)
+        loaded = ArrayData(images, labels.long())
+    elif hasattr(data, "images") and hasattr(data, "labels"):
+        loaded = data
+    else:
+        raise UsageError(
+            "data must be an .npz file, an image folder, a tensor of images or a pair of images "
+            f"and labels; got a {type(data).__name__}."
+        )
+    _check(loaded, input_shape, classes)
+    return loaded
+
+
+def _npz(path: Path) -> ArrayData:
+    try:
+        arrays = read_npz(path, ("images", "labels"))
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no data at {path}. Give an .npz file or a folder.") from error
+    except Exception as error:  # zipfile and zlib raise types of their own
+        raise UsageError(
+            f"data must be a readable .npz file or an image folder; {path} is neither: {error}."
+        ) from error
+    if "images" not in arrays:
+        has = ", ".join(arrays) or "neither images nor labels"
+        raise UsageError(f"an .npz file must hold 'images'; {path} has {has}.")
+    images, labels = arrays["images"], arrays.get("labels")
+    if images.dtype != np.uint8:
+        raise UsageError(f"'images' must be uint8 pixels; in {path} they are {images.dtype}.")
+    if labels is None:
+        return ArrayData(torch.from_numpy(images), None)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(f"'labels' must be integers; in {path} they are {labels.dtype}.")
+    return ArrayData(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _folder(path: Path, input_shape: tuple[int, ...], resize: Resize) -> FolderData:
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+        raise UsageError(
+            "an image folder needs a network with 1 or 3 input channels [C, H, W]; "
+            f"this one takes {list(input_shape)}. Use an .npz file."
+        )
+    classes = sorted(within(path, entry) for entry in path.iterdir() if entry.is_dir())
+    found = [
+        (within(path, file), index)
+        for index, folder in enumerate(classes)
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in _SUFFIXES
+    ]
+    channels, height, width = input_shape
+    return FolderData(
+        tuple(file for file, _ in found),
+        torch.tensor([index for _, index in found], dtype=torch.long),
+        (channels, height, width),
+        resize,
+    )
+
+
+def _check(data: ImageData, input_shape: tuple[int, ...], classes: int | None) -> None:
+    if isinstance(data, ArrayData) and not data.array.ndim:
+        raise UsageError("images must be [N, C, *size]; this is a single number.")
+    if not len(data):
+        raise UsageError(
+            "data must hold at least one image; this holds none. "
+            "An image folder has one sub-folder for each class with the images in it."
+        )
+    first = data.images(torch.tensor([0]))
+    if first.dtype != torch.uint8 and not first.is_floating_point():
+        raise UsageError(
+            "images must be uint8 pixels or floats that are already normalised; "
+            f"these are {first.dtype}."
+        )
+    shape = tuple(first.shape[1:])
+    if shape != input_shape:
+        raise UsageError(
+            f"images must have the network's input shape {list(input_shape)}; "
+            f"these are {list(shape)}. Resize them; files in folders are resized as they are read."
+        )
+    if data.labels is None or classes is None:
+        return
+    if data.labels.ndim != 1 or len(data.labels) != len(data):
+        raise UsageError(
+            f"there must be one label for each image; got labels {list(data.labels.shape)} "
+            f"for {len(data)} images."
+        )
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= classes:
+        raise UsageError(
+            f"labels must lie in 0..{classes - 1}, the network's classes; these span "
+            f"{low}..{high}. Check that data and network belong together."
+        )

@@ -1,0 +1,158 @@
+"""Size and speed of an exported network beside full precision, in ONNX Runtime on the CPU."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from gdfq.deploy.runtimes import onnx_session, run_once
+from gdfq.errors import UsageError, first_line
+from gdfq.files.untrusted import within
+from gdfq.graph import operators
+from gdfq.graph.capture import flat_module, tensors_of
+
+BATCHES, THREADS = (1, 32), (1, 2)
+_FEWEST = 11
+"""Rounds of every measurement, however long they take."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call of one file, at one batch size and number of threads."""
+
+    batch: int
+    threads: int
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+
+    @property
+    def images_per_second(self) -> float:
+        return 1000 * self.batch / self.median
+
+
+def size_of(file: bytes | Path) -> int:
+    """Bytes of an ONNX file, with those that it keeps its weights in.
+
+    Raises UsageError for a file that is not there, or is no ONNX model.
+    """
+    if isinstance(file, bytes):
+        return len(file)
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    try:
+        tensors = onnx.load(file, load_external_data=False).graph.initializer
+        outside = {ExternalDataInfo(t).location for t in tensors if uses_external_data(t)}
+        beside = [within(file.parent, file.with_name(name)) for name in outside]
+        return sum(path.stat().st_size for path in (file, *beside))
+    except Exception as error:  # protobuf's own has no public name
+        raise UsageError(
+            f"{file} must be an ONNX model, with its weights beside it if they are in files of "
+            f"their own; reading it failed with: {first_line(error)}."
+        ) from error
+
+
+def side_by_side(
+    files: Sequence[bytes | Path],
+    shape: tuple[int, ...],
+    *,
+    seconds: float = 1.0,
+    batches: Sequence[int] = BATCHES,
+    threads: Sequence[int] = THREADS,
+) -> Iterator[list[Timing]]:
+    """Time ONNX files in turn, so that what disturbs one disturbs all: one list a setting.
+
+    Files take images [N, *shape], any N.
+    Settings are each batch size with each number of threads that the machine has. Every setting
+    takes about `seconds` for each file. Raises UsageError for a file that takes anything else.
+    """
+    cores = os.cpu_count() or 1
+    for count in (n for n in threads if n <= cores):
+        sessions = [onnx_session(file, count) for file in files]
+        for batch in batches:
+            feeds = [_feed(session, (batch, *shape)) for session in sessions]
+            yield [Timing(batch, count, *spread) for spread in _measured(sessions, feeds, seconds)]
+
+
+_TYPES = ("tensor(float)", "tensor(uint8)")
+
+
+def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """Noise [N, ...] for the one input of a session; raises UsageError when it is another."""
+    inputs = session.get_inputs()
+    try:
+        found = [(value.type, tuple(value.shape)) for value in inputs]
+        names = [value.name for value in inputs]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the inputs of an ONNX file must have names in UTF-8; those of one have not. "
+            "Export it again."
+        ) from error
+    type, (batch, *rest) = found[0] if found and found[0][1] else ("nothing", (0,))
+    if len(found) != 1 or type not in _TYPES or isinstance(batch, int) or rest != [*shape[1:]]:
+        wanted = "x".join(map(str, ("N", *shape[1:])))
+        raise UsageError(
+            f"files that are compared must take one batch of images {wanted} of any size N, floats "
+            f"or uint8; one takes {', '.join(f'{t} {list(s)}' for t, s in found)}. Export it with "
+            "a dynamic batch dimension and sizes that are known."
+        )
+    draw = np.random.default_rng(0)
+    if type == "tensor(uint8)":
+        return {names[0]: draw.integers(0, 256, shape, dtype=np.uint8)}
+    return {names[0]: draw.standard_normal(shape, dtype=np.float32)}
+
+
+def _measured(
+    sessions: Sequence[Any], feeds: Sequence[Mapping[str, Any]], seconds: float
+) -> list[tuple[float, float, float]]:
+    """Median, first and third quartile of each session's milliseconds, taken in turn."""
+    times: list[list[float]] = [[] for _ in sessions]
+    for session, feed in zip(sessions, feeds, strict=True):
+        run_once(session, None, feed)  # the first call allocates
+    until = time.perf_counter() + seconds * len(sessions)
+    while time.perf_counter() < until or len(times[0]) < _FEWEST:
+        for session, feed, found in zip(sessions, feeds, times, strict=True):
+            started = time.perf_counter()
+            session.run(None, feed)
+            found.append(1000 * (time.perf_counter() - started))
+    quartiles = [statistics.quantiles(found, n=4) for found in times]
+    return [(middle, low, high) for low, middle, high in quartiles]
+
+
+@torch.no_grad()
+def in_full_precision(network: fx.GraphModule) -> fx.GraphModule:
+    """A frozen network with float weights and no rounding: what it was before, as fast and large.
+
+    Its weights are the quantized ones, written as floats.
+    """
+    tensors = dict(tensors_of(network))
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+
+    def constant(node: fx.Node, function: Any) -> fx.Node:
+        args, _ = fx.node.map_arg((node.args, {}), lambda n: tensors[str(n.target)])
+        name = f"{node.args[0].target}_float"  # type: ignore[union-attr]
+        value: Tensor = function(*args)
+        tensors[name] = torch.nn.Parameter(value, requires_grad=False)
+        return graph.get_attr(name)
+
+    for node in network.graph.nodes:
+        name = operators.name_of(node)
+        if name == "gdfq.fake_quantize":
+            new[node] = new[node.args[0]]
+        elif name in {"gdfq.dequantize", "gdfq.dequantize_bias"}:
+            new[node] = constant(node, node.target)
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.eliminate_dead_code()
+    return flat_module(graph, tensors)

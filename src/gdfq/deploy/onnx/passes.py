@@ -1,0 +1,172 @@
+"""Passes over an ONNX graph: how integer kernels get to see integers, and others floats."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from gdfq.data.datasets import Preprocessing
+from gdfq.errors import GdfqError
+
+DOMAIN = "gdfq"
+"""That of the three quantization operators until they are written in standard ones."""
+INPUT = "images"
+PIXELS = "pixels."
+"""How names begin of what normalises pixels in the file."""
+
+
+def pool_globally(graph: ir.Graph) -> None:
+    """Means over all spatial dimensions as GlobalAveragePool, which has integer kernels.
+
+    Kernels fuse it with the quantization behind it, which so comes before the Flatten.
+    """
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+            continue
+        x, axes = inputs_of(node)
+        rank = None if x.shape is None else x.shape.rank()
+        if rank is None or rank < 3:
+            continue
+        averaged = {axis % rank for axis in numbers_of(axes).reshape(-1).tolist()}
+        if averaged != {*range(2, rank)}:
+            continue
+        pooled = ir.node("GlobalAveragePool", [x])
+        if node.attributes["keepdims"].as_int():
+            replace_node(graph, node, [pooled])
+            continue
+        (old,) = node.outputs
+        users = {use.node for use in old.uses()}
+        quantizer = users.pop() if len(users) == 1 else None
+        if quantizer is None or quantizer.op_type != "FakeQuantize":
+            replace_node(graph, node, [pooled, _flatten(pooled)])
+            continue
+        quantized = ir.node(
+            "FakeQuantize",
+            [pooled.outputs[0], *quantizer.inputs[1:]],
+            quantizer.attributes,
+            domain=DOMAIN,
+        )
+        replace_node(graph, quantizer, [pooled, quantized, _flatten(quantized)])
+        graph.remove(node, safe=True)
+
+
+def _flatten(node: ir.Node) -> ir.Node:
+    return ir.node("Flatten", [node.outputs[0]], {"axis": 1})
+
+
+_MOVES_NUMBERS = frozenset(
+    {
+        *("Expand", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze"),
+        *("Transpose", "Unsqueeze"),
+    }
+)
+
+
+def keep_codes(graph: ir.Graph) -> None:
+    """Let operators that only move numbers move codes: what follows then reads integers."""
+    for node in list(graph):
+        if node.op_type not in _MOVES_NUMBERS:
+            continue
+        first, *others = inputs_of(node)
+        dequantize = first.producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        codes, scale, *zero_points = inputs_of(dequantize)
+        if not zero_points or numbers_of(zero_points[0]).dtype != np.uint8:
+            continue  # a weight
+        (zero_point,) = zero_points
+        if node.op_type == "Pad" and _mode(node) == "constant":
+            if len(others) > 1 and others[1] is not None and numbers_of(others[1]).any():
+                continue  # what it pads with need not lie on the grid
+            others[1:2] = [zero_point]
+        count = len(node.outputs)
+        moved = ir.node(node.op_type, [codes, *others], node.attributes, num_outputs=count)
+        after = [ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs]
+        replace_node(graph, node, [moved, *after])
+        if not first.uses():
+            graph.remove(dequantize, safe=True)
+
+
+def keep_float(graph: ir.Graph) -> None:
+    """Let layers with float weights, and poolings with borders, be computed in float.
+
+    Between DequantizeLinear and QuantizeLinear ONNX Runtime would round such weights to 8 bits by
+    itself, and its integer pooling counts the cells of borders otherwise. A Clip that clips nothing
+    hides the first from it.
+    """
+    for node in list(graph):
+        first = node.inputs[0] if node.inputs else None
+        maker = None if first is None else first.producer()
+        if maker is None or maker.op_type != "DequantizeLinear":
+            continue
+        weight = node.inputs[1] if node.op_type in _LAYERS else None
+        attributes = {name: value.value for name, value in node.attributes.items()}
+        borders = any(attributes.get("pads", ())) or bool(attributes.get("ceil_mode"))
+        if (weight is not None and weight.is_initializer()) or (
+            node.op_type == "AveragePool" and borders
+        ):
+            low, high = (
+                ir.Value(name=name, const_value=ir.tensor(bound, name=name))
+                for name, bound in zip(("float.low", "float.high"), _FLOATS, strict=True)
+            )
+            for value in (low, high):
+                if value.name not in graph.initializers:
+                    graph.register_initializer(value)
+            bounds = [graph.initializers["float.low"], graph.initializers["float.high"]]
+            hidden = ir.node("Clip", [first, *bounds])
+            graph.insert_before(node, [hidden])
+            node.replace_input_with(0, hidden.outputs[0])
+
+
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_FLOATS = (np.finfo(np.float32).min, np.finfo(np.float32).max)
+
+
+def _mode(pad: ir.Node) -> str:
+    mode = pad.attributes.get("mode")
+    return "constant" if mode is None else mode.as_string()
+
+
+def normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
+    """Let the graph begin with uint8 pixels: (x / 255 − mean) / std as one factor and one shift."""
+    old = graph.inputs[0]
+    assert old.shape is not None
+    mean, std = (np.array(v, dtype=np.float32) for v in (preprocessing.mean, preprocessing.std))
+    shape = (1, len(mean), *[1] * (old.shape.rank() - 2))
+    new = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
+    values = {f"{PIXELS}factor": 1 / (255 * std), f"{PIXELS}shift": -mean / std}
+    constants = []
+    for name, numbers in values.items():
+        value = ir.Value(name=name, const_value=ir.tensor(numbers.reshape(shape), name=name))
+        graph.register_initializer(value)
+        constants.append(value)
+    cast = ir.node("Cast", [new], {"to": ir.DataType.FLOAT})
+    scaled = ir.node("Mul", [cast.outputs[0], constants[0]])
+    shifted = ir.node("Add", [scaled.outputs[0], constants[1]])
+    ir.convenience.replace_all_uses_with(old, shifted.outputs[0])
+    old.name = None
+    graph.inputs[0] = new
+    first = next(iter(graph))
+    graph.insert_before(first, [cast, scaled, shifted])
+
+
+def inputs_of(node: ir.Node) -> tuple[Any, ...]:
+    return tuple(node.inputs)
+
+
+def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes in the place of one; the last of them make its values, each one."""
+    graph.insert_before(node, nodes)
+    makers = nodes[-len(node.outputs) :]
+    for old, (new,) in zip(node.outputs, (maker.outputs for maker in makers), strict=True):
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def numbers_of(value: ir.Value | None) -> np.ndarray[Any, Any]:
+    """The numbers of a constant."""
+    if value is None or value.const_value is None:
+        raise GdfqError("the quantization constants must be known at export; one is computed.")
+    return value.const_value.numpy()

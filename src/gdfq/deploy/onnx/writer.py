@@ -1,0 +1,384 @@
+"""A frozen network as one ONNX file: codes at 4 bits on disk, integer kernels when it runs.
+
+`torch.onnx.export` writes the graph, in which the three quantization operators stay opaque; a pass
+over the result then writes each of them in standard operators. Weights of 4 bits and below are
+packed INT4 (INT2 at 2 bits) behind a `Cast` to INT8, which a runtime folds when it loads the file:
+small on disk, and the kernels see 8-bit integers. Activations are unsigned 8-bit codes that an
+integer `Clip` keeps within their true width.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from gdfq.data.datasets import Preprocessing
+from gdfq.deploy.onnx.names import kind_of, rename, strip
+from gdfq.deploy.onnx.passes import (
+    DOMAIN,
+    INPUT,
+    inputs_of,
+    keep_codes,
+    keep_float,
+    normalise_pixels,
+    numbers_of,
+    pool_globally,
+    replace_node,
+)
+from gdfq.errors import GdfqError, UsageError, first_line
+from gdfq.execution.tracing import quiet_tracing
+from gdfq.functional import grid
+from gdfq.functional.grid import code_bounds
+from gdfq.graph.capture import flat_module, tensors_of
+
+_OPSET, _OPSET_OF_INT2 = 21, 25
+_PACKED = {
+    2: (ir.DataType.INT2, ml_dtypes.int2),
+    3: (ir.DataType.INT4, ml_dtypes.int4),
+    4: (ir.DataType.INT4, ml_dtypes.int4),
+}
+"""Types of weights' codes on disk, by bits; the others are INT8."""
+WIDTHS = (2, 4, 8)
+"""The widths that fill their type: any other takes as much of a file as the next one of these."""
+_ALWAYS_SAFE = 63
+"""Weights up to here cannot overflow the kernels of processors without VNNI."""
+
+
+def to_onnx(
+    network: fx.GraphModule,
+    input_shape: tuple[int, ...],
+    metadata: Mapping[str, str],
+    raw_input: Preprocessing | None = None,
+    outputs: Sequence[str] = ("logits",),
+) -> bytes:
+    """A frozen network [N, *input_shape] -> its outputs as an ONNX model, any N.
+
+    metadata: written into the file. outputs: their names. With raw_input the model takes uint8
+    pixels and normalises them itself. Raises UsageError for an operator that ONNX has no form for,
+    and GdfqError when what was written for it is no valid model.
+    """
+    model = _exported(_opaque(network), input_shape)
+    try:
+        _rewrite(model, metadata, raw_input, outputs)
+        return _serialised(model)
+    except GdfqError:
+        raise
+    except Exception as error:  # of the libraries that hold and check the graph
+        raise GdfqError(
+            "the network must become a valid ONNX model; writing it failed with: "
+            f"{first_line(error)}. Report the network; export it with --format safetensors or pt2."
+        ) from error
+
+
+def _rewrite(
+    model: ir.Model,
+    metadata: Mapping[str, str],
+    raw_input: Preprocessing | None,
+    outputs: Sequence[str],
+) -> None:
+    """Turn what the exporter wrote into standard operators, with names and metadata of ours."""
+    graph = model.graph
+    for i, value in enumerate(graph.outputs):
+        if any(value is other for other in graph.outputs[:i]):  # returned twice
+            copy = ir.node("Identity", [value])
+            graph.append(copy)
+            graph.outputs[i] = copy.outputs[0]
+    for value, name in zip((graph.inputs[0], *graph.outputs), (INPUT, *outputs), strict=True):
+        value.name = name
+    pool_globally(graph)
+    writer = _Writer(graph)
+    for node in list(graph):
+        if node.domain == DOMAIN:
+            writer.write(node)
+    keep_codes(graph)
+    keep_float(graph)
+    if raw_input is not None:
+        normalise_pixels(graph, raw_input)
+    rename(graph, writer.titles)
+    strip(model)
+    model.opset_imports.pop(DOMAIN, None)
+    constants = (value.const_value for value in graph.initializers.values())
+    if any(tensor is not None and tensor.dtype == ir.DataType.INT2 for tensor in constants):
+        # Between the two, the operators that are used here only gained types.
+        model.opset_imports[""] = _OPSET_OF_INT2
+        model.ir_version = 13
+    model.producer_name, model.producer_version = "gdfq", metadata.get("gdfq", "")
+    model.metadata_props.update(metadata)
+
+
+def _serialised(model: ir.Model) -> bytes:
+    import onnx
+
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # readers infer shapes; written down they cost space
+    onnx.checker.check_model(proto)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def weight_sizes(network: fx.GraphModule, data: bytes) -> list[dict[int, int]]:
+    """Bytes of the file that each weight takes at each of WIDTHS, for weights of 4 bits.
+
+    network: the frozen network that `to_onnx` made `data` of; weights in its order. Codes, scales,
+    zero points and the nodes that dequantize them count. At 8 bits codes are as they multiply:
+    without zero point, and nothing is cast.
+    """
+    import onnx
+
+    graph = onnx.load_from_string(data).graph
+    parts = {value.name: _entry(value.ByteSize()) for value in graph.initializer}
+    parts |= {node.output[0]: _entry(node.ByteSize()) for node in graph.node}
+    sizes = []
+    for node in network.graph.nodes:
+        if node.target is not grid.dequantize:
+            continue
+        codes = str(node.args[0].target)
+        base = f"{_stem(codes)}.weight"
+        count = tensors_of(network)[codes].numel()
+        narrow = sum(parts.get(base + part, 0) for part in (".cast", "_zero", ".sub"))
+        always = sum(parts.get(base + part, 0) for part in ("", "_scale", "_zeros", ".dq", ".mul"))
+        always -= -(-count // 2)
+        # A grouped transposed convolution's nodes are named after its weight at 8 bits alone.
+        wide = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
+        if not wide and f"{base}_zeros" not in parts:  # which wide weights have, others need not
+            steps = tensors_of(network)[str(node.args[1].target)].numel()
+            zeros = onnx.numpy_helper.from_array(np.zeros(steps, np.int8), f"{base}_zeros")
+            wide = _entry(zeros.ByteSize()) + 3 + len(zeros.name)
+        sizes.append(
+            {
+                bits: always + -(-count * bits // 8) + (narrow if bits in _PACKED else wide)
+                for bits in WIDTHS
+            }
+        )
+    return sizes
+
+
+def _entry(size: int) -> int:
+    """Bytes of a message of `size` bytes in a list of a file: its kind, its length and itself."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
+
+
+def _symbol(
+    name: str, value: Tensor, inputs: tuple[Tensor, ...], **attributes: int | str
+) -> Tensor:
+    """An operator of our own domain for the exporter, with the shape and type of `value`."""
+    made: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}",
+        inputs,
+        {**attributes},
+        dtype=torch.float32,
+        shape=value.shape,
+        version=1,
+    )
+    return made
+
+
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, title: str = ""
+) -> Tensor:
+    return _symbol("FakeQuantize", x, (x, scale, zero_point), bits=bits, title=title)
+
+
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return _symbol("Dequantize", codes, (codes, scale, zero_point), bits=bits)
+
+
+def _dequantize_bias(codes: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    return _symbol("DequantizeBias", codes, (codes, activation_scale, weight_scale))
+
+
+_OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    grid.fake_quantize: _fake_quantize,
+    grid.dequantize: _dequantize,
+    grid.dequantize_bias: _dequantize_bias,
+}
+
+
+def codes_name(quantizer: fx.Node) -> str:
+    """The name, in the ONNX graph, of the codes that a node of the frozen graph quantizes to."""
+    return f"{_quantizer_title(quantizer)}.{'clip' if quantizer.args[3] != 8 else 'q'}"
+
+
+def _quantizer_title(quantizer: fx.Node) -> str:
+    """The name of an activation quantizer, which no other has: that of its constants."""
+    scale = quantizer.args[1]
+    assert isinstance(scale, fx.Node)
+    return _stem(str(scale.target))
+
+
+def _opaque(network: fx.GraphModule) -> fx.GraphModule:
+    """The network with its quantization operators as ones that tracing does not look into."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(network.graph, {}))
+    for node in graph.nodes:
+        if node.target is grid.fake_quantize:
+            # Constants of equal value become one in the export, so they cannot tell the name.
+            node.update_kwarg("title", _quantizer_title(node))
+        node.target = _OPAQUE.get(node.target, node.target)
+    return flat_module(graph, tensors_of(network)).eval()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a logger say errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _exported(network: fx.GraphModule, input_shape: tuple[int, ...]) -> ir.Model:
+    """The network in ONNX, the quantization operators in a domain of their own."""
+    example = torch.zeros(2, *input_shape)  # a batch of one would be taken for a constant
+    try:
+        with quiet_tracing(), _quiet("torch.onnx"):
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                opset_version=_OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        raise UsageError(
+            "each operator of the network must have a form in ONNX; the export failed with: "
+            f"{first_line(error)}. Export with --format safetensors or pt2 instead."
+        ) from error
+    assert program is not None
+    return program.model
+
+
+class _Writer:
+    """Writes the quantization operators of a graph in standard ones."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.titles: dict[ir.Node, str] = {}
+        """Names of the nodes that quantize activations."""
+
+    def write(self, node: ir.Node) -> None:
+        form = {
+            "FakeQuantize": self._activation,
+            "Dequantize": self._weight,
+            "DequantizeBias": self._bias,
+        }[node.op_type]
+        inputs = inputs_of(node)
+        replace_node(self.graph, node, form(node))
+        maker = inputs[0].producer()
+        if maker is not None and not inputs[0].uses():
+            self.graph.remove(maker, safe=True)
+        for value in inputs:  # of what was the operator's own
+            if not value.uses() and value.name in self.graph.initializers:
+                del self.graph.initializers[value.name]
+
+    def _activation(self, node: ir.Node) -> list[ir.Node]:
+        """Signed codes of k bits become unsigned ones: q + 2^(k−1), and so their zero point."""
+        x, scale, zero_point = inputs_of(node)
+        bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
+        lowest, highest = code_bounds(bits)
+        unsigned = (numbers_of(zero_point) - lowest).astype(np.uint8)
+        maker = x.producer()
+        bounds = (np.array([_bounds(maker)]) / numbers_of(scale)).round() + unsigned
+        if bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest - lowest:
+            x = maker.inputs[0]  # what it cuts off is lost to the quantizer as well
+        step = self._constant(f"{base}.scale", numbers_of(scale))
+        new_zero_point = self._constant(f"{base}.zero_point", unsigned)
+        quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
+        nodes = [quantized]
+        if bits < 8:
+            # Unsigned codes are never below 0.
+            top = self._constant(f"codes.{highest - lowest}", np.array(highest - lowest, np.uint8))
+            nodes.append(ir.node("Clip", [quantized.outputs[0], None, top]))
+        codes = nodes[-1].outputs[0]
+        nodes.append(ir.node("DequantizeLinear", [codes, step, new_zero_point]))
+        self.titles |= {made: f"{base}.{kind_of(made)}" for made in nodes}
+        return nodes
+
+    def _weight(self, node: ir.Node) -> list[ir.Node]:
+        codes, scale, zero_point = inputs_of(node)
+        bits = node.attributes["bits"].as_int()
+        base = f"{_stem(codes.name)}.weight"
+        values, steps, offsets = numbers_of(codes), numbers_of(scale), numbers_of(zero_point)
+        nodes: list[ir.Node] = []
+        if bits in _PACKED:
+            kind, numbers = _PACKED[bits]
+            stored = self._constant(base, values.astype(numbers), kind)
+            nodes.append(ir.node("Cast", [stored], {"to": ir.DataType.INT8}))
+            current = nodes[-1].outputs[0]
+        else:
+            current = self._constant(base, values)
+        if offsets.any():
+            # A zero point in DequantizeLinear would cost the fast kernels; this folds.
+            shape = offsets.shape if offsets.ndim else (1,) * values.ndim
+            offset = self._constant(f"{base}_zero", offsets.astype(np.int8).reshape(shape))
+            nodes.append(ir.node("Sub", [current, offset]))
+            current = nodes[-1].outputs[0]
+        axes = [axis for axis, size in enumerate(steps.shape) if size > 1]
+        if len(axes) > 1:  # a grouped transposed convolution: no axis has its channels
+            one = self._constant("codes.1", np.array(1, dtype=np.float32))
+            nodes.append(ir.node("DequantizeLinear", [current, one]))
+            factor = self._constant(f"{base}_scale", steps)
+            return [*nodes, ir.node("Mul", [nodes[-1].outputs[0], factor])]
+        attributes = {"axis": axes[0]} if axes else {}
+        factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
+        inputs = [current, factor]
+        wide = int(np.abs(values - offsets).max(initial=0)) > _ALWAYS_SAFE
+        if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
+            # ONNX Runtime fuses a Gemm only with a zero point that is written down, and where it
+            # makes wide weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
+            zeros = np.zeros(steps.reshape(-1).shape if axes else (), dtype=np.int8)
+            inputs.append(self._constant(f"{base}_zeros", zeros))
+        return [*nodes, ir.node("DequantizeLinear", inputs, attributes)]
+
+    def _bias(self, node: ir.Node) -> list[ir.Node]:
+        codes, activation_scale, weight_scale = inputs_of(node)
+        base = f"{_stem(codes.name)}.bias"
+        stored = self._constant(base, numbers_of(codes))
+        steps = numbers_of(activation_scale) * numbers_of(weight_scale).reshape(-1)
+        if steps.size == 1:  # of a weight that has one step for all channels
+            factor = self._constant(f"{base}_scale", steps.reshape(()))
+            return [ir.node("DequantizeLinear", [stored, factor])]
+        factor = self._constant(f"{base}_scale", steps)
+        return [ir.node("DequantizeLinear", [stored, factor], {"axis": 0})]
+
+    def _constant(
+        self, name: str, array: np.ndarray[Any, Any], kind: ir.DataType | None = None
+    ) -> ir.Value:
+        """An initializer of this name and value, new if there is none."""
+        tensor = ir.tensor(array, dtype=kind, name=name)
+        while (known := self.graph.initializers.get(name)) is not None:
+            old = known.const_value
+            same_type = old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape)
+            if same_type and np.array_equal(numbers_of(known), array):
+                return known
+            name += "_"
+            tensor.name = name
+        value = ir.Value(name=name, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+
+def _bounds(node: ir.Node | None) -> tuple[float, float]:
+    """Below and above which an operator that cuts numbers off does so; NaN for any other."""
+    if node is not None and node.op_type == "Relu":
+        return 0.0, np.inf
+    if node is not None and node.op_type == "Clip" and len(node.inputs) == 3:
+        low, high = node.inputs[1:]
+        if all(value is not None and value.const_value is not None for value in (low, high)):
+            return float(numbers_of(low)), float(numbers_of(high))
+    return np.nan, np.nan
+
+
+def _stem(name: str | None) -> str:
+    """`layer1.conv1` for `quantized.layer1.conv1.codes`."""
+    assert name is not None
+    return name.rpartition(".")[0].partition(".")[2]

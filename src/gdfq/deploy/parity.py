@@ -1,0 +1,149 @@
+"""How near a runtime comes to the student: outputs, and activations code by code."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from gdfq.deploy.onnx.writer import codes_name
+from gdfq.functional import grid
+from gdfq.functional.grid import code_bounds
+from gdfq.graph import operators
+from gdfq.graph.outputs import in_order
+
+TOLERANCE, TOLERANCE_OVERALL = 0.05, 0.25
+"""Relative errors of the outputs that always pass: half of the images', and overall.
+
+Sums in another order round some activations the other way, which moves the logits of some images
+by a few percent; a lost clamp moves those of all (by 20 to 60 % where it was measured). Networks
+that are more sensitive are measured against themselves: see `is_equal`.
+"""
+_NEAREST = 0.5 + 0.05
+"""A code this far at most from the number that it stands for is the nearest, but for rounding.
+
+Sums in another order, and steps that were multiplied before, move it by less than 0.001.
+"""
+_ROUNDED_SHARE, _ROUNDED = 0.01, 4
+"""Of an activation's codes, this share and number may be others than the nearest."""
+FROM_EQUAL_CODES = 1e-3
+"""Relative error of the outputs that floats can have from equal codes (1e-7 is usual)."""
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near a runtime comes to the student on some images.
+
+    Of several outputs the worst counts.
+    """
+
+    images: int
+    max_difference: float
+    """Of a number in an output."""
+    relative_error: float
+    """‖z − y‖ / ‖y‖ over all numbers of an output y of the student and z of the runtime."""
+    typical_error: float
+    """The median over the images of the same."""
+    agreement: float | None
+    """Images with the same highest logit, in percent; None where outputs are not classes."""
+
+    def within(self, typical: float, overall: float) -> bool:
+        """Whether both errors are at most as given; NaN is not."""
+        return self.typical_error <= typical and self.relative_error <= overall
+
+    @classmethod
+    def of(cls, wanted: Sequence[Tensor], got: Sequence[Tensor], classes: bool) -> "Parity":
+        """Compare outputs [N, ...] of the student and of the runtime."""
+        differences, overall, typical = [], [], []
+        for theirs, ours in zip(wanted, got, strict=True):
+            theirs = theirs.double().flatten(1)
+            distance = ours.double().flatten(1) - theirs
+            differences.append(float(distance.abs().max()))
+            overall.append(float(distance.norm() / theirs.norm().clamp_min(_TINY)))
+            by_image = distance.norm(dim=1) / theirs.norm(dim=1).clamp_min(_TINY)
+            typical.append(float(by_image.median()))
+        agreement = None
+        if classes:
+            agreement = 100 * float((got[0].argmax(1) == wanted[0].argmax(1)).double().mean())
+        return cls(len(wanted[0]), max(differences), max(overall), max(typical), agreement)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.typical_error:.2%} off for most images and {self.relative_error:.2%} overall, "
+            f"{self.max_difference:.3g} at most, on {self.images} images"
+        )
+
+
+@torch.no_grad()
+def is_equal(network: fx.GraphModule, images: Tensor, parity: Parity) -> bool:
+    """Whether a runtime that comes this near to the student on images [N, ...] computes the same.
+
+    What rounding alone can do is how far the student is from itself in double precision.
+    """
+    if parity.within(TOLERANCE, TOLERANCE_OVERALL):
+        return True
+    wanted = in_order(network(images))
+    exact = in_order(copy.deepcopy(network).double()(images.double()))
+    sensitivity = Parity.of(wanted, exact, classes=False)
+    return parity.within(
+        max(TOLERANCE, 2 * sensitivity.typical_error),
+        max(TOLERANCE_OVERALL, 2 * sensitivity.relative_error),
+    )
+
+
+@dataclass(frozen=True)
+class CodesParity:
+    """How near a runtime's codes of one activation come to the student's, from equal inputs."""
+
+    name: str
+    differ: float
+    """The share of the codes that are others than the student's."""
+    wrong: float
+    """The share of those that are not the nearest to the number that was rounded either."""
+    count: int
+    """Of codes."""
+
+    @property
+    def only_rounded(self) -> bool:
+        """Whether rounding can explain what differs."""
+        return self.wrong <= _ROUNDED_SHARE or self.wrong * self.count <= _ROUNDED
+
+
+@torch.no_grad()
+def compare_codes(
+    network: fx.GraphModule, images: Tensor, found: Mapping[str, np.ndarray[Any, Any]]
+) -> tuple[list[CodesParity], list[Tensor]]:
+    """Compare a runtime's codes, by `codes_name`, with the student's, in the student's order.
+
+    The student goes on with the runtime's codes behind each quantizer: all activations are compared
+    from equal inputs, so one that differs is no consequence of another. Returns the student's
+    outputs from the runtime's codes as well.
+    """
+    walk = _OnGivenCodes(network, found)
+    outputs = in_order(walk.run(images))
+    return walk.parities, outputs
+
+
+class _OnGivenCodes(fx.Interpreter):
+    def __init__(self, network: fx.GraphModule, found: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        super().__init__(network)
+        self.found = found
+        self.parities: list[CodesParity] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if operators.name_of(n) != "gdfq.fake_quantize":
+            return super().run_node(n)
+        (x, scale, zero_point, bits), _ = self.fetch_args_kwargs_from_env(n)
+        name, (lowest, highest) = codes_name(n), code_bounds(bits)
+        unsigned = torch.from_numpy(self.found[name]).to(x.dtype)
+        codes = unsigned.reshape(x.shape) + lowest  # the file may flatten behind the quantizer
+        differ = codes != grid.quantize(x, scale, zero_point, bits)
+        unrounded = (x / scale + zero_point).clamp(lowest, highest)
+        wrong = differ & ~((codes - unrounded).abs() <= _NEAREST)
+        shares = [float(mask.double().mean()) for mask in (differ, wrong)]
+        self.parities.append(CodesParity(name, shares[0], shares[1], codes.numel()))
+        return (codes - zero_point) * scale

@@ -1,0 +1,188 @@
+"""Running exported files where they will run: ONNX Runtime, and torch alone for .pt2."""
+
+import io
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdfq.errors import GdfqError, UsageError, first_line
+from gdfq.execution.tracing import quiet_tracing
+from gdfq.graph.outputs import in_order
+
+Run = Callable[[Tensor], list[Tensor]]
+"""Images [N, *input_shape] -> the network's outputs in order, all on the CPU."""
+
+PRECISE = ("session.x64quantprecision", "1")
+"""The entry in a session's configuration with which sums of 8-bit weights do not saturate on x86
+processors without VNNI, where ONNX Runtime then takes slower kernels; others ignore it."""
+
+_PROVIDERS = ["CPUExecutionProvider"]
+
+
+def onnx_session(file: bytes | Path, threads: int = 0, *, precise: bool = False) -> Any:
+    """A session of ONNX Runtime on the CPU; 0 threads are as many as it finds cores.
+
+    file: its contents, or its path where it keeps weights in other files. precise: see `PRECISE`.
+    Raises UsageError for a file that it cannot load.
+    """
+    options = _options()
+    options.intra_op_num_threads = threads
+    if precise:
+        options.add_session_config_entry(*PRECISE)
+    return _loaded(file, options)
+
+
+def _options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised, and said there
+    return options
+
+
+def _loaded(file: bytes | Path, options: Any) -> Any:
+    import onnxruntime
+
+    content = str(file) if isinstance(file, Path) else file
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=_PROVIDERS)
+    except _errors() as error:
+        raise UsageError(
+            "the file must be an ONNX model that ONNX Runtime can load; it says: "
+            f"{first_line(error)}. Export it again."
+        ) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; the types have no public name."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        *("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel"),
+        *("NoSuchFile", "NotImplemented", "RuntimeException"),
+    )
+    return (RuntimeError, ValueError, *(getattr(state, name) for name in names))
+
+
+def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, object]) -> list[Any]:
+    """The named outputs of a session, or all. Raises UsageError when the model does not run."""
+    try:
+        return list(session.run(names, feed))
+    except _errors() as error:
+        raise UsageError(
+            "ONNX Runtime must be able to run the file on these images; it says: "
+            f"{first_line(error)}. Export it again."
+        ) from error
+
+
+def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
+    """An ONNX file's contents, ready to run. Raises UsageError as `onnx_session` does."""
+    session = onnx_session(data, precise=precise)
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> list[Tensor]:
+        feed = {name: images.contiguous().numpy()}
+        return list(map(torch.from_numpy, run_once(session, None, feed)))
+
+    return run
+
+
+def onnx_values(
+    data: bytes, names: Sequence[str], images: Tensor, *, precise: bool = False
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What the named values of an ONNX file are for some images.
+
+    Raises GdfqError for names that the file does not have.
+    """
+    import onnx
+
+    model = onnx.load_from_string(data)
+    present = {name for node in model.graph.node for name in node.output}
+    if missing := [name for name in names if name not in present]:
+        raise GdfqError(
+            "an exported file must hold each activation's codes under their name, to compare them; "
+            f"it has no {', '.join(map(repr, missing))}. Report the network."
+        )
+    outputs = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
+    session = onnx_session(model.SerializeToString(), precise=precise)
+    feed = {session.get_inputs()[0].name: images.contiguous().numpy()}
+    return dict(zip(names, run_once(session, names, feed), strict=True))
+
+
+_MAKE_INTEGERS = frozenset(
+    {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "Shape"}
+)
+_MAKE_FLOATS = frozenset({"Cast", "DequantizeLinear", "QGemm"})
+_NO_SUMS = _MAKE_INTEGERS | {
+    *(
+        "Cast",
+        "Clip",
+        "DequantizeLinear",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Pad",
+        "Reshape",
+    ),
+    *("Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
+"""Operators that make integers, or make floats of them, or only move or bound numbers."""
+
+
+def computed_in_float(data: bytes) -> list[tuple[str, str]]:
+    """Names and types of the operators of an ONNX file that ONNX Runtime computes in float.
+
+    They are those that its own optimization leaves or makes, in order.
+    """
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options, path = _options(), Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(path)
+        # All beyond this is about the memory layout of this processor.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        _loaded(data, options)
+        graph = onnx.load(path).graph
+    before = onnx.load_from_string(data).graph.node
+    by_weight = {node.input[1]: node.name for node in before if len(node.input) > 1}
+    integers: set[str] = set()
+    found = []
+    for node in graph.node:
+        numbers = node.input[:1] if node.op_type in _NO_SUMS else node.input
+        from_integers = not integers.isdisjoint(numbers)
+        if node.op_type in _MAKE_INTEGERS or (from_integers and node.op_type not in _MAKE_FLOATS):
+            integers.update(node.output)
+        elif node.op_type not in _NO_SUMS and not from_integers:
+            # Fusing may lose a layer's name.
+            weight = node.input[1] if len(node.input) > 1 else ""
+            found.append((node.name or by_weight.get(weight, ""), node.op_type))
+    return found
+
+
+def program_runner(data: bytes) -> Run:
+    """A .pt2 file's contents, ready to run; only for files that this process has written.
+
+    Raises GdfqError for a file that torch cannot load.
+    """
+    try:
+        with quiet_tracing():
+            module = torch.export.load(io.BytesIO(data)).module(check_guards=False)
+    except Exception as error:
+        raise GdfqError(
+            f"torch must be able to load the program that it saved; it says: {first_line(error)}. "
+            "Export with --format safetensors instead."
+        ) from error
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return in_order(module(images))
+
+    return run

@@ -1,0 +1,91 @@
+"""A stored network is rehearsed before it runs: with shapes alone, so that nothing is allocated.
+
+What a file says about itself may be false, and its operators may ask for more memory than there is.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.deploy.card import Card
+from gdfq.errors import UsageError, first_line
+from gdfq.files.untrusted import TENSOR
+from gdfq.functional.grid import MAX_BITS, MIN_BITS
+from gdfq.graph import operators
+from gdfq.graph.outputs import count_of, in_order
+
+_IMAGES = 2
+"""A batch of one could be taken for a dimension that is not there."""
+
+
+def rehearse(network: fx.GraphModule, card: Card) -> None:
+    """Raise UsageError unless a stored network takes images and gives what its card says.
+
+    Its quantizers must have the form that freezing writes, and no tensor more than `TENSOR` numbers
+    for one image.
+    """
+    try:
+        with torch.no_grad():
+            images = torch.empty(_IMAGES, *card.input_shape, device="meta")
+            outputs = in_order(_Rehearsal(network).run(images))
+            fits = all(isinstance(output, Tensor) and output.ndim for output in outputs)
+            shapes = [list(output.shape) for output in outputs] if fits else []
+    except Exception as error:  # whatever an operator says of arguments that nobody traced
+        raise _refused(first_line(error)) from error
+    if not fits or len(outputs) != count_of(card.outputs):
+        raise _refused(f"it has {len(outputs)} outputs, of which its card says others")
+    if any(shape[0] != _IMAGES for shape in shapes):
+        raise _refused(f"of {_IMAGES} images it makes {shapes}")
+    if card.classes is not None and shapes != [[_IMAGES, card.classes]]:
+        raise _refused(f"it makes {shapes} for {card.classes} classes")
+
+
+_MAKERS = frozenset(
+    operators.resolve(f"aten.{name}.default")
+    for name in ("arange", "full", "ones", "scalar_tensor", "zeros")
+) | {operators.resolve("aten.arange.start")}
+"""Operators that make a tensor of none."""
+
+
+class _Rehearsal(fx.Interpreter):
+    """Runs a graph on torch's meta device, whose tensors are shapes alone, and looks at each."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().get_attr(target, args, kwargs).to("meta")
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in _MAKERS:
+            kwargs = {**kwargs, "device": "meta"}
+        return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        _check_quantizer(n)
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and math.prod(value.shape) > _IMAGES * TENSOR:
+            raise ValueError(f"{n.name!r} would have {list(value.shape)} numbers")
+        return value
+
+
+_STORED = {"gdfq.fake_quantize": 2, "gdfq.dequantize": 3, "gdfq.dequantize_bias": 3}
+"""Quantizers, and how many of their last tensors are stored in the file."""
+
+
+def _check_quantizer(node: fx.Node) -> None:
+    """Raise ValueError for a quantizer in another form than `freeze` writes."""
+    name = operators.name_of(node)
+    if name not in _STORED:
+        return
+    tensors, bits = (node.args, MAX_BITS) if "bias" in name else (node.args[:-1], node.args[-1])
+    stored = [isinstance(t, fx.Node) and t.op == "get_attr" for t in tensors]
+    known = isinstance(bits, int) and MIN_BITS <= bits <= MAX_BITS
+    if len(stored) != 3 or node.kwargs or not known or not all(stored[-_STORED[name] :]):
+        raise ValueError(f"{node.name!r} has arguments that no quantizer has")
+
+
+def _refused(reason: str) -> UsageError:
+    return UsageError(
+        f"a stored network must run on images of the size that it gives; this one does not: "
+        f"{reason}. Make it again with gdfq quantize."
+    )

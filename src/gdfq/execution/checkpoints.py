@@ -1,0 +1,346 @@
+"""Checkpoints: what a run is made of, written now and then, so that it goes on after a stop.
+
+The parts of a run (streams, student, optimizer, ...) are *held*. When a listener has heard a step
+they all fit together; that is when they are written, into one new file whose name has the hash of
+its contents. The file before it is kept. Parts that no longer change have files of their own, which
+are written once.
+"""
+
+import json
+import re
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from filelock import FileLock, Timeout
+
+from gdfq.errors import GdfqWarning, UsageError, first_line
+from gdfq.execution.progress import Listener, Step
+from gdfq.files.atomic import make_folder, remove_partial, write_atomically
+from gdfq.files.states import (
+    Fixed,
+    Stateful,
+    all_finite,
+    differences,
+    from_bytes,
+    name_of,
+    to_bytes,
+)
+from gdfq.files.untrusted import within
+
+Part = TypeVar("Part", bound=Stateful)
+
+INTERVAL = 60.0
+"""Seconds between two checkpoints of one stage."""
+_SHARE = 0.02
+"""Of the time that checkpoints take at most: one that took long puts the next one off."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{32})\.safetensors")
+_LOCK = ".lock"
+_PIECE = re.compile(r"piece-([0-9a-f]{32})\.safetensors")
+
+
+class Keeper(Protocol):
+    """What keeps the parts of a run, within its `with` block."""
+
+    def __enter__(self) -> "Keeper": ...
+
+    def __exit__(self, *stopped: object) -> None: ...
+
+    def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
+        """Say which run it is (plain values), and what its rounding depends on."""
+        ...
+
+    def hold(self, name: str, part: Part) -> Part:
+        """Keep the part from now on. Of a run that goes on, it gets the state it had."""
+        ...
+
+    def forget(self, *names: str) -> None:
+        """Keep these parts no longer, nor what was found of them."""
+        ...
+
+    def listening(self, listener: Listener) -> Listener:
+        """The listener, behind whom a checkpoint is written when it is time."""
+        ...
+
+    def stage_ends(self) -> None:
+        """Write a checkpoint, unless that would take too much of the time."""
+        ...
+
+
+class Unkept:
+    """The keeper that keeps nothing."""
+
+    def __enter__(self) -> "Unkept":
+        return self
+
+    def __exit__(self, *stopped: object) -> None:
+        pass
+
+    def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
+        pass
+
+    def hold(self, name: str, part: Part) -> Part:  # noqa: ARG002
+        return part
+
+    def forget(self, *names: str) -> None:
+        pass
+
+    def listening(self, listener: Listener) -> Listener:
+        return listener
+
+    def stage_ends(self) -> None:
+        pass
+
+
+class Checkpoints:
+    """The keeper that writes into a folder, and begins with what it finds there.
+
+    interval: seconds between two checkpoints. With `writes` False it only reads what it begins
+    with. Within its `with` block no other keeper may write into the folder, of this process or
+    another; the lock of a process that died is free.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        interval: float = INTERVAL,
+        writes: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = folder
+        self._interval, self._clock, self._writes = interval, clock, writes
+        self._lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
+        self._last, self._cost = clock(), 0.0
+        self.seconds = 0.0
+        """What checkpoints have taken so far."""
+        self._settings: dict[str, Any] | None = None
+        self._parts: dict[str, Stateful] = {}
+        self._found: dict[str, Any] = {}  # states of parts that are not held yet
+        self._kept: list[tuple[Path, set[str]]] = []
+        self._pieces: weakref.WeakKeyDictionary[Fixed, str] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, folder: "str | Path | Checkpoints", *, writes: bool = True) -> "Checkpoints":
+        return folder if isinstance(folder, Checkpoints) else cls(Path(folder), writes=writes)
+
+    def __enter__(self) -> "Checkpoints":
+        """Raises UsageError when the folder cannot be written or is in use."""
+        if self._writes:
+            make_folder(self.folder)
+            lock = within(self.folder, self.folder / _LOCK)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise UsageError(
+                    "one run at a time may write its checkpoints into a folder; another one is "
+                    f"using {self.folder}. Wait until it has finished, or choose another folder."
+                ) from None
+            except OSError as error:
+                raise UsageError(
+                    f"{lock} must be a file that can be written: {first_line(error)}. Remove it."
+                ) from error
+        return self
+
+    def __exit__(self, *stopped: object) -> None:
+        self._lock.release()
+
+    def exists(self) -> bool:
+        """Whether there is a checkpoint to go on from, whole or not."""
+        return bool(self._files())
+
+    def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
+        """Read the newest checkpoint that is whole, if there is one.
+
+        Raises UsageError when it belongs to a run with other settings, when none is whole, and
+        when the folder cannot be written.
+        """
+        if self._writes:
+            make_folder(self.folder)
+            remove_partial(self.folder)
+        found = self._read_newest()
+        if found is not None:
+            self._take(found, settings, around)
+        self._settings = {"settings": dict(settings), "around": dict(around)}
+
+    def _take(
+        self, found: dict[str, Any], settings: Mapping[str, Any], around: Mapping[str, Any]
+    ) -> None:
+        """Go on from a checkpoint."""
+        if changed := _changes(found["settings"], settings):
+            raise UsageError(
+                f"a run goes on with the settings that it began with; of the one in {self.folder} "
+                f"{changed}. Use the old ones, or begin anew in another folder."
+            )
+        if changed := _changes(found["around"], around):
+            _warn(
+                f"the result may differ in its last bits from that of a run in one go: {changed}."
+            )
+        self._found = found["parts"]
+        for name, part in self._parts.items():
+            self._restore_(name, part)
+
+    def hold(self, name: str, part: Part) -> Part:
+        self._parts[name] = part
+        self._restore_(name, part)
+        return part
+
+    def _restore_(self, name: str, part: Stateful) -> None:
+        if name not in self._found:
+            return
+        try:
+            part.load_state_dict(self._found.pop(name))
+        except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UsageError(
+                f"a checkpoint must be of the run that goes on; in {self.folder} the state of the "
+                f"{name} does not fit: {first_line(error)}. Remove the folder to begin anew."
+            ) from error
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            self._parts.pop(name, None)
+            self._found.pop(name, None)
+
+    def listening(self, listener: Listener) -> Listener:
+        """The listener; when it raises, a checkpoint is written before the error goes on."""
+
+        def heard(step: Step) -> None:
+            try:
+                listener(step)
+            except BaseException:
+                self.save()
+                raise
+            if self._since() >= max(self._interval, self._cost / _SHARE):
+                self.save()
+
+        return heard
+
+    def stage_ends(self) -> None:
+        if self._since() >= self._cost / _SHARE:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint now.
+
+        What cannot be written is a warning: the run in memory is worth more than its copy. Nor is a
+        state with NaN or infinity in it written over a good one.
+        """
+        if self._settings is None or not self._writes:
+            return
+        started = self._clock()
+        states = {name: part.state_dict() for name, part in self._parts.items()}
+        if all_finite(states):
+            try:
+                self._write({**self._settings, "parts": {**self._found, **states}})
+            except OSError as error:
+                _warn(
+                    f"no checkpoint was written into {self.folder}: {error.strerror or error}. "
+                    "The run goes on; if it stops now, it begins again where the last one was."
+                )
+        self._last = self._clock()
+        self._cost = self._last - started
+        self.seconds += self._cost
+
+    def remove(self) -> None:
+        """Remove the folder: the run has finished."""
+        for path in [*self._files(_CHECKPOINT), *self._files(_PIECE), self.folder / _LOCK]:
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _since(self) -> float:
+        return self._clock() - self._last
+
+    def _files(self, kind: re.Pattern[str] = _CHECKPOINT) -> list[Path]:
+        """The checkpoints, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if kind.fullmatch(path.name)]
+        return sorted(found, reverse=True)
+
+    def _write(self, state: dict[str, Any]) -> None:
+        used: set[str] = set()
+
+        def piece(part: Fixed) -> str:
+            name = self._pieces.get(part)
+            path = self.folder / f"piece-{name}.safetensors"
+            if name is None or not path.exists():
+                data = to_bytes(part.value, piece)
+                name = self._pieces[part] = name_of(data)
+                write_atomically(self.folder / f"piece-{name}.safetensors", data)
+            used.add(name)
+            return name
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = to_bytes(state, piece)
+        number = 1 + max((int(path.name.split("-")[1]) for path in self._files()), default=0)
+        path = self.folder / f"checkpoint-{number:06}-{name_of(data)}.safetensors"
+        write_atomically(path, data)
+        self._kept = [*self._kept[-1:], (path, used)]
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove what neither this checkpoint nor the one before it needs."""
+        wanted = {path.name for path, _ in self._kept}
+        wanted |= {f"piece-{name}.safetensors" for _, used in self._kept for name in used}
+        for path in self._files(_CHECKPOINT) + self._files(_PIECE):
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+    def _read_newest(self) -> dict[str, Any] | None:
+        problems: list[str] = []
+        for path in self._files():
+            try:
+                state, used = self._read(path)
+            except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+                problems.append(f"{path.name}: {first_line(error)}")
+                continue
+            self._kept = [(path, used)]
+            if problems:
+                _warn(f"going on from the checkpoint before: {'; '.join(problems)}.")
+            return state
+        if problems:
+            raise UsageError(
+                f"one checkpoint in {self.folder} must be as it was written; none is: "
+                f"{'; '.join(problems)}. Remove the folder to begin anew."
+            )
+        return None
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], set[str]]:
+        """A checkpoint's state and its pieces. Raises ValueError and others when it is damaged."""
+        read: dict[str, Fixed] = {}
+
+        def contents(path: Path, name: str) -> bytes:
+            data = within(self.folder, path).read_bytes()
+            if name_of(data) != name:
+                raise ValueError("it is truncated or was changed")
+            return data
+
+        def fixed(name: str) -> Fixed:
+            path = self.folder / f"piece-{name}.safetensors"
+            if not _PIECE.fullmatch(path.name):
+                raise ValueError(f"a piece cannot have the name {name!r}")
+            if name not in read:  # once: pieces that name each other twice would double without end
+                read[name] = Fixed(from_bytes(contents(path, name), fixed))
+                self._pieces[read[name]] = name
+            return read[name]
+
+        match = _CHECKPOINT.fullmatch(path.name)
+        assert match is not None
+        state = from_bytes(contents(path, match[2]), fixed)
+        parts = {key: state[key] for key in ("settings", "around", "parts")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            raise ValueError("its parts are no dictionaries")
+        return parts, set(read)
+
+
+def _changes(old: dict[str, Any], new: Mapping[str, Any]) -> str:
+    found = differences(old, json.loads(json.dumps(new)))  # as a file has them
+    return "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in found.items())
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, GdfqWarning, stacklevel=3)

@@ -1,0 +1,138 @@
+"""States as bytes: trees of tensors and plain values, in the safetensors format, without pickle."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gdfq.deploy.safetensors import header_bytes
+from gdfq.files.untrusted import parse_json
+
+_HEADER, _KEY = 8, "gdfq-state"
+
+
+class Stateful(Protocol):
+    """What can be stopped and go on, as a module, an optimizer or a stream of batches.
+
+    A state is a tree of dictionaries and lists whose leaves are tensors, numbers, strings, None
+    and `Fixed`.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """A part of a state that will not change again, so that it needs to be written only once."""
+
+    value: Any
+
+    def to(self, device: torch.device) -> "Fixed":
+        """The same on a device: what is read lies on the CPU."""
+        return self if device.type == "cpu" else Fixed(_moved(self.value, device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(inside, device) for key, inside in value.items()}
+    return [_moved(inside, device) for inside in value] if isinstance(value, list) else value
+
+
+def all_finite(state: Any) -> bool:
+    """Whether no tensor of a state has NaN or infinity in it; `Fixed` parts are not looked at."""
+    if isinstance(state, Tensor):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    if isinstance(state, Mapping):
+        return all(map(all_finite, state.values()))
+    return all(map(all_finite, state)) if isinstance(state, list | tuple) else True
+
+
+class Noted(dict[str, Any]):
+    """A dictionary of results that are to outlast a stop."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.update(state)
+
+
+def to_bytes(state: Any, name_of: Callable[[Fixed], str]) -> bytes:
+    """A state as the contents of a safetensors file; `name_of` a fixed part stands in its place."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+
+    def encoded(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            # A clone lies dense in memory, whatever it is a view of.
+            dense = value.detach().cpu().clone()
+            tensors[str(len(tensors))] = dense.as_strided((dense.numel(),), (1,))
+            return {"tensor": str(len(tensors) - 1), "shape": list(dense.shape),
+                    "stride": list(dense.stride())}  # fmt: skip
+        if isinstance(value, Fixed):
+            return {"fixed": name_of(value)}
+        if isinstance(value, Mapping):  # in pairs: keys may be numbers
+            return {"pairs": [[key, encoded(inside)] for key, inside in value.items()]}
+        if isinstance(value, list | tuple):
+            return [encoded(inside) for inside in value]
+        return value
+
+    text = json.dumps(encoded(state), separators=(",", ":"))
+    return bytes(save(tensors, {_KEY: text}))
+
+
+def from_bytes(data: bytes, fixed: Callable[[str], Fixed]) -> Any:
+    """The state of a file's contents; tuples come back as lists.
+
+    Tensors get the strides that they had: arithmetic of another memory order rounds otherwise.
+    Raises ValueError and others for contents that `to_bytes` did not make.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        # A copy each: where a tensor lies in the file its memory need not be aligned.
+        tensors = {name: tensor.clone() for name, tensor in load(data).items()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+    def decoded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decoded(inside) for inside in value]
+        if not isinstance(value, dict):
+            return value
+        if "fixed" in value:
+            return fixed(value["fixed"])
+        if "tensor" in value:
+            tensor = tensors[value["tensor"]]
+            if math.prod(value["shape"]) != tensor.numel():
+                raise ValueError(f"{tensor.numel()} numbers cannot have shape {value['shape']}")
+            return tensor.as_strided(value["shape"], value["stride"])
+        return {key: decoded(inside) for key, inside in value["pairs"]}
+
+    header = parse_json(data[_HEADER : header_bytes(data)])
+    return decoded(parse_json(header["__metadata__"][_KEY]))
+
+
+def name_of(data: bytes) -> str:
+    """The name of contents: half of their SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def differences(state: Any, other: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """The leaves, by their dotted path, in which two trees of plain values differ."""
+    if not isinstance(state, dict) or not isinstance(other, dict):
+        return {} if state == other else {where: (state, other)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**state, **other}:
+        found |= differences(state.get(key), other.get(key), f"{where}.{key}".lstrip("."))
+    return found

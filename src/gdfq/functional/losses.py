@@ -1,0 +1,162 @@
+"""The losses, one function an equation (`docs/equations.md`).
+
+N images, C classes, L batch norms; K is the number of batch-norm channels of the whole network.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdfq.execution.distributed import ALONE, Group, Statistics, exact
+
+
+def class_boundary_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """L_CE(G) = E[CE(M(x̂), y)]: the classification boundary loss of arXiv 2003.03603.
+
+    teacher_logits [N, C], labels [N] -> scalar.
+    """
+    return F.cross_entropy(exact(teacher_logits), labels)
+
+
+def batch_norm_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
+    """L_BNS(G) = 1/L Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ²_l(x̂), σ²_l)]:
+    the batch-norm statistics loss of arXiv 2003.03603.
+
+    The mean square error is the mean over a layer's channels. Written as one weighted sum over
+    all K channels, because a loop of small operations over L layers costs more than the sum.
+    """
+    seen_all, stored_all, weight = _concatenate(seen, stored)
+    return (weight * (seen_all - stored_all).square()).sum()
+
+
+def standard_deviation_loss(seen: Statistics, stored: Statistics) -> Tensor:
+    """Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ_l(x̂), σ_l)]: ZeroQ's form (arXiv 2001.00281).
+
+    Standard deviations instead of variances, and the sum over layers instead of their mean.
+    """
+    return len(seen) * batch_norm_statistics_loss(_deviations(seen), _deviations(stored))
+
+
+def relative_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
+    """1/L Σ_l mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²]: both errors in units of the channel's own σ.
+
+    A channel counts by how far it is off, not by how large its values are. A floor of 10⁻³ on the
+    unit keeps channels that are almost constant from ruling the rest.
+    """
+    units = [deviation.clamp_min(1e-3) for _, deviation in _deviations(stored)]
+
+    def in_units(statistics: Statistics) -> Statistics:
+        pairs = zip(_deviations(statistics), units, strict=True)
+        return [(mean / unit, deviation / unit) for (mean, deviation), unit in pairs]
+
+    return batch_norm_statistics_loss(in_units(seen), in_units(stored))
+
+
+def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """E[(1 − p_y)^γ · (−log p_y)] (arXiv 1708.02002): cross-entropy that lets go of easy images.
+
+    logits [N, C], labels [N] -> scalar. γ = 0 is the cross-entropy itself.
+    """
+    log_p = F.log_softmax(exact(logits), 1).gather(1, labels[:, None])
+    # 1 − p reaches 0, where a power below 1 would have no gradient.
+    return -((1 - log_p.exp()).clamp_min(1e-12).pow(gamma) * log_p).mean()
+
+
+def feature_loss(seen: Sequence[Tensor], wanted: Sequence[Tensor], group: Group = ALONE) -> Tensor:
+    """1/B Σ_b ‖F̂_b − F_b‖² / ‖F_b‖² over the features of B blocks, each [N, ...] -> scalar.
+
+    `wanted` gets no gradient. In a group ‖F_b‖² is the mean over the parts of the batch, so that
+    the mean of the losses is that of the whole batch.
+    """
+    seen, wanted = list(map(exact, seen)), list(map(exact, wanted))
+    powers = group.mean(torch.stack([inner(teacher, teacher) for teacher in wanted]).detach())
+    errors = [
+        _RelativeError.apply(student, teacher, power)
+        for student, teacher, power in zip(seen, wanted, powers, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+class _RelativeError(torch.autograd.Function):
+    """‖a − b‖² / p, in three passes over memory for both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, power: Tensor) -> Tensor:
+        power = power.clamp_min(1e-12 * b.numel())
+        difference = a - b
+        ctx.save_for_backward(difference, power)
+        return inner(difference, difference) / power
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        difference, power = ctx.saved_tensors
+        return difference * (2 * grads[0] / power), None, None
+
+
+def patch_entropy(patches: Tensor) -> Tensor:
+    """H = −∫ f(t) log f(t) dt, f the density of the patches' cosine similarities: the diversity
+    of patch similarity of arXiv 2203.02250, averaged over the M groups of patches [M, P, d].
+
+    f is a Gaussian kernel estimate over the pairs of different patches, the integral a sum over
+    an even grid. Patches that all look alike have the least entropy.
+    """
+    unit = F.normalize(patches, dim=-1)
+    similarity = (unit @ unit.transpose(1, 2)).flatten(1)  # [M, P²]
+    count = patches.shape[1]
+    different = ~torch.eye(count, dtype=torch.bool, device=patches.device).flatten()
+    similarity = similarity[:, different]
+    points = torch.linspace(-1.2, 1.2, _POINTS, device=patches.device)
+    kernel = (-((similarity[:, :, None] - points) / _BANDWIDTH).square() / 2).exp()
+    width = float(points[1] - points[0])
+    density = kernel.mean(1) / (_BANDWIDTH * math.sqrt(2 * math.pi))  # [M, points]
+    return -(density * density.clamp_min(1e-12).log()).sum(1).mean() * width
+
+
+_POINTS, _BANDWIDTH = 49, 0.1
+"""Of the density's grid, from −1.2 to 1.2 so that the kernels' tails lie inside, and its kernel."""
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a b of two tensors of one shape: one pass, no product tensor, fast in channels_last."""
+    if a.ndim == 4:
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str
+) -> Tensor:
+    """T² KL(softmax(M/T) ‖ softmax(Q/T)); logits [N, C] -> scalar.
+
+    `reduction` is "batch" (the mean over the batch: the standard definition) or "element" (the
+    mean over batch *and classes*, C times smaller: what the published numbers were made with).
+    """
+    kl = F.kl_div(
+        F.log_softmax(exact(student_logits) / temperature, 1),
+        F.log_softmax(exact(teacher_logits) / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    classes = {"batch": 1, "element": student_logits.shape[1]}[reduction]
+    return kl * (temperature**2 / classes)
+
+
+def _concatenate(seen: Statistics, stored: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    """All seen and all stored statistics [2K], and each channel's weight 1/(L channels) [2K]."""
+    weight = torch.cat(
+        [mean.new_full((mean.numel(),), 1 / (len(stored) * mean.numel())) for mean, _ in stored]
+    )
+
+    def flat(pairs: Statistics) -> Tensor:
+        return torch.cat([mean for mean, _ in pairs] + [variance for _, variance in pairs])
+
+    return flat(seen), flat(stored), weight.repeat(2)
+
+
+def _deviations(statistics: Statistics) -> Statistics:
+    # The floor keeps the square root's gradient finite on a channel that is constant.
+    return [(mean, variance.clamp_min(1e-12).sqrt()) for mean, variance in statistics]

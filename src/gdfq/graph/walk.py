@@ -1,0 +1,66 @@
+"""A network run node by node, so that what is measured on the way need not be kept."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.graph import operators
+from gdfq.graph.capture import tensors_of
+
+_NUMBERS = 2**24
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A node that has just run: the values that entered it, and its own."""
+
+    node: fx.Node
+    inputs: tuple[Any, ...]
+    value: Any
+
+
+class Walk(fx.Interpreter):
+    """Runs a graph step by step; what nothing needs any more is dropped."""
+
+    def visits(self, images: Tensor) -> Iterator[Visit]:
+        """Each operator in order, once, for images [N, *input_shape]."""
+        self.env = {}
+        self.args_iter = iter([images])
+        for node in self.graph.nodes:
+            inputs, _ = self.fetch_args_kwargs_from_env(node)
+            with torch.no_grad():
+                self.env[node] = self.run_node(node)
+            if node.op == "call_function":
+                yield Visit(node, inputs, self.env[node])
+            for finished in self.user_to_last_uses.get(node, []):
+                del self.env[finished]
+
+
+def layers_of(network: fx.GraphModule) -> list[fx.Node]:
+    """All convolutions and linear layers in order, of the teacher's graph or the student's."""
+    return [node for node in network.graph.nodes if operators.name_of(node) in operators.WEIGHTED]
+
+
+def weights_of(network: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """The weight of each layer of a teacher; of a weight that is computed, a LookupError."""
+    tensors = tensors_of(network)
+    return {node: tensors[str(node.args[1].target)] for node in layers_of(network)}  # type: ignore[union-attr]
+
+
+def weight_bits(layer: fx.Node) -> int | None:
+    """The width of a layer's weight in a frozen student's graph; None if it is float."""
+    weight = layer.args[1]
+    if isinstance(weight, fx.Node) and operators.name_of(weight) == "gdfq.dequantize":
+        bits = weight.args[3]
+        assert isinstance(bits, int)
+        return bits
+    return None
+
+
+def images_at_once(network: fx.GraphModule) -> int:
+    """How many images pass a teacher's network with no tensor of more than 64 MiB."""
+    activations = filter(operators.is_activation, network.graph.nodes)
+    return max(1, _NUMBERS // max(map(operators.numbers_per_image, activations)))

@@ -1,1 +1,0 @@
-"""The command line's jobs: the pipeline with files around it. One module a command."""

@@ -1,0 +1,54 @@
+"""Where a network comes from: a library of networks, a factory in a file or package, a program."""
+
+from pathlib import Path
+
+import torch
+
+from gdfq.errors import UsageError
+from gdfq.models.code import from_factory, from_program
+from gdfq.models.hubs import HUBS, from_hub
+from gdfq.models.loaded import Loaded
+from gdfq.models.weights import load_weights_, weights_hash
+
+__all__ = ["RANDOM", "Loaded", "load_model", "load_weights_", "weights_hash"]
+
+RANDOM = "random"
+"""In the place of a weights file: a library's network as it is initialised, always the same."""
+
+
+def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
+    """The network that a user names.
+
+    spec: `timm:NAME`, `torchvision:NAME`, `hf:ID` or `ptcv:NAME`, with pretrained weights from
+    that library; `path/to/file.py:factory`, `package.module:factory` or a `.pt2` file that
+    `torch.export.save` wrote, which run the code that they hold.
+    weights: a safetensors file or a torch state dict (read with weights_only), with or without a
+    `module.` prefix or a `state_dict` key around it; `num_batches_tracked` may be absent. A
+    library then downloads no weights; nor does it for `random`, which leaves them untrained.
+
+    Raises UsageError when any of it is missing or does not fit.
+    """
+    hub, colon, name = spec.partition(":")
+    untrained = str(weights) == RANDOM
+    if colon and hub in HUBS:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            loaded = from_hub(hub, name, pretrained=weights is None)
+    elif untrained:
+        raise UsageError(
+            f"--weights {RANDOM} is for networks of a library ({', '.join(HUBS)}); {spec} comes "
+            "with the weights that its code gives it. Leave --weights away, or give a file."
+        )
+    elif spec.endswith(".pt2"):
+        loaded = from_program(Path(spec))
+    elif spec.endswith(".onnx"):
+        raise UsageError(
+            "MODEL must be a PyTorch network; ONNX files cannot be read: their exporters fold the "
+            "batch norms away whose statistics gdfq needs, and no converter back is reliable. "
+            f"Give the network that {spec} was exported from, as file.py:factory or a .pt2 file."
+        )
+    else:
+        loaded = Loaded(from_factory(spec))
+    if weights is not None and not untrained:
+        load_weights_(loaded.module, Path(weights))
+    return loaded

@@ -1,0 +1,115 @@
+"""Optimizers and learning-rate schedules as frozen values."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
+
+
+@dataclass(frozen=True)
+class SgdConfig:
+    """Stochastic gradient descent with Nesterov momentum on all parameters of a module."""
+
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            module.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=True,
+        )
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    """Adam (arXiv 1412.6980)."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
+
+
+@dataclass(frozen=True)
+class GridAdam:
+    """Adam on a student with learned quantizers, each kind of parameter in units of its own.
+
+    codes: latent weight codes, in codes an update. steps:
+    logarithms of quantization steps. others: biases and what else trains, absolute. roundings:
+    the logits of learned rounding.
+    """
+
+    codes: float
+    steps: float
+    others: float
+    roundings: float = 0.0
+
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        rates: dict[nn.Parameter, float] = {}
+        for quantizer in module.modules():
+            if isinstance(quantizer, WeightQuantizer | ActivationQuantizer):
+                for name, parameter in quantizer.named_parameters():
+                    rates[parameter] = {
+                        "codes": self.codes,
+                        "rounding_logits": self.roundings,
+                        "log_step": self.steps,
+                    }[name]
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in module.parameters():
+            by_rate.setdefault(rates.get(parameter, self.others), []).append(parameter)
+        return torch.optim.Adam(
+            [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+        )
+
+
+class Schedule(Protocol):
+    """How the learning rate goes from step to step."""
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor on the initial learning rate at `step` (from 0) out of `total`."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """The learning rate times `decay` at each milestone, a part of all steps.
+
+    The published milestones are epochs 100, 200 and 300 of 400.
+    """
+
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+    decay: float = 0.1
+
+    def factor(self, step: int, total: int) -> float:
+        passed = sum(step >= round(milestone * total) for milestone in self.milestones)
+        return self.decay**passed
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 to 0, times a line from 0 to 1 over the first `warmup` of the steps.
+
+    Adam's first updates are as large as its rate whatever the gradient, in all weights at once.
+    """
+
+    warmup: float = 0.0
+
+    def factor(self, step: int, total: int) -> float:
+        rise = min(1.0, (step + 1) / (self.warmup * total)) if self.warmup else 1.0
+        return rise * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def set_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's learning rate to `factor` times the one it was built with."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

@@ -1,0 +1,61 @@
+"""Weights whose rounding is learned: up or down, never further (AdaRound, arXiv 2004.10568)."""
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.functional.grid import Layout, code_bounds
+from gdfq.quantizers.base import QuantizedTensor, WeightQuantizer
+from gdfq.quantizers.lsq import best_weight_grid
+
+_STRETCH = (-0.1, 1.1)
+"""The sigmoid is stretched to this interval and clipped to 0..1, so that it reaches both ends."""
+
+
+class RoundedWeight(WeightQuantizer):
+    """w_q = Δ (clamp(b + h(v) + z) − z) with base b = ⌊w/Δ⌋ fixed; rounding h(v) and Δ are learned.
+
+    h is the rectified sigmoid of AdaRound; it starts at the weight's own fraction, so that w_q
+    starts at the weight itself. Step and rounding learn together, as in GENIE (arXiv 2212.04780).
+    While `settled` is False h is soft; then it is 0 or 1. The weight enters once, at
+    construction.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+    base: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, layout: Layout, groups: int = 1) -> None:
+        super().__init__(bits, layout, groups)
+        weight = weight.detach()
+        step, zero_point = best_weight_grid(weight, bits, layout, groups)
+        scaled = weight / step
+        base = scaled.floor()
+        low, high = _STRETCH
+        share = ((scaled - base - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
+        self.register_buffer("step", step)
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("base", base)
+        self.rounding_logits = nn.Parameter((share / (1 - share)).log())
+        self.log_step = nn.Parameter(torch.zeros_like(step))
+        self.settled = False
+
+    def rounding(self) -> Tensor:
+        """h(v), each in 0..1."""
+        low, high = _STRETCH
+        soft = (self.rounding_logits.sigmoid() * (high - low) + low).clamp(0, 1)
+        return (soft >= 0.5).to(soft.dtype) if self.settled else soft
+
+    def undecided(self, sharpness: float) -> Tensor:
+        """Σ 1 − |2h − 1|^β: 0 when every weight has decided; scalar."""
+        return (1 - (2 * self.rounding() - 1).abs().pow(sharpness)).sum()
+
+    def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
+        codes = (self.base + self.rounding() + self.zero_point).clamp(*code_bounds(self.bits))
+        return (codes - self.zero_point) * (self.step * self.log_step.exp())
+
+    @torch.no_grad()
+    def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
+        up = (self.rounding() >= 0.5).to(self.base.dtype)
+        codes = (self.base + up + self.zero_point).clamp(*code_bounds(self.bits))
+        scale = self.step * self.log_step.exp()
+        return QuantizedTensor(codes.to(torch.int8), scale, self.zero_point, self.bits)

@@ -1,0 +1,103 @@
+"""Fake quantizers: modules that put a tensor on its grid while the student is tuned.
+
+A weight quantizer is called with the layer's weight, an activation quantizer with a feature map
+whose range it finds while `observing`. Both give their final grid to `freeze`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.execution.distributed import exact
+from gdfq.functional.grid import Layout, along_channels
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Integer codes (int8, shape of the tensor) with the scale and zero point of their grid."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+
+class WeightQuantizer(nn.Module, ABC):
+    """Puts a weight on a grid with one scale and zero point for each output channel."""
+
+    def __init__(self, bits: int, layout: Layout, groups: int) -> None:
+        super().__init__()
+        self.bits, self.layout, self.groups = bits, layout, groups
+
+    @abstractmethod
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its grid, with gradients."""
+
+    @abstractmethod
+    def quantized(self, weight: Tensor) -> QuantizedTensor:
+        """The weight's codes on its final grid."""
+
+    def along_channels(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Values of each output channel [O], shaped to broadcast against the weight."""
+        return along_channels(values, weight, self.layout, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, layout={self.layout.value}"
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """Lets a random share of values through (QDrop, arXiv 2203.05740)."""
+
+    share: float
+    draw: torch.Generator
+
+    def __call__(self, through: Tensor, otherwise: Tensor) -> Tensor:
+        """Values of `through` at random places, of `otherwise` elsewhere; both of one shape."""
+        chosen = torch.rand(through.shape, generator=self.draw) < self.share
+        return torch.where(chosen.to(through.device), through, otherwise)
+
+
+class ActivationQuantizer(nn.Module, ABC):
+    """Puts a feature map on a grid with one scale and zero point, found while `observing`.
+
+    With a `bypass` some values stay as they are.
+    """
+
+    batches: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits, self.observing = bits, False
+        self.bypass: Bypass | None = None
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = exact(x)
+        if self.observing:
+            self.observe_(x.detach())
+        quantized = self.fake_quantize(x)
+        return quantized if self.bypass is None else self.bypass(x, quantized)
+
+    @torch.no_grad()
+    def observe_(self, x: Tensor) -> None:
+        """Take one batch into the range."""
+        self.batches += 1
+        self._update_(x)
+
+    @abstractmethod
+    def _update_(self, x: Tensor) -> None:
+        """Move the range towards that of a batch, which `batches` counts already."""
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """x on its grid, with gradients."""
+
+    @abstractmethod
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale (> 0) and zero point, both scalars, detached."""
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"

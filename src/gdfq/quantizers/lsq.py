@@ -1,0 +1,231 @@
+"""Quantizers whose grids are learned with the network (LSQ, arXiv 1902.08153).
+
+Both start where a search finds the least error and are then trained in units of their own grid:
+a weight as latent codes, a step by its logarithm. One learning rate so means the same in every
+layer of every network.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.functional.grid import (
+    Layout,
+    affine_grid,
+    along_channels,
+    channel_range,
+    code_bounds,
+    fake_quantize,
+    weight_grid,
+)
+from gdfq.functional.losses import inner
+from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
+from gdfq.quantizers.recompute import note_how_made
+
+_SHRINKS, _COARSE = 80, 5
+"""Candidate ranges: the full one times 1, 0.99, 0.98, ...; of weights' every fifth comes first."""
+_CACHED = 2**16
+"""Numbers that are put on their grid together."""
+_SAMPLE, _CHANNEL_SAMPLE = 2**17, 2**12
+"""Values of a feature map, and of one of its channels, that a range search looks at."""
+
+
+class LearnedWeight(WeightQuantizer):
+    """w_q = Δ (clamp(round(v), −2^(k−1), 2^(k−1) − 1) − z) with latent codes v and step Δ learned.
+
+    One Δ for each output channel; z stays. ∂round(v)/∂v is taken as 1, and clamped codes get no
+    gradient, so ∂w_q/∂Δ = q − z and ∂w_q/∂v = Δ. The weight enters once, at construction.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, layout: Layout, groups: int = 1) -> None:
+        super().__init__(bits, layout, groups)
+        weight = weight.detach()
+        step, zero_point = best_weight_grid(weight, bits, layout, groups)
+        self.register_buffer("step", step)
+        self.register_buffer("zero_point", zero_point)
+        low, high = code_bounds(bits)
+        # Weights that the search clips start outside the bounds, and stay clipped.
+        self.codes = nn.Parameter((weight / step + zero_point).clamp(low - 0.49, high + 0.49))
+        self.log_step = nn.Parameter(torch.zeros_like(step))
+
+    def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
+        inside = self.codes.clamp(*code_bounds(self.bits))
+        rounded = inside + (inside.round() - inside).detach()
+        return (rounded - self.zero_point) * (self.step * self.log_step.exp())
+
+    @torch.no_grad()
+    def rescale_(self, factor: Tensor) -> None:
+        """Multiply each output channel by its factor [O] > 0; the codes stay."""
+        self.step.mul_(self.along_channels(factor, self.codes))
+
+    @torch.no_grad()
+    def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
+        codes = self.codes.clamp(*code_bounds(self.bits)).round().to(torch.int8)
+        scale = self.step * self.log_step.exp()
+        return QuantizedTensor(codes, scale, self.zero_point, self.bits)
+
+
+class LearnedRange(ActivationQuantizer):
+    """Per-tensor grid that starts at the range of least square error and then learns its step.
+
+    Over several batches the starting step is the mean of theirs, and z that of the first. The
+    range contains 0.
+    """
+
+    step: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.register_buffer("step", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self.log_step = nn.Parameter(torch.zeros(()))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        return learned_step(x, self.step * self.log_step.exp(), self.zero_point, self.bits)
+
+    def _update_(self, x: Tensor) -> None:
+        step, zero_point = best_range(x, self.bits)
+        if self.batches == 1:
+            self.step.copy_(step)
+            self.zero_point.copy_(zero_point)
+        else:
+            self.step.lerp_(step, 1 / float(self.batches))
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        return self.step * self.log_step.exp(), self.zero_point
+
+
+def best_weight_grid(
+    weight: Tensor, bits: int, layout: Layout, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Step and zero point of each output channel with the least Σ|w_q − w|^2.4.
+
+    Candidates shrink the channel's range from both ends, or only its upper end, or only its
+    lower one: first in steps of 5 %, then of 1 % around each channel's best. Shapes broadcast
+    against the weight.
+    """
+    low, high = channel_range(weight, layout, groups)
+
+    def best_of(ranges: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        least, best = torch.full_like(low, torch.inf), (low, high)
+        for ends in ranges:
+            rounded = fake_quantize(weight, *weight_grid(*ends, bits), bits)
+            error = _channel_sum((rounded - weight).abs().pow(2.4), layout, groups)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, ends[0], best[0]), torch.where(better, ends[1], best[1])
+        return best
+
+    shrinks = [1 - i / 100 for i in range(0, _SHRINKS, _COARSE)]
+    coarse = best_of(
+        (a * low, b * high)
+        for shrink in shrinks
+        for a, b in ((shrink, shrink), (1, shrink), (shrink, 1))
+    )
+    # Of a range that was shrunk from one end, only that end moves on.
+    whole = (coarse[0] == low) & (coarse[1] == high)
+    low_share = torch.where((coarse[0] != low) | whole, low / 100, 0)
+    high_share = torch.where((coarse[1] != high) | whole, high / 100, 0)
+    fine = best_of(
+        (coarse[0] + i * low_share, coarse[1] + i * high_share) for i in range(1 - _COARSE, _COARSE)
+    )
+    return weight_grid(*fine, bits)
+
+
+def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
+    """Sum over each output channel, shaped to broadcast against the weight."""
+    if layout is Layout.ROWS:
+        return error.flatten(1).sum(1).view(-1, *[1] * (error.ndim - 1))
+    rows = error.unflatten(0, (groups, -1)).sum(1)  # [g, O/g, *k]
+    sums = rows.flatten(2).sum(2).flatten()
+    return along_channels(sums, error, layout, groups)
+
+
+def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Step and zero point over a range with 0 in it that give x the least mean square error.
+
+    Both scalars. The search looks at an evenly spread sample of x.
+    """
+    step, zero_point = _best_ranges(x.flatten()[None], _SAMPLE, bits)
+    return step.view(()), zero_point.view(())
+
+
+def channel_steps(x: Tensor, bits: int) -> Tensor:
+    """The steps of such ranges for each channel of x [N, C, *] alone, within 5 %: [C]."""
+    rows = x.transpose(0, 1).flatten(1)
+    return _best_ranges(rows, _CHANNEL_SAMPLE, bits, every=_COARSE)[0].view(-1)
+
+
+def _best_ranges(rows: Tensor, most: int, bits: int, *, every: int = 1) -> tuple[Tensor, Tensor]:
+    """Step and zero point [R, 1] of each of the rows [R, M]; about `most` numbers are looked at."""
+    # An odd stride: an even one may visit the same columns of an image's rows, the border say.
+    sample = rows[:, :: rows.shape[1] // most | 1]
+    low = rows.amin(1, keepdim=True).clamp(max=0)
+    high = rows.amax(1, keepdim=True).clamp(min=0)
+    least = torch.full_like(low, torch.inf)
+    best = affine_grid(low, high, bits)
+    for i in range(0, _SHRINKS, every):
+        grid = affine_grid(low * (1 - i / 100), high * (1 - i / 100), bits)
+        errors = (fake_quantize(sample, *grid, bits) - sample).square().mean(1, keepdim=True)
+        better = errors < least
+        least = torch.where(better, errors, least)
+        best = torch.where(better, grid[0], best[0]), torch.where(better, grid[1], best[1])
+    return best
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        # Both bounds as numbers: clamping by tensors is several times slower.
+        low, high = (bound - float(zero_point) for bound in code_bounds(bits))
+        quantized = _on_grid(x, step, low, high)
+        make = partial(_on_grid, x.detach(), step.detach(), low, high)
+        ctx.slot = note_how_made(quantized, make)
+        ctx.save_for_backward(x, step)
+        ctx.bounds = (low, high)
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, step = ctx.saved_tensors
+        (grad,) = grads
+        quantized = ctx.slot.take(partial(_on_grid, x, step, *ctx.bounds))
+        low, high = (bound * float(step) for bound in ctx.bounds)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
+        grad_step = (inner(grad, quantized) - inner(grad_x, x)) / step
+        return grad_x, grad_step.view_as(step), None, None
+
+
+@torch.no_grad()
+def _on_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+    """x on its grid, in its own layout: one new tensor, and passes in place over what is cached.
+
+    On a CPU fresh memory and its bandwidth cost more than arithmetic.
+    """
+    quantized = torch.empty_like(x)
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    parts = [(x, quantized)]
+    if x.device.type == "cpu" and x.permute(order).is_contiguous():
+        whole = (tensor.permute(order).view(-1).split(_CACHED) for tensor in (x, quantized))
+        parts = list(zip(*whole, strict=True))
+    for old, new in parts:
+        torch.div(old, step, out=new).round_().clamp_(low, high).mul_(step)
+    return quantized
+
+
+def learned_step(x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` with the gradients of LSQ (arXiv 1902.08153, equations 3 and 5).
+
+    With u = x/Δ and q − z the code without its zero point:
+    ∂x_q/∂x = 1 inside the range and 0 outside; ∂x_q/∂Δ = (q − z) − u inside and q − z outside.
+    step and zero_point are scalars.
+    """
+    return _LearnedStep.apply(x, step, zero_point, bits)

@@ -1,0 +1,270 @@
+"""A sweep: a grid of networks, widths, recipes and seeds as a value, read from a YAML file."""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, TypeVar
+
+from gdfq.analysis.bit_allocation import AUTO, parse_bits
+from gdfq.errors import UsageError, first_line
+from gdfq.recipes import find_recipe
+from gdfq.student.scheme import PLACEMENTS, Keep
+
+Value = TypeVar("Value")
+
+_LARGEST, _DEEPEST, _MOST = 2**20, 8, 10_000
+"""Bytes of a sweep file, lists in lists, and runs; with more of them it is none."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a sweep: the argument and the options of `gdfq quantize` that belong to it.
+
+    `name` stands for it in the table; by default it is the end of `model`.
+    """
+
+    model: str
+    name: str = ""
+    weights: str | None = None
+    input: str | None = None
+    mean: str | None = None
+    std: str | None = None
+    classifier: bool | None = None
+    device: str | None = None
+    test: str | None = None
+    data: str | None = None
+    size: str | None = None
+
+    @property
+    def title(self) -> str:
+        return self.name or Path(self.model).name
+
+    def options(self) -> list[str]:
+        """All but `size`, which belongs to the width auto, as command line words."""
+        words = []
+        for option in ("weights", "input", "mean", "std", "device", "test", "data"):
+            value = getattr(self, option)
+            words += [] if value is None else [f"--{option}={value}"]
+        if self.classifier is not None:
+            words += ["--classifier" if self.classifier else "--no-classifier"]
+        return words
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    network: Network
+    bits: str
+    recipe: str
+    placement: str | None
+    keep: tuple[str, ...]
+    seed: int
+    steps: int | None
+
+    def words(self) -> list[str]:
+        """The command line of the run behind `gdfq quantize`, but for --out."""
+        words = [*self.network.options(), f"--bits={self.bits}", f"--recipe={self.recipe}"]
+        words += [f"--size={self.network.size}"] if self.bits == AUTO else []
+        words += [f"--placement={self.placement}"] if self.placement else []
+        words += [f"--keep={text}" for text in self.keep]
+        words += [f"--steps={self.steps}"] if self.steps is not None else []
+        return [*words, f"--seed={self.seed}", "--", self.network.model]
+
+    @property
+    def folder(self) -> str:
+        """A name that can be read, and is another when anything in the command is."""
+        parts = [self.network.title, self.bits, self.recipe, self.placement, *self.keep]
+        text = "-".join([*filter(None, parts), f"seed{self.seed}"])
+        digest = hashlib.sha256("\0".join(self.words()).encode()).hexdigest()
+        return f"{re.sub(r'[^a-zA-Z0-9_=-]+', '_', text)[:100]}-{digest[:8]}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All combinations of what is listed; `gdfq quantize` gets each as a command of its own.
+
+    placement None is the recipe's own; each of `keep` is what one run keeps at other widths.
+    """
+
+    networks: tuple[Network, ...]
+    bits: tuple[str, ...] = ("w4a4",)
+    recipes: tuple[str, ...] = ("fast",)
+    placement: tuple[str | None, ...] = (None,)
+    keep: tuple[tuple[str, ...], ...] = ((),)
+    seeds: tuple[int, ...] = (0,)
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        lists = self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
+        runs = math.prod(map(len, lists))
+        if runs > _MOST:
+            raise UsageError(
+                f"a sweep must have at most {_MOST} runs; this one has {short(runs)}. Split it."
+            )
+        for network, bits in product(self.networks, self.bits):
+            if bits != AUTO:
+                parse_bits(bits, None)
+            elif network.size is None:
+                raise UsageError(
+                    f"bits auto needs a size for each network; {network.title} has none. "
+                    "Give it one, as size: 300KB."
+                )
+        for recipe in self.recipes:
+            find_recipe(recipe).with_steps(self.steps)
+        for keep in self.keep:
+            for text in keep:
+                Keep.parse(text)
+        if unknown := set(self.placement) - {None, *PLACEMENTS}:
+            raise UsageError(
+                f"placement must be one of {', '.join(PLACEMENTS)}; got {short(unknown.pop())}."
+            )
+
+    def cells(self) -> list[Cell]:
+        """The runs, each once; seeds vary fastest."""
+        grid = product(
+            self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
+        )
+        return list(dict.fromkeys(Cell(*values, self.steps) for values in grid))
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep of a YAML file. Raises UsageError, with the line where there is one."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise UsageError(f"a sweep file has {_LARGEST} bytes at most; {path} has more.")
+        text = path.read_text(encoding="utf-8")
+        _check_syntax(text)
+        return _sweep(_safe_load(text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"a sweep is a YAML file; {path} cannot be read: {first_line(error)}"
+        ) from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _check_syntax(text: str) -> None:
+    """Raise UsageError for what is no YAML, for keys that nobody reads, for aliases and for depth.
+
+    A few nested aliases could stand for billions of values; reading n open brackets takes n².
+    """
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                line = event.start_mark.line + 1
+                raise UsageError(
+                    f"line {line}: a sweep has lists and mappings in one another {_DEEPEST} deep "
+                    "at most; this is deeper. Write it flat."
+                )
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise UsageError(f"line {line}: a sweep has no aliases (*name). Write it out.")
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise UsageError(f"{line}a sweep must be valid YAML; {error.problem}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"a sweep must be valid YAML; {first_line(error)}.") from error
+    _check_keys(root, "a sweep", Sweep)
+    for key, value in getattr(root, "value", ()):
+        if key.value == "networks":
+            for network in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(network, yaml.MappingNode):
+                    _check_keys(network, "a network", Network)
+
+
+def _check_keys(node: Any, what: str, kind: type) -> None:
+    known = [field.name for field in fields(kind)]
+    if getattr(node, "tag", None) != "tag:yaml.org,2002:map":
+        raise UsageError(f"{what} has the keys {', '.join(known)}; this is no mapping of them.")
+    seen: set[str] = set()
+    for key, _ in node.value:
+        line = f"line {key.start_mark.line + 1}: "
+        if key.tag != "tag:yaml.org,2002:str" or key.value not in known:
+            raise UsageError(f"{line}{what} has no {short(key.value)}. It has {', '.join(known)}.")
+        if key.value in seen:
+            raise UsageError(f"{line}{key.value} is given twice. Make one list of both.")
+        seen.add(key.value)
+
+
+def _safe_load(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # as of the date 2024-99-99
+        raise UsageError(f"a sweep must be valid YAML; {first_line(error)}.") from error
+
+
+def _sweep(values: Mapping[str, Any]) -> Sweep:
+    readers: dict[str, Callable[[Any, str], Any]] = {
+        "networks": _network,
+        "bits": _text,
+        "recipes": _text,
+        "placement": _text,
+        "keep": _keep,
+        "seeds": _number,
+    }
+    if "networks" not in values:
+        raise UsageError("a sweep must list its networks. Give networks: [MODEL, ...].")
+    found: dict[str, Any] = {
+        key: tuple(_each(values[key], key, read)) for key, read in readers.items() if key in values
+    }
+    if "steps" in values:
+        found["steps"] = _number(values["steps"], "steps")
+    return Sweep(**found)
+
+
+def _each(value: Any, key: str, read: Callable[[Any, str], Value]) -> Iterator[Value]:
+    """A list's values, or the one value that stands for a list of one."""
+    if value == [] or value is None:
+        raise UsageError(f"{key} must have one value at least; it has none. Leave it away.")
+    return (read(item, key) for item in (value if isinstance(value, list) else [value]))
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise UsageError(f"{key} must be text or a number; got {short(value)}.")
+    return str(value)
+
+
+def _number(value: Any, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UsageError(f"{key} must be whole numbers, at least 0; got {short(value)}.")
+    return value
+
+
+def _keep(value: Any, key: str) -> tuple[str, ...]:
+    return tuple(_text(item, key) for item in (value if isinstance(value, list) else [value]))
+
+
+def _network(value: Any, key: str) -> Network:
+    """A mapping, or the model alone. Lists are written as the command line has them."""
+    if not isinstance(value, dict):
+        return Network(_text(value, key))
+    if "model" not in value:
+        raise UsageError(f"each of the networks must have a model; {short(value)} has none.")
+    options: dict[str, Any] = {}
+    for option, given in value.items():
+        between = "x" if option == "input" else ","
+        if option == "classifier":
+            if not isinstance(given, bool):
+                raise UsageError(f"classifier must be true or false; got {short(given)}.")
+            options[option] = given
+        elif isinstance(given, list):
+            options[option] = between.join(_text(item, option) for item in given)
+        else:
+            options[option] = _text(given, option)
+    return Network(**options)

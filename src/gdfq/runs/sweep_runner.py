@@ -1,0 +1,232 @@
+"""Running a sweep: each cell in a process of its own, so many at a time, and one table of all."""
+
+import asyncio
+import csv
+import io
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from gdfq.deploy.safetensors import STUDENT_FILE
+from gdfq.errors import UsageError
+from gdfq.files.atomic import make_folder, write_atomically, write_json
+from gdfq.runs.folder import EXPORT, METRICS, as_values, read_metrics
+from gdfq.runs.sweep import Cell, Sweep
+from gdfq.version import __version__
+
+TABLE_JSON, TABLE_CSV, LOG = "sweep.json", "sweep.csv", "log.txt"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a cell.
+
+    Accuracies are top-1 in percent; error_percent is that of the output that is furthest from the
+    teacher's, for a network that is no classifier. bytes are those of the ONNX file, or of the
+    packed student where there is none.
+    """
+
+    network: str
+    bits: str
+    recipe: str
+    placement: str | None
+    keep: str
+    seed: int
+    status: Literal["finished", "failed", "waiting"]
+    teacher_top1: float | None = None
+    student_top1: float | None = None
+    error_percent: float | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+    folder: str = ""
+
+
+Tell = Callable[[Row, int, int], None]
+"""Is told of each cell that ended: its row, how many ended so far, and how many there are."""
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_sweep(
+    sweep: Sweep, out: Path, *, home: Path, jobs: int, threads: int = 1, tell: Tell
+) -> list[Row]:
+    """Run the cells that have not finished yet and return the rows of all.
+
+    home: the folder that the paths in the sweep are relative to. Each cell is a fresh process of
+    `threads` threads, whose output goes into its folder; one that fails does not stop the rest.
+    The table is written into `out` whenever a cell ends. Interrupted, it passes SIGTERM on and
+    waits for the cells.
+    """
+    if jobs < 1 or threads < 1:
+        raise UsageError(f"jobs and threads must be at least 1; got {jobs} and {threads}.")
+    make_folder(out)
+    cells = sweep.cells()
+    rows = [_row(cell, out) for cell in cells]
+    _write(sweep, rows, out)
+    # Those that began go on first.
+    waiting = [i for i, row in enumerate(rows) if row.status != "finished"]
+    waiting.sort(key=lambda i: not (out / cells[i].folder).exists())
+    environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
+
+    async def run_all() -> None:
+        slots = asyncio.Semaphore(jobs)
+        task = asyncio.current_task()
+        assert task is not None
+        for name in _STOPPING:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+
+        async def run(i: int) -> None:
+            async with slots:
+                code = await _run(cells[i], out, home, environment)
+            rows[i] = _row(cells[i], out, code)
+            _write(sweep, rows, out)
+            tell(rows[i], sum(row.status != "waiting" for row in rows), len(rows))
+
+        async with asyncio.TaskGroup() as group:
+            for i in waiting:
+                group.create_task(run(i))
+
+    try:
+        asyncio.run(run_all())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    except BaseExceptionGroup as several:  # of the sweep itself: those of cells are rows
+        raise several.exceptions[0] from several
+    return rows
+
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_STOPPING = ("SIGTERM", "SIGHUP")
+"""Signals that end a sweep besides Ctrl-C, unless they are ignored as under nohup."""
+
+
+async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]) -> int:
+    """Run a cell's command and return its exit code, negative for a signal."""
+    folder = (out / cell.folder).resolve()
+    folder.mkdir(exist_ok=True)
+    # -P: no module is taken from `home`.
+    words = [sys.executable, "-P", "-m", "gdfq", "quantize", f"--out={folder}", *cell.words()]
+    with (folder / LOG).open("ab") as log:
+        # In a session of its own it hears of Ctrl-C through the sweep alone, and once.
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            cwd=home,
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            return await process.wait()
+        except asyncio.CancelledError:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+            raise
+
+
+def _row(cell: Cell, out: Path, code: int | None = None) -> Row:
+    """What a cell's folder says of it; `code` is the exit code of a process that just ended."""
+    folder = out / cell.folder
+    status: Literal["finished", "failed", "waiting"] = "waiting"
+    error: str | None = None
+    metrics: Mapping[str, dict[str, Any]] = {}
+    if code:
+        status, error = "failed", _why(folder / LOG, code)
+    elif (folder / METRICS).exists():
+        try:
+            metrics, status = read_metrics(folder), "finished"
+        except UsageError as damaged:
+            status, error = "failed", str(damaged)
+    errors = metrics.get("student", {}).get("error_percent", {}).values()
+    packed = folder / STUDENT_FILE
+    return Row(
+        network=cell.network.title,
+        bits=cell.bits,
+        recipe=cell.recipe,
+        placement=cell.placement,
+        keep=" ".join(cell.keep),
+        seed=cell.seed,
+        status=status,
+        teacher_top1=metrics.get("teacher", {}).get("top1"),
+        student_top1=metrics.get("student", {}).get("top1"),
+        error_percent=max(errors, default=None),
+        bytes=metrics.get(EXPORT, {}).get(
+            "bytes", packed.stat().st_size if metrics and packed.exists() else None
+        ),
+        seconds=metrics.get("seconds", {}).get("total"),
+        error=error,
+        folder=cell.folder,
+    )
+
+
+def _why(log: Path, code: int) -> str:
+    """Why a process failed: the signal, or what it said last."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}; see {log}"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    said = [line for line in lines if line.startswith(("error: ", "failed: "))] or lines
+    return said[-1] if said else f"exit code {code}"
+
+
+def _write(sweep: Sweep, rows: Sequence[Row], out: Path) -> None:
+    values = [asdict(row) for row in rows]
+    write_json(out / TABLE_JSON, {"gdfq": __version__, "sweep": as_values(sweep), "rows": values})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(values)
+    write_atomically(out / TABLE_CSV, text.getvalue().encode())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, the seeds of one setting in one line: mean ± standard deviation."""
+    settings = ("network", "bits", "recipe", "placement", "keep")
+    heading = [*settings, "seeds", "float", "quantized", "error %", "KiB", "seconds", ""]
+    lines = [heading]
+    for values, group in groupby(rows, lambda row: [getattr(row, name) for name in settings]):
+        found = list(group)
+        done = [row for row in found if row.status == "finished"]
+        failed = sum(row.status == "failed" for row in found)
+        sizes = [row.bytes / 1024 for row in done if row.bytes is not None]
+        lines.append(
+            [
+                *(value or "" for value in values),
+                str(len(done)),
+                _spread([row.teacher_top1 for row in done]),
+                _spread([row.student_top1 for row in done]),
+                _spread([row.error_percent for row in done]),
+                _spread(sizes, digits=0),
+                _spread([row.seconds for row in done], digits=0),
+                f"{failed} failed" if failed else "",
+            ]
+        )
+    used = [i for i in range(len(heading)) if any(line[i] for line in lines[1:])]
+    widths = {i: max(len(line[i]) for line in lines) for i in used}
+    padded = [[line[i].ljust(widths[i]) for i in used] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def _spread(values: Sequence[float | None], digits: int = 2) -> str:
+    present = [value for value in values if value is not None]
+    if not present:
+        return ""
+    text = f"{statistics.fmean(present):.{digits}f}"
+    if len(set(present)) > 1:
+        text += f" ± {statistics.stdev(present):.{digits}f}"
+    return text

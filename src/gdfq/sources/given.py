@@ -1,0 +1,88 @@
+"""Given images as a source: few-shot runs, and the upper bound that real data sets."""
+
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+
+from gdfq.data.datasets import ImageData, Preprocessing
+from gdfq.errors import UsageError
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.progress import Listener, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.graph.capture import Captured
+from gdfq.sources.base import Batch, Source
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.stream import Shuffled, Stream
+
+
+@dataclass(frozen=True)
+class GivenImages:
+    """Stands in a recipe for images that the user must give."""
+
+    batch: int
+
+    def stream(
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
+    ) -> NoReturn:
+        """Raises UsageError: there are no images yet."""
+        raise UsageError(
+            "this recipe tunes on real images and none were given. "
+            "Give them to gdfq quantize (--data, or data=...), or choose a data-free recipe, "
+            "such as 'fast'."
+        )
+
+
+def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> Source:
+    """The recipe's source with given images in the place of those it would make.
+
+    A pool holds them all in memory.
+    """
+    if isinstance(source, ImagePool):
+        given = ImageSource(data, preprocessing, source.batch)
+        return replace(source, source=given, images=len(data), pixels=None)
+    return ImageSource(data, preprocessing, source.batch)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource:
+    """Batches of given images in a new random order each epoch.
+
+    Without labels the teacher's answers are the labels, if it has classes. The last, smaller batch
+    of an epoch is kept.
+    """
+
+    data: ImageData
+    preprocessing: Preprocessing
+    batch: int
+
+    def stream(
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
+    ) -> Stream:
+        """Yield `steps` batches."""
+        draw = random_stream(seed, "images.order")
+        order = Shuffled(draw, lambda indices: list(indices.split(self.batch)))
+
+        def make(_: int) -> Batch:
+            chosen = order.next_of(len(self.data))
+            images = self.preprocessing(self.data.images(chosen)).to(teacher.device)
+            with torch.no_grad():
+                logits = teacher.logits(images)
+            labels = None if logits is None else logits.argmax(1)
+            if logits is not None and self.data.labels is not None:
+                labels = self.data.labels[chosen].to(teacher.device)
+            return Batch(images, labels, logits)
+
+        return Stream(make, steps, [draw], {"order": order})

@@ -1,0 +1,124 @@
+"""Images optimised pixel by pixel against batch-norm statistics (ZeroQ, arXiv 2001.00281).
+
+With a class loss and a low-pass filter they are those of SynQ (arXiv 2603.18423).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from gdfq.errors import UsageError
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.guards import images_stay_finite
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.functional.losses import focal_loss, standard_deviation_loss
+from gdfq.graph.capture import Captured
+from gdfq.graph.statistics import StatisticsNetwork, unit_input
+from gdfq.optim import AdamConfig
+from gdfq.sources.base import Batch, labels_in_turn
+from gdfq.sources.stream import InTurn, Stream
+
+
+@dataclass(frozen=True)
+class OptimisedSource:
+    """Each batch starts as N(0, 1) noise and follows Adam on the statistics loss.
+
+    The loss is `standard_deviation_loss` over all batch norms and over the input itself, whose
+    target is mean 0 and deviation 1, plus `class_weight` times `focal_loss` with exponent `focus`
+    to labels that cover the classes in turn; without it labels are the teacher's own answers (a
+    network without classes has neither). The learning rate falls tenfold whenever the loss has
+    not improved for `patience` iterations. With a `cutoff` the finished images pass `low_passed`.
+    """
+
+    batch: int = 64
+    iterations: int = 500
+    optimizer: AdamConfig = AdamConfig(lr=0.5)  # noqa: RUF009 (frozen)
+    patience: int = 100
+    class_weight: float = 0.0
+    focus: float = 2.0
+    cutoff: float | None = None
+
+    def stream(
+        self,
+        teacher: Captured,
+        *,
+        steps: int,
+        seed: int,
+        listener: Listener = silent,
+        group: Group = ALONE,
+    ) -> Stream:
+        """Yield `steps` batches.
+
+        Raises UsageError for networks without batch norms, and with a cutoff for inputs without a
+        spatial axis.
+        """
+        network = StatisticsNetwork(teacher, of_input=unit_input(teacher))
+        if self.cutoff is not None and len(teacher.input_shape) < 2:
+            raise UsageError(
+                "images that pass a filter need one spatial axis or more; this network takes "
+                f"vectors of {teacher.input_shape[0]}. Use recipe 'zeroq', or give real inputs "
+                "(--data, or data=...)."
+            )
+        draw = random_stream(seed, "optimised.draw")
+        losses: dict[str, torch.Tensor] = {}
+
+        def start() -> torch.Tensor:
+            noise = torch.randn(self.batch, *teacher.input_shape, generator=draw)
+            return noise.to(teacher.device)
+
+        def optimised(step: int, start: torch.Tensor) -> torch.Tensor:
+            images = start.requires_grad_()
+            optimizer = self.optimizer.build([images])
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, patience=self.patience, min_lr=1e-4
+            )
+            labels = labels_in_turn(teacher, step, self.batch)
+            for iteration in range(self.iterations):
+                with torch.enable_grad():
+                    with group.layers_on(teacher.device):
+                        outputs, seen = network(images)
+                    bns = standard_deviation_loss(seen, network.stored)
+                    loss = bns
+                    if self.class_weight and labels is not None:
+                        loss = loss + self.class_weight * focal_loss(outputs, labels, self.focus)
+                    images_stay_finite(
+                        {"total": loss.detach(), "bns": bns.detach()}, step, iteration
+                    )
+                    (images.grad,) = torch.autograd.grad(loss, images)
+                optimizer.step()
+                plateau.step(loss.item())
+                done = step * self.iterations + iteration + 1
+                losses["bns"] = bns.detach()
+                listener(Step("images", done, steps * self.iterations, dict(losses)))
+            final = images.detach()
+            return final if self.cutoff is None else low_passed(final, self.cutoff)
+
+        in_turn = InTurn(start, optimised, steps, group)
+
+        def make(step: int) -> Batch:
+            images = in_turn(step)
+            labels = labels_in_turn(teacher, step, self.batch)
+            with torch.no_grad():
+                logits = teacher.logits(images)
+            if logits is not None and not self.class_weight:
+                labels = logits.argmax(1)
+            return Batch(images, labels, logits, dict(losses))
+
+        return Stream(make, steps, [draw], {"images": in_turn})
+
+
+def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Images [N, C, *size] with each frequency times exp(−d² / 2 cutoff²) (arXiv 2603.18423).
+
+    d is its distance from 0 in cycles an image.
+    """
+    size = images.shape[2:]
+    axes = [torch.fft.fftfreq(side, 1 / side) for side in size[:-1]]
+    axes.append(torch.fft.rfftfreq(size[-1], 1 / size[-1]))
+    distance = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)
+    weight = (-distance / (2 * cutoff**2)).exp().to(images.device)
+    dims = list(range(2, images.ndim))
+    filtered = torch.fft.irfftn(torch.fft.rfftn(images, dim=dims) * weight, s=size, dim=dims)
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    return filtered.contiguous(memory_format=layout)

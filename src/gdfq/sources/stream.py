@@ -1,0 +1,202 @@
+"""Streams of batches that can be stopped between two and go on, to the bit."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gdfq.execution.distributed import Group
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.files.states import Fixed, Stateful
+from gdfq.sources.base import Batch
+from gdfq.sources.recent import Recent
+
+Start = TypeVar("Start")
+
+
+class Stream:
+    """Batches that `make` makes, given the step from 0 on.
+
+    All randomness comes from `draws`; what else a batch depends on and changes are the `parts`. A
+    batch that a stop leaves unfinished is made again. The first `ahead` batches are not yielded:
+    the listener hears of them as the stage "generator".
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Batch],
+        steps: int,
+        draws: Sequence[torch.Generator],
+        parts: Mapping[str, Stateful] | None = None,
+        *,
+        ahead: int = 0,
+        listener: Listener = silent,
+    ) -> None:
+        self._make, self._end, self._draws, self._parts = make, ahead + steps, draws, parts or {}
+        self._ahead, self._listener = ahead, listener
+        self._step = 0
+        self._note_random_states()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while self._step < self._end:
+            batch = self._make(self._step)
+            self._step += 1
+            self._note_random_states()
+            if self._step > self._ahead:
+                return batch
+            self._listener(Step("generator", self._step, self._ahead, batch.losses))
+        raise StopIteration
+
+    def _note_random_states(self) -> None:
+        self._states = [draw.get_state() for draw in self._draws]
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"step": self._step, "draws": self._states, "parts": parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        for draw, value in zip(self._draws, state["draws"], strict=True):
+            draw.set_state(value)
+        self._note_random_states()
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
+
+
+class Shuffled:
+    """The indices of images in a new random order each epoch, a batch at a time.
+
+    `split` makes batches of an order.
+    """
+
+    def __init__(self, draw: torch.Generator, split: Callable[[Tensor], list[Tensor]]) -> None:
+        self._draw, self._split = draw, split
+        self._pending: list[Tensor] = []
+
+    def next_of(self, count: int) -> Tensor:
+        """The next batch of the indices 0..count − 1."""
+        if not self._pending:
+            self._pending = self._split(torch.randperm(count, generator=self._draw))
+        return self._pending.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": self._pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending = list(state["pending"])
+
+
+class InTurn(Generic[Start]):
+    """Images of batches that need nothing of one another: of each round every process makes one.
+
+    `draw` draws what a batch starts from, `make` makes the images, given the step; there are
+    `steps` of them. Every process draws for all.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[], Start],
+        make: Callable[[int, Start], Tensor],
+        steps: int,
+        group: Group,
+    ) -> None:
+        self._draw, self._make, self._steps, self._group = draw, make, steps, group
+        self._ready: list[Tensor] = []
+
+    def __call__(self, step: int) -> Tensor:
+        """The images of the next step."""
+        if not self._ready:
+            starts = [self._draw() for _ in range(min(self._group.size, self._steps - step))]
+            own = min(self._group.rank, len(starts) - 1)  # who is left over makes the last again
+            images = self._make(step + own, starts[own])
+            self._ready = [self._group.shared_from(rank, images) for rank in range(len(starts))]
+        return self._ready.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ready": self._ready}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._ready = list(state["ready"])
+
+
+class Feed:
+    """A stream's batches as the stages of a run take them, and what must outlast a stop.
+
+    `taken` is how many they took, `examples` a few images of the first [n, *input_shape], which
+    are there once `begin` was called, `held` the batches that they wanted to be kept, `recent` the
+    last ones. A stream without a state goes on by being made again.
+    """
+
+    _EXAMPLES = 32
+
+    def __init__(self, stream: Iterator[Batch], device: torch.device) -> None:
+        self.stream, self._device = stream, device
+        self.taken = 0
+        self._examples: Fixed | None = None
+        self._first: Fixed | None = None
+        self._held: list[Fixed] = []
+        self.recent = Recent(device)
+
+    @property
+    def examples(self) -> Tensor:
+        assert self._examples is not None, "no batch was taken yet"
+        examples: Tensor = self._examples.value
+        return examples
+
+    @property
+    def held(self) -> list[Batch]:
+        return [Batch(**part.value) for part in self._held]
+
+    def begin(self) -> None:
+        """Look at the first batch, which is handed out later."""
+        if self._examples is None and (batch := next(self.stream, None)) is not None:
+            self._examples = Fixed(batch.images[: self._EXAMPLES].clone())
+            self._first = Fixed(vars(batch))
+
+    def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:
+        """The batches up to the `count`-th of all."""
+        while self.taken < count:
+            self.begin()
+            first, self._first = self._first, None
+            batch = next(self.stream, None) if first is None else Batch(**first.value)
+            if batch is None:
+                return
+            if hold:
+                self._held.append(Fixed(vars(batch)))
+            self.taken += 1
+            self.recent.see_(batch)
+            yield batch
+
+    def hold(self, count: int) -> list[Batch]:
+        """The first `count` batches that are held; as many more as that needs are taken."""
+        for _ in self.until(self.taken + count - len(self._held), hold=True):
+            pass
+        return self.held[:count]
+
+    def state_dict(self) -> dict[str, Any]:
+        of_stream = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
+        return {
+            "taken": self.taken,
+            "examples": self._examples,
+            "first": self._first,
+            "held": list(self._held),
+            "recent": self.recent.state_dict(),
+            "stream": of_stream,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+        self._examples = state["examples"] and state["examples"].to(self._device)
+        self._first = state["first"] and state["first"].to(self._device)
+        self._held = [part.to(self._device) for part in state["held"]]
+        self.recent.load_state_dict(state["recent"])
+        if hasattr(self.stream, "load_state_dict"):
+            self.stream.load_state_dict(state["stream"])
+        else:
+            seen = self.taken + (self._first is not None)
+            next(islice(self.stream, seen, seen), None)

@@ -1,0 +1,248 @@
+"""The student: a trainable copy of the teacher's graph with fake quantizers in it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gdfq.errors import UsageError
+from gdfq.functional.grid import code_bounds
+from gdfq.graph import operators
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.blocks import WithFeatures, with_features
+from gdfq.graph.capture import Captured, tensors_of
+from gdfq.graph.statistics import BatchNorm, batch_norm_of
+from gdfq.quantizers.adaround import RoundedWeight
+from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
+from gdfq.quantizers.lsq import LearnedRange, LearnedWeight
+from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
+from gdfq.quantizers.recompute import making_again
+from gdfq.student.placement import activation_widths
+from gdfq.student.scheme import Scheme
+
+ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
+"""Where the student keeps its quantizers and batch norms."""
+
+Quantizers = Literal["min-max", "learned", "rounded"]
+ACTIVATION_QUANTIZERS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] = {
+    "min-max": MovingRange,
+    "learned": LearnedRange,
+    "rounded": LearnedRange,
+}
+
+
+class StudentBatchNorm(nn.Module):
+    """Batch norm whose affine parameters, if any, train; statistics are fixed (FBNS) or follow."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, norm: BatchNorm, fixed_statistics: bool) -> None:
+        super().__init__()
+        kind = nn.Parameter if norm.affine else nn.Buffer
+        self.weight = kind(norm.weight.detach().clone())
+        self.bias = kind(norm.bias.detach().clone())
+        self.register_buffer("mean", norm.mean.clone())
+        self.register_buffer("variance", norm.variance.clone())
+        self.eps, self.fixed_statistics = norm.eps, fixed_statistics
+
+    def forward(self, x: Tensor) -> Tensor:
+        follows = self.training and not self.fixed_statistics
+        return F.batch_norm(
+            x, self.mean, self.variance, self.weight, self.bias, follows, eps=self.eps
+        )
+
+    def current(self) -> BatchNorm:
+        """Its present values, detached."""
+        weight, bias = self.weight.detach(), self.bias.detach()
+        affine = isinstance(self.weight, nn.Parameter)
+        return BatchNorm(weight, bias, self.mean, self.variance, self.eps, affine)
+
+
+class Student(nn.Module):
+    """The trainable student: [N, *input_shape] -> what the teacher returns.
+
+    Its graph keeps the teacher's nodes; the quantizer of an activation is the submodule
+    `fake_activation.<node>`, that of a weight `fake_weight.<node>`.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.network = graph_module
+
+    def forward(self, images: Tensor) -> Any:
+        with making_again():
+            return self.network(images)
+
+    def named(self, names: Sequence[str]) -> list[fx.Node]:
+        """The student's nodes whose values stand for the teacher's nodes of these names."""
+        nodes = {node.name: node for node in self.network.graph.nodes}
+        modules = {str(node.target): node for node in nodes.values() if node.op == "call_module"}
+        found = nodes | {
+            target.removeprefix(f"{kind}."): node
+            for kind in (BATCH_NORM, ACTIVATION)  # a quantized batch norm is found quantized
+            for target, node in modules.items()
+            if target.startswith(f"{kind}.")
+        }
+        return [found[name] for name in names]
+
+    def with_features(self, names: Sequence[str]) -> WithFeatures:
+        """The student with its values, as quantized, of the teacher's nodes of these names.
+
+        For tuning, when the ranges are known: ReLUs in front of grids that clamp as they do are
+        left out, which saves passes over memory and changes nothing.
+        """
+        network = with_features(self.network, self.named(names))
+        _leave_out_rectifiers_(network)
+
+        def ask(images: Tensor) -> tuple[Any, Sequence[Tensor]]:
+            with making_again():
+                found: tuple[Any, Sequence[Tensor]] = network(images)
+                return found
+
+        return ask
+
+    @property
+    def activations(self) -> Iterator[ActivationQuantizer]:
+        """All activation quantizers."""
+        return (module for module in self.modules() if isinstance(module, ActivationQuantizer))
+
+    def ranges(self) -> dict[str, float]:
+        """How much the grid of each quantized activation spans, by the name of its node."""
+        return {
+            name.rpartition(".")[2]: float(module.grid()[0]) * (2**module.bits - 1)
+            for name, module in self.named_modules()
+            if isinstance(module, ActivationQuantizer)
+        }
+
+
+def _leave_out_rectifiers_(network: fx.GraphModule) -> None:
+    """Let each grid that starts at zero, and passes no gradient below it, stand for its ReLU."""
+    for node in network.graph.nodes:
+        quantizer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(quantizer, LearnedRange):
+            continue
+        (source,) = node.all_input_nodes
+        starts_at_zero = float(quantizer.zero_point) == code_bounds(quantizer.bits)[0]
+        if (
+            operators.name_of(source) == "aten.relu.default"
+            and list(source.users) == [node]
+            and starts_at_zero
+        ):
+            node.replace_input_with(source, source.all_input_nodes[0])
+            network.graph.erase_node(source)
+    network.recompile()
+
+
+def build_student(
+    teacher: Captured,
+    scheme: Scheme,
+    *,
+    quantizers: Quantizers = "min-max",
+    fixed_statistics: bool = True,
+) -> Student:
+    """A trainable copy of the teacher with the scheme's quantizers; ranges are not yet known.
+
+    quantizers: "min-max" follow the weights and the batches; "learned" and "rounded" train with
+        the student, whose batch norms are then folded into its layers beforehand: weights as
+        `LearnedWeight` or `RoundedWeight`.
+    With fixed_statistics False the batch norms' running statistics follow in training mode.
+
+    Raises UsageError when the scheme finds no weight or no activation to quantize.
+    """
+    if quantizers != "min-max":
+        teacher = fold_batch_norms(teacher)
+    widths = activation_widths(teacher, scheme)
+    weights = scheme.weight_bits(list(filter(operators.has_weight, teacher.network.graph.nodes)))
+    _check_quantizable(teacher, scheme, weights, widths)
+    graph = fx.Graph()
+    teacher_tensors = tensors_of(teacher.network)
+    attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
+    learned: dict[int, WeightQuantizer] = {}
+    new: dict[fx.Node, fx.Node] = {}
+    norms: dict[tuple[str, ...], StudentBatchNorm] = {}
+
+    def call(kind: str, name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
+        target = f"{kind}.{name.replace('.', '_')}"
+        attributes[target] = module
+        return graph.call_module(target, (argument,))
+
+    def weight_quantizer(node: fx.Node) -> WeightQuantizer:
+        layout, bits = operators.weight_layout(node), weights[node]
+        if quantizers == "min-max":
+            return MinMaxWeight(bits, *layout)
+        weight = teacher_tensors[str(node.args[1].target)]  # type: ignore[union-attr]
+        if id(weight) not in learned:  # a weight that is used twice is one
+            kind = LearnedWeight if quantizers == "learned" else RoundedWeight
+            learned[id(weight)] = kind(weight, bits, *layout)
+        return learned[id(weight)]
+
+    batch_norms = set(teacher.batch_norms)
+    unquantized: dict[fx.Node, fx.Node] = {}
+    for node in teacher.network.graph.nodes:
+        if node.op == "output":  # a feature map that is returned is returned as it was
+            new[node] = graph.node_copy(node, lambda source: unquantized.get(source, new[source]))
+        elif node in batch_norms:
+            key = tuple(str(argument) for argument in node.args[1:])
+            if key not in norms:  # a batch norm that is used twice is one
+                norms[key] = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
+            new[node] = call(BATCH_NORM, node.name, norms[key], new[node.args[0]])
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+            if node in weights:
+                quantizer = weight_quantizer(node)
+                with graph.inserting_before(new[node]):
+                    weight = call(WEIGHT, node.name, quantizer, new[node.args[1]])
+                new[node].update_arg(1, weight)
+        if node in widths:
+            activation = ACTIVATION_QUANTIZERS[quantizers](widths[node])
+            unquantized[node] = new[node]
+            new[node] = call(ACTIVATION, node.name, activation, new[node])
+    graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
+    used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
+    chosen = {name: value for name, value in attributes.items() if name in used}
+    return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
+
+
+def check_scheme(teacher: Captured, scheme: Scheme, quantizers: Quantizers) -> None:
+    """Raise what `build_student` would, without searching grids for it."""
+    if quantizers != "min-max":
+        teacher = fold_batch_norms(teacher)
+    layers = list(filter(operators.has_weight, teacher.network.graph.nodes))
+    _check_quantizable(
+        teacher, scheme, scheme.weight_bits(layers), activation_widths(teacher, scheme)
+    )
+
+
+def _check_quantizable(
+    teacher: Captured, scheme: Scheme, weights: dict[fx.Node, int], widths: dict[fx.Node, int]
+) -> None:
+    if not weights:
+        raise UsageError(
+            "there must be a convolution or linear layer to quantize; this network has none"
+            f"{' but those that are kept float' if scheme.keep else ''}."
+        )
+    if not widths:
+        raise UsageError(
+            f"placement {scheme.placement!r} quantizes the outputs of ReLUs, of which this network "
+            "has none to quantize: its activations would stay float. Use placement 'full'."
+        )
+    for node in filter(operators.has_weight, teacher.network.graph.nodes):
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, fx.Node) and bias.op != "get_attr":
+            raise UsageError(
+                f"a layer's bias must be a tensor of the network; that of {node.name} is computed "
+                "from the input. Add it after the layer instead."
+            )
+
+
+def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
+    """Copies of the teacher's tensors; its parameters train, and shared ones stay shared."""
+    copies = {
+        id(tensor): nn.Parameter(tensor.detach().clone())
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        else tensor.clone()
+        for tensor in tensors.values()
+    }
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}

@@ -1,0 +1,179 @@
+"""Channels brought to alike scales, exactly, while the network is still float.
+
+A positive factor passes through a ReLU, a sum or a pooling unchanged: relu(x / s) = relu(x) / s.
+So what the output channels of one layer are divided by can be multiplied into the input channels
+of the next (cross-layer equalization, arXiv 1906.04721, section 4.1). An activation has one grid
+for all of its channels, which then suits each of them better. That paper takes ranges of weights;
+here it is the steps that the grids themselves would have.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gdfq.functional.grid import Layout, along_channels
+from gdfq.graph import operators
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import Captured, flat_module, tensors_of
+from gdfq.quantizers.lsq import best_range, channel_steps
+from gdfq.student.placement import activation_widths
+from gdfq.student.scheme import Scheme
+
+_SHARE = 0.5
+"""Of the differences between channels, as logarithms, that go into the next weights."""
+_LIMIT = 8.0
+"""Greatest factor: channels that hardly ever speak would ask for any."""
+
+
+@torch.no_grad()
+def channel_scales(teacher: Captured, scheme: Scheme, images: Tensor) -> dict[str, Tensor]:
+    """What the channels [C] of activations should be divided by, by the names of their nodes.
+
+    For each channel c of each activation that the scheme quantizes, the step Δ_c of the grid that
+    would suit it alone is found on `images`, normalised [N, *input_shape], and the step Δ of the
+    grid that suits all: the channel's scale is (Δ_c / Δ)^½, because the next layer's weights,
+    which are multiplied by it, share grids too. Activations that cannot differ, such as the parts
+    of a sum, share the mean of their logarithms. There is no scale where something else than
+    convolutions, linear layers, ReLUs, sums, poolings and zeros around them sees the channels.
+    """
+    teacher = fold_batch_norms(teacher)
+    ties = _ties(teacher.network.graph)
+    asked = _Asked(teacher.network, activation_widths(teacher, scheme), ties)
+    asked.run(images)
+    return {node.name: asked.scale(top) for node, top in ties.items() if top in asked.found}
+
+
+@torch.no_grad()
+def rescaled(teacher: Captured, scales: Mapping[str, Tensor]) -> Captured:
+    """The same function with batch norms folded and channels divided by their `channel_scales`."""
+    teacher = fold_batch_norms(teacher)
+    graph = teacher.network.graph
+    tensors = tensors_of(teacher.network)
+
+    def put(node: fx.Node, value: Tensor) -> None:
+        trains = isinstance(tensors[str(node.target)], nn.Parameter)
+        new = nn.Parameter(value, requires_grad=False) if trains else value
+        tensors[str(node.target)] = new
+
+    for layer in filter(operators.has_weight, graph.nodes):
+        x, weight_node, bias_node = layer.args[:3]
+        layout, groups = operators.weight_layout(layer)
+        if x.name in scales:
+            weight = tensors[weight_node.target]
+            put(weight_node, weight * _along_inputs(scales[x.name], weight, layout))
+        if layer.name in scales:
+            weight, scale = tensors[weight_node.target], scales[layer.name]
+            put(weight_node, weight / along_channels(scale, weight, layout, groups))
+            put(bias_node, tensors[bias_node.target] / scale)
+    return replace(teacher, network=flat_module(graph, tensors))
+
+
+class _Asked(fx.Interpreter):
+    """Runs a network and notes by how much, as logarithms, channels differ from their tensor."""
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        widths: Mapping[fx.Node, int],
+        ties: Mapping[fx.Node, fx.Node],
+    ) -> None:
+        super().__init__(network)
+        self.widths, self.ties = widths, ties
+        self.found: dict[fx.Node, list[Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.widths and n in self.ties:
+            bits = self.widths[n]
+            apart = (channel_steps(value, bits) / best_range(value, bits)[0]).log()
+            silent = value.transpose(0, 1).flatten(1).abs().amax(1) == 0
+            apart.masked_fill_(silent, 0.0)
+            self.found.setdefault(self.ties[n], []).append(apart)
+        return value
+
+    def scale(self, top: fx.Node) -> Tensor:
+        """What each channel [C] is divided by."""
+        apart = _SHARE * torch.stack(self.found[top]).mean(0)
+        return apart.clamp(-math.log(_LIMIT), math.log(_LIMIT)).exp()
+
+
+def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each activation whose channels may be scaled, the one whose scales it has."""
+    above: dict[fx.Node, fx.Node] = {}
+
+    def top(node: fx.Node) -> fx.Node:
+        while above[node] is not node:
+            node = above[node]
+        return node
+
+    constants = [node for node in graph.nodes if node.op == "get_attr"]
+    uses = Counter(str(node.target) for node in constants for _ in node.users)
+    barred: list[fx.Node] = []
+    for node in graph.nodes:
+        inputs = list(filter(operators.is_activation, node.all_input_nodes))
+        if operators.is_activation(node):
+            above[node] = node
+        if operators.has_weight(node) and _is_plain(node, uses):
+            continue
+        if _passes(node, inputs):
+            for x in inputs:
+                above[top(x)] = node
+        elif operators.name_of(node) != "aten.sym_size.int":
+            barred += [*inputs, node] if node in above else inputs
+    fixed = {top(node) for node in barred}
+    return {node: top(node) for node in above if top(node) not in fixed}
+
+
+def _is_plain(layer: fx.Node, uses: Counter[str]) -> bool:
+    """Whether a layer's channels are second, and weight and bias constants of its own."""
+    constants: Any = layer.args[1:3]
+    return operators.has_channels_second(layer) and all(
+        node.op == "get_attr" and uses[str(node.target)] == 1 for node in constants
+    )
+
+
+_PASSING = frozenset(
+    f"aten.{name}.default" for name in ("relu", "leaky_relu", "clone", "contiguous")
+)
+_POOLS = {
+    f"aten.{kind}pool{d}d.default": d
+    for kind in ("avg_", "adaptive_avg_", "max_")
+    for d in (1, 2, 3)
+}
+"""With the axes that they pool over, the last ones: of fewer dimensions, channels are an axis."""
+
+
+def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
+    """Whether a node's channels are positive factors of their own times what enters them."""
+    name = operators.name_of(node)
+    if not inputs or not operators.is_activation(node):
+        return False
+    shape, shapes = node.meta["val"].shape, [x.meta["val"].shape for x in inputs]
+    if name in operators.SUMS:
+        return len(inputs) == 2 and all(s == shape for s in shapes)
+    if name in {"aten.mean.dim", "aten.sum.dim_IntList"}:
+        dims: Any = node.args[1]
+        return bool(dims) and {0, 1}.isdisjoint(d % len(shapes[0]) for d in dims)
+    if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
+        of_channels = len(node.args[1]) > 2 * (len(shape) - 2)  # type: ignore[arg-type]
+        return operators.keeps_grid(node) and not of_channels
+    if name in {"aten.flatten.using_ints", "aten.reshape.default"}:
+        return bool(shape[:2] == shapes[0][:2])
+    if name in _POOLS:
+        return len(shape) == _POOLS[name] + 2
+    return name in _PASSING
+
+
+def _along_inputs(values: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """One value for each input channel [I], shaped to broadcast against `weight`."""
+    ones = [1] * (weight.ndim - 2)
+    if layout is Layout.TRANSPOSED:
+        return values.view(-1, 1, *ones)
+    groups = len(values) // weight.shape[1]  # of [O, I/g, *k]
+    each = values.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return each.view(weight.shape[0], weight.shape[1], *ones)

@@ -1,0 +1,228 @@
+"""Freezing: the tuned student becomes integer codes, scales and zero points."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.errors import GdfqError
+from gdfq.functional.grid import Layout, code_bounds, dequantize_bias, quantize_bias, room_for_bias
+from gdfq.graph import operators
+from gdfq.graph.capture import flat_module, tensors_of
+from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
+from gdfq.student.build import ACTIVATION, Student, StudentBatchNorm
+
+
+@torch.no_grad()
+def freeze(student: Student) -> fx.GraphModule:
+    """The student's integer form: codes, scales and zero points, batch norms folded.
+
+    A batch norm y = s x + t that alone follows a convolution or linear layer becomes part of it:
+    s multiplies the channel's scale (a negative s mirrors its codes), t joins the bias. The
+    result consists of tensors and of operators in `operators.ALLOWED` alone, so that it can be
+    stored as data.
+
+    Raises GdfqError when an activation quantizer has never seen a batch.
+    """
+    return _Freezer(student).run()
+
+
+class _Freezer:
+    """One walk over the student's graph that writes the frozen one."""
+
+    def __init__(self, student: Student) -> None:
+        self.source = student.network
+        # A quantizer or batch norm that is used twice is found under both its names.
+        self.modules = dict(student.network.named_modules(remove_duplicate=False))
+        self.source_tensors = tensors_of(student.network)
+        # What freezing makes has a namespace apart from the network's own tensors.
+        self.ours = "quantized"
+        while any(name.split(".")[0] == self.ours for name in self.source_tensors):
+            self.ours += "_"
+        self.graph = fx.Graph()
+        self.tensors: dict[str, Tensor] = {}
+        self.new: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.source.graph.nodes:
+            module = self._module(node)
+            if node.op == "get_attr" or isinstance(module, WeightQuantizer):
+                continue  # written where they are used
+            if isinstance(module, ActivationQuantizer):
+                self.new[node] = self._activation(node, module)
+            elif isinstance(module, StudentBatchNorm):
+                (x,) = node.all_input_nodes
+                folded = self._norm_behind(x) is module
+                self.new[node] = self.new[x] if folded else self._norm(node, module)
+            elif self._weight_quantizer(node) is not None:
+                self.new[node] = self._layer(node)
+            else:
+                self.new[node] = self.graph.node_copy(node, self._get)
+        self.graph.eliminate_dead_code()
+        return flat_module(self.graph, self.tensors)
+
+    def _get(self, node: fx.Node) -> fx.Node:
+        """The frozen graph's node for a node of the student's."""
+        if node not in self.new and node.op == "get_attr":
+            name = str(node.target)
+            self.tensors[name] = self.source_tensors[name].detach()
+            self.new[node] = self.graph.get_attr(name)
+        return self.new[node]
+
+    def _constant(self, name: str, value: Tensor) -> fx.Node:
+        assert name not in self.tensors
+        self.tensors[name] = value.detach()
+        return self.graph.get_attr(name)
+
+    def _base(self, name: str) -> str:
+        """A name for constants of ours: layers may be shared, or be named as operators are."""
+        base = f"{self.ours}.{name}"
+        while any(taken.rpartition(".")[0] == base for taken in self.tensors):
+            base += "_"
+        return base
+
+    def _module(self, node: object) -> torch.nn.Module | None:
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        return self.modules[str(node.target)]
+
+    def _weight_quantizer(self, node: fx.Node) -> WeightQuantizer | None:
+        module = self._module(node.args[1]) if len(node.args) > 1 else None
+        return module if isinstance(module, WeightQuantizer) else None
+
+    def _norm_behind(self, node: fx.Node) -> StudentBatchNorm | None:
+        """The batch norm that folds into a layer: its only user."""
+        if self._weight_quantizer(node) is None or len(node.users) != 1:
+            return None
+        if not operators.has_channels_second(node):
+            return None
+        module = self._module(next(iter(node.users)))
+        return module if isinstance(module, StudentBatchNorm) else None
+
+    def _activation(self, node: fx.Node, module: ActivationQuantizer) -> fx.Node:
+        if not module.batches:
+            raise GdfqError(
+                f"every activation range must be known; that of {node.target} is not. "
+                "Calibrate the student first."
+            )
+        base = self._base(str(node.target).removeprefix(f"{ACTIVATION}."))
+        constants = [
+            self._constant(f"{base}.{part}", value)
+            for part, value in zip(("scale", "zero_point"), module.grid(), strict=True)
+        ]
+        (x,) = node.all_input_nodes
+        arguments: Any = (self.new[x], *constants, module.bits)
+        return self.graph.call_function(operators.resolve("gdfq.fake_quantize"), arguments)
+
+    def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
+        norm = module.current()
+        parts = {n: getattr(norm, n) for n in ("weight", "bias", "mean", "variance")}
+        base = self._base(node.name)
+        constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
+        (x,) = node.all_input_nodes
+        arguments: Any = (self.new[x], *constants, False, 0.0, norm.eps, False)
+        return self.graph.call_function(operators.resolve(operators.BATCH_NORM), arguments)
+
+    def _layer(self, node: fx.Node) -> fx.Node:
+        """A convolution or linear layer, with the batch norm behind it folded in."""
+        arguments: tuple[Any, ...] = node.args if len(node.args) > 2 else (*node.args, None)
+        x, weight_node, bias_node, *rest = arguments
+        quantizer = self._weight_quantizer(node)
+        assert quantizer is not None
+        name = str(weight_node.args[0].target)
+        weight = quantizer.quantized(self.source_tensors[name])
+        bias = None if bias_node is None else self.source_tensors[str(bias_node.target)]
+        norm = self._norm_behind(node)
+        if norm is not None:
+            scale, shift = norm.current().scale_and_shift()
+            weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
+            bias = shift if bias is None else shift + scale * bias
+        x = self._get(x)
+        step = self._integer_step(x, quantizer)
+        if step is not None and bias is not None:
+            room = room_for_bias(bias, self.tensors[str(step.target)], weight.scale)
+            weight = coarser(weight, room.to(weight.scale.dtype))
+        base = self._base(name.removesuffix(".folded_weight").removesuffix(".weight"))
+        parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}
+        constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
+        dequantized = self.graph.call_function(
+            operators.resolve("gdfq.dequantize"), (*constants, weight.bits)
+        )
+        new_bias = None
+        if bias is not None and step is not None:
+            codes = quantize_bias(bias, self.tensors[str(step.target)], weight.scale)
+            arguments = (self._constant(f"{base}.bias", codes), step, constants[1])
+            new_bias = self.graph.call_function(
+                operators.resolve("gdfq.dequantize_bias"), arguments
+            )
+        elif bias is not None:
+            new_bias = self._constant(f"{base}.bias", bias)
+        rest, keywords = fx.node.map_arg((rest, node.kwargs), self._get)
+        function: Any = node.target
+        return self.graph.call_function(function, (x, dequantized, new_bias, *rest), keywords)
+
+    def _integer_step(self, x: fx.Node, quantizer: WeightQuantizer) -> fx.Node | None:
+        """The step of a layer's input, if an integer runtime can add the bias to its products.
+
+        Grouped transposed convolutions have no steps by channel, and keep their bias as it is.
+        """
+        source = operators.grid_source(x)
+        on_grid = operators.name_of(source) == "gdfq.fake_quantize"
+        if not on_grid or (quantizer.layout is not Layout.ROWS and quantizer.groups > 1):
+            return None
+        step = source.args[1]
+        assert isinstance(step, fx.Node)
+        return step
+
+
+def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
+    """The quantized tensor on steps `factor` >= 1 times as large; where it is 1, the same codes."""
+    zero_point = (tensor.zero_point / factor).round()
+    codes = ((tensor.codes - tensor.zero_point) / factor).round() + zero_point
+    codes = codes.clamp(*code_bounds(tensor.bits)).to(tensor.codes.dtype)
+    return QuantizedTensor(codes, tensor.scale * factor, zero_point, tensor.bits)
+
+
+def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
+    """The quantized tensor times `factor`, which broadcasts as its scale does; codes stay exact.
+
+    −(q − z) = (−1−q) − (−1−z): a negative factor mirrors the codes within their bounds.
+    """
+    negative, zero = factor < 0, factor == 0
+    codes = torch.where(negative, -1 - tensor.codes, tensor.codes)
+    zero_point = torch.where(negative, -1 - tensor.zero_point, tensor.zero_point)
+    return QuantizedTensor(
+        codes.masked_fill(zero, 0),
+        torch.where(zero, 1.0, tensor.scale * factor.abs()),
+        zero_point.masked_fill(zero, 0),
+        tensor.bits,
+    )
+
+
+@torch.no_grad()
+def narrowed(network: fx.GraphModule, names: Collection[str]) -> fx.GraphModule:
+    """A frozen network whose weights of these names (those of their codes) have one bit less."""
+    tensors = tensors_of(network)
+    changed = dict(tensors)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(network.graph, {}))
+    for node in graph.nodes:
+        if operators.name_of(node) == "gdfq.dequantize" and (constants := _names(node))[0] in names:
+            bits = node.args[3] - 1
+            codes, scale, zero_point = (tensors[name] for name in constants)
+            weight = coarser(QuantizedTensor(codes, scale, zero_point, bits), torch.tensor(2.0))
+            values = (weight.codes, weight.scale, weight.zero_point)
+            changed |= dict(zip(constants, values, strict=True))
+            node.update_arg(3, bits)
+    for node in graph.nodes:
+        if operators.name_of(node) == "gdfq.dequantize_bias":
+            name, activation, weight_scale = _names(node)
+            bias = dequantize_bias(tensors[name], tensors[activation], tensors[weight_scale])
+            changed[name] = quantize_bias(bias, tensors[activation], changed[weight_scale])
+    return flat_module(graph, changed)
+
+
+def _names(node: fx.Node) -> list[str]:
+    """The names of the tensors that enter a node."""
+    return [str(argument.target) for argument in node.all_input_nodes]

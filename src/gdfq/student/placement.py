@@ -1,0 +1,153 @@
+"""Which tensors of a network a scheme quantizes: where the quantizers of activations stand."""
+
+from torch import fx
+
+from gdfq.graph import operators
+from gdfq.graph.capture import Captured
+from gdfq.student.scheme import Scheme
+
+_SIGNAL_BITS = 8
+"""Width, in `full` placement, of the network's input, of the outputs of layers without a ReLU, and
+of sums that are only added to: what a residual path carries."""
+
+
+def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
+    """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
+    nodes = list(teacher.network.graph.nodes)
+    layers = list(filter(operators.has_weight, nodes))
+    weight_bits = scheme.weight_bits(layers)
+    widths = dict.fromkeys(layers, None) | weight_bits
+    kept = {layer: bits for layer, bits in widths.items() if bits != scheme.bits.weights}
+    if scheme.placement == "t1":
+        found = {n: scheme.bits.activations for n in nodes if operators.is_rectifier(n)}
+    else:
+        found = _full_placement(nodes, scheme, floats=set(layers) - set(weight_bits))
+    for node in list(found):
+        entered = _entered(node)
+        if entered and all(layer in kept for layer in entered):
+            wanted = [kept[layer] for layer in entered]
+            if all(bits is None for bits in wanted):
+                del found[node]
+            elif None not in wanted:
+                found[node] = max(found[node], *(bits for bits in wanted if bits is not None))
+    return found
+
+
+def _full_placement(
+    nodes: list[fx.Node], scheme: Scheme, floats: set[fx.Node]
+) -> dict[fx.Node, int]:
+    tail = shapes_outputs(nodes)
+    wanted = {
+        operators.grid_source(source)
+        for node in nodes
+        if operators.name_of(node) in operators.INTEGER_CONSUMERS
+        and not feeds_softmax_only(node)
+        and node not in tail
+        for source in node.all_input_nodes
+        if operators.is_activation(source)
+    }
+    weighted = [node for node in nodes if operators.name_of(node) in operators.WEIGHTED]
+    wanted |= {
+        _after_batch_norm(node)
+        for node in weighted
+        if node not in floats
+        and not _feeds_rectifier_only(node)
+        and not tail.issuperset(node.users)
+    }
+    signals = _input_signals(nodes) | {_after_batch_norm(node) for node in weighted}
+    carriers = {node for node in nodes if _carries_on(node)}
+    joined = {node for node in carriers if operators.name_of(node) in operators.JOINS}
+    signals |= carriers
+    signals |= {operators.grid_source(part) for node in joined for part in node.all_input_nodes}
+    return {
+        node: _SIGNAL_BITS if node in signals else scheme.bits.activations
+        for node in nodes
+        if node in wanted
+    }
+
+
+def shapes_outputs(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes that only shape the network's outputs, behind the last layers: they stay float.
+
+    A sigmoid of scores or the arithmetic of boxes, say, up to the outputs themselves.
+    """
+    computes = operators.WEIGHTED | operators.POOLING | operators.MAX_POOLING | operators.PRODUCTS
+    tail: set[fx.Node] = set()
+    for node in reversed(nodes):
+        is_last = node.op == "output"
+        shapes = node.op == "call_function" and operators.name_of(node) not in computes
+        if is_last or (shapes and node.users and tail.issuperset(node.users)):
+            tail.add(node)
+    return tail
+
+
+def _entered(node: fx.Node) -> list[fx.Node | None]:
+    """What uses the node's output, perhaps reshaped: layers, and None for anything else."""
+    found: list[fx.Node | None] = []
+    for user in node.users:
+        if operators.keeps_grid(user):
+            found += _entered(user)
+        elif operators.name_of(user) != "aten.sym_size.int":
+            is_layer = operators.has_weight(user) and user.args[1] is not node
+            found.append(user if is_layer else None)
+    return found
+
+
+def _after_batch_norm(node: fx.Node) -> fx.Node:
+    """The batch norm that alone follows the node and will be folded into it, or the node."""
+    (user,) = node.users if len(node.users) == 1 else (node,)
+    folds = operators.name_of(user) == operators.BATCH_NORM and operators.has_channels_second(node)
+    return user if folds else node
+
+
+def _feeds_rectifier_only(node: fx.Node) -> bool:
+    """Whether ReLUs alone use the node's output, perhaps reshaped."""
+    return all(
+        operators.is_rectifier(user)
+        or (operators.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
+        for user in _after_batch_norm(node).users
+    )
+
+
+def feeds_softmax_only(node: fx.Node) -> bool:
+    """Whether a node scales, masks or moves attention scores, on the way to their softmax alone.
+
+    Between a matrix product and a softmax a runtime computes in float.
+    """
+    if operators.name_of(node) not in operators.AFFINE and not operators.keeps_grid(node):
+        return False
+    if sum(map(operators.is_activation, node.all_input_nodes)) > 1:
+        return False
+    return bool(node.users) and all(
+        operators.name_of(user) in operators.SOFTMAX or feeds_softmax_only(user)
+        for user in node.users
+    )
+
+
+def _carries_on(node: fx.Node) -> bool:
+    """Whether a node is on a residual path: a sum, or parts joined, that enters sums alone.
+
+    No layer or product reads it; a norm may.
+    """
+    if operators.name_of(node) not in operators.SUMS | operators.JOINS:
+        return False
+    users = list(node.users)
+    for user in users:
+        if operators.keeps_grid(user):
+            users += user.users
+    names = {operators.name_of(user) for user in users}
+    return bool(names & operators.SUMS) and not names & (operators.WEIGHTED | operators.PRODUCTS)
+
+
+def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The network's input, and what scaling and shifting by constants makes of it."""
+    signals = {node for node in nodes if node.op == "placeholder"}
+    for node in nodes:
+        sources = [
+            operators.grid_source(source)
+            for source in node.all_input_nodes
+            if operators.is_activation(source)
+        ]
+        if operators.name_of(node) in operators.AFFINE and len(sources) == 1:
+            signals |= {node} if sources[0] in signals else set()
+    return signals

@@ -1,0 +1,273 @@
+"""Widths are the best choice for the budget, and the file keeps within it."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
+from support import networks
+from test_cli import arguments, place  # noqa: F401 (a fixture)
+
+import gdfq
+from gdfq import UsageError
+from gdfq.analysis.bit_allocation import divergence, free_layers, sensitivities
+from gdfq.analysis.knapsack import allocate
+from gdfq.cli.app import _exit_code
+from gdfq.deploy.export import metadata_of
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.functional.grid import Bits, fake_quantize
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.quantizers.lsq import best_weight_grid
+from gdfq.recipes import QUICK
+from gdfq.sources.pool import ImagePool
+from gdfq.student.scheme import Keep, Scheme
+
+SMALL = replace(
+    QUICK,
+    source=replace(
+        QUICK.source, source=replace(QUICK.source.source, batch=8, iterations=3), images=16, batch=8
+    ),
+)
+
+
+@st.composite
+def choices(draw):
+    """Costs that fall with width and sizes that need not rise, of a few groups; and a budget."""
+    groups = draw(st.integers(1, 6))
+    costs, sizes = [], []
+    for _ in range(groups):
+        widths = (2, 4, 8)[: draw(st.integers(1, 3))]
+        falling = sorted(draw(st.lists(st.integers(0, 20), min_size=3, max_size=3)), reverse=True)
+        costs.append(dict(zip(widths, map(float, falling), strict=False)))
+        sizes.append({width: draw(st.integers(1, 30)) for width in widths})
+    return costs, sizes, draw(st.integers(1, 30 * groups))
+
+
+@settings(max_examples=300, deadline=None)
+@given(choices())
+def test_the_choice_is_that_of_brute_force(problem):
+    costs, sizes, budget = problem
+
+    def sums(chosen):
+        pairs = [(c[w], s[w]) for c, s, w in zip(costs, sizes, chosen, strict=True)]
+        return tuple(map(sum, zip(*pairs, strict=True)))
+
+    every = [sums(chosen) for chosen in itertools.product(*costs)]
+    fitting = [cost for cost, size in every if size <= budget]
+    if not fitting:
+        smallest = min(size for _, size in every)
+        with pytest.raises(UsageError, match=f"smallest possible size is {smallest} bytes"):
+            allocate(costs, sizes, budget)
+        return
+    cost, size = sums(allocate(costs, sizes, budget))
+    assert size <= budget
+    assert cost == min(fitting)
+
+
+def test_everything_fits_or_nothing_does():
+    costs = [{2: 1.0, 8: 1.0}, {2: 0.0, 8: 0.0}]
+    sizes = [{2: 10, 8: 40}, {2: 30, 8: 20}]  # narrow codes of a small layer can take more
+    assert allocate(costs, sizes, 60) == [8, 8]
+    assert allocate(costs, sizes, 59)[0] == 2
+    with pytest.raises(UsageError, match="smallest possible size is 30 bytes; got 29"):
+        allocate(costs, sizes, 29)
+
+
+def test_many_layers_against_an_integer_program():
+    """Costs as rounding errors fall (a quarter for each bit), at sizes that differ everywhere."""
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.randint(10**3, 10**6, (100,), generator=draw).tolist()
+    scale = torch.rand(100, generator=draw).tolist()
+    costs = [{w: s * 4.0**-w for w in (2, 4, 8)} for s in scale]
+    sizes = [{w: n * w // 8 + 7 for w in (2, 4, 8)} for n in weights]
+    budget = sum(weights) // 2
+
+    def total(groups, chosen):
+        return sum(group[w] for group, w in zip(groups, chosen, strict=True))
+
+    chosen = allocate(costs, sizes, budget)
+    assert total(sizes, chosen) <= budget
+    one_each = LinearConstraint(np.kron(np.eye(100), np.ones(3)), 1, 1)
+    fits = LinearConstraint([[size for group in sizes for size in group.values()]], 0, budget)
+    c = [cost for group in costs for cost in group.values()]
+    best = milp(
+        c, integrality=1, bounds=Bounds(0, 1), constraints=[one_each, fits],
+        options={"mip_rel_gap": 0},
+    )  # fmt: skip
+    # The program keeps its constraints within 1e-6 of their scale, so it may do a little better.
+    assert total(costs, chosen) == pytest.approx(best.fun, rel=1e-4)
+
+
+def test_divergence_by_hand(teacher):
+    student, wanted = torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert float(divergence(teacher)(student, wanted)) == pytest.approx(expected)
+    others = (wanted + 2, wanted + 4), (wanted + 1, wanted + 1)  # (1² + 1²)/2 and (3² + 3²)/2
+    assert float(divergence(replace(teacher, classes=None))(*others)) == pytest.approx(5)
+
+
+def test_a_sensitivity_is_the_loss_of_one_rounded_layer(teacher):
+    """Against a network whose own weight was rounded; the teacher stays as it is."""
+    folded = fold_batch_norms(teacher)
+    before = {name: t.clone() for name, t in folded.network.state_dict().items()}
+    images = networks.images(12)
+    layers = free_layers(folded, Scheme(Bits(4, 8), "full"))
+    loss = divergence(folded)
+    costs = sensitivities(folded, layers, images, loss=loss)
+    assert list(costs) == ["conv1", "conv2", "fc"]
+    assert all(cost[2] >= cost[4] >= cost[8] >= 0 for cost in costs.values())
+    assert all(torch.equal(t, before[name]) for name, t in folded.network.state_dict().items())
+
+    model = networks.make("Residual")
+    with torch.no_grad():
+        wanted = model(images)
+        step, zero_point = best_weight_grid(model.fc.weight, 2, *_layout(layers["fc"][0]))
+        model.fc.weight.copy_(fake_quantize(model.fc.weight, step, zero_point, 2))
+        rounded = model(images)
+        expected = float(loss(rounded, wanted))
+    assert costs["fc"][2] == pytest.approx(expected, rel=1e-4)
+    other = sensitivities(folded, layers, images, loss=lambda a, b: (a - b).abs().max())
+    assert other["fc"][2] == pytest.approx(float((rounded - wanted).abs().max()), rel=1e-4)
+
+
+def _layout(layer):
+    from gdfq.graph.operators import weight_layout
+
+    return weight_layout(layer)
+
+
+def file_of(result):
+    """The ONNX file that a run with test images would write, without running it."""
+    accuracy = {"teacher": 91.2345, "student": 90.0}
+    return to_onnx(
+        result.network, result.card.input_shape, metadata_of(result.card, accuracy, safe=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "near"), [("Shared", 4000, 512), ("Transposed", 4000, 64)]
+)
+def test_the_file_keeps_within_the_size(name, size, near):
+    """Also where a layer is used twice or has no steps by channel; and it comes near its bound."""
+    model = networks.make(name)
+    result = gdfq.quantize(model, networks.images(1), "auto", SMALL, size=size, steps=4)
+    chosen = result.metrics["allocation"]
+    data = file_of(result)
+    assert len(data) <= chosen["bytes"] <= size
+    assert chosen["bytes"] - len(data) < near  # a layer that is used twice may share its numbers
+    named = {name for name, bits in chosen["widths"].items() if bits != 4}
+    assert {keep.rpartition("=")[0] for keep in result.card.keep} == named
+
+
+def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
+    options = {"recipe": SMALL, "steps": 4, "keep": ["fc=6"]}
+    with pytest.raises(UsageError, match=r"smallest possible size is \d+ bytes; got 2000") as error:
+        gdfq.quantize(residual, networks.images(1), "auto", size=2000, **options)
+    smallest = int(str(error.value).split(" bytes")[0].split()[-1])
+    result = gdfq.quantize(residual, networks.images(1), "auto", size=smallest, **options)
+    assert len(file_of(result)) <= result.metrics["allocation"]["bytes"] == smallest
+
+    widths = result.metrics["allocation"]["widths"]
+    assert set(widths) == {"conv1", "conv2"}  # fc is kept
+    assert result.card.keep[0] == "fc=6"
+    result.save(tmp_path)
+    again = gdfq.load(tmp_path)
+    assert again.card == result.card
+    found = {
+        str(node.args[0].target).split(".")[1]: node.args[3]
+        for node in again.network.graph.nodes
+        if getattr(node.target, "__name__", "") == "dequantize"
+    }
+    assert found == widths | {"fc": 6}
+
+
+def test_an_impossible_size_is_found_before_images_are_made(residual):
+    heard = []
+    with pytest.raises(UsageError, match="smallest possible size"):
+        gdfq.quantize(residual, networks.images(1), "auto", SMALL, size=2000, listener=heard.append)
+    assert not heard
+
+
+def test_the_images_are_made_once_and_are_the_recipes_own(teacher):
+    pool = SMALL.source
+    made, images = pool.made(teacher, seed=3)
+    assert isinstance(made, ImagePool)
+    assert len(images) == 16
+    for a, b in zip(
+        pool.stream(teacher, steps=4, seed=3), made.stream(teacher, steps=4, seed=3), strict=True
+    ):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_names_are_meant_exactly():
+    assert Keep.exactly("a[0].*b", 2).fits("a[0].*b", 5, 9)
+    assert not Keep.exactly("a[0].*b", 2).fits("a0.xb", 5, 9)
+    assert Keep.exactly("first", 8).fits("first", 3, 9)
+    assert not Keep.exactly("last", 8).fits("fc", 8, 9)
+    for keep in (Keep.exactly("last", 8), Keep("a.*", None)):
+        assert Keep.parse(str(keep)) == keep
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": "auto"}, "belong together.*'auto' and size None"),
+        ({"bits": "w4a4", "size": 4000}, "belong together.*'w4a4' and size 4000"),
+        ({"bits": "auto", "size": 0}, "at least 1; got 0"),
+        ({"bits": "auto", "size": "3KB"}, "whole number of bytes, at least 1; got '3KB'"),
+        ({"bits": "auto", "size": 4000, "recipe": "paper"}, "so a recipe with a pool"),
+        ({"bits": "auto", "size": 4000, "keep": ["*=4"]}, "all 3 of this network are"),
+        ({"bits": "auto", "size": 4000, "keep": ["nowhere=4"]}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(residual, options, message):
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        gdfq.quantize(residual, networks.images(1), **{"recipe": SMALL, "steps": 4} | options)
+
+
+def test_the_command_line(place, capsys):  # noqa: F811
+    recipe = ["--recipe", "quick", "--no-onnx"]
+    assert _exit_code(arguments(place, *recipe, "--bits", "auto", "--size", "3.7KiB")) == 0
+    config, metrics = (
+        json.loads((place / "out" / name).read_text()) for name in ("config.json", "metrics.json")
+    )
+    assert (config["bits"], config["size"]) == ("auto", 3788)
+    allocation = metrics["allocation"]
+    assert allocation["size"] == 3788
+    assert metrics["seconds"]["allocate"] > 0
+    printed = capsys.readouterr().out
+    for bits in set(allocation["widths"].values()):
+        names = [name for name, chosen in allocation["widths"].items() if chosen == bits]
+        assert f"{bits} bits    {len(names)} layers: {', '.join(names)}" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bits", "auto"], "belong together"),
+        (["--size", "300KB"], "belong together"),
+        (["--bits", "auto", "--size", "300 apples"], "as 300KB; got '300 apples'"),
+        (["--bits", "auto", "--size", "0"], "as 300KB; got '0'"),
+        (["--bits", "auto", "--size", "3IB"], "as 300KB; got '3IB'"),
+    ],
+)
+def test_bad_sizes_on_the_command_line(place, capsys, more, message):  # noqa: F811
+    assert _exit_code(arguments(place, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("300KB", 300_000), ("1.5mib", 1_572_864), ("2 kib", 2048), ("77", 77), ("77B", 77)],
+)
+def test_sizes_are_read(text, size):
+    from gdfq.cli.app import _Size
+
+    assert _Size().convert(text, None, None) == size

@@ -1,0 +1,222 @@
+"""What is told beforehand, against independent counts and the run itself."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from support import networks
+from torch import nn
+
+import gdfq
+from gdfq.analysis.cost import now, peak_bytes, with_costs
+from gdfq.analysis.preflight import FloatOperators, diagnose
+from gdfq.cli.app import main
+from gdfq.functional.grid import Bits
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.blocks import block_ends, blocks
+from gdfq.graph.capture import capture
+from gdfq.recipes import find_recipe
+from gdfq.student.scheme import Keep, Scheme
+
+FULL = Scheme(Bits(4, 4), "full")
+NO_FORM = "no integer form"
+
+
+def counted_by_hooks(model, x):
+    """Multiply-accumulates of one image: a module's outputs times what each is made from."""
+    counts = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            if isinstance(module, nn.ConvTranspose2d):
+                each = module.weight[0].numel()
+                counts[name] = inputs[0][0].numel() * each
+            else:
+                counts[name] = output[0].numel() * module.weight[0].numel()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.register_forward_hook(note(name))
+    model(x)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["Residual", "Branches", "Transposed", "Segmenter"])
+def test_operations_and_parameters_against_hooks(name):
+    model = networks.make(name)
+    diagnosis = diagnose(capture(model, networks.images(1)), FULL, find_recipe("fast"))
+    counts = counted_by_hooks(model, networks.images(1))
+    assert {layer.name: layer.operations for layer in diagnosis.layers} == counts
+    assert diagnosis.operations == sum(counts.values())
+    assert diagnosis.parameters == sum(p.numel() for p in model.parameters())
+    assert not diagnosis.problems
+
+
+def test_attention_counts_its_products():
+    teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
+    diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
+    layers = sum(layer.operations for layer in diagnosis.layers)
+    # Two blocks of four heads: 17 x 17 scores of 8 products each, and as many to weigh values.
+    assert diagnosis.operations - layers == 2 * 2 * 4 * 17 * 17 * 8
+    assert FloatOperators("layer_norm", 5, NO_FORM) in diagnosis.float_operators
+    assert FloatOperators("softmax", 2, NO_FORM) in diagnosis.float_operators
+    assert diagnosis.batch_norms == 0
+
+
+class Sequence(nn.Module):
+    """Attention with the sequence first, as PyTorch's own module has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.flatten(2).permute(2, 0, 1)
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(0))
+
+
+def test_a_batch_that_is_not_first_counts_once():
+    teacher = capture(Sequence().eval(), torch.zeros(1, 8, 2, 5))
+    diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
+    names = [layer.name for layer in diagnosis.layers]
+    assert names == ["attention.in_proj", "attention.out_proj", "fc"]
+    counts = [layer.operations for layer in diagnosis.layers]
+    assert counts == [10 * 8 * 24, 10 * 8 * 8, 8 * 3]  # ten positions
+    assert diagnosis.operations == sum(counts) + 2 * 2 * 10 * 10 * 4
+
+
+def test_what_is_on_no_grid_is_float():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    )
+    teacher = capture(model.eval(), networks.images(1))
+    recipe = find_recipe("real")
+    full = diagnose(teacher, FULL, recipe)
+    assert full.float_operators == ()
+    kept = diagnose(teacher, Scheme(Bits(4, 4), "full", (Keep("2", None),)), recipe)
+    assert kept.float_operators == (FloatOperators("conv2d", 1, "kept float"),)
+    published = diagnose(teacher, Scheme(Bits(4, 4), "t1"), recipe)
+    why = "what enters it is no ReLU's output, which alone placement t1 quantizes"
+    assert published.float_operators == (  # the input's, and the last
+        FloatOperators("conv2d", 1, why),
+        FloatOperators("linear", 1, why),
+    )
+
+
+def test_what_shapes_outputs_is_float_and_said_so():
+    teacher = capture(networks.make("Detector"), networks.images(1))
+    found = diagnose(teacher, FULL, find_recipe("fast")).float_operators
+    assert FloatOperators("sigmoid", 2, NO_FORM) in found
+    assert FloatOperators("cat", 1, "only shapes the outputs") in found
+
+
+def test_widths_are_those_of_the_run():
+    model = networks.make("Residual")
+    scheme = Scheme(Bits(3, 4), "full", (Keep("fc", None),))
+    diagnosis = diagnose(capture(model, networks.images(1)), scheme, find_recipe("fast"))
+    assert [(layer.name, layer.bits, layer.input_bits) for layer in diagnosis.layers] == [
+        ("conv1", 3, 8),
+        ("conv2", 3, 4),
+        ("fc", None, None),
+    ]
+    assert diagnosis.activations == {4: 2, 8: 2}
+    assert (diagnosis.batch_norms, diagnosis.folded) == (2, 2)
+    assert "2 of 3 layers quantized" in diagnosis.summary()
+
+
+def test_the_size_is_that_of_the_file(tmp_path):
+    model = nn.Sequential(
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()) * 4,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    ).eval()
+    example = torch.zeros(1, 32, 8, 8)
+    recipe = find_recipe("fast").with_steps(4)
+    diagnosis = diagnose(capture(model, example), FULL, recipe)
+    data = torch.randn(64, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantized = gdfq.quantize(model, example, "w4a4", "real", data=data, steps=4)
+    written = quantized.export(tmp_path / "q.onnx").bytes
+    assert 0.75 < diagnosis.quantized_bytes / written < 1.1
+
+
+def test_problems_are_told_instead_of_raised():
+    teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
+    diagnosis = diagnose(teacher, Scheme(Bits(4, 4), "t1"), find_recipe("fast"))
+    assert len(diagnosis.problems) == 2
+    assert "of which this network has none" in diagnosis.problems[0]
+    assert "Use recipe 'patches'" in diagnosis.problems[1]
+    assert with_costs(diagnosis, teacher, FULL, find_recipe("fast")).seconds is None
+
+
+def test_narrow_depthwise_layers_are_named():
+    teacher = capture(networks.make("Branches"), networks.images(1))
+    advice = " ".join(diagnose(teacher, FULL, find_recipe("fast")).advice)
+    assert "16 channels or fewer lose most and gain no speed: depthwise." in advice
+    wide = diagnose(teacher, Scheme(Bits(8, 8), "full"), find_recipe("fast"))
+    assert wide.advice == ()
+
+
+def test_a_layer_of_one_input_channel_is_not_depthwise():
+    stem = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
+    diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))
+    assert "depthwise" not in " ".join(diagnosis.advice)
+
+
+def test_updates_by_block_cost_what_their_second_does(teacher, monkeypatch):
+    """By a clock that goes on by 1 each time it is asked: a second for each block and update."""
+    ticks = itertools.count()
+    monkeypatch.setattr("gdfq.analysis.cost.now", lambda _: float(next(ticks)))
+    recipe = find_recipe("genie").with_steps(8)
+    found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
+    folded = fold_batch_norms(teacher).network
+    assert found.seconds["tuning"] == 7 * len(blocks(folded, block_ends(folded.graph)))
+
+
+@pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
+def test_costs_are_measured_and_nothing_changes(name, teacher):
+    before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
+    recipe = find_recipe(name).with_steps(8)
+    found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
+    assert found.seconds is not None
+    assert found.seconds["images"] > 0
+    assert (found.seconds["tuning"] > 0) == (name != "round")
+    assert found.peak_bytes is not None
+    assert found.peak_bytes > 2**26
+    assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
+
+
+def test_a_gpu_is_waited_for_and_its_own_memory_counts(monkeypatch):
+    """As far as it can be seen without one: what is asked, of which device, and that it is used."""
+    device, asked = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: asked.append(d) or 12345)
+    assert now(device) <= now(torch.device("cpu"))
+    assert peak_bytes(device) == 12345
+    assert asked == [device, device]
+
+
+def test_the_command(capsys, tmp_path):
+    file = tmp_path / "net.py"
+    source = (networks.__file__, networks.__name__)
+    file.write_text(f"import sys\nsys.path.insert(0, {str(source[0].rpartition('/')[0])!r})\n"
+                    "import networks\ndef net(): return networks.make('Residual')\n")  # fmt: skip
+    arguments = ["doctor", f"{file}:net", "--input", "3x8x8", "--steps", "8"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--json"])
+    assert stop.value.code == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in facts["layers"]] == ["conv1", "conv2", "fc"]
+    assert facts["seconds"].keys() == {"images", "tuning"}
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--recipe", "zeroq", "--placement", "t1"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 batch norms fold" in printed
+    assert "1 conv2d, 1 add, 1 linear (what enters it is no ReLU's output" in printed
+    assert "measured on one step of each" in printed

@@ -1,0 +1,563 @@
+"""Exported files against the student, in the runtimes that they are for."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support import networks
+
+import gdfq
+from gdfq import GdfqError, UsageError
+from gdfq.deploy.benchmark import in_full_precision, side_by_side
+from gdfq.deploy.parity import CodesParity, compare_codes
+from gdfq.deploy.runtimes import PRECISE, onnx_runner, onnx_session, onnx_values
+from gdfq.deploy.saturation import layers_that_may_overflow
+from gdfq.functional.grid import Bits
+from gdfq.recipes import find_recipe
+from gdfq.sources.given import GivenImages
+from gdfq.sources.pool import ImagePool
+from gdfq.student.freeze import narrowed
+
+
+def quantized_by_fast(model, bits, placement="full", shape=networks.SHAPE):
+    """The learned student of a network, after two updates on noise."""
+    recipe = find_recipe("fast").with_steps(5)
+    draw = torch.Generator().manual_seed(1)
+    data = torch.randn(64, *shape, generator=draw)
+    recipe = dataclasses.replace(recipe, source=ImagePool(GivenImages(batch=16), 64, 16))
+    return gdfq.quantize(
+        model, torch.zeros(1, *shape), bits, recipe, data=data, placement=placement
+    )
+
+
+@pytest.fixture(scope="module")
+def small():
+    return quantized_by_fast(networks.make("Residual"), "w4a4")
+
+
+@pytest.mark.parametrize("placement", ["full", "t1"])
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_path):
+    quantized = gdfq.quantize(
+        networks.make(name), networks.images(1), "w4a4", tiny, placement=placement
+    )
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.typical_error < 1e-3
+    assert exported.beyond.typical_error < 1e-3
+    model = onnx.load(tmp_path / "q.onnx")
+    assert {node.domain for node in model.graph.node} == {""}  # standard operators alone
+    run = onnx_runner((tmp_path / "q.onnx").read_bytes())
+    for count in (1, 3):  # the batch is dynamic
+        (logits,) = run(networks.images(count))
+        assert logits.shape == (count, networks.CLASSES)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.onnx"]
+
+
+@pytest.mark.parametrize("weights", range(2, 9))
+def test_every_width_keeps_its_codes(weights, tmp_path):
+    bits = Bits(weights, 10 - weights)
+    quantized = quantized_by_fast(networks.make("Branches"), bits)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.agreement == exported.beyond.agreement == 100
+    model = onnx.load(tmp_path / "q.onnx")
+    stored = {i.name: i for i in model.graph.initializer}
+    kinds = {i.data_type for name, i in stored.items() if name.endswith(".weight")}
+    wanted = {2: onnx.TensorProto.INT2, 3: onnx.TensorProto.INT4, 4: onnx.TensorProto.INT4}
+    assert kinds == {wanted.get(weights, onnx.TensorProto.INT8)}
+    assert model.opset_import[0].version == (25 if weights == 2 else 21)
+    for name, tensor in stored.items():
+        if name.endswith(".weight"):
+            codes = quantized.network.get_buffer(f"quantized.{name[:-7]}.codes")
+            values = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+            assert np.array_equal(values, codes.numpy())
+    clips = [n for n in model.graph.node if n.name.endswith(".clip") and n.input[0].endswith(".q")]
+    assert bool(clips) == (bits.activations < 8)
+
+
+def test_full_placement_runs_in_integer_kernels(small, tmp_path):
+    """What ONNX Runtime makes of the file: no float convolution, addition or product is left."""
+    small.export(tmp_path / "q.onnx")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "seen.onnx")
+    onnxruntime.InferenceSession(tmp_path / "q.onnx", options, providers=["CPUExecutionProvider"])
+    seen = [node.op_type for node in onnx.load(tmp_path / "seen.onnx").graph.node]
+    assert seen.count("QLinearConv") == 2
+    assert seen.count("QLinearAdd") == 1
+    assert seen.count("QGemm") == 1
+    assert not {"Conv", "Add", "Gemm", "DequantizeLinear", "Relu"} & set(seen)
+
+
+def test_names_and_metadata_tell_what_the_file_is(tmp_path):
+    quantized = quantized_by_fast(networks.make("Residual"), "w4a8")
+    quantized.metrics |= {"teacher": {"top1": 91.5}, "student": {"top1": 90.25}}
+    quantized.export(tmp_path / "q.onnx")
+    model = onnx.load(tmp_path / "q.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts["bits"] == "w4a8"
+    assert facts["classes"] == str(networks.CLASSES)
+    assert facts["input_shape"] == "3x8x8"
+    assert facts["top1_student"] == "90.2500"
+    assert (facts["mean"], facts["std"]) == ("0,0,0", "1,1,1")
+    assert (facts["gdfq"], facts["recipe"]) == (gdfq.__version__, "fast")
+    assert [i.name for i in model.graph.input] == ["images"]
+    assert [o.name for o in model.graph.output] == ["logits"]
+    layers = [n.name for n in model.graph.node if n.op_type in {"Conv", "Gemm"}]
+    assert layers == ["conv1", "conv2", "fc"]
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    text = (tmp_path / "q.onnx").read_bytes()
+    assert b"/" not in text.replace(b"7-bit", b"") or b".py" not in text  # no paths of ours
+
+
+def test_pixels_can_be_the_input(small, tmp_path):
+    exported = small.export(tmp_path / "q.onnx", raw_input=True)
+    assert exported.beyond.images == exported.inside.images + 2  # black and white
+    assert exported.beyond.relative_error < 1e-3
+    session = onnx_session((tmp_path / "q.onnx").read_bytes())
+    (first,) = session.get_inputs()
+    assert first.type == "tensor(uint8)"
+    pixels = torch.randint(256, (5, *networks.SHAPE), dtype=torch.uint8)
+    got = session.run(None, {"images": pixels.numpy()})[0]
+    wanted = small(small.card.preprocessing(pixels))
+    torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
+    quantized = quantized_by_fast(networks.make("Residual"), "w8a8")
+    risky = layers_that_may_overflow(quantized.network)
+    assert risky == [f"quantized.{name}.codes" for name in ("conv1", "conv2", "fc")]
+    quantized.export(tmp_path / "risky.onnx")
+    exported = quantized.export(tmp_path / "safe.onnx", safe_x86=True)
+    assert exported.inside.relative_error < 0.01
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "safe.onnx").metadata_props}
+    assert facts["x86_without_vnni"] == "safe"
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "risky.onnx").metadata_props}
+    assert "--safe-x86" in facts["x86_without_vnni"]
+    assert "=".join(PRECISE) in facts["x86_without_vnni"]
+    run = onnx_runner((tmp_path / "risky.onnx").read_bytes(), precise=True)
+    (logits,) = run(networks.images(8))
+    torch.testing.assert_close(logits, quantized(networks.images(8)), rtol=1e-3, atol=1e-3)
+    network = narrowed(quantized.network, risky)
+    assert layers_that_may_overflow(network) == []
+    x = networks.images(8)
+    error = (network(x) - quantized(x)).norm() / quantized(x).norm()
+    assert float(error) < 0.05
+    assert (
+        layers_that_may_overflow(quantized_by_fast(networks.make("Residual"), "w4a4").network) == []
+    )
+
+
+def test_t1_says_what_stays_float(tiny, tmp_path):
+    quantized = gdfq.quantize(networks.make("Residual"), networks.images(1), "w4a4", tiny)
+    (note,) = quantized.export(tmp_path / "q.onnx").notes
+    assert note == "computed in float: conv1, conv2, fc, 1 add, 1 average pool"
+
+
+def test_safetensors_hold_codes_at_their_true_width(small, tmp_path):
+    exported = small.export(tmp_path / "q.safetensors")
+    loaded = gdfq.load(tmp_path / "q.safetensors")
+    x = networks.images(4)
+    assert torch.equal(loaded(x), small(x))
+    assert loaded.card == small.card
+    # Codes, scales and zero points of weights and activations, biases: nothing else.
+    tensors = dict(small.network.named_buffers())
+    needed = sum(
+        -(-t.numel() // 2) if name.endswith("codes") else t.nbytes for name, t in tensors.items()
+    )
+    header = int(exported.notes[0].split()[0])
+    assert exported.bytes - header <= 1.03 * needed
+
+
+def test_pt2_runs_without_gdfq(small, tmp_path):
+    small.export(tmp_path / "q.pt2")
+    x = networks.images(4)
+    torch.save(x, tmp_path / "x.pt")
+    program = (
+        "import sys, torch; sys.modules['gdfq'] = None\n"
+        f"run = torch.export.load({str(tmp_path / 'q.pt2')!r}).module()\n"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r})\n"
+        f"torch.save(run(x), {str(tmp_path / 'y.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
+    """A lost clamp shows beyond the calibrated range, and the file that was there stays."""
+    path = tmp_path / "q.onnx"
+    path.write_bytes(b"before")
+    real = gdfq.deploy.export.to_onnx
+
+    def without_clips(*arguments):
+        model = onnx.load_from_string(real(*arguments))
+        for node in model.graph.node:
+            if node.op_type == "Clip":
+                node.op_type = "Identity"
+                del node.input[1:]
+        return model.SerializeToString()
+
+    monkeypatch.setattr("gdfq.deploy.export.to_onnx", without_clips)
+    with pytest.raises(GdfqError, match=r"not kept"):
+        small.export(path)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
+
+
+def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        small.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_formats_follow_names_and_errors_say_what_to_do(small, tmp_path):
+    with pytest.raises(UsageError, match=r"must end with \.onnx, \.pt2, \.safetensors"):
+        small.export(tmp_path / "q.tflite")
+    with pytest.raises(UsageError, match=r"one of onnx, pt2, safetensors; got 'tflite'"):
+        small.export(tmp_path / "q.onnx", format="tflite")
+    with pytest.raises(UsageError, match="raw input is for ONNX"):
+        small.export(tmp_path / "q.pt2", raw_input=True)
+    assert small.export(tmp_path / "new" / "q.bin", format="safetensors").format == "safetensors"
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be made"):
+        small.export(tmp_path / "file" / "q.onnx")
+
+
+def test_an_operator_without_a_form_in_onnx_is_named(small, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no ONNX function found for aten.weird")
+
+    monkeypatch.setattr("torch.onnx.export", refuse)
+    with pytest.raises(UsageError, match=r"aten\.weird.*safetensors or pt2"):
+        small.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_differs_first_is_named(small, tmp_path, monkeypatch):
+    exported = small.export(tmp_path / "q.onnx")
+    assert exported.differs_first == ()
+    json.dumps(exported.as_values())
+    real = gdfq.deploy.export.onnx_values
+
+    def shifted(*arguments, **options):
+        found = real(*arguments, **options)
+        found["relu.clip"].reshape(-1)[0] += 1
+        return found
+
+    monkeypatch.setattr("gdfq.deploy.export.onnx_values", shifted)
+    ((name, share), *_) = small.export(tmp_path / "q.onnx").differs_first
+    assert (name, share) == ("relu.clip", pytest.approx(1 / (16 * 8 * 64)))
+
+
+def test_full_precision_beside_it_has_the_same_function_without_rounding(small):
+    network = in_full_precision(small.network)
+    names = [str(node.target) for node in network.graph.nodes]
+    assert not any("quantize" in name and "float" not in name for name in names)
+    (a, b), *_ = side_by_side(
+        [gdfq.deploy.export.to_onnx(n, networks.SHAPE, {}) for n in (network, small.network)],
+        networks.SHAPE, seconds=0.01, batches=(1,), threads=(1,),
+    )  # fmt: skip
+    assert a.low <= a.median <= a.high
+    assert (b.batch, b.threads) == (1, 1)
+    assert b.images_per_second == pytest.approx(1000 / b.median)
+
+
+@pytest.mark.needs("openvino")
+def test_openvino_gives_the_same_answers(small, tmp_path):
+    """A second runtime, written independently."""
+    import openvino
+
+    small.export(tmp_path / "q.onnx")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(tmp_path / "q.onnx"), "CPU")
+    x = networks.images(16)
+    got = torch.from_numpy(compiled(x.numpy())[0])
+    assert float((got - small(x)).norm() / small(x).norm()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["Residual", "Borders", "Tokens", "Transposed"])
+def test_pt2_takes_images_of_any_memory_order(name, tiny, tmp_path):
+    quantized = gdfq.quantize(networks.make(name), networks.images(1), "w4a4", tiny)
+    assert quantized.export(tmp_path / "q.pt2").inside.relative_error < 1e-5
+
+
+def test_kept_layers_between_quantized_ones_are_not_rounded_by_the_runtime(tmp_path):
+    """Channels of very different size: 8 bits for all of them together would show."""
+    model = networks.make("Residual")
+    with torch.no_grad():
+        model.conv2.weight[0] *= 60
+    recipe = dataclasses.replace(
+        find_recipe("fast").with_steps(5), source=ImagePool(GivenImages(batch=16), 32, 16)
+    )
+    quantized = gdfq.quantize(
+        model, networks.images(1), "w4a4", recipe, data=networks.images(32),
+        keep=["conv2=float"], placement="full",
+    )  # fmt: skip
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    assert exported.beyond.relative_error < 1e-3
+
+
+def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkeypatch):
+    real = gdfq.deploy.export.onnx_values
+
+    def shifted(*arguments, **options):
+        return {n: v + (n == "relu.clip") for n, v in real(*arguments, **options).items()}
+
+    monkeypatch.setattr("gdfq.deploy.export.onnx_values", shifted)
+    with pytest.raises(GdfqError, match=r"at most.*from equal inputs: 100.00% of 'relu.clip', "):
+        small.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
+    quantized = gdfq.quantize(
+        networks.make("Branches"), networks.images(1), "w4a4", tiny, keep=["stem.*=float", "fc=8"]
+    )
+    (note,) = quantized.export(tmp_path / "q.onnx").notes
+    assert note.startswith("computed in float: stem.0, ")
+    model = onnx.load(tmp_path / "q.onnx")
+    kinds = {i.name: i.data_type for i in model.graph.initializer}
+    assert kinds["grouped.weight"] == onnx.TensorProto.INT4
+    assert kinds["stem.0.weight"] == onnx.TensorProto.FLOAT
+    assert kinds["fc.weight"] == onnx.TensorProto.INT8
+    quantized.export(tmp_path / "q.safetensors")
+    assert gdfq.load(tmp_path / "q.safetensors").card.keep == ("stem.*=float", "fc=8")
+
+
+def _saturating(monkeypatch, also_precise=False):
+    """Let sessions double the outputs, as a processor without VNNI changes them."""
+    real = gdfq.deploy.export.onnx_runner
+
+    def runner(data, *, precise=False):
+        run = real(data, precise=precise)
+        factor = 1 if precise and not also_precise else 2
+        return lambda images: [factor * output for output in run(images)]
+
+    monkeypatch.setattr("gdfq.deploy.export.onnx_runner", runner)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return quantized_by_fast(networks.make("Residual"), "w8a8")
+
+
+def test_a_file_that_saturates_here_alone_is_kept_and_says_so(wide, tmp_path, monkeypatch):
+    _saturating(monkeypatch)
+    exported = wide.export(tmp_path / "q.onnx")
+    assert exported.saturates_here
+    (loud,) = (note for note in exported.notes if "SATURATE" in note)
+    assert "--safe-x86" in loud
+    assert "session.x64quantprecision=1" in loud
+    assert exported.as_values()["saturates_here"] is True
+
+
+def test_saturation_is_no_excuse_where_there_can_be_none(small, wide, tmp_path, monkeypatch):
+    _saturating(monkeypatch)
+    with pytest.raises(GdfqError, match="not kept"):
+        small.export(tmp_path / "q.onnx")
+    with pytest.raises(GdfqError, match="not kept"):
+        wide.export(tmp_path / "q.onnx", safe_x86=True)
+    _saturating(monkeypatch, also_precise=True)
+    with pytest.raises(GdfqError, match="not kept"):
+        wide.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_are_compared_from_equal_inputs(small):
+    """By hand: one code of the first activation is moved, and what follows from it is right."""
+    data = gdfq.deploy.export.to_onnx(small.network, networks.SHAPE, {})
+    nodes = small.network.graph.find_nodes(
+        op="call_function", target=gdfq.functional.grid.fake_quantize
+    )
+    names = [gdfq.deploy.export.codes_name(node) for node in nodes]
+    x = networks.images(4)
+    found = onnx_values(data, names, x, precise=True)
+    assert all(one.differ == 0 for one in compare_codes(small.network, x, found)[0])
+    changed = dict(found)
+    changed[names[0]] = 255 - found[names[0]]
+    (first, second, *_), outputs = compare_codes(small.network, x, changed)
+    torch.testing.assert_close(outputs[0], small(x))  # from codes that were not changed
+    assert (first.name, first.differ, first.only_rounded) == (names[0], 1, False)
+    assert second.differ > 0.2  # its inputs are now others than the runtime had
+    assert CodesParity("few", 0.02, 0.02, 100).only_rounded
+    assert not CodesParity("many", 0.02, 0.02, 1000).only_rounded
+
+
+def test_an_activation_that_the_file_lacks_is_an_error(small):
+    data = gdfq.deploy.export.to_onnx(small.network, networks.SHAPE, {})
+    with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
+        onnx_values(data, ["relu.clip", "elsewhere.q"], networks.images(1))
+
+
+def test_what_is_no_valid_model_is_a_clear_error(small, tmp_path, monkeypatch):
+    def refuse(model):
+        raise onnx.checker.ValidationError("Graph must be in single static assignment form")
+
+    monkeypatch.setattr("onnx.checker.check_model", refuse)
+    with pytest.raises(GdfqError, match=r"valid ONNX model.*single static assignment"):
+        small.export(tmp_path / "q.onnx")
+    session = onnx_session(_identity())
+    with pytest.raises(UsageError, match="run the file on these images"):
+        gdfq.deploy.runtimes.run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
+
+
+def _identity():
+    """A model that takes exactly three numbers."""
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+
+
+_MORE_WIDTHS = [
+    ("w2a2", "Shuffled", "full"),
+    ("w8a8", "Branches", "full"),
+    ("w8a8", "Tokens", "t1"),
+]
+
+
+@pytest.mark.parametrize(("bits", "name", "placement"), _MORE_WIDTHS)
+def test_the_narrowest_and_the_widest_run_equally(bits, name, placement, tmp_path):
+    quantized = quantized_by_fast(networks.make(name), bits, placement)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    assert exported.beyond.relative_error < 1e-3
+
+
+def _with_statistics(network, shape):
+    """The network in evaluation mode, its batch norms with statistics of noise."""
+    with torch.no_grad():
+        network.train()(torch.randn(64, *shape, generator=torch.Generator().manual_seed(3)))
+    return network.eval()
+
+
+def _of_dimensions(dimensions):
+    """A convolution, its transpose, pooling, a residual path, in 1 to 3 dimensions."""
+    nn = torch.nn
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1]
+    torch.manual_seed(dimensions)
+    return nn.Sequential(
+        *(convolution(2, 4, 3, padding=1, bias=False), norm(4), nn.ReLU()),
+        # Depthwise and dilated.
+        *(transposed(4, 4, 3, padding=2, dilation=2, groups=4), norm(4), nn.ReLU()),
+        *(pool(1), nn.Flatten(), nn.Linear(4, 5)),
+    )
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_any_number_of_dimensions(dimensions, tmp_path):
+    shape = (2, *[6] * dimensions)
+    network = _with_statistics(_of_dimensions(dimensions), shape)
+    quantized = quantized_by_fast(network, "w4a4", shape=shape)
+    for name in ("q.onnx", "q.pt2"):
+        exported = quantized.export(tmp_path / name)
+        assert exported.inside.relative_error < 1e-3
+        assert exported.beyond.relative_error < 1e-3
+
+
+def test_a_program_takes_any_batch(small, tmp_path):
+    small.export(tmp_path / "q.pt2")
+    run = gdfq.deploy.runtimes.program_runner((tmp_path / "q.pt2").read_bytes())
+    for count in (1, 5):
+        x = networks.images(count)
+        torch.testing.assert_close(run(x)[0], small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_zero_points_of_signed_and_unsigned_activations(small, tmp_path):
+    """Behind a ReLU 0 is the lowest code; the input and the residual path have codes on both sides."""
+    small.export(tmp_path / "q.onnx")
+    graph = onnx.load(tmp_path / "q.onnx").graph
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    found = {n.name: values[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+    assert {value.dtype for value in found.values()} == {np.dtype(np.uint8)}
+    assert found["relu.q"] == 0
+    assert 0 < found["x.q"] < 255
+    assert 0 < found["conv2d_1.q"] < 255
+
+
+def test_channels_split_in_integers(tmp_path):
+    """Each value of an operator with several has a name, and codes are what is split."""
+    quantized = quantized_by_fast(networks.make("Shuffled"), "w4a4")
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert not any("float" in note for note in exported.notes)
+    splits = [n for n in onnx.load(tmp_path / "q.onnx").graph.node if n.op_type == "Split"]
+    assert [list(n.output) for n in splits] == [["split.0", "split.1"], ["split_1.0", "split_1.1"]]
+    assert splits[0].input[0] == "relu.clip"
+
+
+def test_a_ceiling_is_left_to_the_codes(tmp_path):
+    """A ReLU6 whose range the codes cover would keep the runtime from integer kernels."""
+    model = networks.make("Branches")
+    quantized = quantized_by_fast(model, "w4a4")
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert not any("float" in note for note in exported.notes)
+    with torch.no_grad():  # codes that reach further than 6: the ceiling counts
+        for name, buffer in quantized.network.named_buffers():
+            if "quantized.hardtanh" in name and name.endswith("scale"):
+                buffer.fill_(1.0)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    (note,) = exported.notes
+    assert note.startswith("computed in float: ")
+
+
+def test_one_step_for_a_whole_weight(small, tmp_path):
+    """No quantizer of ours makes such weights; the format and the kernels have them."""
+    network = copy.deepcopy(small.network)
+    for name, buffer in list(network.named_buffers()):
+        if name.endswith(".codes"):
+            base = name.removesuffix("codes")
+            for part in ("scale", "zero_point"):
+                owner, _, leaf = f"{base}{part}".rpartition(".")
+                old = network.get_buffer(f"{base}{part}")
+                one = old.reshape(-1)[0].reshape([1] * buffer.ndim).clone()
+                setattr(network.get_submodule(owner), leaf, one)
+    quantized = gdfq.QuantizedNetwork(network, small.card, examples=small.examples)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    values = {i.name: i.dims for i in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert list(values["conv1.weight_scale"]) == list(values["conv1.bias_scale"]) == []
+
+
+def test_what_is_computed_in_float_is_told(tiny, tmp_path):
+    quantized = gdfq.quantize(networks.make("Preactivation"), networks.images(1), "w4a4", tiny)
+    (note,) = quantized.export(tmp_path / "q.onnx").notes
+    _, _, listed = note.partition("computed in float: ")
+    assert {"conv", "squeeze", "fc1", "1 silu", "2 average pool"} <= set(listed.split(", "))
+
+
+def test_normalisation_is_written_in_full(small, tmp_path):
+    from gdfq.data.datasets import Preprocessing
+
+    third = Preprocessing((1 / 3,) * 3, (0.229000001,) * 3)
+    card = dataclasses.replace(small.card, preprocessing=third)
+    gdfq.QuantizedNetwork(small.network, card, examples=small.examples).export(tmp_path / "q.onnx")
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "q.onnx").metadata_props}
+    assert [float(value) for value in facts["mean"].split(",")] == pytest.approx([1 / 3] * 3, 1e-8)
+    assert facts["std"].split(",")[0] == "0.229000001"
+
+
+def test_writers_of_one_path_do_not_meet(tmp_path):
+    """A second export of the same name, while the first one's file is checked."""
+    from gdfq.files.atomic import write_atomically, write_checked
+
+    def check(written):
+        write_atomically(tmp_path / "a", b"second")
+        return written.read_bytes()
+
+    assert write_checked(tmp_path / "a", b"first", check) == b"first"
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,195 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import networks
+
+import gdfq
+from gdfq import UsageError
+from gdfq.deploy.graph_json import graph_from_json, graph_to_json
+from gdfq.deploy.safetensors import STUDENT_FILE, digest, pack, unpack
+from gdfq.graph import operators
+from gdfq.graph.capture import capture, tensors_of
+
+
+@given(bits=st.integers(2, 8), data=st.data())
+def test_packing_round_trips_at_the_true_width(bits, data):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    count = int(torch.tensor(shape).prod())
+    values = data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+    codes = torch.tensor(values, dtype=torch.int8).view(shape)
+    packed = pack(codes, bits)
+    assert len(packed) == -(-count * bits // 8)
+    assert torch.equal(unpack(packed, bits, shape), codes)
+
+
+def test_packing_by_hand():
+    # 4 bits: codes -8, 7, 0 are 0, 15, 8 unsigned; the first lies in the low half of its byte.
+    assert pack(torch.tensor([-8, 7, 0], dtype=torch.int8), 4).tolist() == [0xF0, 0x08]
+
+
+def test_graphs_round_trip_through_json(any_network):
+    captured = capture(any_network, networks.images(1))
+    text = json.dumps(graph_to_json(captured.network.graph), allow_nan=False)
+    again = graph_from_json(json.loads(text), tensors_of(captured.network))
+    x = networks.images(3)
+    assert torch.equal(again(x), captured.network(x))
+
+
+def test_every_allowed_operator_exists():
+    for name in operators.ALLOWED:
+        assert callable(operators.resolve(name))
+
+
+@pytest.fixture
+def saved(residual, tiny, tmp_path):
+    quantized = gdfq.quantize(residual, networks.images(1), "w3a5", tiny, placement="full")
+    quantized.save(tmp_path / "out")
+    return quantized, tmp_path / "out"
+
+
+def test_what_is_loaded_is_what_was_saved(saved):
+    quantized, folder = saved
+    loaded = gdfq.load(folder)
+    x = networks.images(9)
+    assert torch.equal(loaded(x), quantized(x))
+    assert loaded.card == quantized.card
+    assert not any(path.name.endswith(".partial") for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_network_survives_the_round_trip(name, tiny, tmp_path):
+    quantized = gdfq.quantize(networks.make(name), networks.images(1), "w4a4", tiny)
+    quantized.save(tmp_path)
+    x = networks.images(5)
+    assert torch.equal(gdfq.load(tmp_path)(x), quantized(x))
+
+
+def test_codes_are_packed_on_disk(saved):
+    _, folder = saved
+    tensors = load_file(folder / STUDENT_FILE)
+    assert tensors["quantized.conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
+
+
+def _edit(folder, change, sign=True):
+    """Change the header, and its hash as one would who means harm."""
+    path = folder / STUDENT_FILE
+    with safe_open(path, "pt") as file:
+        document = json.loads(file.metadata()["gdfq"])
+    before = document["sha256"]
+    change(document)
+    if sign and document["sha256"] == before:
+        document["sha256"] = digest(document, load_file(path))
+    save_file(load_file(path), path, {"gdfq": json.dumps(document)})
+
+
+def _first(document, kind):
+    return next(node for node in document["graph"] if node["kind"] == kind)
+
+
+def test_a_file_from_before_resizing_was_known_loads(saved):
+    quantized, folder = saved
+    _edit(folder, lambda document: document["card"]["preprocessing"].pop("resize"))
+    assert gdfq.load(folder).card == quantized.card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=99), "version 99"),
+        (lambda d: d.update(format="other"), "'other'"),
+        (lambda d: d.update(sha256="0" * 64), "damaged, was changed"),
+        (lambda d: d.pop("graph"), "damaged"),
+        (lambda d: d.update(graph={}), "damaged"),
+        (lambda d: d.update(card={}), "damaged"),
+        (lambda d: d["card"].update(classes="x"), "damaged"),
+        (lambda d: d["card"]["preprocessing"].update(mean=[0.0]), "damaged|each of the 3"),
+        (lambda d: d["card"]["preprocessing"]["resize"].update(crop=0), "damaged"),
+        (lambda d: d["card"]["preprocessing"]["resize"].update(other=1), "damaged"),
+        (lambda d: next(iter(d["codes"].values())).update(shape=[10**9]), "damaged"),
+        (lambda d: _first(d, "tensor").update(target=[]), "not text"),
+        (lambda d: _first(d, "input").update(name="import"), "not a new node name"),
+        (lambda d: _first(d, "operator").update(target="os.system"), r"calls 'os\.system'"),
+        (lambda d: _first(d, "operator").update(target="aten.set_.default"), r"aten\.set_"),
+        (lambda d: _first(d, "tensor").update(target="x; import os"), "not in the file"),
+        (lambda d: _first(d, "operator").update(name="a b"), "not a new node name"),
+        (lambda d: _first(d, "operator").update(kwargs={"a=1); f(": 0}), "impossible name"),
+        (lambda d: _first(d, "operator").update(args=[{"node": "nowhere"}]), "not readable"),
+        (lambda d: _first(d, "operator").update(kind="module"), "unknown kind"),
+        (lambda d: d["graph"].pop(), "one input"),
+    ],
+)
+def test_a_changed_file_does_not_load(saved, change, message):
+    _, folder = saved
+    _edit(folder, change)
+    with pytest.raises(UsageError, match=message):
+        gdfq.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["card"].update(seed=d["card"]["seed"] + 1),
+        lambda d: d["card"]["preprocessing"].update(mean=[0.5, 0.5, 0.5]),
+        lambda d: _first(d, "operator").update(target="aten.relu.default"),
+        lambda d: next(iter(d["codes"].values())).update(bits=2),
+    ],
+)
+def test_an_altered_header_does_not_load(saved, change):
+    _, folder = saved
+    _edit(folder, change, sign=False)
+    with pytest.raises(UsageError, match="damaged, was changed"):
+        gdfq.load(folder)
+
+
+def test_altered_tensors_do_not_load(saved):
+    _, folder = saved
+    path = folder / STUDENT_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="damaged, was changed"):
+        gdfq.load(folder)
+
+
+@pytest.mark.parametrize("part", [0, 7, 100, -1])
+def test_half_a_file_does_not_load(saved, part):
+    _, folder = saved
+    path = folder / STUDENT_FILE
+    path.write_bytes(path.read_bytes()[:part])
+    with pytest.raises(UsageError, match="is damaged"):
+        gdfq.load(folder)
+
+
+def test_other_safetensors_are_refused(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="no such file"):
+        gdfq.load(tmp_path / "w.safetensors")
+
+
+def test_a_folder_without_a_run_says_so(tmp_path):
+    with pytest.raises(UsageError, match="a run that has finished"):
+        gdfq.load(tmp_path)
+
+
+def test_examples_and_metrics_are_loaded_with_the_run(saved):
+    quantized, folder = saved
+    loaded = gdfq.load(folder)
+    assert loaded.examples.shape == quantized.examples.shape == (8, *networks.SHAPE)
+    pixels = quantized.card.preprocessing.pixels(quantized.examples)
+    assert torch.equal(loaded.card.preprocessing.pixels(loaded.examples), pixels)
+
+
+def test_a_write_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):
+    quantized, _ = saved
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        quantized.save(tmp_path / "full")
+    assert list((tmp_path / "full").iterdir()) == []
+    with pytest.raises(UsageError):
+        gdfq.load(tmp_path / "full")

@@ -1,0 +1,131 @@
+"""README and docs tell the truth: their code runs, and what they name exists."""
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from support import pages
+
+from gdfq import RECIPES
+from gdfq.functional import losses
+
+DOCS = pages.ROOT / "docs"
+EQUATIONS = (DOCS / "equations.md").read_text()
+SOURCES = [path.read_text() for path in (pages.ROOT / "src").rglob("*.py")]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(pages.ROOT))
+
+
+def with_mark(*marks: str | None) -> list[Path]:
+    return [page for page in pages.PAGES if any(b.mark in marks for b in pages.blocks(page))]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, whose modules Python finds and forgets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+# What libraries warn of, a reader would see as well; it is no error of the page.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", with_mark(None), ids=name_of)
+def test_the_code_runs(page, place):
+    pages.run(page, [block for block in pages.blocks(page) if block.mark is None], place)
+
+
+@pytest.mark.check
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", with_mark("check"), ids=name_of)
+def test_all_code_runs(page, place):
+    blocks = [block for block in pages.blocks(page) if block.mark != "skip"]
+    pages.run(page, [block for block in blocks if not block.absent], place)
+    absent = sorted({block.library for block in blocks if block.absent})
+    if absent:
+        pytest.skip(f"the rest of {page.name} needs the optional library {', '.join(absent)}")
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=name_of)
+def test_no_block_is_overlooked(page):
+    text, found = page.read_text(), pages.blocks(page)
+    assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(found)
+    assert text.count("<!-- test:") == sum(block.mark is not None for block in found)
+    assert {block.language for block in found} <= {"python", "bash", "text"}
+    assert {block.mark for block in found} <= {None, "check", "skip"}
+
+
+def test_blocks_by_hand(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        'Text\n\n```python title="a.py"\nx = 1\n```\n'
+        "<!-- test: check nothing_of_this_name (slow) -->\n```bash\nfalse\n```\n"
+        "- a list\n\n    ```python\n    if True:\n        y = 2\n    ```\n"
+    )
+    file, command, listed = pages.blocks(page)
+    assert (file.title, file.code, file.mark, file.line) == ("a.py", "x = 1\n", None, 4)
+    assert (command.mark, command.library, command.absent) == (
+        "check",
+        "nothing_of_this_name",
+        True,
+    )
+    assert listed.code == "if True:\n    y = 2\n"
+    assert pages.run(page, [file, listed], tmp_path)["y"] == 2
+    assert (tmp_path / "a.py").read_text() == "x = 1\n"
+    with pytest.raises(AssertionError, match=r"page.md, line 8"):
+        pages.run(page, [command], tmp_path)
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(gdfq\.[\w.]+)`", EQUATIONS))
+def test_every_function_of_the_equations_exists(name):
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(import_module(module), attribute)
+
+
+def test_every_loss_has_its_equation():
+    public = {
+        name
+        for name, value in vars(losses).items()
+        if getattr(value, "__module__", "") == losses.__name__ and not name.startswith("_")
+    } - {"inner"}  # arithmetic that they share
+    assert public <= {
+        name.rpartition(".")[2] for name in re.findall(r"`(gdfq\.[\w.]+)`", EQUATIONS)
+    }
+
+
+def test_every_paper_that_the_code_cites_has_its_equation():
+    cited = {number for text in SOURCES for number in re.findall(r"\b\d{4}\.\d{5}\b", text)}
+    assert cited <= set(re.findall(r"\b\d{4}\.\d{5}\b", EQUATIONS))
+
+
+def test_the_readme_names_real_recipes():
+    table = (pages.ROOT / "README.md").read_text().split("| recipe |")[1].split("\n\n")[0]
+    for name in re.findall(r"`([a-z][a-z-]*)`", table):
+        assert name in RECIPES
+
+
+def test_the_page_on_fast_says_what_fast_is():
+    page = (DOCS / "recipes.md").read_text().split("## What helped")[0]
+    fast, quick = RECIPES["fast"], RECIPES["quick"]
+    large = fast.source.fitted((3, 224, 224))
+    adam = fast.source.source.optimizer
+    for text in (
+        f"{fast.source.images:,} images",
+        f"{large.images:,}\n   of 224 x 224",
+        f"{large.batch} of 224 x 224",
+        f"Adam (rate {adam.lr}, β = {adam.betas})",
+        f"{fast.source.source.batch} at a time for {fast.source.source.iterations} iterations",
+        f"{fast.steps:,} steps",
+        f"batches of {fast.source.batch} images",
+        f"T = {fast.tuning.temperature:.0f}",
+        f"`quick` has {quick.source.images} images, {quick.steps} steps of\n{quick.source.batch} images",
+    ):
+        assert text in page

@@ -1,0 +1,85 @@
+"""The site of the docs: complete, without warnings, and nothing in it calls home."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from html import unescape
+
+import click
+import pytest
+from support import pages
+
+import gdfq
+from gdfq.cli.app import cli
+
+
+def of_build(name):
+    path = pages.ROOT / "docs" / "build" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"build_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_command_and_option():
+    text = of_build("commands").reference()
+    for name, command in cli.commands.items():
+        _, found, rest = text.partition(f"\n## gdfq {name}\n")
+        assert found
+        section = rest.partition("\n## ")[0]
+        assert command.help.split("\n")[0] in section
+        for parameter in command.params:
+            if isinstance(parameter, click.Argument):
+                assert parameter.make_metavar(click.Context(command)) in section
+            else:
+                assert max(parameter.opts, key=len) in section
+    assert "| of the ONNX file at most" not in text  # the words before it are there, too
+    assert "with --bits auto: of the ONNX file at most" in text
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    built = subprocess.run(command, cwd=pages.ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return out
+
+
+@pytest.mark.needs("mkdocs")
+@pytest.mark.needs("mkdocstrings")
+def test_the_site_holds_every_page(site):
+    made = {path.relative_to(site).with_suffix(".md") for path in site.rglob("*.html")}
+    there = {page.relative_to(pages.ROOT / "docs") for page in pages.PAGES[1:]}
+    assert there <= made
+    for page in there:
+        menu = (site / "index.html").read_text()
+        assert f'href="{page.with_suffix(".html")}"' in menu or page.name == "index.md"
+
+
+@pytest.mark.needs("mkdocs")
+@pytest.mark.needs("mkdocstrings")
+def test_the_site_has_the_public_names_with_what_they_take(site):
+    text = unescape((site / "reference" / "python.html").read_text())
+    headings = set(re.findall(r"<h2[^>]*>\s*([\w.]+)", text))
+    assert {f"gdfq.{name}" for name in set(gdfq.__all__) - {"RECIPES", "__version__"}} <= headings
+    assert "<li><code>bits</code>: widths of weights and activations" in text
+
+
+@pytest.mark.needs("mkdocs")
+@pytest.mark.needs("mkdocstrings")
+def test_the_site_loads_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//', page.read_text())
+        links = re.findall(r'<link[^>]*rel="([^"]*)"[^>]*href="(?:https?:)?//', page.read_text())
+        assert set(links) <= {"canonical"}
+
+
+@pytest.mark.needs("griffe")
+def test_a_docstrings_parameters_become_a_list():
+    listed = of_build("parameters").listed
+    text = "Does it.\n\na: one,\n    or more.\nb, c: two.\nRaises: nothing.\n"
+    assert listed(text, {"a", "b", "c"}) == (
+        "Does it.\n\n- `a`: one,\n    or more.\n- `b`, `c`: two.\nRaises: nothing.\n"
+    )

@@ -1,0 +1,381 @@
+"""Checkpoints: written whole, read whole, and only by the run that they belong to."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdfq.errors import GdfqWarning, UsageError
+from gdfq.execution.checkpoints import Checkpoints
+from gdfq.execution.progress import History, Step
+from gdfq.files.states import Fixed, Noted, differences, from_bytes, to_bytes
+
+RUN, AROUND = {"bits": "w4a4", "recipe": {"steps": 4}}, {"threads": 1}
+STEP = Step("tune", 1, 2, {})
+
+
+class Time:
+    """A clock that is set by hand."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def opened(folder, part=None, clock=None, run=RUN, **options):
+    checkpoints = Checkpoints(folder, clock=clock or Time(), **options)
+    checkpoints.begin(run, AROUND)
+    part = checkpoints.hold("part", Noted() if part is None else part)
+    return checkpoints, part
+
+
+def names(folder, kind="checkpoint"):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(kind))
+
+
+def unequal(a, b):
+    """Whether two trees differ, tensors by value, type and strides."""
+    if isinstance(a, torch.Tensor):
+        return (
+            a.dtype != b.dtype
+            or a.shape != b.shape
+            or a.stride() != b.stride()
+            or not torch.equal(a, b)
+        )
+    if isinstance(a, dict):
+        return a.keys() != b.keys() or any(unequal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) != len(b) or any(map(unequal, a, b))
+    return type(a) is not type(b) or a != b
+
+
+def test_states_keep_numbers_keys_types_and_strides():
+    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    state = {
+        "images": images,
+        "one image": images[:1],
+        "part": images[:, 1],
+        "flipped": images.transpose(0, 3)[1:],
+        "random": torch.Generator().manual_seed(3).get_state(),
+        "nothing": None,
+        "groups": [{"lr": 0.1 + 0.2, "params": [0, 1]}],
+        "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+        "yes": True,
+        "counts": torch.arange(3),
+    }
+    dense = {**state, "part": images[:, 1].clone(), "flipped": state["flipped"].clone()}
+    assert not unequal(dense, from_bytes(to_bytes(state, str), Fixed))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inside: st.lists(inside) | st.dictionaries(st.text() | st.integers(), inside),
+        max_leaves=12,
+    )
+)
+def test_any_plain_state_comes_back(state):
+    assert not unequal(state, from_bytes(to_bytes(state, str), Fixed))
+
+
+def test_an_optimizer_goes_on_as_if_nothing_had_been():
+    def make():
+        weight = torch.nn.Parameter(torch.ones(3))
+        return weight, torch.optim.Adam([{"params": [weight], "lr": 0.1}], betas=(0.8, 0.95))
+
+    def update(weight, optimizer):
+        optimizer.zero_grad()
+        (weight.square().sum() * weight[0]).backward()
+        optimizer.step()
+
+    weight, optimizer = make()
+    update(weight, optimizer)
+    data = to_bytes({"w": weight, "o": optimizer.state_dict()}, str)
+    other, restored = make()
+    state = from_bytes(data, Fixed)
+    other.data.copy_(state["w"])
+    restored.load_state_dict(state["o"])
+    for pair in ((weight, optimizer), (other, restored)):
+        update(*pair)
+    assert torch.equal(weight, other)
+
+
+def test_it_is_written_when_it_is_time(tmp_path):
+    clock = Time()
+    checkpoints, part = opened(tmp_path, clock=clock, interval=60)
+    heard = checkpoints.listening(lambda step: None)
+    part["x"] = 1
+    for now, written in ((59, 0), (60, 1), (119, 1), (121, 2), (182, 2)):
+        clock.now = now
+        heard(STEP)
+        assert len(names(tmp_path)) == written  # two are kept
+    _, again = opened(tmp_path)
+    assert again == {"x": 1}
+
+
+def test_checkpoints_that_take_long_are_rare(tmp_path):
+    """Two percent of the time at most: after one of 3 seconds none comes for 150."""
+    clock = Time()
+
+    class Slow(Noted):
+        def state_dict(self):
+            clock.now += 3
+            return {}
+
+    checkpoints, _ = opened(tmp_path, Slow(), clock, interval=0)
+    heard = checkpoints.listening(lambda step: None)
+    heard(STEP)
+    assert clock.now == 3
+    for wait, expected in ((149, 152), (0.5, 152.5), (0.5, 156)):
+        clock.now += wait
+        (checkpoints.stage_ends if wait == 149 else lambda: heard(STEP))()
+        assert clock.now == expected
+
+
+def test_a_clock_that_goes_backwards_is_not_looked_at():
+    import time
+
+    assert Checkpoints.__init__.__kwdefaults__["clock"] is time.monotonic
+
+
+def test_a_listener_that_raises_is_written_down_first(tmp_path):
+    checkpoints, part = opened(tmp_path, interval=1e9)
+    part["x"] = 5
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.listening(stop)(STEP)
+    assert opened(tmp_path)[1] == {"x": 5}
+
+
+def test_what_does_not_change_is_written_once(tmp_path):
+    checkpoints, part = opened(tmp_path)
+    part["images"] = Fixed({"a": torch.arange(1000)})
+    checkpoints.save()
+    (piece,) = names(tmp_path, "piece")
+    before = (tmp_path / piece).stat().st_mtime_ns
+    for count in range(3):
+        part["count"] = count
+        checkpoints.save()
+    assert names(tmp_path, "piece") == [piece]
+    assert (tmp_path / piece).stat().st_mtime_ns == before
+    checkpoints, part = opened(tmp_path)
+    assert part["images"].value["a"].tolist() == list(range(1000))
+    checkpoints.save()
+    assert (tmp_path / piece).stat().st_mtime_ns == before
+    del part["images"]
+    checkpoints.save()
+    assert names(tmp_path, "piece") == [piece]  # the checkpoint before needs it
+    checkpoints.save()
+    assert names(tmp_path, "piece") == []
+
+
+def test_parts_that_are_not_held_yet_are_kept(tmp_path):
+    checkpoints, part = opened(tmp_path)
+    part["x"] = 1
+    checkpoints.save()
+    again = Checkpoints(tmp_path)
+    again.begin(RUN, AROUND)
+    again.hold("other", Noted(y=2))
+    again.save()
+    assert opened(tmp_path)[1] == {"x": 1}
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    changed = {
+        "truncated": data[: len(data) // 2],
+        "empty": b"",
+        "altered": data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+        "longer": data + b"\0",
+    }
+    path.write_bytes(changed[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "altered", "longer"])
+@pytest.mark.parametrize("kind", ["checkpoint", "piece"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, kind):
+    checkpoints, part = opened(tmp_path)
+    for number in (1, 2):
+        part["x"], part["t"] = number, Fixed(torch.tensor([number]))
+        checkpoints.save()
+    newest = names(tmp_path)[-1]
+    if kind == "piece":
+        used = checkpoints._kept[-1][1]
+        newest = f"piece-{used.pop()}.safetensors"
+    damage(tmp_path / newest, how)
+    with pytest.warns(GdfqWarning, match="from the checkpoint before.*truncated or was changed"):
+        checkpoints, part = opened(tmp_path)
+    assert part["x"] == 1
+    checkpoints.save()
+    assert opened(tmp_path)[1]["x"] == 1  # the damaged one is gone, without another warning
+
+
+def test_without_a_whole_one_nothing_loads(tmp_path):
+    checkpoints, _ = opened(tmp_path)
+    checkpoints.save()
+    checkpoints.save()
+    for name in names(tmp_path):
+        damage(tmp_path / name, "truncated")
+    with pytest.raises(UsageError, match=r"none is.*Remove the folder"):
+        opened(tmp_path)
+
+
+def test_another_run_does_not_go_on_with_it(tmp_path):
+    opened(tmp_path)[0].save()
+    for run, message in (
+        ({**RUN, "bits": "w3a3"}, "bits was 'w4a4' and is 'w3a3'"),
+        ({**RUN, "recipe": {"steps": 5}}, "recipe.steps was 4 and is 5"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            opened(tmp_path, run=run)
+    with pytest.warns(GdfqWarning, match="threads was 1 and is 2"):
+        Checkpoints(tmp_path).begin(RUN, {"threads": 2})
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == {"a.c": (None, 2)}
+
+
+def test_a_state_that_does_not_fit_is_refused(tmp_path):
+    opened(tmp_path, torch.nn.Linear(2, 2))[0].save()
+    with pytest.raises(UsageError, match="the part does not fit"):
+        opened(tmp_path, torch.nn.Linear(3, 2))
+
+
+def test_a_piece_is_a_file_of_the_folder_alone(tmp_path):
+    checkpoints, part = opened(tmp_path / "a")
+    part["x"] = Fixed(torch.ones(2))
+    checkpoints._pieces[part["x"]] = "../" + "0" * 29
+    (tmp_path / "a" / f"piece-../{'0' * 29}.safetensors").parent.mkdir(exist_ok=True)
+    (tmp_path / "a" / f"piece-../{'0' * 29}.safetensors").write_bytes(b"")
+    checkpoints.save()
+    with pytest.raises(UsageError, match="cannot have the name"):
+        opened(tmp_path / "a")
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    checkpoints, part = opened(tmp_path)
+    part["x"] = 1
+    checkpoints.save()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    part["x"] = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.warns(GdfqWarning, match="No space left on device"):
+            checkpoints.save()
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    assert opened(tmp_path)[1] == {"x": 1}
+    checkpoints.save()
+    assert opened(tmp_path)[1] == {"x": 2}
+
+
+def test_a_folder_that_vanished_is_made_again(tmp_path):
+    import shutil
+
+    checkpoints, part = opened(tmp_path / "run")
+    part["x"] = Fixed(torch.ones(2))
+    checkpoints.save()
+    shutil.rmtree(tmp_path / "run")
+    checkpoints.save()
+    assert opened(tmp_path / "run")[1]["x"].value.tolist() == [1, 1]
+
+
+def test_a_state_that_is_not_finite_is_not_written(tmp_path):
+    layer = torch.nn.Linear(1, 1)
+    checkpoints, _ = opened(tmp_path, layer)
+    checkpoints.save()
+    good = layer.weight.item()
+    with torch.no_grad():
+        layer.weight.fill_(torch.nan)
+    checkpoints.save()
+    assert len(names(tmp_path)) == 1
+    assert opened(tmp_path, torch.nn.Linear(1, 1))[1].weight.item() == good
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    (tmp_path / ".checkpoint-000001-x.safetensors.0123abcd.partial").write_bytes(b"half")
+    checkpoints, _ = opened(tmp_path)
+    checkpoints.save()
+    checkpoints.remove()
+    assert not tmp_path.exists()
+
+
+def test_the_history_is_cut_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / "history.jsonl"
+    with History(path) as history:
+        history(Step("tune", 1, 3, {"loss": torch.tensor(0.5)}))
+        state = history.state_dict()
+        whole = path.read_text()
+        history(Step("tune", 2, 3, {"loss": torch.tensor(0.25)}))
+    path.write_text(path.read_text() + '{"stage": "tu')  # killed while it wrote
+    with History(path) as history:
+        history.load_state_dict(state)
+        assert path.read_text() == whole
+        history(Step("tune", 2, 3, {"loss": torch.tensor(0.25)}))
+    assert path.read_text() == whole + '{"stage": "tune", "step": 2, "loss": 0.25}\n'
+
+
+def test_a_batch_that_is_made_again_is_told_once(tmp_path):
+    """Stopped in the second batch of images, which begins with step 3."""
+    path = tmp_path / "history.jsonl"
+
+    def tell(history, steps):
+        for stage, step in steps:
+            history(Step(stage, step, 4, {"loss": torch.tensor(float(step))}))
+
+    with History(path) as history:
+        tell(history, [("images", 1), ("images", 2), ("images", 3)])
+        state = from_bytes(to_bytes(history.state_dict(), str), Fixed)
+        tell(history, [("images", 4)])
+    with History(path) as history:
+        history.load_state_dict(state)
+        tell(history, [("images", 3), ("images", 4), ("tune", 1)])
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [("images", 1), ("images", 2), ("images", 3), ("images", 4), ("tune", 1)]
+    assert [(row["stage"], row["step"]) for row in told] == steps
+
+
+def test_a_folder_in_use_is_refused_and_free_again_behind_an_error(tmp_path):
+    first = Checkpoints(tmp_path / "kept")
+    with first:
+        with pytest.raises(UsageError, match="another one is using"), Checkpoints(first.folder):
+            pass
+        with Checkpoints(first.folder, writes=False):  # as the other processes of a group do
+            pass
+    with pytest.raises(KeyboardInterrupt), first:
+        raise KeyboardInterrupt
+    with Checkpoints(first.folder) as again:
+        again.begin(RUN, AROUND)
+    again.remove()
+    assert not first.folder.exists()
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "a" / ".lock").mkdir(parents=True)
+    with (
+        pytest.raises(UsageError, match=r"\.lock must be a file that can be written"),
+        Checkpoints(tmp_path / "a"),
+    ):
+        pass
+    (tmp_path / "b").mkdir()
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / "b" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(UsageError, match="symbolic link that leads out"),
+        Checkpoints(tmp_path / "b"),
+    ):
+        pass
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(UsageError, match="must be writable"), Checkpoints(tmp_path / "c"):
+        pass

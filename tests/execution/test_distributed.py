@@ -1,0 +1,260 @@
+"""Several processes compute what one does, end together, and write once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import group_figures, networks
+
+from gdfq import demo
+from gdfq.errors import UsageError
+from gdfq.execution.distributed import ALONE, Group, Processes, joined
+from gdfq.execution.progress import silent
+from gdfq.functional.grid import Bits
+from gdfq.recipes import FAST
+from gdfq.sources.generator import GeneratorSource
+from gdfq.student.build import build_student
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.distill import tune_
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}"
+               f"{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
+
+
+def torchrun(processes: int, *words: str, look: float = 0.1) -> list[str]:
+    """look: seconds between two looks for a dead process, at which torchrun ends the others."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--monitor-interval={look}", f"--nproc-per-node={processes}", *words),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield group_figures.figures(ALONE)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, tmp_path_factory):
+    """What each of several processes computed."""
+    out = tmp_path_factory.mktemp(f"group{request.param}")
+    command = torchrun(request.param, str(HERE / "group_figures.py"), str(out))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
+
+
+def difference(a, b) -> float:
+    """The difference of two trees of tensors, relative to the norm of each."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max(difference(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        return max(map(difference, a, b))
+    return float((a - b).norm() / a.norm())
+
+
+def test_all_processes_have_the_same(together):
+    for one, other in pairwise(together):
+        assert difference(one, other) == 0
+
+
+@pytest.mark.parametrize("source", ["pool", "optimised"])
+def test_images_of_independent_batches_are_those_of_one_process(alone, together, source):
+    """Three and five batches: the processes make more, or fewer, than there are of them."""
+    assert difference(alone[source], together[0][source]) == 0
+
+
+def test_the_generator_starts_as_on_the_whole_batch(alone, together):
+    assert difference(alone["generators"], together[0]["generators"]) < 1e-5
+
+
+def test_the_generator_learns_as_on_the_whole_batch(alone, together):
+    """In double precision: Adam makes a step of the full size of a gradient that is rounding."""
+    for one in alone["long"].values():
+        assert one["losses"].shape == (50, 3)
+        assert one["losses"][0, 0] > one["losses"][-1, 0]
+    assert difference(alone["long"], together[0]["long"]) < 1e-9
+
+
+@pytest.mark.parametrize("student", ["float", "quantized", "paper", "moving"])
+def test_the_first_step_of_a_student_is_that_of_one_process(alone, together, student):
+    one, several = alone[student], together[0][student]
+    assert difference(one["losses"][0], several["losses"][0]) < 1e-5
+    assert difference(one["gradients"], several["gradients"]) < 1e-5
+
+
+def test_fifty_steps_of_a_student_without_quantizers_are_those_of_one_process(alone, together):
+    assert len(alone["float"]["losses"]) == 50
+    assert alone["float"]["losses"][0, 0] > alone["float"]["losses"][-1, 0]
+    assert difference(alone["float"], together[0]["float"]) < 1e-4
+
+
+def test_a_process_that_is_alone_has_the_whole():
+    x = torch.arange(6.0).view(3, 2)
+    assert ALONE.mean(x) is ALONE.gather(x) is ALONE.part(x) is ALONE.shared_from(0, x) is x
+    ALONE.check_batch(7, "it")
+    with joined(torch.device("cpu")) as group:
+        assert (group.rank, group.size) == (0, 1)
+
+
+def some(rank: int, size: int) -> Processes:
+    group = Processes.__new__(Processes)
+    group.rank, group.size = rank, size
+    return group
+
+
+def test_parts_are_even_or_whole():
+    x = torch.arange(6)
+    assert [some(rank, 3).part(x).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert some(1, 4).part(x) is x
+    with pytest.raises(UsageError, match=r"6 images a batch.* 4 processes.*1, 2, 3, 6"):
+        some(0, 4).check_batch(6, "recipe x")
+
+
+FACTORY = """
+import os, pathlib, networks
+def factory():
+    place = pathlib.Path(__file__).parent
+    (place / f"pid{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
+    return networks.make("Residual")
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    images = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % networks.CLASSES)
+    return tmp_path
+
+
+def quantize(place: Path, *more: str) -> list[str]:
+    return [
+        *("-m", "gdfq", "quantize", f"{place}/net.py:factory", "--input=3x8x8"),
+        *("--mean=.5,.5,.5", "--std=.3,.3,.3", f"--out={place}/out", *more),
+    ]
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
+    words = quantize(
+        place, "--recipe=paper-no-boundary", "--steps=400", "--batch=8", "--checkpoint-every=0.1",
+        f"--test={place}/test.npz", "--no-onnx", "--no-report",
+    )  # fmt: skip
+    # The one that lives must come to say so itself, before torchrun ends it.
+    run = subprocess.Popen(
+        torchrun(2, *words, look=20),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until = time.monotonic() + 240
+    while not list(place.glob("out/checkpoints/checkpoint-*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(int((place / "pid1").read_text()), signal.SIGKILL)
+    said, _ = run.communicate(timeout=240)
+    assert run.returncode != 0
+    assert "SIGKILL" in said
+    assert "all processes of a run must live until its end" in said
+    assert not (place / "out" / "metrics.json").exists()
+
+    again = subprocess.run(
+        [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert again.returncode == 0, again.stderr
+    assert "goes on from its checkpoint" in again.stdout
+    assert "processes was 2 and is 1" in again.stderr
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    assert metrics["steps"] == 400
+
+
+def test_two_processes_write_one_run(place):
+    words = quantize(
+        place,
+        "--recipe=quick",
+        "--steps=12",
+        f"--test={place}/test.npz",
+        "--no-onnx",
+        "--no-report",
+    )
+    done = subprocess.run(
+        torchrun(2, *words), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("layers quantized") == 1
+    history = (place / "out" / "history.jsonl").read_text().splitlines()
+    tuned = [json.loads(line)["step"] for line in history if '"tune"' in line]
+    assert tuned == sorted(set(tuned))
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    assert 0 <= metrics["student"]["top1"] <= 100
+
+
+def test_two_processes_tune_as_well_as_one(tmp_path):
+    """Real digits, from the trained network to the accuracy on those that it has not seen."""
+    training, held_out = demo.load_digits()
+    save_file(demo.train(training).state_dict(), tmp_path / "digits.safetensors")
+    np.savez(tmp_path / "test.npz", images=held_out.images, labels=held_out.labels)
+    words = [
+        *("-m", "gdfq", "quantize", "gdfq.demo:DigitsNetwork"),
+        *(f"--weights={tmp_path}/digits.safetensors", "--input=1x8x8", f"--test={tmp_path}/test.npz"),
+        *(f"--mean={demo.PREPROCESSING.mean[0]}", f"--std={demo.PREPROCESSING.std[0]}"),
+        *("--bits=w4a4", "--recipe=quick", "--steps=100", "--no-onnx", "--no-report"),
+    ]  # fmt: skip
+    found = []
+    for command in ([sys.executable, *words], torchrun(2, *words)):
+        out = tmp_path / f"out{len(found)}"
+        done = subprocess.run(
+            [*command, f"--out={out}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((out / "metrics.json").read_text())["student"]["top1"])
+    one, two = found
+    # Rounding alone may part them: at 3 bits by up to 3.7, no less than two seeds.
+    assert two == pytest.approx(one, abs=2.0)
+
+
+def test_lower_precision_is_in_the_layers_alone(teacher):
+    """bfloat16: statistics and losses within its rounding of float32's, all in float32."""
+    found = {}
+    for group in (ALONE, Group("bfloat16")):
+        source = GeneratorSource(batch=16)
+        (batch,) = source.stream(teacher, steps=1, seed=1, group=group)
+        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
+        calibrate_(student, [batch], steps=1, listener=silent)
+        ranges = [m.log_step for m in student.activations]
+        config, steps = replace(FAST.tuning, cross_entropy=0.5), []
+        tune_(
+            student, teacher, [batch], config,
+            first_step=0, total_steps=1, listener=steps.append, group=group,
+        )  # fmt: skip
+        losses = {**batch.losses, **steps[0].losses}
+        tensors = [*losses.values(), batch.teacher_logits, *student.state_dict().values()]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        found[group.precision] = losses, torch.stack([step.grad for step in ranges])
+    (full, steps), (low, low_steps) = found["float32"], found["bfloat16"]
+    assert (
+        full.keys()
+        == low.keys()
+        == {"generator", "bns", "boundary", "student", "ce", "kd", "features"}
+    )
+    for name, value in full.items():
+        assert float(low[name]) == pytest.approx(float(value), rel=0.03), name
+    assert any(low[name] != full[name] for name in full)
+    assert difference(steps, low_steps) < 0.1

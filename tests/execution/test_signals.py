@@ -1,0 +1,139 @@
+"""A command that is stopped says how to go on, and then ends with the same files."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_cli import arguments, place  # noqa: F401 (a fixture)
+
+from gdfq.cli.app import _exit_code
+from gdfq.execution.progress import History
+from gdfq.execution.signals import StoppedError, stoppable
+from gdfq.runs.folder import RunFolder
+
+WHOLE = ("student.safetensors", "student.onnx", "examples.npz", "history.jsonl")
+
+
+def stopped(monkeypatch, call, number, rows):
+    """Run a command to which a signal comes with its n-th row of history."""
+
+    class Signals(History):
+        def __call__(self, step):
+            super().__call__(step)
+            nonlocal rows
+            rows -= 1
+            if rows == 0:
+                os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gdfq.cli.quantize.History", Signals)
+        return _exit_code(call)
+
+
+def metrics(folder):
+    found = json.loads((folder / "metrics.json").read_text())
+    del found["seconds"], found["export"]["seconds"]
+    return found
+
+
+def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):  # noqa: F811
+    more = ["--steps", "8", "--test", f"{place}/test.npz"]
+    assert _exit_code(arguments(place, *more, out="whole")) == 0
+    call, out = arguments(place, *more), place / "out"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert stopped(monkeypatch, call, signal.SIGINT, 2) == 130
+    assert f"stopped by SIGINT; it goes on from here with: gdfq quantize --resume {place}" in (
+        error := capsys.readouterr().err
+    )
+    assert error.count("--resume") == 1
+    assert not (out / "metrics.json").exists()
+    assert stopped(monkeypatch, [*call, "--resume"], signal.SIGTERM, 3) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert _exit_code(call) == 0
+    assert "goes on from its checkpoint" in capsys.readouterr().out
+    for name in WHOLE:
+        assert (out / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+    assert metrics(out) == metrics(place / "whole")
+    assert sorted(os.listdir(out)) == sorted(os.listdir(place / "whole"))
+
+
+def test_the_command_that_is_said_goes_on(place, capsys, monkeypatch):  # noqa: F811
+    """As a sweep writes it, with the model behind `--`."""
+    command, model, *options = arguments(place)
+    assert stopped(monkeypatch, [command, *options, "--", model], signal.SIGTERM, 2) == 143
+    said = capsys.readouterr().err
+    again = shlex.split(said.partition("with: gdfq ")[2].splitlines()[0])
+    assert _exit_code(again) == 0
+    assert "goes on from its checkpoint" in capsys.readouterr().out
+
+
+def test_the_configuration_is_that_of_the_end(place, monkeypatch):  # noqa: F811
+    assert stopped(monkeypatch, arguments(place), signal.SIGTERM, 2) == 143
+    assert _exit_code(arguments(place, "--test", f"{place}/test.npz")) == 0
+    config = json.loads((place / "out" / "config.json").read_text())
+    assert config["test"] == f"{place}/test.npz"
+
+
+def test_a_signal_during_the_export_is_not_lost(place, monkeypatch):  # noqa: F811
+    def export(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("gdfq.cli.quantize.QuantizedNetwork.export", export)
+    assert _exit_code(arguments(place)) == 143
+    assert not (place / "out" / "metrics.json").exists()
+
+
+def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):  # noqa: F811
+    call = arguments(place)
+    assert stopped(monkeypatch, call, signal.SIGTERM, 2) == 143
+    before = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
+    for more, message in (
+        (["--seed", "1"], "card.seed was 0 and is 1"),
+        (["--bits", "w3a4"], "card.bits.weights was 4 and is 3"),
+        (["--steps", "8"], "recipe.steps was 4 and is 8"),
+        (["--mean", ".4,.5,.5"], "card.preprocessing.mean was [0.5, 0.5, 0.5] and is [0.4"),
+    ):
+        assert _exit_code([*call, *more]) == 2
+        assert message in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_there_must_be_something_to_go_on_with(place, capsys):  # noqa: F811
+    assert _exit_code(arguments(place, "--resume")) == 2
+    assert "out has none. Leave --resume away" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_refused(place, capsys):  # noqa: F811
+    with RunFolder(place / "out"):
+        assert _exit_code(arguments(place)) == 2
+    assert "another one is using" in capsys.readouterr().err
+    assert not (place / "out" / "config.json").exists()
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
+    program = (
+        "import os, sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); "
+        "lock.acquire(); os.kill(os.getpid(), 9)"
+    )
+    dead = subprocess.run([sys.executable, "-c", program, str(tmp_path / ".lock")], check=False)
+    assert dead.returncode == -9
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_a_second_signal_stops_at_once():
+    with stoppable() as check:
+        check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedError, match="SIGINT") as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.value.code == 130
+        with pytest.raises(StoppedError, match="SIGTERM"):
+            check()

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import tensor
+
+from gdfq import UsageError
+from gdfq.functional.grid import (
+    Bits,
+    Layout,
+    affine_grid,
+    along_channels,
+    channel_range,
+    dequantize,
+    fake_quantize,
+    quantize,
+    straight_through,
+)
+
+
+def test_two_bits_by_hand():
+    # Range [-1, 2], k = 2: Δ = 3/3 = 1; z maps -1 to code -2, so z = -2 + 1 = -1.
+    scale, zero_point = affine_grid(tensor(-1.0), tensor(2.0), 2)
+    assert scale == 1
+    assert zero_point == -1
+    x = tensor([-5.0, -1.0, -0.4, 0.6, 2.0, 9.0])
+    assert quantize(x, scale, zero_point, 2).tolist() == [-2, -2, -1, 0, 1, 1]
+    assert fake_quantize(x, scale, zero_point, 2).tolist() == [-1, -1, 0, 1, 2, 2]
+
+
+def test_rounding_is_half_to_even_before_the_zero_point():
+    # Δ = 1 and an odd z: 0.5 -> 0, 1.5 -> 2, 2.5 -> 2, as ONNX's QuantizeLinear.
+    x = tensor([0.5, 1.5, 2.5])
+    assert (quantize(x, tensor(1.0), tensor(-7.0), 4) + 7).tolist() == [0, 2, 2]
+
+
+def test_constant_and_zero_ranges_are_exact():
+    for value in (3.0, -0.25, 0.0):
+        low = tensor(value)
+        grid = affine_grid(low, low, 4)
+        assert fake_quantize(low, *grid, 4) == pytest.approx(value, rel=1e-6)
+        assert grid[0] > 0
+
+
+@given(
+    low=st.floats(-100, 0),
+    width=st.floats(1e-3, 200),
+    bits=st.integers(2, 8),
+    part=st.floats(0, 1),
+)
+def test_inside_the_range_the_error_is_at_most_half_a_step(low, width, bits, part):
+    low_, high_ = tensor(low, dtype=torch.double), tensor(low + width, dtype=torch.double)
+    scale, zero_point = affine_grid(low_, high_, bits)
+    x = low_ + part * (high_ - low_)
+    # The zero point is an integer, so the grid may sit half a step off the range's ends.
+    assert abs(fake_quantize(x, scale, zero_point, bits) - x) <= scale * (1 + 1e-9)
+    codes = quantize(x, scale, zero_point, bits)
+    assert codes == codes.round()
+    assert -(2 ** (bits - 1)) <= codes <= 2 ** (bits - 1) - 1
+    assert dequantize(codes, scale, zero_point, bits) == fake_quantize(x, scale, zero_point, bits)
+
+
+@given(low=st.floats(-50, 0), high=st.floats(0, 50), bits=st.integers(2, 8))
+def test_zero_is_exact_where_the_range_holds_it(low, high, bits):
+    grid = affine_grid(tensor(low), tensor(high), bits)
+    assert fake_quantize(tensor(0.0), *grid, bits) == 0
+
+
+def test_gradient_passes_everywhere_even_where_it_clips():
+    x = tensor([-9.0, 0.3, 9.0], requires_grad=True)
+    grid = affine_grid(tensor(-1.0), tensor(1.0), 3)
+    (straight_through(x, *grid, 3) * tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert x.grad.tolist() == [1, 2, 3]
+
+
+def test_channels_of_convolutions_and_transposed_ones():
+    weight = torch.arange(16.0).view(4, 2, 2)
+    low, high = channel_range(weight, Layout.ROWS)
+    assert low.flatten().tolist() == [0, 4, 8, 12]
+    assert high.flatten().tolist() == [3, 7, 11, 15]
+    # [I=4, O/g=2, k=2] in two groups: channel (g, j) is weight[2g:2g+2, j].
+    low, high = channel_range(weight, Layout.TRANSPOSED, groups=2)
+    assert low.shape == high.shape == (4, 2, 1)
+    assert low[:, :, 0].tolist() == [[0, 2], [0, 2], [8, 10], [8, 10]]
+    assert high[:, :, 0].tolist() == [[5, 7], [5, 7], [13, 15], [13, 15]]
+    factors = along_channels(tensor([1.0, 2.0, 3.0, 4.0]), weight, Layout.TRANSPOSED, 2)
+    assert factors[:, :, 0].tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
+
+
+@pytest.mark.parametrize("text", ["w4", "4", "w1a4", "w4a9", "a4w4", "w4a4x", ""])
+def test_bad_bits_say_what_is_wanted(text):
+    with pytest.raises(UsageError, match="w4a4"):
+        Bits.parse(text)
+
+
+def test_bits_read_and_write():
+    assert Bits.parse(" W3A8 ") == Bits(3, 8)
+    assert str(Bits(3, 8)) == "w3a8"

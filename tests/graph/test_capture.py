@@ -1,0 +1,209 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import networks
+from torch import nn
+
+from gdfq import UsageError
+from gdfq.graph import operators
+from gdfq.graph.capture import capture, tensors_of
+
+
+def test_captured_network_equals_the_module_for_any_batch(any_network):
+    captured = capture(any_network, networks.images(1))
+    assert captured.classes == networks.CLASSES
+    for count in (1, 2, 7):
+        x = networks.images(count, seed=count)
+        assert torch.allclose(captured.network(x), any_network(x), atol=1e-5)
+
+
+def test_the_module_is_left_as_it_is():
+    model = networks.make("Residual").train()
+    before = copy.deepcopy(model.state_dict())
+    captured = capture(model, networks.images(2))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    for tensor in tensors_of(captured.network).values():
+        tensor.add_(1)  # shares no memory with the module
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_batch_norms_of_every_kind_are_found():
+    counts = {
+        name: len(capture(networks.make(name), networks.images(1)).batch_norms)
+        for name in networks.NETWORKS
+    }
+    assert counts == {
+        "Residual": 2,
+        "Branches": 2,
+        "Shared": 2,
+        "Transposed": 2,
+        "Preactivation": 3,
+        "Standardised": 1,
+        "Awkward": 1,
+        "Borders": 1,
+        "Tokens": 1,
+        "Shuffled": 3,
+    }
+
+
+def test_an_activating_norm_keeps_its_activation():
+    captured = capture(networks.make("Standardised"), networks.images(1))
+    assert any(operators.is_rectifier(node) for node in captured.network.graph.nodes)
+
+
+def test_weight_standardisation_becomes_a_constant():
+    captured = capture(networks.make("Standardised"), networks.images(1))
+    (conv,) = (
+        n for n in captured.network.graph.nodes if operators.name_of(n) in operators.CONVOLUTIONS
+    )
+    assert conv.args[1].op == "get_attr"
+
+
+class Outputs(nn.Module):
+    def __init__(self, give):
+        super().__init__()
+        self.fc = nn.Linear(192, 5)
+        self.give = give
+
+    def forward(self, x):
+        return self.give(self.fc(x.flatten(1)))
+
+
+class ByValue(Outputs):
+    def forward(self, x):
+        return self.fc(x.flatten(1)) if x.sum() > 0 else -self.fc(x.flatten(1))
+
+
+class BatchOfTwo(Outputs):
+    def forward(self, x):
+        return (
+            self.fc(x.reshape(2, -1, 192).flatten(0, 1))
+            if x.shape[0] == 2
+            else self.fc(x.flatten(1))
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Outputs(lambda y: (y, "text")), "tuples, lists and dictionaries of tensors.*a str"),
+        (Outputs(lambda y: ()), "returned no tensor"),
+        (Outputs(lambda y: y / 0), "finite ones"),
+        (Outputs(lambda y: y[:, :0]), "nothing in it"),
+        (Outputs(lambda y: y.argmax(1)), r"tensor of floats.*returned \[2\]"),
+        (Outputs(lambda y: y.sum(0)), r"one entry for each image.*returned \[5\]"),
+        (Outputs(lambda y: F.dropout(y, 0.5, training=True)), "native_dropout"),
+        (Outputs(lambda y: torch.special.bessel_j0(y)), r"also uses aten\.special_bessel_j0"),
+        (ByValue(None), "traceable"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(model, message):
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        capture(model, networks.images(1))
+
+
+@pytest.mark.parametrize(
+    ("give", "classes"),
+    [
+        (lambda y: y, 5),
+        (lambda y: {"logits": y}, 5),
+        (lambda y: [y], 5),
+        (lambda y: y[:, :1], None),
+        (lambda y: y[:, :, None], None),
+        (lambda y: (y, y), None),
+    ],
+)
+def test_one_output_of_two_dimensions_and_two_columns_is_taken_for_logits(give, classes):
+    model = Outputs(give)
+    assert capture(model, networks.images(1)).classes == classes
+    assert capture(model, networks.images(1), classifier=False).classes is None
+    if classes is None:
+        with pytest.raises(UsageError, match="a classifier returns one tensor of logits"):
+            capture(model, networks.images(1), classifier=True)
+
+
+def test_outputs_come_in_the_order_of_the_network():
+    model = Outputs(lambda y: {"b": 2 * y, "a": [y, {"c": y + 1}]})
+    captured = capture(model, networks.images(1))
+    assert captured.outputs == {"b": 0, "a": [1, {"c": 2}]}
+    x = networks.images(3)
+    y = model.fc(x.flatten(1))
+    for got, wanted in zip(captured.network(x), (2 * y, y, y + 1), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+def test_wrong_input_shape_is_refused(residual):
+    with pytest.raises(UsageError, match="must accept an input of 1x8x8"):
+        capture(residual, torch.zeros(1, 1, 8, 8))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = networks.make("Residual")
+    with torch.no_grad():
+        model.conv1.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UsageError, match=r"conv1\.weight.*NaN"):
+        capture(model, networks.images(1))
+
+
+class Crossed(nn.Module):
+    """Attention between two sequences: its one weight is used in parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.query = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        return self.fc(self.attention(self.query(x), x, x, need_weights=False)[0].mean(1))
+
+
+def test_layers_are_named_by_their_modules():
+    """Also where a weight is computed or cut into parts; such parts are parameters as it is."""
+    captured = capture(Crossed().eval(), torch.zeros(1, 8, 2, 5))
+    layers = [n for n in captured.network.graph.nodes if operators.has_weight(n)]
+    assert [operators.layer_name(layer) for layer in layers] == [
+        *("query", "attention.in_proj", "attention.in_proj", "attention.out_proj", "fc")
+    ]
+    tensors = tensors_of(captured.network)
+    parts = [tensors[layer.args[1].target] for layer in layers[1:3]]
+    assert [tuple(part.shape) for part in parts] == [(8, 8), (16, 8)]
+    assert all(isinstance(part, nn.Parameter) for part in parts)
+
+    standardised = capture(networks.make("Standardised"), networks.images(1))
+    layers = filter(operators.has_weight, standardised.network.graph.nodes)
+    assert [operators.layer_name(layer) for layer in layers] == ["conv", "fc"]
+
+
+class Windows(nn.Module):
+    """Shifted windows with a mask that is filled in place, as torchvision's Swin has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        mask = x.new_zeros((4, 4))
+        for i, rows in enumerate(((0, 2), (2, 4))):
+            mask[rows[0] : rows[1], :] = i
+        mask = mask.flatten().unsqueeze(0) - mask.flatten().unsqueeze(1)
+        mask = mask.masked_fill(mask != 0, -100.0).masked_fill(mask == 0, 0.0)
+        return self.fc((x @ x.transpose(1, 2) + mask).softmax(-1).mean(1))
+
+
+def test_a_mask_of_fixed_size_becomes_a_constant():
+    model = Windows().eval()
+    captured = capture(model, torch.zeros(1, 3, 4, 4))
+    names = {operators.name_of(node) for node in captured.network.graph.nodes}
+    assert not any("fill" in name or "zeros" in name or "copy" in name for name in names)
+    x = networks.images(3, shape=(3, 4, 4))
+    assert torch.allclose(captured.network(x), model(x), atol=1e-6)

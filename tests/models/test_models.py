@@ -1,0 +1,409 @@
+"""Where networks come from: specs, weights, what a source says of its images, errors."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import networks, torchvision_shim
+from torch import nn
+
+import gdfq
+from gdfq.cli.app import _exit_code
+from gdfq.data.datasets import Preprocessing, Resize
+from gdfq.errors import UsageError
+from gdfq.graph.capture import capture
+from gdfq.models.registry import Loaded, hubs, load_model
+
+_OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+# --- what is given, else what is known
+
+
+def test_what_is_given_wins_over_what_is_known():
+    own = Preprocessing((0.1,) * 3, (0.2,) * 3, Resize(0.9, interpolation="bicubic"))
+    loaded = Loaded(nn.Identity(), (3, 8, 8), own)
+    assert loaded.input() == ((3, 8, 8), own)
+    shape, preprocessing = loaded.input((3, 9, 9), std=(0.5,) * 3)
+    assert shape == (3, 9, 9)
+    assert preprocessing == Preprocessing((0.1,) * 3, (0.5,) * 3, own.resize)
+    assert Loaded(nn.Identity()).input((1, 4, 4))[1] == Preprocessing((0.0,), (1.0,))
+    with pytest.raises(UsageError, match="--input 3x32x32"):
+        Loaded(nn.Identity()).input()
+    with pytest.raises(UsageError, match="each of the 1 input channels"):
+        loaded.input((1, 8, 8))
+
+
+# --- libraries: their answers, without them
+
+
+@pytest.fixture
+def fake_timm(monkeypatch):
+    """A timm that has one network, and notes how it is asked for it."""
+
+    def create_model(name, pretrained):
+        package.asked.append((name, pretrained))
+        if pretrained:
+            raise OSError("no route to host")
+        network = networks.Residual()
+        network.pretrained_cfg = {
+            "input_size": (3, 8, 8),
+            "crop_pct": 0.5,
+            "crop_mode": "squash",
+            "interpolation": "bicubic",
+            "mean": (0.5, 0.4, 0.3),
+            "std": (0.3, 0.2, 0.1),
+        }
+        return network
+
+    package = ModuleType("timm")
+    package.asked = []
+    package.create_model = create_model
+    package.is_model = lambda name: name == "residual"
+    hub = ModuleType("huggingface_hub")
+    hub.constants = SimpleNamespace(HF_HUB_OFFLINE=False, HF_HUB_CACHE="/cache/hub", ENDPOINT="x")
+    monkeypatch.setitem(sys.modules, "timm", package)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return package
+
+
+def test_a_library_gives_the_network_and_its_configuration(fake_timm, tmp_path):
+    loaded = load_model("timm:residual", "random")
+    assert (loaded.input_shape, loaded.preprocessing) == (
+        (3, 8, 8),
+        Preprocessing((0.5, 0.4, 0.3), (0.3, 0.2, 0.1), Resize(0.5, True, "bicubic")),
+    )
+    state = networks.make("Residual").state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    given = load_model("timm:residual", tmp_path / "w.safetensors").module
+    assert torch.equal(given.conv1.weight, state["conv1.weight"])
+    assert fake_timm.asked == [("residual", False)] * 2  # nothing was downloaded
+
+
+def test_random_weights_are_always_the_same_and_leave_the_global_state(fake_timm):
+    before = torch.random.get_rng_state()
+    first, second = (load_model("timm:residual", "random").module for _ in range(2))
+    assert torch.equal(first.conv1.weight, second.conv1.weight)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_out_of_reach_name_the_cache_and_the_way_out(fake_timm):
+    with pytest.raises(UsageError) as caught:
+        load_model("timm:residual")
+    for part in ("timm:residual", "/cache/hub", "no route to host", "--weights FILE"):
+        assert part in str(caught.value)
+    assert sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE is False  # as it was
+
+
+def test_unknown_names_are_refused(fake_timm):
+    with pytest.raises(UsageError, match="timm has no network 'residuum'"):
+        load_model("timm:residuum")
+
+
+@pytest.mark.parametrize("hub", hubs.HUBS)
+def test_an_absent_library_names_its_extra(hub, monkeypatch):
+    monkeypatch.setitem(sys.modules, hubs.HUBS[hub].library, None)
+    with pytest.raises(UsageError, match=rf"pip install 'gdfq\[{hub}\]'"):
+        load_model(f"{hub}:anything")
+
+
+def test_a_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('no torchvision::nms')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UsageError, match=r"no torchvision::nms.*one release and one build"):
+        load_model("torchvision:resnet18")
+
+
+def test_the_quantized_network_keeps_what_the_source_said(fake_timm, tmp_path, capsys):
+    """Neither --input, --mean nor --std is needed, and nothing warns of them."""
+    call = ["quantize", "timm:residual", "--weights", "random", "--recipe", "paper", "--no-onnx"]
+    assert _exit_code([*call, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    card = gdfq.load(tmp_path / "run").card
+    assert card.input_shape == (3, 8, 8)
+    assert card.preprocessing == load_model("timm:residual", "random").preprocessing
+
+
+def test_the_shape_must_be_given_when_nobody_knows_it(tmp_path, capsys):
+    (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
+    for command in ("quantize", "generate"):
+        call = [command, f"{tmp_path}/net.py:factory", "--out", str(tmp_path / command)]
+        assert _exit_code(call) == 2
+        assert "--input 3x32x32" in capsys.readouterr().err
+
+
+# --- what the libraries say, as they write it
+
+
+@pytest.mark.parametrize(
+    ("values", "shape", "resize"),
+    [
+        (  # ViT
+            {"size": {"height": 224, "width": 224}, "resample": 2},
+            (3, 224, 224),
+            Resize(1.0, True, "bilinear"),
+        ),
+        (  # MobileNetV2
+            {
+                "size": {"shortest_edge": 256},
+                "do_center_crop": True,
+                "crop_size": {"height": 224, "width": 224},
+                "resample": 2,
+            },
+            (3, 224, 224),
+            Resize(0.875, False, "bilinear"),
+        ),
+        (  # ResNet, ConvNeXt
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3},
+            (3, 224, 224),
+            Resize(0.875, False, "bicubic"),
+        ),
+        (
+            {"size": {"shortest_edge": 384}, "crop_pct": 0.875, "resample": 3},
+            (3, 384, 384),
+            Resize(1.0, True, "bicubic"),
+        ),
+    ],
+)
+def test_hugging_face_processors(values, shape, resize):
+    common = {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGENET[0],
+        "image_std": IMAGENET[1],
+    }
+    found, preprocessing = hubs._of_processor({**common, **values}, 3)
+    assert found == shape
+    assert preprocessing.mean == pytest.approx(IMAGENET[0])
+    assert preprocessing.std == pytest.approx(IMAGENET[1])
+    assert preprocessing.resize == resize
+
+
+def test_a_processor_may_scale_by_itself_or_not_normalise():
+    size = {"size": {"height": 8, "width": 8}, "do_rescale": True}
+    # pixels · 2/255, minus 1: as mean 0.5 and std 0.5 of pixels / 255
+    half = {"rescale_factor": 2 / 255, "do_normalize": True, "image_mean": [1], "image_std": [1]}
+    _, found = hubs._of_processor({**size, **half}, 1)
+    assert (found.mean, found.std) == (pytest.approx((0.5,)), pytest.approx((0.5,)))
+    _, found = hubs._of_processor({**size, "rescale_factor": 1 / 255}, 3)
+    assert (found.mean, found.std) == ((0, 0, 0), pytest.approx((1, 1, 1)))
+    flipped = {**size, "rescale_factor": 1 / 255, "do_flip_channel_order": True}
+    assert hubs._of_processor(flipped, 3) == ((3, 8, 8), None)
+    assert hubs._of_processor({}, 3) == (None, None)
+
+
+def test_torchvision_presets():
+    preset = SimpleNamespace(
+        crop_size=[224],
+        resize_size=[232],
+        mean=IMAGENET[0],
+        std=IMAGENET[1],
+        interpolation=SimpleNamespace(value="bilinear"),
+    )
+    shape, preprocessing = hubs._of_torchvision(preset)
+    assert shape == (3, 224, 224)
+    assert preprocessing == Preprocessing(*IMAGENET, Resize(224 / 232))
+    assert hubs._of_torchvision(SimpleNamespace()) == (None, None)  # detection
+
+
+# --- the libraries themselves, with random weights
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "classes", "resize"),
+    [
+        pytest.param(
+            *("timm:resnet18", (3, 224, 224), 1000, Resize(0.95, False, "bicubic")),
+            marks=pytest.mark.needs("timm"),
+        ),
+        pytest.param(
+            *("timm:mobilenetv3_small_050", (3, 224, 224), 1000, Resize(0.875, False, "bicubic")),
+            marks=pytest.mark.needs("timm"),
+        ),
+        pytest.param(
+            *("torchvision:mobilenet_v2", (3, 224, 224), 1000, Resize(224 / 232)),
+            marks=pytest.mark.needs("torchvision"),
+        ),
+        pytest.param(
+            *("ptcv:resnet20_cifar10", (3, 32, 32), 10, None),
+            marks=pytest.mark.needs("pytorchcv"),
+        ),
+    ],
+)
+def test_real_libraries(spec, shape, classes, resize):
+    loaded = load_model(spec, "random")
+    assert loaded.input_shape == shape
+    if resize is None:
+        assert loaded.preprocessing is None
+    else:
+        assert loaded.preprocessing == Preprocessing(*IMAGENET, resize)
+    with torch.no_grad():
+        assert loaded.module.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
+
+
+@pytest.mark.needs("pytorchcv")
+def test_a_librarys_network_is_captured():
+    loaded = load_model("ptcv:resnet20_cifar10", "random")
+    captured = capture(loaded.module, torch.zeros(1, *loaded.input_shape))
+    assert (captured.classes, len(captured.batch_norms)) == (10, 21)
+
+
+@pytest.mark.needs("transformers")
+def test_hugging_face_folders(tmp_path):
+    from transformers import AutoModelForImageClassification, ViTConfig
+
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+    )
+    saved = AutoModelForImageClassification.from_config(config).eval()
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(f"hf:{tmp_path}")
+    assert (loaded.input_shape, loaded.preprocessing) == ((3, 32, 32), None)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.module.eval()(images).logits, saved(images).logits)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+        )
+    )
+    # What the file leaves out has the defaults of its class.
+    assert load_model(f"hf:{tmp_path}").preprocessing == Preprocessing(
+        (0.5,) * 3, (0.5,) * 3, Resize(1.0, True, "bilinear")
+    )
+    # A network that was not trained to classify would get a random head.
+    state = saved.state_dict()
+    del state["classifier.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"lack classifier\.weight"):
+        load_model(f"hf:{tmp_path}")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(saved.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="safetensors"):
+        load_model(f"hf:{tmp_path}")
+
+
+class _Trap:
+    """Pickled code: a file appears when it is read carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.needs("torchvision")
+def test_cached_torchvision_weights_run_no_code(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.get_model_weights("mobilenet_v2").DEFAULT
+    file = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    torch.save({"features": _Trap(tmp_path / "trap")}, file)
+    with pytest.raises(UsageError, match="mobilenet_v2"):
+        load_model("torchvision:mobilenet_v2")
+    assert not (tmp_path / "trap").exists()
+    state = torchvision.models.mobilenet_v2().state_dict()
+    torch.save(state, file)
+    loaded = load_model("torchvision:mobilenet_v2").module  # from the cache
+    assert torch.equal(loaded.classifier[1].weight, state["classifier.1.weight"])
+
+
+@pytest.mark.needs("pytorchcv")
+def test_cached_pytorchcv_weights_run_no_code(tmp_path, monkeypatch):
+    from pytorchcv.models.common import model_store
+
+    file = tmp_path / "net.pth"
+    monkeypatch.setattr(model_store, "get_model_file", lambda *_, **__: str(file))
+    torch.save({"features": _Trap(tmp_path / "trap")}, file)
+    with pytest.raises(UsageError, match="without pickled code"):
+        load_model("ptcv:resnet20_cifar10")
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.needs("timm")
+def test_cached_timm_weights_are_found_without_network(tmp_path, monkeypatch):
+    import huggingface_hub
+    import timm
+
+    name = "mobilenetv3_small_050"
+    state = timm.create_model(name).state_dict()
+    snapshot = tmp_path / "models--timm--mobilenetv3_small_050.lamb_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    save_file(state, snapshot / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    loaded = load_model(f"timm:{name}").module
+    assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
+    with pytest.raises(UsageError, match=f"(?s){tmp_path}.*--weights FILE"):
+        load_model("timm:resnet18")
+
+
+# --- programs and files that are none
+
+
+def _program(path, network, batch=torch.export.Dim.DYNAMIC):
+    shapes = ({0: batch},) if batch else None
+    example = torch.zeros(2, *networks.SHAPE)
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
+    return str(path)
+
+
+def test_a_program_is_the_network_it_was(tmp_path, residual):
+    loaded = load_model(_program(tmp_path / "net.pt2", residual))
+    assert (loaded.input_shape, loaded.preprocessing) == (networks.SHAPE, None)
+    images = networks.images(3)
+    captured = capture(loaded.module, images[:1])
+    assert len(captured.batch_norms) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(captured.network(images), residual(images))
+
+
+def test_a_program_with_a_dictionary_of_outputs_keeps_it(tmp_path, residual):
+    class Two(nn.Module):
+        def forward(self, x):
+            return {"logits": residual(x), "twice": 2 * x}
+
+    images = networks.images(2)
+    output = load_model(_program(tmp_path / "net.pt2", Two().eval())).module(images)
+    assert torch.equal(output["twice"], 2 * images)
+
+
+def test_programs_that_cannot_be_used(tmp_path, residual):
+    with pytest.raises(UsageError, match="takes 2 alone"):
+        load_model(_program(tmp_path / "fixed.pt2", residual, batch=None))
+    with pytest.raises(UsageError, match=r"model\.eval\(\)"):
+        load_model(_program(tmp_path / "training.pt2", networks.Residual().train()))
+    (tmp_path / "not.pt2").write_bytes(b"no zip")
+    with pytest.raises(UsageError, match=r"torch\.export\.save"):
+        load_model(str(tmp_path / "not.pt2"))
+    with pytest.raises(UsageError, match=r"there is none at absent\.pt2"):
+        load_model("absent.pt2")
+
+
+def test_specs_that_name_no_network(tmp_path):
+    with pytest.raises(UsageError, match=r"ONNX files cannot be read.*\.pt2 file"):
+        load_model("net.onnx")
+    with pytest.raises(UsageError, match="timm:NAME"):
+        load_model("resnet18")
+    (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
+    with pytest.raises(UsageError, match="Leave --weights away"):
+        load_model(f"{tmp_path}/net.py:factory", "random")

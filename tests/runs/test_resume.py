@@ -1,0 +1,101 @@
+"""A run that was stopped goes on and ends with the same bits."""
+
+import pytest
+import torch
+from support import networks
+from test_pipeline import same, small, state
+
+import gdfq
+from gdfq import RECIPES
+from gdfq.execution.checkpoints import Checkpoints
+
+
+class StopError(Exception):
+    """Stands for whatever ends a run."""
+
+
+class Recorder:
+    """A listener that stops the run at its n-th call."""
+
+    def __init__(self, stop_at=None):
+        self.rows, self.calls, self.stop_at = [], 0, stop_at
+
+    def __call__(self, step):
+        losses = {name: float(value) for name, value in step.losses.items()}
+        self.rows.append((step.stage, step.index, step.total, losses))
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise StopError
+
+
+def told_once(rows):
+    """The rows without those of batches that were made again."""
+    found: list = []
+    for row in rows:
+        while found and found[-1][0] == row[0] and found[-1][1] >= row[1]:
+            found.pop()
+        found.append(row)
+    return found
+
+
+CASES = {
+    "fast": {"steps": 12},
+    "quick": {"steps": 12},
+    "patches": {"steps": 6},
+    "paper": {"steps": 12},
+    "paper-imagenet": {"steps": 12},
+    "paper-separate": {"steps": 8},
+    "paper-moving-statistics": {"steps": 8},
+    "genie": {"steps": 5},
+    "synq": {"steps": 8},
+    "round": {"steps": 8},
+    "zeroq": {"steps": 1},
+    "real": {"steps": 8},
+    "paper-real": {"steps": 8},
+    "auto": {"steps": 4},
+}
+
+
+def quantized(network, name, recorder, checkpoints=None):
+    options = dict(CASES[name])
+    if name in {"real", "paper-real"}:
+        options["data"] = (networks.images(24), torch.arange(24) % 5)
+    recipe = "fast" if name == "auto" else name
+    bits = "auto" if name == "auto" else "w4a4"
+    if name == "auto":
+        options["size"] = 40_000
+    return gdfq.quantize(
+        network,
+        networks.images(1),
+        bits,
+        small(RECIPES[recipe]),
+        seed=3,
+        listener=recorder,
+        checkpoints=checkpoints,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stopped_anywhere_it_ends_with_the_same_bits(name, teacher, tmp_path):
+    whole = Recorder()
+    expected = quantized(teacher, name, whole)
+    rows: list = []
+    stops = 0
+    for calls in range(4, 100, 4):  # a batch that was not finished is made again from its start
+        recorder = Recorder(stop_at=calls)
+        try:
+            got = quantized(teacher, name, recorder, Checkpoints(tmp_path))
+        except StopError:
+            stops += 1
+            rows += recorder.rows
+            continue
+        rows += recorder.rows
+        break
+    assert stops
+    assert same(state(expected.network), state(got.network))
+    assert torch.equal(expected.examples, got.examples)
+    assert expected.card == got.card
+    assert torch.equal(expected.witness.images, got.witness.images)
+    assert {**expected.metrics, "seconds": 0} == {**got.metrics, "seconds": 0}
+    assert told_once(rows) == whole.rows

@@ -1,0 +1,187 @@
+"""Networks without batch norms: attention in the graph, and images from the diversity of patches."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support import networks
+from torch import nn
+
+import gdfq
+from gdfq import UsageError, demo
+from gdfq.functional.grid import Bits
+from gdfq.functional.losses import patch_entropy
+from gdfq.graph import operators
+from gdfq.graph.capture import capture
+from gdfq.recipes import find_recipe
+from gdfq.sources.patches import PatchSource, patch_nodes, patches
+from gdfq.student.placement import activation_widths
+from gdfq.student.scheme import Scheme
+
+
+def transformer():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return networks.Transformer().eval()
+
+
+ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return capture(transformer(), ZEROS)
+
+
+def test_entropy_against_numpy():
+    draw = np.random.default_rng(0)
+    groups = draw.standard_normal((3, 5, 4))
+    entropies = []
+    for patches_ in groups:
+        unit = patches_ / np.linalg.norm(patches_, axis=1, keepdims=True)
+        pairs = [unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
+        points = np.linspace(-1.2, 1.2, 49)
+        density = np.mean(
+            [
+                np.exp(-0.5 * ((p - points) / 0.1) ** 2) / 0.1 / math.sqrt(2 * math.pi)
+                for p in pairs
+            ],
+            axis=0,
+        )
+        assert density.sum() * 0.05 == pytest.approx(1, abs=0.02)  # it is a density
+        entropies.append(-(density * np.log(density + 1e-300)).sum() * 0.05)
+    got = patch_entropy(torch.from_numpy(groups))
+    assert float(got) == pytest.approx(np.mean(entropies), rel=1e-6)
+
+
+def test_patches_that_look_alike_have_the_entropy_of_one_kernel():
+    alike = torch.ones(2, 6, 3)
+    one_kernel = math.log(0.1 * math.sqrt(2 * math.pi * math.e))
+    assert float(patch_entropy(alike)) == pytest.approx(one_kernel, abs=0.03)
+    assert patch_entropy(torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))) > 0
+
+
+class Masked(nn.Module):
+    """Attention in all the forms that the functional one has."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.project = nn.Linear(4, 8)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.project(x.flatten(2).transpose(1, 2)).unflatten(2, (2, 4)).transpose(1, 2)
+        options = dict(self.options)
+        key = x[:, :1] if options.get("enable_gqa") else x
+        return self.head(F.scaled_dot_product_attention(x, key, key, **options).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3},
+        {"is_causal": True},
+        {"attn_mask": torch.linspace(-1, 1, 36).view(6, 6)},
+        {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu()},
+        {"enable_gqa": True},
+    ],
+)
+def test_attention_is_written_as_two_products(options):
+    model = Masked(**options).eval()
+    x = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    captured = capture(model, x[:1])
+    with torch.no_grad():
+        assert torch.allclose(captured.network(x), model(x), atol=1e-6)
+    products = [
+        n for n in captured.network.graph.nodes if operators.name_of(n) in operators.PRODUCTS
+    ]
+    assert len(products) == 2
+
+
+def test_what_is_quantized_in_a_transformer(small):
+    widths = activation_widths(small, Scheme(Bits(4, 4), "full"))
+    names = {node.name: bits for node, bits in widths.items()}
+    # Per block: queries, keys and values (one layer's output) 8; the attention's weights, its
+    # output, what enters the layers, and GELU 4; what the residual path carries 8. Scores, norms
+    # and logits stay float.
+    assert {name: bits for name, bits in names.items() if "softmax" in name} == {
+        "softmax": 4,
+        "softmax_1": 4,
+    }
+    by_kind = {}
+    for name, bits in names.items():
+        by_kind.setdefault(name.rstrip("0123456789").rstrip("_"), set()).add(bits)
+    assert by_kind == {
+        "x": {8},
+        "conv2d": {8},
+        "linear": {8},
+        "expand": {8},
+        "cat": {8},
+        "add": {8},
+        "softmax": {4},
+        "matmul": {4},
+        "layer_norm": {4},
+        "gelu": {4},
+    }
+    products = [n for n in small.network.graph.nodes if operators.name_of(n) in operators.PRODUCTS]
+    scores = products[0::2]
+    assert not any(node in widths for node in scores)
+
+
+def test_patches_of_attentions_and_of_feature_maps(small):
+    nodes = patch_nodes(small.network.graph)
+    assert [operators.name_of(node) for node in nodes] == ["aten.matmul.default"] * 2
+    value = torch.randn(2, 4, 17, 8)
+    assert torch.equal(patches(nodes[0], value), value.flatten(0, 1))
+    residual = capture(networks.make("Residual"), networks.images(1))
+    (node, *_) = patch_nodes(residual.network.graph)
+    value = torch.randn(2, 8, 16, 16)
+    taken = patches(node, value)
+    assert taken.shape == (2, 64, 8)
+    assert torch.equal(taken[:, 1], value[:, :, 0, 4])
+
+
+def test_images_gain_entropy_and_keep_their_scale(small):
+    source = PatchSource(batch=8, iterations=30)
+    seen = []
+    (batch,) = source.stream(small, steps=1, seed=0, listener=lambda step: seen.append(step.losses))
+    assert float(seen[-1]["entropy"]) > float(seen[0]["entropy"]) + 0.1
+    assert batch.images.mean().abs() < 0.2
+    assert abs(float(batch.images.std()) - 1) < 0.3
+    assert batch.labels.tolist() == [0, 2, 4, 6, 8, 1, 3, 5]  # of ten classes, from all over
+    (again,) = source.stream(small, steps=1, seed=0)
+    assert torch.equal(again.images, batch.images)
+
+
+def test_what_has_no_patches_is_refused():
+    vectors = capture(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 6))
+    with pytest.raises(UsageError, match="diversity of patches needs"):
+        PatchSource().stream(vectors, steps=1, seed=0)
+    with pytest.raises(UsageError, match="this network has none"):
+        gdfq.quantize(transformer(), ZEROS, recipe="fast")
+
+
+def test_a_transformer_keeps_its_accuracy_at_eight_bits(tmp_path):
+    training, held_out = demo.load_digits()
+    recipe = find_recipe("patches").with_steps(60)
+    recipe = replace(recipe, source=replace(recipe.source, images=128))
+    quantized = gdfq.quantize(
+        networks.trained_transformer(demo.PREPROCESSING(training.images), training.labels),
+        ZEROS,
+        "w8a8",
+        recipe,
+        test=(held_out.images, held_out.labels),
+        mean=demo.PREPROCESSING.mean,
+        std=demo.PREPROCESSING.std,
+    )
+    full, low = (quantized.metrics[who]["top1"] for who in ("teacher", "student"))
+    assert full > 85
+    assert low > full - 0.5
+    quantized.save(tmp_path)
+    x = demo.PREPROCESSING(held_out.images[:20])
+    assert torch.equal(gdfq.load(tmp_path)(x), quantized(x))

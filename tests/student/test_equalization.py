@@ -1,0 +1,259 @@
+"""Channels brought to alike scales: the same function, and grids that suit it better."""
+
+import math
+
+import pytest
+import torch
+from support import networks
+from torch import nn
+
+import gdfq
+from gdfq.errors import UsageError
+from gdfq.execution.progress import silent
+from gdfq.functional.grid import Bits
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import capture, tensors_of
+from gdfq.quantizers.lsq import best_range, channel_steps
+from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
+from gdfq.student.equalization import channel_scales, rescaled
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
+
+T1 = Scheme(Bits(4, 4), "t1")
+FULL = Scheme(Bits(4, 4), "full")
+
+
+def equalize(teacher, scheme, images):
+    return rescaled(teacher, channel_scales(teacher, scheme, images))
+
+
+def changed(teacher, equalized):
+    """The tensors that are not those of the folded teacher."""
+    before, after = tensors_of(fold_batch_norms(teacher).network), tensors_of(equalized.network)
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("name", [*networks.NETWORKS, *networks.TASKS, "Transformer"])
+def test_the_function_stays(name):
+    shape = networks.shape_of(name)
+    teacher = capture(networks.make(name), networks.images(2, shape=shape))
+    images = networks.images(8, seed=2, shape=shape)
+    for scheme in (T1, FULL):
+        equalized = equalize(teacher, scheme, networks.images(16, seed=1, shape=shape))
+        wanted, got = teacher.network(images), equalized.network(images)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        if name in {"Residual", "Branches"}:
+            assert changed(teacher, equalized)
+
+
+class Chain(nn.Module):
+    """Two channels, the second four times the first, on their way through all that lets them."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 2, 1)
+        self.between = between
+        self.depthwise = nn.Conv2d(2, 2, 3, padding=1, groups=2)
+        self.last = nn.Conv2d(2, 3, 1)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([1.0, 4.0]).view(2, 1, 1, 1))
+            self.first.bias.copy_(torch.tensor([0.25, 1.0]))
+
+    def forward(self, x):
+        return self.last(self.depthwise(self.between(self.first(x).relu()))).mean((2, 3))
+
+
+def test_channels_get_the_roots_of_their_steps():
+    """The second channel's best step is four times the first's, so it ends twice as far."""
+    teacher = capture(Chain(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
+    images = networks.images(16, seed=1, shape=(1, 8, 8))
+    equalized = equalize(teacher, T1, images)
+    before, after = tensors_of(teacher.network), tensors_of(equalized.network)
+    scale = (before["first.weight"] / after["first.weight"]).flatten()
+    assert float(scale[1] / scale[0]) == pytest.approx(2, rel=1e-5)
+    activation = (before["first.weight"].view(1, 2, 1, 1) * images).add(
+        before["first.bias"].view(1, 2, 1, 1)
+    )
+    steps = [best_range(x.relu(), 4)[0] for x in (activation[:, 1], activation)]
+    assert float(scale[1]) == pytest.approx(math.sqrt(steps[0] / steps[1]), rel=0.03)
+    torch.testing.assert_close(after["first.bias"], before["first.bias"] / scale)
+    # A depthwise layer takes each factor back from its own channel; the last is as it was.
+    torch.testing.assert_close(
+        after["depthwise.weight"], before["depthwise.weight"] * scale.view(2, 1, 1, 1)
+    )
+    assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
+
+
+class Offset(nn.Module):
+    """Adds a constant to each channel, which no factor passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 8, 8).clone())
+
+    def forward(self, x):
+        return x + self.offset
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        *(nn.ReLU6(), nn.Hardswish(), nn.AdaptiveMaxPool2d(4, return_indices=True), nn.Sigmoid()),
+        *(Offset(), nn.InstanceNorm2d(2), nn.Softmax(1), nn.ConstantPad3d((0, 0, 0, 0, 1, -1), 0)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_channels_stay_where_factors_do_not_pass(between):
+    if isinstance(between, nn.AdaptiveMaxPool2d):
+        between = First(between)
+    teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
+    assert not changed(teacher, equalized)
+
+
+class First(nn.Module):
+    """The first of several outputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.Dropout(0.5)],
+    ids=lambda module: type(module).__name__,
+)
+def test_factors_pass_through(between):
+    teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
+    assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
+    images = networks.images(8, seed=2, shape=(1, 8, 8))
+    torch.testing.assert_close(equalized.network(images), teacher.network(images))
+
+
+class ChannelMean(nn.Module):
+    def forward(self, x):
+        return x.mean(1, keepdim=True)
+
+
+def unlike(*modules):
+    """A network whose first layer has channels of scales from 1/3 to 3, and random biases."""
+    torch.manual_seed(0)
+    first = modules[0]
+    with torch.no_grad():
+        factors = torch.logspace(-0.5, 0.5, len(first.bias))
+        first.weight.normal_().mul_(factors.view(-1, *[1] * (first.weight.ndim - 1)))
+        first.bias.normal_().mul_(factors)
+    return nn.Sequential(*modules).eval()
+
+
+def convolution(channels=8):
+    return nn.Conv2d(3, channels, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("modules", "shape", "scaled"),
+    [
+        ((nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), (6,), True),
+        ((nn.Linear(6, 9), nn.ReLU(), nn.AvgPool1d(3, 1, 1), nn.Linear(9, 4)), (6,), False),
+        ((nn.Linear(6, 9), nn.ReLU(), nn.MaxPool1d(3), nn.Linear(3, 4)), (6,), False),
+        ((convolution(), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=4)), (3, 8, 8), True),
+        ((convolution(), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, groups=2)), (3, 8, 8), True),
+        ((convolution(), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)), (3, 8, 8), False),
+        ((convolution(), nn.ReLU(), ChannelMean(), nn.Conv2d(1, 4, 1)), (3, 8, 8), False),
+        (
+            (convolution(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+            (3, 8, 8),
+            True,
+        ),
+    ],
+    ids=["linear", "average", "greatest", "groups", "transposed", "flat", "mean", "pooled"],
+)
+def test_only_what_keeps_channels_lets_factors_pass(modules, shape, scaled):
+    teacher = capture(unlike(*modules), networks.images(2, shape=shape))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=shape))
+    assert bool(changed(teacher, equalized)) == scaled
+    images = networks.images(8, seed=2, shape=shape)
+    torch.testing.assert_close(
+        equalized.network(images), teacher.network(images), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_weight_that_is_used_twice_stays_one():
+    teacher = capture(networks.make("Shared"), networks.images(2))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1))
+    assert not {name for name in changed(teacher, equalized) if name.startswith("conv.weight")}
+
+
+def test_a_weight_that_is_read_elsewhere_stays():
+    class Told(Chain):
+        def forward(self, x):
+            return super().forward(x) + self.depthwise.weight.square().sum()
+
+    teacher = capture(Told(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
+    equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
+    images = networks.images(8, seed=2, shape=(1, 8, 8))
+    torch.testing.assert_close(equalized.network(images), teacher.network(images))
+
+
+@pytest.mark.parametrize(("weight", "bias", "scale"), [(1.0, -100.0, 1), (1e-6, 0.0, 1 / 8)])
+def test_dead_channels_stay_and_faint_ones_have_a_bound(weight, bias, scale):
+    chain = Chain(nn.Identity())
+    with torch.no_grad():
+        chain.first.weight.copy_(torch.tensor([weight, 1.0]).view(2, 1, 1, 1))
+        chain.first.bias.copy_(torch.tensor([bias, 0.0]))
+    teacher = capture(chain.eval(), networks.images(2, shape=(1, 8, 8)))
+    scales = channel_scales(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
+    assert float(scales["relu"][0]) == pytest.approx(scale, rel=1e-5)
+
+
+def test_networks_of_unlike_channels_lose_less():
+    """The same functions with channels of scales from 1/30 to 30 are better at 4 bits."""
+    unlike, images = torch.logspace(-1.5, 1.5, 8), networks.images(64, seed=1)
+
+    @torch.no_grad()
+    def error(teacher, wanted):
+        student = build_student(teacher, T1, quantizers="learned")
+        calibrate_(student, [Batch(images, None, None)], steps=1, listener=silent)
+        return float((student(images) - wanted).square().mean() / wanted.square().mean())
+
+    ratios = []
+    for seed in range(9):
+        torch.manual_seed(seed)
+        network = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+        ).eval()
+        with torch.no_grad():
+            network[0].weight.normal_().mul_(unlike.view(-1, 1, 1, 1))
+            network[0].bias.mul_(unlike)
+            network[2].weight.normal_().div_(unlike.view(1, -1, 1, 1))
+            wanted = network(images)
+        teacher = capture(network, images[:2])
+        ratios.append(error(equalize(teacher, T1, images), wanted) / error(teacher, wanted))
+    assert sorted(ratios)[4] < 0.6
+
+
+def test_a_scheme_that_fits_no_layer_is_told_before_images_are_made():
+    heard = []
+    with pytest.raises(UsageError, match="nosuchlayer"):
+        gdfq.quantize(
+            networks.make("Residual"),
+            networks.images(1),
+            recipe="quick",
+            keep=["nosuchlayer=8"],
+            listener=heard.append,
+        )
+    assert not heard
+
+
+def test_steps_of_channels_are_those_of_each_alone():
+    x = networks.images(16, seed=3) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1)
+    alone = torch.stack([best_range(x[:, c], 4)[0] for c in range(3)])
+    torch.testing.assert_close(channel_steps(x, 4), alone, rtol=0.06, atol=0)

@@ -1,0 +1,127 @@
+"""What one process or several compute of one seed; `torchrun group_figures.py OUT` writes it."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.execution.distributed import Group, joined
+from gdfq.execution.progress import silent
+from gdfq.functional.grid import Bits
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import Captured, capture, flat_module, tensors_of
+from gdfq.optim import SgdConfig
+from gdfq.recipes import FAST, PAPER
+from gdfq.sources.generator import Conditioning, GeneratorSource
+from gdfq.sources.pixels import OptimisedSource
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
+from gdfq.sources.stream import Stream
+from gdfq.student.build import Student, build_student
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.distill import Distillation, tune_
+from support import networks
+
+STEPS = 50
+CONDITIONINGS: tuple[Conditioning, ...] = ("label-embedding", "conditional-batch-norm")
+POOL = ImagePool(SpectralSource(batch=8, iterations=4), images=40, batch=8)
+
+
+def figures(group: Group) -> dict[str, Any]:
+    teacher = capture(networks.make("Residual"), networks.images(1))
+    pool = POOL.stream(teacher, steps=STEPS, seed=1, group=group)
+    batches = list(pool)
+    folded = fold_batch_norms(teacher).network
+    perturbed = {name: nn.Parameter(1.1 * t + 0.02) for name, t in tensors_of(folded).items()}
+    float_student = Student(flat_module(folded.graph, perturbed)).requires_grad_(True)
+    quantized = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
+    paper = build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    moving = build_student(teacher, Scheme(Bits(4, 4), "t1"), fixed_statistics=False)
+    for student in (quantized, paper, moving):
+        calibrate_(student, batches[:2], steps=2, listener=silent)
+    config = Distillation(
+        SgdConfig(lr=1e-2), temperature=4.0, reduction="batch", features=1.0, difficulty=0.9
+    )
+    fast = replace(FAST.tuning, schedule=config.schedule)
+    return {
+        "pool": pool.images(),
+        "optimised": [
+            batch.images
+            for batch in OptimisedSource(batch=4, iterations=5).stream(
+                teacher, steps=3, seed=1, group=group
+            )
+        ],
+        "generators": {
+            kind: _generated(teacher, kind, torch.float32, 1, group) for kind in CONDITIONINGS
+        },
+        "long": {
+            kind: _generated(teacher, kind, torch.float64, STEPS, group) for kind in CONDITIONINGS
+        },
+        "float": _tuned(float_student, teacher, batches, config, group),
+        "quantized": _tuned(quantized, teacher, batches[:1], fast, group),
+        "paper": _tuned(paper, teacher, batches[:1], PAPER.tuning, group),
+        "moving": _tuned(
+            moving, teacher, batches[:1], replace(PAPER.tuning, fixed_statistics=False), group
+        ),
+    }
+
+
+def _generated(
+    teacher: Captured, kind: Conditioning, dtype: torch.dtype, steps: int, group: Group
+) -> dict[str, Any]:
+    teacher.network.to(dtype)
+    source = GeneratorSource(batch=16, conditioning=kind)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return _of_stream(source.stream(teacher, steps=steps, seed=1, group=group))
+    finally:
+        torch.set_default_dtype(usual)
+        teacher.network.to(usual)
+
+
+def _of_stream(stream: Stream) -> dict[str, Any]:
+    first = next(stream)
+    generator = stream._parts["generator"]
+    gradients = _flat(generator)
+    batches = [first, *stream]
+    return {
+        "images": first.images,
+        "logits": first.teacher_logits,
+        "gradients": gradients,
+        "losses": torch.tensor([[*map(float, batch.losses.values())] for batch in batches]),
+    }
+
+
+def _tuned(
+    student: Student, teacher: Captured, batches: list, config: Distillation, group: Group
+) -> dict[str, Any]:
+    gradients: list[Tensor] = []
+    losses: list[list[float]] = []
+
+    def note(step: Any) -> None:
+        if not losses:
+            gradients.append(_flat(student))
+        losses.append([float(value) for value in step.losses.values()])
+
+    tune_(
+        student, teacher, batches, config,
+        first_step=0, total_steps=len(batches), listener=note, group=group,
+    )  # fmt: skip
+    weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+    return {"gradients": gradients[0], "losses": torch.tensor(losses), "weights": weights}
+
+
+def _flat(module: nn.Module) -> Tensor:
+    """All gradients as one vector: some of its parts are 0 but for rounding."""
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+if __name__ == "__main__":
+    with joined(torch.device("cpu")) as group:
+        assert group.size > 1
+        torch.save(figures(group), Path(sys.argv[1]) / f"{group.rank}.pt")
