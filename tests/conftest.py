@@ -11,7 +11,7 @@ from hypothesis import settings
 from safetensors.torch import save_file
 from support import networks
 
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["quantize", f"{place}/net.py:factory", "--weights", f"{place}/w.safetensors"]
     words += ["--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3", "--recipe", "paper"]
     words += ["--steps", "12", "--test", f"{place}/test.npz", "--out", f"{place}/run"]
-    assert _exit_code(words) == 0
+    assert main(words) == 0
     return place / "run"
 
 
@@ -77,3 +77,33 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real networks and images of ../shared, which are not there")
     return SHARED
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a factory, its weights in several forms, and labelled images."""
+    (tmp_path / "net.py").write_text(
+        "from networks import Residual\n"
+        "def factory():\n    return Residual()\n"
+        "def broken():\n    raise RuntimeError('no disk')\n"
+        "def nothing():\n    return None\n"
+        "value = 3\n"
+    )
+    (tmp_path / "networks.py").write_text(Path(networks.__file__).read_text())
+    state = networks.make("Residual").state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pt")
+    prefixed = {
+        f"module.{name}": value
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    torch.save({"state_dict": prefixed, "epoch": 3}, tmp_path / "nested.pt")
+    images = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % networks.CLASSES)
+    np.savez(tmp_path / "far.npz", images=images, labels=np.arange(40))
+    np.savez(tmp_path / "bare.npz", images=images)
+    np.savez(
+        tmp_path / "wide.npz", images=np.zeros((4, 3, 8, 9), np.uint8), labels=np.zeros(4, int)
+    )
+    return tmp_path

@@ -1,5 +1,7 @@
 """`python -m gdfq`."""
 
-from gdfq.cli.app import main
+import sys
 
-main()
+from gdfq.cli import main
+
+sys.exit(main())

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from support import networks
-from test_cli import arguments, place  # noqa: F401 (a fixture)
+from support.command_line import arguments
 
 import gdfq
 from gdfq import UsageError
 from gdfq.analysis.bit_allocation import divergence, free_layers, sensitivities
 from gdfq.analysis.knapsack import allocate
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.deploy.export import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.functional.grid import Bits, fake_quantize
@@ -232,9 +232,9 @@ def test_what_cannot_be_chosen_is_refused(residual, options, message):
         gdfq.quantize(residual, networks.images(1), **{"recipe": SMALL, "steps": 4} | options)
 
 
-def test_the_command_line(place, capsys):  # noqa: F811
+def test_the_command_line(place, capsys):
     recipe = ["--recipe", "quick", "--no-onnx"]
-    assert _exit_code(arguments(place, *recipe, "--bits", "auto", "--size", "3.7KiB")) == 0
+    assert main(arguments(place, *recipe, "--bits", "auto", "--size", "3.7KiB")) == 0
     config, metrics = (
         json.loads((place / "out" / name).read_text()) for name in ("config.json", "metrics.json")
     )
@@ -258,8 +258,8 @@ def test_the_command_line(place, capsys):  # noqa: F811
         (["--bits", "auto", "--size", "3IB"], "as 300KB; got '3IB'"),
     ],
 )
-def test_bad_sizes_on_the_command_line(place, capsys, more, message):  # noqa: F811
-    assert _exit_code(arguments(place, *more)) == 2
+def test_bad_sizes_on_the_command_line(place, capsys, more, message):
+    assert main(arguments(place, *more)) == 2
     assert message in capsys.readouterr().err
 
 

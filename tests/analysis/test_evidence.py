@@ -9,9 +9,12 @@ import torch
 from support import networks
 
 import gdfq
+from gdfq.analysis import images
 from gdfq.analysis import observations as witness
+from gdfq.analysis import predictions as answers
+from gdfq.analysis import sensitivity as harm
 from gdfq.analysis.accuracy import Answers
-from gdfq.analysis.evidence import answers, gather, harm, images
+from gdfq.analysis.evidence import gather
 from gdfq.analysis.layers import BINS, measure_layers, saturation, sqnr
 from gdfq.data.datasets import ArrayData, Preprocessing
 from gdfq.functional import grid

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,58 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import networks
+from support.command_line import arguments
 
 import gdfq
-from gdfq.cli.app import _exit_code
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A folder with a factory, its weights in several forms, and labelled images."""
-    (tmp_path / "net.py").write_text(
-        "from networks import Residual\n"
-        "def factory():\n    return Residual()\n"
-        "def broken():\n    raise RuntimeError('no disk')\n"
-        "def nothing():\n    return None\n"
-        "value = 3\n"
-    )
-    (tmp_path / "networks.py").write_text((HERE / "networks.py").read_text())
-    state = networks.make("Residual").state_dict()
-    save_file(state, tmp_path / "w.safetensors")
-    torch.save(state, tmp_path / "w.pt")
-    prefixed = {
-        f"module.{name}": value
-        for name, value in state.items()
-        if not name.endswith("num_batches_tracked")
-    }
-    torch.save({"state_dict": prefixed, "epoch": 3}, tmp_path / "nested.pt")
-    images = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
-    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % networks.CLASSES)
-    np.savez(tmp_path / "far.npz", images=images, labels=np.arange(40))
-    np.savez(tmp_path / "bare.npz", images=images)
-    np.savez(
-        tmp_path / "wide.npz", images=np.zeros((4, 3, 8, 9), np.uint8), labels=np.zeros(4, int)
-    )
-    return tmp_path
-
-
-def arguments(
-    place, *more, model="factory", weights="w.safetensors", out="out", command="quantize"
-):
-    report = ["--no-report"] if command == "quantize" else []
-    return [
-        *(command, f"{place}/net.py:{model}", "--weights", f"{place}/{weights}"),
-        *("--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"),
-        *("--recipe", "paper", "--steps", "4", "--out", f"{place}/{out}", *report, *more),
-    ]
+from gdfq.cli import main
 
 
 def test_the_default_is_fast_and_deployable(place):
     words = arguments(place)
     at = words.index("--recipe")
-    assert _exit_code(words[:at] + words[at + 2 :]) == 0
+    assert main(words[:at] + words[at + 2 :]) == 0
     config = json.loads((place / "out" / "config.json").read_text())
     assert (config["recipe"]["name"], config["placement"]) == ("fast", "full")
     history = (place / "out" / "history.jsonl").read_text().splitlines()
@@ -75,7 +32,7 @@ def test_the_default_is_fast_and_deployable(place):
 
 def test_the_whole_run(place, capsys):
     test = ["--test", f"{place}/test.npz"]
-    assert _exit_code(arguments(place, "--bits", "w4a6", "--seed", "5", *test)) == 0
+    assert main(arguments(place, "--bits", "w4a6", "--seed", "5", *test)) == 0
     out = place / "out"
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
@@ -110,21 +67,21 @@ def test_the_whole_run(place, capsys):
     for name in ("net.py", "networks.py", "w.safetensors"):
         (place / name).unlink()
     assert gdfq.load(out).evaluate(place / "test.npz") == pytest.approx(metrics["student"]["top1"])
-    assert _exit_code(["evaluate", str(out), *test]) == 0
+    assert main(["evaluate", str(out), *test]) == 0
     assert f"top-1 {metrics['student']['top1']:.2f} %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weights", ["w.pt", "nested.pt"])
 def test_every_form_of_weights_gives_the_same_network(place, weights):
-    assert _exit_code(arguments(place, out="a")) == 0
-    assert _exit_code(arguments(place, weights=weights, out="b")) == 0
+    assert main(arguments(place, out="a")) == 0
+    assert main(arguments(place, weights=weights, out="b")) == 0
     a, b = ((place / run / "student.safetensors").read_bytes() for run in "ab")
     assert a == b
 
 
 def test_generate_writes_images_that_can_be_given_back(place):
     made = [*arguments(place, out="fakes", command="generate"), "--count", "10"]
-    assert _exit_code(made) == 0
+    assert main(made) == 0
     floats = np.load(place / "fakes" / "images.npy")
     assert floats.shape == (10, *networks.SHAPE)
     with np.load(place / "fakes" / "images.npz") as file:
@@ -132,15 +89,15 @@ def test_generate_writes_images_that_can_be_given_back(place):
         assert np.array_equal(file["images"], expected)
         assert file["labels"].shape == (10,)
     data = ["--recipe", "real", "--data", f"{place}/fakes/images.npz"]
-    assert _exit_code(arguments(place, *data)) == 0
-    assert _exit_code(made) == 2  # already there
+    assert main(arguments(place, *data)) == 0
+    assert main(made) == 2  # already there
 
 
 def test_absent_mean_and_std_are_said_loudly(place, capsys):
     call = arguments(place)
     for option in ("--mean", "--std"):
         del call[call.index(option) : call.index(option) + 2]
-    assert _exit_code(call) == 0
+    assert main(call) == 0
     assert "warning: no --mean and --std given" in capsys.readouterr().err
 
 
@@ -179,7 +136,7 @@ def broken_weights(place, change):
 def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message):
     if prepare is not None:
         prepare(place)
-    assert _exit_code(arguments(place, **call)) == 2
+    assert main(arguments(place, **call)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -188,7 +145,7 @@ def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message)
 
 def test_images_of_an_absent_network_leave_no_folder(place, capsys):
     call = ["generate", f"{place}/net.py:absent", "--input", "3x8x8", "--out", f"{place}/made"]
-    assert _exit_code(call) == 2
+    assert main(call) == 2
     assert "'absent' is not there" in capsys.readouterr().err
     assert not (place / "made").exists()
 
@@ -222,7 +179,7 @@ def test_bad_options(place, capsys, more, message):
     if "cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     more = [part.format(place=place) for part in more]
-    assert _exit_code(arguments(place, *more)) == 2
+    assert main(arguments(place, *more)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -232,34 +189,34 @@ def test_bad_options(place, capsys, more, message):
 def test_files_of_others_are_no_run(place, capsys):
     (place / "out").mkdir()
     (place / "out" / "metrics.json").write_text("{}")
-    assert _exit_code(arguments(place)) == 2
+    assert main(arguments(place)) == 2
     assert "has metrics.json. Choose another --out" in capsys.readouterr().err
     assert [path.name for path in (place / "out").iterdir()] == ["metrics.json"]
 
 
 def test_a_finished_run_is_never_overwritten(place, capsys):
-    assert _exit_code(arguments(place)) == 0
+    assert main(arguments(place)) == 0
     before = (place / "out" / "student.safetensors").read_bytes()
-    assert _exit_code(arguments(place, "--seed", "1")) == 2
+    assert main(arguments(place, "--seed", "1")) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (place / "out" / "student.safetensors").read_bytes() == before
 
 
 def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
     folder = place / "out"
-    assert _exit_code(arguments(place)) == 0
+    assert main(arguments(place)) == 0
     (folder / "metrics.json").unlink()
     for call in (["evaluate", "--test", f"{place}/test.npz"], ["export"], ["bench"]):
-        assert _exit_code([call[0], str(folder), *call[1:]]) == 2
+        assert main([call[0], str(folder), *call[1:]]) == 2
         assert "must have finished; the one in" in capsys.readouterr().err
     (folder / "student.safetensors").unlink()
     (folder / "config.json").unlink()
-    assert _exit_code(["evaluate", str(folder), "--test", f"{place}/test.npz"]) == 2
+    assert main(["evaluate", str(folder), "--test", f"{place}/test.npz"]) == 2
     assert "a run that has finished" in capsys.readouterr().err
     (folder / "student.onnx").unlink()
     (folder / "examples.npz").unlink()
     (folder / "history.jsonl").unlink()
-    assert _exit_code(arguments(place)) == 0
+    assert main(arguments(place)) == 0
 
 
 def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
@@ -267,7 +224,7 @@ def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
         return {"student": student[0].sum() * torch.nan}
 
     monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", diverge)
-    assert _exit_code(arguments(place)) == 1
+    assert main(arguments(place)) == 1
     assert "failed: the student's loss must stay finite" in capsys.readouterr().err
     assert not (place / "out" / "student.safetensors").exists()
 
@@ -276,7 +233,7 @@ def gdfq_process(*call):
     # A shell's background job ignores SIGINT and so would its child: put the handler back.
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from gdfq.cli.app import main; main(sys.argv[1:])"
+        "from gdfq.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", program, *call], stderr=subprocess.PIPE, text=True
@@ -300,13 +257,13 @@ def test_control_c_stops_cleanly(place):
 
 
 def test_help_and_version_do_not_import_torch(capsys):
-    probe = "import sys, gdfq.cli.app; sys.exit('torch' in sys.modules or gdfq.cli.app._exit_code(['-h']))"
+    probe = "import sys, gdfq.cli; sys.exit('torch' in sys.modules or gdfq.cli.main(['-h']))"
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
-    assert _exit_code(["--version"]) == 0
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"gdfq, version {gdfq.__version__}"
     for command in ("quantize", "evaluate", "report", "compare", "generate", "demo", "recipes"):
-        assert _exit_code([command, "--help"]) == 0
-    assert _exit_code(["recipes"]) == 0
+        assert main([command, "--help"]) == 0
+    assert main(["recipes"]) == 0
     assert "GDFQ as published for CIFAR" in capsys.readouterr().out
 
 
@@ -315,7 +272,7 @@ def test_files_of_others_are_not_touched(place, capsys):
     folder.mkdir()
     for name in ("config.json", "student.onnx"):
         (folder / name).write_text('{"mine": 1}')
-    assert _exit_code(arguments(place, out="project")) == 2
+    assert main(arguments(place, out="project")) == 2
     assert "has config.json, student.onnx" in capsys.readouterr().err
     assert (folder / "student.onnx").read_text() == '{"mine": 1}'
 
@@ -324,49 +281,47 @@ def test_a_factory_may_import_its_neighbours_late(place):
     (place / "late.py").write_text("def factory():\n    import net\n    return net.factory()\n")
     call = arguments(place)
     call[1] = f"{place}/late.py:factory"
-    assert _exit_code(call) == 0
+    assert main(call) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world"])
 def test_files_that_are_no_weights(place, capsys, content):
     (place / "bad.pt").write_bytes(content)
-    assert _exit_code(arguments(place, weights="bad.pt")) == 2
+    assert main(arguments(place, weights="bad.pt")) == 2
     assert "without pickled code" in capsys.readouterr().err
 
 
 def test_export_and_bench(place, capsys):
-    assert _exit_code(arguments(place, "--no-onnx")) == 0
+    assert main(arguments(place, "--no-onnx")) == 0
     out = place / "out"
     assert not (out / "student.onnx").exists()
-    assert _exit_code(["bench", str(out)]) == 2
+    assert main(["bench", str(out)]) == 2
     assert f"Make it with: gdfq export {out}" in capsys.readouterr().err
-    assert _exit_code(["export", str(out)]) == 0
+    assert main(["export", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{out / 'student.onnx'}, " in printed
     assert "100.0 % same answers on 32 extreme images" in printed
-    assert _exit_code(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
-    assert (
-        _exit_code(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
-    )
-    assert _exit_code(["bench", str(out), "--seconds", "0.01"]) == 0
+    assert main(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
+    assert main(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
+    assert main(["bench", str(out), "--seconds", "0.01"]) == 0
     table = capsys.readouterr().out
     assert "times smaller" in table
     assert table.count("full precision") == table.count("w4a4") == 5
     before = (out / "student.safetensors").read_bytes()
-    assert _exit_code(["export", str(out), "--format", "safetensors"]) == 2
+    assert main(["export", str(out), "--format", "safetensors"]) == 2
     assert "is the network itself" in capsys.readouterr().err
     assert (out / "student.safetensors").read_bytes() == before
-    assert _exit_code(["bench", f"{place}/new/net.safetensors"]) == 2
+    assert main(["bench", f"{place}/new/net.safetensors"]) == 2
     assert "the folder of a run, with student.onnx in it" in capsys.readouterr().err
     options = ["--raw-input", "--safe-x86"]
-    assert _exit_code(["export", str(out), *options]) == 0
+    assert main(["export", str(out), *options]) == 0
     assert "32 usual images" in capsys.readouterr().out
-    assert _exit_code(["bench", str(out), "--seconds", "0.01"]) == 0
+    assert main(["bench", str(out), "--seconds", "0.01"]) == 0
     model = onnx.load(out / "student.onnx")
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     model.doc_string = "changed"
     onnx.save(model, out / "student.onnx")
-    assert _exit_code(["bench", str(out)]) == 2
+    assert main(["bench", str(out)]) == 2
     assert "changed after it was written. Export it again" in capsys.readouterr().err
 
 
@@ -392,10 +347,10 @@ def _network(inputs, folder, outside=False):
 
 def test_bench_against_files_of_others(place, capsys):
     out = str(place / "out")
-    assert _exit_code(arguments(place)) == 0
+    assert main(arguments(place)) == 0
     file = _network([["N", 3, 8, 8]], place, outside=True)
     assert (place / "against.data").stat().st_size >= 4 * 3 * 64
-    assert _exit_code(["bench", out, "--against", file, "--seconds", "0.01"]) == 0
+    assert main(["bench", out, "--against", file, "--seconds", "0.01"]) == 0
     size = sum((place / name).stat().st_size for name in ("against.onnx", "against.data"))
     assert f"size      {size / 1024:.1f} KiB full precision" in capsys.readouterr().out
     for inputs in (
@@ -405,16 +360,16 @@ def test_bench_against_files_of_others(place, capsys):
         [["N", 3, 4, 4]],
     ):
         call = ["bench", out, "--against", _network(inputs, place), "--seconds", "0.01"]
-        assert _exit_code(call) == 2
+        assert main(call) == 2
         error = capsys.readouterr().err
         assert "must take one batch of images Nx3x8x8 of any size N" in error
     (place / "against.onnx").write_bytes(b"hello")
-    assert _exit_code(["bench", out, "--against", str(place / "against.onnx")]) == 2
+    assert main(["bench", out, "--against", str(place / "against.onnx")]) == 2
     assert "must be an ONNX model" in capsys.readouterr().err
 
 
 def test_a_run_says_what_its_export_was(place, capsys):
-    assert _exit_code(arguments(place)) == 0
+    assert main(arguments(place)) == 0
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     export = metrics["export"]
     assert export["bytes"] == (place / "out" / "student.onnx").stat().st_size
@@ -435,7 +390,7 @@ def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, 
         raise error
 
     monkeypatch.setattr(where, refuse)
-    assert _exit_code(arguments(place)) == 0
+    assert main(arguments(place)) == 0
     assert "no ONNX file was written" in capsys.readouterr().err
     assert "export" not in json.loads((place / "out" / "metrics.json").read_text())
     assert not (place / "out" / "student.onnx").exists()
@@ -443,7 +398,7 @@ def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, 
 
 
 def test_a_run_that_cannot_be_leaves_no_folder(place, capsys):
-    assert _exit_code(arguments(place, "--keep", "nowhere=8")) == 2
+    assert main(arguments(place, "--keep", "nowhere=8")) == 2
     shown = capsys.readouterr()
     assert "nowhere" in shown.err
     assert "network" not in shown.out
@@ -452,5 +407,5 @@ def test_a_run_that_cannot_be_leaves_no_folder(place, capsys):
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
 def test_seconds_are_numbers(seconds, place, capsys):
-    assert _exit_code(arguments(place, "--checkpoint-every", seconds)) == 2
+    assert main(arguments(place, "--checkpoint-every", seconds)) == 2
     assert "--checkpoint-every" in capsys.readouterr().err

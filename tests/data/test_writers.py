@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from support import networks
 
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.data.datasets import Preprocessing, load_data
 from gdfq.data.writers import ImageFiles
 from gdfq.errors import UsageError
@@ -76,8 +76,8 @@ def test_the_command_writes_a_folder_that_tunes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(networks.__file__.rpartition("/")[0])
     network = ["networks:Residual", "--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"]
     made = ["generate", *network, "--recipe", "zeroq", "--count", "5", "--png", "--out", "fakes"]
-    assert _exit_code(made) == 0
+    assert main(made) == 0
     assert len(list((tmp_path / "fakes" / "png").iterdir())) == networks.CLASSES
     assert len(list((tmp_path / "fakes" / "png").glob("*/*.png"))) == 5
     tuned = ["quantize", *network, "--recipe", "real", "--steps", "4", "--data", "fakes/png"]
-    assert _exit_code([*tuned, "--no-onnx", "--out", "run"]) == 0
+    assert main([*tuned, "--no-onnx", "--out", "run"]) == 0

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from support import networks
-from test_cli import arguments, place  # noqa: F401 (a fixture)
+from support.command_line import arguments
 from test_pipeline import same, small, state
 
 import gdfq
 from gdfq import RECIPES, GdfqError
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.errors import GdfqWarning
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.guards import told_of_shortage
@@ -215,7 +215,7 @@ def test_a_generator_that_learns_nothing_is_found_out(teacher, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
-def test_a_folder_that_fails_can_be_mended(place, capsys, monkeypatch, number):  # noqa: F811
+def test_a_folder_that_fails_can_be_mended(place, capsys, monkeypatch, number):
     """The disk is full, or the folder read-only or gone, from one row of history on."""
 
     class Failing(History):
@@ -226,23 +226,23 @@ def test_a_folder_that_fails_can_be_mended(place, capsys, monkeypatch, number): 
 
     with monkeypatch.context() as patch:
         patch.setattr("gdfq.cli.quantize.History", Failing)
-        assert _exit_code(arguments(place, "--steps", "8")) == 1
+        assert main(arguments(place, "--steps", "8")) == 1
     error = capsys.readouterr().err
     assert os.strerror(number) in error
     assert "mend it, then give the same command again" in error
     assert not (place / "out" / "student.safetensors").exists()
 
 
-def test_a_disk_that_is_full_at_the_end_loses_nothing(place, capsys, monkeypatch):  # noqa: F811
+def test_a_disk_that_is_full_at_the_end_loses_nothing(place, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     call = arguments(place, "--steps", "8")
     with monkeypatch.context() as patch:
         patch.setattr("gdfq.quantized.write_atomically", full)
-        assert _exit_code(call) == 1
+        assert main(call) == 1
     assert "No space left" in capsys.readouterr().err
     rows = (place / "out" / "history.jsonl").read_text()
-    assert _exit_code(call) == 0
+    assert main(call) == 0
     assert (place / "out" / "history.jsonl").read_text() == rows
     assert json.loads((place / "out" / "metrics.json").read_text())["steps"] == 8

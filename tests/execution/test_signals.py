@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import arguments, place  # noqa: F401 (a fixture)
+from support.command_line import arguments
 
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.execution.progress import History
 from gdfq.execution.signals import StoppedError, stoppable
 from gdfq.runs.folder import RunFolder
@@ -31,7 +31,7 @@ def stopped(monkeypatch, call, number, rows):
 
     with monkeypatch.context() as patch:
         patch.setattr("gdfq.cli.quantize.History", Signals)
-        return _exit_code(call)
+        return main(call)
 
 
 def metrics(folder):
@@ -40,9 +40,9 @@ def metrics(folder):
     return found
 
 
-def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):  # noqa: F811
+def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):
     more = ["--steps", "8", "--test", f"{place}/test.npz"]
-    assert _exit_code(arguments(place, *more, out="whole")) == 0
+    assert main(arguments(place, *more, out="whole")) == 0
     call, out = arguments(place, *more), place / "out"
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert stopped(monkeypatch, call, signal.SIGINT, 2) == 130
@@ -54,7 +54,7 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):  #
     assert stopped(monkeypatch, [*call, "--resume"], signal.SIGTERM, 3) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert _exit_code(call) == 0
+    assert main(call) == 0
     assert "goes on from its checkpoint" in capsys.readouterr().out
     for name in WHOLE:
         assert (out / name).read_bytes() == (place / "whole" / name).read_bytes(), name
@@ -62,34 +62,34 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):  #
     assert sorted(os.listdir(out)) == sorted(os.listdir(place / "whole"))
 
 
-def test_the_command_that_is_said_goes_on(place, capsys, monkeypatch):  # noqa: F811
+def test_the_command_that_is_said_goes_on(place, capsys, monkeypatch):
     """As a sweep writes it, with the model behind `--`."""
     command, model, *options = arguments(place)
     assert stopped(monkeypatch, [command, *options, "--", model], signal.SIGTERM, 2) == 143
     said = capsys.readouterr().err
     again = shlex.split(said.partition("with: gdfq ")[2].splitlines()[0])
-    assert _exit_code(again) == 0
+    assert main(again) == 0
     assert "goes on from its checkpoint" in capsys.readouterr().out
 
 
-def test_the_configuration_is_that_of_the_end(place, monkeypatch):  # noqa: F811
+def test_the_configuration_is_that_of_the_end(place, monkeypatch):
     assert stopped(monkeypatch, arguments(place), signal.SIGTERM, 2) == 143
-    assert _exit_code(arguments(place, "--test", f"{place}/test.npz")) == 0
+    assert main(arguments(place, "--test", f"{place}/test.npz")) == 0
     config = json.loads((place / "out" / "config.json").read_text())
     assert config["test"] == f"{place}/test.npz"
 
 
-def test_a_signal_during_the_export_is_not_lost(place, monkeypatch):  # noqa: F811
+def test_a_signal_during_the_export_is_not_lost(place, monkeypatch):
     def export(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("gdfq.cli.quantize.QuantizedNetwork.export", export)
-    assert _exit_code(arguments(place)) == 143
+    assert main(arguments(place)) == 143
     assert not (place / "out" / "metrics.json").exists()
 
 
-def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):  # noqa: F811
+def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):
     call = arguments(place)
     assert stopped(monkeypatch, call, signal.SIGTERM, 2) == 143
     before = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
@@ -99,20 +99,20 @@ def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):  # 
         (["--steps", "8"], "recipe.steps was 4 and is 8"),
         (["--mean", ".4,.5,.5"], "card.preprocessing.mean was [0.5, 0.5, 0.5] and is [0.4"),
     ):
-        assert _exit_code([*call, *more]) == 2
+        assert main([*call, *more]) == 2
         assert message in capsys.readouterr().err
     after = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
     assert after == before
 
 
-def test_there_must_be_something_to_go_on_with(place, capsys):  # noqa: F811
-    assert _exit_code(arguments(place, "--resume")) == 2
+def test_there_must_be_something_to_go_on_with(place, capsys):
+    assert main(arguments(place, "--resume")) == 2
     assert "out has none. Leave --resume away" in capsys.readouterr().err
 
 
-def test_a_folder_in_use_is_refused(place, capsys):  # noqa: F811
+def test_a_folder_in_use_is_refused(place, capsys):
     with RunFolder(place / "out"):
-        assert _exit_code(arguments(place)) == 2
+        assert main(arguments(place)) == 2
     assert "another one is using" in capsys.readouterr().err
     assert not (place / "out" / "config.json").exists()
 

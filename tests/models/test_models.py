@@ -11,11 +11,12 @@ from support import networks, torchvision_shim
 from torch import nn
 
 import gdfq
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.data.datasets import Preprocessing, Resize
 from gdfq.errors import UsageError
 from gdfq.graph.capture import capture
-from gdfq.models.registry import Loaded, hubs, load_model
+from gdfq.models import hubs
+from gdfq.models.registry import Loaded, load_model
 
 _OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 
@@ -124,7 +125,7 @@ def test_a_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
 def test_the_quantized_network_keeps_what_the_source_said(fake_timm, tmp_path, capsys):
     """Neither --input, --mean nor --std is needed, and nothing warns of them."""
     call = ["quantize", "timm:residual", "--weights", "random", "--recipe", "paper", "--no-onnx"]
-    assert _exit_code([*call, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
+    assert main([*call, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
     assert "warning" not in capsys.readouterr().err
     card = gdfq.load(tmp_path / "run").card
     assert card.input_shape == (3, 8, 8)
@@ -135,7 +136,7 @@ def test_the_shape_must_be_given_when_nobody_knows_it(tmp_path, capsys):
     (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
     for command in ("quantize", "generate"):
         call = [command, f"{tmp_path}/net.py:factory", "--out", str(tmp_path / command)]
-        assert _exit_code(call) == 2
+        assert main(call) == 2
         assert "--input 3x32x32" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gdfq
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.errors import UsageError
 from gdfq.report import figures
 from gdfq.report.alarms import (
@@ -489,7 +489,7 @@ def test_the_line_that_was_cut_off_is_left_out(run):
 def test_no_run_no_report(tmp_path, capsys):
     with pytest.raises(UsageError, match="a report is of the folder of a run"):
         gdfq.write_report(tmp_path)
-    assert _exit_code(["report", str(tmp_path / "nowhere")]) == 2
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "Give the folder that gdfq quantize wrote" in capsys.readouterr().err
 
 
@@ -556,7 +556,7 @@ def test_compare_names_what_it_cannot_read(run, tmp_path, capsys):
     (other / "metrics.json").unlink()
     page = tmp_path / "c.html"
     words = ["compare", str(run), str(other), str(tmp_path / "nowhere"), "--out", str(page)]
-    assert _exit_code(words) == 0
+    assert main(words) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "the run has not finished" in printed
     assert "nowhere is none" in printed
@@ -605,7 +605,7 @@ def test_the_terminal_shows_the_run(run, capsys):
 
 
 def test_bench_leaves_its_figures_in_the_run(run, undrawn):
-    assert _exit_code(["bench", str(run), "--seconds", "0.01"]) == 0
+    assert main(["bench", str(run), "--seconds", "0.01"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert {t["file"] for t in metrics["bench"]} == {"full precision", "w4a4"}
     assert re.search("times (as fast|slower)", str(page_of(run)))
@@ -634,6 +634,6 @@ def test_event_files_hold_losses_and_ranges(tmp_path):
 def test_absent_tensorboard_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gdfq.execution.tensorboard.find_spec", lambda _: None)
     words = ["quantize", "nowhere.py:net", "--out", str(tmp_path / "out"), "--tensorboard"]
-    assert _exit_code(words) == 2
+    assert main(words) == 2
     assert "pip install 'gdfq[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

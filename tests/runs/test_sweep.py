@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main
 from gdfq.errors import UsageError
 from gdfq.runs.sweep import Network, Sweep, read_sweep
 from gdfq.runs.sweep_runner import Row, run_sweep, table
@@ -184,7 +184,7 @@ def test_a_sweep_runs_records_a_failure_and_is_not_run_twice(place, capsys):
         steps: 1
         """
     file = written(place, grid)
-    assert _exit_code(["sweep", str(file), "--jobs", "2"]) == 1
+    assert main(["sweep", str(file), "--jobs", "2"]) == 1
     said = capsys.readouterr()
     assert "1 of 2 runs" in said.err
     assert "no such weights here" in said.err
@@ -205,7 +205,7 @@ def test_a_sweep_runs_records_a_failure_and_is_not_run_twice(place, capsys):
         (place / "sweep" / row["folder"] / "metrics.json").stat().st_mtime for row in rows[1:]
     ]
     only_sound = written(place, grid.replace("net.py:broken", "net.py:small"))
-    assert _exit_code(["sweep", str(only_sound), "--jobs", "2"]) == 0
+    assert main(["sweep", str(only_sound), "--jobs", "2"]) == 0
     assert stamps == [
         (place / "sweep" / row["folder"] / "metrics.json").stat().st_mtime for row in rows[1:]
     ]
@@ -234,7 +234,7 @@ def test_a_sweep_that_was_ended_goes_on(place):
     rows = json.loads((place / "sweep" / "sweep.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["waiting"]
     (place / "go").touch()
-    assert _exit_code(command[3:]) == 0
+    assert main(command[3:]) == 0
     rows = json.loads((place / "sweep" / "sweep.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["finished"]
 

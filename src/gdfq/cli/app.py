@@ -423,13 +423,9 @@ def demo_command(out: Path) -> None:
     demo(out)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 success, 1 failure, 2 bad use, 130 interrupted."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns 0 for success, 1 failure, 2 wrong usage, 130 interrupted."""
     keep_freed_memory_()
-    sys.exit(_exit_code(arguments))
-
-
-def _exit_code(arguments: list[str] | None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("always", GdfqWarning)
         warnings.showwarning = _shown(warnings.showwarning)

@@ -1,0 +1,12 @@
+"""Command lines on the networks of the fixture `place`."""
+
+
+def arguments(
+    place, *more, model="factory", weights="w.safetensors", out="out", command="quantize"
+):
+    report = ["--no-report"] if command == "quantize" else []
+    return [
+        *(command, f"{place}/net.py:{model}", "--weights", f"{place}/{weights}"),
+        *("--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"),
+        *("--recipe", "paper", "--steps", "4", "--out", f"{place}/{out}", *report, *more),
+    ]
