@@ -22,14 +22,14 @@ INTRODUCTION = """# Benchmarks
 Written by `python benchmarks/tables.py` from the files under `benchmarks/results`; do not edit.
 Accuracies are top-1 in percent at the *last* step; no run selects anything by them. The even half
 of the development networks' test images is what the design of `fast` looked at
-([recipes.md](recipes.md)); the odd half is not.
+([research](research/index.md)); the odd half is not.
 """
 
 READING = """
 *Development networks* are marked with an asterisk: hyper-parameters were chosen on their
 even-indexed images (with seed 100), so read the odd half. ResNet-56 showed mistakes of the images, and
 MobileNetV1 (both with seed 100) how many images of how many iterations it needs, when not to shift them, that channels are worth
-equalizing, and that images should be optimised further ([recipes.md](recipes.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
+equalizing, and that images should be optimised further ([research](research/index.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
 Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
 was also busy, but for the runs on two threads with nothing else running, which are named; the images' share is
 charged to every row that uses them. How busy it was differed, and so did the
