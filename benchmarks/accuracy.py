@@ -39,9 +39,11 @@ from torch import Tensor
 
 import gdfq
 from gdfq.analysis.accuracy import logits_of
-from gdfq.data.datasets import ArrayData, ImageData, Preprocessing, load_data
+from gdfq.data.datasets import ArrayData, ImageData, load_data
+from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.context import Context
+from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
-from gdfq.execution.progress import Terminal
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
@@ -128,7 +130,7 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> t
     if not settings.exists() or settings.read_text().partition("\n")[0] != made_by:
         started = time.perf_counter()
         images, labels = collect(
-            pool.source, teacher, pool.images, seed=row.seed, listener=listener
+            pool.source, teacher, pool.images, context=Context(seed=row.seed, listener=listener)
         )
         seconds = time.perf_counter() - started
         save_file({"images": images.contiguous(), "labels": labels}, path)
@@ -262,7 +264,7 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
         started = time.perf_counter()
         scheme = Scheme(Bits.parse(row.bits), recipe.placement)
         student, _ = quantize_captured(
-            teacher, scheme, recipe, source, seed=row.seed, listener=listener
+            teacher, scheme, recipe, source, context=Context(seed=row.seed, listener=listener)
         )
     seconds = {"images": made, "student": time.perf_counter() - started}
     images = source.images if isinstance(source, ImagePool) else recipe.steps * source.batch

@@ -28,8 +28,9 @@ from gdfq.data.datasets import load_data
 from gdfq.deploy.card import Card
 from gdfq.deploy.export import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.execution.context import Context
+from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
-from gdfq.execution.progress import Terminal
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
@@ -53,7 +54,7 @@ def run(
     network = NETWORKS[name]
     started = time.perf_counter()
     student, _ = quantize_captured(
-        teacher, scheme, recipe, recipe.source, seed=seed, listener=listener
+        teacher, scheme, recipe, recipe.source, context=Context(seed=seed, listener=listener)
     )
     seconds = time.perf_counter() - started
     card = card_of(name, teacher, scheme, recipe, seed)

@@ -62,7 +62,8 @@ from mutations import (
 from torch import nn
 
 from gdfq.cli.app import _Numbers, _Shape, _Size
-from gdfq.data.datasets import Preprocessing, load_data
+from gdfq.data.datasets import load_data
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.benchmark import side_by_side, size_of
 from gdfq.deploy.safetensors import STUDENT_FILE

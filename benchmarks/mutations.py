@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import fx, nn
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
 from gdfq.deploy.safetensors import STUDENT_FILE

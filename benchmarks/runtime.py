@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 import gdfq
 from gdfq.analysis.accuracy import logits_of
-from gdfq.data.datasets import Preprocessing, load_data
+from gdfq.data.datasets import load_data
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.benchmark import side_by_side
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.runtimes import onnx_runner
-from gdfq.execution.progress import Terminal
+from gdfq.execution.listeners import Terminal
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture
 from gdfq.models.registry import load_weights_

@@ -40,7 +40,6 @@ from zoo import of_tests
 
 from gdfq.errors import UsageError
 from gdfq.execution.malloc import keep_freed_memory_
-from gdfq.execution.progress import silent
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
@@ -125,16 +124,16 @@ def measured(spec: str) -> dict[str, Any]:
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (BATCH,), generator=random)
     teacher = capture(plain, images[:1])
-    batch = Batch(images, labels, teacher.network(images))
+    batch = Batch((images,), labels, teacher.network(images))
     student = build_student(teacher, Scheme(Bits(4, 4), FAST.placement), quantizers="learned")
-    calibrate_(student, [batch], steps=1, listener=silent)
+    calibrate_(student, [batch], steps=1)
     plain.to(memory_format=torch.channels_last)
 
     # With the teacher's logits known and the cross-entropy alone, tuning asks the student only.
     alone = replace(FAST.tuning, cross_entropy=1.0, distillation=0.0, features=0.0)
 
     def tuning(config: Distillation) -> None:
-        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, listener=silent)
+        tune_(student, teacher, [batch], config, first_step=0, total_steps=1)
 
     steps: dict[str, Step] = {
         "float": training_step(plain, images, labels),

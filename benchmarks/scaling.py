@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from networks import cifar10_resnet20
 
+from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group, joined
-from gdfq.execution.progress import Step, silent
+from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
@@ -45,7 +46,7 @@ def work(group: Group) -> dict[str, float]:
     teacher = capture(cifar10_resnet20(), torch.zeros(1, 3, 32, 32))
     images = torch.randn(100, 3, 32, 32, generator=stream(0, "scaling"))
     batch = Batch(
-        images.contiguous(memory_format=torch.channels_last), torch.arange(100) % 10, None
+        (images.contiguous(memory_format=torch.channels_last),), torch.arange(100) % 10, None
     )
     spectral = replace(FAST.source.source, iterations=ITERATIONS)
 
@@ -53,7 +54,7 @@ def work(group: Group) -> dict[str, float]:
         student = build_student(
             teacher, Scheme(Bits(4, 4), placement), quantizers=recipe.quantizers
         )
-        calibrate_(student, [batch], steps=1, listener=silent)
+        calibrate_(student, [batch], steps=1)
         ended: list[float] = []
 
         def note(_: Step) -> None:
@@ -66,16 +67,15 @@ def work(group: Group) -> dict[str, float]:
             recipe.tuning,
             first_step=0,
             total_steps=STEPS,
-            listener=note,
-            group=group,
+            context=Context(listener=note, group=group),
         )
         return (ended[-1] - ended[0]) / (STEPS - 1)
 
     group.wait()
     started = time.perf_counter()
-    list(spectral.stream(teacher, steps=BATCHES, seed=0, group=group))
+    list(spectral.stream(teacher, steps=BATCHES, context=Context(group=group)))
     made = time.perf_counter() - started
-    generated = PAPER.source.stream(teacher, steps=STEPS, seed=0, group=group)
+    generated = PAPER.source.stream(teacher, steps=STEPS, context=Context(group=group))
     return {
         f"{BATCHES} batches of images": made,
         "step of fast": tuned([batch] * STEPS, FAST, "full"),

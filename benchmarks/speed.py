@@ -24,7 +24,6 @@ from scale import main as measure_scale
 from timing import measure
 from torch import Tensor
 
-from gdfq.execution.progress import silent
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.functional.losses import batch_norm_statistics_loss
@@ -123,8 +122,8 @@ def main() -> None:
     )
     student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
     logits = teacher.network(images)
-    batch = Batch(images, labels, logits)
-    calibrate_(student, [batch], steps=1, listener=silent)
+    batch = Batch((images,), labels, logits)
+    calibrate_(student, [batch], steps=1)
     tuning = PAPER.tuning
 
     def plain_loss() -> Tensor:
@@ -144,28 +143,25 @@ def main() -> None:
         generator.zero_grad()
 
     def tune_once() -> None:
-        tune_(student, teacher, [batch], tuning, first_step=0, total_steps=1, listener=silent)
+        tune_(student, teacher, [batch], tuning, first_step=0, total_steps=1)
 
     learner = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers="learned")
-    calibrate_(learner, [batch], steps=1, listener=silent)
+    calibrate_(learner, [batch], steps=1)
 
     def five_fast_updates() -> None:
-        batches = [Batch(images, labels, None)] * 5
-        tune_(learner, teacher, batches, FAST.tuning, first_step=0, total_steps=5, listener=silent)
+        batches = [Batch((images,), labels, None)] * 5
+        tune_(learner, teacher, batches, FAST.tuning, first_step=0, total_steps=5)
 
     spectral = replace(FAST.source.source, batch=options.batch, iterations=5)
 
     def five_spectral_iterations() -> None:
-        next(spectral.stream(teacher, steps=1, seed=0))
+        next(spectral.stream(teacher, steps=1))
 
     config = replace(PAPER.source, batch=options.batch)
-    source = config.stream(teacher, steps=10**6, seed=0)
+    source = config.stream(teacher, steps=10**6)
 
     def whole_step() -> None:
-        tune_(
-            student, teacher, islice(source, 1), tuning,
-            first_step=0, total_steps=1, listener=silent,
-        )  # fmt: skip
+        tune_(student, teacher, islice(source, 1), tuning, first_step=0, total_steps=1)  # fmt: skip
 
     float_model = cifar10_resnet20().train().to(memory_format=torch.channels_last)
     float_optimizer = tuning.optimizer.build(float_model)

@@ -14,6 +14,7 @@ from zoo import of_tests
 
 import gdfq
 from gdfq import demo
+from gdfq.execution.context import Context
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
 
@@ -28,7 +29,7 @@ def main() -> None:
     teacher = capture(model, example)
     recipe = find_recipe("patches").with_steps(60)
     pool = replace(recipe.source, images=128)  # type: ignore[type-var]
-    pools = {seed: pool.made(teacher, seed=seed)[0] for seed in SEEDS}
+    pools = {seed: pool.made(teacher, context=Context(seed=seed))[0] for seed in SEEDS}
     print("| widths | full precision | top-1 by seed | mean |\n| --- | --- | --- | --- |")
     for bits in ("w8a8", "w4a8", "w4a4"):
         found = []

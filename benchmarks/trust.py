@@ -28,11 +28,13 @@ from gdfq import demo
 from gdfq.analysis.accuracy import logits_of
 from gdfq.analysis.accuracy_drop import LAW, Law, comparable, judged, mixed
 from gdfq.analysis.accuracy_drop import made as spectral_images
-from gdfq.data.datasets import ArrayData, ImageData, Preprocessing, load_data
+from gdfq.data.datasets import ArrayData, ImageData, load_data
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
+from gdfq.execution.context import Context
+from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
-from gdfq.execution.progress import Terminal
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
@@ -205,7 +207,11 @@ def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
         with Terminal() as listener:
             recipe, _ = stored(recipe, teacher, run, listener)  # type: ignore[arg-type]
             student, _ = quantize_captured(
-                teacher, scheme, recipe, recipe.source, seed=run.seed, listener=listener
+                teacher,
+                scheme,
+                recipe,
+                recipe.source,
+                context=Context(seed=run.seed, listener=listener),
             )
         card = Card(
             teacher.input_shape, teacher.classes, teacher.outputs, shapes(run.network)[1],

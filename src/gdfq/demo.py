@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.execution.seeding import stream
 from gdfq.recipes import PAPER, find_recipe

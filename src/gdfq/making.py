@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import find_device
+from gdfq.execution.context import Context
+from gdfq.execution.precision import find_device
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import check_seed
 from gdfq.execution.tracing import beside_no_tracing, giving_way
@@ -39,7 +40,7 @@ def generate(
         raise UsageError(f"count must be at least 1; got {count}.")
     check_seed(seed)
     recipe = find_recipe(recipe)
-    listener = giving_way(listener)
+    context = Context(seed=seed, listener=giving_way(listener))
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))
@@ -50,14 +51,14 @@ def generate(
                 f"got steps={steps}. Leave steps away; it is for generators that learn."
             )
         made = recipe.source.fitted(teacher.input_shape).source
-        images, labels = collect(made, teacher, count, seed=seed, listener=listener)
+        images, labels = collect(made, teacher, count, context=context)
         return images.cpu(), None if labels is None else labels.cpu()
     needed = -(-count // recipe.source.batch)
     total = max(recipe.steps if steps is None else steps, needed)
     kept: list[Batch] = []
-    stream = recipe.source.stream(teacher, steps=total, seed=seed, listener=listener)
+    stream = recipe.source.stream(teacher, steps=total, context=context)
     for step, batch in enumerate(stream, start=1):
-        listener(Step("generate", step, total, batch.losses))
+        context.listener(Step("generate", step, total, batch.losses))
         if step > total - needed:
             kept.append(batch)
     images, labels = first_images(count, kept)

@@ -13,19 +13,23 @@ from torch import Tensor, fx, nn
 from gdfq.analysis.accuracy import LABELS, output_errors
 from gdfq.analysis.bit_allocation import choose_widths, file_sizes, parse_bits
 from gdfq.analysis.observations import Tested, Witness
-from gdfq.data.datasets import ImageData, Preprocessing, Resize, load_data, summary_of
+from gdfq.data.datasets import ImageData, load_data, summary_of
+from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.deploy.card import Card
 from gdfq.deploy.export import metadata_of
 from gdfq.errors import GdfqWarning, UsageError
-from gdfq.execution.checkpoints import Checkpoints, Keeper, Unkept
-from gdfq.execution.distributed import ALONE, Group, find_device
+from gdfq.execution.checkpointer import Checkpointer, NullCheckpointer
+from gdfq.execution.checkpoints import Checkpoints
+from gdfq.execution.context import Context
+from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import told_of_shortage
+from gdfq.execution.precision import Precision, find_device
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import check_seed
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.execution.stopwatch import Clock
 from gdfq.execution.tracing import beside_no_tracing, giving_way
-from gdfq.files.states import Noted, name_of
+from gdfq.files.states import Results, name_of
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture, tensors_of
 from gdfq.graph.outputs import in_order, output_names
@@ -68,6 +72,7 @@ def quantize(
     classifier: bool | None = None,
     listener: Listener = silent,
     checkpoints: str | Path | Checkpoints | None = None,
+    precision: Precision = "float32",
     group: Group = ALONE,
 ) -> QuantizedNetwork:
     """Quantize a trained network; without `data` no real image is used.
@@ -97,10 +102,10 @@ def quantize(
     checkpoints: a folder that the run writes its state into about once a minute, and whenever the
         listener raises. The same call with a folder that has one goes on from there, and ends with
         the same bits. It stays when the run has finished; while one run uses it another is refused.
-    group: what the run is computed with: `gdfq.execution.distributed.Group("bfloat16")` for less
-    precision, or
-        the processes that do it together (`gdfq.execution.distributed.joined`), all of which call
-        this alike; the first alone measures on `test` and writes checkpoints.
+    precision: "bfloat16" for less precision of the products in layers while images are made and
+        the student is tuned.
+    group: the processes that do it together (`gdfq.execution.distributed.joined`), all of which
+        call this alike; the first alone measures on `test` and writes checkpoints.
 
     Raises UsageError for input that cannot be used, GdfqError for a run that fails.
     """
@@ -110,7 +115,7 @@ def quantize(
     check_seed(seed)
     clock = Clock()
 
-    keeper: Keeper = Unkept()
+    keeper: Checkpointer = NullCheckpointer()
     if checkpoints is not None:
         keeper = Checkpoints.of(checkpoints, writes=group.rank == 0)
     if not isinstance(model, Captured):
@@ -138,11 +143,18 @@ def quantize(
         keep=tuple(keep),
     )
     scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
-    run = _Run(teacher, recipe, source, scheme, card, size, held_out, group)
+    run = _Run(teacher, recipe, source, scheme, card, size, held_out)
     with keeper:
-        keeper.begin(*_identity(run, given))
+        context = Context(
+            seed=seed,
+            listener=giving_way(keeper.listening(listener)),
+            group=group,
+            checkpointer=keeper,
+            precision=precision,
+        )
+        keeper.begin(*_identity(run, given, context))
         group.wait()  # nothing is written before all have read
-        return _carried_out(run, keeper, clock, listener)
+        return _carried_out(run, clock, context)
 
 
 def load_test(test: Data, teacher: Captured, resize: Resize) -> ImageData:
@@ -164,23 +176,26 @@ class _Run:
     card: Card
     size: int | None
     held_out: ImageData | None
-    group: Group
 
 
-def _carried_out(run: _Run, keeper: Keeper, clock: Clock, listener: Listener) -> QuantizedNetwork:
+def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
     """All stages, each of which goes on where the keeper's parts are."""
-    teacher, recipe, group = run.teacher, run.recipe, run.group
+    teacher, recipe, group = run.teacher, run.recipe, context.group
+    keeper, listener = context.checkpointer, context.listener
     scheme, card = run.scheme, run.card
-    listener = giving_way(keeper.listening(listener))
-    keeper.hold("clock", clock)
-    origin = keeper.hold("origin", Noted(seed=card.seed))
+    keeper.register("clock", clock)
+    origin = keeper.register("origin", Results(seed=card.seed))
     if recipe.tuning is not None:
         group.check_batch(run.source.batch, f"recipe {recipe.name}")
-    stream = partial(run.source.stream, teacher, steps=recipe.steps, listener=listener, group=group)
-    feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
+
+    def from_seed(seed: int) -> Context:
+        return replace(context, seed=seed)
+
+    stream = partial(run.source.stream, teacher, steps=recipe.steps)
+    feed = keeper.register("feed", Feed(stream(context=from_seed(origin["seed"])), teacher.device))
     metrics: dict[str, Any] = {}
     if run.size is not None:
-        chosen = keeper.hold("allocation", Noted())
+        chosen = keeper.register("allocation", Results())
         if not chosen:
             chosen.update(_allocated(teacher, scheme, feed.stream, run.size, card, listener))
             clock.lap("allocate")
@@ -194,20 +209,19 @@ def _carried_out(run: _Run, keeper: Keeper, clock: Clock, listener: Listener) ->
         teacher,
         scheme,
         recipe,
-        listener=listener,
         lap=clock.lap,
-        keeper=keeper,
-        group=group,
     )
     network: fx.GraphModule | None = None
     while network is None:
         try:
             with told_of_shortage(_most_at_once(run.source), partial(_pass_through, teacher)):
-                network, scaled = make(feed, seed=origin["seed"])
+                network, scaled = make(feed, context=from_seed(origin["seed"]))
         except CollapsedError as error:
             _choose_another_seed_(origin, card.seed, error)
-            keeper.forget("feed", *STUDENT_PARTS)
-            feed = keeper.hold("feed", Feed(stream(seed=origin["seed"]), teacher.device))
+            keeper.unregister("feed", *STUDENT_PARTS)
+            feed = keeper.register(
+                "feed", Feed(stream(context=from_seed(origin["seed"])), teacher.device)
+            )
     if "collapsed" in origin:
         metrics["collapsed"] = origin["collapsed"]
 
@@ -250,7 +264,9 @@ def _compared(
     return {"error_percent": dict(zip(output_names(teacher), rounded, strict=True))}
 
 
-def _identity(run: _Run, given: ImageData | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _identity(
+    run: _Run, given: ImageData | None, context: Context
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Which run it is, in plain values, and what its rounding depends on."""
     network = run.teacher.network
     return {
@@ -260,12 +276,12 @@ def _identity(run: _Run, given: ImageData | None) -> tuple[dict[str, Any], dict[
         "size": run.size,
         "recipe": as_values(run.recipe),
         "card": as_values(run.card),
-        "precision": run.group.precision,
+        "precision": context.precision,
     }, {
         "torch": torch.__version__,
         "device": str(run.teacher.device),
         "threads": torch.get_num_threads(),
-        "processes": run.group.size,
+        "processes": context.group.size,
     }
 
 
@@ -289,7 +305,7 @@ def _allocated(
     }
 
 
-def _choose_another_seed_(origin: Noted, seed: int, error: CollapsedError) -> None:
+def _choose_another_seed_(origin: Results, seed: int, error: CollapsedError) -> None:
     """Note a seed to begin again from. Raises CollapsedError when that was done before."""
     if "collapsed" in origin:
         raise CollapsedError(

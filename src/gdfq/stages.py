@@ -5,10 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from gdfq.execution.checkpoints import Keeper, Unkept
-from gdfq.execution.distributed import ALONE, Group
-from gdfq.execution.progress import Listener, Step, silent
-from gdfq.files.states import Noted
+from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
+from gdfq.files.states import Results
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
 from gdfq.sources.base import Source
@@ -31,19 +30,15 @@ def quantize_captured(
     recipe: Recipe,
     source: Source,
     *,
-    seed: int,
-    listener: Listener = silent,
-    group: Group = ALONE,
+    context: Context = Context(),
 ) -> tuple[fx.GraphModule, Tensor]:
     """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
 
     With it come a few images of the first batch [n, *input_shape].
     """
-    stream = source.stream(teacher, steps=recipe.steps, seed=seed, listener=listener, group=group)
+    stream = source.stream(teacher, steps=recipe.steps, context=context)
     feed = Feed(stream, teacher.device)
-    network, _ = frozen_student(
-        teacher, scheme, recipe, feed, seed=seed, listener=listener, group=group
-    )
+    network, _ = frozen_student(teacher, scheme, recipe, feed, context=context)
     return network, feed.examples
 
 
@@ -53,33 +48,30 @@ def frozen_student(
     recipe: Recipe,
     feed: Feed,
     *,
-    seed: int,
-    listener: Listener,
+    context: Context = Context(),
     lap: Callable[[str], None] = lambda _: None,
-    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
-    group: Group = ALONE,
 ) -> tuple[fx.GraphModule, Captured]:
     """The student after all stages, each of which goes on where the keeper's parts are.
 
     With it comes the teacher as the student began from it: its channels have the same scales.
     `lap` is called with the name of each stage when it ends.
     """
-    tuning = recipe.tuning
+    tuning, checkpointer, group = recipe.tuning, context.checkpointer, context.group
     if recipe.quantizers == "learned":
-        teacher = _equalized(teacher, scheme, feed, keeper, group)
+        teacher = _equalized(teacher, scheme, feed, context)
     student = build_student(
         teacher,
         scheme,
         quantizers=recipe.quantizers,
         fixed_statistics=not isinstance(tuning, Distillation) or tuning.fixed_statistics,
     ).eval()
-    keeper.hold("student", student)
-    done = keeper.hold("done", Noted())
+    checkpointer.register("student", student)
+    done = checkpointer.register("done", Results())
 
     def ends(stage: str) -> None:
         done[stage] = True
         lap(stage)
-        keeper.stage_ends()
+        checkpointer.stage_ends()
 
     if "calibrate" not in done:
         hold = recipe.match_moments or isinstance(tuning, Reconstruction)
@@ -88,7 +80,7 @@ def frozen_student(
             feed.until(recipe.calibration, hold=hold),
             first_step=feed.taken,
             steps=recipe.calibration,
-            listener=listener,
+            context=context,
         )
         if recipe.match_moments:
             match_moments_(student, teacher, torch.cat([batch.images for batch in feed.held]))
@@ -98,7 +90,7 @@ def frozen_student(
     if tuning is not None and "tune" not in done:
         if "warmup" not in done:
             for batch in feed.until(recipe.warmup):  # the student waits
-                listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
+                context.listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
             ends("warmup")
         if isinstance(tuning, Reconstruction):
             reconstruct_(
@@ -107,9 +99,7 @@ def frozen_student(
                 feed.hold(-(-tuning.images // recipe.source.batch)),
                 tuning,
                 updates=recipe.steps - recipe.warmup,
-                seed=seed,
-                listener=listener,
-                keeper=keeper,
+                context=context,
             )
         else:
             tune_(
@@ -119,9 +109,7 @@ def frozen_student(
                 tuning,
                 first_step=feed.taken,
                 total_steps=recipe.steps,
-                listener=listener,
-                keeper=keeper,
-                group=group,
+                context=context,
             )
         ends("tune")
     network = freeze(student)
@@ -129,18 +117,16 @@ def frozen_student(
     return network, teacher
 
 
-def _equalized(
-    teacher: Captured, scheme: Scheme, feed: Feed, keeper: Keeper, group: Group
-) -> Captured:
+def _equalized(teacher: Captured, scheme: Scheme, feed: Feed, context: Context) -> Captured:
     """The teacher with alike channels, by the first images; after a stop, and everywhere, the same.
 
     Raises UsageError for a scheme that cannot be, before the images are made.
     """
-    scales = keeper.hold("scales", Noted())
+    scales = context.checkpointer.register("scales", Results())
     if not scales:
         check_scheme(teacher, scheme, "learned")
         feed.begin()
         scales.update(channel_scales(teacher, scheme, feed.examples))
         # A search ends elsewhere where devices round otherwise.
-        group.same_(scales.values())
+        context.group.same_(scales.values())
     return rescaled(teacher, {name: s.to(teacher.device) for name, s in scales.items()})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support import networks
 
 from gdfq.analysis.accuracy_drop import _SOURCE, LAW, Law, comparable, judged, made, measure, mixed
+from gdfq.execution.context import Context
 from gdfq.graph.capture import Captured, capture
 from gdfq.pipeline import quantize
 from gdfq.sources.pool import collect
@@ -74,7 +75,7 @@ def test_the_images_are_not_those_of_a_recipe_with_the_same_seed(teacher: Captur
 
     def noted(source, teacher, count, *, seed, listener):
         asked.append(seed)
-        return collect(source, teacher, count, seed=seed, listener=listener)
+        return collect(source, teacher, count, context=Context(seed=seed, listener=listener))
 
     monkeypatch.setattr("gdfq.analysis.accuracy_drop.collect", noted)
     measure(teacher, teacher.network, seed=3)

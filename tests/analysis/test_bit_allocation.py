@@ -21,6 +21,7 @@ from gdfq.analysis.knapsack import allocate
 from gdfq.cli import main
 from gdfq.deploy.export import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits, fake_quantize
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.quantizers.lsq import best_weight_grid
@@ -196,11 +197,13 @@ def test_an_impossible_size_is_found_before_images_are_made(residual):
 
 def test_the_images_are_made_once_and_are_the_recipes_own(teacher):
     pool = SMALL.source
-    made, images = pool.made(teacher, seed=3)
+    made, images = pool.made(teacher, context=Context(seed=3))
     assert isinstance(made, ImagePool)
     assert len(images) == 16
     for a, b in zip(
-        pool.stream(teacher, steps=4, seed=3), made.stream(teacher, steps=4, seed=3), strict=True
+        pool.stream(teacher, steps=4, context=Context(seed=3)),
+        made.stream(teacher, steps=4, context=Context(seed=3)),
+        strict=True,
     ):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)

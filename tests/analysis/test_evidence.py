@@ -16,7 +16,8 @@ from gdfq.analysis import sensitivity as harm
 from gdfq.analysis.accuracy import Answers
 from gdfq.analysis.evidence import gather
 from gdfq.analysis.layers import BINS, measure_layers, saturation, sqnr
-from gdfq.data.datasets import ArrayData, Preprocessing
+from gdfq.data.datasets import ArrayData
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.functional import grid
 from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -332,7 +333,7 @@ def test_the_last_images_are_remembered(monkeypatch):
     assert recent.images() is None
     for step in range(9):
         batch = torch.full((100, *networks.SHAPE), float(step))
-        recent.see_(Batch(batch, torch.arange(100), None))
+        recent.see_(Batch((batch,), torch.arange(100), None))
     seen, labels = recent.images()
     assert len(seen) == len(labels) == 256
     assert seen[0].unique().tolist() == [8]  # the newest first

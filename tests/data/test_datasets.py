@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from support import torchvision_shim
 
-from gdfq.data.datasets import Resize, load_data
+from gdfq.data.datasets import load_data
+from gdfq.data.preprocessing import Resize
 from gdfq.errors import UsageError
 
 _OPERATORS = torchvision_shim.define_missing_operators()

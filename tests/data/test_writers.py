@@ -7,7 +7,8 @@ from PIL import Image
 from support import networks
 
 from gdfq.cli import main
-from gdfq.data.datasets import Preprocessing, load_data
+from gdfq.data.datasets import load_data
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.writers import ImageFiles
 from gdfq.errors import UsageError
 

@@ -540,7 +540,7 @@ def test_what_is_computed_in_float_is_told(tiny, tmp_path):
 
 
 def test_normalisation_is_written_in_full(small, tmp_path):
-    from gdfq.data.datasets import Preprocessing
+    from gdfq.data.preprocessing import Preprocessing
 
     third = Preprocessing((1 / 3,) * 3, (0.229000001,) * 3)
     card = dataclasses.replace(small.card, preprocessing=third)

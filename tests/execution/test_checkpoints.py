@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.checkpoints import Checkpoints
-from gdfq.execution.progress import History, Step
-from gdfq.files.states import Fixed, Noted, differences, from_bytes, to_bytes
+from gdfq.execution.listeners import History
+from gdfq.execution.progress import Step
+from gdfq.files.states import Frozen, Results, differences, from_bytes, to_bytes
 
 RUN, AROUND = {"bits": "w4a4", "recipe": {"steps": 4}}, {"threads": 1}
 STEP = Step("tune", 1, 2, {})
@@ -31,7 +32,7 @@ class Time:
 def opened(folder, part=None, clock=None, run=RUN, **options):
     checkpoints = Checkpoints(folder, clock=clock or Time(), **options)
     checkpoints.begin(run, AROUND)
-    part = checkpoints.hold("part", Noted() if part is None else part)
+    part = checkpoints.register("part", Results() if part is None else part)
     return checkpoints, part
 
 
@@ -70,7 +71,7 @@ def test_states_keep_numbers_keys_types_and_strides():
         "counts": torch.arange(3),
     }
     dense = {**state, "part": images[:, 1].clone(), "flipped": state["flipped"].clone()}
-    assert not unequal(dense, from_bytes(to_bytes(state, str), Fixed))
+    assert not unequal(dense, from_bytes(to_bytes(state, str), Frozen))
 
 
 @settings(deadline=None, max_examples=30)
@@ -82,7 +83,7 @@ def test_states_keep_numbers_keys_types_and_strides():
     )
 )
 def test_any_plain_state_comes_back(state):
-    assert not unequal(state, from_bytes(to_bytes(state, str), Fixed))
+    assert not unequal(state, from_bytes(to_bytes(state, str), Frozen))
 
 
 def test_an_optimizer_goes_on_as_if_nothing_had_been():
@@ -99,7 +100,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been():
     update(weight, optimizer)
     data = to_bytes({"w": weight, "o": optimizer.state_dict()}, str)
     other, restored = make()
-    state = from_bytes(data, Fixed)
+    state = from_bytes(data, Frozen)
     other.data.copy_(state["w"])
     restored.load_state_dict(state["o"])
     for pair in ((weight, optimizer), (other, restored)):
@@ -124,7 +125,7 @@ def test_checkpoints_that_take_long_are_rare(tmp_path):
     """Two percent of the time at most: after one of 3 seconds none comes for 150."""
     clock = Time()
 
-    class Slow(Noted):
+    class Slow(Results):
         def state_dict(self):
             clock.now += 3
             return {}
@@ -159,7 +160,7 @@ def test_a_listener_that_raises_is_written_down_first(tmp_path):
 
 def test_what_does_not_change_is_written_once(tmp_path):
     checkpoints, part = opened(tmp_path)
-    part["images"] = Fixed({"a": torch.arange(1000)})
+    part["images"] = Frozen({"a": torch.arange(1000)})
     checkpoints.save()
     (piece,) = names(tmp_path, "piece")
     before = (tmp_path / piece).stat().st_mtime_ns
@@ -185,7 +186,7 @@ def test_parts_that_are_not_held_yet_are_kept(tmp_path):
     checkpoints.save()
     again = Checkpoints(tmp_path)
     again.begin(RUN, AROUND)
-    again.hold("other", Noted(y=2))
+    again.register("other", Results(y=2))
     again.save()
     assert opened(tmp_path)[1] == {"x": 1}
 
@@ -206,7 +207,7 @@ def damage(path, how):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, kind):
     checkpoints, part = opened(tmp_path)
     for number in (1, 2):
-        part["x"], part["t"] = number, Fixed(torch.tensor([number]))
+        part["x"], part["t"] = number, Frozen(torch.tensor([number]))
         checkpoints.save()
     newest = names(tmp_path)[-1]
     if kind == "piece":
@@ -251,7 +252,7 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
 
 def test_a_piece_is_a_file_of_the_folder_alone(tmp_path):
     checkpoints, part = opened(tmp_path / "a")
-    part["x"] = Fixed(torch.ones(2))
+    part["x"] = Frozen(torch.ones(2))
     checkpoints._pieces[part["x"]] = "../" + "0" * 29
     (tmp_path / "a" / f"piece-../{'0' * 29}.safetensors").parent.mkdir(exist_ok=True)
     (tmp_path / "a" / f"piece-../{'0' * 29}.safetensors").write_bytes(b"")
@@ -283,7 +284,7 @@ def test_a_folder_that_vanished_is_made_again(tmp_path):
     import shutil
 
     checkpoints, part = opened(tmp_path / "run")
-    part["x"] = Fixed(torch.ones(2))
+    part["x"] = Frozen(torch.ones(2))
     checkpoints.save()
     shutil.rmtree(tmp_path / "run")
     checkpoints.save()
@@ -335,7 +336,7 @@ def test_a_batch_that_is_made_again_is_told_once(tmp_path):
 
     with History(path) as history:
         tell(history, [("images", 1), ("images", 2), ("images", 3)])
-        state = from_bytes(to_bytes(history.state_dict(), str), Fixed)
+        state = from_bytes(to_bytes(history.state_dict(), str), Frozen)
         tell(history, [("images", 4)])
     with History(path) as history:
         history.load_state_dict(state)

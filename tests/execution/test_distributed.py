@@ -18,8 +18,8 @@ from support import group_figures, networks
 
 from gdfq import demo
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import ALONE, Group, Processes, joined
-from gdfq.execution.progress import silent
+from gdfq.execution.context import Context
+from gdfq.execution.distributed import ALONE, Processes, joined
 from gdfq.functional.grid import Bits
 from gdfq.recipes import FAST
 from gdfq.sources.generator import GeneratorSource
@@ -129,7 +129,8 @@ def test_parts_are_even_or_whole():
 
 
 FACTORY = """
-import os, pathlib, networks
+import os, pathlib
+from support import networks
 def factory():
     place = pathlib.Path(__file__).parent
     (place / f"pid{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
@@ -233,21 +234,19 @@ def test_two_processes_tune_as_well_as_one(tmp_path):
 def test_lower_precision_is_in_the_layers_alone(teacher):
     """bfloat16: statistics and losses within its rounding of float32's, all in float32."""
     found = {}
-    for group in (ALONE, Group("bfloat16")):
+    for precision in ("float32", "bfloat16"):
         source = GeneratorSource(batch=16)
-        (batch,) = source.stream(teacher, steps=1, seed=1, group=group)
+        context = Context(seed=1, precision=precision)
+        (batch,) = source.stream(teacher, steps=1, context=context)
         student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
-        calibrate_(student, [batch], steps=1, listener=silent)
+        calibrate_(student, [batch], steps=1)
         ranges = [m.log_step for m in student.activations]
         config, steps = replace(FAST.tuning, cross_entropy=0.5), []
-        tune_(
-            student, teacher, [batch], config,
-            first_step=0, total_steps=1, listener=steps.append, group=group,
-        )  # fmt: skip
+        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, context=replace(context, listener=steps.append))  # fmt: skip
         losses = {**batch.losses, **steps[0].losses}
         tensors = [*losses.values(), batch.teacher_logits, *student.state_dict().values()]
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
-        found[group.precision] = losses, torch.stack([step.grad for step in ranges])
+        found[precision] = losses, torch.stack([step.grad for step in ranges])
     (full, steps), (low, low_steps) = found["float32"], found["bfloat16"]
     assert (
         full.keys()

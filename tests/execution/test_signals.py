@@ -11,7 +11,7 @@ import pytest
 from support.command_line import arguments
 
 from gdfq.cli import main
-from gdfq.execution.progress import History
+from gdfq.execution.listeners import History
 from gdfq.execution.signals import StoppedError, stoppable
 from gdfq.runs.folder import RunFolder
 

@@ -24,7 +24,8 @@ from PIL import Image
 
 import gdfq
 from gdfq.cli.app import _Shape, _Size
-from gdfq.data.datasets import Resize, load_data
+from gdfq.data.datasets import load_data
+from gdfq.data.preprocessing import Resize
 from gdfq.data.writers import ImageFiles
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.benchmark import size_of

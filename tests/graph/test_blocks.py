@@ -9,7 +9,6 @@ from support import networks
 from torch import nn
 
 import gdfq
-from gdfq.execution.progress import silent
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, with_features
@@ -73,7 +72,7 @@ def test_folding_keeps_the_function_and_leaves_what_cannot_fold(awkward):
 def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
     x = torch.randn(64, 3, 8, 8)
     student = build_student(awkward, Scheme(Bits(8, 8), "t1"), quantizers="learned")
-    calibrate_(student, [Batch(x, torch.zeros(64), None)], steps=1, listener=silent)
+    calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
     wanted = awkward.network(x)
     for network in (student, freeze(student)):
         with torch.no_grad():
@@ -97,7 +96,7 @@ def test_a_batch_norm_over_tokens_does_not_fold():
     assert torch.allclose(folded.network(x), network(x), atol=1e-5)
     for quantizers in ("min-max", "learned"):
         student = build_student(teacher, Scheme(Bits(8, 8), "t1"), quantizers=quantizers)
-        calibrate_(student, [Batch(x, torch.zeros(5), None)], steps=1, listener=silent)
+        calibrate_(student, [Batch((x,), torch.zeros(5), None)], steps=1)
         with torch.no_grad():
             assert torch.allclose(student(x), freeze(student)(x), atol=1e-5)
 
@@ -162,8 +161,8 @@ def test_the_students_features_are_its_quantized_values():
 def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
     teacher = capture(networks.make("Residual"), networks.images(2))
     student = build_student(teacher, Scheme(Bits(4, 3), "t1"), quantizers="learned").eval()
-    batch = Batch(networks.images(8), None, None)
-    calibrate_(student, [batch], steps=1, listener=silent)
+    batch = Batch((networks.images(8),), None, None)
+    calibrate_(student, [batch], steps=1)
     lean = student.with_features(["relu", "relu_1"])
 
     def answer_and_gradients(ask):
@@ -210,8 +209,8 @@ def test_a_rectifier_that_others_read_too_stays():
     torch.manual_seed(0)
     teacher = capture(Both().eval(), torch.randn(2, 6))
     student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers="learned").eval()
-    batch = Batch(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), None, None)
-    calibrate_(student, [batch], steps=1, listener=silent)
+    batch = Batch((torch.randn(8, 6, generator=torch.Generator().manual_seed(0)),), None, None)
+    calibrate_(student, [batch], steps=1)
     lean, _ = student.with_features([])(batch.images)
     plain = student(batch.images)
     assert all(map(torch.equal, lean, plain))

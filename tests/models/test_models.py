@@ -12,7 +12,7 @@ from torch import nn
 
 import gdfq
 from gdfq.cli import main
-from gdfq.data.datasets import Preprocessing, Resize
+from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import UsageError
 from gdfq.graph.capture import capture
 from gdfq.models import hubs

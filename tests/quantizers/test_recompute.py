@@ -7,7 +7,6 @@ from support import networks
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gdfq.execution.progress import silent
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
 from gdfq.quantizers.lsq import learned_step
@@ -77,7 +76,7 @@ def test_a_student_learns_the_same(name):
     found = []
     for again in (True, False):
         student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
-        calibrate_(student, [Batch(images, None, None)], steps=1, listener=silent)
+        calibrate_(student, [Batch((images,), None, None)], steps=1)
         outputs = student(images) if again else student.network(images)
         outputs.square().sum().backward()
         found.append([p.grad for p in student.parameters() if p.grad is not None])

@@ -12,6 +12,7 @@ from torch import nn
 
 import gdfq
 from gdfq import UsageError, demo
+from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits
 from gdfq.functional.losses import patch_entropy
 from gdfq.graph import operators
@@ -149,19 +150,21 @@ def test_patches_of_attentions_and_of_feature_maps(small):
 def test_images_gain_entropy_and_keep_their_scale(small):
     source = PatchSource(batch=8, iterations=30)
     seen = []
-    (batch,) = source.stream(small, steps=1, seed=0, listener=lambda step: seen.append(step.losses))
+    (batch,) = source.stream(
+        small, steps=1, context=Context(listener=lambda step: seen.append(step.losses))
+    )
     assert float(seen[-1]["entropy"]) > float(seen[0]["entropy"]) + 0.1
     assert batch.images.mean().abs() < 0.2
     assert abs(float(batch.images.std()) - 1) < 0.3
     assert batch.labels.tolist() == [0, 2, 4, 6, 8, 1, 3, 5]  # of ten classes, from all over
-    (again,) = source.stream(small, steps=1, seed=0)
+    (again,) = source.stream(small, steps=1)
     assert torch.equal(again.images, batch.images)
 
 
 def test_what_has_no_patches_is_refused():
     vectors = capture(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 6))
     with pytest.raises(UsageError, match="diversity of patches needs"):
-        PatchSource().stream(vectors, steps=1, seed=0)
+        PatchSource().stream(vectors, steps=1)
     with pytest.raises(UsageError, match="this network has none"):
         gdfq.quantize(transformer(), ZEROS, recipe="fast")
 

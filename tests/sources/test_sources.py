@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from support import networks
 
 from gdfq import UsageError
-from gdfq.data.datasets import ArrayData, Preprocessing
+from gdfq.data.datasets import ArrayData
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import GdfqError
+from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream
 from gdfq.functional.upsample_conv import upsampled_convolution
 from gdfq.graph.capture import capture
@@ -113,13 +115,13 @@ def test_the_published_architecture_has_the_published_sizes():
     [({"class_boundary": 0.0}, "bns", 0.5), ({"statistics": 0.0}, "boundary", 0.93)],
 )
 def test_the_generator_learns_each_part_of_the_teachers_knowledge(teacher, alone, loss, share):
-    stream = GeneratorSource(batch=32, **alone).stream(teacher, steps=150, seed=0)
+    stream = GeneratorSource(batch=32, **alone).stream(teacher, steps=150)
     values = [float(batch.losses[loss]) for batch in stream]
     assert sum(values[-10:]) < share * sum(values[:10])
 
 
 def test_batches_are_detached_and_carry_the_teachers_answers(teacher):
-    (batch,) = GeneratorSource(batch=32).stream(teacher, steps=1, seed=0)
+    (batch,) = GeneratorSource(batch=32).stream(teacher, steps=1)
     assert set(batch.losses) == {"generator", "bns", "boundary"}
     assert torch.allclose(batch.teacher_logits, teacher.network(batch.images), atol=1e-4)
     assert not batch.images.requires_grad
@@ -127,16 +129,14 @@ def test_batches_are_detached_and_carry_the_teachers_answers(teacher):
 
 
 def test_the_loss_is_the_weighted_sum(teacher):
-    (batch,) = GeneratorSource(batch=8, class_boundary=2.0, statistics=0.5).stream(
-        teacher, steps=1, seed=0
-    )
+    (batch,) = GeneratorSource(batch=8, class_boundary=2.0, statistics=0.5).stream(teacher, steps=1)
     losses = {name: float(value) for name, value in batch.losses.items()}
     assert losses["generator"] == pytest.approx(2 * losses["boundary"] + 0.5 * losses["bns"])
 
 
 def test_a_consumer_without_gradients_does_not_stop_the_generator(teacher):
     def run():
-        return [b.images for b in GeneratorSource(batch=8).stream(teacher, steps=4, seed=0)]
+        return [b.images for b in GeneratorSource(batch=8).stream(teacher, steps=4)]
 
     with torch.no_grad():
         inside = run()
@@ -150,14 +150,14 @@ def test_alternating_separate_and_stopped(teacher):
 
     def losses(**changes):
         source = GeneratorSource(batch=8, **changes)
-        return [float(b.losses["bns"]) for b in source.stream(teacher, steps=12, seed=0)]
+        return [float(b.losses["bns"]) for b in source.stream(teacher, steps=12)]
 
     published = losses()
     assert losses(stop=0.5)[:7] == published[:7]
     assert losses(stop=0.5)[8:] != published[8:]
     heard = []
     source = GeneratorSource(batch=8, head_start=1.0, stop=0.0)
-    batches = list(source.stream(teacher, steps=12, seed=0, listener=heard.append))
+    batches = list(source.stream(teacher, steps=12, context=Context(listener=heard.append)))
     assert len(batches) == 12
     assert [float(s.losses["bns"]) for s in heard] == published
 
@@ -165,23 +165,23 @@ def test_alternating_separate_and_stopped(teacher):
 def test_a_loss_that_is_not_finite_stops_the_generator(teacher):
     source = GeneratorSource(batch=8, optimizer=AdamConfig(lr=float("inf")))
     with pytest.raises(GdfqError, match="must stay finite"):
-        list(source.stream(teacher, steps=3, seed=0))
+        list(source.stream(teacher, steps=3))
 
 
 def test_the_generator_needs_images_and_batch_norms():
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
     with pytest.raises(UsageError, match="has none"):
-        next(GeneratorSource(batch=8).stream(capture(plain, networks.images(1)), steps=1, seed=0))
+        next(GeneratorSource(batch=8).stream(capture(plain, networks.images(1)), steps=1))
     flat = capture(torch.nn.Sequential(torch.nn.Linear(12, 5)), torch.zeros(1, 12))
     with pytest.raises(UsageError, match="makes images"):
-        next(GeneratorSource(batch=8).stream(flat, steps=1, seed=0))
+        next(GeneratorSource(batch=8).stream(flat, steps=1))
 
 
 def test_optimised_images_match_the_statistics(teacher):
     network = StatisticsNetwork(teacher)
     source = OptimisedSource(batch=16, iterations=60, optimizer=AdamConfig(lr=0.1))
     heard = []
-    (batch,) = source.stream(teacher, steps=1, seed=0, listener=heard.append)
+    (batch,) = source.stream(teacher, steps=1, context=Context(listener=heard.append))
     assert float(heard[-1].losses["bns"]) < 0.5 * float(heard[0].losses["bns"])
     assert torch.equal(batch.labels, teacher.network(batch.images).argmax(1))
     assert not network.stored[0][0].requires_grad
@@ -189,7 +189,7 @@ def test_optimised_images_match_the_statistics(teacher):
 
 def test_optimised_images_learn_their_labels(teacher):
     source = OptimisedSource(batch=20, iterations=60, optimizer=AdamConfig(lr=0.1), class_weight=3)
-    (batch,) = source.stream(teacher, steps=1, seed=0)
+    (batch,) = source.stream(teacher, steps=1)
     assert batch.labels.tolist() == [i % networks.CLASSES for i in range(20)]
     right = (teacher.network(batch.images).argmax(1) == batch.labels).float().mean()
     assert float(right) > 0.6  # by chance 0.2
@@ -207,26 +207,26 @@ def test_the_low_pass_filter_by_hand():
 def test_latents_and_their_generator_reach_for_the_statistics(teacher):
     source = LatentSource(batch=16, iterations=30)
     heard = []
-    first, second = source.stream(teacher, steps=2, seed=0, listener=heard.append)
+    first, second = source.stream(teacher, steps=2, context=Context(listener=heard.append))
     assert first.images.shape == (16, *networks.SHAPE)
     assert float(heard[29].losses["bns"]) < 0.7 * float(heard[0].losses["bns"])
     assert torch.equal(first.labels, teacher.network(first.images).argmax(1))
     assert not torch.equal(first.images, second.images)
-    (still,) = replace(source, latents=AdamConfig(lr=0.0)).stream(teacher, steps=1, seed=0)
+    (still,) = replace(source, latents=AdamConfig(lr=0.0)).stream(teacher, steps=1)
     assert not torch.allclose(first.images, still.images)  # latents learn too
-    (again,) = source.stream(teacher, steps=1, seed=0)
+    (again,) = source.stream(teacher, steps=1)
     assert torch.equal(first.images, again.images)
 
 
 def test_finished_images_are_filtered(teacher):
     source = OptimisedSource(batch=8, iterations=3)
-    (sharp,) = source.stream(teacher, steps=1, seed=0)
-    (smooth,) = replace(source, cutoff=1.5).stream(teacher, steps=1, seed=0)
+    (sharp,) = source.stream(teacher, steps=1)
+    (smooth,) = replace(source, cutoff=1.5).stream(teacher, steps=1)
     torch.testing.assert_close(smooth.images, low_passed(sharp.images, 1.5))
     assert float(smooth.images.std()) < 0.7 * float(sharp.images.std())
     flat = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.BatchNorm1d(5))
     with pytest.raises(UsageError, match="spatial"):
-        replace(source, cutoff=1.0).stream(capture(flat, torch.zeros(2, 12)), steps=1, seed=0)
+        replace(source, cutoff=1.0).stream(capture(flat, torch.zeros(2, 12)), steps=1)
 
 
 def test_swinging_moves_the_inputs_of_strided_convolutions_alone():
@@ -255,25 +255,25 @@ def test_given_images_come_once_an_epoch_in_a_seeded_order(teacher):
     images = networks.images(10)
     data = ArrayData(images, torch.arange(10) % 5)
     source = ImageSource(data, Preprocessing.of(3, None, None), batch=4)
-    batches = list(source.stream(teacher, steps=3, seed=0))
+    batches = list(source.stream(teacher, steps=3))
     assert [len(b.labels) for b in batches] == [4, 4, 2]
     seen = torch.cat([b.images for b in batches])
     assert torch.equal(seen[:, 0, 0, 0].sort().values, images[:, 0, 0, 0].sort().values)
-    again = list(source.stream(teacher, steps=3, seed=0))
+    again = list(source.stream(teacher, steps=3))
     assert torch.equal(again[0].images, batches[0].images)
-    other = next(source.stream(teacher, steps=1, seed=1))
+    other = next(source.stream(teacher, steps=1, context=Context(seed=1)))
     assert not torch.equal(other.images, batches[0].images)
 
 
 def test_labels_of_given_images_default_to_the_teachers(teacher):
     source = ImageSource(ArrayData(networks.images(4), None), Preprocessing.of(3, None, None), 4)
-    (batch,) = source.stream(teacher, steps=1, seed=0)
+    (batch,) = source.stream(teacher, steps=1)
     assert torch.equal(batch.labels, batch.teacher_logits.argmax(1))
 
 
 def test_a_recipe_for_real_images_without_them_is_refused(teacher):
     with pytest.raises(UsageError, match="--data"):
-        GivenImages(4).stream(teacher, steps=1, seed=0)
+        GivenImages(4).stream(teacher, steps=1)
 
 
 def test_published_learning_rate_steps():
@@ -295,7 +295,7 @@ def test_sources_are_values():
 def test_a_feed_shows_its_first_batch_before_it_hands_it_out():
     def numbered(count):
         def make(step):
-            return Batch(torch.full((40, 1), float(step)), None, None)
+            return Batch((torch.full((40, 1), float(step)),), None, None)
 
         return Stream(make, count, [])
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import networks
 
-from gdfq.data.datasets import ArrayData, Preprocessing
+from gdfq.data.datasets import ArrayData
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
+from gdfq.execution.context import Context
 from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import capture
 from gdfq.graph.statistics import StatisticsNetwork
@@ -71,18 +73,18 @@ def teacher():
 
 def test_the_images_come_near_the_statistics(teacher):
     source = SpectralSource(batch=32, iterations=60)
-    (batch,) = source.stream(teacher, steps=1, seed=0)
+    (batch,) = source.stream(teacher, steps=1)
     network = StatisticsNetwork(teacher)
 
     def error(images):
         return float(relative_statistics_loss(network(images)[1], network.stored))
 
-    start = next(replace(source, iterations=1).stream(teacher, steps=1, seed=0)).images
+    start = next(replace(source, iterations=1).stream(teacher, steps=1)).images
     assert error(batch.images) < 0.3 * error(start)
     assert batch.labels.bincount(minlength=networks.CLASSES).min() >= 6  # classes in turn
     assert torch.equal(batch.teacher_logits, teacher.network(batch.images))
-    again = next(source.stream(teacher, steps=1, seed=0)).images
-    other = next(source.stream(teacher, steps=1, seed=1)).images
+    again = next(source.stream(teacher, steps=1)).images
+    other = next(source.stream(teacher, steps=1, context=Context(seed=1))).images
     assert torch.equal(again, batch.images)
     assert not torch.equal(other, batch.images)
 
@@ -94,24 +96,24 @@ def test_images_have_the_networks_own_scale_and_contrasts_of_their_own():
     draw = torch.Generator().manual_seed(0)
     pixels = 120 + 60 * natural_noise(64, (3, 16, 16), source, draw)
     raw = capture(networks.that_saw(pixels), pixels[:2])
-    (batch,) = source.stream(raw, steps=1, seed=0)
+    (batch,) = source.stream(raw, steps=1)
     assert float(batch.images.mean()) == pytest.approx(120, abs=6)
     assert float(batch.images.std()) == pytest.approx(60, abs=6)
     moving = SpectralSource(batch=64, contrast=0.4)
-    (ready,) = moving.stream(raw, steps=1, seed=0)
+    (ready,) = moving.stream(raw, steps=1)
     assert float(ready.images.std()) == pytest.approx(60, abs=3)
     contrasts = batch.images.flatten(1).std(1).log()
-    (alike,) = replace(source, contrast=0.0).stream(raw, steps=1, seed=0)
+    (alike,) = replace(source, contrast=0.0).stream(raw, steps=1)
     plain = alike.images.flatten(1).std(1).log()
     assert 0.3 < float((contrasts.var() - plain.var()).sqrt()) < 0.5
     # However much they differ, they have that deviation together.
-    (wild,) = replace(source, contrast=2.0).stream(raw, steps=1, seed=0)
+    (wild,) = replace(source, contrast=2.0).stream(raw, steps=1)
     assert float(wild.images.std()) == pytest.approx(60, rel=0.2)
 
 
 def test_drawing_images_leaves_gradients_as_they_were(teacher):
     with torch.no_grad():
-        batches = SpectralSource(batch=4, iterations=2).stream(teacher, steps=1, seed=0)
+        batches = SpectralSource(batch=4, iterations=2).stream(teacher, steps=1)
         next(batches)
     del batches
     assert torch.is_grad_enabled()
@@ -121,7 +123,7 @@ def test_vectors_have_no_spectrum():
     network = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)).eval()
     vectors = capture(network, torch.randn(2, 16))
     with pytest.raises(UsageError, match="spatial axis"):
-        ImagePool(SpectralSource(), images=8, batch=4).stream(vectors, steps=1, seed=0)  # at once
+        ImagePool(SpectralSource(), images=8, batch=4).stream(vectors, steps=1)  # at once
 
 
 @dataclass(frozen=True)
@@ -134,19 +136,19 @@ class Counted:
         for step in range(steps):
             number = torch.arange(float(self.batch)) + self.batch * step
             images = number.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-            yield Batch(images, number.long(), None)
+            yield Batch((images,), number.long(), None)
 
 
 def test_a_pool_shows_each_image_once_an_epoch(teacher):
     pool = ImagePool(Counted(), images=10, batch=5)
-    batches = list(pool.stream(teacher, steps=4, seed=3))
+    batches = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
     for first, second in (batches[:2], batches[2:]):
         labels = torch.cat([first.labels, second.labels])
         assert labels.sort().values.tolist() == list(range(10))
         values = torch.cat([first.images, second.images])[:, 0, 0, 0]
         assert torch.equal(values.long(), labels)  # image and label stay together
     assert not torch.equal(batches[0].labels, batches[2].labels)
-    same = list(pool.stream(teacher, steps=4, seed=3))
+    same = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, same, strict=True))
 
 
@@ -157,7 +159,7 @@ class Textures:
 
     def stream(self, teacher, *, steps, **_):
         for step in range(steps):
-            yield Batch(networks.images(8, seed=step), torch.zeros(8, dtype=torch.long), None)
+            yield Batch((networks.images(8, seed=step),), torch.zeros(8, dtype=torch.long), None)
 
 
 class Brightest(torch.nn.Module):
@@ -176,11 +178,11 @@ class Brightest(torch.nn.Module):
 @pytest.mark.parametrize("where", [True, False])
 def test_a_pool_moves_images_that_the_teacher_knows_again(where):
     teacher = capture(Brightest(where).eval(), networks.images(2))
-    images, _ = collect(Textures(), teacher, 32, seed=0)
+    images, _ = collect(Textures(), teacher, 32)
     known = float(known_again(teacher, images, torch.Generator().manual_seed(0)))
     assert known < 0.2 if where else known > 0.8
     pool = ImagePool(Textures(), images=32, batch=8)
-    drawn = [batch.images for batch in pool.stream(teacher, steps=12, seed=0)]
+    drawn = [batch.images for batch in pool.stream(teacher, steps=12)]
     as_made = [
         all(any(torch.equal(image, made) for made in images) for image in batch) for batch in drawn
     ]
@@ -189,7 +191,7 @@ def test_a_pool_moves_images_that_the_teacher_knows_again(where):
     assert (
         all(
             torch.equal(a, b.images)
-            for a, b in zip(drawn, never.stream(teacher, steps=12, seed=0), strict=True)
+            for a, b in zip(drawn, never.stream(teacher, steps=12), strict=True)
         )
         == where
     )
@@ -232,15 +234,15 @@ def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(
 
 def test_a_pool_makes_as_many_as_fit(teacher):
     pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
-    stream = pool.stream(teacher, steps=1, seed=0)
+    stream = pool.stream(teacher, steps=1)
     assert len(stream.images()) == 9
     assert len(next(stream).images) == 4
-    _, images = pool.made(teacher, seed=0)
+    _, images = pool.made(teacher)
     assert len(images) == 9
 
 
 def test_collect_takes_the_first(teacher):
-    images, labels = collect(Counted(), teacher, 6, seed=0)
+    images, labels = collect(Counted(), teacher, 6)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5]
     assert images.shape == (6, 3, 8, 8)
 

@@ -4,7 +4,6 @@ from support import networks
 from torch import nn
 
 from gdfq.errors import GdfqError, UsageError
-from gdfq.execution.progress import silent
 from gdfq.functional.grid import Bits, dequantize
 from gdfq.graph.capture import capture
 from gdfq.quantizers.base import QuantizedTensor
@@ -23,7 +22,7 @@ def calibrated(model: nn.Module, bits: str, placement: str) -> Student:
     student = build_student(teacher, Scheme(Bits.parse(bits), placement))
     images = networks.images(64)
     logits = teacher.network(images)
-    calibrate_(student, [Batch(images, logits.argmax(1), logits)], steps=1, listener=silent)
+    calibrate_(student, [Batch((images,), logits.argmax(1), logits)], steps=1)
     return student
 
 
@@ -238,9 +237,9 @@ def test_images_that_are_not_finite_are_refused(teacher):
     student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
     images = networks.images(4)
     images[0, 0, 0, 0] = torch.nan
-    batch = Batch(images, torch.zeros(4, dtype=torch.long), torch.zeros(4, networks.CLASSES))
+    batch = Batch((images,), torch.zeros(4, dtype=torch.long), torch.zeros(4, networks.CLASSES))
     with pytest.raises(GdfqError, match="must be finite"):
-        calibrate_(student, [batch], steps=1, listener=silent)
+        calibrate_(student, [batch], steps=1)
 
 
 def test_every_spelling_of_a_relu_is_one():

@@ -9,7 +9,6 @@ from torch import nn
 
 import gdfq
 from gdfq.errors import UsageError
-from gdfq.execution.progress import silent
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture, tensors_of
@@ -220,7 +219,7 @@ def test_networks_of_unlike_channels_lose_less():
     @torch.no_grad()
     def error(teacher, wanted):
         student = build_student(teacher, T1, quantizers="learned")
-        calibrate_(student, [Batch(images, None, None)], steps=1, listener=silent)
+        calibrate_(student, [Batch((images,), None, None)], steps=1)
         return float((student(images) - wanted).square().mean() / wanted.square().mean())
 
     ratios = []

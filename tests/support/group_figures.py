@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group, joined
-from gdfq.execution.progress import silent
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured, capture, flat_module, tensors_of
@@ -33,7 +33,7 @@ POOL = ImagePool(SpectralSource(batch=8, iterations=4), images=40, batch=8)
 
 def figures(group: Group) -> dict[str, Any]:
     teacher = capture(networks.make("Residual"), networks.images(1))
-    pool = POOL.stream(teacher, steps=STEPS, seed=1, group=group)
+    pool = POOL.stream(teacher, steps=STEPS, context=Context(seed=1, group=group))
     batches = list(pool)
     folded = fold_batch_norms(teacher).network
     perturbed = {name: nn.Parameter(1.1 * t + 0.02) for name, t in tensors_of(folded).items()}
@@ -42,7 +42,7 @@ def figures(group: Group) -> dict[str, Any]:
     paper = build_student(teacher, Scheme(Bits(4, 4), "t1"))
     moving = build_student(teacher, Scheme(Bits(4, 4), "t1"), fixed_statistics=False)
     for student in (quantized, paper, moving):
-        calibrate_(student, batches[:2], steps=2, listener=silent)
+        calibrate_(student, batches[:2], steps=2)
     config = Distillation(
         SgdConfig(lr=1e-2), temperature=4.0, reduction="batch", features=1.0, difficulty=0.9
     )
@@ -52,7 +52,7 @@ def figures(group: Group) -> dict[str, Any]:
         "optimised": [
             batch.images
             for batch in OptimisedSource(batch=4, iterations=5).stream(
-                teacher, steps=3, seed=1, group=group
+                teacher, steps=3, context=Context(seed=1, group=group)
             )
         ],
         "generators": {
@@ -78,7 +78,7 @@ def _generated(
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return _of_stream(source.stream(teacher, steps=steps, seed=1, group=group))
+        return _of_stream(source.stream(teacher, steps=steps, context=Context(seed=1, group=group)))
     finally:
         torch.set_default_dtype(usual)
         teacher.network.to(usual)
@@ -108,10 +108,7 @@ def _tuned(
             gradients.append(_flat(student))
         losses.append([float(value) for value in step.losses.values()])
 
-    tune_(
-        student, teacher, batches, config,
-        first_step=0, total_steps=len(batches), listener=note, group=group,
-    )  # fmt: skip
+    tune_(student, teacher, batches, config, first_step=0, total_steps=len(batches), context=Context(listener=note, group=group))  # fmt: skip
     weights = torch.cat([p.detach().flatten() for p in student.parameters()])
     return {"gradients": gradients[0], "losses": torch.tensor(losses), "weights": weights}
 

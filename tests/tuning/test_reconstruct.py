@@ -11,7 +11,7 @@ from support import networks
 from torch import fx, nn
 
 from gdfq import UsageError
-from gdfq.execution.progress import silent
+from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits, Layout
 from gdfq.functional.losses import feature_loss
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -37,7 +37,7 @@ def images():
 
 def student_of(teacher, images, bits="w3a3", quantizers="learned"):
     student = build_student(teacher, Scheme(Bits.parse(bits), "t1"), quantizers=quantizers)
-    calibrate_(student, [Batch(images, None, None)], steps=1, listener=silent)
+    calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
 
 
@@ -113,7 +113,7 @@ def test_moments_by_hand():
     teacher = capture(model.eval(), torch.zeros(2, 1, 2, 2))
     x = torch.randn(50, 1, 2, 2)
     student = build_student(teacher, Scheme(Bits(2, 8), "full"), quantizers="learned")
-    calibrate_(student, [Batch(x, None, None)], steps=1, listener=silent)
+    calibrate_(student, [Batch((x,), None, None)], steps=1)
     q, wanted = student(x).detach(), teacher.network(x)
     match_moments_(student, teacher, x)
     factor = wanted.std(0) / q.std(0)
@@ -124,14 +124,14 @@ def test_moments_by_hand():
 
 @pytest.mark.parametrize("at_once", [10, 33])  # parts of equal and of different length
 def test_large_images_pass_in_parts_with_the_same_gradient(teacher, images, monkeypatch, at_once):
-    batch = Batch(images, torch.zeros(len(images), dtype=torch.long), None)
+    batch = Batch((images,), torch.zeros(len(images), dtype=torch.long), None)
     # Features are relative to each part's own; the rest is exactly a mean over images.
     config = replace(FAST.tuning, features=0.0, optimizer=SgdConfig(lr=0.0))
     gradients, losses = [], []
     for number in (1000, at_once):
         monkeypatch.setattr("gdfq.tuning.distill._FEATURE_BYTES", 4 * 8 * 64 * number)
         student = student_of(teacher, images)
-        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, listener=losses.append)  # fmt: skip
+        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, context=Context(listener=losses.append))  # fmt: skip
         gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
     assert float(losses[0].losses["student"]) == pytest.approx(float(losses[1].losses["student"]), rel=1e-5)  # fmt: skip
     for whole, parts in zip(*gradients, strict=True):
@@ -140,7 +140,7 @@ def test_large_images_pass_in_parts_with_the_same_gradient(teacher, images, monk
 
 @given(images=st.integers(1, 40), size=st.integers(1, 40))
 def test_a_batch_splits_into_all_of_its_images(images, size):
-    batch = Batch(torch.arange(images), torch.arange(images), torch.arange(images))
+    batch = Batch((torch.arange(images),), torch.arange(images), torch.arange(images))
     parts = batch.split(size)
     assert max(len(part.images) for part in parts) <= size
     for tensors in zip(*((p.images, p.labels, p.teacher_logits) for p in parts), strict=True):
@@ -187,8 +187,10 @@ def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
     before = F.mse_loss(freeze(student)(images), wanted)
     config = Reconstruction(GridAdam(0.02, 1e-3, 1e-3, 0.05), images=64, batch=16, rounding=1e-3)
     seen = []
-    batches = Batch(images, torch.zeros(64, dtype=torch.long), None).split(16)
-    reconstruct_(student, teacher, batches, config, updates=60, seed=0, listener=seen.append)
+    batches = Batch((images,), torch.zeros(64, dtype=torch.long), None).split(16)
+    reconstruct_(
+        student, teacher, batches, config, updates=60, context=Context(listener=seen.append)
+    )
     frozen = freeze(student)
     assert float(F.mse_loss(frozen(images), wanted)) < 0.7 * float(before)
     assert distance(frozen(images), student(images)) < 0.03
@@ -229,8 +231,8 @@ def test_what_blocks_share_is_trained_in_the_first(images):
     def listener(step):
         steps.append(student.network.fake_weight.conv2d_1.log_step.detach().clone())
 
-    batches = [Batch(images, None, None)]
-    reconstruct_(student, teacher, batches, config, updates=10, seed=0, listener=listener)
+    batches = [Batch((images,), None, None)]
+    reconstruct_(student, teacher, batches, config, updates=10, context=Context(listener=listener))
     assert len(steps) == 40  # stem, shared, shared again, head
     assert not torch.equal(steps[10], steps[19])
     assert torch.equal(steps[19], steps[-1])
@@ -275,10 +277,10 @@ def test_the_regulariser_decides_roundings_and_values_bypass(teacher, images, mo
     for weight in (0.0, 1.0):
         student = student_of(teacher, images, "w3a4", "rounded")
         config = Reconstruction(GridAdam(0.0, 0.0, 0.0, 0.2), images=64, batch=8, rounding=weight)
-        batches = [Batch(images, None, None)]
+        batches = [Batch((images,), None, None)]
         mixed.clear()
         reconstruct_(
-            student, teacher, batches, config, updates=100, seed=0, listener=lambda _: None
+            student, teacher, batches, config, updates=100, context=Context(listener=lambda _: None)
         )
         rounded = [m for m in student.modules() if isinstance(m, RoundedWeight)]
         assert all(m.settled for m in rounded)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from support import networks
 
-from gdfq.execution.progress import silent
 from gdfq.functional.grid import Bits, affine_grid
 from gdfq.optim import Cosine, GridAdam, SgdConfig, set_rate_
 from gdfq.recipes import FAST, PAPER
@@ -63,22 +62,14 @@ def by_hand(model, parameters, ranges, x):
 def test_two_updates_equal_the_textbook(teacher):
     """Weights are rounded anew at each forward, rates decay, momentum is Nesterov's."""
     model = networks.make("Residual")
-    batches = list(GeneratorSource(batch=8).stream(teacher, steps=3, seed=0))
+    batches = list(GeneratorSource(batch=8).stream(teacher, steps=3))
     config = replace(PAPER.tuning, optimizer=SgdConfig(lr=0.05))
     student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
-    calibrate_(student, batches[:1], steps=1, listener=silent)
+    calibrate_(student, batches[:1], steps=1)
     ranges = [q.scale * 15 for q in student.activations]
     parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     velocity = {n: torch.zeros_like(p) for n, p in parameters.items()}
-    tune_(
-        student,
-        teacher,
-        iter(batches[1:]),
-        config,
-        first_step=1,
-        total_steps=3,
-        listener=silent,
-    )
+    tune_(student, teacher, iter(batches[1:]), config, first_step=1, total_steps=3)
 
     for step, batch in ((1, batches[1]), (2, batches[2])):
         rate = 0.05 * 0.1 ** sum(step >= round(m * 3) for m in (0.25, 0.5, 0.75))
@@ -102,7 +93,7 @@ def test_two_updates_equal_the_textbook(teacher):
 
 
 def test_labels_are_uniform(teacher):
-    batches = GeneratorSource(batch=500).stream(teacher, steps=2, seed=0)
+    batches = GeneratorSource(batch=500).stream(teacher, steps=2)
     counts = torch.cat([b.labels for b in batches]).bincount(minlength=networks.CLASSES)
     assert counts.min() > 150  # 200 expected of each of 5 classes, 12.6 the deviation
     assert counts.sum() == 1000

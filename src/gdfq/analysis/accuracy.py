@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdfq.data.datasets import ImageData, Preprocessing
+from gdfq.data.datasets import ImageData
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.tracing import beside_no_tracing

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.deploy.parity import Parity
+from gdfq.execution.context import Context
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.losses import distillation_loss
@@ -177,7 +178,9 @@ def made(teacher: Captured, seed: int, listener: Listener = silent) -> Tensor:
     """Spectral images [N, *input_shape]. Raises what `SpectralSource` does."""
     fitting = _PIXELS // math.prod(teacher.input_shape[1:])
     count = max(_FEWEST, min(_MOST, fitting))
-    images, _ = collect(replace(_SOURCE, batch=count), teacher, count, seed=seed, listener=listener)
+    images, _ = collect(
+        replace(_SOURCE, batch=count), teacher, count, context=Context(seed=seed, listener=listener)
+    )
     return images
 
 

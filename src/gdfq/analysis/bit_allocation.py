@@ -199,8 +199,8 @@ def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     layers = free_layers(teacher, scheme)
     student = build_student(teacher, scheme)
     noise = torch.randn(2, *teacher.input_shape, generator=stream(0, "allocation.noise"))
-    batch = Batch(noise.to(teacher.device), None, None)
-    calibrate_(student, [batch], steps=1, listener=silent)  # a file's size knows no ranges
+    batch = Batch((noise.to(teacher.device),), None, None)
+    calibrate_(student, [batch], steps=1)  # a file's size knows no ranges
     network = freeze(student).cpu()
     _fill_(network)
     data = to_onnx(network, teacher.input_shape, metadata, outputs=output_names(teacher))

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from gdfq.analysis.preflight import Diagnosis
-from gdfq.execution.progress import Step, silent
+from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
@@ -83,7 +84,7 @@ def _source_seconds(source: Source, teacher: Captured, steps: int) -> float:
     if isinstance(source, ImagePool):
         return _source_seconds(source.source, teacher, -(-source.images // source.source.batch))
     watch = _Stopwatch(teacher.device)
-    stream = source.stream(teacher, steps=max(2, steps), seed=0, listener=watch)
+    stream = source.stream(teacher, steps=max(2, steps), context=Context(listener=watch))
     try:
         next(stream)
         started = now(teacher.device)
@@ -99,15 +100,15 @@ def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
         return 0.0
     count = recipe.source.batch
     noise = torch.randn(count, *teacher.input_shape, generator=random_stream(0, "doctor.noise"))
-    batch = Batch(noise.to(teacher.device), labels_in_turn(teacher, 0, count), None)
+    batch = Batch((noise.to(teacher.device),), labels_in_turn(teacher, 0, count), None)
     student = build_student(teacher, scheme, quantizers=recipe.quantizers)
-    calibrate_(student, [batch], steps=1, listener=silent)
+    calibrate_(student, [batch], steps=1)
     updates = recipe.steps - recipe.warmup
     if isinstance(recipe.tuning, Reconstruction):
         at: list[float] = []
         reconstruct_(
             student, teacher, [batch], recipe.tuning,
-            updates=2, seed=0, listener=lambda _: at.append(now(teacher.device)),
+            updates=2, context=Context(listener=lambda _: at.append(now(teacher.device))),
         )  # fmt: skip
         # Of each block the second update; what comes before its first is done once.
         return updates * sum(
@@ -122,6 +123,6 @@ def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
             recipe.tuning,
             first_step=recipe.warmup,
             total_steps=recipe.steps,
-            listener=watch,
+            context=Context(listener=watch),
         )
     return watch.seconds * updates

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.seeding import stream
 from gdfq.functional.losses import Statistics, relative_statistics_loss
 from gdfq.graph import operators

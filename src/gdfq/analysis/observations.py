@@ -6,7 +6,8 @@ from functools import partial
 from torch import Tensor, fx
 
 from gdfq.analysis.accuracy import Answers, logits_of
-from gdfq.data.datasets import ImageData, Preprocessing
+from gdfq.data.datasets import ImageData
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.progress import Listener
 from gdfq.graph.capture import Captured
 

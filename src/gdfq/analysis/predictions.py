@@ -11,7 +11,7 @@ from torch import Tensor
 from gdfq.analysis.accuracy import Answers
 from gdfq.analysis.images import thumbnails
 from gdfq.analysis.observations import Tested
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 
 BINS = 15
 """Of the calibration error, as in arXiv 1706.04599."""

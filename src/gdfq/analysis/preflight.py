@@ -110,7 +110,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     except GdfqError as error:
         problems, widths, weight_bits = [str(error)], {}, {}
     try:
-        recipe.source.stream(teacher, steps=1, seed=0)
+        recipe.source.stream(teacher, steps=1)
     except GdfqError as error:
         problems.append(str(error))
     weights = {node: tensors_of(folded.network)[str(node.args[1].target)] for node in layers}

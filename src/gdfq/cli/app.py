@@ -254,7 +254,7 @@ def doctor_command(**options: Any) -> None:
 @click.option("--test", type=_Data(), required=True, help="labelled DATA")
 def evaluate_command(folder: Path, test: Path) -> None:
     """Top-1 accuracy of the quantized network in DIR."""
-    from gdfq.execution.progress import Terminal
+    from gdfq.execution.listeners import Terminal
     from gdfq.quantized import load
 
     with Terminal() as terminal:

@@ -8,7 +8,7 @@ import torch
 
 from gdfq import demo as digits
 from gdfq.cli.quantize import quantize_into, report_at_once, written_down
-from gdfq.execution.progress import Terminal
+from gdfq.execution.listeners import Terminal
 from gdfq.graph.capture import capture
 from gdfq.pipeline import quantize
 from gdfq.recipes import FAST

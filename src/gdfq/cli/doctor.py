@@ -13,7 +13,7 @@ from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import Diagnosis, Layer, diagnose
 from gdfq.cli.network import NetworkOptions, open_network
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import find_device
+from gdfq.execution.precision import find_device
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
 from gdfq.student.scheme import Keep, Placement, Scheme

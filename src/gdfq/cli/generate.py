@@ -8,7 +8,7 @@ import torch
 
 from gdfq.cli.network import NetworkOptions, open_network
 from gdfq.data.writers import ImageFiles
-from gdfq.execution.progress import Terminal
+from gdfq.execution.listeners import Terminal
 from gdfq.graph.capture import capture
 from gdfq.making import generate
 

@@ -7,7 +7,7 @@ from typing import TypedDict, Unpack
 import click
 from torch import nn
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.models.registry import load_model
 
 

@@ -23,8 +23,10 @@ from gdfq.cli.network import NetworkOptions, open_network
 from gdfq.data.datasets import load_data
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.checkpoints import Checkpoints
-from gdfq.execution.distributed import ALONE, Group, Precision, find_device, joined
-from gdfq.execution.progress import History, Listener, Step, Terminal
+from gdfq.execution.distributed import ALONE, Group, joined
+from gdfq.execution.listeners import History, Terminal
+from gdfq.execution.precision import Precision, find_device
+from gdfq.execution.progress import Listener, Step
 from gdfq.execution.signals import stoppable
 from gdfq.execution.tensorboard import TensorBoard, require_tensorboard
 from gdfq.graph.capture import Captured, capture
@@ -42,8 +44,8 @@ from gdfq.version import __version__
 
 def run(*, device: str, precision: Precision, **options: Any) -> None:
     """`gdfq quantize`, by as many processes as torchrun started."""
-    with joined(find_device(device), precision) as group:
-        _run(device=device, group=group, **options)
+    with joined(find_device(device)) as group:
+        _run(device=device, precision=precision, group=group, **options)
 
 
 def _run(
@@ -66,6 +68,7 @@ def _run(
     tensorboard: bool,
     checkpoint_every: float,
     resume: bool,
+    precision: Precision,
     group: Group,
     **options: Unpack[NetworkOptions],
 ) -> None:
@@ -82,7 +85,7 @@ def _run(
         )
     network, shape, preprocessing = open_network(warns=group.rank == 0, **options)
     chosen = chosen.fitted(shape).with_batch(batch)
-    config = written_down(network, device, group) | {
+    config = written_down(network, device, precision, group) | {
         "model": options["model"],
         "weights": None if options["weights"] is None else str(options["weights"]),
         "input": list(shape),
@@ -128,6 +131,7 @@ def _run(
         onnx=onnx,
         report=report,
         tensorboard=tensorboard,
+        precision=precision,
         group=group,
     )
     if group.rank:
@@ -139,7 +143,9 @@ def _run(
         report_at_once(out)
 
 
-def written_down(network: nn.Module, device: str, group: Group = ALONE) -> dict[str, Any]:
+def written_down(
+    network: nn.Module, device: str, precision: Precision = "float32", group: Group = ALONE
+) -> dict[str, Any]:
     """What a run's config.json holds of every run: what with, and of which network."""
     return {
         "gdfq": __version__,
@@ -147,7 +153,7 @@ def written_down(network: nn.Module, device: str, group: Group = ALONE) -> dict[
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "device": str(find_device(device)),
-        "precision": group.precision,
+        "precision": precision,
         "processes": group.size,
         "command": shlex.join(["gdfq", *sys.argv[1:]]),
         "weights_sha256": weights_hash(network),
@@ -170,7 +176,7 @@ def quantize_into(
         checkpoints = stack.enter_context(folder).checkpoints
         goes_on = checkpoints.exists()
         folder.begin(config)
-        history = checkpoints.hold("history", stack.enter_context(History(folder.history)))
+        history = checkpoints.register("history", stack.enter_context(History(folder.history)))
         listeners: list[Listener] = [history, stack.enter_context(Terminal())]
         if tensorboard:
             listeners.append(stack.enter_context(TensorBoard(folder.path)))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.files.atomic import make_folder, write_atomically
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.functional.grid import Bits
 from gdfq.graph.outputs import Structure
 from gdfq.student.scheme import Placement

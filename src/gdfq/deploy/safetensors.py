@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from gdfq.data.datasets import Preprocessing, Resize
+from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.deploy.card import Card
 from gdfq.deploy.graph_json import graph_from_json, graph_to_json
 from gdfq.deploy.shape_check import rehearse

@@ -13,15 +13,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from gdfq.errors import GdfqWarning, UsageError, first_line
+from gdfq.execution.checkpointer import Part
 from gdfq.execution.progress import Listener, Step
 from gdfq.files.atomic import make_folder, remove_partial, write_atomically
 from gdfq.files.states import (
-    Fixed,
+    Frozen,
     Stateful,
     all_finite,
     differences,
@@ -31,8 +32,6 @@ from gdfq.files.states import (
 )
 from gdfq.files.untrusted import within
 
-Part = TypeVar("Part", bound=Stateful)
-
 INTERVAL = 60.0
 """Seconds between two checkpoints of one stage."""
 _SHARE = 0.02
@@ -40,59 +39,6 @@ _SHARE = 0.02
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{32})\.safetensors")
 _LOCK = ".lock"
 _PIECE = re.compile(r"piece-([0-9a-f]{32})\.safetensors")
-
-
-class Keeper(Protocol):
-    """What keeps the parts of a run, within its `with` block."""
-
-    def __enter__(self) -> "Keeper": ...
-
-    def __exit__(self, *stopped: object) -> None: ...
-
-    def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
-        """Say which run it is (plain values), and what its rounding depends on."""
-        ...
-
-    def hold(self, name: str, part: Part) -> Part:
-        """Keep the part from now on. Of a run that goes on, it gets the state it had."""
-        ...
-
-    def forget(self, *names: str) -> None:
-        """Keep these parts no longer, nor what was found of them."""
-        ...
-
-    def listening(self, listener: Listener) -> Listener:
-        """The listener, behind whom a checkpoint is written when it is time."""
-        ...
-
-    def stage_ends(self) -> None:
-        """Write a checkpoint, unless that would take too much of the time."""
-        ...
-
-
-class Unkept:
-    """The keeper that keeps nothing."""
-
-    def __enter__(self) -> "Unkept":
-        return self
-
-    def __exit__(self, *stopped: object) -> None:
-        pass
-
-    def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
-        pass
-
-    def hold(self, name: str, part: Part) -> Part:  # noqa: ARG002
-        return part
-
-    def forget(self, *names: str) -> None:
-        pass
-
-    def listening(self, listener: Listener) -> Listener:
-        return listener
-
-    def stage_ends(self) -> None:
-        pass
 
 
 class Checkpoints:
@@ -121,7 +67,7 @@ class Checkpoints:
         self._parts: dict[str, Stateful] = {}
         self._found: dict[str, Any] = {}  # states of parts that are not held yet
         self._kept: list[tuple[Path, set[str]]] = []
-        self._pieces: weakref.WeakKeyDictionary[Fixed, str] = weakref.WeakKeyDictionary()
+        self._pieces: weakref.WeakKeyDictionary[Frozen, str] = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, folder: "str | Path | Checkpoints", *, writes: bool = True) -> "Checkpoints":
@@ -183,7 +129,7 @@ class Checkpoints:
         for name, part in self._parts.items():
             self._restore_(name, part)
 
-    def hold(self, name: str, part: Part) -> Part:
+    def register(self, name: str, part: Part) -> Part:
         self._parts[name] = part
         self._restore_(name, part)
         return part
@@ -199,7 +145,7 @@ class Checkpoints:
                 f"{name} does not fit: {first_line(error)}. Remove the folder to begin anew."
             ) from error
 
-    def forget(self, *names: str) -> None:
+    def unregister(self, *names: str) -> None:
         for name in names:
             self._parts.pop(name, None)
             self._found.pop(name, None)
@@ -264,7 +210,7 @@ class Checkpoints:
     def _write(self, state: dict[str, Any]) -> None:
         used: set[str] = set()
 
-        def piece(part: Fixed) -> str:
+        def piece(part: Frozen) -> str:
             name = self._pieces.get(part)
             path = self.folder / f"piece-{name}.safetensors"
             if name is None or not path.exists():
@@ -311,7 +257,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> tuple[dict[str, Any], set[str]]:
         """A checkpoint's state and its pieces. Raises ValueError and others when it is damaged."""
-        read: dict[str, Fixed] = {}
+        read: dict[str, Frozen] = {}
 
         def contents(path: Path, name: str) -> bytes:
             data = within(self.folder, path).read_bytes()
@@ -319,12 +265,12 @@ class Checkpoints:
                 raise ValueError("it is truncated or was changed")
             return data
 
-        def fixed(name: str) -> Fixed:
+        def fixed(name: str) -> Frozen:
             path = self.folder / f"piece-{name}.safetensors"
             if not _PIECE.fullmatch(path.name):
                 raise ValueError(f"a piece cannot have the name {name!r}")
             if name not in read:  # once: pieces that name each other twice would double without end
-                read[name] = Fixed(from_bytes(contents(path, name), fixed))
+                read[name] = Frozen(from_bytes(contents(path, name), fixed))
                 self._pieces[read[name]] = name
             return read[name]
 

@@ -1,4 +1,4 @@
-"""What a run is computed with: how many processes, each on a device of its own, and how exactly.
+"""The processes of a run, each on a device of its own.
 
 All processes go through the same program with the same random streams, and meet where a batch
 counts as a whole. What must be known of it is a mean over them, whose gradient is again a mean:
@@ -12,15 +12,12 @@ The engine is torch.distributed, started by torchrun. What wraps modules (Distri
 with or without accelerate or Lightning Fabric) averages gradients behind a module's backward pass
 and knows nothing of statistics that must be whole *within* it; with those, the average is one line
 more.
-
-In bfloat16 what layers multiply is rounded to 8 bits (torch.autocast). Statistics, quantizers,
-losses, weights and updates stay in float32.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,29 +26,14 @@ from torch import Tensor
 
 from gdfq.errors import GdfqError, UsageError, first_line
 
-Precision = Literal["float32", "bfloat16"]
-
 Statistics = Sequence[tuple[Tensor, Tensor]]
 """Mean and biased variance of each batch norm's input, each of shape [channels of that layer]."""
 
 
 class Group:
-    """One process that is alone: what it has is the whole.
-
-    precision: of the products in layers, of teacher and student, while images are made and the
-    student is tuned.
-    """
+    """One process that is alone: what it has is the whole."""
 
     rank, size = 0, 1
-
-    def __init__(self, precision: Precision = "float32") -> None:
-        self.precision = precision
-
-    def layers_on(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Within, layers compute in this precision."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(device.type, getattr(torch, self.precision))
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of all processes' x, with its gradient; shapes are alike."""
@@ -110,8 +92,7 @@ ALONE = Group()
 class Processes(Group):
     """The processes of torch.distributed's default group."""
 
-    def __init__(self, precision: Precision = "float32") -> None:
-        super().__init__(precision)
+    def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def mean(self, x: Tensor) -> Tensor:
@@ -169,11 +150,6 @@ class Processes(Group):
         return centred if shift is None else centred + shift.view(shape)
 
 
-def exact(x: Tensor) -> Tensor:
-    """x in float32 where layers made it in a lower precision."""
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
@@ -210,14 +186,14 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 @contextmanager
-def joined(device: torch.device, precision: Precision = "float32") -> Iterator[Group]:
+def joined(device: torch.device) -> Iterator[Group]:
     """Within, the group of processes that torchrun started this one in; alone if it did not.
 
     On GPUs each process takes the one of its number on its machine. Raises UsageError when there
     are fewer.
     """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
-        yield Group(precision)
+        yield ALONE
         return
     if device.type == "cuda":
         here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -229,16 +205,6 @@ def joined(device: torch.device, precision: Precision = "float32") -> Iterator[G
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(precision)
+        yield Processes()
     finally:
         dist.destroy_process_group()
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one. Raises UsageError otherwise."""
-    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    if name == "auto":
-        return torch.device(available[-1])
-    if name not in available:
-        raise UsageError(f"device must be one of auto, {', '.join(available)} here; got {name!r}.")
-    return torch.device(name)

@@ -20,7 +20,7 @@ class Stateful(Protocol):
     """What can be stopped and go on, as a module, an optimizer or a stream of batches.
 
     A state is a tree of dictionaries and lists whose leaves are tensors, numbers, strings, None
-    and `Fixed`.
+    and `Frozen`.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -28,14 +28,14 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Fixed:
+class Frozen:
     """A part of a state that will not change again, so that it needs to be written only once."""
 
     value: Any
 
-    def to(self, device: torch.device) -> "Fixed":
+    def to(self, device: torch.device) -> "Frozen":
         """The same on a device: what is read lies on the CPU."""
-        return self if device.type == "cpu" else Fixed(_moved(self.value, device))
+        return self if device.type == "cpu" else Frozen(_moved(self.value, device))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -47,7 +47,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def all_finite(state: Any) -> bool:
-    """Whether no tensor of a state has NaN or infinity in it; `Fixed` parts are not looked at."""
+    """Whether no tensor of a state has NaN or infinity in it; `Frozen` parts are not looked at."""
     if isinstance(state, Tensor):
         return not state.is_floating_point() or bool(state.isfinite().all())
     if isinstance(state, Mapping):
@@ -55,7 +55,7 @@ def all_finite(state: Any) -> bool:
     return all(map(all_finite, state)) if isinstance(state, list | tuple) else True
 
 
-class Noted(dict[str, Any]):
+class Results(dict[str, Any]):
     """A dictionary of results that are to outlast a stop."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Noted(dict[str, Any]):
         self.update(state)
 
 
-def to_bytes(state: Any, name_of: Callable[[Fixed], str]) -> bytes:
+def to_bytes(state: Any, name_of: Callable[[Frozen], str]) -> bytes:
     """A state as the contents of a safetensors file; `name_of` a fixed part stands in its place."""
     from safetensors.torch import save
 
@@ -78,7 +78,7 @@ def to_bytes(state: Any, name_of: Callable[[Fixed], str]) -> bytes:
             tensors[str(len(tensors))] = dense.as_strided((dense.numel(),), (1,))
             return {"tensor": str(len(tensors) - 1), "shape": list(dense.shape),
                     "stride": list(dense.stride())}  # fmt: skip
-        if isinstance(value, Fixed):
+        if isinstance(value, Frozen):
             return {"fixed": name_of(value)}
         if isinstance(value, Mapping):  # in pairs: keys may be numbers
             return {"pairs": [[key, encoded(inside)] for key, inside in value.items()]}
@@ -90,7 +90,7 @@ def to_bytes(state: Any, name_of: Callable[[Fixed], str]) -> bytes:
     return bytes(save(tensors, {_KEY: text}))
 
 
-def from_bytes(data: bytes, fixed: Callable[[str], Fixed]) -> Any:
+def from_bytes(data: bytes, fixed: Callable[[str], Frozen]) -> Any:
     """The state of a file's contents; tuples come back as lists.
 
     Tensors get the strides that they had: arithmetic of another memory order rounds otherwise.

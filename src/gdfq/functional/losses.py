@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdfq.execution.distributed import ALONE, Group, Statistics, exact
+from gdfq.execution.distributed import ALONE, Group, Statistics
+from gdfq.execution.precision import to_float32
 
 
 def class_boundary_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -19,7 +20,7 @@ def class_boundary_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 
     teacher_logits [N, C], labels [N] -> scalar.
     """
-    return F.cross_entropy(exact(teacher_logits), labels)
+    return F.cross_entropy(to_float32(teacher_logits), labels)
 
 
 def batch_norm_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
@@ -61,7 +62,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 
     logits [N, C], labels [N] -> scalar. γ = 0 is the cross-entropy itself.
     """
-    log_p = F.log_softmax(exact(logits), 1).gather(1, labels[:, None])
+    log_p = F.log_softmax(to_float32(logits), 1).gather(1, labels[:, None])
     # 1 − p reaches 0, where a power below 1 would have no gradient.
     return -((1 - log_p.exp()).clamp_min(1e-12).pow(gamma) * log_p).mean()
 
@@ -72,7 +73,7 @@ def feature_loss(seen: Sequence[Tensor], wanted: Sequence[Tensor], group: Group 
     `wanted` gets no gradient. In a group ‖F_b‖² is the mean over the parts of the batch, so that
     the mean of the losses is that of the whole batch.
     """
-    seen, wanted = list(map(exact, seen)), list(map(exact, wanted))
+    seen, wanted = list(map(to_float32, seen)), list(map(to_float32, wanted))
     powers = group.mean(torch.stack([inner(teacher, teacher) for teacher in wanted]).detach())
     errors = [
         _RelativeError.apply(student, teacher, power)
@@ -136,8 +137,8 @@ def distillation_loss(
     mean over batch *and classes*, C times smaller: what the published numbers were made with).
     """
     kl = F.kl_div(
-        F.log_softmax(exact(student_logits) / temperature, 1),
-        F.log_softmax(exact(teacher_logits) / temperature, 1),
+        F.log_softmax(to_float32(student_logits) / temperature, 1),
+        F.log_softmax(to_float32(teacher_logits) / temperature, 1),
         reduction="batchmean",
         log_target=True,
     )

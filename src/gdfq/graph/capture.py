@@ -17,6 +17,7 @@ from gdfq.errors import UsageError, first_line
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.execution.tracing import quiet_tracing
 from gdfq.graph import operators
+from gdfq.graph.inputs import InputSpec
 from gdfq.graph.outputs import Structure, flattened, in_order, structure_of
 
 
@@ -31,9 +32,24 @@ class Captured:
     """
 
     network: fx.GraphModule
-    input_shape: tuple[int, ...]
+    inputs: tuple[InputSpec, ...]
     classes: int | None
     outputs: Structure
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one image, of a network that takes images alone.
+
+        Raises:
+            UsageError: The network takes several inputs, or integers.
+        """
+        (first, *others) = self.inputs
+        if others or first.kind == "integers":
+            raise UsageError(
+                "this needs a network that takes images alone, as one tensor of floats; this one "
+                f"takes {', '.join(map(str, self.inputs))}. Give real inputs (--data, or data=...)."
+            )
+        return first.shape
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +118,7 @@ def capture(model: nn.Module, example_input: Tensor, *, classifier: bool | None 
                 f"graph differs from the module by {float((ours - theirs).abs().max()):.3g}. "
                 "Remove randomness or state from its forward."
             )
-    return Captured(network, tuple(example.shape[1:]), classes, structure_of(returned))
+    return Captured(network, (InputSpec.of("images", example),), classes, structure_of(returned))
 
 
 def flat_module(graph: fx.Graph, tensors: dict[str, Tensor]) -> fx.GraphModule:

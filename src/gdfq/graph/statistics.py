@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import Statistics, exact
+from gdfq.execution.distributed import Statistics
+from gdfq.execution.precision import to_float32
 from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import Captured, tensors_of
 
@@ -55,7 +56,7 @@ class _NormWithMoments(torch.autograd.Function):
 
 
 def _norm_with_moments(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _NormWithMoments.apply(exact(x), scale, shift)
+    return _NormWithMoments.apply(to_float32(x), scale, shift)
 
 
 class StatisticsNetwork:

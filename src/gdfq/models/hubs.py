@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdfq.data.datasets import Preprocessing, Resize
+from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import UsageError, first_line
 from gdfq.models.loaded import Loaded
 from gdfq.models.weights import read_weights

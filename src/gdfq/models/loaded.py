@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.files.untrusted import check_shape
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gdfq.execution.distributed import exact
+from gdfq.execution.precision import to_float32
 from gdfq.functional.grid import Layout, along_channels
 
 
@@ -75,7 +75,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = exact(x)
+        x = to_float32(x)
         if self.observing:
             self.observe_(x.detach())
         quantized = self.fake_quantize(x)

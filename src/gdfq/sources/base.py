@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gdfq.execution.distributed import ALONE, Group
-from gdfq.execution.progress import Listener, silent
+from gdfq.execution.context import Context
+from gdfq.execution.distributed import Group
 from gdfq.graph.capture import Captured
 
 
@@ -16,16 +16,26 @@ from gdfq.graph.capture import Captured
 class Batch:
     """What the student sees in one step, detached, on the teacher's device.
 
-    images [N, *input_shape] in the network's normalised input space, channels_last;
+    inputs: one tensor [N, *shape] for each input of the network; images are in the network's
+    normalised input space, channels_last;
     labels [N] integers, or None for a network whose outputs are not classes; teacher_logits
     [N, C], or None where the teacher has not seen these very images or has no classes; losses:
     scalars for the log.
     """
 
-    images: Tensor
+    inputs: tuple[Tensor, ...]
     labels: Tensor | None
     teacher_logits: Tensor | None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def images(self) -> Tensor:
+        """The images [N, *input_shape] of a network that takes images alone."""
+        (images,) = self.inputs
+        return images
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
 
     def part(self, group: Group) -> "Batch":
         """The images that are this process's."""
@@ -33,21 +43,21 @@ class Batch:
         def rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else group.part(x)
 
-        images, logits = group.part(self.images), rows(self.teacher_logits)
-        return Batch(images, rows(self.labels), logits, self.losses)
+        inputs = tuple(map(group.part, self.inputs))
+        return Batch(inputs, rows(self.labels), rows(self.teacher_logits), self.losses)
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of about equal length, of `size` images or fewer each."""
-        parts = max(1, -(-len(self.images) // size))
-        images = self.images.chunk(parts)
+        parts = max(1, -(-len(self) // size))
+        inputs = list(zip(*(tensor.chunk(parts) for tensor in self.inputs), strict=True))
 
         def chunks(tensor: Tensor | None) -> Sequence[Tensor | None]:
-            return [None] * len(images) if tensor is None else tensor.chunk(parts)
+            return [None] * len(inputs) if tensor is None else tensor.chunk(parts)
 
         return [
-            Batch(image, labels, logits, self.losses)
-            for image, labels, logits in zip(
-                images, chunks(self.labels), chunks(self.teacher_logits), strict=True
+            Batch(part, labels, logits, self.losses)
+            for part, labels, logits in zip(
+                inputs, chunks(self.labels), chunks(self.teacher_logits), strict=True
             )
         ]
 
@@ -87,9 +97,7 @@ class Source(Protocol):
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Iterator[Batch]:
         """Yield `steps` batches; the same seed gives the same batches.
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import ALONE, Group, exact
+from gdfq.execution.context import Context
+from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import stay_finite
-from gdfq.execution.progress import Listener, silent
+from gdfq.execution.precision import to_float32
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.states import Stateful
 from gdfq.functional.losses import batch_norm_statistics_loss, class_boundary_loss
@@ -152,9 +153,7 @@ class GeneratorSource:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Stream:
         """Yield `steps` batches, training on the way.
 
@@ -169,21 +168,22 @@ class GeneratorSource:
             )
         has_classes = teacher.classes is not None
         config = self if has_classes else replace(self, class_boundary=0.0)
-        loss = _GeneratorLoss(config, teacher, group)
+        group = context.group
+        loss = _GeneratorLoss(config, teacher, context)
         classes = teacher.classes or 1
         generator = Generator(
             teacher.input_shape,
             classes,
             latent=self.latent,
             conditioning=self.conditioning,
-            random=random_stream(seed, "generator.init"),
+            random=random_stream(context.seed, "generator.init"),
         ).to(teacher.device)
         optimizer = self.optimizer.build(generator.parameters())
         ahead = round(self.head_start * steps)
         learns = bool(loss.config.class_boundary or loss.config.statistics)
         last = ahead + round(self.stop * steps) if learns else 0
         planned = ahead + steps if self.stop else ahead  # stopping early leaves the schedule
-        draw = random_stream(seed, "generator.draw")
+        draw = random_stream(context.seed, "generator.draw")
         watch = CollapseWatch()
 
         def make(step: int) -> Batch:
@@ -210,25 +210,27 @@ class GeneratorSource:
             )
             images = group.gather(images.detach())
             known, logits = (
-                (labels, group.gather(exact(outputs.detach()))) if has_classes else (None, None)
+                (labels, group.gather(to_float32(outputs.detach())))
+                if has_classes
+                else (None, None)
             )
             if learns:
                 watch.look(step, images, logits if loss.config.class_boundary else None, labels)
-            return Batch(images, known, logits, detached)
+            return Batch((images,), known, logits, detached)
 
         parts: dict[str, Stateful] = {
             "generator": generator,
             "optimizer": optimizer,
             "watch": watch,
         }
-        return Stream(make, steps, [draw], parts, ahead=ahead, listener=listener)
+        return Stream(make, steps, [draw], parts, ahead=ahead, listener=context.listener)
 
 
 class _GeneratorLoss:
     """L(G) with its parts for the log; parts of weight 0 are not computed."""
 
-    def __init__(self, config: GeneratorSource, teacher: Captured, group: Group) -> None:
-        self.config, self.group = config, group
+    def __init__(self, config: GeneratorSource, teacher: Captured, context: Context) -> None:
+        self.config, self.context = config, context
         self.teacher = teacher.network
         self.with_statistics = StatisticsNetwork(teacher) if config.statistics else None
 
@@ -236,13 +238,13 @@ class _GeneratorLoss:
         total = images.new_zeros(())
         losses: dict[str, Tensor] = {}
         if self.with_statistics is not None:
-            with self.group.layers_on(images.device):
+            with self.context.autocast(images.device):
                 outputs, seen = self.with_statistics(images)
-            seen = self.group.moments(seen)
+            seen = self.context.group.moments(seen)
             losses["bns"] = batch_norm_statistics_loss(seen, self.with_statistics.stored)
             total = total + self.config.statistics * losses["bns"]
         else:
-            with self.group.layers_on(images.device):
+            with self.context.autocast(images.device):
                 outputs = self.teacher(images)
         if self.config.class_boundary:
             losses["boundary"] = class_boundary_loss(outputs, labels)

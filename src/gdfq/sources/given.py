@@ -5,10 +5,10 @@ from typing import NoReturn
 
 import torch
 
-from gdfq.data.datasets import ImageData, Preprocessing
+from gdfq.data.datasets import ImageData
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import ALONE, Group
-from gdfq.execution.progress import Listener, silent
+from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.sources.base import Batch, Source
@@ -27,9 +27,7 @@ class GivenImages:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> NoReturn:
         """Raises UsageError: there are no images yet."""
         raise UsageError(
@@ -67,12 +65,10 @@ class ImageSource:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Stream:
         """Yield `steps` batches."""
-        draw = random_stream(seed, "images.order")
+        draw = random_stream(context.seed, "images.order")
         order = Shuffled(draw, lambda indices: list(indices.split(self.batch)))
 
         def make(_: int) -> Batch:
@@ -83,6 +79,6 @@ class ImageSource:
             labels = None if logits is None else logits.argmax(1)
             if logits is not None and self.data.labels is not None:
                 labels = self.data.labels[chosen].to(teacher.device)
-            return Batch(images, labels, logits)
+            return Batch((images,), labels, logits)
 
         return Stream(make, steps, [draw], {"order": order})

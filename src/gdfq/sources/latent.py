@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.context import Context
 from gdfq.execution.guards import images_stay_finite
-from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.losses import standard_deviation_loss
 from gdfq.functional.upsample_conv import upsampled_convolution
@@ -46,9 +46,7 @@ class LatentSource:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Stream:
         """Yield `steps` batches.
 
@@ -59,7 +57,9 @@ class LatentSource:
                 "the generator makes images [channels, height, width]; "
                 f"this network takes {list(teacher.input_shape)}. Give real data instead."
             )
-        swing, draw = (random_stream(seed, f"latent.{purpose}") for purpose in ("swing", "draw"))
+        swing, draw = (
+            random_stream(context.seed, f"latent.{purpose}") for purpose in ("swing", "draw")
+        )
         network = StatisticsNetwork(swinging(teacher, swing), of_input=unit_input(teacher))
         device = teacher.device
 
@@ -83,12 +83,14 @@ class LatentSource:
                 for optimizer in optimizers:
                     optimizer.step()
                 done = step * self.iterations + iteration + 1
-                listener(Step("images", done, steps * self.iterations, {"bns": loss.detach()}))
+                context.listener(
+                    Step("images", done, steps * self.iterations, {"bns": loss.detach()})
+                )
             with torch.no_grad():
                 images = generator(z)
                 logits = teacher.logits(images)
             labels = None if logits is None else logits.argmax(1)
-            return Batch(images, labels, logits, {"bns": loss.detach()})
+            return Batch((images,), labels, logits, {"bns": loss.detach()})
 
         return Stream(make, steps, [swing, draw])
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import ALONE, Group
-from gdfq.execution.progress import Listener, silent
+from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.losses import patch_entropy
 from gdfq.graph import operators
@@ -53,9 +52,7 @@ class PatchSource:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Stream:
         """Yield `steps` batches.
 
@@ -78,10 +75,8 @@ class PatchSource:
             scale = mean.square().mean() + (variance.sqrt() - 1).square().mean()
             return outputs, scale - entropy, {"entropy": entropy.detach()}
 
-        draw = random_stream(seed, "patches.draw")
-        return spectral_batches(
-            self, teacher, knowledge, steps, draw, listener, group, Look.unit(teacher)
-        )
+        draw = random_stream(context.seed, "patches.draw")
+        return spectral_batches(self, teacher, knowledge, steps, draw, context, Look.unit(teacher))
 
 
 def patch_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.context import Context
 from gdfq.execution.guards import images_stay_finite
-from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.losses import focal_loss, standard_deviation_loss
 from gdfq.graph.capture import Captured
@@ -44,9 +44,7 @@ class OptimisedSource:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Stream:
         """Yield `steps` batches.
 
@@ -60,7 +58,7 @@ class OptimisedSource:
                 f"vectors of {teacher.input_shape[0]}. Use recipe 'zeroq', or give real inputs "
                 "(--data, or data=...)."
             )
-        draw = random_stream(seed, "optimised.draw")
+        draw = random_stream(context.seed, "optimised.draw")
         losses: dict[str, torch.Tensor] = {}
 
         def start() -> torch.Tensor:
@@ -76,7 +74,7 @@ class OptimisedSource:
             labels = labels_in_turn(teacher, step, self.batch)
             for iteration in range(self.iterations):
                 with torch.enable_grad():
-                    with group.layers_on(teacher.device):
+                    with context.autocast(teacher.device):
                         outputs, seen = network(images)
                     bns = standard_deviation_loss(seen, network.stored)
                     loss = bns
@@ -90,11 +88,11 @@ class OptimisedSource:
                 plateau.step(loss.item())
                 done = step * self.iterations + iteration + 1
                 losses["bns"] = bns.detach()
-                listener(Step("images", done, steps * self.iterations, dict(losses)))
+                context.listener(Step("images", done, steps * self.iterations, dict(losses)))
             final = images.detach()
             return final if self.cutoff is None else low_passed(final, self.cutoff)
 
-        in_turn = InTurn(start, optimised, steps, group)
+        in_turn = InTurn(start, optimised, steps, context.group)
 
         def make(step: int) -> Batch:
             images = in_turn(step)
@@ -103,7 +101,7 @@ class OptimisedSource:
                 logits = teacher.logits(images)
             if logits is not None and not self.class_weight:
                 labels = logits.argmax(1)
-            return Batch(images, labels, logits, dict(losses))
+            return Batch((images,), labels, logits, dict(losses))
 
         return Stream(make, steps, [draw], {"images": in_turn})
 

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdfq.execution.distributed import ALONE, Group
-from gdfq.execution.progress import Listener, silent
+from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
-from gdfq.files.states import Fixed, Noted, Stateful
+from gdfq.files.states import Frozen, Results, Stateful
 from gdfq.graph.capture import Captured
 from gdfq.sources.base import Batch, Source, first_images
 from gdfq.sources.stream import Feed, Shuffled, Stream
@@ -56,25 +55,23 @@ class ImagePool:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> "PoolStream":
         """Yield `steps` batches; raises at once what the source does."""
         pool = self.fitted(teacher.input_shape)
         needed = -(-pool.images // pool.source.batch)
-        made = pool.source.stream(teacher, steps=needed, seed=seed, listener=listener, group=group)
-        return PoolStream(pool, made, steps, seed, teacher, group)
+        made = pool.source.stream(teacher, steps=needed, context=context)
+        return PoolStream(pool, made, steps, teacher, context)
 
     def made(
-        self, teacher: Captured, *, seed: int, listener: Listener = silent
+        self, teacher: Captured, *, context: Context = Context()
     ) -> tuple["ImagePool", Tensor]:
         """The same pool with its images made, and these [images, *input_shape].
 
         For the same seed it streams the same batches as before.
         """
         pool = self.fitted(teacher.input_shape)
-        images, labels = collect(pool.source, teacher, pool.images, seed=seed, listener=listener)
+        images, labels = collect(pool.source, teacher, pool.images, context=context)
         return replace(pool, source=StoredImages(images, labels, self.source.batch)), images
 
 
@@ -91,12 +88,10 @@ class StoredImages:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Iterator[Batch]:
         """Yield `steps` batches, or as many as there are; the last may be smaller."""
-        batch = Batch(self.images, self.labels, None)
+        batch = Batch((self.images,), self.labels, None)
         yield from islice(batch.split(self.batch), steps)
 
 
@@ -108,13 +103,12 @@ class PoolStream(Stream):
         pool: ImagePool,
         made: Iterator[Batch],
         steps: int,
-        seed: int,
         teacher: Captured,
-        group: Group,
+        context: Context,
     ) -> None:
         self._collected = _Collected(made, pool.images, teacher.device)
-        draw = random_stream(seed, "pool.order")
-        moves = Noted({} if pool.augmented else {"them": False})
+        draw = random_stream(context.seed, "pool.order")
+        moves = Results({} if pool.augmented else {"them": False})
 
         def whole_batches(order: Tensor) -> list[Tensor]:
             size = min(pool.batch, len(order))
@@ -125,14 +119,14 @@ class PoolStream(Stream):
         def make(_: int) -> Batch:
             images, labels = self._collected()
             if not moves:
-                known = known_again(teacher, images, random_stream(seed, "pool.moved"))
-                group.same_([known])  # what devices round must not part the processes
+                known = known_again(teacher, images, random_stream(context.seed, "pool.moved"))
+                context.group.same_([known])  # what devices round must not part the processes
                 moves["them"] = bool(known >= _KNOWN)
             chosen = order.next_of(len(images))
             drawn = images[chosen]
             if moves["them"]:
                 drawn = shifted_and_flipped(drawn, draw)
-            return Batch(drawn, None if labels is None else labels[chosen], None)
+            return Batch((drawn,), None if labels is None else labels[chosen], None)
 
         parts: dict[str, Stateful] = {"order": order, "images": self._collected, "moves": moves}
         super().__init__(make, steps, [draw], parts)
@@ -148,14 +142,14 @@ class _Collected:
     def __init__(self, made: Iterator[Batch], count: int, device: torch.device) -> None:
         self._feed: Feed | None = Feed(made, device)
         self._count, self._device = count, device
-        self._all: Fixed | None = None
+        self._all: Frozen | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         if self._all is None:
             assert self._feed is not None
             for _ in self._feed.until(self._count, hold=True):
                 pass  # the stream ends when they are enough
-            self._all = Fixed(first_images(self._count, self._feed.held))
+            self._all = Frozen(first_images(self._count, self._feed.held))
             self._feed = None  # its batches need not stay in memory
         images, labels = self._all.value
         return images, labels
@@ -171,14 +165,14 @@ class _Collected:
 
 
 def collect(
-    source: Source, teacher: Captured, count: int, *, seed: int, listener: Listener = silent
+    source: Source, teacher: Captured, count: int, *, context: Context = Context()
 ) -> tuple[Tensor, Tensor | None]:
     """The first `count` images of a source [count, *input_shape] and their labels [count].
 
     The labels are None for a teacher whose outputs are not classes.
     """
     steps = -(-count // source.batch)
-    return first_images(count, source.stream(teacher, steps=steps, seed=seed, listener=listener))
+    return first_images(count, source.stream(teacher, steps=steps, context=context))
 
 
 _ASKED, _ALIKE = 256, 4

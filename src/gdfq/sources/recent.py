@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdfq.files.states import Fixed
+from gdfq.files.states import Frozen
 from gdfq.sources.base import Batch, first_images
 
 IMAGES, _NUMBERS = 256, 2**24
@@ -43,7 +43,7 @@ class Recent:
         return {"batches": [vars(batch) for batch in self._batches]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        found = Fixed(state["batches"]).to(self._device).value
+        found = Frozen(state["batches"]).to(self._device).value
         self._batches = deque(Batch(**values) for values in found)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError
-from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.context import Context
 from gdfq.execution.guards import images_stay_finite
-from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.losses import focal_loss, relative_statistics_loss
 from gdfq.graph.capture import Captured
@@ -55,9 +55,7 @@ class SpectralSource:
         teacher: Captured,
         *,
         steps: int,
-        seed: int,
-        listener: Listener = silent,
-        group: Group = ALONE,
+        context: Context = Context(),
     ) -> Stream:
         """Yield `steps` batches.
 
@@ -70,18 +68,18 @@ class SpectralSource:
                 "data=...)."
             )
 
-        look = self.look(teacher, seed)
+        look = self.look(teacher, context.seed)
         variance = look.deviation.square().expand_as(look.mean)
         network = StatisticsNetwork(teacher, of_input=(look.mean, variance))
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
-            with group.layers_on(teacher.device):
+            with context.autocast(teacher.device):
                 outputs, seen = network(images)
             bns = relative_statistics_loss(seen, network.stored)
             return outputs, bns, {"bns": bns.detach()}
 
-        draw = random_stream(seed, "spectral.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, listener, group, look)
+        draw = random_stream(context.seed, "spectral.draw")
+        return spectral_batches(self, teacher, knowledge, steps, draw, context, look)
 
     def look(self, teacher: Captured, seed: int) -> "Look":
         """What is the same of all images."""
@@ -140,8 +138,7 @@ def spectral_batches(
     knowledge: Knowledge,
     steps: int,
     draw: torch.Generator,
-    listener: Listener,
-    group: Group,
+    context: Context,
     look: Look,
 ) -> Stream:
     """Batches of images whose Fourier coefficients follow Adam on what the teacher knows.
@@ -185,17 +182,17 @@ def spectral_batches(
                 (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
             optimizer.step()
             done = step * config.iterations + iteration + 1
-            listener(Step("images", done, steps * config.iterations, losses))
+            context.listener(Step("images", done, steps * config.iterations, losses))
         with torch.no_grad():
             return images_of(coefficients)
 
-    in_turn = InTurn(start, optimised, steps, group)
+    in_turn = InTurn(start, optimised, steps, context.group)
 
     def make(step: int) -> Batch:
         images = in_turn(step)
         with torch.no_grad():
             logits = teacher.logits(images)
-        return Batch(images, labels_in_turn(teacher, step, config.batch), logits, losses)
+        return Batch((images,), labels_in_turn(teacher, step, config.batch), logits, losses)
 
     return Stream(make, steps, [draw], {"images": in_turn})
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gdfq.execution.distributed import Group
 from gdfq.execution.progress import Listener, Step, silent
-from gdfq.files.states import Fixed, Stateful
+from gdfq.files.states import Frozen, Stateful
 from gdfq.sources.base import Batch
 from gdfq.sources.recent import Recent
 
@@ -137,9 +137,9 @@ class Feed:
     def __init__(self, stream: Iterator[Batch], device: torch.device) -> None:
         self.stream, self._device = stream, device
         self.taken = 0
-        self._examples: Fixed | None = None
-        self._first: Fixed | None = None
-        self._held: list[Fixed] = []
+        self._examples: Frozen | None = None
+        self._first: Frozen | None = None
+        self._held: list[Frozen] = []
         self.recent = Recent(device)
 
     @property
@@ -155,8 +155,8 @@ class Feed:
     def begin(self) -> None:
         """Look at the first batch, which is handed out later."""
         if self._examples is None and (batch := next(self.stream, None)) is not None:
-            self._examples = Fixed(batch.images[: self._EXAMPLES].clone())
-            self._first = Fixed(vars(batch))
+            self._examples = Frozen(batch.images[: self._EXAMPLES].clone())
+            self._first = Frozen(vars(batch))
 
     def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:
         """The batches up to the `count`-th of all."""
@@ -167,7 +167,7 @@ class Feed:
             if batch is None:
                 return
             if hold:
-                self._held.append(Fixed(vars(batch)))
+                self._held.append(Frozen(vars(batch)))
             self.taken += 1
             self.recent.see_(batch)
             yield batch

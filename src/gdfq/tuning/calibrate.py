@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.errors import GdfqError
-from gdfq.execution.progress import RANGES, Listener, Step, is_due
+from gdfq.execution.context import Context
+from gdfq.execution.progress import RANGES, Step, is_due
 from gdfq.graph import operators
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
@@ -23,7 +24,7 @@ def calibrate_(
     batches: Iterable[Batch],
     *,
     steps: int,
-    listener: Listener,
+    context: Context = Context(),
     first_step: int = 0,
 ) -> None:
     """Track all activation ranges over the batches, then freeze them.
@@ -38,7 +39,7 @@ def calibrate_(
     for step, batch in enumerate(batches, start=first_step + 1):
         student(batch.images)
         ranges = student.ranges() if is_due(step, steps, RANGES) else {}
-        listener(Step("calibrate", step, steps, batch.losses, ranges=ranges))
+        context.listener(Step("calibrate", step, steps, batch.losses, ranges=ranges))
     for name, quantizer in student.named_modules():
         if isinstance(quantizer, ActivationQuantizer):
             quantizer.observing = False

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdfq.execution.checkpoints import Keeper, Unkept
-from gdfq.execution.distributed import ALONE, Group, exact
+from gdfq.execution.context import Context
+from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import stay_finite
-from gdfq.execution.progress import RANGES, Listener, Step, is_due
+from gdfq.execution.precision import to_float32
+from gdfq.execution.progress import RANGES, Step, is_due
 from gdfq.functional.losses import distillation_loss, feature_loss
 from gdfq.graph import operators
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -61,8 +62,8 @@ class Distillation:
         teacher_outputs, teacher_features = teacher
         parts: dict[str, tuple[float, Tensor]] = {}
         if self.cross_entropy and labels is not None:
-            errors = F.cross_entropy(exact(student_outputs), labels, reduction="none")
-            p = exact(teacher_outputs).softmax(1).gather(1, labels[:, None]).squeeze(1)
+            errors = F.cross_entropy(to_float32(student_outputs), labels, reduction="none")
+            p = to_float32(teacher_outputs).softmax(1).gather(1, labels[:, None]).squeeze(1)
             error = torch.where(1 - p <= self.difficulty, errors, 0.0).mean()
             parts["ce"] = self.cross_entropy, error
         if self.distillation and labels is not None:
@@ -88,9 +89,7 @@ def tune_(
     *,
     first_step: int,
     total_steps: int,
-    listener: Listener,
-    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
-    group: Group = ALONE,
+    context: Context = Context(),
 ) -> None:
     """One update of the student for each batch, of which each process of a group takes a part.
 
@@ -102,8 +101,9 @@ def tune_(
 
     Raises GdfqError when the loss is not finite.
     """
+    group = context.group
     student.train()  # only batch norms without fixed statistics behave differently
-    optimizer = keeper.hold("optimizer", config.optimizer.build(student))
+    optimizer = context.checkpointer.register("optimizer", config.optimizer.build(student))
     ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
     # Statistics that follow the batch need it whole, each process the same.
     own = group if config.fixed_statistics else ALONE
@@ -118,7 +118,7 @@ def tune_(
         for part in batch.split(images_at_once or len(batch.images)):
             share = len(part.images) / len(batch.images)
             with torch.enable_grad():
-                with group.layers_on(teacher.device):
+                with context.autocast(teacher.device):
                     wanted, given = ask_teacher(part), ask_student(part)
                 of_part = config.losses(given, wanted, part.labels, group)
                 (share * of_part["student"]).backward()
@@ -134,7 +134,9 @@ def tune_(
         )
         optimizer.step()
         ranges = student.ranges() if is_due(step + 1, total_steps, RANGES) else {}
-        listener(Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges))
+        context.listener(
+            Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges)
+        )
     student.eval()
 
 

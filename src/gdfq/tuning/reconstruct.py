@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
-from gdfq.execution.checkpoints import Keeper, Unkept
+from gdfq.execution.context import Context
 from gdfq.execution.guards import stay_finite
-from gdfq.execution.progress import Listener, Step
+from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
@@ -51,9 +51,7 @@ def reconstruct_(
     config: Reconstruction,
     *,
     updates: int,
-    seed: int,
-    listener: Listener,
-    keeper: Keeper = Unkept(),  # noqa: B008 (it has no state)
+    context: Context = Context(),
 ) -> None:
     """Reconstruct all blocks on the images of the batches, each in so many updates.
 
@@ -65,7 +63,9 @@ def reconstruct_(
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
     seen = wanted = torch.cat([batch.images for batch in batches])
     total = updates * len(student_blocks)
-    place = keeper.hold("reconstruction", _Place(random_stream(seed, "reconstruct.draw")))
+    place = context.checkpointer.register(
+        "reconstruction", _Place(random_stream(context.seed, "reconstruct.draw"))
+    )
     finished: set[nn.Parameter] = set()
     for index, (block, goal) in enumerate(zip(student_blocks, blocks(network, ends), strict=True)):
         block.requires_grad_(True)
@@ -76,7 +76,7 @@ def reconstruct_(
             place.enter_(index, optimizer := config.optimizer.build(block))
             parts = seen, inputs, wanted
             for rate, losses in _updates(block, parts, config, updates, optimizer, place):
-                listener(Step("tune", updates * index + place.update, total, losses, rate))
+                context.listener(Step("tune", updates * index + place.update, total, losses, rate))
         _settle_(block)
         seen = _mapped(block, seen)
         finished.update(block.parameters())

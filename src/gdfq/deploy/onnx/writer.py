@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from gdfq.data.datasets import Preprocessing
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.onnx.names import kind_of, rename, strip
 from gdfq.deploy.onnx.passes import (
     DOMAIN,
