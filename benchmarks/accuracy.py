@@ -1,7 +1,7 @@
 """Accuracy of recipes on the real networks of ../shared, row by row.
 
-    python benchmarks/accuracy.py                        # every row of PLAN that is not there yet
-    python benchmarks/accuracy.py --recipes fast --bits w3a3 --seeds 0 1 2
+    python -m benchmarks.accuracy                        # every row of PLAN that is not there yet
+    python -m benchmarks.accuracy --recipes fast --bits w3a3 --seeds 0 1 2
 
 Each row (network, widths, placement, recipe, seed) becomes a JSON file under benchmarks/results
 as soon as it is done, and is skipped when it is there and the recipe is still the same, so an
@@ -24,17 +24,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import paired
-import peer
 import torch
 import torch.nn.functional as F
-from networks import (
+from benchmarks import paired, peer
+from safetensors.torch import load_file, save_file
+from support.places import CACHE, RESULTS, SHARED
+from support.real_networks import (
     cifar10_resnet20,
     cifar10_resnet32,
     cifar100_resnet56,
     imagenet_mobilenetv1_025,
 )
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gdfq
@@ -53,9 +53,6 @@ from gdfq.sources.pool import ImagePool, StoredImages, collect
 from gdfq.stages import quantize_captured
 from gdfq.student.scheme import Scheme
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-RESULTS = Path(__file__).parent / "results"
-CACHE = Path(__file__).parent / "cache"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 REAL_IMAGES = 1024
 PEER = "mct"

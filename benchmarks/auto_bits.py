@@ -1,7 +1,7 @@
 """Widths chosen by `--bits auto` beside uniform ones in files of the same size.
 
-    python benchmarks/auto_bits.py                          # all of PLAN that is not there yet
-    python benchmarks/auto_bits.py --networks cifar10_resnet20 --seeds 0 1 2
+    python -m benchmarks.auto_bits                          # all of PLAN that is not there yet
+    python -m benchmarks.auto_bits --networks cifar10_resnet20 --seeds 0 1 2
 
 Activations have 8 bits in all rows, so that widths of weights alone are compared; placement is
 `full`, the recipe `quick`. Each budget is a multiple of the size of a uniform file, up to the next
@@ -17,10 +17,10 @@ import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from accuracy import NETWORKS, SHARED, Row, compared, hash_of, stored
+from benchmarks.accuracy import NETWORKS, Row, compared, hash_of, stored
+from support.places import RESULTS, SHARED
 
 from gdfq.analysis.accuracy import logits_of
 from gdfq.analysis.bit_allocation import choose_widths, file_sizes
@@ -39,7 +39,7 @@ from gdfq.sources.pool import ImagePool
 from gdfq.stages import quantize_captured
 from gdfq.student.scheme import Scheme
 
-RESULTS = Path(__file__).parent / "results" / "auto_bits.json"
+FILE = RESULTS / "auto_bits.json"
 STEPS = {"imagenet_mobilenetv1_025": 40}
 """Where the recipe's own would take too long."""
 BUDGETS = {"w2a8": (1.0, 1.3), "w4a8": (1.0, 1.3)}
@@ -136,14 +136,14 @@ def main() -> None:
     keep_freed_memory_()
     if not SHARED.is_dir():
         sys.exit(f"skipped: the networks and images of {SHARED} are not there")
-    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = json.loads(FILE.read_text()) if FILE.exists() else []
     rows = {(row["network"], row["seed"], row["bits"]): row for row in done}
     for name in options.networks:
         for seed in options.seeds:
             for row in rows_of(name, seed, dict(rows)):
                 rows[row["network"], row["seed"], row["bits"]] = row
-                RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-                RESULTS.with_suffix(".md").write_text(table(list(rows.values())))
+                FILE.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+                FILE.with_suffix(".md").write_text(table(list(rows.values())))
                 print(name, seed, row["bits"], row["bytes"], row["top1"], flush=True)
 
 

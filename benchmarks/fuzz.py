@@ -1,7 +1,7 @@
 """Fuzzing: every loader reads 100,000 mutated files in all, and refuses them in the documented way.
 
-    python benchmarks/fuzz.py                           # all, some minutes on one core
-    python benchmarks/fuzz.py --only npz --index 4711   # one input again
+    python -m benchmarks.fuzz                           # all, some minutes on one core
+    python -m benchmarks.fuzz --only npz --index 4711   # one input again
 
 Inputs are bit flips, cuts and splices of valid files, edits of their headers with valid lengths and
 checksums, and of their JSON as a tree. Input i of a loader depends on --seed and i alone; a run that
@@ -25,227 +25,28 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import click
 import numpy as np
 import onnx
 import onnxruntime
-import safetensors.torch
+import safetensors
 import torch
-from mutations import (
-    CLASSES,
-    SHAPE,
-    checkpoint,
-    image_files,
-    images_npz,
-    network,
-    of_checkpoint,
-    of_document,
-    of_image,
-    of_onnx,
-    of_run,
-    of_safetensors,
-    of_sweep,
-    of_text,
-    of_zip,
-    onnx_file,
-    run_files,
-    scramble,
-    student,
-    torch_files,
-)
-from torch import nn
+from support import valid_files
+from support.loaders import LOADERS, Loader
+from support.places import RESULTS, ROOT
 
-from gdfq.cli.app import _Numbers, _Shape, _Size
-from gdfq.data.datasets import load_data
-from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
-from gdfq.deploy.benchmark import side_by_side, size_of
-from gdfq.deploy.safetensors import STUDENT_FILE
-from gdfq.errors import GdfqError, UsageError
-from gdfq.execution.checkpoints import Checkpoints
+from gdfq.errors import GdfqError
 from gdfq.files.atomic import write_json
-from gdfq.files.states import name_of
-from gdfq.functional.grid import Bits
 from gdfq.graph import operators
-from gdfq.models.loaded import Loaded
-from gdfq.models.registry import load_model, load_weights_
-from gdfq.quantized import load
-from gdfq.recipes import find_recipe
-from gdfq.report.read import read_run as read_for_report
-from gdfq.runs.folder import RunFolder, check_export
-from gdfq.runs.sweep import read_sweep
-from gdfq.student.scheme import Keep
 
-RESULTS = Path(__file__).parent / "results" / "fuzz.json"
+FILE = RESULTS / "fuzz.json"
 MEMORY, ROOM, SECONDS, CHUNK = 512, 6144, 20, 2000
 """MiB that one input may add, MiB of address space (Python's files reserve what a length of 32 bits
 asks for, and do not touch it), seconds of a core, and inputs that one child process reads."""
-
-
-# --- loaders
-
-
-def read_npz_(data: bytes, folder: Path) -> None:
-    (folder / "data.npz").write_bytes(data)
-    load_data(folder / "data.npz", SHAPE, CLASSES)
-
-
-def read_images(data: bytes, folder: Path) -> None:
-    (folder / "a").mkdir(exist_ok=True)
-    (folder / "a" / "x.png").write_bytes(data)
-    load_data(folder, SHAPE, None)
-
-
-def read_weights(suffix: str) -> Callable[[bytes, Path], None]:
-    model = network()
-
-    def read(data: bytes, folder: Path) -> None:
-        (folder / f"w{suffix}").write_bytes(data)
-        load_weights_(model, folder / f"w{suffix}")
-
-    return read
-
-
-def read_student(data: bytes, folder: Path) -> None:
-    (folder / STUDENT_FILE).write_bytes(data)
-    packed.read(folder / STUDENT_FILE)
-
-
-def read_run(data: bytes, folder: Path) -> None:
-    (folder / ".lock").unlink(missing_ok=True)
-    for name, content in RUN.items():
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_bytes(content)
-    changed, _, content = data.partition(b"\n")
-    path = folder / changed.decode()
-    path.unlink()
-    if content:
-        path.write_bytes(content)
-    else:
-        path.symlink_to("/etc/passwd")
-    errors = []
-    read_for_report(folder).drop  # noqa: B018
-    for reads in (RunFolder, check_export, load):
-        try:
-            reads(folder)
-        except GdfqError as error:
-            errors.append(error)
-    if len(errors) == 3:
-        raise errors[-1]
-
-
-def read_checkpoint(data: bytes, folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    (folder / f"checkpoint-000001-{name_of(data)}.safetensors").write_bytes(data)
-    keeper = Checkpoints(folder)
-    keeper.begin({"seed": 0}, {"torch": "2"})
-    keeper.hold("student", network())
-    keeper.save()
-
-
-def read_onnx(data: bytes, folder: Path) -> None:
-    (folder / "b.bin").write_bytes(bytes(16))
-    (folder / "m.onnx").write_bytes(data)
-    size_of(folder / "m.onnx")
-    next(side_by_side([folder / "m.onnx"], SHAPE, seconds=1e-9, batches=(1,), threads=(1,)))
-
-
-def read_text(data: bytes, _: Path) -> None:
-    text = data.decode(errors="replace")
-    calls: list[Callable[[], object]] = [
-        lambda: Bits.parse(text),
-        lambda: Keep.parse(text),
-        lambda: find_recipe(text),
-        lambda: Loaded(nn.Identity()).input(_Shape().convert(text, None, None), (0.5,), None),
-        lambda: Preprocessing.of(1, _Numbers().convert(text, None, None), None),
-        lambda: _Size().convert(text, None, None),
-    ]
-    if ":" not in text:  # those run code, as they should
-        calls.append(lambda: load_model(text))
-    accepted = 0
-    for call in calls:
-        try:
-            call()
-            accepted += 1
-        except (GdfqError, click.BadParameter):
-            pass
-    if not accepted:
-        raise UsageError("it is none of them")
-
-
-def read_sweep_(data: bytes, folder: Path) -> None:
-    (folder / "sweep.yaml").write_bytes(data)
-    read_sweep(folder / "sweep.yaml").cells()
-
-
-WORDS = [
-    b"w4a8",
-    b"stage1.*=float",
-    b"last=8",
-    b"fast",
-    b"3x32x32",
-    b"0.5,0.5,0.5",
-    b"1.5MiB",
-    b"net.onnx",
-]
-SWEEPS = [
-    b"networks: [net.onnx, timm:resnet18]\nbits: [w4a4, w8a8]\nseeds: [0, 1, 2]\nsteps: 100\n",
-    b"""networks:
-  - model: file.py:net
-    name: mine
-    input: [3, 32, 32]
-    mean: 0.5
-    classifier: false
-    size: 300KB
-recipes: [fast, round]
-bits: auto
-placement: [full, t1]
-keep: [[], ["last=8", "stem.*=float"]]
-""",
-]
-RUN = run_files()
-
-
-@dataclass(frozen=True)
-class Loader:
-    """What reads files, valid files for it, how they are changed, and how many are tried of 100."""
-
-    read: Callable[[bytes, Path], None]
-    valid: Sequence[bytes]
-    change: Callable[[bytes, Random], bytes]
-    share: int
-
-
-LOADERS = {
-    "npz": Loader(read_npz_, [images_npz()], of_zip, 14),
-    "image folder": Loader(read_images, image_files(), of_image, 15),
-    "weights, safetensors": Loader(
-        read_weights(".safetensors"),
-        [safetensors.torch.save(network().state_dict())],
-        of_safetensors,
-        12,
-    ),
-    "weights, torch": Loader(read_weights(".pt"), torch_files(legacy=False), of_zip, 11),
-    "weights, torch before 1.6": Loader(
-        read_weights(".pth"), torch_files(legacy=True), scramble, 11
-    ),
-    "quantized network": Loader(read_student, [student()], of_safetensors, 12),
-    "quantized network, signed": Loader(read_student, [student()], of_document, 4),
-    "run folder": Loader(
-        read_run, [json.dumps({name: data.hex() for name, data in RUN.items()}).encode()], of_run, 3
-    ),
-    "checkpoint": Loader(read_checkpoint, [checkpoint()], of_checkpoint, 4),
-    "ONNX": Loader(read_onnx, [onnx_file()], of_onnx, 6),
-    "options": Loader(read_text, WORDS, of_text, 5),
-    "sweep": Loader(read_sweep_, SWEEPS, of_sweep, 3),
-}
 
 
 def made(name: str, seed: int, index: int) -> bytes:
@@ -254,16 +55,14 @@ def made(name: str, seed: int, index: int) -> bytes:
     return loader.change(random.choice(loader.valid), random)
 
 
-# --- the run
-
-
 class Watch:
     """What the interpreter says it does: files outside the folder, processes, sockets."""
 
     def __init__(self, folder: Path) -> None:
         paths = {sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")}
         # Tracebacks quote sources.
-        sources = (str(Path(operators.__file__).parents[1]), __file__, os.path.abspath(sys.argv[0]))
+        package = Path(operators.__file__).parents[1]
+        sources = map(str, (package, ROOT / "support", ROOT / "benchmarks"))
         known = (*map(os.path.realpath, paths), *paths, *sources, "/proc/self", "/dev/null")
         self.roots = (str(folder), *known)
         self.seen: list[str] = []
@@ -397,12 +196,14 @@ def table(loaders: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=100_000, help="in all; a fresh run's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(LOADERS))
     parser.add_argument("--index", type=int, help="one input, in this process")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
     if options.index is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -410,7 +211,9 @@ def main() -> None:
             LOADERS[options.only].read(data, Path(folder))
         return
     torch.set_num_threads(1)
-    packed.from_safetensors(student())  # what torch imports for the first one is no input's fault
+    packed.from_safetensors(
+        valid_files.student()
+    )  # what torch imports for the first one is no input's fault
     asked = {"seed": options.seed, "inputs": options.inputs}
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     if {key: results.get(key) for key in asked} != asked:

@@ -6,7 +6,7 @@ An optional extra in a folder of its own, because its matplotlib is older than o
         tensorboard "networkx<3.6" "matplotlib<3.10" "pydantic<2.12"
     pip install --target DIR --no-deps "model-compression-toolkit==2.6.1" \
         "mct-quantizers~=1.7.0" "edge-mdt-cl~=1.1.0" torchvision
-    PYTHONPATH=DIR python benchmarks/accuracy.py --recipes mct
+    PYTHONPATH=DIR python -m benchmarks.accuracy --recipes mct
 
 The bits are placed as in `t1`: all weights for each output channel, of the activations the
 outputs of ReLUs alone.

@@ -1,6 +1,6 @@
 """What synthetic images reveal of training images: how near they come, beside unseen images.
 
-    python benchmarks/privacy.py            # every network, source and seed not measured yet
+    python -m benchmarks.privacy            # every network, source and seed not measured yet
 
 The question of each synthetic image: is its nearest image of all a training image, or one of as many
 test images, which the network never saw? Images that copy training images are nearer to those; images
@@ -17,6 +17,7 @@ with all that it is nearest to. Rows go to benchmarks/results/privacy.json, the 
 Needs the networks and images of ../shared.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -24,9 +25,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from accuracy import NETWORKS, RESULTS, SHARED, Network
+from benchmarks.accuracy import NETWORKS, Network
+from support.places import RESULTS, ROOT, SHARED
 from torch import Tensor, nn
-from zoo import ROOT
 
 from gdfq.analysis.accuracy import logits_of
 from gdfq.data.datasets import load_data
@@ -230,6 +231,9 @@ def write_table(rows: dict[str, dict]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     keep_freed_memory_()
     if not SHARED.is_dir():
         sys.exit(f"skipped: the networks and images of {SHARED} are not there")

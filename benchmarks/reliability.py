@@ -1,7 +1,7 @@
 """Kills runs at random moments and compares what they end with to a run that nobody killed.
 
-    python benchmarks/reliability.py            # 50 kills, writes results/reliability.json
-    python benchmarks/reliability.py --kills 4  # fewer
+    python -m benchmarks.reliability            # 50 kills, writes results/reliability.json
+    python -m benchmarks.reliability --kills 4  # fewer
 
 Each case is a whole `gdfq quantize` on the digits network of `gdfq demo`, one thread, in a process
 of its own (forked from one that has imported torch), with a checkpoint every half second at most;
@@ -29,11 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from support.places import RESULTS
 
-from gdfq.cli.app import _exit_code
+from gdfq.cli import main as gdfq_main
 from gdfq.demo import PREPROCESSING, load_digits, train
 
-RESULTS = Path(__file__).parent / "results" / "reliability.json"
+FILE = RESULTS / "reliability.json"
 CASES = {
     "fast-like (pool, learned grids)": ["--recipe", "quick", "--steps", "60"],
     "paper-like (generator, min-max)": [
@@ -93,7 +94,7 @@ def run(words: list[str], log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
-    sys.exit(_exit_code(words))
+    sys.exit(gdfq_main(words))
 
 
 def attempt(words: list[str], log: Path, seconds: float | None) -> tuple[bool, str, float]:
@@ -137,7 +138,9 @@ def disturbed(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -168,7 +171,7 @@ def main() -> None:
                 other = [name for name in expected if run["outcome"].get(name) != expected[name]]
                 if other:
                     print(f"  different after kills in {run['stages']}: {other}", flush=True)
-            RESULTS.write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
+            FILE.write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
     print(table(rows))
 
 

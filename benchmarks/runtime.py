@@ -1,7 +1,7 @@
 """Size, speed and parity of exported files beside float32 and ONNX Runtime's own quantization.
 
-    python benchmarks/runtime.py make      # the files, under benchmarks/cache/runtime (minutes)
-    python benchmarks/runtime.py measure   # all of them in turn, on a quiet machine
+    python -m benchmarks.runtime make      # the files, under benchmarks/cache/runtime (minutes)
+    python -m benchmarks.runtime measure   # all of them in turn, on a quiet machine
 
 `make` quantizes each network with `quick` (ResNet-18 has random weights and is only calibrated, on
 noise), exports it, and lets `onnxruntime.quantization.quantize_static` quantize the float32 file
@@ -18,8 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from accuracy import NETWORKS, SHARED
-from networks import resnet18
+from benchmarks.accuracy import NETWORKS
+from support.places import CACHE, RESULTS, SHARED
+from support.real_networks import resnet18
 from torch import Tensor, nn
 
 import gdfq
@@ -37,8 +38,8 @@ from gdfq.recipes import QUICK, find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
 
-CACHE = Path(__file__).parent / "cache" / "runtime"
-RESULTS = Path(__file__).parent / "results" / "runtime.json"
+FOLDER = CACHE / "runtime"
+FILE = RESULTS / "runtime.json"
 RANDOM = "resnet18_random"
 NAMES = ("cifar10_resnet20", "cifar100_resnet56", "imagenet_mobilenetv1_025", RANDOM)
 KEPT = "w4a4, stem kept"
@@ -65,7 +66,7 @@ def variants(name: str) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 def make(name: str) -> None:
     """All files of one network that are not there yet."""
-    folder = CACHE / name
+    folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     model, shape, preprocessing = network_of(name)
     teacher = capture(model, torch.zeros(1, *shape))
@@ -166,7 +167,7 @@ def openvino_latency(data: Path, shape: tuple[int, ...], images: Tensor) -> dict
 
 
 def measure(name: str, seconds: float) -> Iterator[dict[str, object]]:
-    folder = CACHE / name
+    folder = FOLDER / name
     files = {
         FLOAT: folder / f"{FLOAT}.onnx",
         STATIC: folder / f"{STATIC}.onnx",
@@ -211,12 +212,12 @@ def main() -> None:
         for name in options.networks:
             make(name)
         return
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = json.loads(FILE.read_text()) if FILE.exists() else []
     for name in options.networks:
         rows = [row for row in rows if row["network"] != name]
         for row in measure(name, options.seconds):
             rows.append(row)
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            FILE.write_text(json.dumps(rows, indent=1) + "\n")
             one = row["timings"][0]["median"]  # type: ignore[index]
             print(name, row["file"], row["bytes"], f"{one:.3f} ms", row.get("top1"), flush=True)
 

@@ -1,7 +1,7 @@
 """What a step costs on networks of usual size: time and memory against plain float training.
 
-    python benchmarks/speed.py --scale              # every network, written as soon as it is there
-    python benchmarks/speed.py --scale mobilenet    # those whose name contains this
+    python -m benchmarks.speed --scale              # every network, written as soon as it is there
+    python -m benchmarks.speed --scale mobilenet    # those whose name contains this
 
 Random weights, 16 images of 224x224, one thread, float32, channels_last. Four steps, the same
 batch in each:
@@ -34,9 +34,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import measure
+from benchmarks.timing import measure
+from support.places import RESULTS
+from support.torchvision_shim import define_missing_operators
 from torch import Tensor, nn
-from zoo import of_tests
 
 from gdfq.errors import UsageError
 from gdfq.execution.malloc import keep_freed_memory_
@@ -51,7 +52,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 
-RESULTS = Path(__file__).parent / "results" / "scale.json"
+FILE = RESULTS / "scale.json"
 NETWORKS = (
     "torchvision:resnet18",
     "torchvision:resnet50",
@@ -161,8 +162,8 @@ def main(wanted: str) -> None:
     warnings.simplefilter("ignore")  # the libraries' own
     torch.set_num_threads(1)
     keep_freed_memory_()  # as the program does, for all four
-    kept = of_tests("torchvision_shim").define_missing_operators()  # they are there while it lives
-    rows = json.loads(RESULTS.read_text())["networks"] if RESULTS.exists() else {}
+    kept = define_missing_operators()  # they are there while it lives
+    rows = json.loads(FILE.read_text())["networks"] if FILE.exists() else {}
     for spec in NETWORKS:
         if wanted not in spec:
             continue
@@ -172,6 +173,6 @@ def main(wanted: str) -> None:
             continue
         rows[spec] = row
         document = {"batch": BATCH, "rounds": ROUNDS, "torch": torch.__version__, "networks": rows}
-        RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+        FILE.write_text(json.dumps(document, indent=1) + "\n")
         print(json.dumps(row), flush=True)
     del kept

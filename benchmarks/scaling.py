@@ -1,6 +1,6 @@
 """How much faster several processes are than one: a table, and benchmarks/results/scaling.json.
 
-    python benchmarks/scaling.py [--processes 1 2] [--rounds 3]
+    python -m benchmarks.scaling [--processes 1 2] [--rounds 3]
 
 CIFAR-10 ResNet-20 (random weights: time does not depend on them), one thread a process, gloo. The
 work is the same for any number of processes: four batches of images, steps of `fast`, steps of
@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from networks import cifar10_resnet20
+from support.places import RESULTS, ROOT
+from support.real_networks import cifar10_resnet20
 
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group, joined
@@ -37,7 +38,6 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 
-RESULTS = Path(__file__).parent / "results"
 STEPS, BATCHES, ITERATIONS = 6, 4, 5
 
 
@@ -89,7 +89,8 @@ def measured(processes: int) -> dict[str, float]:
         out = Path(folder) / "seconds.json"
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         subprocess.run(
-            [sys.executable, *launch, __file__, "--work", str(out)],
+            [sys.executable, *launch, "-m", "benchmarks.scaling", "--work", str(out)],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,
         )

@@ -1,7 +1,7 @@
 """Where the time of one `paper` step goes: a table, and benchmarks/results/speed.json.
 
-    python benchmarks/speed.py [--threads 2] [--batch 200] [--rounds 7]
-    python benchmarks/speed.py --scale      # instead: networks of usual size, see scale.py
+    python -m benchmarks.speed [--threads 2] [--batch 200] [--rounds 7]
+    python -m benchmarks.speed --scale      # instead: networks of usual size, see scale.py
 
 CIFAR-10 ResNet-20 (random weights: time does not depend on them). All variants are measured in
 turn in one process, round by round, so that drift of the machine's speed hits them alike; the
@@ -15,13 +15,13 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from networks import cifar10_resnet20
-from scale import main as measure_scale
-from timing import measure
+from benchmarks.scale import main as measure_scale
+from benchmarks.timing import measure
+from support.places import RESULTS
+from support.real_networks import cifar10_resnet20
 from torch import Tensor
 
 from gdfq.execution.seeding import stream
@@ -37,8 +37,6 @@ from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class _Moments(torch.autograd.Function):

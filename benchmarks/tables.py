@@ -1,25 +1,23 @@
 """Writes docs/benchmarks.md from the JSON files under benchmarks/results.
 
-python benchmarks/tables.py
+python -m benchmarks.tables
 """
 
+import argparse
 import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
-import paired
-from accuracy import PLAN, Row, settings_of
+from benchmarks import paired
+from benchmarks.accuracy import PLAN, Row, settings_of
+from support.places import RESULTS, ROOT
 
 from gdfq.recipes import find_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-
 INTRODUCTION = """# Benchmarks
 
-Written by `python benchmarks/tables.py` from the files under `benchmarks/results`; do not edit.
+Written by `python -m benchmarks.tables` from the files under `benchmarks/results`; do not edit.
 Accuracies are top-1 in percent at the *last* step; no run selects anything by them. The even half
 of the development networks' test images is what the design of `fast` looked at
 ([research](research/index.md)); the odd half is not.
@@ -142,7 +140,7 @@ def accuracy_tables() -> str:
         lines.append("\nRows not yet run with the present recipe (seeds in brackets):\n")
         lines += [f"- {what} ({', '.join(seeds)})" for what, seeds in missing.items()]
     lines.append(
-        "\nMade by `OMP_NUM_THREADS=1 python benchmarks/accuracy.py`, row by row; `real` is "
+        "\nMade by `OMP_NUM_THREADS=1 python -m benchmarks.accuracy`, row by row; `real` is "
         "`fast`'s tuning on 1,024 real training images. ± is the standard deviation over seeds; "
         "the interval is the paired bootstrap over test images, its bounds averaged over seeds. "
         "Seconds and float steps are of the runs on one thread, where there are any."
@@ -238,7 +236,7 @@ def time_table() -> str:
 RUNTIME = """
 ## Exported files
 
-`python benchmarks/runtime.py make`, then `measure`: placement `full`, recipe `quick` in an earlier form; all files of a
+`python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick` in an earlier form; all files of a
 network are timed in turn in one process of ONNX Runtime, 1.5 seconds for each file and setting;
 median [first, third quartile] milliseconds a call. `quantize_static` is ONNX Runtime's own
 quantization of the same float32 file with the same images (uint8 activations, int8 weights for each
@@ -296,7 +294,7 @@ def speed_table() -> str:
     speed = json.loads(path.read_text())
     lines = [
         "\n## Speed\n",
-        f"`python benchmarks/speed.py`: CIFAR-10 ResNet-20, batch {speed['batch']}, {speed['threads']} threads, "
+        f"`python -m benchmarks.speed`: CIFAR-10 ResNet-20, batch {speed['batch']}, {speed['threads']} threads, "
         f"torch {speed['torch']}, median of {speed['rounds']} rounds [fastest, slowest], all in one process in turn.\n",
         "| part | ms |",
         "| --- | --- |",
@@ -315,7 +313,7 @@ def speed_table() -> str:
 SCALE = """
 ## Scale
 
-`python benchmarks/speed.py --scale`: random weights, {batch} images of 224x224, one thread, float32, torch
+`python -m benchmarks.speed --scale`: random weights, {batch} images of 224x224, one thread, float32, torch
 {torch}, on a machine that was busy with other work: read the ratios, and their spread. *Float* is a plain training
 step of the user's own eager module (training mode, cross-entropy, backward, Adam; nothing of gdfq). *Student* is
 the same step of the captured student alone (w4a4, `full`, learned grids, batch norms folded), all images at once.
@@ -376,7 +374,10 @@ def scale_table() -> str:
     return "\n".join([SCALE.format_map(scale), *first, TO_FLOAT, *second, SCALE_READING])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     target = ROOT / "docs" / "benchmarks.md"
     target.write_text(
         INTRODUCTION
@@ -388,3 +389,7 @@ if __name__ == "__main__":
         + scale_table()
     )
     print(f"wrote {target.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

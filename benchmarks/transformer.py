@@ -1,16 +1,17 @@
 """Accuracy of a small transformer, which has no batch norm, after data-free quantization.
 
-    python benchmarks/transformer.py
+    python -m benchmarks.transformer
 
 Trains the tests' Transformer on half of scikit-learn's digits, quantizes it with recipe `patches`
 (128 images, 60 steps, placement full) from three seeds, and measures on the other half.
 """
 
+import argparse
 import statistics
 from dataclasses import replace
 
 import torch
-from zoo import of_tests
+from support import networks
 
 import gdfq
 from gdfq import demo
@@ -22,7 +23,9 @@ SEEDS = (0, 1, 2)
 
 
 def main() -> None:
-    networks = of_tests("networks")
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     training, held_out = demo.load_digits()
     model = networks.trained_transformer(demo.PREPROCESSING(training.images), training.labels)
     example = torch.zeros(1, *networks.Transformer.SHAPE)

@@ -1,7 +1,7 @@
 """Does the loss that is expected without data come true? Measured over many students.
 
-    python benchmarks/trust.py                     # every run that is not there yet, then the law
-    python benchmarks/trust.py --networks digits   # only some networks' runs
+    python -m benchmarks.trust                     # every run that is not there yet, then the law
+    python -m benchmarks.trust --networks digits   # only some networks' runs
 
 Students of several networks, widths, recipes and seeds are made, their drop of accuracy is
 measured on real test images, and beside it what `gdfq.analysis.accuracy_drop` sees without them. Nothing but this
@@ -15,13 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accuracy import CACHE, MOBILE, NETWORKS, R20, R32, R56, SHARED, compared, stored
+from benchmarks.accuracy import MOBILE, NETWORKS, R20, R32, R56, compared, stored
 from scipy.optimize import least_squares
+from support.places import CACHE, RESULTS, ROOT, SHARED
 from torch import Tensor, fx
 
 from gdfq import demo
@@ -46,9 +46,9 @@ from gdfq.sources.pool import ImagePool
 from gdfq.stages import quantize_captured
 from gdfq.student.scheme import Scheme
 
-RESULTS = Path(__file__).parent / "results" / "trust.json"
+FILE = RESULTS / "trust.json"
 STUDENTS = CACHE / "trust"
-FIGURE = Path(__file__).parents[1] / "docs" / "trust.svg"
+FIGURE = ROOT / "docs" / "trust.svg"
 DIGITS = "digits"
 PLAIN, MIXTURES = "images", "mixtures"
 HELD_OUT_SEED = stream(0, "trust").initial_seed()
@@ -274,7 +274,7 @@ def measured(run: Run, network: Known) -> Row:
 
 def saved() -> dict[str, Row]:
     """All rows that were measured, by the name of their run."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
 Predictor = Callable[[Row], float]
@@ -478,7 +478,7 @@ def main() -> None:
             started = time.perf_counter()
             row = measured(run, network)
             rows = saved() | {run.name: row}  # other processes may measure other networks
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            FILE.write_text(json.dumps(rows, indent=1) + "\n")
             print(
                 f"{run.name}: lost {row['drop']:.2f} of {row['teacher']:.2f}, logits off by "
                 f"{logit_error(row):.1%}, {time.perf_counter() - started:.0f} s",

@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import save_file
 from support import networks
+from support.places import SHARED
 
 from gdfq.cli import main
 from gdfq.graph.capture import Captured, capture
@@ -19,8 +20,6 @@ from gdfq.sources.generator import GeneratorSource
 # No test goes by time: a busy machine is no failure.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -160,8 +160,8 @@ def digits_values(only: set[str] | None = None) -> dict[str, str]:
 
 def shared_values() -> dict[str, str]:
     """The golden values of short runs of `fast` on the real ResNet-20."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from networks import cifar10_resnet20  # type: ignore[import-not-found]
+    sys.path.insert(0, str(ROOT))
+    from support.real_networks import cifar10_resnet20  # type: ignore[import-not-found]
 
     network: nn.Module = cifar10_resnet20().eval()
     network.load_state_dict(load_file(SHARED / "models" / "cifar10_resnet20.safetensors"))

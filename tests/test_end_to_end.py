@@ -1,10 +1,10 @@
 """Real images: the digits that scikit-learn ships, and the CIFAR-10 network of ../shared."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from support.places import ROOT
 
 import gdfq
 from gdfq import demo
@@ -15,8 +15,6 @@ from gdfq.data.datasets import ArrayData
 from gdfq.graph.capture import capture
 from gdfq.models.registry import load_model
 from gdfq.recipes import find_recipe
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +116,8 @@ def test_real_images_tune_at_least_as_well(digits):
 
 def test_cifar10_resnet20_at_eight_bits(shared):
     loaded = load_model(
-        f"{BENCHMARKS}/networks.py:cifar10_resnet20", shared / "models/cifar10_resnet20.safetensors"
+        f"{ROOT}/support/real_networks.py:cifar10_resnet20",
+        shared / "models/cifar10_resnet20.safetensors",
     )
     result = gdfq.quantize(
         loaded.module,

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from support import networks
-from test_pipeline import same, small, state
+from support.small_runs import same, small, state
 
 import gdfq
 from gdfq import RECIPES

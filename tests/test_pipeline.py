@@ -5,42 +5,13 @@ import numpy as np
 import pytest
 import torch
 from support import networks
+from support.small_runs import same, small, state
 
 import gdfq
 from gdfq import RECIPES, UsageError
 from gdfq.data.datasets import ArrayData, load_data
 from gdfq.recipes import PAPER
-from gdfq.sources.generator import GeneratorSource
-from gdfq.sources.given import GivenImages
-from gdfq.sources.pixels import OptimisedSource
-from gdfq.sources.pool import ImagePool
 from gdfq.tuning.distill import Distillation
-from gdfq.tuning.reconstruct import Reconstruction
-
-
-def state(network):
-    return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def small(recipe):
-    """A recipe at a size for tests."""
-    source = recipe.source
-    if isinstance(source, GeneratorSource):
-        source = replace(source, batch=8)
-    elif isinstance(source, OptimisedSource):
-        source = replace(source, batch=8, iterations=5)
-    elif isinstance(source, ImagePool):
-        made = source.source
-        if not isinstance(made, GivenImages):
-            made = replace(made, batch=8, iterations=5)
-        source = replace(source, source=made, images=24, batch=8)
-    if isinstance(recipe.tuning, Reconstruction):
-        recipe = replace(recipe, tuning=replace(recipe.tuning, images=24))
-    return replace(recipe, source=source)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import group_figures, networks
+from support.places import ROOT
 
 from gdfq import demo
 from gdfq.errors import UsageError
@@ -28,8 +29,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 
-HERE = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}"
                f"{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def alone():
 def together(request, tmp_path_factory):
     """What each of several processes computed."""
     out = tmp_path_factory.mktemp(f"group{request.param}")
-    command = torchrun(request.param, str(HERE / "support" / "group_figures.py"), str(out))
+    command = torchrun(request.param, "-m", "support.group_figures", str(out))
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"{rank}.pt") for rank in range(request.param)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import networks
 from support.command_line import arguments
-from test_pipeline import same, small, state
+from support.small_runs import same, small, state
 
 import gdfq
 from gdfq import RECIPES, GdfqError

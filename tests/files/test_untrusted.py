@@ -1,7 +1,6 @@
 """Files of strangers are refused in the documented way, at no cost, and touch nothing else."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -15,12 +14,16 @@ from pathlib import Path
 
 import click
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import valid_files
+from support.loaders import LOADERS, RUN
+from support.valid_files import CLASSES, SHAPE
 
 import gdfq
 from gdfq.cli.app import _Shape, _Size
@@ -41,39 +44,23 @@ from gdfq.report import read_run, write_report
 from gdfq.runs.folder import METRICS, ONNX_FILE, RunFolder, check_export, read_metrics
 from gdfq.student.scheme import Keep
 
-_FUZZ = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz.py"
 
-
-def _fuzz():
-    spec = importlib.util.spec_from_file_location("fuzz", _FUZZ)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(_FUZZ.parent)
-        mutations = importlib.import_module("mutations")
-        spec.loader.exec_module(module)
-    return module, mutations
-
-
-fuzz, mutations = _fuzz()
-SHAPE, CLASSES = mutations.SHAPE, mutations.CLASSES
-
-
-@pytest.mark.parametrize("name", fuzz.LOADERS)
+@pytest.mark.parametrize("name", LOADERS)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(random=st.randoms(use_true_random=False))
 @pytest.mark.filterwarnings("ignore")  # decoders warn of damage
 def test_what_is_changed_is_read_or_refused(name, random):
-    """The mutations of benchmarks/fuzz.py, driven and shrunk by hypothesis."""
-    loader = fuzz.LOADERS[name]
+    """The mutations of benchmarks.fuzz, driven and shrunk by hypothesis."""
+    loader = LOADERS[name]
     data = loader.change(random.choice(loader.valid), random)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(GdfqError):
         loader.read(data, Path(folder))
 
 
-@pytest.mark.parametrize("name", fuzz.LOADERS)
+@pytest.mark.parametrize("name", LOADERS)
 def test_what_the_fuzzing_starts_from_is_accepted(name, tmp_path):
-    loader = fuzz.LOADERS[name]
-    valid = loader.valid[0] if name != "run folder" else b"config.json\n" + fuzz.RUN["config.json"]
+    loader = LOADERS[name]
+    valid = loader.valid[0] if name != "run folder" else b"config.json\n" + RUN["config.json"]
     loader.read(valid, tmp_path)
 
 
@@ -113,7 +100,7 @@ def test_arrays_that_are_not_what_they_say(tmp_path, member, message):
 
 def test_pickled_arrays_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = pickle.dumps(mutations.Trap())
+    code = pickle.dumps(valid_files.Trap())
     code += bytes(-len(code) % 8)  # as many bytes as so many objects would have
     npz(tmp_path / "x.npz", images=npy((len(code) // 8,), "|O", code))
     with pytest.raises(UsageError, match="is neither"):
@@ -229,7 +216,7 @@ def test_what_is_written_into_a_run_replaces_links(run, tmp_path):
     for name in ("config.json", STUDENT_FILE):
         (run / name).unlink()
         (run / name).symlink_to(tmp_path / "other")
-    network, card = packed.from_safetensors(mutations.student())
+    network, card = packed.from_safetensors(valid_files.student())
     gdfq.quantized.QuantizedNetwork(network, card).save(run)
     assert (tmp_path / "other").read_text() == "precious"
     assert not (run / STUDENT_FILE).is_symlink()
@@ -314,11 +301,11 @@ def test_state_dicts_of_every_type_are_read(tmp_path, legacy):
     ],
 )
 def test_tensors_that_no_network_takes(tmp_path, change, message):
-    state = dict(mutations.network().state_dict())
+    state = dict(valid_files.network().state_dict())
     change(state)
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UsageError, match=message):
-        load_weights_(mutations.network(), tmp_path / "x.pt")
+        load_weights_(valid_files.network(), tmp_path / "x.pt")
 
 
 def test_shapes_that_overflow(tmp_path):
@@ -336,14 +323,14 @@ def test_shapes_that_overflow(tmp_path):
 def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name, content in fuzz.RUN.items():
+    for name, content in RUN.items():
         (folder / name).write_bytes(content)
     return folder
 
 
 def signed(change):
     """A stored network whose document was changed and signed again."""
-    data = mutations.student()
+    data = valid_files.student()
     header = json.loads(data[8 : packed.header_bytes(data)])
     document = json.loads(header["__metadata__"]["gdfq"])
     tensors = safetensors.torch.load(data)
@@ -574,7 +561,7 @@ def test_weights_of_onnx_files_lie_beside_them(tmp_path, place):
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.bin").write_bytes(bytes(16))
     (folder / "link.bin").symlink_to(tmp_path / "out.bin")
-    model = mutations.onnx.load_from_string(mutations.onnx_file())
+    model = onnx.load_from_string(valid_files.onnx_file())
     model.graph.initializer[1].external_data[0].value = place
     (folder / "m.onnx").write_bytes(model.SerializeToString())
     for read in (size_of, onnx_session):
@@ -583,7 +570,7 @@ def test_weights_of_onnx_files_lie_beside_them(tmp_path, place):
 
 
 def test_onnx_tensors_have_the_bytes_that_they_say(tmp_path):
-    model = mutations.onnx.load_from_string(mutations.onnx_file())
+    model = onnx.load_from_string(valid_files.onnx_file())
     model.graph.initializer[0].dims[:] = [2**31, 2**31]
     with pytest.raises(UsageError, match="ONNX Runtime can load"):
         onnx_session(model.SerializeToString())

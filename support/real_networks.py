@@ -1,4 +1,4 @@
-"""The networks whose weights the benchmarks use, as factories: `benchmarks/networks.py:NAME`.
+"""The networks whose weights the benchmarks use, as factories: `support/real_networks.py:NAME`.
 
 Each is written to match the published state dicts that are named beside it.
 """

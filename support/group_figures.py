@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support import networks
 from torch import Tensor, nn
 
 from gdfq.execution.context import Context
@@ -24,7 +25,6 @@ from gdfq.student.build import Student, build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
-from support import networks
 
 STEPS = 50
 CONDITIONINGS: tuple[Conditioning, ...] = ("label-embedding", "conditional-batch-norm")

@@ -1,1 +1,0 @@
-"""What tests share; nothing here is a test."""
