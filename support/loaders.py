@@ -107,10 +107,10 @@ def read_checkpoint(data: bytes, folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
     (folder / f"checkpoint-000001-{name_of(data)}.safetensors").write_bytes(data)
-    keeper = Checkpoints(folder)
-    keeper.begin({"seed": 0}, {"torch": "2"})
-    keeper.hold("student", network())
-    keeper.save()
+    checkpointer = Checkpoints(folder)
+    checkpointer.begin({"seed": 0}, {"torch": "2"})
+    checkpointer.register("student", network())
+    checkpointer.save()
 
 
 def read_onnx(data: bytes, folder: Path) -> None:
