@@ -44,6 +44,7 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.files.plain_values import fingerprint
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
@@ -123,7 +124,7 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> t
     path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"
     settings = path.with_suffix(".txt")
     # Other images come of other settings, and of other code.
-    made_by = f"{pool.source!r} {hash_of('sources/*.py', *IMAGE_CODE)}"
+    made_by = f"{fingerprint(pool.source)} {hash_of('sources/*.py', *IMAGE_CODE)}"
     if not settings.exists() or settings.read_text().partition("\n")[0] != made_by:
         started = time.perf_counter()
         images, labels = collect(
@@ -192,9 +193,7 @@ def settings_of(row: Row) -> str:
     """A short name for all values of the row's recipe."""
     if row.recipe == PEER:
         return f"{peer.IMAGES} images, {peer.ITERATIONS} iterations, {peer.EPOCHS} epochs"
-    # Another wording of the summary is not another recipe.
-    recipe = replace(find_recipe(row.recipe).with_steps(row.steps), summary="")
-    return hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
+    return fingerprint(find_recipe(row.recipe).with_steps(row.steps))
 
 
 def forget_peak_() -> None:

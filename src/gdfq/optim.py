@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from gdfq.files.plain_values import tagged
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 
 
+@tagged("SgdConfig")
 @dataclass(frozen=True)
 class SgdConfig:
     """Stochastic gradient descent with Nesterov momentum on all parameters of a module."""
@@ -29,6 +31,7 @@ class SgdConfig:
         )
 
 
+@tagged("AdamConfig")
 @dataclass(frozen=True)
 class AdamConfig:
     """Adam (arXiv 1412.6980)."""
@@ -40,6 +43,7 @@ class AdamConfig:
         return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
 
 
+@tagged("GridAdam")
 @dataclass(frozen=True)
 class GridAdam:
     """Adam on a student with learned quantizers, each kind of parameter in units of its own.
@@ -80,6 +84,7 @@ class Schedule(Protocol):
         ...
 
 
+@tagged("StepDecay")
 @dataclass(frozen=True)
 class StepDecay:
     """The learning rate times `decay` at each milestone, a part of all steps.
@@ -95,6 +100,7 @@ class StepDecay:
         return self.decay**passed
 
 
+@tagged("Cosine")
 @dataclass(frozen=True)
 class Cosine:
     """Half a cosine from 1 to 0, times a line from 0 to 1 over the first `warmup` of the steps.

@@ -29,6 +29,7 @@ from gdfq.execution.seeding import check_seed
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.execution.stopwatch import Clock
 from gdfq.execution.tracing import beside_no_tracing, giving_way
+from gdfq.files.plain_values import frozen_values
 from gdfq.files.states import Results, name_of
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture, tensors_of
@@ -36,7 +37,6 @@ from gdfq.graph.outputs import in_order, output_names
 from gdfq.models.registry import weights_hash
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
-from gdfq.runs.folder import as_values
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.given import on_images
@@ -274,8 +274,8 @@ def _identity(
         "network": [weights_hash(network), name_of(network.code.encode())],
         "data": None if given is None else summary_of(given),
         "size": run.size,
-        "recipe": as_values(run.recipe),
-        "card": as_values(run.card),
+        "recipe": frozen_values(run.recipe),
+        "card": frozen_values(run.card),
         "precision": context.precision,
     }, {
         "torch": torch.__version__,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
+from gdfq.files.plain_values import tagged
 from gdfq.optim import AdamConfig, Cosine, GridAdam, SgdConfig
 from gdfq.sources.base import Source
 from gdfq.sources.generator import GeneratorSource
@@ -23,6 +24,7 @@ from gdfq.tuning.distill import Distillation
 from gdfq.tuning.reconstruct import Reconstruction
 
 
+@tagged("Recipe", spellings={"relu": "t1"}, ignored=("summary",))
 @dataclass(frozen=True)
 class Recipe:
     """A method, whole. Steps are batches taken from the source.

@@ -9,10 +9,11 @@ import torch
 from gdfq import demo as digits
 from gdfq.cli.quantize import quantize_into, report_at_once, written_down
 from gdfq.execution.listeners import Terminal
+from gdfq.files.plain_values import as_values
 from gdfq.graph.capture import capture
 from gdfq.pipeline import quantize
 from gdfq.recipes import FAST
-from gdfq.runs.folder import RunFolder, as_values
+from gdfq.runs.folder import RunFolder
 
 
 def demo(out: Path) -> None:

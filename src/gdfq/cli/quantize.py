@@ -29,6 +29,7 @@ from gdfq.execution.precision import Precision, find_device
 from gdfq.execution.progress import Listener, Step
 from gdfq.execution.signals import stoppable
 from gdfq.execution.tensorboard import TensorBoard, require_tensorboard
+from gdfq.files.plain_values import as_values
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import weights_hash
 from gdfq.pipeline import load_test, quantize
@@ -37,7 +38,7 @@ from gdfq.recipes import find_recipe
 from gdfq.report import write_report
 from gdfq.report.read import read_run
 from gdfq.report.terminal import print_run
-from gdfq.runs.folder import EXPORT, ONNX_FILE, RunFolder, as_values
+from gdfq.runs.folder import EXPORT, ONNX_FILE, RunFolder
 from gdfq.student.scheme import Keep, Placement, Scheme
 from gdfq.version import __version__
 

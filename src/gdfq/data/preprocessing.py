@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError
+from gdfq.files.plain_values import tagged
 from gdfq.files.untrusted import RESIZED, check_pixels
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
+@tagged("Resize")
 @dataclass(frozen=True)
 class Resize:
     """How an image file gets the network's size: it is resized, then cropped at the centre.
@@ -62,6 +64,7 @@ class Resize:
         return image.crop((left, top, left + size[0], top + size[1]))
 
 
+@tagged("Preprocessing")
 @dataclass(frozen=True)
 class Preprocessing:
     """(pixel / 255 − mean) / std, per channel; image files are resized before."""

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.files.plain_values import tagged
 from gdfq.functional.grid import Bits
 from gdfq.graph.outputs import Structure
 from gdfq.student.scheme import Placement
 from gdfq.version import __version__
 
 
+@tagged("Card", renamed={"layer_bits": "keep"}, spellings={"relu": "t1"})
 @dataclass(frozen=True)
 class Card:
     """What a user of the network must know to use it."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError
+from gdfq.files.plain_values import tagged
 
 MIN_BITS, MAX_BITS = 2, 8
 _INT8 = 127
@@ -28,6 +29,7 @@ _BIAS = 2**30
 """The greatest code of a bias: in 32 bits it leaves as much room for the products."""
 
 
+@tagged("Bits")
 @dataclass(frozen=True)
 class Bits:
     """Widths of weights and activations, each 2..8."""

@@ -8,7 +8,6 @@ from these files alone.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -185,15 +184,3 @@ def check_export(folder: Path) -> None:
             f"{folder / ONNX_FILE} must be as it was when it was compared with the network; it was "
             f"changed after it was written. Export it again: gdfq export {folder}"
         )
-
-
-def as_values(value: object) -> Any:
-    """A frozen configuration as plain JSON values, each with the name of its class."""
-    if is_dataclass(value) and not isinstance(value, type):
-        inside = {field.name: as_values(getattr(value, field.name)) for field in fields(value)}
-        return {"class": type(value).__name__, **inside}
-    if isinstance(value, tuple | list):
-        return [as_values(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
 from gdfq.files.atomic import make_folder, write_atomically, write_json
-from gdfq.runs.folder import EXPORT, METRICS, as_values, read_metrics
+from gdfq.files.plain_values import as_values
+from gdfq.runs.folder import EXPORT, METRICS, read_metrics
 from gdfq.runs.sweep import Cell, Sweep
 from gdfq.version import __version__
 

@@ -18,6 +18,7 @@ from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import stay_finite
 from gdfq.execution.precision import to_float32
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.files.states import Stateful
 from gdfq.functional.losses import batch_norm_statistics_loss, class_boundary_loss
 from gdfq.functional.upsample_conv import upsampled_convolution
@@ -126,6 +127,7 @@ def _initialise(generator: Generator, random: torch.Generator) -> None:
         norm.shift.fill_(0)
 
 
+@tagged("GeneratorSource")
 @dataclass(frozen=True)
 class GeneratorSource:
     """Images from a generator that trains while it supplies them.

@@ -10,12 +10,14 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.graph.capture import Captured
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.stream import Shuffled, Stream
 
 
+@tagged("GivenImages")
 @dataclass(frozen=True)
 class GivenImages:
     """Stands in a recipe for images that the user must give."""

@@ -18,6 +18,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.guards import images_stay_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import standard_deviation_loss
 from gdfq.functional.upsample_conv import upsampled_convolution
 from gdfq.graph import operators
@@ -28,6 +29,7 @@ from gdfq.sources.base import Batch
 from gdfq.sources.stream import Stream
 
 
+@tagged("LatentSource")
 @dataclass(frozen=True)
 class LatentSource:
     """Each batch: `iterations` of Adam on latents and generator against `standard_deviation_loss`.

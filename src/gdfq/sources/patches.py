@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import patch_entropy
 from gdfq.graph import operators
 from gdfq.graph.blocks import block_ends, with_features
@@ -27,6 +28,7 @@ _PATCHES = 64
 """Patches that are compared: an even choice of them, where there are more."""
 
 
+@tagged("PatchSource")
 @dataclass(frozen=True)
 class PatchSource:
     """Each batch follows Adam on −`patch_entropy`, the input's moments and a focal class loss.

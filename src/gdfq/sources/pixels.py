@@ -12,6 +12,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.guards import images_stay_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import focal_loss, standard_deviation_loss
 from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import StatisticsNetwork, unit_input
@@ -20,6 +21,7 @@ from gdfq.sources.base import Batch, labels_in_turn
 from gdfq.sources.stream import InTurn, Stream
 
 
+@tagged("OptimisedSource")
 @dataclass(frozen=True)
 class OptimisedSource:
     """Each batch starts as N(0, 1) noise and follows Adam on the statistics loss.

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.files.states import Frozen, Results, Stateful
 from gdfq.graph.capture import Captured
 from gdfq.sources.base import Batch, Source, first_images
 from gdfq.sources.stream import Feed, Shuffled, Stream
 
 
+@tagged("ImagePool")
 @dataclass(frozen=True)
 class ImagePool:
     """Batches from the first `images` images of another source, in a new order each epoch.

@@ -20,6 +20,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.guards import images_stay_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import focal_loss, relative_statistics_loss
 from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import StatisticsNetwork, remembered_input, unit_input
@@ -28,6 +29,7 @@ from gdfq.sources.base import Batch, labels_in_turn
 from gdfq.sources.stream import InTurn, Stream
 
 
+@tagged("SpectralSource")
 @dataclass(frozen=True)
 class SpectralSource:
     """Each batch follows Adam on relative statistics plus a weak focal class loss.

@@ -13,6 +13,7 @@ from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import stay_finite
 from gdfq.execution.precision import to_float32
 from gdfq.execution.progress import RANGES, Step, is_due
+from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import distillation_loss, feature_loss
 from gdfq.graph import operators
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -28,6 +29,7 @@ Answers = tuple[Any, Sequence[Tensor]]
 """What student or teacher returns (logits [N, C] of a classifier), and each block's features."""
 
 
+@tagged("Distillation")
 @dataclass(frozen=True)
 class Distillation:
     """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂)) + features · L_F.

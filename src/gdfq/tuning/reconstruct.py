@@ -16,6 +16,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.guards import stay_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.plain_values import tagged
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import Captured
@@ -26,6 +27,7 @@ from gdfq.sources.base import Batch
 from gdfq.student.build import Student
 
 
+@tagged("Reconstruction")
 @dataclass(frozen=True)
 class Reconstruction:
     """Each block takes all steps on E‖Q_b(x) − M_b(x)‖², summed over channels.
