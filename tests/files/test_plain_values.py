@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from support import pages
 
 from gdfq.files.plain_values import as_values, fingerprint, frozen_values, tagged
 from gdfq.recipes import RECIPES
@@ -21,9 +20,8 @@ def test_fingerprints_of_recipes_are_the_recorded_ones():
     assert {name: fingerprint(recipe) for name, recipe in RECIPES.items()} == RECORDED
 
 
-def test_measured_rows_stay_valid(monkeypatch):
-    monkeypatch.syspath_prepend(pages.ROOT / "benchmarks")
-    accuracy = import_module("accuracy")
+def test_measured_rows_stay_valid:
+    accuracy = import_module("benchmarks.accuracy")
     there = [row for row in accuracy.PLAN if row.path.exists()]
     for row in there:
         found = json.loads(row.path.read_text())["settings"]
@@ -31,9 +29,8 @@ def test_measured_rows_stay_valid(monkeypatch):
     assert {row.recipe for row in there} >= {"fast", "quick", "genie", "synq", "real", "mct"}
 
 
-def test_rows_of_earlier_recipes_stay_stale(monkeypatch):
-    monkeypatch.syspath_prepend(pages.ROOT / "benchmarks")
-    accuracy = import_module("accuracy")
+def test_rows_of_earlier_recipes_stay_stale:
+    accuracy = import_module("benchmarks.accuracy")
     current = {row.path for row in accuracy.PLAN}
     rows = {
         path: json.loads(path.read_text())
