@@ -20,7 +20,7 @@ def test_fingerprints_of_recipes_are_the_recorded_ones():
     assert {name: fingerprint(recipe) for name, recipe in RECIPES.items()} == RECORDED
 
 
-def test_measured_rows_stay_valid:
+def test_measured_rows_stay_valid():
     accuracy = import_module("benchmarks.accuracy")
     there = [row for row in accuracy.PLAN if row.path.exists()]
     for row in there:
@@ -29,7 +29,7 @@ def test_measured_rows_stay_valid:
     assert {row.recipe for row in there} >= {"fast", "quick", "genie", "synq", "real", "mct"}
 
 
-def test_rows_of_earlier_recipes_stay_stale:
+def test_rows_of_earlier_recipes_stay_stale():
     accuracy = import_module("benchmarks.accuracy")
     current = {row.path for row in accuracy.PLAN}
     rows = {
