@@ -75,7 +75,7 @@ class Law:
 
     def drop(self, x: float) -> float:
         """Expected drop in points."""
-        odds = math.exp(self.shift) * x**self.power
+        odds: float = math.exp(self.shift) * x**self.power
         return 100 * odds / (1 + odds)
 
     def interval(self, drop: float) -> tuple[float, float]:

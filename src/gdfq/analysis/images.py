@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.distributed import Statistics
 from gdfq.execution.seeding import stream
-from gdfq.functional.losses import Statistics, relative_statistics_loss
+from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph import operators
 from gdfq.graph.blocks import with_features
 from gdfq.graph.capture import Captured
@@ -148,7 +149,8 @@ def distance_of_pairs(features: Tensor) -> float:
     """Root mean square distance of the pairs of different rows of [N, d]; 0 of a single one."""
     if len(features) < 2:
         return 0.0
-    return float(F.pdist(features.double()).square().mean()) ** 0.5
+    distance: float = float(F.pdist(features.double()).square().mean()) ** 0.5
+    return distance
 
 
 def within_classes(features: Tensor, labels: Tensor) -> float | None:
@@ -162,7 +164,8 @@ def within_classes(features: Tensor, labels: Tensor) -> float | None:
     everything = distance_of_pairs(features)
     if not bool(same.any()) or not everything:
         return None
-    return float(squares[same].mean()) ** 0.5 / everything
+    ratio: float = float(squares[same].mean()) ** 0.5 / everything
+    return ratio
 
 
 def clipped(images: Tensor, preprocessing: Preprocessing) -> float:

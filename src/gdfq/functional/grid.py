@@ -193,4 +193,5 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """`fake_quantize` with the straight-through estimator ∂x_q/∂x = 1 (Q2)."""
-    return _StraightThrough.apply(x, scale, zero_point, bits)
+    result: Tensor = _StraightThrough.apply(x, scale, zero_point, bits)
+    return result

@@ -20,7 +20,8 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     x [N, I, H, W], weight [O, I, 3, 3], bias [O] -> [N, O, 2H, 2W].
     """
-    return _UpsampledConvolution.apply(x, _phase_kernels(weight), bias)
+    result: Tensor = _UpsampledConvolution.apply(x, _phase_kernels(weight), bias)
+    return result
 
 
 def _phase_kernels(weight: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class _NormWithMoments(torch.autograd.Function):
 
 
 def _norm_with_moments(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _NormWithMoments.apply(to_float32(x), scale, shift)
+    result: tuple[Tensor, Tensor, Tensor] = _NormWithMoments.apply(to_float32(x), scale, shift)
+    return result
 
 
 class StatisticsNetwork:

@@ -228,4 +228,5 @@ def learned_step(x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tens
     ∂x_q/∂x = 1 inside the range and 0 outside; ∂x_q/∂Δ = (q − z) − u inside and q − z outside.
     step and zero_point are scalars.
     """
-    return _LearnedStep.apply(x, step, zero_point, bits)
+    result: Tensor = _LearnedStep.apply(x, step, zero_point, bits)
+    return result

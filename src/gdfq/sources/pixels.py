@@ -119,6 +119,7 @@ def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:
     distance = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)
     weight = (-distance / (2 * cutoff**2)).exp().to(images.device)
     dims = list(range(2, images.ndim))
-    filtered = torch.fft.irfftn(torch.fft.rfftn(images, dim=dims) * weight, s=size, dim=dims)
+    spectrum = torch.fft.rfftn(images, dim=dims) * weight
+    filtered: torch.Tensor = torch.fft.irfftn(spectrum, s=size, dim=dims)
     layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
     return filtered.contiguous(memory_format=layout)

@@ -251,6 +251,6 @@ def from_spectrum(coefficients: Tensor, amplitude: Tensor, size: list[int], grey
         coefficients = math.sqrt(channels * grey) * mean + apart * (coefficients - mean)
     scaled = torch.view_as_complex(coefficients) * amplitude
     dims = list(range(-len(size), 0))
-    images = torch.fft.irfftn(scaled, s=size, dim=dims, norm="ortho")
+    images: Tensor = torch.fft.irfftn(scaled, s=size, dim=dims, norm="ortho")
     layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
     return images.contiguous(memory_format=layout)

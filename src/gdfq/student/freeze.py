@@ -34,7 +34,9 @@ class _Freezer:
     def __init__(self, student: Student) -> None:
         self.source = student.network
         # A quantizer or batch norm that is used twice is found under both its names.
-        self.modules = dict(student.network.named_modules(remove_duplicate=False))
+        self.modules: dict[str, torch.nn.Module] = dict(
+            student.network.named_modules(remove_duplicate=False)
+        )
         self.source_tensors = tensors_of(student.network)
         # What freezing makes has a namespace apart from the network's own tensors.
         self.ours = "quantized"
