@@ -1,9 +1,16 @@
 """Command lines on the networks of the fixture `place`."""
 
+from pathlib import Path
+
 
 def arguments(
-    place, *more, model="factory", weights="w.safetensors", out="out", command="quantize"
-):
+    place: Path,
+    *more: str,
+    model: str = "factory",
+    weights: str = "w.safetensors",
+    out: str = "out",
+    command: str = "quantize",
+) -> list[str]:
     report = ["--no-report"] if command == "quantize" else []
     return [
         *(command, f"{place}/net.py:{model}", "--weights", f"{place}/{weights}"),

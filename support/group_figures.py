@@ -15,7 +15,8 @@ from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured, capture, flat_module, tensors_of
 from gdfq.optim import SgdConfig
-from gdfq.recipes import FAST, PAPER
+from gdfq.recipes import FAST, PAPER, Recipe
+from gdfq.sources.base import Batch
 from gdfq.sources.generator import Conditioning, GeneratorSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
@@ -36,7 +37,9 @@ def figures(group: Group) -> dict[str, Any]:
     pool = POOL.stream(teacher, steps=STEPS, context=Context(seed=1, group=group))
     batches = list(pool)
     folded = fold_batch_norms(teacher).network
-    perturbed = {name: nn.Parameter(1.1 * t + 0.02) for name, t in tensors_of(folded).items()}
+    perturbed: dict[str, Tensor] = {
+        name: nn.Parameter(1.1 * t + 0.02) for name, t in tensors_of(folded).items()
+    }
     float_student = Student(flat_module(folded.graph, perturbed)).requires_grad_(True)
     quantized = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
     paper = build_student(teacher, Scheme(Bits(4, 4), "t1"))
@@ -46,7 +49,7 @@ def figures(group: Group) -> dict[str, Any]:
     config = Distillation(
         SgdConfig(lr=1e-2), temperature=4.0, reduction="batch", features=1.0, difficulty=0.9
     )
-    fast = replace(FAST.tuning, schedule=config.schedule)
+    fast = replace(_distillation(FAST), schedule=config.schedule)
     return {
         "pool": pool.images(),
         "optimised": [
@@ -63,11 +66,20 @@ def figures(group: Group) -> dict[str, Any]:
         },
         "float": _tuned(float_student, teacher, batches, config, group),
         "quantized": _tuned(quantized, teacher, batches[:1], fast, group),
-        "paper": _tuned(paper, teacher, batches[:1], PAPER.tuning, group),
+        "paper": _tuned(paper, teacher, batches[:1], _distillation(PAPER), group),
         "moving": _tuned(
-            moving, teacher, batches[:1], replace(PAPER.tuning, fixed_statistics=False), group
+            moving,
+            teacher,
+            batches[:1],
+            replace(_distillation(PAPER), fixed_statistics=False),
+            group,
         ),
     }
+
+
+def _distillation(recipe: Recipe) -> Distillation:
+    assert isinstance(recipe.tuning, Distillation)
+    return recipe.tuning
 
 
 def _generated(
@@ -87,6 +99,7 @@ def _generated(
 def _of_stream(stream: Stream) -> dict[str, Any]:
     first = next(stream)
     generator = stream._parts["generator"]
+    assert isinstance(generator, nn.Module)
     gradients = _flat(generator)
     batches = [first, *stream]
     return {
@@ -98,7 +111,7 @@ def _of_stream(stream: Stream) -> dict[str, Any]:
 
 
 def _tuned(
-    student: Student, teacher: Captured, batches: list, config: Distillation, group: Group
+    student: Student, teacher: Captured, batches: list[Batch], config: Distillation, group: Group
 ) -> dict[str, Any]:
     gradients: list[Tensor] = []
     losses: list[list[float]] = []

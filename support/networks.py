@@ -145,7 +145,8 @@ class Awkward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - 0.5) / 0.25  # normalises inside
-        y = F.relu(self.norm(self.conv(x))) * self.conv.scale + self.conv.bias.view(-1, 1, 1)
+        y = F.relu(self.norm(self.conv(x))) * self.conv.scale  # type: ignore[operator]
+        y = y + self.conv.bias.view(-1, 1, 1)  # type: ignore[union-attr]
         y = torch.cat([y.max(2)[0].max(2)[0], y.mean((2, 3))], 1) @ self.quantized
         y = F.linear(y * self.mask, self.quantized)
         return self.fc(F.relu(y.unflatten(1, (2, 4)).flatten(1)))
