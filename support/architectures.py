@@ -105,7 +105,7 @@ def passed(entry: Entry) -> dict[str, Any]:
     recipe = recipe_for(teacher)
     for placement in ("t1", "full"):
         try:
-            quantized = gdfq.quantize(teacher, example, "w4a4", recipe, placement=placement)  # type: ignore[arg-type]
+            quantized = gdfq.quantize(teacher, example, "w4a4", recipe, placement=placement)
             quantized(torch.randn(2, *entry.shape))
             with tempfile.TemporaryDirectory() as folder:
                 exported = quantized.export(Path(folder) / "student.onnx")

@@ -29,30 +29,30 @@ VALUES: tuple[Any, ...] = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**400, -1.5,
 
 def scramble(data: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
     """A few blows to bytes that know nothing of what they are."""
-    data = bytearray(data)
+    damaged = bytearray(data)
     for _ in range(random.choice((1, 1, 2, 4))):
-        at, length = random.randrange(len(data) + 1), random.choice((1, 2, 4, 8, 64, 1024))
+        at, length = random.randrange(len(damaged) + 1), random.choice((1, 2, 4, 8, 64, 1024))
         kind = random.randrange(8)
-        if kind == 0 and data:
-            data[at % len(data)] ^= 1 << random.randrange(8)
+        if kind == 0 and damaged:
+            damaged[at % len(damaged)] ^= 1 << random.randrange(8)
         elif kind == 1:
-            data[at : at + length] = random.randbytes(length)
+            damaged[at : at + length] = random.randbytes(length)
         elif kind == 2:
-            del data[at:]
+            del damaged[at:]
         elif kind == 3:
-            del data[at : at + length]
+            del damaged[at : at + length]
         elif kind == 4:
-            data[at:at] = data[at : at + length] * random.choice((1, 2, 100))
+            damaged[at:at] = damaged[at : at + length] * random.choice((1, 2, 100))
         elif kind == 5:
-            other = random.choice(others or (bytes(data),))
-            data[at:] = other[random.randrange(len(other) + 1) :]
+            other = random.choice(others or (bytes(damaged),))
+            damaged[at:] = other[random.randrange(len(other) + 1) :]
         elif kind == 6:
             width, order = random.choice((2, 4, 8)), random.choice(("little", "big"))
             number = random.choice(NUMBERS) % 2 ** (8 * width)
-            data[at : at + width] = number.to_bytes(width, order)
+            damaged[at : at + width] = number.to_bytes(width, order)
         else:
-            data[at : at + length] = bytes([random.choice((0, 255, 48, 125))]) * length
-    return bytes(data)
+            damaged[at : at + length] = bytes([random.choice((0, 255, 48, 125))]) * length
+    return bytes(damaged)
 
 
 def edited(tree: Any, random: Random) -> Any:

@@ -35,6 +35,10 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet of 6n + 2 layers for 32×32 images."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self, n: int, classes: int, *, projects: bool = False, head: str = "linear"
     ) -> None:
@@ -109,6 +113,11 @@ def imagenet_mobilenetv1_025() -> nn.Module:
 
 class ResNet18(nn.Module):
     """The shape of ResNet-18 for 224×224 images."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def small(recipe: Recipe) -> Recipe:
     elif isinstance(source, ImagePool):
         made = source.source
         if not isinstance(made, GivenImages):
-            made = replace(made, batch=8, iterations=5)
+            made = replace(made, batch=8, iterations=5)  # type: ignore[type-var]
         source = replace(source, source=made, images=24, batch=8)
     if isinstance(recipe.tuning, Reconstruction):
         recipe = replace(recipe, tuning=replace(recipe.tuning, images=24))

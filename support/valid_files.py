@@ -128,7 +128,7 @@ def onnx_file() -> bytes:
         helper.make_node("Flatten", ["p"], ["f"], axis=1),
         helper.make_node("Gemm", ["f", "w", "b"], ["y"]),
     ]
-    ends = (("x", ["N", *SHAPE]), ("y", ["N", 4]))
+    ends: list[tuple[str, list[str | int | None]]] = [("x", ["N", *SHAPE]), ("y", ["N", 4])]
     first, last = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in ends)
     graph = helper.make_graph(nodes, "g", [first], [last], [weight, outside])
     opset = [helper.make_opsetid("", 21)]
