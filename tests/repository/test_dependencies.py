@@ -18,7 +18,7 @@ def declared():
     """Requirements of the package and its tests by name, but for torch, whose build is chosen."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["demo"], *extras["test"]]
+    texts = [*project["dependencies"], *extras["demo"], *extras["test"], *extras["dev"]]
     found = {requirement.name: requirement for requirement in map(Requirement, texts)}
     return {name: found[name] for name in found if name not in ("torch", "gdfq")}
 
