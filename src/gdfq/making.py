@@ -5,13 +5,11 @@ from torch import Tensor, nn
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.precision import find_device
-from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import check_seed
 from gdfq.execution.tracing import beside_no_tracing, giving_way
 from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import Recipe, find_recipe
-from gdfq.sources.base import Batch, first_images
-from gdfq.sources.pool import ImagePool, collect
 
 
 @beside_no_tracing
@@ -44,22 +42,7 @@ def generate(
     if not isinstance(model, Captured):
         model = capture(model, example_input, classifier=classifier)
     teacher = model.to(find_device(device))
-    if isinstance(recipe.source, ImagePool):
-        if steps is not None:
-            raise UsageError(
-                f"recipe {recipe.name!r} makes each image once, whatever its steps; "
-                f"got steps={steps}. Leave steps away; it is for generators that learn."
-            )
-        made = recipe.source.fitted(teacher.input_shape).source
-        images, labels = collect(made, teacher, count, context=context)
-        return images.cpu(), None if labels is None else labels.cpu()
-    needed = -(-count // recipe.source.batch)
-    total = max(recipe.steps if steps is None else steps, needed)
-    kept: list[Batch] = []
-    stream = recipe.source.stream(teacher, steps=total, context=context)
-    for step, batch in enumerate(stream, start=1):
-        context.listener(Step("generate", step, total, batch.losses))
-        if step > total - needed:
-            kept.append(batch)
-    images, labels = first_images(count, kept)
+    images, labels = recipe.source.make_images(
+        teacher, count, steps=steps, planned=recipe.steps, context=context
+    )
     return images.cpu(), None if labels is None else labels.cpu()

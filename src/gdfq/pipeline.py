@@ -40,7 +40,6 @@ from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.given import on_images
-from gdfq.sources.pool import ImagePool, PoolStream
 from gdfq.sources.stream import Feed
 from gdfq.stages import STUDENT_PARTS, frozen_student
 from gdfq.student.scheme import PLACEMENTS, Keep, Placement, Scheme
@@ -197,7 +196,9 @@ def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
     if run.size is not None:
         chosen = keeper.register("allocation", Results())
         if not chosen:
-            chosen.update(_allocated(teacher, scheme, feed.stream, run.size, card, listener))
+            chosen.update(
+                _allocated(teacher, scheme, run.source, feed.stream, run.size, card, listener)
+            )
             clock.lap("allocate")
             keeper.stage_ends()
         card = replace(card, keep=tuple(chosen["keep"]))
@@ -214,7 +215,7 @@ def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
     network: fx.GraphModule | None = None
     while network is None:
         try:
-            with told_of_shortage(_most_at_once(run.source), partial(_pass_through, teacher)):
+            with told_of_shortage(run.source.most_at_once, partial(_pass_through, teacher)):
                 network, scaled = make(feed, context=from_seed(origin["seed"]))
         except CollapsedError as error:
             _choose_another_seed_(origin, card.seed, error)
@@ -288,6 +289,7 @@ def _identity(
 def _allocated(
     teacher: Captured,
     scheme: Scheme,
+    source: Source,
     stream: Iterator[Batch],
     size: int,
     card: Card,
@@ -297,7 +299,7 @@ def _allocated(
     metadata = metadata_of(card, dict.fromkeys(_MEASURED, 100.0), safe=False)
     sizes = file_sizes(teacher, scheme, metadata)
     sizes.check(size)  # before the images are made, which takes long
-    images = _images_of(stream)
+    images = source.images_of(stream)
     chosen = choose_widths(teacher, scheme, images, size, sizes, listener=listener)
     return {
         "keep": list(map(str, chosen.scheme.keep)),
@@ -317,27 +319,11 @@ def _choose_another_seed_(origin: Results, seed: int, error: CollapsedError) -> 
     warnings.warn(f"{error} It begins again, from another seed.", GdfqWarning, stacklevel=3)
 
 
-def _most_at_once(source: Source) -> int:
-    """Images of the largest batch that is passed through a network with gradients."""
-    inner = source.source.batch if isinstance(source, ImagePool) else 0
-    return max(source.batch, inner)
-
-
 def _pass_through(teacher: Captured, images: int) -> None:
     """Forward and backward of so many images, as a step on them does."""
     inputs = torch.zeros(images, *teacher.input_shape, device=teacher.device, requires_grad=True)
     with torch.enable_grad():
         torch.stack([output.sum() for output in in_order(teacher.network(inputs))]).sum().backward()
-
-
-def _images_of(stream: Iterator[Batch]) -> Tensor:
-    """All images of a pool: they serve the choice of widths and then the tuning."""
-    if not isinstance(stream, PoolStream):
-        raise UsageError(
-            "bits 'auto' needs images before the student learns, and so a recipe with a pool of "
-            "them; this one's come on the way. Use fast or quick."
-        )
-    return stream.images()
 
 
 def _check_placement(placement: Placement) -> Placement:

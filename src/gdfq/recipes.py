@@ -115,16 +115,10 @@ class Recipe:
             return self
         if not isinstance(batch, int) or batch < 1:
             raise UsageError(f"batch must be a whole number of at least 1; got {batch}.")
-        source = self.source
-        if isinstance(source, ImagePool):
-            inner = replace(source.source, batch=batch)  # type: ignore[type-var]
-            return replace(self, source=replace(source, batch=batch, source=inner))
-        return replace(self, source=replace(source, batch=batch))  # type: ignore[type-var]
+        return replace(self, source=self.source.with_batch(batch))
 
     def fitted(self, input_shape: Sequence[int]) -> "Recipe":
         """The recipe with as many images, and as many a step, as inputs of that shape allow."""
-        if not isinstance(self.source, ImagePool):
-            return self
         return replace(self, source=self.source.fitted(input_shape))
 
 

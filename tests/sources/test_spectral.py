@@ -18,7 +18,7 @@ from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import capture
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig
-from gdfq.sources.base import Batch
+from gdfq.sources.base import Batch, Source
 from gdfq.sources.given import on_images
 from gdfq.sources.pool import ImagePool, collect, known_again, shifted_and_flipped
 from gdfq.sources.spectral import (
@@ -127,7 +127,7 @@ def test_vectors_have_no_spectrum():
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Source):
     """Images that say which they are, as a source."""
 
     batch: int = 4
@@ -152,10 +152,11 @@ def test_a_pool_shows_each_image_once_an_epoch(teacher):
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, same, strict=True))
 
 
-class Textures:
+@dataclass(frozen=True)
+class Textures(Source):
     """Images of noise, as a source."""
 
-    batch = 8
+    batch: int = 8
 
     def stream(self, teacher, *, steps, **_):
         for step in range(steps):

@@ -16,7 +16,6 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
 from gdfq.sources.base import Batch, Source, labels_in_turn
-from gdfq.sources.pool import ImagePool
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -38,9 +37,7 @@ def with_costs(
         "tuning": _tuning_seconds(teacher, scheme, recipe),
     }
     peak = peak_bytes(teacher.device)
-    pool = recipe.source
-    held = pool.images if isinstance(pool, ImagePool) else 0
-    peak += 4 * held * math.prod(teacher.input_shape)
+    peak += 4 * recipe.source.images_held * math.prod(teacher.input_shape)
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
 
 
@@ -81,8 +78,7 @@ class _Stopwatch:
 
 def _source_seconds(source: Source, teacher: Captured, steps: int) -> float:
     """Of a whole stream: the second iteration, or else the second batch, times their number."""
-    if isinstance(source, ImagePool):
-        return _source_seconds(source.source, teacher, -(-source.images // source.source.batch))
+    source, steps = source.bulk(steps)
     watch = _Stopwatch(teacher.device)
     stream = source.stream(teacher, steps=max(2, steps), context=Context(listener=watch))
     try:

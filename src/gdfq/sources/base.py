@@ -1,14 +1,17 @@
 """Sources of images. Each is a frozen value whose `stream` yields batches for the student."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group
+from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured
 
 
@@ -85,13 +88,18 @@ def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | No
 
 
 class Source(Protocol):
-    """Anything that can supply images: generated, optimised or real, all interchangeable."""
+    """Supplies a student with images: generated, optimised or given, all interchangeable.
 
-    @property
-    def batch(self) -> int:
-        """Images a batch."""
-        ...
+    A source is a frozen dataclass that derives from this class. It has the field `batch` and the
+    method `stream`; the other methods have defaults that suit a source of independent batches.
 
+    Attributes:
+        batch: Images per batch.
+    """
+
+    batch: int
+
+    @abstractmethod
     def stream(
         self,
         teacher: Captured,
@@ -99,9 +107,95 @@ class Source(Protocol):
         steps: int,
         context: Context = Context(),
     ) -> Iterator[Batch]:
-        """Yield `steps` batches; the same seed gives the same batches.
+        """Yield `steps` batches.
 
-        The listener hears of work that is done before a batch can be yielded. All processes of a
-        group call this alike and get the same, whole batches, which they may make together.
+        The same seed gives the same batches. All processes of a group call this alike and get the
+        same, whole batches, which they may make together.
+
+        Args:
+            teacher: The trained network.
+            steps: Batches in all.
+            context: Its listener receives the steps of the work that precedes a batch.
         """
         ...
+
+    @property
+    def most_at_once(self) -> int:
+        """Images of the largest batch that passes through a network with gradients."""
+        return self.batch
+
+    @property
+    def images_held(self) -> int:
+        """Images that stay in memory for the whole run."""
+        return 0
+
+    def with_batch(self, batch: int) -> Self:
+        """Return this source with `batch` images per batch."""
+        return replace(self, batch=batch)  # type: ignore[type-var]
+
+    def fitted(self, input_shape: Sequence[int]) -> Self:
+        """Return this source at a size that suits inputs of shape [C, *size]."""
+        del input_shape
+        return self
+
+    def on(self, given: "Source", count: int) -> "Source":
+        """Return a source of given images in the place of those that this one would make.
+
+        Args:
+            given: A source of given images.
+            count: How many images there are.
+        """
+        del count
+        return given.with_batch(self.batch)
+
+    def bulk(self, steps: int) -> tuple["Source", int]:
+        """Return the source whose batches take the time of a run, and how many of them it makes.
+
+        Args:
+            steps: Batches that the run takes from this source.
+        """
+        return self, steps
+
+    def make_images(
+        self,
+        teacher: Captured,
+        count: int,
+        *,
+        steps: int | None,
+        planned: int,
+        context: Context = Context(),
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `count` images alone [count, *input_shape] and their labels [count], if any.
+
+        They are the last ones of the stream, because a source that learns is best at its end.
+
+        Args:
+            teacher: The trained network.
+            count: Number of images.
+            steps: Batches of the stream, if the user chose a number.
+            planned: Batches of the recipe's run, which count otherwise.
+            context: Context of the run.
+
+        Raises:
+            UsageError: The source does not learn on the way, and `steps` was given.
+        """
+        needed = -(-count // self.batch)
+        total = max(planned if steps is None else steps, needed)
+        last: list[Batch] = []
+        for step, batch in enumerate(self.stream(teacher, steps=total, context=context), start=1):
+            context.listener(Step("generate", step, total, batch.losses))
+            if step > total - needed:
+                last.append(batch)
+        return first_images(count, last)
+
+    def images_of(self, stream: Iterator[Batch]) -> Tensor:
+        """Return all images [N, *input_shape] of a stream of this source, before it is read.
+
+        Raises:
+            UsageError: The images come while the student learns.
+        """
+        del stream
+        raise UsageError(
+            "bits 'auto' needs images before the student learns, and so a recipe with a pool of "
+            "them; this recipe's images come while it learns. Use fast or quick."
+        )

@@ -25,7 +25,7 @@ from gdfq.functional.upsample_conv import upsampled_convolution
 from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig, StepDecay, set_rate_
-from gdfq.sources.base import Batch
+from gdfq.sources.base import Batch, Source
 from gdfq.sources.collapse import CollapseWatch
 from gdfq.sources.stream import Stream
 
@@ -129,7 +129,7 @@ def _initialise(generator: Generator, random: torch.Generator) -> None:
 
 @tagged("GeneratorSource")
 @dataclass(frozen=True)
-class GeneratorSource:
+class GeneratorSource(Source):
     """Images from a generator that trains while it supplies them.
 
     L(G) = class_boundary · L_CE + statistics · L_BNS              (β = statistics)

@@ -1,6 +1,6 @@
 """Given images as a source: few-shot runs, and the upper bound that real data sets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -13,13 +13,12 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.graph.capture import Captured
 from gdfq.sources.base import Batch, Source
-from gdfq.sources.pool import ImagePool
 from gdfq.sources.stream import Shuffled, Stream
 
 
 @tagged("GivenImages")
 @dataclass(frozen=True)
-class GivenImages:
+class GivenImages(Source):
     """Stands in a recipe for images that the user must give."""
 
     batch: int
@@ -40,18 +39,12 @@ class GivenImages:
 
 
 def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> Source:
-    """The recipe's source with given images in the place of those it would make.
-
-    A pool holds them all in memory.
-    """
-    if isinstance(source, ImagePool):
-        given = ImageSource(data, preprocessing, source.batch)
-        return replace(source, source=given, images=len(data), pixels=None)
-    return ImageSource(data, preprocessing, source.batch)
+    """Return a source of given images in the place of those that `source` would make."""
+    return source.on(ImageSource(data, preprocessing, source.batch), len(data))
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSource:
+class ImageSource(Source):
     """Batches of given images in a new random order each epoch.
 
     Without labels the teacher's answers are the labels, if it has classes. The last, smaller batch

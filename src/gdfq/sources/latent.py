@@ -25,13 +25,13 @@ from gdfq.graph import operators
 from gdfq.graph.capture import Captured, flat_module, tensors_of
 from gdfq.graph.statistics import StatisticsNetwork, unit_input
 from gdfq.optim import AdamConfig, Cosine, set_rate_
-from gdfq.sources.base import Batch
+from gdfq.sources.base import Batch, Source
 from gdfq.sources.stream import Stream
 
 
 @tagged("LatentSource")
 @dataclass(frozen=True)
-class LatentSource:
+class LatentSource(Source):
     """Each batch: `iterations` of Adam on latents and generator against `standard_deviation_loss`.
 
     Labels are the teacher's own answers.

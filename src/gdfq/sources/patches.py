@@ -21,6 +21,7 @@ from gdfq.graph.blocks import block_ends, with_features
 from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import input_moments
 from gdfq.optim import AdamConfig
+from gdfq.sources.base import Source
 from gdfq.sources.spectral import Look, spectral_batches
 from gdfq.sources.stream import Stream
 
@@ -30,7 +31,7 @@ _PATCHES = 64
 
 @tagged("PatchSource")
 @dataclass(frozen=True)
-class PatchSource:
+class PatchSource(Source):
     """Each batch follows Adam on −`patch_entropy`, the input's moments and a focal class loss.
 
     The entropy is the mean over the outputs of all attentions; of a network that has none, over

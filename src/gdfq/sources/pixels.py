@@ -17,13 +17,13 @@ from gdfq.functional.losses import focal_loss, standard_deviation_loss
 from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import StatisticsNetwork, unit_input
 from gdfq.optim import AdamConfig
-from gdfq.sources.base import Batch, labels_in_turn
+from gdfq.sources.base import Batch, Source, labels_in_turn
 from gdfq.sources.stream import InTurn, Stream
 
 
 @tagged("OptimisedSource")
 @dataclass(frozen=True)
-class OptimisedSource:
+class OptimisedSource(Source):
     """Each batch starts as N(0, 1) noise and follows Adam on the statistics loss.
 
     The loss is `standard_deviation_loss` over all batch norms and over the input itself, whose

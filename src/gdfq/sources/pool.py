@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
@@ -21,7 +22,7 @@ from gdfq.sources.stream import Feed, Shuffled, Stream
 
 @tagged("ImagePool")
 @dataclass(frozen=True)
-class ImagePool:
+class ImagePool(Source):
     """Batches from the first `images` images of another source, in a new order each epoch.
 
     Of large images, which say more and cost more, it takes only as many of the source's batches as
@@ -49,8 +50,62 @@ class ImagePool:
         images = min(self.images, max(1, room // at_once) * at_once)
         share = -(-self.batch * images // self.images)
         batch = min(self.batch, 1 << (share - 1).bit_length())
-        source = replace(self.source, batch=at_once)  # type: ignore[type-var]
+        source = self.source.with_batch(at_once)
         return replace(self, source=source, images=images, batch=batch, pixels=None)
+
+    @property
+    def most_at_once(self) -> int:
+        """Images of the largest batch: of this pool, or of the source that fills it."""
+        return max(self.batch, self.source.most_at_once)
+
+    @property
+    def images_held(self) -> int:
+        """Images that stay in memory: all of them."""
+        return self.images
+
+    def with_batch(self, batch: int) -> Self:
+        """Return this pool with `batch` images per batch, of its own and of its source."""
+        return replace(self, batch=batch, source=self.source.with_batch(batch))
+
+    def on(self, given: Source, count: int) -> "ImagePool":
+        """Return this pool with all given images in it."""
+        source = given.with_batch(self.batch)
+        return replace(self, source=source, images=count, pixels=None)
+
+    def bulk(self, steps: int) -> tuple[Source, int]:
+        """Return the source that fills this pool, and how many batches that takes."""
+        del steps
+        return self.source, -(-self.images // self.source.batch)
+
+    def make_images(
+        self,
+        teacher: Captured,
+        count: int,
+        *,
+        steps: int | None,
+        planned: int,
+        context: Context = Context(),
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the first `count` images that fill this pool, and their labels, if any.
+
+        Raises:
+            UsageError: `steps` was given; each image is made once, whatever the steps.
+        """
+        del planned
+        if steps is not None:
+            raise UsageError(
+                "a pool makes each image once, whatever the steps of its recipe; "
+                f"got steps={steps}. Remove steps; it is for generators that learn."
+            )
+        source = self.fitted(teacher.input_shape).source
+        return collect(source, teacher, count, context=context)
+
+    def images_of(self, stream: Iterator[Batch]) -> Tensor:
+        """Return all images [images, *input_shape] of a stream of this pool.
+
+        They serve a choice of bits and then the tuning.
+        """
+        return cast(PoolStream, stream).images()
 
     def stream(
         self,
@@ -78,7 +133,7 @@ class ImagePool:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredImages:
+class StoredImages(Source):
     """Images that were made before, in their order: [N, *input_shape] and their labels [N]."""
 
     images: Tensor

@@ -25,13 +25,13 @@ from gdfq.functional.losses import focal_loss, relative_statistics_loss
 from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import StatisticsNetwork, remembered_input, unit_input
 from gdfq.optim import AdamConfig, Cosine, set_rate_
-from gdfq.sources.base import Batch, labels_in_turn
+from gdfq.sources.base import Batch, Source, labels_in_turn
 from gdfq.sources.stream import InTurn, Stream
 
 
 @tagged("SpectralSource")
 @dataclass(frozen=True)
-class SpectralSource:
+class SpectralSource(Source):
     """Each batch follows Adam on relative statistics plus a weak focal class loss.
 
     The loss is `relative_statistics_loss` over all batch norms and the input, whose target is
