@@ -15,8 +15,9 @@ from torch import nn
 
 import gdfq
 from gdfq.errors import GdfqError
-from gdfq.graph import operators
-from gdfq.graph.capture import Captured, capture, tensors_of
+from gdfq.graph import queries
+from gdfq.graph.capture import Captured, capture
+from gdfq.graph.tensors import tensors_of
 from gdfq.models.registry import RANDOM, load_model
 from gdfq.recipes import FAST, Recipe
 from gdfq.sources.base import Source
@@ -97,9 +98,9 @@ def passed(entry: Entry) -> dict[str, Any]:
     nodes = list(teacher.network.graph.nodes)
     row |= {
         "parameters": sum(tensor.numel() for tensor in tensors_of(teacher.network).values()),
-        "layers": sum(map(operators.has_weight, nodes)),
+        "layers": sum(map(queries.has_weight, nodes)),
         "batch_norms": len(teacher.batch_norms),
-        "outputs": len(operators.outputs(teacher.network.graph)),
+        "outputs": len(queries.outputs(teacher.network.graph)),
         "capture_seconds": round(time.perf_counter() - started, 1),
     }
     recipe = recipe_for(teacher)

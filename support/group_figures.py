@@ -13,7 +13,8 @@ from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group, joined
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import Captured, capture, flat_module, tensors_of
+from gdfq.graph.capture import Captured, capture
+from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.optim import SgdConfig
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.base import Batch

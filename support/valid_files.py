@@ -18,7 +18,7 @@ from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.files.states import to_bytes
 from gdfq.functional.grid import Bits
 from gdfq.graph import operators
-from gdfq.graph.capture import flat_module
+from gdfq.graph.tensors import flat_module
 from gdfq.runs.folder import (
     CONFIG,
     EVIDENCE,

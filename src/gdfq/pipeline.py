@@ -32,8 +32,9 @@ from gdfq.execution.tracing import beside_no_tracing, giving_way
 from gdfq.files.plain_values import frozen_values
 from gdfq.files.states import Results, name_of
 from gdfq.functional.grid import Bits
-from gdfq.graph.capture import Captured, capture, tensors_of
+from gdfq.graph.capture import Captured, capture
 from gdfq.graph.outputs import in_order, output_names
+from gdfq.graph.tensors import tensors_of
 from gdfq.models.registry import weights_hash
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe

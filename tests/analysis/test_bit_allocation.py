@@ -138,7 +138,7 @@ def test_a_sensitivity_is_the_loss_of_one_rounded_layer(teacher):
 
 
 def _layout(layer):
-    from gdfq.graph.operators import weight_layout
+    from gdfq.graph.queries import weight_layout
 
     return weight_layout(layer)
 

@@ -22,8 +22,9 @@ from gdfq.functional import grid
 from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture
+from gdfq.graph.queries import images_at_once
 from gdfq.graph.statistics import StatisticsNetwork
-from gdfq.graph.walk import Walk, images_at_once
+from gdfq.graph.walk import Walk
 from gdfq.sources.base import Batch
 from gdfq.sources.recent import Recent
 from gdfq.sources.spectral import SpectralSource, natural_noise

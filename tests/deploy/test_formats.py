@@ -13,7 +13,8 @@ from gdfq import UsageError
 from gdfq.deploy.graph_json import graph_from_json, graph_to_json
 from gdfq.deploy.safetensors import STUDENT_FILE, digest, pack, unpack
 from gdfq.graph import operators
-from gdfq.graph.capture import capture, tensors_of
+from gdfq.graph.capture import capture
+from gdfq.graph.tensors import tensors_of
 
 
 @given(bits=st.integers(2, 8), data=st.data())

@@ -7,8 +7,9 @@ from support import networks
 from torch import nn
 
 from gdfq import UsageError
-from gdfq.graph import operators
-from gdfq.graph.capture import capture, tensors_of
+from gdfq.graph import operators, queries
+from gdfq.graph.capture import capture
+from gdfq.graph.tensors import tensors_of
 
 
 def test_captured_network_equals_the_module_for_any_batch(any_network):
@@ -54,7 +55,7 @@ def test_batch_norms_of_every_kind_are_found():
 
 def test_an_activating_norm_keeps_its_activation():
     captured = capture(networks.make("Standardised"), networks.images(1))
-    assert any(operators.is_rectifier(node) for node in captured.network.graph.nodes)
+    assert any(queries.is_rectifier(node) for node in captured.network.graph.nodes)
 
 
 def test_weight_standardisation_becomes_a_constant():
@@ -168,8 +169,8 @@ class Crossed(nn.Module):
 def test_layers_are_named_by_their_modules():
     """Also where a weight is computed or cut into parts; such parts are parameters as it is."""
     captured = capture(Crossed().eval(), torch.zeros(1, 8, 2, 5))
-    layers = [n for n in captured.network.graph.nodes if operators.has_weight(n)]
-    assert [operators.layer_name(layer) for layer in layers] == [
+    layers = [n for n in captured.network.graph.nodes if queries.has_weight(n)]
+    assert [queries.layer_name(layer) for layer in layers] == [
         *("query", "attention.in_proj", "attention.in_proj", "attention.out_proj", "fc")
     ]
     tensors = tensors_of(captured.network)
@@ -178,8 +179,8 @@ def test_layers_are_named_by_their_modules():
     assert all(isinstance(part, nn.Parameter) for part in parts)
 
     standardised = capture(networks.make("Standardised"), networks.images(1))
-    layers = filter(operators.has_weight, standardised.network.graph.nodes)
-    assert [operators.layer_name(layer) for layer in layers] == ["conv", "fc"]
+    layers = filter(queries.has_weight, standardised.network.graph.nodes)
+    assert [queries.layer_name(layer) for layer in layers] == ["conv", "fc"]
 
 
 class Windows(nn.Module):

@@ -11,7 +11,8 @@ import gdfq
 from gdfq.errors import UsageError
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import capture, tensors_of
+from gdfq.graph.capture import capture
+from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.lsq import best_range, channel_steps
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student

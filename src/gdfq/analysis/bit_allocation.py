@@ -25,10 +25,11 @@ from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import MAX_BITS, Bits, code_bounds, fake_quantize
 from gdfq.functional.losses import distillation_loss, feature_loss
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import Captured, tensors_of
+from gdfq.graph.capture import Captured
 from gdfq.graph.outputs import in_order, output_names
+from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
@@ -129,12 +130,12 @@ def choose_widths(
 
 def free_layers(teacher: Captured, scheme: Scheme) -> Layers:
     """The layers that the scheme does not keep. Raises UsageError when it keeps them all."""
-    nodes = list(filter(operators.has_weight, teacher.network.graph.nodes))
+    nodes = list(filter(queries.has_weight, teacher.network.graph.nodes))
     kept = scheme.kept(nodes)
     layers: dict[str, list[fx.Node]] = {}
     for node in nodes:
         if node not in kept:
-            layers.setdefault(operators.layer_name(node), []).append(node)
+            layers.setdefault(queries.layer_name(node), []).append(node)
     if not layers:
         raise UsageError(
             "widths are chosen for layers that are not kept; "
@@ -171,7 +172,7 @@ def sensitivities(
     wanted = network(images)
     costs: dict[str, dict[int, float]] = {}
     for index, (name, nodes) in enumerate(layers.items(), start=1):
-        weights = {_weight_name(node): operators.weight_layout(node) for node in nodes}
+        weights = {queries.weight_name(node): queries.weight_layout(node) for node in nodes}
         exact = {weight: tensors[weight].clone() for weight in weights}
         costs[name], worst = {}, 0.0
         for bits in sorted(WIDTHS, reverse=True):
@@ -204,7 +205,7 @@ def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     network = freeze(student).cpu()
     _fill_(network)
     data = to_onnx(network, teacher.input_shape, metadata, outputs=output_names(teacher))
-    nodes = scheme.weight_bits(list(filter(operators.has_weight, teacher.network.graph.nodes)))
+    nodes = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     taken = dict(zip(nodes, weight_sizes(network, data), strict=True))
     sizes = {
         name: {bits: sum(taken[node][bits] for node in layer) for bits in WIDTHS}
@@ -235,9 +236,3 @@ def _fill_(network: fx.GraphModule) -> None:
             tensors[names[0]].random_(generator=draw)
         elif operators.name_of(node) in operators.WEIGHTED and names[-1] in tensors:
             tensors[names[-1]].uniform_(1, 2, generator=draw)
-
-
-def _weight_name(layer: fx.Node) -> str:
-    weight = layer.args[1]
-    assert isinstance(weight, fx.Node)
-    return str(weight.target)

@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.distributed import Statistics
 from gdfq.execution.seeding import stream
 from gdfq.functional.losses import relative_statistics_loss
-from gdfq.graph import operators
+from gdfq.graph import queries
+from gdfq.graph.batch_norms import batch_norm_name
 from gdfq.graph.blocks import with_features
 from gdfq.graph.capture import Captured
+from gdfq.graph.queries import images_at_once
 from gdfq.graph.statistics import StatisticsNetwork, remembered_input
-from gdfq.graph.walk import images_at_once
 from gdfq.sources.spectral import SpectralSource, natural_noise
 
 _CLASSES, _EACH = 10, 4
@@ -227,7 +228,7 @@ def _distances(
     seen = {kind: _moments(network, teacher, given) for kind, given in kinds.items()}
     return tuple(
         Distance(
-            _norm_name(node),
+            batch_norm_name(node),
             **{
                 kind: float(relative_statistics_loss([moments[index]], [network.stored[index]]))
                 for kind, moments in seen.items()
@@ -257,23 +258,16 @@ def _asked(teacher: Captured, images: Tensor) -> tuple[Any, Tensor]:
 
     Feature maps [N, C, *] are averaged over their positions.
     """
-    last = [n for n in teacher.network.graph.nodes if operators.has_weight(n)][-1]
-    source = last.args[0]
-    assert isinstance(source, fx.Node)
+    last = [n for n in teacher.network.graph.nodes if queries.has_weight(n)][-1]
+    source = queries.input_of(last)
     network = with_features(teacher.network, [source])
     found = [network(part) for part in images.split(images_at_once(teacher.network))]
     features = torch.cat([features for _, (features,) in found])
     if features.ndim > 2:
         dims = [
-            d for d in range(1, features.ndim) if d != operators.channel_dim(last) % features.ndim
+            d for d in range(1, features.ndim) if d != queries.channel_dim(last) % features.ndim
         ]
         features = features.mean(dims)
     if teacher.classes is None:
         return None, features
     return torch.cat([outputs for outputs, _ in found]), features
-
-
-def _norm_name(node: fx.Node) -> str:
-    mean = node.args[3]
-    assert isinstance(mean, fx.Node)
-    return str(mean.target).rpartition(".")[0] or str(mean.target)

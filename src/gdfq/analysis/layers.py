@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from gdfq.analysis.sensitivity import measure_harm
 from gdfq.functional.grid import code_bounds, dequantize
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
-from gdfq.graph.walk import Visit, Walk, images_at_once, layers_of, weight_bits, weights_of
+from gdfq.graph.queries import images_at_once, layers_of, weights_of
+from gdfq.graph.walk import Visit, Walk, weight_bits
 
 BINS = 40
 _HIGHEST = 120.0
@@ -122,7 +123,7 @@ def measure_layers(teacher: Captured, network: fx.GraphModule, images: Tensor) -
             weight, bits = wanted[node], weight_bits(visit.node)
             layers.append(
                 LayerEvidence(
-                    name=operators.layer_name(node),
+                    name=queries.layer_name(node),
                     operator=operators.name_of(node).split(".")[1],
                     bits=bits,
                     weights=weight.numel(),
@@ -130,7 +131,7 @@ def measure_layers(teacher: Captured, network: fx.GraphModule, images: Tensor) -
                     weight_sqnr=None if bits is None else sqnr(weight, visit.inputs[1]),
                     output_sqnr=sqnr(next(outputs), visit.value),
                     harm=harm.of.get(node.name),
-                    activation=names.get(operators.grid_source(visit.node.all_input_nodes[0])),
+                    activation=names.get(queries.grid_source(visit.node.all_input_nodes[0])),
                 )
             )
             spreads.append(_histogram(weight))

@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from gdfq.deploy.onnx.writer import WIDTHS
 from gdfq.errors import GdfqError
 from gdfq.functional.grid import Bits, Layout
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import Captured, tensors_of
+from gdfq.graph.capture import Captured
 from gdfq.graph.outputs import output_names
+from gdfq.graph.tensors import tensors_of
 from gdfq.recipes import Recipe
 from gdfq.student.build import check_scheme
 from gdfq.student.placement import activation_widths, feeds_softmax_only, shapes_outputs
@@ -101,7 +102,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     """What a recipe would do to a teacher, without a step of it."""
     folded = fold_batch_norms(teacher) if recipe.quantizers != "min-max" else teacher
     nodes = list(folded.network.graph.nodes)
-    layers = list(filter(operators.has_weight, nodes))
+    layers = list(filter(queries.has_weight, nodes))
     problems: list[str] = []
     try:
         check_scheme(teacher, scheme, recipe.quantizers)
@@ -113,7 +114,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         recipe.source.stream(teacher, steps=1)
     except GdfqError as error:
         problems.append(str(error))
-    weights = {node: tensors_of(folded.network)[str(node.args[1].target)] for node in layers}
+    weights = {node: tensors_of(folded.network)[queries.weight_name(node)] for node in layers}
     found = tuple(_layer(node, weights[node], weight_bits, widths) for node in layers)
     tensors = tensors_of(teacher.network)
     norms = len(teacher.batch_norms)
@@ -144,35 +145,30 @@ def _layer(
     weight_bits: Mapping[fx.Node, int],
     widths: Mapping[fx.Node, int],
 ) -> Layer:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
     return Layer(
-        name=operators.layer_name(node),
-        operator=operators.name_of(node).split(".")[1],
+        name=queries.layer_name(node),
+        operator=operators.short_name(node),
         weight=tuple(weight.shape),
         operations=layer_operations(node, weight),
         bits=weight_bits.get(node),
-        input_bits=widths.get(operators.grid_source(x)),
+        input_bits=widths.get(queries.grid_source(queries.input_of(node))),
     )
 
 
 def layer_operations(node: fx.Node, weight: Tensor) -> int:
     """Multiply-accumulates of a convolution or linear layer for one image, borders counted."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    layout, _ = operators.weight_layout(node)
+    layout, _ = queries.weight_layout(node)
     # Each output of a layer, each input of a transposed one, meets the rest of the weight.
-    at = node if layout is Layout.ROWS else x
-    return operators.numbers_per_image(at) * math.prod(weight.shape[1:])
+    at = node if layout is Layout.ROWS else queries.input_of(node)
+    return queries.numbers_per_image(at) * math.prod(weight.shape[1:])
 
 
 def _product_operations(node: fx.Node) -> int:
     """Multiply-accumulates of a product of two activations for one image."""
     if operators.name_of(node) not in operators.PRODUCTS:
         return 0
-    left = node.args[0]
-    assert isinstance(left, fx.Node)
-    return operators.numbers_per_image(node) * int(left.meta["val"].shape[-1])
+    left = queries.input_of(node)
+    return queries.numbers_per_image(node) * int(left.meta["val"].shape[-1])
 
 
 def _stored_bytes(layer: Layer) -> int:
@@ -196,7 +192,7 @@ def _float_operators(
     for node in nodes:
         why = _why_float(node, weight_bits, widths, scheme, node in tail)
         if why is not None:
-            reasons[operators.name_of(node).split(".")[1], why] += 1
+            reasons[operators.short_name(node), why] += 1
     return tuple(FloatOperators(name, count, why) for (name, why), count in reasons.items())
 
 
@@ -210,19 +206,19 @@ def _why_float(
     """Why a runtime computes a node in float; None for one that it does not."""
     name = operators.name_of(node)
     vanishes = (
-        operators.keeps_grid(node)
-        or operators.is_rectifier(node)
+        queries.keeps_grid(node)
+        or queries.is_rectifier(node)
         or name == operators.BATCH_NORM
         or feeds_softmax_only(node)
     )
-    if not (name.startswith("aten.") and operators.is_activation(node)) or vanishes:
+    if not (operators.short_name(node) and queries.is_activation(node)) or vanishes:
         return None
     if name not in operators.INTEGER_CONSUMERS:
         return "no integer form"
-    if operators.has_weight(node) and node not in weight_bits:
+    if queries.has_weight(node) and node not in weight_bits:
         return "kept float"
-    sources = filter(operators.is_activation, node.all_input_nodes)
-    if all(operators.grid_source(source) in widths for source in sources):
+    sources = filter(queries.is_activation, node.all_input_nodes)
+    if all(queries.grid_source(source) in widths for source in sources):
         return None
     if is_tail:
         return "only shapes the outputs"

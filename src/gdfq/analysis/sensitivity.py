@@ -10,9 +10,11 @@ from torch import Tensor, fx
 from gdfq.analysis.bit_allocation import divergence
 from gdfq.analysis.preflight import layer_operations
 from gdfq.functional.grid import fake_quantize
-from gdfq.graph import operators
-from gdfq.graph.capture import Captured, tensors_of
-from gdfq.graph.walk import Walk, layers_of, weight_bits, weights_of
+from gdfq.graph import operators, queries
+from gdfq.graph.capture import Captured
+from gdfq.graph.queries import layers_of, weights_of
+from gdfq.graph.tensors import tensors_of
+from gdfq.graph.walk import Walk, weight_bits
 from gdfq.quantizers.lsq import best_weight_grid
 
 _OPERATIONS = 6 * 10**10
@@ -58,7 +60,7 @@ def measure_harm(teacher: Captured, network: fx.GraphModule, images: Tensor) -> 
     def rounded(node: fx.Node, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, weight, *rest = inputs
         bits, grid = widths[node], grids[node]
-        best = best_weight_grid(weight, bits, *operators.weight_layout(node))
+        best = best_weight_grid(weight, bits, *queries.weight_layout(node))
         x = x if grid is None else fake_quantize(x, *grid)
         return (x, fake_quantize(weight, *best, bits), *rest)
 
@@ -108,7 +110,7 @@ def _errors(
 
 def _input_grid(layer: fx.Node, tensors: Mapping[str, Tensor]) -> Grid | None:
     """The grid that the input of a student's layer lies on."""
-    source = operators.grid_source(layer.all_input_nodes[0])
+    source = queries.grid_source(layer.all_input_nodes[0])
     if operators.name_of(source) != "gdfq.fake_quantize":
         return None
     _, scale, zero_point, bits = source.args

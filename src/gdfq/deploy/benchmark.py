@@ -16,7 +16,7 @@ from gdfq.deploy.runtimes import onnx_session, run_once
 from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import within
 from gdfq.graph import operators
-from gdfq.graph.capture import flat_module, tensors_of
+from gdfq.graph.tensors import flat_module, tensors_of
 
 BATCHES, THREADS = (1, 32), (1, 2)
 _FEWEST = 11

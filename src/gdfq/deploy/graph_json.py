@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from gdfq.errors import UsageError, first_line
 from gdfq.graph import operators
-from gdfq.graph.capture import flat_module
+from gdfq.graph.tensors import flat_module
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")

@@ -25,8 +25,8 @@ from gdfq.errors import UsageError
 from gdfq.files.untrusted import check_shape, parse_json
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits, code_bounds
 from gdfq.graph import operators
-from gdfq.graph.capture import tensors_of
 from gdfq.graph.outputs import read_structure
+from gdfq.graph.tensors import tensors_of
 
 FORMAT, VERSION = "gdfq-student", 4
 STUDENT_FILE = "student.safetensors"

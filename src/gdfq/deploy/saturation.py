@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import fx
 
-from gdfq.graph import operators
-from gdfq.graph.capture import tensors_of
+from gdfq.graph import operators, queries
+from gdfq.graph.tensors import tensors_of
 
 _SAFE_PRODUCT = 2**15 - 1
 """What two neighbouring products may add up to in 16 bits, on processors without VNNI."""
@@ -37,7 +37,7 @@ def activation_of(node: fx.Node) -> fx.Node | None:
     x, weight, *_ = _arguments(node)
     if operators.name_of(weight) != "gdfq.dequantize":
         return None
-    source = operators.grid_source(x)
+    source = queries.grid_source(x)
     return source if operators.name_of(source) == "gdfq.fake_quantize" else None
 
 

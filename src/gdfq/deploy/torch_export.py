@@ -7,7 +7,7 @@ from torch import fx
 
 from gdfq.errors import UsageError, first_line
 from gdfq.execution.tracing import quiet_tracing
-from gdfq.graph.capture import flat_module, tensors_of
+from gdfq.graph.tensors import flat_module, tensors_of
 
 
 def to_program(network: fx.GraphModule, input_shape: tuple[int, ...]) -> bytes:

@@ -1,89 +1,149 @@
-"""Batch norms folded into the layers before them, exactly, while the network is still float.
+"""Batch norms: their values, and how they fold into the layers in front of them.
 
 A batch norm with fixed statistics is y = s x + t for each channel, so behind a convolution or
-linear layer it only scales the weight's output channels and shifts the bias. A student that is
-not to train the batch norms is smaller and faster without them, and so is its teacher.
+linear layer it only scales the output channels of the weight and shifts the bias. A student that
+does not train the batch norms is smaller and faster without them, and so is its teacher.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from gdfq.functional.grid import along_channels
-from gdfq.graph import operators
-from gdfq.graph.capture import Captured, flat_module, tensors_of
-from gdfq.graph.statistics import batch_norm_of
+from gdfq.graph import operators, queries
+from gdfq.graph.capture import Captured
+from gdfq.graph.rewrite import Copy, rewrite
+from gdfq.graph.tensors import flat_module, tensors_of
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A batch norm with fixed statistics; each tensor of shape [channels]."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
+    eps: float
+    affine: bool
+    """Whether weight and bias are the network's own; otherwise they are 1 and 0."""
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """s and t of y = s x + t, each [channels]."""
+        scale = self.weight * (self.variance + self.eps).rsqrt()
+        return scale, self.bias - self.mean * scale
+
+
+def batch_norm_of(teacher: Captured, node: fx.Node) -> BatchNorm:
+    """The values of a batch-norm node (absent affine parameters are 1 and 0)."""
+    tensors: dict[Any, Any] = {None: None, **tensors_of(teacher.network)}
+    _, weight, bias, mean, variance, _training, _momentum, eps, _cudnn = node.args
+    assert isinstance(eps, float)
+    weight, bias, mean, variance = (
+        tensors[getattr(argument, "target", None)] for argument in (weight, bias, mean, variance)
+    )
+    return BatchNorm(
+        torch.ones_like(mean) if weight is None else weight,
+        torch.zeros_like(mean) if bias is None else bias,
+        mean,
+        variance,
+        eps,
+        weight is not None,
+    )
+
+
+def batch_norm_name(node: fx.Node) -> str:
+    """The name of the module a batch norm's running mean belongs to, `layer1.0.bn1`."""
+    mean = node.args[3]
+    assert isinstance(mean, fx.Node)
+    return str(mean.target).rpartition(".")[0] or str(mean.target)
+
+
+def is_batch_norm(node: fx.Node) -> bool:
+    """Whether the node is a batch norm of a captured graph."""
+    return operators.name_of(node) == operators.BATCH_NORM
+
+
+def batch_norm_behind(
+    node: fx.Node, is_norm: Callable[[fx.Node], bool] = is_batch_norm
+) -> fx.Node | None:
+    """The batch norm that folds into a layer: its only user, along the channels of its output.
+
+    Args:
+        node: A layer, whose weight and bias must be constants for the folding itself.
+        is_norm: How the graph writes batch norms, where not as the captured one does.
+    """
+    if len(node.users) != 1 or not queries.has_channels_second(node):
+        return None
+    (user,) = node.users
+    return user if is_norm(user) else None
 
 
 @torch.no_grad()
 def fold_batch_norms(teacher: Captured) -> Captured:
-    """The same function with each batch norm that alone follows a layer made part of it.
+    """The same function with each batch norm that folds into a layer made part of it.
 
     Batch norms elsewhere (before a convolution, behind a shared output) stay as they are. Every
-    layer has a bias afterwards, if of zeros.
+    layer has a bias afterwards, if only of zeros.
     """
-    graph = fx.Graph()
     tensors = tensors_of(teacher.network)
-    new: dict[fx.Node, fx.Node] = {}
-    batch_norms = set(teacher.batch_norms)
-    for node in teacher.network.graph.nodes:
-        if node in batch_norms and _folds_into(node.args[0]):
-            new[node] = new[node.args[0]]
+
+    def change(copy: Copy, node: fx.Node) -> fx.Node | None:
+        if is_batch_norm(node):
+            layer = queries.input_of(node)
+            if batch_norm_behind(layer) is not node or not _is_constant(layer):
+                return None
             scale, shift = batch_norm_of(teacher, node).scale_and_shift()
-            _rescale_(new[node], scale, shift, tensors)
-        else:
-            new[node] = graph.node_copy(node, new.__getitem__)
-            if operators.has_weight(node) and _bias(node) is None:
-                _add_bias_(new[node], tensors)
+            _rescale_(copy[layer], scale, shift, tensors)
+            return copy[layer]
+        if queries.has_weight(node) and queries.bias_of(node) is None:
+            layer = copy.of(node)
+            _add_bias_(layer, tensors)
+            return layer
+        return None
+
+    graph = rewrite(teacher.network.graph, change)
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
     return replace(teacher, network=flat_module(graph, tensors))
 
 
-def _folds_into(layer: fx.Node) -> bool:
-    """Whether a node is a layer with constant weight and bias and a single user."""
-    bias = _bias(layer)
-    return (
-        operators.has_weight(layer)
-        and operators.has_channels_second(layer)
-        and len(layer.users) == 1
-        and (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr"))
-    )
-
-
-def _bias(layer: fx.Node) -> Any:
-    return layer.args[2] if len(layer.args) > 2 else None
+def _is_constant(layer: fx.Node) -> bool:
+    """Whether a node is a layer with constant weight and bias."""
+    if not queries.has_weight(layer):
+        return False
+    bias = queries.bias_of(layer)
+    return bias is None or bias.op == "get_attr"
 
 
 def _rescale_(layer: fx.Node, scale: Tensor, shift: Tensor, tensors: dict[str, Tensor]) -> None:
     """Multiply a layer's output channels by `scale` [O] and add `shift` [O], as new tensors."""
-    x, weight_node, *rest = layer.args
-    bias_node, *options = rest or [None]
-    assert isinstance(weight_node, fx.Node)
-    weight = tensors[str(weight_node.target)]
-    factor = along_channels(scale, weight, *operators.weight_layout(layer))
-    bias = shift if bias_node is None else shift + scale * tensors[str(bias_node.target)]  # type: ignore[union-attr]
-    base = str(weight_node.target).removesuffix(".weight")
+    weight_name, bias_node = queries.weight_name(layer), queries.bias_of(layer)
+    weight = tensors[weight_name]
+    factor = along_channels(scale, weight, *queries.weight_layout(layer))
+    bias = shift if bias_node is None else shift + scale * tensors[str(bias_node.target)]
+    base = weight_name.removesuffix(".weight")
     with layer.graph.inserting_before(layer):
         constants = [
-            layer.graph.get_attr(_keep(tensors, f"{base}.{part}", value))
+            layer.graph.get_attr(_added(tensors, f"{base}.{part}", value))
             for part, value in (("folded_weight", weight * factor), ("folded_bias", bias))
         ]
-    layer.args = (x, *constants, *options)
+    layer.args = (queries.input_of(layer), *constants, *queries.options_of(layer))
 
 
 def _add_bias_(layer: fx.Node, tensors: dict[str, Tensor]) -> None:
-    x, weight_node, *rest = layer.args
-    assert isinstance(weight_node, fx.Node)
-    weight = tensors[str(weight_node.target)]
-    channels = layer.meta["val"].shape[operators.channel_dim(layer)]
-    name = _keep(tensors, f"{weight_node.target}_bias", weight.new_zeros(channels))
+    """Give a layer a bias of zeros."""
+    name = queries.weight_name(layer)
+    channels = layer.meta["val"].shape[queries.channel_dim(layer)]
+    bias = _added(tensors, f"{name}_bias", tensors[name].new_zeros(channels))
+    x, weight, options = queries.input_of(layer), queries.weight_of(layer), layer.args[3:]
     with layer.graph.inserting_before(layer):
-        layer.args = (x, weight_node, layer.graph.get_attr(name), *rest[1:])
+        layer.args = (x, weight, layer.graph.get_attr(bias), *options)
 
 
-def _keep(tensors: dict[str, Tensor], name: str, value: Tensor) -> str:
+def _added(tensors: dict[str, Tensor], name: str, value: Tensor) -> str:
     """Add a parameter under a name of its own: a shared layer folds with several batch norms."""
     while name in tensors:
         name += "_"

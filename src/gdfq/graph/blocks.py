@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from gdfq.errors import UsageError
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
+from gdfq.graph.rewrite import Copy, rewrite
 
 WithFeatures = Callable[[Tensor], tuple[Any, Sequence[Tensor]]]
 """Images [N, *input_shape] -> what the network returns, and the features, one a block."""
@@ -20,15 +21,15 @@ WithFeatures = Callable[[Tensor], tuple[Any, Sequence[Tensor]]]
 def block_ends(graph: fx.Graph) -> list[fx.Node]:
     """The features of a graph in order: each block's last tensor before pooling or reshaping."""
     # Numbers such as a batch size do not count: every image has the same.
-    nodes = [node for node in graph.nodes if operators.depends_on_images(node)]
-    outputs = set(operators.outputs(graph))
+    nodes = [node for node in graph.nodes if queries.depends_on_inputs(node)]
+    outputs = set(queries.outputs(graph))
     position = {node: i for i, node in enumerate(nodes)}
     last_use = [max((position.get(user, -1) for user in node.users), default=-1) for node in nodes]
     ends: list[fx.Node] = []
     candidate: fx.Node | None = None
     has_layer, alive_until = False, -1
     for i, node in enumerate(nodes):
-        is_layer = operators.has_weight(node)
+        is_layer = queries.has_weight(node)
         if is_layer and candidate is not None:  # the next block begins
             ends.append(candidate)
             candidate, has_layer = None, False
@@ -42,21 +43,19 @@ def block_ends(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _may_end(node: fx.Node) -> bool:
-    reduces = operators.keeps_grid(node) or operators.name_of(node) in operators.POOLING
-    return operators.is_activation(node) and not reduces
+    reduces = queries.keeps_grid(node) or operators.name_of(node) in operators.POOLING
+    return queries.is_activation(node) and not reduces
 
 
 def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
     """The network that also returns the values of some of its nodes; it shares all tensors."""
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in network.graph.nodes:
-        if node.op == "output":
-            outputs = fx.node.map_arg(node.args[0], new.__getitem__)
-            graph.output((outputs, [new[feature] for feature in nodes]))
-        else:
-            new[node] = graph.node_copy(node, new.__getitem__)
-    return fx.GraphModule(network, graph)
+
+    def change(copy: Copy, node: fx.Node) -> fx.Node | None:
+        if node.op != "output":
+            return None
+        return copy.output((copy.mapped(node.args[0]), [copy[feature] for feature in nodes]))
+
+    return fx.GraphModule(network, rewrite(network.graph, change))
 
 
 def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphModule]:
@@ -65,7 +64,7 @@ def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphMod
     They share its tensors and modules. There is one part more than there are ends. Raises
     UsageError for a network with several outputs.
     """
-    outputs = operators.outputs(network.graph)
+    outputs = queries.outputs(network.graph)
     if len(outputs) > 1:
         raise UsageError(
             "a network is cut into blocks towards its one output; this one has "
@@ -81,7 +80,7 @@ def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx
     """The part of a network that computes one node from another, or from the input."""
     needed = {end}
     for node in reversed(network.graph.nodes):
-        if node in needed and node is not start and not operators.is_batch_size(node):
+        if node in needed and node is not start and not queries.is_batch_size(node):
             needed.update(node.all_input_nodes)
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -89,7 +88,7 @@ def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx
     for node in network.graph.nodes:
         if node is start or (start is None and node.op == "placeholder"):
             new[node] = x
-        elif node in needed and operators.is_batch_size(node):  # of any tensor the same
+        elif node in needed and queries.is_batch_size(node):  # of any tensor the same
             new[node] = graph.call_function(node.target, (x, 0))
         elif node in needed:
             new[node] = graph.node_copy(node, new.__getitem__)

@@ -1,13 +1,12 @@
 """The operators a network may consist of, and what each is to a quantizer.
 
-This table is the only place that knows operator names. A captured or stored graph may call
-nothing else: the file format's safety rests on it (`artifacts/graphs.py`).
+Names and sets of names alone; `gdfq.graph.queries` has the questions about nodes. No other module
+spells the name of an operator. A captured or stored graph may call nothing else: the safety of the
+file format rests on it (`gdfq.deploy.graph_json`).
 """
 
-import math
 import operator
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,14 +17,80 @@ from gdfq.functional import grid
 CONVOLUTIONS = frozenset(
     f"aten.conv{d}d.{form}" for d in (1, 2, 3) for form in ("default", "padding")
 )
+CONVOLUTIONS_2D = frozenset(f"aten.conv2d.{form}" for form in ("default", "padding"))
 TRANSPOSED_CONVOLUTIONS = frozenset(
     {"aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"}
 )
-LINEARS = frozenset({"aten.linear.default"})
+LINEAR = "aten.linear.default"
+LINEARS = frozenset({LINEAR})
 WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 """Operators (input, weight, bias, ...) whose weight is quantized."""
 
 BATCH_NORM = "aten.batch_norm.default"
+INFERENCE_BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
+"""How `torch.export` may write a batch norm in evaluation mode."""
+
+FAKE_QUANTIZE = "gdfq.fake_quantize"
+"""(x, scale, zero point, bits): rounds an activation to its grid."""
+DEQUANTIZE = "gdfq.dequantize"
+"""(codes, scale, zero point, bits): the weight that codes stand for."""
+DEQUANTIZE_BIAS = "gdfq.dequantize_bias"
+"""(codes, scale of the input, scale of the weight): the bias that codes stand for."""
+QUANTIZATION = frozenset({FAKE_QUANTIZE, DEQUANTIZE, DEQUANTIZE_BIAS})
+
+BATCH_SIZE = "aten.sym_size.int"
+GETITEM = "getitem"
+RESHAPE = "aten.reshape.default"
+FULL = "aten.full.default"
+TRANSPOSE = "aten.t.default"
+ATTENTION = "aten.scaled_dot_product_attention.default"
+
+RELU = "aten.relu.default"
+RECTIFIERS = frozenset({RELU, "aten.relu6.default"})
+CLAMPS = frozenset(f"aten.{name}.default" for name in ("hardtanh", "clamp", "clamp_min", "clip"))
+"""Operators (input, low, high) that are rectifiers with a low of 0."""
+PADS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
+VIEWS = frozenset({"aten.view.default", "aten._unsafe_view.default"})
+RESHAPES = frozenset({"aten.flatten.using_ints", RESHAPE})
+MEANS = frozenset({"aten.mean.dim", "aten.sum.dim_IntList"})
+"""Means and sums (input, dimensions)."""
+SCALE_EQUIVARIANT = frozenset(
+    f"aten.{name}.default" for name in ("relu", "leaky_relu", "clone", "contiguous")
+)
+"""Operators f with f(s x) = s f(x) for each number x and s > 0."""
+WINDOW_POOLING: Mapping[str, int] = {
+    f"aten.{kind}pool{d}d.default": d
+    for kind in ("avg_", "adaptive_avg_", "max_")
+    for d in (1, 2, 3)
+}
+"""Poolings, with the number of their spatial dimensions."""
+IDENTITIES = frozenset(
+    {
+        "aten.alias.default",
+        "aten.detach.default",
+        "aten.dropout.default",  # captured in evaluation mode
+        "aten.feature_dropout.default",
+        "aten.alpha_dropout.default",
+        "aten.lift_fresh_copy.default",
+        "aten.contiguous.default",
+    }
+)
+FILLS: Mapping[str, int | None] = {
+    "aten.new_zeros.default": 0,
+    "aten.zeros_like.default": 0,
+    "aten.new_ones.default": 1,
+    "aten.ones_like.default": 1,
+    "aten.new_full.default": None,
+    "aten.full_like.default": None,
+}
+"""Operators that make a tensor of one number, which is their last argument where None is here."""
+CREATIONS = frozenset(
+    f"aten.{name}.default" for name in ("arange", "full", "ones", "scalar_tensor", "zeros")
+) | {"aten.arange.start"}
+"""Operators that make a tensor of no other tensor."""
+MATRIX_PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default"})
+ADDMM = "aten.addmm.default"
+"""(bias, x, weight)."""
 
 # Operators that only move numbers, so that a quantized input gives an output on the same grid.
 GRID_PRESERVING = frozenset(
@@ -225,7 +290,7 @@ _OTHERS = frozenset(
 )
 
 _PYTHON: dict[str, Callable[..., Any]] = {
-    "getitem": operator.getitem,
+    GETITEM: operator.getitem,
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -233,9 +298,9 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "truediv": operator.truediv,
     "mod": operator.mod,
     "neg": operator.neg,
-    "gdfq.fake_quantize": grid.fake_quantize,
-    "gdfq.dequantize": grid.dequantize,
-    "gdfq.dequantize_bias": grid.dequantize_bias,
+    FAKE_QUANTIZE: grid.fake_quantize,
+    DEQUANTIZE: grid.dequantize,
+    DEQUANTIZE_BIAS: grid.dequantize_bias,
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 
@@ -256,112 +321,16 @@ def resolve(name: str) -> Callable[..., Any]:
     """The function behind an allowed operator's name. Raises KeyError for any other name."""
     if name not in ALLOWED:
         raise KeyError(name)
-    if name in _PYTHON:
-        return _PYTHON[name]
+    return _PYTHON.get(name) or aten_function(name)
+
+
+def aten_function(name: str) -> Any:
+    """The operator of PyTorch behind a name, `torch.ops.aten.relu.default`."""
     _, packet, overload = name.split(".")
-    function: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
-    return function
+    return getattr(getattr(torch.ops.aten, packet), overload)
 
 
-def has_weight(node: fx.Node) -> bool:
-    """Whether the node is a convolution or linear layer with a weight of its own."""
-    return name_of(node) in WEIGHTED and node.args[1].op == "get_attr"  # type: ignore[union-attr]
-
-
-def layer_name(node: fx.Node) -> str:
-    """The name of the module a layer's weight belongs to, `layer1.0.conv1`.
-
-    Of a module that holds several weights, as attention does, with which of them: `in_proj`.
-    """
-    weight: Any = node.args[1]
-    path, _, leaf = str(weight.target).rpartition(".")
-    which = re.sub(r"_?weight_*$", "", re.sub(r"^(folded_)+", "", leaf))
-    return ".".join(filter(None, (path, which))) or leaf
-
-
-def outputs(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes whose values a graph returns, in order; what is returned twice is there twice."""
-    (output,) = graph.find_nodes(op="output")
-    returned: Any = output.args[0]
-    return list(returned) if isinstance(returned, tuple | list) else [returned]
-
-
-def numbers_per_image(node: fx.Node) -> int:
-    """How many numbers a tensor holds for one image, wherever its batch dimension has gone."""
-    (images,) = node.graph.find_nodes(op="placeholder")
-    count = math.prod(map(int, node.meta["val"].shape))
-    return count // int(images.meta["val"].shape[0])
-
-
-def is_activation(node: fx.Node) -> bool:
-    """Whether the node is a floating-point tensor that depends on the input."""
-    value = node.meta.get("val")
-    return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def depends_on_images(node: fx.Node) -> bool:
-    """Whether the node is a tensor of any kind that depends on the input."""
-    return node.op not in {"get_attr", "output"} and isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def is_batch_size(node: fx.Node) -> bool:
-    """Whether the node is the number of images."""
-    return name_of(node) == "aten.sym_size.int" and bool(node.args[1] == 0)
-
-
-def has_channels_second(node: fx.Node) -> bool:
-    """Whether a layer's output channels are dimension 1, as those of a batch norm behind it are.
-
-    A linear layer's are the last dimension: they differ on inputs of three dimensions and more.
-    """
-    return name_of(node) not in LINEARS or node.meta["val"].ndim == 2
-
-
-def channel_dim(layer: fx.Node) -> int:
-    """The dimension of a layer's output that holds its channels."""
-    return -1 if name_of(layer) in LINEARS else 1
-
-
-def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
-    """Where a layer's weight keeps its output channels, and the number of its groups."""
-    if name_of(node) in TRANSPOSED_CONVOLUTIONS:
-        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-        assert isinstance(groups, int)
-        return grid.Layout.TRANSPOSED, groups
-    return grid.Layout.ROWS, 1
-
-
-_CLAMPS = frozenset(f"aten.{name}.default" for name in ("hardtanh", "clamp", "clamp_min", "clip"))
-
-
-def is_rectifier(node: fx.Node) -> bool:
-    """Whether the node is a ReLU or a ReLU with a ceiling (ReLU6, hardtanh or clamp from 0)."""
-    name = name_of(node)
-    if name in {"aten.relu.default", "aten.relu6.default"}:
-        return True
-    if name in _CLAMPS:
-        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
-        return isinstance(low, int | float) and low == 0
-    return False
-
-
-def keeps_grid(node: fx.Node) -> bool:
-    """Whether the node only moves numbers: its output lies on the grid of its (first) input."""
-    name = name_of(node)
-    if name == "getitem":  # one of several outputs
-        return keeps_grid(node.all_input_nodes[0])
-    if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
-        # A pad value other than 0 need not lie on the grid.
-        values = [a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int | float)]
-        return all(value == 0 for value in values)
-    return name in GRID_PRESERVING
-
-
-def grid_source(node: fx.Node) -> fx.Node:
-    """The node whose numbers the given node merely moves; not a constant, which has no grid."""
-    while keeps_grid(node):
-        (source, *_) = node.all_input_nodes
-        if source.op == "get_attr":
-            break
-        node = source
-    return node
+def short_name(node: fx.Node) -> str:
+    """The name of a call node's operator without its package and overload: `conv2d`, or ""."""
+    _, *packet = name_of(node).split(".")
+    return packet[0] if packet else ""

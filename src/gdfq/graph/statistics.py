@@ -12,7 +12,6 @@ so the backward pass is two fused multiply-adds over the tensor, exact to roundi
 """
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,11 @@ from gdfq.errors import UsageError
 from gdfq.execution.distributed import Statistics
 from gdfq.execution.precision import to_float32
 from gdfq.functional.losses import relative_statistics_loss
-from gdfq.graph.capture import Captured, tensors_of
+from gdfq.graph import queries
+from gdfq.graph.batch_norms import BatchNorm, batch_norm_of
+from gdfq.graph.capture import Captured
+from gdfq.graph.rewrite import Copy, rewrite
+from gdfq.graph.tensors import tensors_of
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,67 +159,30 @@ def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(m), torch.ones_like(s)
 
 
-@dataclass(frozen=True)
-class BatchNorm:
-    """A batch norm with fixed statistics; each tensor of shape [channels]."""
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    variance: Tensor
-    eps: float
-    affine: bool
-    """Whether weight and bias are the network's own; otherwise they are 1 and 0."""
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """s and t of y = s x + t, each [channels]."""
-        scale = self.weight * (self.variance + self.eps).rsqrt()
-        return scale, self.bias - self.mean * scale
-
-
-def batch_norm_of(teacher: Captured, node: fx.Node) -> BatchNorm:
-    """The values of a batch-norm node (absent affine parameters are 1 and 0)."""
-    tensors: dict[Any, Any] = {None: None, **tensors_of(teacher.network)}
-    _, *arguments, eps = _arguments(node)
-    weight, bias, mean, variance = (tensors[getattr(a, "target", None)] for a in arguments)
-    return BatchNorm(
-        torch.ones_like(mean) if weight is None else weight,
-        torch.zeros_like(mean) if bias is None else bias,
-        mean,
-        variance,
-        eps,
-        weight is not None,
-    )
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Input, weight, bias, mean, variance and eps of a batch-norm node."""
-    x, weight, bias, mean, variance, _training, _momentum, eps, _cudnn = node.args
-    return x, weight, bias, mean, variance, eps
-
-
 def _with_moments(teacher: Captured, norms: list[BatchNorm]) -> fx.GraphModule:
+    """The teacher's graph returning (outputs, [(mean, variance) of each batch norm's input])."""
     tensors = tensors_of(teacher.network)
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    moments_seen: list[tuple[fx.Node, fx.Node]] = []
-    for node in teacher.network.graph.nodes:
-        if node in teacher.batch_norms:
-            norm = norms[len(moments_seen)]
+    values = dict(zip(teacher.batch_norms, norms, strict=True))
+    observed: list[tuple[fx.Node, fx.Node]] = []
+
+    def change(copy: Copy, node: fx.Node) -> fx.Node | None:
+        graph = copy.graph
+        if node in values:
             shape = (1, -1, *([1] * (node.meta["val"].ndim - 2)))
             names = (f"scale_of_{node.name}", f"shift_of_{node.name}")
-            for name, value in zip(names, norm.scale_and_shift(), strict=True):
+            for name, value in zip(names, values[node].scale_and_shift(), strict=True):
                 tensors[name] = value.view(shape)
-            arguments = (new[node.args[0]], *map(graph.get_attr, names))
+            arguments = (copy[queries.input_of(node)], *map(graph.get_attr, names))
             triple = graph.call_function(_norm_with_moments, arguments)
-            new[node], mean, variance = (
+            y, mean, variance = (
                 graph.call_function(operator.getitem, (triple, i)) for i in range(3)
             )
-            moments_seen.append((mean, variance))
-        elif node.op == "output":
-            outputs = fx.node.map_arg(node.args[0], new.__getitem__)
-            graph.output((outputs, moments_seen))
-        else:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            observed.append((mean, variance))
+            return y
+        if node.op == "output":
+            return copy.output((copy.mapped(node.args[0]), observed))
+        return None
+
+    graph = rewrite(teacher.network.graph, change)
     graph.eliminate_dead_code()
     return fx.GraphModule(tensors, graph)

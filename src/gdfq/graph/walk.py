@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.graph import operators
-from gdfq.graph.capture import tensors_of
-
-_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -39,28 +36,11 @@ class Walk(fx.Interpreter):
                 del self.env[finished]
 
 
-def layers_of(network: fx.GraphModule) -> list[fx.Node]:
-    """All convolutions and linear layers in order, of the teacher's graph or the student's."""
-    return [node for node in network.graph.nodes if operators.name_of(node) in operators.WEIGHTED]
-
-
-def weights_of(network: fx.GraphModule) -> dict[fx.Node, Tensor]:
-    """The weight of each layer of a teacher; of a weight that is computed, a LookupError."""
-    tensors = tensors_of(network)
-    return {node: tensors[str(node.args[1].target)] for node in layers_of(network)}  # type: ignore[union-attr]
-
-
 def weight_bits(layer: fx.Node) -> int | None:
-    """The width of a layer's weight in a frozen student's graph; None if it is float."""
+    """The bits of a layer's weight in a frozen student's graph; None if it is float."""
     weight = layer.args[1]
-    if isinstance(weight, fx.Node) and operators.name_of(weight) == "gdfq.dequantize":
+    if isinstance(weight, fx.Node) and operators.name_of(weight) == operators.DEQUANTIZE:
         bits = weight.args[3]
         assert isinstance(bits, int)
         return bits
     return None
-
-
-def images_at_once(network: fx.GraphModule) -> int:
-    """How many images pass a teacher's network with no tensor of more than 64 MiB."""
-    activations = filter(operators.is_activation, network.graph.nodes)
-    return max(1, _NUMBERS // max(map(operators.numbers_per_image, activations)))

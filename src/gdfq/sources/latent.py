@@ -21,9 +21,11 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import standard_deviation_loss
 from gdfq.functional.upsample_conv import upsampled_convolution
-from gdfq.graph import operators
-from gdfq.graph.capture import Captured, flat_module, tensors_of
+from gdfq.graph import operators, queries
+from gdfq.graph.capture import Captured
+from gdfq.graph.rewrite import Copy, rewrite
 from gdfq.graph.statistics import StatisticsNetwork, unit_input
+from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.optim import AdamConfig, Cosine, set_rate_
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.stream import Stream
@@ -141,20 +143,22 @@ def swinging(teacher: Captured, draw: torch.Generator) -> Captured:
 
     The offset is drawn anew at each call; the border is mirrored.
     """
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in teacher.network.graph.nodes:
-        new[node] = graph.node_copy(node, new.__getitem__)
+
+    def change(copy: Copy, node: fx.Node) -> fx.Node | None:
+        if operators.name_of(node) not in operators.CONVOLUTIONS_2D:
+            return None
         stride = node.args[3] if len(node.args) > 3 else 1
         reach = max(stride) - 1 if isinstance(stride, list | tuple) else 0
-        if (
-            operators.name_of(node) in operators.CONVOLUTIONS
-            and "conv2d" in str(node.target)
-            and reach
-        ):
-            with graph.inserting_before(new[node]):
-                moved = graph.call_function(_mover(reach, draw), (new[node.args[0]],))
-            new[node].update_arg(0, moved)
+        if not reach:
+            return None
+        new = copy.of(node)
+        with copy.graph.inserting_before(new):
+            arguments = (copy[queries.input_of(node)],)
+            moved = copy.graph.call_function(_mover(reach, draw), arguments)
+        new.update_arg(0, moved)
+        return new
+
+    graph = rewrite(teacher.network.graph, change)
     return replace(teacher, network=flat_module(graph, tensors_of(teacher.network)))
 
 

@@ -16,7 +16,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import patch_entropy
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
 from gdfq.graph.blocks import block_ends, with_features
 from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import input_moments
@@ -93,9 +93,7 @@ def patch_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _weighs_values(product: fx.Node) -> bool:
-    weights = product.args[0]
-    assert isinstance(weights, fx.Node)
-    return operators.name_of(operators.grid_source(weights)) in operators.SOFTMAX
+    return operators.name_of(queries.grid_source(queries.input_of(product))) in operators.SOFTMAX
 
 
 def patches(node: fx.Node, feature: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
 from gdfq.functional.grid import code_bounds
-from gdfq.graph import operators
-from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph import operators, queries
+from gdfq.graph.batch_norms import BatchNorm, batch_norm_of, fold_batch_norms, is_batch_norm
 from gdfq.graph.blocks import WithFeatures, with_features
-from gdfq.graph.capture import Captured, tensors_of
-from gdfq.graph.statistics import BatchNorm, batch_norm_of
+from gdfq.graph.capture import Captured
+from gdfq.graph.rewrite import Copy, rewrite
+from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.adaround import RoundedWeight
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.lsq import LearnedRange, LearnedWeight
@@ -126,7 +127,7 @@ def _leave_out_rectifiers_(network: fx.GraphModule) -> None:
         (source,) = node.all_input_nodes
         starts_at_zero = float(quantizer.zero_point) == code_bounds(quantizer.bits)[0]
         if (
-            operators.name_of(source) == "aten.relu.default"
+            operators.name_of(source) == operators.RELU
             and list(source.users) == [node]
             and starts_at_zero
         ):
@@ -154,51 +155,60 @@ def build_student(
     if quantizers != "min-max":
         teacher = fold_batch_norms(teacher)
     widths = activation_widths(teacher, scheme)
-    weights = scheme.weight_bits(list(filter(operators.has_weight, teacher.network.graph.nodes)))
+    weights = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     _check_quantizable(teacher, scheme, weights, widths)
-    graph = fx.Graph()
     teacher_tensors = tensors_of(teacher.network)
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
     learned: dict[int, WeightQuantizer] = {}
-    new: dict[fx.Node, fx.Node] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
+    unquantized: dict[fx.Node, fx.Node] = {}
 
-    def call(kind: str, name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
+    def call(copy: Copy, kind: str, name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
         target = f"{kind}.{name.replace('.', '_')}"
         attributes[target] = module
-        return graph.call_module(target, (argument,))
+        return copy.graph.call_module(target, (argument,))
 
     def weight_quantizer(node: fx.Node) -> WeightQuantizer:
-        layout, bits = operators.weight_layout(node), weights[node]
+        layout, bits = queries.weight_layout(node), weights[node]
         if quantizers == "min-max":
             return MinMaxWeight(bits, *layout)
-        weight = teacher_tensors[str(node.args[1].target)]  # type: ignore[union-attr]
+        weight = teacher_tensors[queries.weight_name(node)]
         if id(weight) not in learned:  # a weight that is used twice is one
             kind = LearnedWeight if quantizers == "learned" else RoundedWeight
             learned[id(weight)] = kind(weight, bits, *layout)
         return learned[id(weight)]
 
-    batch_norms = set(teacher.batch_norms)
-    unquantized: dict[fx.Node, fx.Node] = {}
-    for node in teacher.network.graph.nodes:
+    def layer(copy: Copy, node: fx.Node) -> fx.Node:
+        new = copy.of(node)
+        quantizer = weight_quantizer(node)
+        with copy.graph.inserting_before(new):
+            weight = call(copy, WEIGHT, node.name, quantizer, copy[queries.weight_of(node)])
+        new.update_arg(1, weight)
+        return new
+
+    def batch_norm(copy: Copy, node: fx.Node) -> fx.Node:
+        key = tuple(str(argument) for argument in node.args[1:])
+        if key not in norms:  # a batch norm that is used twice is one
+            norms[key] = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
+        return call(copy, BATCH_NORM, node.name, norms[key], copy[queries.input_of(node)])
+
+    def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         if node.op == "output":  # a feature map that is returned is returned as it was
-            new[node] = graph.node_copy(node, lambda source: unquantized.get(source, new[source]))
-        elif node in batch_norms:
-            key = tuple(str(argument) for argument in node.args[1:])
-            if key not in norms:  # a batch norm that is used twice is one
-                norms[key] = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
-            new[node] = call(BATCH_NORM, node.name, norms[key], new[node.args[0]])
+            returned = fx.node.map_arg(
+                node.args[0], lambda source: unquantized.get(source, copy[source])
+            )
+            return copy.output(returned)
+        if is_batch_norm(node):
+            new = batch_norm(copy, node)
         else:
-            new[node] = graph.node_copy(node, new.__getitem__)
-            if node in weights:
-                quantizer = weight_quantizer(node)
-                with graph.inserting_before(new[node]):
-                    weight = call(WEIGHT, node.name, quantizer, new[node.args[1]])
-                new[node].update_arg(1, weight)
-        if node in widths:
-            activation = ACTIVATION_QUANTIZERS[quantizers](widths[node])
-            unquantized[node] = new[node]
-            new[node] = call(ACTIVATION, node.name, activation, new[node])
+            new = layer(copy, node) if node in weights else copy.of(node)
+        if node not in widths:
+            return new
+        activation = ACTIVATION_QUANTIZERS[quantizers](widths[node])
+        unquantized[node] = new
+        return call(copy, ACTIVATION, node.name, activation, new)
+
+    graph = rewrite(teacher.network.graph, change)
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
     used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
     chosen = {name: value for name, value in attributes.items() if name in used}
@@ -209,7 +219,7 @@ def check_scheme(teacher: Captured, scheme: Scheme, quantizers: Quantizers) -> N
     """Raise what `build_student` would, without searching grids for it."""
     if quantizers != "min-max":
         teacher = fold_batch_norms(teacher)
-    layers = list(filter(operators.has_weight, teacher.network.graph.nodes))
+    layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
     _check_quantizable(
         teacher, scheme, scheme.weight_bits(layers), activation_widths(teacher, scheme)
     )
@@ -228,9 +238,9 @@ def _check_quantizable(
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, of which this network "
             "has none to quantize: its activations would stay float. Use placement 'full'."
         )
-    for node in filter(operators.has_weight, teacher.network.graph.nodes):
-        bias = node.args[2] if len(node.args) > 2 else None
-        if isinstance(bias, fx.Node) and bias.op != "get_attr":
+    for node in filter(queries.has_weight, teacher.network.graph.nodes):
+        bias = queries.bias_of(node)
+        if bias is not None and bias.op != "get_attr":
             raise UsageError(
                 f"a layer's bias must be a tensor of the network; that of {node.name} is computed "
                 "from the input. Add it after the layer instead."

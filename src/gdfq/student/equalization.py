@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from gdfq.functional.grid import Layout, along_channels
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import Captured, flat_module, tensors_of
+from gdfq.graph.capture import Captured
+from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.lsq import best_range, channel_steps
 from gdfq.student.placement import activation_widths
 from gdfq.student.scheme import Scheme
@@ -60,9 +61,9 @@ def rescaled(teacher: Captured, scales: Mapping[str, Tensor]) -> Captured:
         new = nn.Parameter(value, requires_grad=False) if trains else value
         tensors[str(node.target)] = new
 
-    for layer in filter(operators.has_weight, graph.nodes):
+    for layer in filter(queries.has_weight, graph.nodes):
         x, weight_node, bias_node = layer.args[:3]
-        layout, groups = operators.weight_layout(layer)
+        layout, groups = queries.weight_layout(layer)
         if x.name in scales:
             weight = tensors[weight_node.target]
             put(weight_node, weight * _along_inputs(scales[x.name], weight, layout))
@@ -115,15 +116,15 @@ def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     uses = Counter(str(node.target) for node in constants for _ in node.users)
     barred: list[fx.Node] = []
     for node in graph.nodes:
-        inputs = list(filter(operators.is_activation, node.all_input_nodes))
-        if operators.is_activation(node):
+        inputs = list(filter(queries.is_activation, node.all_input_nodes))
+        if queries.is_activation(node):
             above[node] = node
-        if operators.has_weight(node) and _is_plain(node, uses):
+        if queries.has_weight(node) and _is_plain(node, uses):
             continue
         if _passes(node, inputs):
             for x in inputs:
                 above[top(x)] = node
-        elif operators.name_of(node) != "aten.sym_size.int":
+        elif operators.name_of(node) != operators.BATCH_SIZE:
             barred += [*inputs, node] if node in above else inputs
     fixed = {top(node) for node in barred}
     return {node: top(node) for node in above if top(node) not in fixed}
@@ -132,41 +133,30 @@ def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 def _is_plain(layer: fx.Node, uses: Counter[str]) -> bool:
     """Whether a layer's channels are second, and weight and bias constants of its own."""
     constants: Any = layer.args[1:3]
-    return operators.has_channels_second(layer) and all(
+    return queries.has_channels_second(layer) and all(
         node.op == "get_attr" and uses[str(node.target)] == 1 for node in constants
     )
-
-
-_PASSING = frozenset(
-    f"aten.{name}.default" for name in ("relu", "leaky_relu", "clone", "contiguous")
-)
-_POOLS = {
-    f"aten.{kind}pool{d}d.default": d
-    for kind in ("avg_", "adaptive_avg_", "max_")
-    for d in (1, 2, 3)
-}
-"""With the axes that they pool over, the last ones: of fewer dimensions, channels are an axis."""
 
 
 def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
     """Whether a node's channels are positive factors of their own times what enters them."""
     name = operators.name_of(node)
-    if not inputs or not operators.is_activation(node):
+    if not inputs or not queries.is_activation(node):
         return False
     shape, shapes = node.meta["val"].shape, [x.meta["val"].shape for x in inputs]
     if name in operators.SUMS:
         return len(inputs) == 2 and all(s == shape for s in shapes)
-    if name in {"aten.mean.dim", "aten.sum.dim_IntList"}:
+    if name in operators.MEANS:
         dims: Any = node.args[1]
         return bool(dims) and {0, 1}.isdisjoint(d % len(shapes[0]) for d in dims)
-    if name in {"aten.pad.default", "aten.constant_pad_nd.default"}:
+    if name in operators.PADS:
         of_channels = len(node.args[1]) > 2 * (len(shape) - 2)  # type: ignore[arg-type]
-        return operators.keeps_grid(node) and not of_channels
-    if name in {"aten.flatten.using_ints", "aten.reshape.default"}:
+        return queries.keeps_grid(node) and not of_channels
+    if name in operators.RESHAPES:
         return bool(shape[:2] == shapes[0][:2])
-    if name in _POOLS:
-        return len(shape) == _POOLS[name] + 2
-    return name in _PASSING
+    if name in operators.WINDOW_POOLING:  # of fewer dimensions, channels are pooled as well
+        return len(shape) == operators.WINDOW_POOLING[name] + 2
+    return name in operators.SCALE_EQUIVARIANT
 
 
 def _along_inputs(values: Tensor, weight: Tensor, layout: Layout) -> Tensor:

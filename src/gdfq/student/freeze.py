@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from gdfq.errors import GdfqError
 from gdfq.functional.grid import Layout, code_bounds, dequantize_bias, quantize_bias, room_for_bias
-from gdfq.graph import operators
-from gdfq.graph.capture import flat_module, tensors_of
+from gdfq.graph import operators, queries
+from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.student.build import ACTIVATION, Student, StudentBatchNorm
 
@@ -97,7 +97,7 @@ class _Freezer:
         """The batch norm that folds into a layer: its only user."""
         if self._weight_quantizer(node) is None or len(node.users) != 1:
             return None
-        if not operators.has_channels_second(node):
+        if not queries.has_channels_second(node):
             return None
         module = self._module(next(iter(node.users)))
         return module if isinstance(module, StudentBatchNorm) else None
@@ -169,7 +169,7 @@ class _Freezer:
 
         Grouped transposed convolutions have no steps by channel, and keep their bias as it is.
         """
-        source = operators.grid_source(x)
+        source = queries.grid_source(x)
         on_grid = operators.name_of(source) == "gdfq.fake_quantize"
         if not on_grid or (quantizer.layout is not Layout.ROWS and quantizer.groups > 1):
             return None

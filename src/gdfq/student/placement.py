@@ -2,7 +2,8 @@
 
 from torch import fx
 
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
+from gdfq.graph.batch_norms import batch_norm_behind
 from gdfq.graph.capture import Captured
 from gdfq.student.scheme import Scheme
 
@@ -14,12 +15,12 @@ of sums that are only added to: what a residual path carries."""
 def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
     nodes = list(teacher.network.graph.nodes)
-    layers = list(filter(operators.has_weight, nodes))
+    layers = list(filter(queries.has_weight, nodes))
     weight_bits = scheme.weight_bits(layers)
     widths = dict.fromkeys(layers, None) | weight_bits
     kept = {layer: bits for layer, bits in widths.items() if bits != scheme.bits.weights}
     if scheme.placement == "t1":
-        found = {n: scheme.bits.activations for n in nodes if operators.is_rectifier(n)}
+        found = {n: scheme.bits.activations for n in nodes if queries.is_rectifier(n)}
     else:
         found = _full_placement(nodes, scheme, floats=set(layers) - set(weight_bits))
     for node in list(found):
@@ -38,13 +39,13 @@ def _full_placement(
 ) -> dict[fx.Node, int]:
     tail = shapes_outputs(nodes)
     wanted = {
-        operators.grid_source(source)
+        queries.grid_source(source)
         for node in nodes
         if operators.name_of(node) in operators.INTEGER_CONSUMERS
         and not feeds_softmax_only(node)
         and node not in tail
         for source in node.all_input_nodes
-        if operators.is_activation(source)
+        if queries.is_activation(source)
     }
     weighted = [node for node in nodes if operators.name_of(node) in operators.WEIGHTED]
     wanted |= {
@@ -58,7 +59,7 @@ def _full_placement(
     carriers = {node for node in nodes if _carries_on(node)}
     joined = {node for node in carriers if operators.name_of(node) in operators.JOINS}
     signals |= carriers
-    signals |= {operators.grid_source(part) for node in joined for part in node.all_input_nodes}
+    signals |= {queries.grid_source(part) for node in joined for part in node.all_input_nodes}
     return {
         node: _SIGNAL_BITS if node in signals else scheme.bits.activations
         for node in nodes
@@ -85,26 +86,24 @@ def _entered(node: fx.Node) -> list[fx.Node | None]:
     """What uses the node's output, perhaps reshaped: layers, and None for anything else."""
     found: list[fx.Node | None] = []
     for user in node.users:
-        if operators.keeps_grid(user):
+        if queries.keeps_grid(user):
             found += _entered(user)
-        elif operators.name_of(user) != "aten.sym_size.int":
-            is_layer = operators.has_weight(user) and user.args[1] is not node
+        elif operators.name_of(user) != operators.BATCH_SIZE:
+            is_layer = queries.has_weight(user) and queries.weight_of(user) is not node
             found.append(user if is_layer else None)
     return found
 
 
 def _after_batch_norm(node: fx.Node) -> fx.Node:
     """The batch norm that alone follows the node and will be folded into it, or the node."""
-    (user,) = node.users if len(node.users) == 1 else (node,)
-    folds = operators.name_of(user) == operators.BATCH_NORM and operators.has_channels_second(node)
-    return user if folds else node
+    return batch_norm_behind(node) or node
 
 
 def _feeds_rectifier_only(node: fx.Node) -> bool:
     """Whether ReLUs alone use the node's output, perhaps reshaped."""
     return all(
-        operators.is_rectifier(user)
-        or (operators.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
+        queries.is_rectifier(user)
+        or (queries.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
         for user in _after_batch_norm(node).users
     )
 
@@ -114,9 +113,9 @@ def feeds_softmax_only(node: fx.Node) -> bool:
 
     Between a matrix product and a softmax a runtime computes in float.
     """
-    if operators.name_of(node) not in operators.AFFINE and not operators.keeps_grid(node):
+    if operators.name_of(node) not in operators.AFFINE and not queries.keeps_grid(node):
         return False
-    if sum(map(operators.is_activation, node.all_input_nodes)) > 1:
+    if sum(map(queries.is_activation, node.all_input_nodes)) > 1:
         return False
     return bool(node.users) and all(
         operators.name_of(user) in operators.SOFTMAX or feeds_softmax_only(user)
@@ -133,7 +132,7 @@ def _carries_on(node: fx.Node) -> bool:
         return False
     users = list(node.users)
     for user in users:
-        if operators.keeps_grid(user):
+        if queries.keeps_grid(user):
             users += user.users
     names = {operators.name_of(user) for user in users}
     return bool(names & operators.SUMS) and not names & (operators.WEIGHTED | operators.PRODUCTS)
@@ -144,9 +143,9 @@ def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:
     signals = {node for node in nodes if node.op == "placeholder"}
     for node in nodes:
         sources = [
-            operators.grid_source(source)
+            queries.grid_source(source)
             for source in node.all_input_nodes
-            if operators.is_activation(source)
+            if queries.is_activation(source)
         ]
         if operators.name_of(node) in operators.AFFINE and len(sources) == 1:
             signals |= {node} if sources[0] in signals else set()

@@ -10,7 +10,7 @@ from torch import fx
 
 from gdfq.errors import UsageError
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits
-from gdfq.graph import operators
+from gdfq.graph import queries
 
 Placement = Literal["t1", "full"]
 PLACEMENTS: tuple[Placement, ...] = ("t1", "full")
@@ -79,7 +79,7 @@ class Scheme:
 
         Raises UsageError for a pattern that fits no layer.
         """
-        names = [operators.layer_name(layer) for layer in layers]
+        names = [queries.layer_name(layer) for layer in layers]
         for keep in self.keep:
             if not any(keep.fits(name, index, len(names)) for index, name in enumerate(names)):
                 raise UsageError(

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from gdfq.errors import GdfqError
 from gdfq.execution.context import Context
 from gdfq.execution.progress import RANGES, Step, is_due
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.quantizers.base import ActivationQuantizer
@@ -79,7 +79,7 @@ class _OutputMoments(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if operators.has_weight(n):
+        if queries.has_weight(n):
             self.moments[n.name] = _channel_moments(n, value)
         return value
 
@@ -100,7 +100,7 @@ class _MatchMoments(fx.Interpreter):
         value = super().run_node(n)
         if operators.name_of(n) not in operators.WEIGHTED:
             return value
-        weight = self.submodules.get(n.args[1].target)  # type: ignore[union-attr]
+        weight = self.submodules.get(queries.weight_name(n))
         if not isinstance(weight, LearnedWeight) or weight in self.corrected:
             return value
         self.corrected.add(weight)
@@ -111,18 +111,18 @@ class _MatchMoments(fx.Interpreter):
         ratio = (wanted / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
         factor = torch.where(varies & (samples >= _FEWEST), ratio.clamp(0.5, 2.0), 1.0)
         shift = wanted_mean - factor * mean
-        bias_node = n.args[2]
-        assert isinstance(bias_node, fx.Node)
+        bias_node = queries.bias_of(n)
+        assert bias_node is not None
         weight.rescale_(factor)
         self.fetch_attr(str(bias_node.target)).mul_(factor).add_(shift)
         shape = [1] * value.ndim
-        shape[operators.channel_dim(n)] = -1
+        shape[queries.channel_dim(n)] = -1
         return value * factor.view(shape) + shift.view(shape)
 
 
 def _channel_moments(layer: fx.Node, output: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each output channel, each [O]."""
-    channels = operators.channel_dim(layer) % output.ndim
+    channels = queries.channel_dim(layer) % output.ndim
     others = [d for d in range(output.ndim) if d != channels]
     variance, mean = torch.var_mean(output, others, correction=0)
     return mean, variance

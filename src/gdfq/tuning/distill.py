@@ -15,7 +15,7 @@ from gdfq.execution.precision import to_float32
 from gdfq.execution.progress import RANGES, Step, is_due
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import distillation_loss, feature_loss
-from gdfq.graph import operators
+from gdfq.graph import queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends
 from gdfq.graph.blocks import with_features as features_of
@@ -148,8 +148,8 @@ _FEATURE_BYTES = 2**24
 
 def _images_at_once(teacher: Captured) -> int:
     """How many images go through the networks together; gradients add up over the rest."""
-    activations = filter(operators.is_activation, teacher.network.graph.nodes)
-    largest = max(map(operators.numbers_per_image, activations))
+    activations = filter(queries.is_activation, teacher.network.graph.nodes)
+    largest = max(map(queries.numbers_per_image, activations))
     return max(1, _FEATURE_BYTES // (4 * largest))
 
 

@@ -35,7 +35,7 @@ from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.execution.tracing import quiet_tracing
 from gdfq.functional import grid
 from gdfq.functional.grid import code_bounds
-from gdfq.graph.capture import flat_module, tensors_of
+from gdfq.graph.tensors import flat_module, tensors_of
 
 _OPSET, _OPSET_OF_INT2 = 21, 25
 _PACKED = {

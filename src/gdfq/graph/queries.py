@@ -1,0 +1,184 @@
+"""Questions about nodes: what a layer is, what a tensor depends on, whose grid it has.
+
+They hold for the teacher's graph, the student's and the frozen one. `meta["val"]` of a node is the
+tensor that capture saw there, with a batch of a few entries.
+"""
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.functional import grid
+from gdfq.graph import operators
+from gdfq.graph.operators import name_of
+from gdfq.graph.tensors import tensors_of
+
+_MAX_NUMBERS = 2**24
+"""Numbers in a tensor of 64 MiB."""
+
+
+def inputs(graph: fx.Graph) -> list[fx.Node]:
+    """The placeholders of a graph, in the order of the network's inputs."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def outputs(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes whose values a graph returns, in order; what is returned twice is there twice."""
+    (output,) = graph.find_nodes(op="output")
+    returned: Any = output.args[0]
+    return list(returned) if isinstance(returned, tuple | list) else [returned]
+
+
+# ----------------------------------------------------------------------------- layers
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether the node is a convolution or linear layer, its weight constant or computed."""
+    return name_of(node) in operators.WEIGHTED
+
+
+def has_weight(node: fx.Node) -> bool:
+    """Whether the node is a convolution or linear layer with a weight of its own."""
+    return is_layer(node) and weight_of(node).op == "get_attr"
+
+
+def layers_of(network: fx.GraphModule) -> list[fx.Node]:
+    """All convolutions and linear layers in order, of the teacher's graph or the student's."""
+    return [node for node in network.graph.nodes if is_layer(node)]
+
+
+def weights_of(network: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """The weight of each layer of a teacher; of a weight that is computed, a LookupError."""
+    tensors = tensors_of(network)
+    return {node: tensors[weight_name(node)] for node in layers_of(network)}
+
+
+def input_of(layer: fx.Node) -> fx.Node:
+    """What enters a layer or a batch norm."""
+    x = layer.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def weight_of(layer: fx.Node) -> fx.Node:
+    """The node of a layer's weight."""
+    weight = layer.args[1]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def weight_name(layer: fx.Node) -> str:
+    """The name of the tensor that is a layer's weight."""
+    return str(weight_of(layer).target)
+
+
+def bias_of(layer: fx.Node) -> fx.Node | None:
+    """The node of a layer's bias, or None."""
+    bias = layer.args[2] if len(layer.args) > 2 else None
+    assert bias is None or isinstance(bias, fx.Node)
+    return bias
+
+
+def options_of(layer: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a layer behind input, weight and bias: stride, padding, ..."""
+    return layer.args[3:]
+
+
+def layer_name(node: fx.Node) -> str:
+    """The name of the module a layer's weight belongs to, `layer1.0.conv1`.
+
+    Of a module that holds several weights, as attention does, with which of them: `in_proj`.
+    """
+    path, _, leaf = weight_name(node).rpartition(".")
+    which = re.sub(r"_?weight_*$", "", re.sub(r"^(folded_)+", "", leaf))
+    return ".".join(filter(None, (path, which))) or leaf
+
+
+def has_channels_second(node: fx.Node) -> bool:
+    """Whether a layer's output channels are dimension 1, as those of a batch norm behind it are.
+
+    A linear layer's are the last dimension: they differ on inputs of three dimensions and more.
+    """
+    return name_of(node) not in operators.LINEARS or node.meta["val"].ndim == 2
+
+
+def channel_dim(layer: fx.Node) -> int:
+    """The dimension of a layer's output that holds its channels."""
+    return -1 if name_of(layer) in operators.LINEARS else 1
+
+
+def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
+    """Where a layer's weight keeps its output channels, and the number of its groups."""
+    if name_of(node) in operators.TRANSPOSED_CONVOLUTIONS:
+        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+        assert isinstance(groups, int)
+        return grid.Layout.TRANSPOSED, groups
+    return grid.Layout.ROWS, 1
+
+
+# ------------------------------------------------------------------------ activations
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether the node is a floating-point tensor that depends on an input."""
+    value = node.meta.get("val")
+    return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def depends_on_inputs(node: fx.Node) -> bool:
+    """Whether the node is a tensor of any kind that depends on an input."""
+    return node.op not in {"get_attr", "output"} and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_batch_size(node: fx.Node) -> bool:
+    """Whether the node is the length of the batch."""
+    return name_of(node) == operators.BATCH_SIZE and bool(node.args[1] == 0)
+
+
+def numbers_per_image(node: fx.Node) -> int:
+    """How many numbers a tensor holds for one entry of the batch, wherever that dimension is."""
+    first = inputs(node.graph)[0]
+    count = math.prod(map(int, node.meta["val"].shape))
+    return count // int(first.meta["val"].shape[0])
+
+
+def images_at_once(network: fx.GraphModule) -> int:
+    """How many images pass a teacher's network with no tensor of more than 64 MiB."""
+    activations = filter(is_activation, network.graph.nodes)
+    return max(1, _MAX_NUMBERS // max(map(numbers_per_image, activations)))
+
+
+def is_rectifier(node: fx.Node) -> bool:
+    """Whether the node is a ReLU or a ReLU with a ceiling (ReLU6, hardtanh or clamp from 0)."""
+    name = name_of(node)
+    if name in operators.RECTIFIERS:
+        return True
+    if name in operators.CLAMPS:
+        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+        return isinstance(low, int | float) and low == 0
+    return False
+
+
+def keeps_grid(node: fx.Node) -> bool:
+    """Whether the node only moves numbers: its output lies on the grid of its (first) input."""
+    name = name_of(node)
+    if name == operators.GETITEM:  # one of several outputs
+        return keeps_grid(node.all_input_nodes[0])
+    if name in operators.PADS:
+        # A pad value other than 0 need not lie on the grid.
+        values = [a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int | float)]
+        return all(value == 0 for value in values)
+    return name in operators.GRID_PRESERVING
+
+
+def grid_source(node: fx.Node) -> fx.Node:
+    """The node whose numbers the given node merely moves; not a constant, which has no grid."""
+    while keeps_grid(node):
+        (source, *_) = node.all_input_nodes
+        if source.op == "get_attr":
+            break
+        node = source
+    return node
