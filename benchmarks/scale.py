@@ -45,6 +45,7 @@ from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
 from gdfq.models.registry import RANDOM, load_model
+from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
@@ -126,7 +127,7 @@ def measured(spec: str) -> dict[str, Any]:
     labels = torch.randint(1000, (BATCH,), generator=random)
     teacher = capture(plain, images[:1])
     batch = Batch((images,), labels, teacher.network(images))
-    student = build_student(teacher, Scheme(Bits(4, 4), FAST.placement), quantizers="learned")
+    student = build_student(teacher, Scheme(Bits(4, 4), FAST.placement), quantizers=LSQ)
     calibrate_(student, [batch], steps=1)
     plain.to(memory_format=torch.channels_last)
 

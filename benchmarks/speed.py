@@ -30,6 +30,7 @@ from gdfq.functional.losses import batch_norm_statistics_loss
 from gdfq.functional.upsample_conv import upsampled_convolution
 from gdfq.graph.capture import capture
 from gdfq.graph.statistics import StatisticsNetwork, moments
+from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST, PAPER
 from gdfq.sources.base import Batch
 from gdfq.sources.generator import Generator
@@ -143,7 +144,7 @@ def main() -> None:
     def tune_once() -> None:
         tune_(student, teacher, [batch], tuning, first_step=0, total_steps=1)
 
-    learner = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers="learned")
+    learner = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers=LSQ)
     calibrate_(learner, [batch], steps=1)
 
     def five_fast_updates() -> None:

@@ -39,12 +39,14 @@ from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
+from gdfq.quantizers.family import MINMAX
 from gdfq.recipes import PAPER, QUICK, Recipe
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.stages import quantize_captured
 from gdfq.student.scheme import Scheme
+from gdfq.tuning.base import NO_TUNING
 
 FILE = RESULTS / "trust.json"
 STUDENTS = CACHE / "trust"
@@ -67,7 +69,7 @@ def _calibrated(name: str, pool: ImagePool) -> Recipe:
     """Direct rounding with ranges from a pool."""
     steps = -(-pool.images // pool.batch)
     return replace(
-        QUICK, name=name, source=pool, tuning=None, quantizers="min-max", match_moments=False,
+        QUICK, name=name, source=pool, tuning=NO_TUNING, quantizers=MINMAX, match_moments=False,
         steps=steps, calibration=steps, warmup=steps,
     )  # fmt: skip
 
@@ -79,7 +81,7 @@ RECIPES = {
     "rounded": _calibrated("rounded", _SPECTRAL),
     "rounded-noise": _calibrated("rounded-noise", _NOISE),
     "rounded-zeroq": _calibrated("rounded-zeroq", _ZEROQ),
-    "matched": replace(QUICK, source=_SPECTRAL, tuning=None, steps=2, calibration=2, warmup=2),
+    "matched": replace(QUICK, source=_SPECTRAL, tuning=NO_TUNING, steps=2, calibration=2, warmup=2),
     "quick": replace(QUICK, source=_SPECTRAL),
     "quick-noise": replace(QUICK, source=replace(_NOISE, batch=100, images=200)),
     "paper": replace(PAPER, source=GeneratorSource(batch=64)),

@@ -16,6 +16,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.optim import SgdConfig
+from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.base import Batch
 from gdfq.sources.generator import Conditioning, GeneratorSource
@@ -42,7 +43,7 @@ def figures(group: Group) -> dict[str, Any]:
         name: nn.Parameter(1.1 * t + 0.02) for name, t in tensors_of(folded).items()
     }
     float_student = Student(flat_module(folded.graph, perturbed)).requires_grad_(True)
-    quantized = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
+    quantized = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=LSQ)
     paper = build_student(teacher, Scheme(Bits(4, 4), "t1"))
     moving = build_student(teacher, Scheme(Bits(4, 4), "t1"), fixed_statistics=False)
     for student in (quantized, paper, moving):

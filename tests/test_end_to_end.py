@@ -15,6 +15,7 @@ from gdfq.data.datasets import ArrayData
 from gdfq.graph.capture import capture
 from gdfq.models.registry import load_model
 from gdfq.recipes import find_recipe
+from gdfq.tuning.base import NO_TUNING
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_the_loss_is_foreseen_without_data(digits):
     careful = 3.2
     network, _, (images, labels) = digits
     teacher = capture(network, torch.zeros(1, *demo.INPUT_SHAPE))
-    recipe = replace(find_recipe("quick"), tuning=None, steps=2, calibration=2, warmup=2)
+    recipe = replace(find_recipe("quick"), tuning=NO_TUNING, steps=2, calibration=2, warmup=2)
 
     def right(module):
         data = ArrayData(images, labels)

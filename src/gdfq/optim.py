@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gdfq.files.plain_values import tagged
-from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 
 
 @tagged("SgdConfig")
@@ -43,37 +42,12 @@ class AdamConfig:
         return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
 
 
-@tagged("GridAdam")
-@dataclass(frozen=True)
-class GridAdam:
-    """Adam on a student with learned quantizers, each kind of parameter in units of its own.
-
-    codes: latent weight codes, in codes an update. steps:
-    logarithms of quantization steps. others: biases and what else trains, absolute. roundings:
-    the logits of learned rounding.
-    """
-
-    codes: float
-    steps: float
-    others: float
-    roundings: float = 0.0
+class OptimizerConfig(Protocol):
+    """Which optimizer trains a module."""
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        rates: dict[nn.Parameter, float] = {}
-        for quantizer in module.modules():
-            if isinstance(quantizer, WeightQuantizer | ActivationQuantizer):
-                for name, parameter in quantizer.named_parameters():
-                    rates[parameter] = {
-                        "codes": self.codes,
-                        "rounding_logits": self.roundings,
-                        "log_step": self.steps,
-                    }[name]
-        by_rate: dict[float, list[nn.Parameter]] = {}
-        for parameter in module.parameters():
-            by_rate.setdefault(rates.get(parameter, self.others), []).append(parameter)
-        return torch.optim.Adam(
-            [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-        )
+        """Return the optimizer of all parameters of a module."""
+        ...
 
 
 class Schedule(Protocol):

@@ -185,7 +185,7 @@ def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
     scheme, card = run.scheme, run.card
     keeper.register("clock", clock)
     origin = keeper.register("origin", Results(seed=card.seed))
-    if recipe.tuning is not None:
+    if recipe.tuning.trains:
         group.check_batch(run.source.batch, f"recipe {recipe.name}")
 
     def from_seed(seed: int) -> Context:
@@ -220,7 +220,7 @@ def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
                 network, scaled = make(feed, context=from_seed(origin["seed"]))
         except CollapsedError as error:
             _choose_another_seed_(origin, card.seed, error)
-            keeper.unregister("feed", *STUDENT_PARTS)
+            keeper.unregister("feed", *STUDENT_PARTS, *recipe.tuning.parts)
             feed = keeper.register(
                 "feed", Feed(stream(context=from_seed(origin["seed"])), teacher.device)
             )

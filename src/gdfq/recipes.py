@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
-from gdfq.optim import AdamConfig, Cosine, GridAdam, SgdConfig
+from gdfq.optim import AdamConfig, Cosine, SgdConfig
+from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily
 from gdfq.sources.base import Source
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.given import GivenImages
@@ -18,9 +19,10 @@ from gdfq.sources.patches import PatchSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student.build import ACTIVATION_QUANTIZERS, Quantizers
 from gdfq.student.scheme import Placement
+from gdfq.tuning.base import NO_TUNING, Tuning
 from gdfq.tuning.distill import Distillation
+from gdfq.tuning.grid_adam import GridAdam
 from gdfq.tuning.reconstruct import Reconstruction
 
 
@@ -30,7 +32,7 @@ class Recipe:
     """A method, whole. Steps are batches taken from the source.
 
     The first `calibration` steps set the activation ranges, the student is not updated in the
-    first `warmup` steps (the generator learns), and the rest tune it. Without `tuning` all
+    first `warmup` steps (the generator learns), and the rest tune it. With `NO_TUNING` all
     steps calibrate. Learned quantizers begin from the teacher with channels equalized by the first
     images (`gdfq.student.equalization`). With `match_moments` each layer's outputs are brought to
     the teacher's mean and deviation after calibration (`gdfq.tuning.calibrate`).
@@ -42,9 +44,9 @@ class Recipe:
     steps: int
     calibration: int
     warmup: int
-    tuning: Distillation | Reconstruction | None
+    tuning: Tuning
     placement: Placement
-    quantizers: Quantizers = "min-max"
+    quantizers: QuantizerFamily = MINMAX
     match_moments: bool = False
 
     def __post_init__(self) -> None:
@@ -53,34 +55,36 @@ class Recipe:
                 "a recipe needs 1 <= calibration <= warmup <= steps; "
                 f"got {self.calibration}, {self.warmup}, {self.steps}."
             )
-        if self.quantizers not in ACTIVATION_QUANTIZERS:
+        family, tuning = self.quantizers, self.tuning
+        if not isinstance(family, QuantizerFamily):
             raise UsageError(
-                f"quantizers must be one of {', '.join(ACTIVATION_QUANTIZERS)}; "
-                f"got {self.quantizers!r}."
+                "quantizers must be a QuantizerFamily, such as MINMAX, LSQ or ADAROUND; "
+                f"got {family!r}."
             )
-        by_block = isinstance(self.tuning, Reconstruction)
-        if by_block != (self.quantizers == "rounded") or (by_block and self.steps == self.warmup):
+        updates = self.steps - self.warmup
+        if tuning.learns_rounding != family.learns_rounding or (
+            tuning.learns_rounding and not updates
+        ):
             raise UsageError(
                 "rounding is learned by reconstruction, in at least one step behind the warm-up; "
-                f"recipe {self.name!r} has quantizers {self.quantizers!r}, tuning by "
-                f"{type(self.tuning).__name__}, and {self.steps - self.warmup} such steps."
+                f"recipe {self.name!r} has quantizers {family.name!r}, tuning by "
+                f"{type(tuning).__name__}, and {updates} such steps."
             )
-        folds = self.quantizers != "min-max"
-        if folds and isinstance(self.tuning, Distillation) and not self.tuning.fixed_statistics:
+        if family.folds and not tuning.fixed_statistics:
             raise UsageError(
                 "learned quantizers fold the batch norms, so their statistics must be fixed; "
                 f"recipe {self.name!r} lets them follow. Set fixed_statistics to True."
             )
-        if isinstance(self.tuning, Distillation) and self.tuning.features and not folds:
+        if tuning.needs_folded_batch_norms and not family.folds:
             raise UsageError(
                 "block features are matched where batch norms are folded, which students with "
-                f"learned quantizers have; recipe {self.name!r} has {self.quantizers!r}. "
-                "Set features to 0 or quantizers to 'learned'."
+                f"learned quantizers have; recipe {self.name!r} has {family.name!r}. "
+                "Set features to 0 or quantizers to LSQ."
             )
-        if self.match_moments and self.quantizers != "learned":
+        if self.match_moments and not family.rescales:
             raise UsageError(
                 "moments are matched by learned weights; "
-                f"recipe {self.name!r} has {self.quantizers!r}. Set quantizers to 'learned'."
+                f"recipe {self.name!r} has {family.name!r}. Set quantizers to LSQ."
             )
 
     def with_steps(self, steps: int | None) -> "Recipe":
@@ -94,7 +98,7 @@ class Recipe:
             return self
         if not isinstance(steps, int) or steps < 1:
             raise UsageError(f"steps must be a whole number of at least 1; got {steps}.")
-        if self.tuning is None:
+        if not self.tuning.trains:
             return replace(self, steps=steps, calibration=steps, warmup=steps)
         if steps < 4:
             raise UsageError(
@@ -128,7 +132,7 @@ _PIXELS = 2**26
 _FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=_PIXELS)
 
 _FAST_TUNING = Distillation(
-    GridAdam(codes=0.01, steps=1e-3, others=5e-4),
+    GridAdam(code_lr=0.01, scale_lr=1e-3, other_lr=5e-4),
     schedule=Cosine(),
     cross_entropy=0.0,
     temperature=4.0,
@@ -145,7 +149,7 @@ FAST = Recipe(
     warmup=10,
     tuning=_FAST_TUNING,
     placement="full",
-    quantizers="learned",
+    quantizers=LSQ,
     match_moments=True,
 )
 
@@ -178,9 +182,11 @@ GENIE = Recipe(
     steps=700,
     calibration=1,
     warmup=1,
-    tuning=Reconstruction(GridAdam(codes=0.0, steps=1e-3, others=0.0, roundings=0.02), images=512),
+    tuning=Reconstruction(
+        GridAdam(code_lr=0.0, scale_lr=1e-3, other_lr=0.0, rounding_lr=0.02), images=512
+    ),
     placement="t1",
-    quantizers="rounded",
+    quantizers=ADAROUND,
 )
 
 SYNQ = Recipe(
@@ -284,7 +290,7 @@ _BASELINES = (
         name="round",
         summary="direct rounding; ranges from generated images, no training",
         steps=PAPER.calibration,
-        tuning=None,
+        tuning=NO_TUNING,
     ),
     Recipe(
         name="zeroq",
@@ -293,7 +299,7 @@ _BASELINES = (
         steps=1,
         calibration=1,
         warmup=1,
-        tuning=None,
+        tuning=NO_TUNING,
         placement="t1",
     ),
     replace(

@@ -9,6 +9,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
 from gdfq.files.states import Results
 from gdfq.graph.capture import Captured
+from gdfq.quantizers.family import QuantizerFamily
 from gdfq.recipes import Recipe
 from gdfq.sources.base import Source
 from gdfq.sources.stream import Feed
@@ -17,11 +18,9 @@ from gdfq.student.equalization import channel_scales, rescaled
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_, match_moments_
-from gdfq.tuning.distill import Distillation, tune_
-from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
-STUDENT_PARTS = ("scales", "student", "done", "optimizer", "reconstruction")
-"""What is held of a student while it is made."""
+STUDENT_PARTS = ("scales", "student", "done")
+"""Parts of a student that are registered while it is made, besides those of its tuning."""
 
 
 def quantize_captured(
@@ -57,13 +56,13 @@ def frozen_student(
     `lap` is called with the name of each stage when it ends.
     """
     tuning, checkpointer, group = recipe.tuning, context.checkpointer, context.group
-    if recipe.quantizers == "learned":
-        teacher = _equalized(teacher, scheme, feed, context)
+    if recipe.quantizers.equalizes:
+        teacher = _equalized(teacher, scheme, recipe.quantizers, feed, context)
     student = build_student(
         teacher,
         scheme,
         quantizers=recipe.quantizers,
-        fixed_statistics=not isinstance(tuning, Distillation) or tuning.fixed_statistics,
+        fixed_statistics=tuning.fixed_statistics,
     ).eval()
     checkpointer.register("student", student)
     done = checkpointer.register("done", Results())
@@ -74,7 +73,7 @@ def frozen_student(
         checkpointer.stage_ends()
 
     if "calibrate" not in done:
-        hold = recipe.match_moments or isinstance(tuning, Reconstruction)
+        hold = recipe.match_moments or tuning.holds_batches
         calibrate_(
             student,
             feed.until(recipe.calibration, hold=hold),
@@ -87,44 +86,36 @@ def frozen_student(
         # All saw the same batches, so they differ by what their devices round, if at all.
         group.same_(student.state_dict().values())
         ends("calibrate")
-    if tuning is not None and "tune" not in done:
+    if tuning.trains and "tune" not in done:
         if "warmup" not in done:
             for batch in feed.until(recipe.warmup):  # the student waits
                 context.listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
             ends("warmup")
-        if isinstance(tuning, Reconstruction):
-            reconstruct_(
-                student,
-                teacher,
-                feed.hold(-(-tuning.images // recipe.source.batch)),
-                tuning,
-                updates=recipe.steps - recipe.warmup,
-                context=context,
-            )
-        else:
-            tune_(
-                student,
-                teacher,
-                feed.until(recipe.steps),
-                tuning,
-                first_step=feed.taken,
-                total_steps=recipe.steps,
-                context=context,
-            )
+        tuning.run_(
+            student,
+            teacher,
+            feed,
+            first_step=recipe.warmup,
+            total_steps=recipe.steps,
+            batch=recipe.source.batch,
+            context=context,
+        )
         ends("tune")
     network = freeze(student)
     lap("freeze")
     return network, teacher
 
 
-def _equalized(teacher: Captured, scheme: Scheme, feed: Feed, context: Context) -> Captured:
+def _equalized(
+    teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily, feed: Feed, context: Context
+) -> Captured:
     """The teacher with alike channels, by the first images; after a stop, and everywhere, the same.
 
     Raises UsageError for a scheme that cannot be, before the images are made.
     """
     scales = context.checkpointer.register("scales", Results())
     if not scales:
-        check_scheme(teacher, scheme, "learned")
+        check_scheme(teacher, scheme, quantizers)
         feed.begin()
         scales.update(channel_scales(teacher, scheme, feed.examples))
         # A search ends elsewhere where devices round otherwise.

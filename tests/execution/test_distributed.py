@@ -22,6 +22,7 @@ from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Processes, joined
 from gdfq.functional.grid import Bits
+from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST
 from gdfq.sources.generator import GeneratorSource
 from gdfq.student.build import build_student
@@ -238,9 +239,9 @@ def test_lower_precision_is_in_the_layers_alone(teacher):
         source = GeneratorSource(batch=16)
         context = Context(seed=1, precision=precision)
         (batch,) = source.stream(teacher, steps=1, context=context)
-        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
+        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=LSQ)
         calibrate_(student, [batch], steps=1)
-        ranges = [m.log_step for m in student.activations]
+        ranges = [m.log_scale for m in student.activations]
         config, steps = replace(FAST.tuning, cross_entropy=0.5), []
         tune_(student, teacher, [batch], config, first_step=0, total_steps=1, context=replace(context, listener=steps.append))  # fmt: skip
         losses = {**batch.losses, **steps[0].losses}

@@ -14,6 +14,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, with_features
 from gdfq.graph.capture import capture
 from gdfq.graph.operators import name_of
+from gdfq.quantizers.family import LSQ, MINMAX
 from gdfq.recipes import FAST
 from gdfq.sources.base import Batch
 from gdfq.sources.pool import ImagePool
@@ -71,7 +72,7 @@ def test_folding_keeps_the_function_and_leaves_what_cannot_fold(awkward):
 
 def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
     x = torch.randn(64, 3, 8, 8)
-    student = build_student(awkward, Scheme(Bits(8, 8), "t1"), quantizers="learned")
+    student = build_student(awkward, Scheme(Bits(8, 8), "t1"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
     wanted = awkward.network(x)
     for network in (student, freeze(student)):
@@ -94,7 +95,7 @@ def test_a_batch_norm_over_tokens_does_not_fold():
     x = torch.randn(5, 6, 4)
     assert len(folded.batch_norms) == 1
     assert torch.allclose(folded.network(x), network(x), atol=1e-5)
-    for quantizers in ("min-max", "learned"):
+    for quantizers in (MINMAX, LSQ):
         student = build_student(teacher, Scheme(Bits(8, 8), "t1"), quantizers=quantizers)
         calibrate_(student, [Batch((x,), torch.zeros(5), None)], steps=1)
         with torch.no_grad():
@@ -147,7 +148,7 @@ def test_block_ends_of_a_residual_network():
 
 def test_the_students_features_are_its_quantized_values():
     teacher = capture(networks.make("Residual"), networks.images(2))
-    student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers="learned")
+    student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers=LSQ)
     student.eval()
     for quantizer in student.activations:
         quantizer.observing = True
@@ -160,7 +161,7 @@ def test_the_students_features_are_its_quantized_values():
 
 def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
     teacher = capture(networks.make("Residual"), networks.images(2))
-    student = build_student(teacher, Scheme(Bits(4, 3), "t1"), quantizers="learned").eval()
+    student = build_student(teacher, Scheme(Bits(4, 3), "t1"), quantizers=LSQ).eval()
     batch = Batch((networks.images(8),), None, None)
     calibrate_(student, [batch], steps=1)
     lean = student.with_features(["relu", "relu_1"])
@@ -208,7 +209,7 @@ def test_a_rectifier_that_others_read_too_stays():
 
     torch.manual_seed(0)
     teacher = capture(Both().eval(), torch.randn(2, 6))
-    student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers="learned").eval()
+    student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers=LSQ).eval()
     batch = Batch((torch.randn(8, 6, generator=torch.Generator().manual_seed(0)),), None, None)
     calibrate_(student, [batch], steps=1)
     lean, _ = student.with_features([])(batch.images)

@@ -11,15 +11,15 @@ from gdfq.quantizers.lsq import (
     LearnedWeight,
     best_range,
     best_weight_grid,
-    learned_step,
+    learned_scale,
 )
 
 
-def test_learned_step_by_hand():
+def test_learned_scale_by_hand():
     # k = 2, z = −2: codes without zero point are 0..3. Δ = 0.5 and x/Δ = −1, 0.8, 2.4, 5.
     x = torch.tensor([-0.5, 0.4, 1.2, 2.5], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
-    y = learned_step(x, step, torch.tensor(-2.0), 2)
+    y = learned_scale(x, step, torch.tensor(-2.0), 2)
     assert y.tolist() == [0.0, 0.5, 1.0, 1.5]
     (y * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
     assert x.grad.tolist() == [0.0, 10.0, 100.0, 0.0]
@@ -33,7 +33,7 @@ def test_learned_step_by_hand():
     zero=st.floats(0, 1),
     channels_last=st.booleans(),
 )
-def test_learned_step_is_fake_quantize(seed, bits, zero, channels_last):
+def test_learned_scale_is_fake_quantize(seed, bits, zero, channels_last):
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, 4, 5, generator=draw)
     if channels_last:
@@ -41,11 +41,11 @@ def test_learned_step_is_fake_quantize(seed, bits, zero, channels_last):
     zero_point = torch.tensor(round(-(2 ** (bits - 1)) + zero * (2**bits - 1))).float()
     step = torch.rand((), generator=draw) + 0.01
     assert torch.equal(
-        learned_step(x, step, zero_point, bits), fake_quantize(x, step, zero_point, bits)
+        learned_scale(x, step, zero_point, bits), fake_quantize(x, step, zero_point, bits)
     )
 
 
-def test_learned_step_gradient_against_autograd():
+def test_learned_scale_gradient_against_autograd():
     """The same function composed of differentiable operations, rounding detached."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 4, generator=draw).contiguous(memory_format=torch.channels_last)
@@ -58,7 +58,7 @@ def test_learned_step_gradient_against_autograd():
             inside = u.clamp(-2, 5)
             y = (inside + (inside.round() - inside).detach()) * step
         else:
-            y = learned_step(a, step, torch.tensor(-2.0), 3)  # codes −4..3, so q − z is −2..5
+            y = learned_scale(a, step, torch.tensor(-2.0), 3)  # codes −4..3, so q − z is −2..5
         (y * weight).sum().backward()
         grads.append((a.grad, step.grad))
     assert torch.allclose(grads[0][0], grads[1][0], atol=1e-6)
@@ -124,7 +124,7 @@ def test_a_learned_weight_starts_on_the_searched_grid_and_learns():
     assert torch.equal(quantizer.codes.grad[clipped], torch.zeros(int(clipped.sum())))
     # ∂/∂(ln Δ) Σ w_q² = 2 Σ w_q², because w_q is proportional to Δ.
     expected = 2 * on_grid.detach().square().flatten(1).sum(1)
-    assert torch.allclose(quantizer.log_step.grad.flatten(), expected, rtol=1e-4)
+    assert torch.allclose(quantizer.log_scale.grad.flatten(), expected, rtol=1e-4)
     final = quantizer.quantized(weight)
     assert final.codes.dtype is torch.int8
     assert torch.allclose((final.codes - final.zero_point) * final.scale, on_grid.detach())

@@ -9,7 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
-from gdfq.quantizers.lsq import learned_step
+from gdfq.quantizers.family import LSQ
+from gdfq.quantizers.lsq import learned_scale
 from gdfq.quantizers.recompute import making_again
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
@@ -20,7 +21,7 @@ ZERO = torch.tensor(-3.0)
 
 
 def quantized(x):
-    return learned_step(x, torch.tensor(0.25, requires_grad=True), ZERO, 4)
+    return learned_scale(x, torch.tensor(0.25, requires_grad=True), ZERO, 4)
 
 
 CONSUMERS = {
@@ -42,7 +43,7 @@ def test_gradients_are_the_same_to_the_bit(name, layout):
     for again in (False, True):
         leaf, step = x.clone().requires_grad_(), torch.tensor(0.25, requires_grad=True)
         with making_again() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
-            y = CONSUMERS[name](learned_step(leaf, step, ZERO, 4))
+            y = CONSUMERS[name](learned_scale(leaf, step, ZERO, 4))
         found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, step))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -75,7 +76,7 @@ def test_a_student_learns_the_same(name):
     images = networks.images(6, shape=shape)
     found = []
     for again in (True, False):
-        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers="learned")
+        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=LSQ)
         calibrate_(student, [Batch((images,), None, None)], steps=1)
         outputs = student(images) if again else student.network(images)
         outputs.square().sum().backward()

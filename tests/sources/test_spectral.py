@@ -18,9 +18,10 @@ from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import capture
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig
+from gdfq.sources.augment import prediction_consistency, shifted_and_flipped
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.given import on_images
-from gdfq.sources.pool import ImagePool, collect, known_again, shifted_and_flipped
+from gdfq.sources.pool import ImagePool, collect
 from gdfq.sources.spectral import (
     SpectralSource,
     from_spectrum,
@@ -180,7 +181,7 @@ class Brightest(torch.nn.Module):
 def test_a_pool_moves_images_that_the_teacher_knows_again(where):
     teacher = capture(Brightest(where).eval(), networks.images(2))
     images, _ = collect(Textures(), teacher, 32)
-    known = float(known_again(teacher, images, torch.Generator().manual_seed(0)))
+    known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
     assert known < 0.2 if where else known > 0.8
     pool = ImagePool(Textures(), images=32, batch=8)
     drawn = [batch.images for batch in pool.stream(teacher, steps=12)]
@@ -202,14 +203,14 @@ def test_the_teacher_is_asked_about_images_from_all_over_the_pool():
     teacher = capture(Brightest(where=True).eval(), networks.images(2))
     even = torch.zeros(512, *teacher.input_shape)  # nowhere brighter, wherever it is moved
     images = torch.cat([even, networks.images(512)])
-    known = float(known_again(teacher, images, torch.Generator().manual_seed(0)))
+    known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
     assert 0.5 <= known < 0.6
 
 
 def test_a_pool_moves_images_for_a_network_without_classes():
     shape = networks.shape_of("Volume")
     teacher = capture(networks.make("Volume"), networks.images(2, shape=shape))
-    assert known_again(teacher, networks.images(4, shape=shape), torch.Generator()) == 1
+    assert prediction_consistency(teacher, networks.images(4, shape=shape), torch.Generator()) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.functional.grid import Bits, dequantize
 from gdfq.graph.capture import capture
 from gdfq.quantizers.base import QuantizedTensor
+from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
 from gdfq.sources.base import Batch
@@ -298,7 +299,7 @@ def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
 def test_kept_layers_weights():
     teacher = capture(networks.make("Branches"), networks.images(1))
     keep = tuple(map(Keep.parse, ("first=float", "fc=8", "*=3")))
-    student = build_student(teacher, Scheme(Bits(4, 4), "full", keep), quantizers="learned")
+    student = build_student(teacher, Scheme(Bits(4, 4), "full", keep), quantizers=LSQ)
     bits = {
         name.rpartition(".")[2]: module.bits
         for name, module in student.named_modules()

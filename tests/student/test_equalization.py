@@ -13,7 +13,8 @@ from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture
 from gdfq.graph.tensors import tensors_of
-from gdfq.quantizers.lsq import best_range, channel_steps
+from gdfq.quantizers.family import LSQ
+from gdfq.quantizers.lsq import best_range, scales_of_channels
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.equalization import channel_scales, rescaled
@@ -219,7 +220,7 @@ def test_networks_of_unlike_channels_lose_less():
 
     @torch.no_grad()
     def error(teacher, wanted):
-        student = build_student(teacher, T1, quantizers="learned")
+        student = build_student(teacher, T1, quantizers=LSQ)
         calibrate_(student, [Batch((images,), None, None)], steps=1)
         return float((student(images) - wanted).square().mean() / wanted.square().mean())
 
@@ -256,4 +257,4 @@ def test_a_scheme_that_fits_no_layer_is_told_before_images_are_made():
 def test_steps_of_channels_are_those_of_each_alone():
     x = networks.images(16, seed=3) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1)
     alone = torch.stack([best_range(x[:, c], 4)[0] for c in range(3)])
-    torch.testing.assert_close(channel_steps(x, 4), alone, rtol=0.06, atol=0)
+    torch.testing.assert_close(scales_of_channels(x, 4), alone, rtol=0.06, atol=0)

@@ -17,9 +17,10 @@ from gdfq.functional.losses import feature_loss
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import capture
-from gdfq.optim import GridAdam, SgdConfig
+from gdfq.optim import SgdConfig
 from gdfq.quantizers.adaround import RoundedWeight
 from gdfq.quantizers.base import Bypass
+from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX
 from gdfq.recipes import FAST, GENIE
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
@@ -27,6 +28,7 @@ from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_, match_moments_
 from gdfq.tuning.distill import tune_
+from gdfq.tuning.grid_adam import GridAdam
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 
@@ -35,7 +37,7 @@ def images():
     return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def student_of(teacher, images, bits="w3a3", quantizers="learned"):
+def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
     student = build_student(teacher, Scheme(Bits.parse(bits), "t1"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
@@ -100,9 +102,9 @@ def test_channels_that_do_not_vary_keep_their_scale(teacher, images):
     """One image has no deviation at the logits: only the mean can be matched there."""
     one = images[:1]
     student = student_of(teacher, one, "w8a8")
-    steps = student.network.fake_weight.linear.step.clone()
+    steps = student.network.fake_weight.linear.scale.clone()
     match_moments_(student, teacher, one)
-    assert torch.equal(student.network.fake_weight.linear.step, steps)
+    assert torch.equal(student.network.fake_weight.linear.scale, steps)
     torch.testing.assert_close(student(one), teacher.network(one), rtol=1e-3, atol=1e-3)
 
 
@@ -112,7 +114,7 @@ def test_moments_by_hand():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))
     teacher = capture(model.eval(), torch.zeros(2, 1, 2, 2))
     x = torch.randn(50, 1, 2, 2)
-    student = build_student(teacher, Scheme(Bits(2, 8), "full"), quantizers="learned")
+    student = build_student(teacher, Scheme(Bits(2, 8), "full"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), None, None)], steps=1)
     q, wanted = student(x).detach(), teacher.network(x)
     match_moments_(student, teacher, x)
@@ -153,7 +155,7 @@ def test_rounding_starts_at_the_weight_and_ends_beside_it(seed, bits):
     weight = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
     quantizer = RoundedWeight(weight, bits, Layout.ROWS)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    exact = weight / quantizer.step + quantizer.zero_point
+    exact = weight / quantizer.scale + quantizer.zero_point
     inside = (exact > low) & (exact < high)
     soft = quantizer(weight)
     torch.testing.assert_close(soft[inside], weight[inside], rtol=1e-3, atol=1e-3)
@@ -161,17 +163,19 @@ def test_rounding_starts_at_the_weight_and_ends_beside_it(seed, bits):
     hard = quantizer(weight).detach()
     frozen = quantizer.quantized(weight)
     torch.testing.assert_close((frozen.codes - frozen.zero_point) * frozen.scale, hard)
-    assert bool(((hard - weight)[inside].abs() <= 0.5001 * quantizer.step.expand_as(weight)[inside]).all())  # fmt: skip
+    assert bool(((hard - weight)[inside].abs() <= 0.5001 * quantizer.scale.expand_as(weight)[inside]).all())  # fmt: skip
 
 
-def test_undecided_by_hand():
+def test_rounding_penalty_by_hand():
     quantizer = RoundedWeight(torch.tensor([[0.0, 1.0]]), 2, Layout.ROWS)
     quantizer.rounding_logits.data = torch.tensor([[0.0, 100.0]])  # h = 0.5 and 1
     assert quantizer.rounding().tolist() == [[0.5, 1.0]]
-    assert float(quantizer.undecided(2.0).detach()) == 1.0
+    assert float(quantizer.rounding_penalty(2.0).detach()) == 1.0
     quantizer.rounding_logits.data = torch.tensor([[0.5, -100.0]])
     h = 1.2 / (1 + torch.tensor(-0.5).exp()) - 0.1
-    assert float(quantizer.undecided(3.0).detach()) == pytest.approx(1 - abs(2 * float(h) - 1) ** 3)
+    assert float(quantizer.rounding_penalty(3.0).detach()) == pytest.approx(
+        1 - abs(2 * float(h) - 1) ** 3
+    )
 
 
 def test_bypass_lets_its_share_through():
@@ -180,7 +184,7 @@ def test_bypass_lets_its_share_through():
     assert float(mixed.mean()) == pytest.approx(0.3, abs=0.02)
 
 
-@pytest.mark.parametrize("quantizers", ["learned", "rounded"])
+@pytest.mark.parametrize("quantizers", [LSQ, ADAROUND], ids=lambda family: family.name)
 def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
     student = student_of(teacher, images, "w2a4", quantizers)
     wanted = teacher.network(images)
@@ -199,7 +203,7 @@ def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
 
 
 def test_what_a_recipe_may_combine():
-    for change in ({"quantizers": "min-max"}, {"tuning": FAST.tuning}, {"warmup": 700}):
+    for change in ({"quantizers": MINMAX}, {"tuning": FAST.tuning}, {"warmup": 700}):
         with pytest.raises(UsageError, match="learned by reconstruction"):
             replace(GENIE, **change)
     with pytest.raises(UsageError, match="learned weights"):
@@ -224,12 +228,12 @@ class Twice(nn.Module):
 def test_what_blocks_share_is_trained_in_the_first(images):
     torch.manual_seed(0)
     teacher = capture(Twice().eval(), images[:2])
-    student = student_of(teacher, images, quantizers="rounded")
+    student = student_of(teacher, images, quantizers=ADAROUND)
     config = Reconstruction(GridAdam(0.0, 0.01, 0.0, 0.05), images=64, batch=8)
     steps = []
 
     def listener(step):
-        steps.append(student.network.fake_weight.conv2d_1.log_step.detach().clone())
+        steps.append(student.network.fake_weight.conv2d_1.log_scale.detach().clone())
 
     batches = [Batch((images,), None, None)]
     reconstruct_(student, teacher, batches, config, updates=10, context=Context(listener=listener))
@@ -275,7 +279,7 @@ def test_the_regulariser_decides_roundings_and_values_bypass(teacher, images, mo
     settle = Bypass.__call__
     monkeypatch.setattr(Bypass, "__call__", lambda *a: mixed.append(a[1].shape) or settle(*a))
     for weight in (0.0, 1.0):
-        student = student_of(teacher, images, "w3a4", "rounded")
+        student = student_of(teacher, images, "w3a4", ADAROUND)
         config = Reconstruction(GridAdam(0.0, 0.0, 0.0, 0.2), images=64, batch=8, rounding=weight)
         batches = [Batch((images,), None, None)]
         mixed.clear()

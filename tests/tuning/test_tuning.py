@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from support import networks
 
 from gdfq.functional.grid import Bits, affine_grid
-from gdfq.optim import Cosine, GridAdam, SgdConfig, set_rate_
+from gdfq.optim import Cosine, SgdConfig, set_rate_
+from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST, PAPER
 from gdfq.sources.generator import GeneratorSource
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
+from gdfq.tuning.grid_adam import GridAdam
 
 
 class RoundSTE(torch.autograd.Function):
@@ -121,13 +123,13 @@ def test_features_need_folded_batch_norms(tiny):
 def test_learned_quantizers_need_fixed_statistics():
     with pytest.raises(ValueError, match="fixed_statistics"):
         replace(FAST, tuning=replace(FAST.tuning, fixed_statistics=False))
-    with pytest.raises(ValueError, match="min-max, learned"):
+    with pytest.raises(ValueError, match="MINMAX, LSQ or ADAROUND"):
         replace(FAST, quantizers="learnt")
 
 
 def test_each_kind_of_parameter_has_its_rate(teacher):
-    student = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers="learned")
-    optimizer = GridAdam(codes=0.1, steps=0.2, others=0.3).build(student)
+    student = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers=LSQ)
+    optimizer = GridAdam(code_lr=0.1, scale_lr=0.2, other_lr=0.3).build(student)
     rates = {
         id(parameter): group["lr"]
         for group in optimizer.param_groups
@@ -135,7 +137,7 @@ def test_each_kind_of_parameter_has_its_rate(teacher):
     }
     for name, parameter in student.named_parameters():
         kind = name.rpartition(".")[2]
-        assert rates[id(parameter)] == {"codes": 0.1, "log_step": 0.2}.get(kind, 0.3)
+        assert rates[id(parameter)] == {"codes": 0.1, "log_scale": 0.2}.get(kind, 0.3)
     assert len(rates) == len(list(student.parameters()))
     warm = Cosine(warmup=0.5)
     assert [warm.factor(step, 8) for step in (0, 1, 3, 4)] == pytest.approx(

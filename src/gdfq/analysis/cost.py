@@ -4,8 +4,8 @@ import math
 import resource
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -19,8 +19,6 @@ from gdfq.sources.base import Batch, Source, labels_in_turn
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
-from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 
 def with_costs(
@@ -92,33 +90,18 @@ def _source_seconds(source: Source, teacher: Captured, steps: int) -> float:
 
 def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
     """The second update, times their number, on noise."""
-    if recipe.tuning is None:
+    if not recipe.tuning.trains:
         return 0.0
     count = recipe.source.batch
     noise = torch.randn(count, *teacher.input_shape, generator=random_stream(0, "doctor.noise"))
     batch = Batch((noise.to(teacher.device),), labels_in_turn(teacher, 0, count), None)
     student = build_student(teacher, scheme, quantizers=recipe.quantizers)
     calibrate_(student, [batch], steps=1)
-    updates = recipe.steps - recipe.warmup
-    if isinstance(recipe.tuning, Reconstruction):
-        at: list[float] = []
-        reconstruct_(
-            student, teacher, [batch], recipe.tuning,
-            updates=2, context=Context(listener=lambda _: at.append(now(teacher.device))),
-        )  # fmt: skip
-        # Of each block the second update; what comes before its first is done once.
-        return updates * sum(
-            second - first for first, second in zip(at[::2], at[1::2], strict=True)
-        )
-    watch = _Stopwatch(teacher.device)
-    with suppress(_EnoughError):
-        tune_(
-            student,
-            teacher,
-            [batch, batch],
-            recipe.tuning,
-            first_step=recipe.warmup,
-            total_steps=recipe.steps,
-            context=Context(listener=watch),
-        )
-    return watch.seconds * updates
+    return recipe.tuning.seconds(
+        student,
+        teacher,
+        batch,
+        first_step=recipe.warmup,
+        total_steps=recipe.steps,
+        clock=partial(now, teacher.device),
+    )

@@ -100,7 +100,7 @@ class Diagnosis:
 
 def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     """What a recipe would do to a teacher, without a step of it."""
-    folded = fold_batch_norms(teacher) if recipe.quantizers != "min-max" else teacher
+    folded = recipe.quantizers.prepared(teacher)
     nodes = list(folded.network.graph.nodes)
     layers = list(filter(queries.has_weight, nodes))
     problems: list[str] = []

@@ -20,23 +20,23 @@ class RoundedWeight(WeightQuantizer):
     construction.
     """
 
-    step: Tensor
+    scale: Tensor
     zero_point: Tensor
     base: Tensor
 
     def __init__(self, weight: Tensor, bits: int, layout: Layout, groups: int = 1) -> None:
         super().__init__(bits, layout, groups)
         weight = weight.detach()
-        step, zero_point = best_weight_grid(weight, bits, layout, groups)
-        scaled = weight / step
+        scale, zero_point = best_weight_grid(weight, bits, layout, groups)
+        scaled = weight / scale
         base = scaled.floor()
         low, high = _STRETCH
         share = ((scaled - base - low) / (high - low)).clamp(1e-4, 1 - 1e-4)
-        self.register_buffer("step", step)
+        self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("base", base)
         self.rounding_logits = nn.Parameter((share / (1 - share)).log())
-        self.log_step = nn.Parameter(torch.zeros_like(step))
+        self.log_scale = nn.Parameter(torch.zeros_like(scale))
         self.settled = False
 
     def rounding(self) -> Tensor:
@@ -45,17 +45,21 @@ class RoundedWeight(WeightQuantizer):
         soft = (self.rounding_logits.sigmoid() * (high - low) + low).clamp(0, 1)
         return (soft >= 0.5).to(soft.dtype) if self.settled else soft
 
-    def undecided(self, sharpness: float) -> Tensor:
-        """Σ 1 − |2h − 1|^β: 0 when every weight has decided; scalar."""
+    def settle_(self) -> None:
+        """Round each weight up or down from now on."""
+        self.settled = True
+
+    def rounding_penalty(self, sharpness: float) -> Tensor:
+        """Return Σ 1 − |2h − 1|^β, a scalar: 0 when every weight has decided."""
         return (1 - (2 * self.rounding() - 1).abs().pow(sharpness)).sum()
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
         codes = (self.base + self.rounding() + self.zero_point).clamp(*code_bounds(self.bits))
-        return (codes - self.zero_point) * (self.step * self.log_step.exp())
+        return (codes - self.zero_point) * (self.scale * self.log_scale.exp())
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
         up = (self.rounding() >= 0.5).to(self.base.dtype)
         codes = (self.base + up + self.zero_point).clamp(*code_bounds(self.bits))
-        scale = self.step * self.log_step.exp()
+        scale = self.scale * self.log_scale.exp()
         return QuantizedTensor(codes.to(torch.int8), scale, self.zero_point, self.bits)

@@ -6,6 +6,7 @@ whose range it finds while `observing`. Both give their final grid to `freeze`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,21 @@ class WeightQuantizer(nn.Module, ABC):
     def quantized(self, weight: Tensor) -> QuantizedTensor:
         """The weight's codes on its final grid."""
 
+    def rescale_(self, factor: Tensor) -> None:
+        """Multiply each output channel by its factor [O] > 0; the codes stay.
+
+        Families that rescale have this.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be rescaled")
+
+    def rounding_penalty(self, sharpness: float) -> Tensor | None:
+        """Return a scalar that is 0 when all rounding is decided; None if none is learned."""
+        del sharpness
+        return None
+
+    def settle_(self) -> None:
+        """Decide what is learned softly, such as rounding, for good."""
+
     def along_channels(self, values: Tensor, weight: Tensor) -> Tensor:
         """Values of each output channel [O], shaped to broadcast against the weight."""
         return along_channels(values, weight, self.layout, self.groups)
@@ -64,8 +80,12 @@ class ActivationQuantizer(nn.Module, ABC):
     """Puts a feature map on a grid with one scale and zero point, found while `observing`.
 
     With a `bypass` some values stay as they are.
+
+    Attributes:
+        clips_gradient: Whether no gradient passes where values are clipped.
     """
 
+    clips_gradient: ClassVar[bool] = False
     batches: Tensor
 
     def __init__(self, bits: int) -> None:

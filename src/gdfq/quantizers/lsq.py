@@ -1,7 +1,7 @@
 """Quantizers whose grids are learned with the network (LSQ, arXiv 1902.08153).
 
 Both start where a search finds the least error and are then trained in units of their own grid:
-a weight as latent codes, a step by its logarithm. One learning rate so means the same in every
+a weight as latent codes, a scale by its logarithm. One learning rate so means the same in every
 layer of every network.
 """
 
@@ -34,73 +34,74 @@ _SAMPLE, _CHANNEL_SAMPLE = 2**17, 2**12
 
 
 class LearnedWeight(WeightQuantizer):
-    """w_q = Δ (clamp(round(v), −2^(k−1), 2^(k−1) − 1) − z) with latent codes v and step Δ learned.
+    """w_q = Δ (clamp(round(v), −2^(k−1), 2^(k−1) − 1) − z) with latent codes v and scale Δ learned.
 
     One Δ for each output channel; z stays. ∂round(v)/∂v is taken as 1, and clamped codes get no
     gradient, so ∂w_q/∂Δ = q − z and ∂w_q/∂v = Δ. The weight enters once, at construction.
     """
 
-    step: Tensor
+    scale: Tensor
     zero_point: Tensor
 
     def __init__(self, weight: Tensor, bits: int, layout: Layout, groups: int = 1) -> None:
         super().__init__(bits, layout, groups)
         weight = weight.detach()
-        step, zero_point = best_weight_grid(weight, bits, layout, groups)
-        self.register_buffer("step", step)
+        scale, zero_point = best_weight_grid(weight, bits, layout, groups)
+        self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         low, high = code_bounds(bits)
         # Weights that the search clips start outside the bounds, and stay clipped.
-        self.codes = nn.Parameter((weight / step + zero_point).clamp(low - 0.49, high + 0.49))
-        self.log_step = nn.Parameter(torch.zeros_like(step))
+        self.codes = nn.Parameter((weight / scale + zero_point).clamp(low - 0.49, high + 0.49))
+        self.log_scale = nn.Parameter(torch.zeros_like(scale))
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
         inside = self.codes.clamp(*code_bounds(self.bits))
         rounded = inside + (inside.round() - inside).detach()
-        return (rounded - self.zero_point) * (self.step * self.log_step.exp())
+        return (rounded - self.zero_point) * (self.scale * self.log_scale.exp())
 
     @torch.no_grad()
     def rescale_(self, factor: Tensor) -> None:
         """Multiply each output channel by its factor [O] > 0; the codes stay."""
-        self.step.mul_(self.along_channels(factor, self.codes))
+        self.scale.mul_(self.along_channels(factor, self.codes))
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
         codes = self.codes.clamp(*code_bounds(self.bits)).round().to(torch.int8)
-        scale = self.step * self.log_step.exp()
+        scale = self.scale * self.log_scale.exp()
         return QuantizedTensor(codes, scale, self.zero_point, self.bits)
 
 
 class LearnedRange(ActivationQuantizer):
-    """Per-tensor grid that starts at the range of least square error and then learns its step.
+    """Per-tensor grid that starts at the range of least square error and then learns its scale.
 
-    Over several batches the starting step is the mean of theirs, and z that of the first. The
+    Over several batches the starting scale is the mean of theirs, and z that of the first. The
     range contains 0.
     """
 
-    step: Tensor
+    clips_gradient = True
+    scale: Tensor
     zero_point: Tensor
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
-        self.register_buffer("step", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
-        self.log_step = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(()))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return learned_step(x, self.step * self.log_step.exp(), self.zero_point, self.bits)
+        return learned_scale(x, self.scale * self.log_scale.exp(), self.zero_point, self.bits)
 
     def _update_(self, x: Tensor) -> None:
-        step, zero_point = best_range(x, self.bits)
+        scale, zero_point = best_range(x, self.bits)
         if self.batches == 1:
-            self.step.copy_(step)
+            self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
         else:
-            self.step.lerp_(step, 1 / float(self.batches))
+            self.scale.lerp_(scale, 1 / float(self.batches))
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:
-        return self.step * self.log_step.exp(), self.zero_point
+        return self.scale * self.log_scale.exp(), self.zero_point
 
 
 def best_weight_grid(
@@ -154,11 +155,11 @@ def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Both scalars. The search looks at an evenly spread sample of x.
     """
-    step, zero_point = _best_ranges(x.flatten()[None], _SAMPLE, bits)
-    return step.view(()), zero_point.view(())
+    scale, zero_point = _best_ranges(x.flatten()[None], _SAMPLE, bits)
+    return scale.view(()), zero_point.view(())
 
 
-def channel_steps(x: Tensor, bits: int) -> Tensor:
+def scales_of_channels(x: Tensor, bits: int) -> Tensor:
     """The steps of such ranges for each channel of x [N, C, *] alone, within 5 %: [C]."""
     rows = x.transpose(0, 1).flatten(1)
     return _best_ranges(rows, _CHANNEL_SAMPLE, bits, every=_COARSE)[0].view(-1)
@@ -181,31 +182,31 @@ def _best_ranges(rows: Tensor, most: int, bits: int, *, every: int = 1) -> tuple
     return best
 
 
-class _LearnedStep(torch.autograd.Function):
+class _LearnedScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         # Both bounds as numbers: clamping by tensors is several times slower.
         low, high = (bound - float(zero_point) for bound in code_bounds(bits))
-        quantized = _on_grid(x, step, low, high)
-        make = partial(_on_grid, x.detach(), step.detach(), low, high)
+        quantized = _on_grid(x, scale, low, high)
+        make = partial(_on_grid, x.detach(), scale.detach(), low, high)
         ctx.slot = note_how_made(quantized, make)
-        ctx.save_for_backward(x, step)
+        ctx.save_for_backward(x, scale)
         ctx.bounds = (low, high)
         return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, step = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
         (grad,) = grads
-        quantized = ctx.slot.take(partial(_on_grid, x, step, *ctx.bounds))
-        low, high = (bound * float(step) for bound in ctx.bounds)
+        quantized = ctx.slot.take(partial(_on_grid, x, scale, *ctx.bounds))
+        low, high = (bound * float(scale) for bound in ctx.bounds)
         grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
-        grad_step = (inner(grad, quantized) - inner(grad_x, x)) / step
-        return grad_x, grad_step.view_as(step), None, None
+        grad_scale = (inner(grad, quantized) - inner(grad_x, x)) / scale
+        return grad_x, grad_scale.view_as(scale), None, None
 
 
 @torch.no_grad()
-def _on_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+def _on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     """x on its grid, in its own layout: one new tensor, and passes in place over what is cached.
 
     On a CPU fresh memory and its bandwidth cost more than arithmetic.
@@ -217,16 +218,16 @@ def _on_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
         whole = (tensor.permute(order).view(-1).split(_CACHED) for tensor in (x, quantized))
         parts = list(zip(*whole, strict=True))
     for old, new in parts:
-        torch.div(old, step, out=new).round_().clamp_(low, high).mul_(step)
+        torch.div(old, scale, out=new).round_().clamp_(low, high).mul_(scale)
     return quantized
 
 
-def learned_step(x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def learned_scale(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """`fake_quantize` with the gradients of LSQ (arXiv 1902.08153, equations 3 and 5).
 
     With u = x/Δ and q − z the code without its zero point:
     ∂x_q/∂x = 1 inside the range and 0 outside; ∂x_q/∂Δ = (q − z) − u inside and q − z outside.
-    step and zero_point are scalars.
+    scale and zero_point are scalars.
     """
-    result: Tensor = _LearnedStep.apply(x, step, zero_point, bits)
+    result: Tensor = _LearnedScale.apply(x, scale, zero_point, bits)
     return result

@@ -131,7 +131,7 @@ def _rates(recipe: object) -> Iterator[tuple[str, float]]:
     """The learning rates that the student's tuning began with."""
     tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
     optimizer = (tuning or {}).get("optimizer") or {}
-    for name in ("lr", "codes", "steps", "others", "roundings"):
+    for name in ("lr", "code_lr", "scale_lr", "other_lr", "rounding_lr"):
         if optimizer.get(name):
             yield name, optimizer[name]
 

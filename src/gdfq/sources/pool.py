@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gdfq.errors import UsageError
@@ -16,6 +15,7 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.files.states import Frozen, Results, Stateful
 from gdfq.graph.capture import Captured
+from gdfq.sources.augment import CONSISTENT_SHARE, prediction_consistency, shifted_and_flipped
 from gdfq.sources.base import Batch, Source, first_images
 from gdfq.sources.stream import Feed, Shuffled, Stream
 
@@ -176,9 +176,11 @@ class PoolStream(Stream):
         def make(_: int) -> Batch:
             images, labels = self._collected()
             if not moves:
-                known = known_again(teacher, images, random_stream(context.seed, "pool.moved"))
-                context.group.same_([known])  # what devices round must not part the processes
-                moves["them"] = bool(known >= _KNOWN)
+                consistency = prediction_consistency(
+                    teacher, images, random_stream(context.seed, "pool.moved")
+                )
+                context.group.same_([consistency])  # what devices round must not part the processes
+                moves["them"] = bool(consistency >= CONSISTENT_SHARE)
             chosen = order.next_of(len(images))
             drawn = images[chosen]
             if moves["them"]:
@@ -230,49 +232,3 @@ def collect(
     """
     steps = -(-count // source.batch)
     return first_images(count, source.stream(teacher, steps=steps, context=context))
-
-
-_ASKED, _ALIKE = 256, 4
-"""Images that the teacher is asked about again, and how many of them are moved alike."""
-_KNOWN = 0.5
-"""Between two networks that learn from moved images (0.67 to 0.83 are known again) and one that
-does not (0.36 to 0.43)."""
-
-
-@torch.no_grad()
-def known_again(teacher: Captured, images: Tensor, draw: torch.Generator) -> Tensor:
-    """The share of images [N, *input_shape] whose class stays when they are shifted and flipped.
-
-    A scalar; 1 for a teacher whose outputs are not classes.
-    """
-    if teacher.classes is None:
-        return torch.ones((), device=teacher.device)
-
-    def classes(images: Tensor) -> Tensor:
-        found: Tensor = teacher.network(images).argmax(1)
-        return found
-
-    # From all over the pool, for images that were made together are alike.
-    asked = torch.linspace(0, len(images) - 1, min(_ASKED, len(images)), device=images.device)
-    parts = images[asked.round().long()].split(_ALIKE)
-    same = [classes(part) == classes(shifted_and_flipped(part, draw)) for part in parts]
-    return torch.cat(same).float().mean()
-
-
-def shifted_and_flipped(images: Tensor, draw: torch.Generator) -> Tensor:
-    """The images [N, C, *size] moved by up to size/8 along each axis, mirrored at the borders.
-
-    Those of two dimensions are also flipped from left to right half of the time.
-    """
-    size = images.shape[2:]
-    reach = [side // 8 for side in size]
-    offsets = [int(torch.randint(2 * r + 1, (1,), generator=draw)) for r in reach]
-    if any(reach):
-        padding = [r for r in reversed(reach) for _ in range(2)]
-        images = F.pad(images, padding, mode="reflect")
-        for dim, (offset, side) in enumerate(zip(offsets, size, strict=True), start=2):
-            images = images.narrow(dim, offset, side)
-    if len(size) == 2 and int(torch.randint(2, (1,), generator=draw)):
-        images = images.flip(-1)
-    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
-    return images.contiguous(memory_format=layout)

@@ -1,7 +1,7 @@
 """The student: a trainable copy of the teacher's graph with fake quantizers in it."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -9,28 +9,19 @@ from torch import Tensor, fx, nn
 from gdfq.errors import UsageError
 from gdfq.functional.grid import code_bounds
 from gdfq.graph import operators, queries
-from gdfq.graph.batch_norms import BatchNorm, batch_norm_of, fold_batch_norms, is_batch_norm
+from gdfq.graph.batch_norms import BatchNorm, batch_norm_of, is_batch_norm
 from gdfq.graph.blocks import WithFeatures, with_features
 from gdfq.graph.capture import Captured
 from gdfq.graph.rewrite import Copy, rewrite
 from gdfq.graph.tensors import tensors_of
-from gdfq.quantizers.adaround import RoundedWeight
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
-from gdfq.quantizers.lsq import LearnedRange, LearnedWeight
-from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
+from gdfq.quantizers.family import MINMAX, QuantizerFamily
 from gdfq.quantizers.recompute import making_again
 from gdfq.student.placement import activation_widths
 from gdfq.student.scheme import Scheme
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
 """Where the student keeps its quantizers and batch norms."""
-
-Quantizers = Literal["min-max", "learned", "rounded"]
-ACTIVATION_QUANTIZERS: dict[Quantizers, type[MovingRange] | type[LearnedRange]] = {
-    "min-max": MovingRange,
-    "learned": LearnedRange,
-    "rounded": LearnedRange,
-}
 
 
 class StudentBatchNorm(nn.Module):
@@ -122,10 +113,10 @@ def _leave_out_rectifiers_(network: fx.GraphModule) -> None:
     """Let each grid that starts at zero, and passes no gradient below it, stand for its ReLU."""
     for node in network.graph.nodes:
         quantizer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(quantizer, LearnedRange):
+        if not isinstance(quantizer, ActivationQuantizer) or not quantizer.clips_gradient:
             continue
         (source,) = node.all_input_nodes
-        starts_at_zero = float(quantizer.zero_point) == code_bounds(quantizer.bits)[0]
+        starts_at_zero = float(quantizer.grid()[1]) == code_bounds(quantizer.bits)[0]
         if (
             operators.name_of(source) == operators.RELU
             and list(source.users) == [node]
@@ -140,20 +131,22 @@ def build_student(
     teacher: Captured,
     scheme: Scheme,
     *,
-    quantizers: Quantizers = "min-max",
+    quantizers: QuantizerFamily = MINMAX,
     fixed_statistics: bool = True,
 ) -> Student:
     """A trainable copy of the teacher with the scheme's quantizers; ranges are not yet known.
 
-    quantizers: "min-max" follow the weights and the batches; "learned" and "rounded" train with
-        the student, whose batch norms are then folded into its layers beforehand: weights as
-        `LearnedWeight` or `RoundedWeight`.
-    With fixed_statistics False the batch norms' running statistics follow in training mode.
+    Args:
+        teacher: The trained network.
+        scheme: What is quantized, and to how many bits.
+        quantizers: The family of its quantizers; some fold the batch norms into the layers first.
+        fixed_statistics: Whether the running statistics of batch norms that are not folded stay as
+            they are; otherwise they follow the batches in training mode.
 
-    Raises UsageError when the scheme finds no weight or no activation to quantize.
+    Raises:
+        UsageError: The scheme finds no weight or no activation to quantize.
     """
-    if quantizers != "min-max":
-        teacher = fold_batch_norms(teacher)
+    teacher = quantizers.prepared(teacher)
     widths = activation_widths(teacher, scheme)
     weights = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     _check_quantizable(teacher, scheme, weights, widths)
@@ -170,12 +163,9 @@ def build_student(
 
     def weight_quantizer(node: fx.Node) -> WeightQuantizer:
         layout, bits = queries.weight_layout(node), weights[node]
-        if quantizers == "min-max":
-            return MinMaxWeight(bits, *layout)
         weight = teacher_tensors[queries.weight_name(node)]
         if id(weight) not in learned:  # a weight that is used twice is one
-            kind = LearnedWeight if quantizers == "learned" else RoundedWeight
-            learned[id(weight)] = kind(weight, bits, *layout)
+            learned[id(weight)] = quantizers.weight(weight, bits, *layout)
         return learned[id(weight)]
 
     def layer(copy: Copy, node: fx.Node) -> fx.Node:
@@ -204,7 +194,7 @@ def build_student(
             new = layer(copy, node) if node in weights else copy.of(node)
         if node not in widths:
             return new
-        activation = ACTIVATION_QUANTIZERS[quantizers](widths[node])
+        activation = quantizers.activation(widths[node])
         unquantized[node] = new
         return call(copy, ACTIVATION, node.name, activation, new)
 
@@ -215,10 +205,9 @@ def build_student(
     return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
 
 
-def check_scheme(teacher: Captured, scheme: Scheme, quantizers: Quantizers) -> None:
+def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily) -> None:
     """Raise what `build_student` would, without searching grids for it."""
-    if quantizers != "min-max":
-        teacher = fold_batch_norms(teacher)
+    teacher = quantizers.prepared(teacher)
     layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
     _check_quantizable(
         teacher, scheme, scheme.weight_bits(layers), activation_widths(teacher, scheme)

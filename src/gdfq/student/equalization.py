@@ -21,7 +21,7 @@ from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.tensors import flat_module, tensors_of
-from gdfq.quantizers.lsq import best_range, channel_steps
+from gdfq.quantizers.lsq import best_range, scales_of_channels
 from gdfq.student.placement import activation_widths
 from gdfq.student.scheme import Scheme
 
@@ -91,7 +91,7 @@ class _Asked(fx.Interpreter):
         value = super().run_node(n)
         if n in self.widths and n in self.ties:
             bits = self.widths[n]
-            apart = (channel_steps(value, bits) / best_range(value, bits)[0]).log()
+            apart = (scales_of_channels(value, bits) / best_range(value, bits)[0]).log()
             silent = value.transpose(0, 1).flatten(1).abs().amax(1) == 0
             apart.masked_fill_(silent, 0.0)
             self.found.setdefault(self.ties[n], []).append(apart)

@@ -12,8 +12,7 @@ from gdfq.execution.progress import RANGES, Step, is_due
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
-from gdfq.quantizers.base import ActivationQuantizer
-from gdfq.quantizers.lsq import LearnedWeight
+from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.sources.base import Batch
 from gdfq.student.build import Student
 
@@ -90,7 +89,7 @@ class _MatchMoments(fx.Interpreter):
     def __init__(self, network: fx.GraphModule, wanted: dict[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__(network)
         self.wanted = wanted
-        self.corrected: set[LearnedWeight] = set()
+        self.corrected: set[WeightQuantizer] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         if isinstance(quantizer := self.submodules.get(str(n.target)), ActivationQuantizer):
@@ -101,7 +100,7 @@ class _MatchMoments(fx.Interpreter):
         if operators.name_of(n) not in operators.WEIGHTED:
             return value
         weight = self.submodules.get(queries.weight_name(n))
-        if not isinstance(weight, LearnedWeight) or weight in self.corrected:
+        if not isinstance(weight, WeightQuantizer) or weight in self.corrected:
             return value
         self.corrected.add(weight)
         (mean, variance), (wanted_mean, wanted) = _channel_moments(n, value), self.wanted[n.name]

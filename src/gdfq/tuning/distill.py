@@ -21,9 +21,11 @@ from gdfq.graph.blocks import block_ends
 from gdfq.graph.blocks import with_features as features_of
 from gdfq.graph.capture import Captured
 from gdfq.graph.outputs import in_order
-from gdfq.optim import GridAdam, Schedule, SgdConfig, StepDecay, set_rate_
+from gdfq.optim import OptimizerConfig, Schedule, StepDecay, set_rate_
 from gdfq.sources.base import Batch
+from gdfq.sources.stream import Feed
 from gdfq.student.build import Student
+from gdfq.tuning.base import Tuning
 
 Answers = tuple[Any, Sequence[Tensor]]
 """What student or teacher returns (logits [N, C] of a classifier), and each block's features."""
@@ -31,7 +33,7 @@ Answers = tuple[Any, Sequence[Tensor]]
 
 @tagged("Distillation")
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Tuning):
     """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂)) + features · L_F.
 
     γ of the paper is `distillation`; L_F is `feature_loss` over the ends of the blocks. A network
@@ -42,7 +44,7 @@ class Distillation:
     `difficulty` (SynQ, arXiv 2603.18423); 1 keeps all.
     """
 
-    optimizer: SgdConfig | GridAdam
+    optimizer: OptimizerConfig
     schedule: Schedule = StepDecay()  # noqa: RUF009 (frozen)
     cross_entropy: float = 1.0
     distillation: float = 1.0
@@ -51,6 +53,39 @@ class Distillation:
     features: float = 0.0
     difficulty: float = 1.0
     fixed_statistics: bool = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that are registered with the checkpointer."""
+        return ("optimizer",)
+
+    @property
+    def needs_folded_batch_norms(self) -> bool:
+        """Whether batch norms must be folded: block features are matched where they are."""
+        return bool(self.features)
+
+    def run_(
+        self,
+        student: Student,
+        teacher: Captured,
+        feed: Feed,
+        *,
+        first_step: int,
+        total_steps: int,
+        batch: int,
+        context: Context = Context(),
+    ) -> None:
+        """Update the student once for each batch that is left of the run (see `tune_`)."""
+        del first_step, batch
+        tune_(
+            student,
+            teacher,
+            feed.until(total_steps),
+            self,
+            first_step=feed.taken,
+            total_steps=total_steps,
+            context=context,
+        )
 
     def losses(
         self, student: Answers, teacher: Answers, labels: Tensor | None, group: Group = ALONE

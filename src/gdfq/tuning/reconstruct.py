@@ -4,7 +4,7 @@ BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): a block se
 finished predecessors make them, some of their values replaced by the teacher's own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,17 @@ from gdfq.files.plain_values import tagged
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import Captured
-from gdfq.optim import Cosine, GridAdam, Schedule, set_rate_
-from gdfq.quantizers.adaround import RoundedWeight
-from gdfq.quantizers.base import ActivationQuantizer, Bypass
+from gdfq.optim import Cosine, OptimizerConfig, Schedule, set_rate_
+from gdfq.quantizers.base import ActivationQuantizer, Bypass, WeightQuantizer
 from gdfq.sources.base import Batch
+from gdfq.sources.stream import Feed
 from gdfq.student.build import Student
+from gdfq.tuning.base import Tuning
 
 
 @tagged("Reconstruction")
 @dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(Tuning):
     """Each block takes all steps on E‖Q_b(x) − M_b(x)‖², summed over channels.
 
     The stream's first `images` images are held in memory as each block's features, of which
@@ -38,12 +39,66 @@ class Reconstruction:
     `rounding` · Σ 1 − |2h − 1|^β, β falling from 20 to 2 after a fifth of the updates.
     """
 
-    optimizer: GridAdam
+    optimizer: OptimizerConfig
     images: int
     batch: int = 32
     drop: float = 0.5
     rounding: float = 0.01
     schedule: Schedule = Cosine()  # noqa: RUF009 (frozen)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that are registered with the checkpointer."""
+        return ("reconstruction",)
+
+    @property
+    def holds_batches(self) -> bool:
+        """Whether the batches that calibrated are held: they are the first to reconstruct on."""
+        return True
+
+    @property
+    def learns_rounding(self) -> bool:
+        """Whether the rounding of weights is learned."""
+        return True
+
+    def run_(
+        self,
+        student: Student,
+        teacher: Captured,
+        feed: Feed,
+        *,
+        first_step: int,
+        total_steps: int,
+        batch: int,
+        context: Context = Context(),
+    ) -> None:
+        """Reconstruct each block in `total_steps` − `first_step` updates (see `reconstruct_`)."""
+        reconstruct_(
+            student,
+            teacher,
+            feed.hold(-(-self.images // batch)),
+            self,
+            updates=total_steps - first_step,
+            context=context,
+        )
+
+    def seconds(
+        self,
+        student: Student,
+        teacher: Captured,
+        batch: Batch,
+        *,
+        first_step: int,
+        total_steps: int,
+        clock: Callable[[], float],
+    ) -> float:
+        """Return how long all updates would take: of each block the second, times their number."""
+        times: list[float] = []
+        context = Context(listener=lambda _: times.append(clock()))
+        reconstruct_(student, teacher, [batch], self, updates=2, context=context)
+        # What precedes a block's first update is done once.
+        seconds = sum(b - a for a, b in zip(times[::2], times[1::2], strict=True))
+        return (total_steps - first_step) * seconds
 
 
 def reconstruct_(
@@ -130,7 +185,7 @@ def _updates(
 
     images: the block's inputs from student and teacher, and the teacher's outputs.
     """
-    rounded = [m for m in block.modules() if isinstance(m, RoundedWeight)]
+    weights = [m for m in block.modules() if isinstance(m, WeightQuantizer)]
     quantizers = [m for m in block.modules() if isinstance(m, ActivationQuantizer)]
     draw = place.draw
     for quantizer in quantizers:
@@ -150,9 +205,11 @@ def _updates(
             error = (block(seen) - wanted).square().sum(channels).mean()
             loss = error
             progress = (update / updates - 0.2) / 0.8
-            if rounded and progress > 0:
+            if progress > 0:
                 sharpness = 20 + (2 - 20) * progress
-                loss = loss + config.rounding * sum(m.undecided(sharpness) for m in rounded)
+                penalties = [weight.rounding_penalty(sharpness) for weight in weights]
+                if learned := [penalty for penalty in penalties if penalty is not None]:
+                    loss = loss + config.rounding * sum(learned)
             loss.backward()
         losses = {"student": loss.detach(), "error": error.detach()}
         stay_finite(
@@ -171,8 +228,8 @@ def _settle_(block: fx.GraphModule) -> None:
     for module in block.modules():
         if isinstance(module, ActivationQuantizer):
             module.bypass = None
-        elif isinstance(module, RoundedWeight):
-            module.settled = True
+        elif isinstance(module, WeightQuantizer):
+            module.settle_()
 
 
 @torch.no_grad()

@@ -1,0 +1,63 @@
+"""Families of quantizers: which fake quantizers a student has, and what follows from that.
+
+A recipe names a family. A new kind of quantizer is a new value of `QuantizerFamily`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gdfq.functional.grid import Layout
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import Captured
+from gdfq.quantizers.adaround import RoundedWeight
+from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
+from gdfq.quantizers.lsq import LearnedRange, LearnedWeight
+from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
+
+
+@dataclass(frozen=True)
+class QuantizerFamily:
+    """The quantizers of a student, and how they want its teacher.
+
+    Attributes:
+        name: Identifies the family in configurations; never change it.
+        weight: Makes the quantizer of a weight from the weight, the bits, the layout of its
+            channels and its groups.
+        activation: Makes the quantizer of an activation from the bits.
+        folds: Batch norms are folded into the layers before the student is built, so their
+            statistics are fixed.
+        equalizes: Channels are equalized by the first images (`gdfq.student.equalization`).
+        rescales: Weight quantizers have `rescale_`, which moment matching needs.
+        learns_rounding: The rounding of weights is learned, which only some tunings do.
+    """
+
+    name: str
+    weight: Callable[[Tensor, int, Layout, int], WeightQuantizer]
+    activation: Callable[[int], ActivationQuantizer]
+    folds: bool = True
+    equalizes: bool = False
+    rescales: bool = False
+    learns_rounding: bool = False
+
+    def prepared(self, teacher: Captured) -> Captured:
+        """Return the teacher as a student of this family begins from it."""
+        return fold_batch_norms(teacher) if self.folds else teacher
+
+    def plain_value(self) -> str:
+        """Return the name, which stands for the family in configurations."""
+        return self.name
+
+
+def _min_max_weight(weight: Tensor, bits: int, layout: Layout, groups: int) -> WeightQuantizer:
+    del weight  # the grid follows the current weight
+    return MinMaxWeight(bits, layout, groups)
+
+
+MINMAX = QuantizerFamily("min-max", _min_max_weight, MovingRange, folds=False)
+"""GDFQ's: grids over the minimum and maximum of the weights and of the batches."""
+LSQ = QuantizerFamily("learned", LearnedWeight, LearnedRange, equalizes=True, rescales=True)
+"""Grids that are trained with the student."""
+ADAROUND = QuantizerFamily("rounded", RoundedWeight, LearnedRange, learns_rounding=True)
+"""Learned rounding of weights, and trained grids."""

@@ -1,0 +1,66 @@
+"""Augmentation of images, and whether a network's predictions are consistent under it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdfq.graph.capture import Captured
+
+_MAX_IMAGES = 256
+"""Images whose prediction is compared with that of the augmented image."""
+_IMAGES_PER_DRAW = 4
+"""Images that are augmented alike."""
+CONSISTENT_SHARE = 0.5
+"""Consistency of a network that learned from augmented images, at least. Measured on two that did
+(0.67 to 0.83) and one that did not (0.36 to 0.43)."""
+
+
+@torch.no_grad()
+def prediction_consistency(teacher: Captured, images: Tensor, draw: torch.Generator) -> Tensor:
+    """Return the share of images whose predicted class stays when they are shifted and flipped.
+
+    Args:
+        teacher: The trained network.
+        images: Normalised images [N, *input_shape].
+        draw: Randomness of the augmentation.
+
+    Returns:
+        A scalar in 0..1; 1 for a teacher whose outputs are not classes.
+    """
+    if teacher.classes is None:
+        return torch.ones((), device=teacher.device)
+
+    def classes(images: Tensor) -> Tensor:
+        predicted: Tensor = teacher.network(images).argmax(1)
+        return predicted
+
+    # An even choice of all images, for images that were made together are alike.
+    count = min(_MAX_IMAGES, len(images))
+    chosen = torch.linspace(0, len(images) - 1, count, device=images.device).round().long()
+    parts = images[chosen].split(_IMAGES_PER_DRAW)
+    same = [classes(part) == classes(shifted_and_flipped(part, draw)) for part in parts]
+    return torch.cat(same).float().mean()
+
+
+def shifted_and_flipped(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Return the images shifted by up to an eighth of each side, the borders mirrored.
+
+    All are shifted alike. Images of two dimensions are also flipped from left to right half of the
+    time.
+
+    Args:
+        images: [N, C, *size].
+        draw: Randomness of the offsets and of the flip.
+    """
+    size = images.shape[2:]
+    reach = [side // 8 for side in size]
+    offsets = [int(torch.randint(2 * r + 1, (1,), generator=draw)) for r in reach]
+    if any(reach):
+        padding = [r for r in reversed(reach) for _ in range(2)]
+        images = F.pad(images, padding, mode="reflect")
+        for dim, (offset, side) in enumerate(zip(offsets, size, strict=True), start=2):
+            images = images.narrow(dim, offset, side)
+    if len(size) == 2 and int(torch.randint(2, (1,), generator=draw)):
+        images = images.flip(-1)
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    return images.contiguous(memory_format=layout)

@@ -1,0 +1,158 @@
+"""Tunings: how a student with known ranges is trained on a stream of batches."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Protocol
+
+from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
+from gdfq.graph.capture import Captured
+from gdfq.sources.base import Batch
+from gdfq.sources.stream import Feed
+from gdfq.student.build import Student
+
+
+class Tuning(Protocol):
+    """Trains a student.
+
+    A tuning is a frozen dataclass that derives from this class and has the method `run_`. The
+    properties say what it needs; their defaults suit a tuning that updates the student once for
+    each batch.
+    """
+
+    @abstractmethod
+    def run_(
+        self,
+        student: Student,
+        teacher: Captured,
+        feed: Feed,
+        *,
+        first_step: int,
+        total_steps: int,
+        batch: int,
+        context: Context = Context(),
+    ) -> None:
+        """Train the student in place, and resume where the registered parts are.
+
+        Args:
+            student: A student with known activation ranges.
+            teacher: The network that it learns from.
+            feed: The batches; `feed.taken` of them were taken before.
+            first_step: Step of the first update, behind the warm-up.
+            total_steps: Steps of the whole run.
+            batch: Images per batch of the feed.
+            context: Context of the run; its listener receives each update as a step of "tune".
+
+        Raises:
+            GdfqError: The loss is not finite.
+        """
+        ...
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are updates at all; if not, all steps calibrate."""
+        return True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that `run_` registers with the checkpointer."""
+        return ()
+
+    @property
+    def holds_batches(self) -> bool:
+        """Whether batches that calibrated the student are held for `run_`."""
+        return False
+
+    @property
+    def learns_rounding(self) -> bool:
+        """Whether it learns the rounding of weights, which needs quantizers that do."""
+        return False
+
+    @property
+    def fixed_statistics(self) -> bool:
+        """Whether the statistics of batch norms stay as they are."""
+        return True
+
+    @property
+    def needs_folded_batch_norms(self) -> bool:
+        """Whether the student must have its batch norms folded into its layers."""
+        return False
+
+    def seconds(
+        self,
+        student: Student,
+        teacher: Captured,
+        batch: Batch,
+        *,
+        first_step: int,
+        total_steps: int,
+        clock: Callable[[], float],
+    ) -> float:
+        """Return how long all updates would take: the second one, times their number.
+
+        Args:
+            student: A calibrated student; it is trained.
+            teacher: The network that it learns from.
+            batch: Stands for all batches.
+            first_step: Step of the first update.
+            total_steps: Steps of the whole run.
+            clock: Returns the present time in seconds.
+        """
+        times: list[float] = []
+
+        def listener(step: Step) -> None:
+            del step
+            times.append(clock())
+            if len(times) == 2:
+                raise _MeasuredError
+
+        feed = Feed(repeat(batch), teacher.device)
+        feed.taken = first_step
+        try:
+            self.run_(
+                student,
+                teacher,
+                feed,
+                first_step=first_step,
+                total_steps=total_steps,
+                batch=len(batch),
+                context=Context(listener=listener),
+            )
+        except _MeasuredError:
+            return (times[1] - times[0]) * (total_steps - first_step)
+        return 0.0
+
+
+class _MeasuredError(Exception):
+    """Ends a tuning of which enough is known."""
+
+
+@dataclass(frozen=True)
+class NoTuning(Tuning):
+    """No tuning: the student is rounded as it was calibrated."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are updates: none."""
+        return False
+
+    def run_(
+        self,
+        student: Student,
+        teacher: Captured,
+        feed: Feed,
+        *,
+        first_step: int,
+        total_steps: int,
+        batch: int,
+        context: Context = Context(),
+    ) -> None:
+        """Leave the student as it is."""
+
+    def plain_value(self) -> None:
+        """Return None, which stands for no tuning in configurations."""
+
+
+NO_TUNING = NoTuning()
