@@ -27,9 +27,10 @@ from torch import Tensor
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.functional.losses import batch_norm_statistics_loss
+from gdfq.functional.moments import moments
 from gdfq.functional.upsample_conv import upsampled_convolution
 from gdfq.graph.capture import capture
-from gdfq.graph.statistics import StatisticsNetwork, moments
+from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST, PAPER
 from gdfq.sources.base import Batch

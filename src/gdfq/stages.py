@@ -17,7 +17,8 @@ from gdfq.student.build import build_student, check_scheme
 from gdfq.student.equalization import channel_scales, rescaled
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
-from gdfq.tuning.calibrate import calibrate_, match_moments_
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.moment_matching import match_moments_
 
 STUDENT_PARTS = ("scales", "student", "done")
 """Parts of a student that are registered while it is made, besides those of its tuning."""

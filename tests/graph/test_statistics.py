@@ -5,8 +5,10 @@ from torch import nn
 
 from gdfq import UsageError
 from gdfq.functional.losses import batch_norm_statistics_loss
+from gdfq.functional.moments import moments
 from gdfq.graph.capture import capture
-from gdfq.graph.statistics import StatisticsNetwork, moments, remembered_input
+from gdfq.graph.statistics import StatisticsNetwork
+from gdfq.sources.input_scale import remembered_input
 
 
 def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

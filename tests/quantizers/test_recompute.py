@@ -11,7 +11,7 @@ from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import learned_scale
-from gdfq.quantizers.recompute import making_again
+from gdfq.quantizers.recompute import recomputing
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
@@ -42,7 +42,7 @@ def test_gradients_are_the_same_to_the_bit(name, layout):
     found = []
     for again in (False, True):
         leaf, step = x.clone().requires_grad_(), torch.tensor(0.25, requires_grad=True)
-        with making_again() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
+        with recomputing() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
             y = CONSUMERS[name](learned_scale(leaf, step, ZERO, 4))
         found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, step))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -50,7 +50,7 @@ def test_gradients_are_the_same_to_the_bit(name, layout):
 
 def test_a_graph_may_be_used_twice():
     x = torch.randn(3, 4, 6, requires_grad=True)
-    with making_again():
+    with recomputing():
         y = F.gelu(quantized(x)).sum()
     first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -59,7 +59,7 @@ def test_a_graph_may_be_used_twice():
 @pytest.mark.parametrize("again", [True, False])
 def test_the_quantized_tensor_is_gone_after_the_forward_pass(again):
     x = torch.randn(3, 4, 6, requires_grad=True)
-    with making_again() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
+    with recomputing() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
         q = quantized(x)
         y = F.gelu(q)
     memory = StorageWeakRef(q.untyped_storage())

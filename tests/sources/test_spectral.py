@@ -37,7 +37,7 @@ def test_white_coefficients_make_images_of_variance_one(size, channels):
     amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)
     white = torch.randn(2000, channels, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
-    images = from_spectrum(white, amplitude, size, grey=0.85)
+    images = from_spectrum(white, amplitude, size, channel_correlation=0.85)
     assert images.shape == (2000, channels, *size)
     assert float(images.square().mean()) == pytest.approx(1, abs=0.1)
     means = images.mean(list(range(2, images.ndim)))
@@ -57,14 +57,16 @@ def test_the_spectrum_falls_as_asked():
 
 
 def test_channels_are_as_alike_as_asked():
-    size, grey = [32, 32], 0.85
+    size, channel_correlation = [32, 32], 0.85
     amplitude = natural_spectrum(size, 1.0, 0.3)
     draw = torch.Generator().manual_seed(0)
     white = torch.randn(300, 3, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
-    images = from_spectrum(white, amplitude, size, grey)
+    images = from_spectrum(white, amplitude, size, channel_correlation)
     correlation = np.corrcoef(images.permute(1, 0, 2, 3).flatten(1).numpy())
     # The differences from the mean sum to zero, so any two of three correlate by −1/2.
-    assert correlation[0, 1] == pytest.approx(grey - (1 - grey) / 2, abs=0.05)
+    assert correlation[0, 1] == pytest.approx(
+        channel_correlation - (1 - channel_correlation) / 2, abs=0.05
+    )
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,17 @@ from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import capture
 from gdfq.optim import SgdConfig
 from gdfq.quantizers.adaround import RoundedWeight
-from gdfq.quantizers.base import Bypass
+from gdfq.quantizers.base import QDrop
 from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX
 from gdfq.recipes import FAST, GENIE
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
-from gdfq.tuning.calibrate import calibrate_, match_moments_
+from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 from gdfq.tuning.grid_adam import GridAdam
+from gdfq.tuning.moment_matching import match_moments_
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 
@@ -180,7 +181,7 @@ def test_rounding_penalty_by_hand():
 
 def test_bypass_lets_its_share_through():
     through, otherwise = torch.ones(100, 100), torch.zeros(100, 100)
-    mixed = Bypass(0.3, torch.Generator().manual_seed(0))(through, otherwise)
+    mixed = QDrop(0.3, torch.Generator().manual_seed(0))(through, otherwise)
     assert float(mixed.mean()) == pytest.approx(0.3, abs=0.02)
 
 
@@ -198,7 +199,7 @@ def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
     frozen = freeze(student)
     assert float(F.mse_loss(frozen(images), wanted)) < 0.7 * float(before)
     assert distance(frozen(images), student(images)) < 0.03
-    assert all(module.bypass is None for module in student.activations)
+    assert all(module.dropping is None for module in student.activations)
     assert [step.index for step in seen] == list(range(1, len(seen) + 1))
 
 
@@ -276,8 +277,8 @@ def test_feature_errors_have_the_right_gradient():
 
 def test_the_regulariser_decides_roundings_and_values_bypass(teacher, images, monkeypatch):
     undecided, mixed = {}, []
-    settle = Bypass.__call__
-    monkeypatch.setattr(Bypass, "__call__", lambda *a: mixed.append(a[1].shape) or settle(*a))
+    settle = QDrop.__call__
+    monkeypatch.setattr(QDrop, "__call__", lambda *a: mixed.append(a[1].shape) or settle(*a))
     for weight in (0.0, 1.0):
         student = student_of(teacher, images, "w3a4", ADAROUND)
         config = Reconstruction(GridAdam(0.0, 0.0, 0.0, 0.2), images=64, batch=8, rounding=weight)

@@ -24,8 +24,9 @@ from gdfq.functional.losses import distillation_loss
 from gdfq.graph.capture import Captured
 from gdfq.graph.outputs import in_order
 from gdfq.optim import AdamConfig
+from gdfq.sources.input_scale import InputStatistics
 from gdfq.sources.pool import collect
-from gdfq.sources.spectral import Look, SpectralSource, natural_noise
+from gdfq.sources.spectral import SpectralSource, natural_noise
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ class _AsFitted(SpectralSource):
     iterations: int = 30
     optimizer: AdamConfig = AdamConfig(lr=0.05, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
-    brightness: float = 0.06
-    grey: float = 0.85
+    dc_power: float = 0.06
+    channel_correlation: float = 0.85
     class_weight: float = 0.01
     focus: float = 2.0
 
-    def look(self, teacher: Captured, seed: int) -> Look:  # noqa: ARG002 (of all the same)
-        return Look.unit(teacher)
+    def input_statistics(self, teacher: Captured, seed: int) -> InputStatistics:  # noqa: ARG002 (of all the same)
+        return InputStatistics.unit(teacher)
 
 
 _SOURCE = _AsFitted()

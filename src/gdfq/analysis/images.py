@@ -18,7 +18,8 @@ from gdfq.graph.batch_norms import batch_norm_name
 from gdfq.graph.blocks import with_features
 from gdfq.graph.capture import Captured
 from gdfq.graph.queries import images_at_once
-from gdfq.graph.statistics import StatisticsNetwork, remembered_input
+from gdfq.graph.statistics import StatisticsNetwork
+from gdfq.sources.input_scale import remembered_input
 from gdfq.sources.spectral import SpectralSource, natural_noise
 
 _CLASSES, _EACH = 10, 4

@@ -64,7 +64,7 @@ class WeightQuantizer(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class Bypass:
+class QDrop:
     """Lets a random share of values through (QDrop, arXiv 2203.05740)."""
 
     share: float
@@ -79,7 +79,7 @@ class Bypass:
 class ActivationQuantizer(nn.Module, ABC):
     """Puts a feature map on a grid with one scale and zero point, found while `observing`.
 
-    With a `bypass` some values stay as they are.
+    With `dropping` some values stay as they are.
 
     Attributes:
         clips_gradient: Whether no gradient passes where values are clipped.
@@ -91,7 +91,7 @@ class ActivationQuantizer(nn.Module, ABC):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits, self.observing = bits, False
-        self.bypass: Bypass | None = None
+        self.dropping: QDrop | None = None
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ActivationQuantizer(nn.Module, ABC):
         if self.observing:
             self.observe_(x.detach())
         quantized = self.fake_quantize(x)
-        return quantized if self.bypass is None else self.bypass(x, quantized)
+        return quantized if self.dropping is None else self.dropping(x, quantized)
 
     @torch.no_grad()
     def observe_(self, x: Tensor) -> None:

@@ -23,7 +23,7 @@ from gdfq.functional.grid import (
 )
 from gdfq.functional.losses import inner
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
-from gdfq.quantizers.recompute import note_how_made
+from gdfq.quantizers.recompute import mark_recomputable
 
 _SHRINKS, _COARSE = 80, 5
 """Candidate ranges: the full one times 1, 0.99, 0.98, ...; of weights' every fifth comes first."""
@@ -189,7 +189,7 @@ class _LearnedScale(torch.autograd.Function):
         low, high = (bound - float(zero_point) for bound in code_bounds(bits))
         quantized = _on_grid(x, scale, low, high)
         make = partial(_on_grid, x.detach(), scale.detach(), low, high)
-        ctx.slot = note_how_made(quantized, make)
+        ctx.slot = mark_recomputable(quantized, make)
         ctx.save_for_backward(x, scale)
         ctx.bounds = (low, high)
         return quantized

@@ -52,14 +52,14 @@ class _View:
         return whole.as_strided(self.size, self.stride, self.offset)
 
 
-def note_how_made(tensor: Tensor, make: Callable[[], Tensor]) -> Slot:
-    """Let `making_again` know how a new tensor is made; its memory, and all views, remember it."""
+def mark_recomputable(tensor: Tensor, make: Callable[[], Tensor]) -> Slot:
+    """Let `recomputing` know how a new tensor is made; its memory, and all views, remember it."""
     made = _Made(make)
     tensor.untyped_storage().made = made  # type: ignore[attr-defined]
     return made.slot
 
 
-def making_again() -> AbstractContextManager[None]:
+def recomputing() -> AbstractContextManager[None]:
     """A context whose operators keep no tensor for the backward pass that can be made again."""
     return saved_tensors_hooks(_pack, _unpack)
 

@@ -16,37 +16,47 @@ from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import patch_entropy
+from gdfq.functional.moments import input_moments
 from gdfq.graph import operators, queries
 from gdfq.graph.blocks import block_ends, with_features
 from gdfq.graph.capture import Captured
-from gdfq.graph.statistics import input_moments
 from gdfq.optim import AdamConfig
 from gdfq.sources.base import Source
-from gdfq.sources.spectral import Look, spectral_batches
+from gdfq.sources.input_scale import InputStatistics
+from gdfq.sources.spectral import spectral_batches
 from gdfq.sources.stream import Stream
 
 _PATCHES = 64
 """Patches that are compared: an even choice of them, where there are more."""
 
 
-@tagged("PatchSource")
+@tagged("PatchSource", renamed={"dc_power": "brightness", "channel_correlation": "grey"})
 @dataclass(frozen=True)
 class PatchSource(Source):
-    """Each batch follows Adam on −`patch_entropy`, the input's moments and a focal class loss.
+    """Images whose patches are optimised to differ, for networks without batch norms.
 
-    The entropy is the mean over the outputs of all attentions; of a network that has none, over
-    its blocks' features, whose positions are the patches. Images keep mean 0 and deviation 1 for
-    each channel. A network with classes also gets `class_weight` times `focal_loss` with exponent
-    `focus`, to labels that cover the classes in turn. `exponent`, `brightness` and `grey` are
-    those of `natural_spectrum` and `from_spectrum`.
+    Each batch follows Adam on −`patch_entropy`, the moments of the input and a focal class loss.
+    The entropy is the mean over the outputs of all attentions; of a network that has none, over the
+    features of its blocks, whose positions are the patches. Images keep mean 0 and deviation 1 for
+    each channel.
+
+    Attributes:
+        batch: Images per batch.
+        iterations: Updates of each batch.
+        optimizer: Of the Fourier coefficients.
+        exponent: α of the amplitude spectrum 1/f^α at the start.
+        dc_power: Share of the power at frequency 0 at the start.
+        channel_correlation: Share of the power that the channels have in common at the start.
+        class_weight: Weight of the class loss, for a network with classes.
+        focus: Exponent γ of the focal class loss.
     """
 
     batch: int = 32
     iterations: int = 60
     optimizer: AdamConfig = AdamConfig(lr=0.1, betas=(0.8, 0.95))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
-    brightness: float = 0.06
-    grey: float = 0.85
+    dc_power: float = 0.06
+    channel_correlation: float = 0.85
     class_weight: float = 0.1
     focus: float = 2.0
 
@@ -59,7 +69,8 @@ class PatchSource(Source):
     ) -> Stream:
         """Yield `steps` batches.
 
-        Raises UsageError for inputs without a spatial axis, and for networks without patches.
+        Raises:
+            UsageError: The inputs have no spatial axis, or the network has no patches.
         """
         nodes = patch_nodes(teacher.network.graph)
         if len(teacher.input_shape) < 2 or not nodes:
@@ -72,14 +83,16 @@ class PatchSource(Source):
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
             outputs, features = network(images)
-            looks = map(patches, nodes, features)
-            entropy = torch.stack([patch_entropy(look) for look in looks]).mean()
+            groups = map(patches, nodes, features)
+            entropy = torch.stack([patch_entropy(tokens) for tokens in groups]).mean()
             mean, variance = input_moments(images)
             scale = mean.square().mean() + (variance.sqrt() - 1).square().mean()
             return outputs, scale - entropy, {"entropy": entropy.detach()}
 
         draw = random_stream(context.seed, "patches.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, context, Look.unit(teacher))
+        return spectral_batches(
+            self, teacher, knowledge, steps, draw, context, InputStatistics.unit(teacher)
+        )
 
 
 def patch_nodes(graph: fx.Graph) -> list[fx.Node]:

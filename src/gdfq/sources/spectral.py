@@ -23,31 +23,42 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import focal_loss, relative_statistics_loss
 from gdfq.graph.capture import Captured
-from gdfq.graph.statistics import StatisticsNetwork, remembered_input, unit_input
+from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig, Cosine, set_rate_
 from gdfq.sources.base import Batch, Source, labels_in_turn
+from gdfq.sources.input_scale import InputStatistics, remembered_input
 from gdfq.sources.stream import InTurn, Stream
 
 
-@tagged("SpectralSource")
+@tagged("SpectralSource", renamed={"dc_power": "brightness", "channel_correlation": "grey"})
 @dataclass(frozen=True)
 class SpectralSource(Source):
-    """Each batch follows Adam on relative statistics plus a weak focal class loss.
+    """Images whose spectra are optimised against the batch-norm statistics of the teacher.
 
-    The loss is `relative_statistics_loss` over all batch norms and the input, whose target is
-    `remembered_input`, plus, for a network with classes, `class_weight` times `focal_loss` with
-    exponent `focus` to labels that cover the classes in turn. At the start `exponent` is α of the
-    spectrum, `brightness` the share of the power that is at f = 0, and `grey` the share that the
-    channels have in common (see `from_spectrum`). Natural images differ in contrast: each image's
-    is e to the power of a normal number of deviation `contrast`.
+    Each batch follows Adam on `relative_statistics_loss` over all batch norms and the input, whose
+    target is `remembered_input`, plus, for a network with classes, `class_weight` times
+    `focal_loss` to labels that cover the classes in turn.
+
+    Attributes:
+        batch: Images per batch.
+        iterations: Updates of each batch.
+        optimizer: Of the Fourier coefficients.
+        exponent: α of the amplitude spectrum 1/f^α at the start.
+        dc_power: Share of the power at frequency 0 at the start: by so much images differ from one
+            another in their mean.
+        channel_correlation: Share of the power that the channels have in common at the start.
+        contrast: Standard deviation of the logarithm of an image's contrast; natural images differ
+            in contrast.
+        class_weight: Weight of the class loss.
+        focus: Exponent γ of the focal class loss.
     """
 
     batch: int = 128
     iterations: int = 24
     optimizer: AdamConfig = AdamConfig(lr=0.3, betas=(0.5, 0.5))  # noqa: RUF009 (frozen)
     exponent: float = 1.5
-    brightness: float = 0.3
-    grey: float = 0.85
+    dc_power: float = 0.3
+    channel_correlation: float = 0.85
     contrast: float = 0.3
     class_weight: float = 0.01
     focus: float = 2.0
@@ -61,7 +72,8 @@ class SpectralSource(Source):
     ) -> Stream:
         """Yield `steps` batches.
 
-        Raises UsageError for networks without batch norms and for inputs without a spatial axis.
+        Raises:
+            UsageError: The network has no batch norms, or its inputs have no spatial axis.
         """
         if len(teacher.input_shape) < 2:
             raise UsageError(
@@ -70,9 +82,9 @@ class SpectralSource(Source):
                 "data=...)."
             )
 
-        look = self.look(teacher, context.seed)
-        variance = look.deviation.square().expand_as(look.mean)
-        network = StatisticsNetwork(teacher, of_input=(look.mean, variance))
+        target = self.input_statistics(teacher, context.seed)
+        variance = target.deviation.square().expand_as(target.mean)
+        network = StatisticsNetwork(teacher, of_input=(target.mean, variance))
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
             with context.autocast(teacher.device):
@@ -81,32 +93,17 @@ class SpectralSource(Source):
             return outputs, bns, {"bns": bns.detach()}
 
         draw = random_stream(context.seed, "spectral.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, context, look)
+        return spectral_batches(self, teacher, knowledge, steps, draw, context, target)
 
-    def look(self, teacher: Captured, seed: int) -> "Look":
-        """What is the same of all images."""
+    def input_statistics(self, teacher: Captured, seed: int) -> InputStatistics:
+        """Return the statistics that all images should have: those that the teacher remembers."""
         draw = random_stream(seed, "spectral.input")
         noise = natural_noise(_NOISE_IMAGES, teacher.input_shape, self, draw).to(teacher.device)
-        return Look(*remembered_input(teacher, noise), self.contrast)
+        return InputStatistics(*remembered_input(teacher, noise), self.contrast)
 
 
 _NOISE_IMAGES = 32
 """Images of noise that the network is asked about to find out what inputs it knows."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """Mean ([C]) and deviation of all images, and how much their contrasts differ."""
-
-    mean: Tensor
-    deviation: Tensor
-    contrast: float
-
-    @classmethod
-    def unit(cls, teacher: Captured) -> "Look":
-        """Mean 0, deviation 1 and no other contrast."""
-        mean, variance = unit_input(teacher)
-        return cls(mean, variance[0], 0.0)
 
 
 class SpectralConfig(Protocol):
@@ -121,9 +118,9 @@ class SpectralConfig(Protocol):
     @property
     def exponent(self) -> float: ...
     @property
-    def brightness(self) -> float: ...
+    def dc_power(self) -> float: ...
     @property
-    def grey(self) -> float: ...
+    def channel_correlation(self) -> float: ...
     @property
     def class_weight(self) -> float: ...
     @property
@@ -141,7 +138,7 @@ def spectral_batches(
     steps: int,
     draw: torch.Generator,
     context: Context,
-    look: Look,
+    target: InputStatistics,
 ) -> Stream:
     """Batches of images whose Fourier coefficients follow Adam on what the teacher knows.
 
@@ -149,25 +146,25 @@ def spectral_batches(
     """
     channels, *size = teacher.input_shape
     device = teacher.device
-    amplitude = natural_spectrum(size, config.exponent, config.brightness).to(device)
+    amplitude = natural_spectrum(size, config.exponent, config.dc_power).to(device)
     shape = (config.batch, channels, *amplitude.shape, 2)
     losses: dict[str, Tensor] = {}
 
     one_each = (config.batch, *[1] * (1 + len(size)))
-    mean = look.mean.view(-1, *[1] * len(size))
+    mean = target.mean.view(-1, *[1] * len(size))
 
     def start() -> tuple[Tensor, Tensor]:
         coefficients = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5)).to(device)
-        contrast = torch.randn(one_each, generator=draw).mul_(look.contrast).exp_().to(device)
+        contrast = torch.randn(one_each, generator=draw).mul_(target.contrast).exp_().to(device)
         return coefficients, contrast / contrast.square().mean().sqrt()
 
     def optimised(step: int, start: tuple[Tensor, Tensor]) -> Tensor:
         nonlocal losses
         labels = labels_in_turn(teacher, step, config.batch)
-        coefficients, contrast = start[0].requires_grad_(), look.deviation * start[1]
+        coefficients, contrast = start[0].requires_grad_(), target.deviation * start[1]
 
         def images_of(coefficients: Tensor) -> Tensor:
-            plain = from_spectrum(coefficients, amplitude, size, config.grey)
+            plain = from_spectrum(coefficients, amplitude, size, config.channel_correlation)
             return torch.addcmul(mean, plain, contrast)
 
         optimizer = config.optimizer.build([coefficients])
@@ -209,16 +206,23 @@ def natural_noise(
     channels, *size = shape
     if not size:
         return torch.randn(count, channels, generator=draw)
-    amplitude = natural_spectrum(size, config.exponent, config.brightness)
+    amplitude = natural_spectrum(size, config.exponent, config.dc_power)
     noise = torch.randn(count, channels, *amplitude.shape, 2, generator=draw).mul_(math.sqrt(0.5))
-    return from_spectrum(noise, amplitude, size, config.grey)
+    return from_spectrum(noise, amplitude, size, config.channel_correlation)
 
 
-def natural_spectrum(size: list[int], exponent: float, brightness: float) -> Tensor:
-    """Amplitudes 1/f^exponent on the grid of `torch.fft.rfftn` over `size`: [*, last//2 + 1].
+def natural_spectrum(size: list[int], exponent: float, dc_power: float) -> Tensor:
+    """Return the amplitude spectrum 1/f^exponent that natural images share.
 
-    Scaled so that unit complex normal coefficients make images of variance 1, with the share
-    `brightness` of it at f = 0: by so much images differ from one another in their mean.
+    It is scaled so that unit complex normal coefficients make images of variance 1.
+
+    Args:
+        size: Sides of the images.
+        exponent: α of the spectrum.
+        dc_power: Share of the variance that is at f = 0, between the means of images.
+
+    Returns:
+        Amplitudes on the grid of `torch.fft.rfftn` over `size`: [*size[:-1], size[-1] // 2 + 1].
     """
     axes = [torch.fft.fftfreq(side) for side in size[:-1]] + [torch.fft.rfftfreq(size[-1])]
     grid = torch.meshgrid(*axes, indexing="ij")
@@ -233,22 +237,36 @@ def natural_spectrum(size: list[int], exponent: float, brightness: float) -> Ten
     amplitude = torch.where(mean, 0.0, frequency.pow(-exponent))
     power = (count * amplitude.square()).sum()
     if power == 0:  # of one pixel, all is in the mean
-        power, brightness = torch.ones(()), 1.0
-    amplitude *= ((1 - brightness) * pixels / power).sqrt()
-    return amplitude.masked_fill(mean, math.sqrt(brightness * pixels / 0.5))
+        power, dc_power = torch.ones(()), 1.0
+    amplitude *= ((1 - dc_power) * pixels / power).sqrt()
+    return amplitude.masked_fill(mean, math.sqrt(dc_power * pixels / 0.5))
 
 
-def from_spectrum(coefficients: Tensor, amplitude: Tensor, size: list[int], grey: float) -> Tensor:
-    """Images [N, C, *size] of coefficients [N, C, *amplitude.shape, 2]; differentiable.
+def from_spectrum(
+    coefficients: Tensor, amplitude: Tensor, size: list[int], channel_correlation: float
+) -> Tensor:
+    """Return the images of Fourier coefficients, with gradients.
 
-    The channels' mean is scaled so that of white coefficients it makes the share `grey` of the
-    power, as in natural images, whose channels are mostly alike; the differences make the rest.
+    The channels' mean is scaled so that of white coefficients it makes the share
+    `channel_correlation` of the power, as in natural images, whose channels are mostly alike; the
+    differences between channels make the rest.
+
+    Args:
+        coefficients: Real and imaginary parts, [N, C, *amplitude.shape, 2].
+        amplitude: Amplitude spectrum (see `natural_spectrum`).
+        size: Sides of the images.
+        channel_correlation: Share of the power that the channels have in common.
+
+    Returns:
+        Images [N, C, *size], channels_last where they have two sides.
     """
     channels = coefficients.shape[1]
     mean = coefficients.mean(1, keepdim=True)
     if channels > 1:
-        apart = math.sqrt(channels / (channels - 1) * (1 - grey))
-        coefficients = math.sqrt(channels * grey) * mean + apart * (coefficients - mean)
+        apart = math.sqrt(channels / (channels - 1) * (1 - channel_correlation))
+        coefficients = math.sqrt(channels * channel_correlation) * mean + apart * (
+            coefficients - mean
+        )
     scaled = torch.view_as_complex(coefficients) * amplitude
     dims = list(range(-len(size), 0))
     images: Tensor = torch.fft.irfftn(scaled, s=size, dim=dims, norm="ortho")

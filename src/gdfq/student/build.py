@@ -16,7 +16,7 @@ from gdfq.graph.rewrite import Copy, rewrite
 from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.family import MINMAX, QuantizerFamily
-from gdfq.quantizers.recompute import making_again
+from gdfq.quantizers.recompute import recomputing
 from gdfq.student.placement import activation_widths
 from gdfq.student.scheme import Scheme
 
@@ -64,7 +64,7 @@ class Student(nn.Module):
         self.network = graph_module
 
     def forward(self, images: Tensor) -> Any:
-        with making_again():
+        with recomputing():
             return self.network(images)
 
     def named(self, names: Sequence[str]) -> list[fx.Node]:
@@ -89,7 +89,7 @@ class Student(nn.Module):
         _leave_out_rectifiers_(network)
 
         def ask(images: Tensor) -> tuple[Any, Sequence[Tensor]]:
-            with making_again():
+            with recomputing():
                 found: tuple[Any, Sequence[Tensor]] = network(images)
                 return found
 

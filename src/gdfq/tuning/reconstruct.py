@@ -21,7 +21,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import Captured
 from gdfq.optim import Cosine, OptimizerConfig, Schedule, set_rate_
-from gdfq.quantizers.base import ActivationQuantizer, Bypass, WeightQuantizer
+from gdfq.quantizers.base import ActivationQuantizer, QDrop, WeightQuantizer
 from gdfq.sources.base import Batch
 from gdfq.sources.stream import Feed
 from gdfq.student.build import Student
@@ -189,14 +189,14 @@ def _updates(
     quantizers = [m for m in block.modules() if isinstance(m, ActivationQuantizer)]
     draw = place.draw
     for quantizer in quantizers:
-        quantizer.bypass = Bypass(config.drop, draw) if config.drop else None
+        quantizer.dropping = QDrop(config.drop, draw) if config.drop else None
     for update in range(place.update, updates):
         rate = config.schedule.factor(update, updates)
         set_rate_(optimizer, rate)
         chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
         seen, inputs, wanted = (part[chosen] for part in images)
         if config.drop:
-            seen = Bypass(config.drop, draw)(inputs, seen)
+            seen = QDrop(config.drop, draw)(inputs, seen)
         optimizer.zero_grad()
         with torch.enable_grad():
             # Summed over channels, the mean over images and positions: channels are dimension 1
@@ -227,7 +227,7 @@ def _settle_(block: fx.GraphModule) -> None:
     """What was let through or left undecided while the block was trained is so no longer."""
     for module in block.modules():
         if isinstance(module, ActivationQuantizer):
-            module.bypass = None
+            module.dropping = None
         elif isinstance(module, WeightQuantizer):
             module.settle_()
 
