@@ -14,6 +14,7 @@ from gdfq.analysis.accuracy_drop import _SOURCE, LAW, Law, comparable, judged, m
 from gdfq.execution.context import Context
 from gdfq.graph.capture import Captured, capture
 from gdfq.pipeline import quantize
+from gdfq.sources.base import Source
 from gdfq.sources.pool import collect
 
 ERRORS = st.floats(0.0, 2.0)
@@ -73,9 +74,9 @@ def test_the_same_answers_lose_nothing():
 def test_the_images_are_not_those_of_a_recipe_with_the_same_seed(teacher: Captured, monkeypatch):
     asked = []
 
-    def noted(source, teacher, count, *, seed, listener):
-        asked.append(seed)
-        return collect(source, teacher, count, context=Context(seed=seed, listener=listener))
+    def noted(source: Source, teacher: Captured, count: int, *, context: Context):
+        asked.append(context.seed)
+        return collect(source, teacher, count, context=context)
 
     monkeypatch.setattr("gdfq.analysis.accuracy_drop.collect", noted)
     measure(teacher, teacher.network, seed=3)
