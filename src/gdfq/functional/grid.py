@@ -1,4 +1,4 @@
-"""What a quantized number is: the affine grid of k bits, as pure functions.
+"""The affine grid of k bits, as pure functions.
 
 Equation Q1 (arXiv 2003.03603; `docs/equations.md`), for a range [l, u] and k bits:
 
@@ -24,15 +24,15 @@ from gdfq.files.plain_values import tagged
 
 MIN_BITS, MAX_BITS = 2, 8
 _INT8 = 127
-"""The greatest number whose negative, too, fits into 8 signed bits."""
-_BIAS = 2**30
-"""The greatest code of a bias: in 32 bits it leaves as much room for the products."""
+"""The largest magnitude of a symmetric code of 8 signed bits."""
+_MAX_BIAS_CODE = 2**30
+"""Half the range of 32 signed bits: the other half is left for the sum of the products."""
 
 
 @tagged("Bits")
 @dataclass(frozen=True)
 class Bits:
-    """Widths of weights and activations, each 2..8."""
+    """Bits of weights and activations, each 2..8."""
 
     weights: int
     activations: int
@@ -41,13 +41,17 @@ class Bits:
         for what, k in (("weights", self.weights), ("activations", self.activations)):
             if not MIN_BITS <= k <= MAX_BITS:
                 raise UsageError(
-                    f"{what} need a width of {MIN_BITS} to {MAX_BITS} bits; got {k}. "
-                    "Write the widths as for instance w4a4 or w4a8."
+                    f"{what} need {MIN_BITS} to {MAX_BITS} bits; got {k}. "
+                    "Write the bits as for instance w4a4 or w4a8."
                 )
 
     @classmethod
     def parse(cls, text: str) -> "Bits":
-        """Read `w4a8`-like text. Raises UsageError for anything else."""
+        """Read text such as `w4a8`.
+
+        Raises:
+            UsageError: The text is none such, or the bits are out of range.
+        """
         match = re.fullmatch(r"w([0-9]{1,2})a([0-9]{1,2})", text.strip().lower())
         if match is None:
             raise UsageError(
@@ -61,24 +65,30 @@ class Bits:
 
 
 class Layout(Enum):
-    """Where a weight keeps its output channels."""
+    """Which dimension of a weight holds its output channels."""
 
     ROWS = "rows"  # convolution [O, I/g, *k] and linear [O, I]
     TRANSPOSED = "transposed"  # transposed convolution [I, O/g, *k]
 
 
 def code_bounds(bits: int) -> tuple[int, int]:
-    """Lowest and highest signed code of `bits` bits."""
+    """Return the lowest and the highest signed code of `bits` bits."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid that spans [low, high] (Q1), elementwise.
+    """Return scale and zero point of the grid that spans [low, high] (Q1), elementwise.
 
-    A range without extent is widened to contain 0, so that a constant is represented exactly;
-    a range that is only 0 gets the scale 1.
+    A range without extent is widened to contain 0, so that a constant is represented exactly. A
+    range that is only 0 gets the scale 1.
 
-    Returns scale (> 0) and zero point (integers, in low's dtype), shaped as `low`.
+    Args:
+        low: Lower ends, of any shape.
+        high: Upper ends, of the same shape.
+        bits: k.
+
+    Returns:
+        Scale (> 0) and zero point (integers in the dtype of `low`), both shaped as `low`.
     """
     flat = high <= low
     low = torch.where(flat, low.clamp(max=0), low)
@@ -90,7 +100,7 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`affine_grid` for weights, whose codes minus zero point fit into 8 signed bits.
+    """Return the `affine_grid` of weights, whose codes minus zero point fit into 8 signed bits.
 
     Integer runtimes multiply by q − z as one int8 number. Where |q − z| could exceed 127 the range
     is widened: to contain 0, and at 8 bits, where only z = 0 leaves room, to [−m, m].
@@ -108,7 +118,7 @@ def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def along_channels(values: Tensor, weight: Tensor, layout: Layout, groups: int = 1) -> Tensor:
-    """One value for each output channel [O], shaped to broadcast against `weight`."""
+    """Return values of the output channels [O], shaped to broadcast against `weight`."""
     ones = [1] * (weight.ndim - 2)
     if layout is Layout.ROWS:
         return values.view(-1, 1, *ones)
@@ -124,7 +134,7 @@ def along_channels(values: Tensor, weight: Tensor, layout: Layout, groups: int =
 
 
 def channel_range(weight: Tensor, layout: Layout, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of each output channel, shaped to broadcast against `weight`."""
+    """Return minimum and maximum of each output channel, shaped to broadcast against `weight`."""
     if layout is Layout.ROWS:
         channels = weight.flatten(1)
     else:  # [I, O/g, *k] -> [g, I/g, O/g, *k] -> [g, O/g, I/g, *k] -> [O, ...]
@@ -137,13 +147,13 @@ def channel_range(weight: Tensor, layout: Layout, groups: int = 1) -> tuple[Tens
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Codes q of Q1, as whole numbers in x's dtype; scale and zero point broadcast."""
+    """Return the codes q of Q1, as whole numbers in the dtype of x; the grid broadcasts."""
     low, high = code_bounds(bits)
     return (x / scale).round_().add_(zero_point).clamp_(low, high)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """The numbers x_q that codes stand for (Q1), in scale's dtype.
+    """Return the numbers x_q of codes (Q1), in the dtype of the scale.
 
     `bits` does not enter the value; it tells writers of files how many bits a code needs.
     """
@@ -151,31 +161,45 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> T
 
 
 def dequantize_bias(codes: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """The bias b = Δ_x Δ_w q [O] of a layer with input step Δ_x and weight steps Δ_w.
+    """Return the bias b = Δ_x Δ_w q [O] of a layer with input scale Δ_x and weight scales Δ_w.
 
     On this grid it adds to the integer products of activations and weights (arXiv 1712.05877,
-    section 2.4). codes: int32 [O]; activation_scale: scalar; weight_scale: [O, 1, ...].
+    section 2.4).
+
+    Args:
+        codes: q, int32 [O].
+        activation_scale: Δ_x, a scalar.
+        weight_scale: Δ_w, [O, 1, ...].
     """
     return codes.to(weight_scale.dtype) * (activation_scale * weight_scale.flatten())
 
 
 def quantize_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """Codes of `dequantize_bias`, int32 [O], kept within ±2^30."""
-    step = (activation_scale * weight_scale.flatten()).double()
-    return (bias.double() / step).round().clamp(-_BIAS, _BIAS).to(torch.int32)
+    """Return the codes of `dequantize_bias`, int32 [O], clipped to ±2^30."""
+    scale = (activation_scale * weight_scale.flatten()).double()
+    return (bias.double() / scale).round().clamp(-_MAX_BIAS_CODE, _MAX_BIAS_CODE).to(torch.int32)
 
 
 def room_for_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """Factors >= 1, shaped as `weight_scale`, that its steps need for the bias's codes to fit.
+    """Return the factors >= 1 on the weight scales that make the codes of the bias fit.
 
-    A channel whose weights are next to nothing has steps so small that its bias would overflow.
+    A channel whose weights are almost 0 has a scale so small that the code of its bias would
+    overflow.
+
+    Args:
+        bias: [O].
+        activation_scale: A scalar.
+        weight_scale: [O, 1, ...].
+
+    Returns:
+        Factors, shaped as `weight_scale`.
     """
-    step = activation_scale.double() * weight_scale.double()
-    return (bias.double().abs().view_as(step) / (step * _BIAS)).clamp(min=1)
+    scale = activation_scale.double() * weight_scale.double()
+    return (bias.double().abs().view_as(scale) / (scale * _MAX_BIAS_CODE)).clamp(min=1)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """x rounded to its grid and back (Q1): dequantize(quantize(x))."""
+    """Return x rounded to its grid (Q1): dequantize(quantize(x))."""
     return quantize(x, scale, zero_point, bits).sub_(zero_point).mul_(scale)
 
 
@@ -192,6 +216,6 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """`fake_quantize` with the straight-through estimator ∂x_q/∂x = 1 (Q2)."""
+    """Return `fake_quantize` of x with the straight-through estimator ∂x_q/∂x = 1 (Q2)."""
     result: Tensor = _StraightThrough.apply(x, scale, zero_point, bits)
     return result

@@ -1,4 +1,4 @@
-"""The losses, one function an equation (`docs/equations.md`).
+"""The losses, one function for each equation (`docs/equations.md`).
 
 N images, C classes, L batch norms; K is the number of batch-norm channels of the whole network.
 """
@@ -16,68 +16,88 @@ from gdfq.execution.precision import to_float32
 
 
 def class_boundary_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """L_CE(G) = E[CE(M(x̂), y)]: the classification boundary loss of arXiv 2003.03603.
+    """Return L_CE(G) = E[CE(M(x̂), y)]: the class-boundary loss of arXiv 2003.03603.
 
-    teacher_logits [N, C], labels [N] -> scalar.
+    Args:
+        teacher_logits: M(x̂), [N, C].
+        labels: y, [N].
+
+    Returns:
+        A scalar.
     """
     return F.cross_entropy(to_float32(teacher_logits), labels)
 
 
-def batch_norm_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
-    """L_BNS(G) = 1/L Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ²_l(x̂), σ²_l)]:
+def batch_norm_statistics_loss(observed: Statistics, target: Statistics) -> Tensor:
+    """Return L_BNS(G) = 1/L Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ²_l(x̂), σ²_l)]:
     the batch-norm statistics loss of arXiv 2003.03603.
 
     The mean square error is the mean over a layer's channels. Written as one weighted sum over
     all K channels, because a loop of small operations over L layers costs more than the sum.
     """
-    seen_all, stored_all, weight = _concatenate(seen, stored)
-    return (weight * (seen_all - stored_all).square()).sum()
+    observed_all, target_all, weight = _concatenate(observed, target)
+    return (weight * (observed_all - target_all).square()).sum()
 
 
-def standard_deviation_loss(seen: Statistics, stored: Statistics) -> Tensor:
-    """Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ_l(x̂), σ_l)]: ZeroQ's form (arXiv 2001.00281).
+def standard_deviation_loss(observed: Statistics, target: Statistics) -> Tensor:
+    """Return Σ_l [MSE(μ_l(x̂), μ_l) + MSE(σ_l(x̂), σ_l)]: ZeroQ's form (arXiv 2001.00281).
 
     Standard deviations instead of variances, and the sum over layers instead of their mean.
     """
-    return len(seen) * batch_norm_statistics_loss(_deviations(seen), _deviations(stored))
+    return len(observed) * batch_norm_statistics_loss(_deviations(observed), _deviations(target))
 
 
-def relative_statistics_loss(seen: Statistics, stored: Statistics) -> Tensor:
-    """1/L Σ_l mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²]: both errors in units of the channel's own σ.
+def relative_statistics_loss(observed: Statistics, target: Statistics) -> Tensor:
+    """Return 1/L Σ_l mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²],
+    both errors in units of the channel's own σ.
 
     A channel counts by how far it is off, not by how large its values are. A floor of 10⁻³ on the
     unit keeps channels that are almost constant from ruling the rest.
     """
-    units = [deviation.clamp_min(1e-3) for _, deviation in _deviations(stored)]
+    units = [deviation.clamp_min(1e-3) for _, deviation in _deviations(target)]
 
     def in_units(statistics: Statistics) -> Statistics:
         pairs = zip(_deviations(statistics), units, strict=True)
         return [(mean / unit, deviation / unit) for (mean, deviation), unit in pairs]
 
-    return batch_norm_statistics_loss(in_units(seen), in_units(stored))
+    return batch_norm_statistics_loss(in_units(observed), in_units(target))
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """E[(1 − p_y)^γ · (−log p_y)] (arXiv 1708.02002): cross-entropy that lets go of easy images.
+    """Return E[(1 − p_y)^γ · (−log p_y)] (arXiv 1708.02002), which weighs easy images less.
 
-    logits [N, C], labels [N] -> scalar. γ = 0 is the cross-entropy itself.
+    Args:
+        logits: [N, C].
+        labels: y, [N].
+        gamma: γ; 0 gives the cross-entropy.
+
+    Returns:
+        A scalar.
     """
     log_p = F.log_softmax(to_float32(logits), 1).gather(1, labels[:, None])
     # 1 − p reaches 0, where a power below 1 would have no gradient.
     return -((1 - log_p.exp()).clamp_min(1e-12).pow(gamma) * log_p).mean()
 
 
-def feature_loss(seen: Sequence[Tensor], wanted: Sequence[Tensor], group: Group = ALONE) -> Tensor:
-    """1/B Σ_b ‖F̂_b − F_b‖² / ‖F_b‖² over the features of B blocks, each [N, ...] -> scalar.
+def feature_loss(
+    observed: Sequence[Tensor], target: Sequence[Tensor], group: Group = ALONE
+) -> Tensor:
+    """Return 1/B Σ_b ‖F̂_b − F_b‖² / ‖F_b‖² over the features of B blocks.
 
-    `wanted` gets no gradient. In a group ‖F_b‖² is the mean over the parts of the batch, so that
-    the mean of the losses is that of the whole batch.
+    Args:
+        observed: Features F̂_b of the student, each [N, ...].
+        target: Features F_b of the teacher in the same shapes; they get no gradient.
+        group: ‖F_b‖² is the mean over the shards of its processes, so that the mean of their losses
+            is that of the whole batch.
+
+    Returns:
+        A scalar.
     """
-    seen, wanted = list(map(to_float32, seen)), list(map(to_float32, wanted))
-    powers = group.mean(torch.stack([inner(teacher, teacher) for teacher in wanted]).detach())
+    observed, target = list(map(to_float32, observed)), list(map(to_float32, target))
+    powers = group.mean(torch.stack([inner(teacher, teacher) for teacher in target]).detach())
     errors = [
         _RelativeError.apply(student, teacher, power)
-        for student, teacher, power in zip(seen, wanted, powers, strict=True)
+        for student, teacher, power in zip(observed, target, powers, strict=True)
     ]
     return torch.stack(errors).mean()
 
@@ -99,11 +119,17 @@ class _RelativeError(torch.autograd.Function):
 
 
 def patch_entropy(patches: Tensor) -> Tensor:
-    """H = −∫ f(t) log f(t) dt, f the density of the patches' cosine similarities: the diversity
-    of patch similarity of arXiv 2203.02250, averaged over the M groups of patches [M, P, d].
+    """Return H = −∫ f(t) log f(t) dt, the diversity of patch similarity of arXiv 2203.02250.
 
-    f is a Gaussian kernel estimate over the pairs of different patches, the integral a sum over
-    an even grid. Patches that all look alike have the least entropy.
+    f is the density of the cosine similarities of patches: a Gaussian kernel estimate over the
+    pairs of different patches. The integral is a sum over an even grid. Patches that are all equal
+    have the least entropy.
+
+    Args:
+        patches: M groups of P patches, [M, P, d].
+
+    Returns:
+        A scalar, the mean over the groups.
     """
     unit = F.normalize(patches, dim=-1)
     similarity = (unit @ unit.transpose(1, 2)).flatten(1)  # [M, P²]
@@ -112,17 +138,18 @@ def patch_entropy(patches: Tensor) -> Tensor:
     similarity = similarity[:, different]
     points = torch.linspace(-1.2, 1.2, _POINTS, device=patches.device)
     kernel = (-((similarity[:, :, None] - points) / _BANDWIDTH).square() / 2).exp()
-    width = float(points[1] - points[0])
+    spacing = float(points[1] - points[0])
     density = kernel.mean(1) / (_BANDWIDTH * math.sqrt(2 * math.pi))  # [M, points]
-    return -(density * density.clamp_min(1e-12).log()).sum(1).mean() * width
+    return -(density * density.clamp_min(1e-12).log()).sum(1).mean() * spacing
 
 
 _POINTS, _BANDWIDTH = 49, 0.1
-"""Of the density's grid, from −1.2 to 1.2 so that the kernels' tails lie inside, and its kernel."""
+"""Points of the density's grid, and standard deviation of its kernel. The grid reaches from −1.2 to
+1.2, so that the tails of the kernels lie inside."""
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b of two tensors of one shape: one pass, no product tensor, fast in channels_last."""
+    """Return Σ a b of two tensors of one shape, in one pass and without a product tensor."""
     if a.ndim == 4:
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.dot(a.reshape(-1), b.reshape(-1))
@@ -131,10 +158,17 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str
 ) -> Tensor:
-    """T² KL(softmax(M/T) ‖ softmax(Q/T)); logits [N, C] -> scalar.
+    """Return T² KL(softmax(M/T) ‖ softmax(Q/T)).
 
-    `reduction` is "batch" (the mean over the batch: the standard definition) or "element" (the
-    mean over batch *and classes*, C times smaller: what the published numbers were made with).
+    Args:
+        student_logits: Q, [N, C].
+        teacher_logits: M, [N, C].
+        temperature: T.
+        reduction: "batch" is the mean over the batch, the standard definition. "element" is the
+            mean over batch and classes, C times smaller: the published numbers were made with it.
+
+    Returns:
+        A scalar.
     """
     kl = F.kl_div(
         F.log_softmax(to_float32(student_logits) / temperature, 1),
@@ -146,16 +180,16 @@ def distillation_loss(
     return kl * (temperature**2 / classes)
 
 
-def _concatenate(seen: Statistics, stored: Statistics) -> tuple[Tensor, Tensor, Tensor]:
-    """All seen and all stored statistics [2K], and each channel's weight 1/(L channels) [2K]."""
+def _concatenate(observed: Statistics, target: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all observed and all target statistics, and the weight 1/(L channels), each [2K]."""
     weight = torch.cat(
-        [mean.new_full((mean.numel(),), 1 / (len(stored) * mean.numel())) for mean, _ in stored]
+        [mean.new_full((mean.numel(),), 1 / (len(target) * mean.numel())) for mean, _ in target]
     )
 
     def flat(pairs: Statistics) -> Tensor:
         return torch.cat([mean for mean, _ in pairs] + [variance for _, variance in pairs])
 
-    return flat(seen), flat(stored), weight.repeat(2)
+    return flat(observed), flat(target), weight.repeat(2)
 
 
 def _deviations(statistics: Statistics) -> Statistics:

@@ -16,9 +16,15 @@ _PHASES = [(a, b) for a in range(2) for b in range(2)]
 
 
 def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1).
+    """Return conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1).
 
-    x [N, I, H, W], weight [O, I, 3, 3], bias [O] -> [N, O, 2H, 2W].
+    Args:
+        x: [N, I, H, W].
+        weight: [O, I, 3, 3].
+        bias: [O].
+
+    Returns:
+        [N, O, 2H, 2W].
     """
     result: Tensor = _UpsampledConvolution.apply(x, _phase_kernels(weight), bias)
     return result

@@ -15,9 +15,8 @@ class RoundedWeight(WeightQuantizer):
     """w_q = Δ (clamp(b + h(v) + z) − z) with base b = ⌊w/Δ⌋ fixed; rounding h(v) and Δ are learned.
 
     h is the rectified sigmoid of AdaRound; it starts at the weight's own fraction, so that w_q
-    starts at the weight itself. Step and rounding learn together, as in GENIE (arXiv 2212.04780).
-    While `settled` is False h is soft; then it is 0 or 1. The weight enters once, at
-    construction.
+    starts at the weight itself. Scale and rounding are learned together (GENIE, arXiv 2212.04780).
+    h is soft until `settle_`, and 0 or 1 afterwards. The weight is read once, at construction.
     """
 
     scale: Tensor
@@ -40,7 +39,7 @@ class RoundedWeight(WeightQuantizer):
         self.settled = False
 
     def rounding(self) -> Tensor:
-        """h(v), each in 0..1."""
+        """Return h(v), each in 0..1."""
         low, high = _STRETCH
         soft = (self.rounding_logits.sigmoid() * (high - low) + low).clamp(0, 1)
         return (soft >= 0.5).to(soft.dtype) if self.settled else soft
@@ -53,7 +52,7 @@ class RoundedWeight(WeightQuantizer):
         """Return Σ 1 − |2h − 1|^β, a scalar: 0 when every weight has decided."""
         return (1 - (2 * self.rounding() - 1).abs().pow(sharpness)).sum()
 
-    def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
+    def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it was read at construction)
         codes = (self.base + self.rounding() + self.zero_point).clamp(*code_bounds(self.bits))
         return (codes - self.zero_point) * (self.scale * self.log_scale.exp())
 

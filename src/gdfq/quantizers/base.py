@@ -1,4 +1,4 @@
-"""Fake quantizers: modules that put a tensor on its grid while the student is tuned.
+"""Fake quantizers: modules that round a tensor to its grid while the student is tuned.
 
 A weight quantizer is called with the layer's weight, an activation quantizer with a feature map
 whose range it finds while `observing`. Both give their final grid to `freeze`.
@@ -26,7 +26,7 @@ class QuantizedTensor:
 
 
 class WeightQuantizer(nn.Module, ABC):
-    """Puts a weight on a grid with one scale and zero point for each output channel."""
+    """Rounds a weight to a grid with one scale and zero point for each output channel."""
 
     def __init__(self, bits: int, layout: Layout, groups: int) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class WeightQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight on its grid, with gradients."""
+        """Return the weight rounded to its grid, with gradients."""
 
     @abstractmethod
     def quantized(self, weight: Tensor) -> QuantizedTensor:
-        """The weight's codes on its final grid."""
+        """Return the codes of the weight on its final grid."""
 
     def rescale_(self, factor: Tensor) -> None:
         """Multiply each output channel by its factor [O] > 0; the codes stay.
@@ -56,7 +56,7 @@ class WeightQuantizer(nn.Module, ABC):
         """Decide what is learned softly, such as rounding, for good."""
 
     def along_channels(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Values of each output channel [O], shaped to broadcast against the weight."""
+        """Return values of the output channels [O], shaped to broadcast against the weight."""
         return along_channels(values, weight, self.layout, self.groups)
 
     def extra_repr(self) -> str:
@@ -65,21 +65,26 @@ class WeightQuantizer(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class QDrop:
-    """Lets a random share of values through (QDrop, arXiv 2203.05740)."""
+    """Leaves a random share of values unquantized (QDrop, arXiv 2203.05740).
+
+    Attributes:
+        share: Share of the values, 0..1.
+        draw: Randomness of the choice.
+    """
 
     share: float
     draw: torch.Generator
 
     def __call__(self, through: Tensor, otherwise: Tensor) -> Tensor:
-        """Values of `through` at random places, of `otherwise` elsewhere; both of one shape."""
+        """Return `through` at random places and `otherwise` elsewhere; both have one shape."""
         chosen = torch.rand(through.shape, generator=self.draw) < self.share
         return torch.where(chosen.to(through.device), through, otherwise)
 
 
 class ActivationQuantizer(nn.Module, ABC):
-    """Puts a feature map on a grid with one scale and zero point, found while `observing`.
+    """Rounds an activation to a grid with one scale and zero point, found while `observing`.
 
-    With `dropping` some values stay as they are.
+    With `dropping` (QDrop) some values stay unquantized.
 
     Attributes:
         clips_gradient: Whether no gradient passes where values are clipped.
@@ -103,7 +108,7 @@ class ActivationQuantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def observe_(self, x: Tensor) -> None:
-        """Take one batch into the range."""
+        """Update the range with one batch."""
         self.batches += 1
         self._update_(x)
 
@@ -113,11 +118,11 @@ class ActivationQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """x on its grid, with gradients."""
+        """Return x rounded to its grid, with gradients."""
 
     @abstractmethod
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale (> 0) and zero point, both scalars, detached."""
+        """Return scale (> 0) and zero point, both scalars, detached."""
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"

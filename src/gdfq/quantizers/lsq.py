@@ -26,18 +26,19 @@ from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQua
 from gdfq.quantizers.recompute import mark_recomputable
 
 _SHRINKS, _COARSE = 80, 5
-"""Candidate ranges: the full one times 1, 0.99, 0.98, ...; of weights' every fifth comes first."""
-_CACHED = 2**16
-"""Numbers that are put on their grid together."""
+"""Number of candidate ranges: the full one times 1, 0.99, 0.98, ...; and the stride of the coarse
+search, which comes first for weights."""
+_CHUNK = 2**16
+"""Numbers that are rounded together: they stay in the cache."""
 _SAMPLE, _CHANNEL_SAMPLE = 2**17, 2**12
-"""Values of a feature map, and of one of its channels, that a range search looks at."""
+"""Values of an activation, and of one of its channels, that a range search uses."""
 
 
 class LearnedWeight(WeightQuantizer):
     """w_q = Δ (clamp(round(v), −2^(k−1), 2^(k−1) − 1) − z) with latent codes v and scale Δ learned.
 
     One Δ for each output channel; z stays. ∂round(v)/∂v is taken as 1, and clamped codes get no
-    gradient, so ∂w_q/∂Δ = q − z and ∂w_q/∂v = Δ. The weight enters once, at construction.
+    gradient, so ∂w_q/∂Δ = q − z and ∂w_q/∂v = Δ. The weight is read once, at construction.
     """
 
     scale: Tensor
@@ -54,7 +55,7 @@ class LearnedWeight(WeightQuantizer):
         self.codes = nn.Parameter((weight / scale + zero_point).clamp(low - 0.49, high + 0.49))
         self.log_scale = nn.Parameter(torch.zeros_like(scale))
 
-    def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it entered at construction)
+    def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it was read at construction)
         inside = self.codes.clamp(*code_bounds(self.bits))
         rounded = inside + (inside.round() - inside).detach()
         return (rounded - self.zero_point) * (self.scale * self.log_scale.exp())
@@ -107,11 +108,19 @@ class LearnedRange(ActivationQuantizer):
 def best_weight_grid(
     weight: Tensor, bits: int, layout: Layout, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Step and zero point of each output channel with the least Σ|w_q − w|^2.4.
+    """Return scale and zero point of each output channel with the least Σ|w_q − w|^2.4.
 
     Candidates shrink the channel's range from both ends, or only its upper end, or only its
-    lower one: first in steps of 5 %, then of 1 % around each channel's best. Shapes broadcast
-    against the weight.
+    lower one: first by 5 %, then by 1 % around the best of each channel.
+
+    Args:
+        weight: The weight, with output channels as `layout` says.
+        bits: Bits of a code.
+        layout: Which dimension holds the output channels.
+        groups: Groups of a convolution.
+
+    Returns:
+        Scale and zero point, shaped to broadcast against the weight.
     """
     low, high = channel_range(weight, layout, groups)
 
@@ -142,7 +151,7 @@ def best_weight_grid(
 
 
 def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
-    """Sum over each output channel, shaped to broadcast against the weight."""
+    """Return the sum over each output channel, shaped to broadcast against the weight."""
     if layout is Layout.ROWS:
         return error.flatten(1).sum(1).view(-1, *[1] * (error.ndim - 1))
     rows = error.unflatten(0, (groups, -1)).sum(1)  # [g, O/g, *k]
@@ -151,22 +160,22 @@ def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
 
 
 def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Step and zero point over a range with 0 in it that give x the least mean square error.
+    """Return scale and zero point, both scalars, that give x the least mean square error.
 
-    Both scalars. The search looks at an evenly spread sample of x.
+    The range contains 0. The search uses an evenly spread sample of x.
     """
     scale, zero_point = _best_ranges(x.flatten()[None], _SAMPLE, bits)
     return scale.view(()), zero_point.view(())
 
 
 def scales_of_channels(x: Tensor, bits: int) -> Tensor:
-    """The steps of such ranges for each channel of x [N, C, *] alone, within 5 %: [C]."""
+    """Return the scale of `best_range` for each channel of x [N, C, *] alone, within 5 %: [C]."""
     rows = x.transpose(0, 1).flatten(1)
     return _best_ranges(rows, _CHANNEL_SAMPLE, bits, every=_COARSE)[0].view(-1)
 
 
 def _best_ranges(rows: Tensor, most: int, bits: int, *, every: int = 1) -> tuple[Tensor, Tensor]:
-    """Step and zero point [R, 1] of each of the rows [R, M]; about `most` numbers are looked at."""
+    """Return scale and zero point, [R, 1], of each row of [R, M], from about `most` samples."""
     # An odd stride: an even one may visit the same columns of an image's rows, the border say.
     sample = rows[:, :: rows.shape[1] // most | 1]
     low = rows.amin(1, keepdim=True).clamp(max=0)
@@ -198,7 +207,7 @@ class _LearnedScale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale = ctx.saved_tensors
         (grad,) = grads
-        quantized = ctx.slot.take(partial(_on_grid, x, scale, *ctx.bounds))
+        quantized = ctx.slot.pop(partial(_on_grid, x, scale, *ctx.bounds))
         low, high = (bound * float(scale) for bound in ctx.bounds)
         grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
         grad_scale = (inner(grad, quantized) - inner(grad_x, x)) / scale
@@ -207,15 +216,16 @@ class _LearnedScale(torch.autograd.Function):
 
 @torch.no_grad()
 def _on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
-    """x on its grid, in its own layout: one new tensor, and passes in place over what is cached.
+    """Return x rounded to its grid, in its own memory layout.
 
-    On a CPU fresh memory and its bandwidth cost more than arithmetic.
+    On a CPU new memory and bandwidth cost more than arithmetic: one tensor is allocated, and the
+    operations run in place over chunks that stay in the cache.
     """
     quantized = torch.empty_like(x)
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     parts = [(x, quantized)]
     if x.device.type == "cpu" and x.permute(order).is_contiguous():
-        whole = (tensor.permute(order).view(-1).split(_CACHED) for tensor in (x, quantized))
+        whole = (tensor.permute(order).view(-1).split(_CHUNK) for tensor in (x, quantized))
         parts = list(zip(*whole, strict=True))
     for old, new in parts:
         torch.div(old, scale, out=new).round_().clamp_(low, high).mul_(scale)
@@ -223,11 +233,16 @@ def _on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
 
 
 def learned_scale(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """`fake_quantize` with the gradients of LSQ (arXiv 1902.08153, equations 3 and 5).
+    """Return `fake_quantize` of x with the gradients of LSQ (arXiv 1902.08153, equations 3 and 5).
 
     With u = x/Δ and q − z the code without its zero point:
     ∂x_q/∂x = 1 inside the range and 0 outside; ∂x_q/∂Δ = (q − z) − u inside and q − z outside.
-    scale and zero_point are scalars.
+
+    Args:
+        x: Any shape.
+        scale: Δ, a scalar.
+        zero_point: z, a scalar.
+        bits: Bits of a code.
     """
     result: Tensor = _LearnedScale.apply(x, scale, zero_point, bits)
     return result

@@ -20,7 +20,7 @@ class MinMaxWeight(WeightQuantizer):
     """
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, shaped to broadcast against the weight."""
+        """Return scale and zero point, shaped to broadcast against the weight."""
         low, high = channel_range(weight.detach(), self.layout, self.groups)
         return weight_grid(low, high, self.bits)
 

@@ -1,7 +1,7 @@
-"""Tensors that the backward pass makes again instead of keeping them.
+"""Recomputes quantized activations in the backward pass instead of saving them.
 
-A quantized tensor is as large as what it was made from and cheap to make, yet autograd keeps both:
-the one for the layer that reads it, the other for the quantizer's own gradient.
+A quantized tensor is as large as its input and cheap to compute, yet autograd saves both: the one
+for the layer that reads it, the other for the gradient of the quantizer.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,25 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass
 class Slot:
-    """Where a tensor waits that was made again, from the first that asks for it to the last."""
+    """Holds a recomputed tensor from its first reader to its last."""
 
     tensor: Tensor | None = None
 
-    def look(self, make: Callable[[], Tensor]) -> Tensor:
-        """The tensor, for one of several readers."""
+    def get(self, make: Callable[[], Tensor]) -> Tensor:
+        """Return the tensor to one of several readers."""
         if self.tensor is None:
             self.tensor = make()
         return self.tensor
 
-    def take(self, make: Callable[[], Tensor]) -> Tensor:
-        """The tensor, for its last reader."""
-        tensor, self.tensor = self.look(make), None
+    def pop(self, make: Callable[[], Tensor]) -> Tensor:
+        """Return the tensor to its last reader."""
+        tensor, self.tensor = self.get(make), None
         return tensor
 
 
 @dataclass(frozen=True)
-class _Made:
-    """How a tensor was made. `make` gives the same values in the same layout each time."""
+class _Recipe:
+    """How to compute a tensor: `make` returns the same values in the same layout each time."""
 
     make: Callable[[], Tensor]
     slot: Slot = field(default_factory=Slot)
@@ -40,27 +40,31 @@ class _Made:
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor in the place of which autograd keeps how it is made."""
+    """What autograd saves in the place of a tensor that can be recomputed."""
 
-    made: _Made
+    made: _Recipe
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     def tensor(self) -> Tensor:
-        whole = self.made.slot.look(self.made.make)
+        whole = self.made.slot.get(self.made.make)
         return whole.as_strided(self.size, self.stride, self.offset)
 
 
 def mark_recomputable(tensor: Tensor, make: Callable[[], Tensor]) -> Slot:
-    """Let `recomputing` know how a new tensor is made; its memory, and all views, remember it."""
-    made = _Made(make)
+    """Tell `recomputing` how to compute a new tensor again; this holds for all its views.
+
+    Returns:
+        The slot that holds the recomputed tensor.
+    """
+    made = _Recipe(make)
     tensor.untyped_storage().made = made  # type: ignore[attr-defined]
     return made.slot
 
 
 def recomputing() -> AbstractContextManager[None]:
-    """A context whose operators keep no tensor for the backward pass that can be made again."""
+    """Return a context in which operators save no tensor that can be recomputed."""
     return saved_tensors_hooks(_pack, _unpack)
 
 
