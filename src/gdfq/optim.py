@@ -14,7 +14,13 @@ from gdfq.files.plain_values import tagged
 @tagged("SgdConfig")
 @dataclass(frozen=True)
 class SgdConfig:
-    """Stochastic gradient descent with Nesterov momentum on all parameters of a module."""
+    """Stochastic gradient descent with Nesterov momentum on all parameters of a module.
+
+    Attributes:
+        lr: Learning rate.
+        momentum: Nesterov momentum.
+        weight_decay: Factor of the L2 penalty.
+    """
 
     lr: float
     momentum: float = 0.9
@@ -33,7 +39,12 @@ class SgdConfig:
 @tagged("AdamConfig")
 @dataclass(frozen=True)
 class AdamConfig:
-    """Adam (arXiv 1412.6980)."""
+    """Adam (arXiv 1412.6980).
+
+    Attributes:
+        lr: Learning rate.
+        betas: Decay rates β₁ and β₂ of the averages.
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -51,17 +62,17 @@ class OptimizerConfig(Protocol):
 
 
 class Schedule(Protocol):
-    """How the learning rate goes from step to step."""
+    """The learning rate over the steps."""
 
     def factor(self, step: int, total: int) -> float:
-        """The factor on the initial learning rate at `step` (from 0) out of `total`."""
+        """Return the factor on the initial learning rate at `step` (from 0) out of `total`."""
         ...
 
 
 @tagged("StepDecay")
 @dataclass(frozen=True)
 class StepDecay:
-    """The learning rate times `decay` at each milestone, a part of all steps.
+    """Multiplies the learning rate by `decay` at each milestone, a fraction of all steps.
 
     The published milestones are epochs 100, 200 and 300 of 400.
     """
@@ -77,7 +88,7 @@ class StepDecay:
 @tagged("Cosine")
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from 1 to 0, times a line from 0 to 1 over the first `warmup` of the steps.
+    """Half a cosine from 1 to 0, times a line from 0 to 1 over the fraction `warmup` of the steps.
 
     Adam's first updates are as large as its rate whatever the gradient, in all weights at once.
     """
@@ -90,6 +101,6 @@ class Cosine:
 
 
 def set_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's learning rate to `factor` times the one it was built with."""
+    """Set the learning rate of each parameter group to `factor` times its initial one."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

@@ -1,4 +1,4 @@
-"""Calibration: what the student learns from a few batches without gradients."""
+"""Calibration: the activation ranges of a student, from a few batches without gradients."""
 
 from collections.abc import Iterable
 
@@ -23,9 +23,15 @@ def calibrate_(
 ) -> None:
     """Track all activation ranges over the batches, then freeze them.
 
-    The batches are those from `first_step` on, out of `steps` in all.
+    Args:
+        student: A student whose ranges are not yet known, changed in place.
+        batches: The batches from `first_step` on.
+        steps: Batches of the calibration in all.
+        context: Context of the run.
+        first_step: Batches that were seen before an interruption.
 
-    Raises GdfqError when a range is not finite.
+    Raises:
+        GdfqError: A range is not finite.
     """
     student.eval()
     for quantizer in student.activations:

@@ -1,4 +1,4 @@
-"""Tuning: cross-entropy, distillation and block features on the stream's batches."""
+"""Distillation: the whole student learns the teacher's outputs and block features, and labels."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from gdfq.sources.stream import Feed
 from gdfq.student.build import Student
 from gdfq.tuning.base import Tuning
 
-Answers = tuple[Any, Sequence[Tensor]]
-"""What student or teacher returns (logits [N, C] of a classifier), and each block's features."""
+Predictions = tuple[Any, Sequence[Tensor]]
+"""Outputs of student or teacher (logits [N, C] of a classifier), and the features of each block."""
 
 
 @tagged("Distillation")
@@ -39,9 +39,18 @@ class Distillation(Tuning):
     γ of the paper is `distillation`; L_F is `feature_loss` over the ends of the blocks. A network
     whose outputs are not classes has no CE, and `feature_loss` over its outputs instead of the KL.
 
-    `reduction` of the KL: "element" as the published numbers were made, "batch" the standard.
-    The cross-entropy leaves out images whose difficulty 1 − p_y, by the teacher, is above
-    `difficulty` (SynQ, arXiv 2603.18423); 1 keeps all.
+    Attributes:
+        optimizer: Of all parameters of the student.
+        schedule: Of the learning rate.
+        cross_entropy: Weight of the cross-entropy with the labels.
+        distillation: Weight of the distillation loss.
+        temperature: T.
+        reduction: Of the KL: "element" as the published numbers were made, "batch" the standard
+            (see `distillation_loss`).
+        features: Weight of the feature loss.
+        difficulty: The cross-entropy leaves out images whose difficulty 1 − p_y, by the teacher, is
+            above this (SynQ, arXiv 2603.18423); 1 leaves out none.
+        fixed_statistics: Whether the statistics of batch norms stay as they are.
     """
 
     optimizer: OptimizerConfig
@@ -88,12 +97,22 @@ class Distillation(Tuning):
         )
 
     def losses(
-        self, student: Answers, teacher: Answers, labels: Tensor | None, group: Group = ALONE
+        self,
+        student: Predictions,
+        teacher: Predictions,
+        labels: Tensor | None,
+        group: Group = ALONE,
     ) -> dict[str, Tensor]:
-        """L(Q) under "student", and those of its parts that have a weight.
+        """Return L(Q) under "student", and those of its parts that have a weight.
 
-        In a group their means are those of the whole batch. labels are None for a network whose
-        outputs are not classes.
+        Args:
+            student: Predictions of the student.
+            teacher: Predictions of the teacher.
+            labels: [N], or None for a network whose outputs are not classes.
+            group: The mean of the losses of its processes is that of the whole batch.
+
+        Returns:
+            Scalars by name.
         """
         student_outputs, student_features = student
         teacher_outputs, teacher_features = teacher
@@ -128,20 +147,29 @@ def tune_(
     total_steps: int,
     context: Context = Context(),
 ) -> None:
-    """One update of the student for each batch, of which each process of a group takes a part.
+    """Update the student once for each batch; each process of a group takes a shard of it.
 
-    On a CPU large images pass in parts, whose losses are averaged; the features' errors are then
-    relative to each part's own features.
+    On a CPU large images pass in parts, whose losses are averaged. The errors of features are then
+    relative to the features of each part.
 
-    The learning rate's schedule counts from the run's first step, so a tuning that begins after
-    a warm-up passes `first_step` and the run's `total_steps`.
+    Args:
+        student: A student with known activation ranges, trained in place.
+        teacher: The network that it learns from.
+        batches: The batches that are left of the run.
+        config: Losses, optimizer and schedule.
+        first_step: Step of the first batch; the schedule counts from the first step of the run.
+        total_steps: Steps of the run.
+        context: Context of the run.
 
-    Raises GdfqError when the loss is not finite.
+    Raises:
+        GdfqError: The loss is not finite.
     """
     group = context.group
     student.train()  # only batch norms without fixed statistics behave differently
     optimizer = context.checkpointer.register("optimizer", config.optimizer.build(student))
-    ask_student, ask_teacher = _questions(student, teacher, with_features=bool(config.features))
+    student_predicts, teacher_predicts = _predictors(
+        student, teacher, with_features=bool(config.features)
+    )
     # Statistics that follow the batch need it whole, each process the same.
     own = group if config.fixed_statistics else ALONE
     in_parts = config.fixed_statistics and teacher.device.type == "cpu"
@@ -156,8 +184,9 @@ def tune_(
             share = len(part.images) / len(batch.images)
             with torch.enable_grad():
                 with context.autocast(teacher.device):
-                    wanted, given = ask_teacher(part), ask_student(part)
-                of_part = config.losses(given, wanted, part.labels, group)
+                    expected = teacher_predicts(part)
+                    actual = student_predicts(part)
+                of_part = config.losses(actual, expected, part.labels, group)
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
@@ -188,21 +217,21 @@ def _images_at_once(teacher: Captured) -> int:
     return max(1, _FEATURE_BYTES // (4 * largest))
 
 
-def _questions(
+def _predictors(
     student: Student, teacher: Captured, *, with_features: bool
-) -> tuple[Callable[[Batch], Answers], Callable[[Batch], Answers]]:
-    """How student and teacher are asked about a batch; the teacher needs no gradient."""
+) -> tuple[Callable[[Batch], Predictions], Callable[[Batch], Predictions]]:
+    """Return functions that predict as student and teacher do; the latter without gradients."""
     if with_features:
         network = fold_batch_norms(teacher).network  # batch norms cost time and change nothing
         ends = block_ends(network.graph)
-        ask_student = student.with_features([node.name for node in ends])
-        ask_teacher = features_of(network, ends)
-        return lambda batch: ask_student(batch.images), torch.no_grad()(
-            lambda batch: ask_teacher(batch.images)
+        student_predicts = student.with_features([node.name for node in ends])
+        teacher_predicts = features_of(network, ends)
+        return lambda batch: student_predicts(batch.images), torch.no_grad()(
+            lambda batch: teacher_predicts(batch.images)
         )
 
     @torch.no_grad()
-    def logits(batch: Batch) -> Answers:
+    def logits(batch: Batch) -> Predictions:
         known = batch.teacher_logits
         return teacher.network(batch.images) if known is None else known, ()
 

@@ -16,24 +16,29 @@ from gdfq.student.build import Student
 def match_moments_(student: Student, teacher: Captured, images: Tensor) -> None:
     """Give each layer's output channels the teacher's mean and standard deviation.
 
-    Rounding scales and shifts what a channel carries, and over many layers that grows. Layer
-    after layer, each with the inputs that its corrected predecessors make, the weight's step and
-    the bias take the difference up, and each activation's range is found anew. The factor on the
-    step is kept within 1/2 and 2. (Nagel et al., arXiv 1906.04721, correct the mean alone, which at
-    three bits is worse than nothing.) A layer that is used twice is corrected where it comes first.
-    For students with learned quantizers; images [N, *input_shape].
+    Rounding scales and shifts the values of a channel, and over many layers that grows. Layer after
+    layer, each on the inputs that its corrected predecessors give, the scale of the weight and the
+    bias compensate the difference, and each activation range is found again. The factor on the
+    scale is limited to 1/2..2. (Nagel et al., arXiv 1906.04721, correct the mean alone, which at
+    three bits is worse than no correction.) A layer that is used twice is corrected where it comes
+    first.
+
+    Args:
+        student: A student whose weight quantizers rescale, changed in place.
+        teacher: The network whose moments are the targets.
+        images: [N, *input_shape].
     """
-    wanted = _OutputMoments(fold_batch_norms(teacher).network)
-    wanted.run(images)
-    _MatchMoments(student.network, wanted.moments).run(images)
+    targets = _OutputMoments(fold_batch_norms(teacher).network)
+    targets.run(images)
+    _MatchMoments(student.network, targets.moments).run(images)
 
 
-_FEWEST = 32
-"""Values of a channel that a standard deviation is taken from."""
+_MIN_SAMPLES = 32
+"""Values of a channel that a standard deviation needs."""
 
 
 class _OutputMoments(fx.Interpreter):
-    """Runs a network and notes mean and variance of each layer's output channels."""
+    """Runs a network and records mean and variance of the output channels of each layer."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
@@ -47,11 +52,11 @@ class _OutputMoments(fx.Interpreter):
 
 
 class _MatchMoments(fx.Interpreter):
-    """Runs a student and corrects each layer on the way."""
+    """Runs a student and corrects each layer before the next one runs."""
 
-    def __init__(self, network: fx.GraphModule, wanted: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, network: fx.GraphModule, targets: dict[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__(network)
-        self.wanted = wanted
+        self.targets = targets
         self.corrected: set[WeightQuantizer] = set()
 
     def run_node(self, n: fx.Node) -> Any:
@@ -66,13 +71,13 @@ class _MatchMoments(fx.Interpreter):
         if not isinstance(weight, WeightQuantizer) or weight in self.corrected:
             return value
         self.corrected.add(weight)
-        (mean, variance), (wanted_mean, wanted) = _channel_moments(n, value), self.wanted[n.name]
+        (mean, variance), (target_mean, target) = _channel_moments(n, value), self.targets[n.name]
         # Channels that hardly vary say nothing about their scale, nor do a few samples.
-        varies = torch.minimum(variance, wanted) > 1e-6 * wanted.mean()
+        varies = torch.minimum(variance, target) > 1e-6 * target.mean()
         samples = value.numel() // len(mean)
-        ratio = (wanted / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
-        factor = torch.where(varies & (samples >= _FEWEST), ratio.clamp(0.5, 2.0), 1.0)
-        shift = wanted_mean - factor * mean
+        ratio = (target / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
+        factor = torch.where(varies & (samples >= _MIN_SAMPLES), ratio.clamp(0.5, 2.0), 1.0)
+        shift = target_mean - factor * mean
         bias_node = queries.bias_of(n)
         assert bias_node is not None
         weight.rescale_(factor)
@@ -83,7 +88,7 @@ class _MatchMoments(fx.Interpreter):
 
 
 def _channel_moments(layer: fx.Node, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each output channel, each [O]."""
+    """Return mean and biased variance of each output channel, each [O]."""
     channels = queries.channel_dim(layer) % output.ndim
     others = [d for d in range(output.ndim) if d != channels]
     variance, mean = torch.var_mean(output, others, correction=0)

@@ -1,4 +1,4 @@
-"""Reconstruction: block after block, each trained to give the teacher's output.
+"""Reconstruction: block after block, each trained to reproduce the teacher's output.
 
 BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): a block sees inputs as its
 finished predecessors make them, some of their values replaced by the teacher's own.
@@ -31,12 +31,19 @@ from gdfq.tuning.base import Tuning
 @tagged("Reconstruction")
 @dataclass(frozen=True)
 class Reconstruction(Tuning):
-    """Each block takes all steps on E‖Q_b(x) − M_b(x)‖², summed over channels.
+    """Each block in turn minimizes E‖Q_b(x) − M_b(x)‖², summed over channels.
 
-    The stream's first `images` images are held in memory as each block's features, of which
-    every step draws `batch`. A share `drop` of each block input's values is the teacher's, and of
-    each activation stays unquantized. Learned rounding is driven to a decision by
-    `rounding` · Σ 1 − |2h − 1|^β, β falling from 20 to 2 after a fifth of the updates.
+    Learned rounding is driven to a decision by `rounding` · Σ 1 − |2h − 1|^β, where β falls from
+    20 to 2 after a fifth of the updates.
+
+    Attributes:
+        optimizer: Of the parameters of a block.
+        images: Images of the stream, the first ones, that are held in memory as features.
+        batch: Images that each update draws of these.
+        drop: Share of the values of a block's input that is the teacher's, and of each activation
+            that stays unquantized (QDrop).
+        rounding: Weight of the rounding penalty.
+        schedule: Of the learning rate, over the updates of a block.
     """
 
     optimizer: OptimizerConfig
@@ -110,15 +117,26 @@ def reconstruct_(
     updates: int,
     context: Context = Context(),
 ) -> None:
-    """Reconstruct all blocks on the images of the batches, each in so many updates.
+    """Reconstruct all blocks on the images of the batches.
 
-    What two blocks share is trained in the first. Raises UsageError when a block's output does
-    not have images as its first dimension, GdfqError when a loss is not finite.
+    Parameters that two blocks share are trained in the first.
+
+    Args:
+        student: A student with known activation ranges, trained in place.
+        teacher: The network whose blocks are reproduced.
+        batches: Batches whose images are used.
+        config: Loss, optimizer and schedule.
+        updates: Updates of each block.
+        context: Context of the run.
+
+    Raises:
+        UsageError: The output of a block does not have images as its first dimension.
+        GdfqError: A loss is not finite.
     """
     network = fold_batch_norms(teacher).network
     ends = block_ends(network.graph)
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
-    seen = wanted = torch.cat([batch.images for batch in batches])
+    observed = target = torch.cat([batch.images for batch in batches])
     total = updates * len(student_blocks)
     place = context.checkpointer.register(
         "reconstruction", _Place(random_stream(context.seed, "reconstruct.draw"))
@@ -128,27 +146,27 @@ def reconstruct_(
         block.requires_grad_(True)
         for parameter in finished:
             parameter.requires_grad_(False)
-        inputs, wanted = wanted, _mapped(goal, wanted)
+        inputs, target = target, _mapped(goal, target)
         if place.block <= index:
             place.enter_(index, optimizer := config.optimizer.build(block))
-            parts = seen, inputs, wanted
+            parts = observed, inputs, target
             for rate, losses in _updates(block, parts, config, updates, optimizer, place):
                 context.listener(Step("tune", updates * index + place.update, total, losses, rate))
         _settle_(block)
-        seen = _mapped(block, seen)
+        observed = _mapped(block, observed)
         finished.update(block.parameters())
     student.requires_grad_(True)
 
 
 class _Place:
-    """Where a reconstruction is: at which update of which block, and with what optimizer."""
+    """Progress of a reconstruction: block, update and optimizer."""
 
     def __init__(self, draw: torch.Generator) -> None:
         self.draw, self.block, self.update = draw, 0, 0
         self._optimizer: dict[str, Any] | torch.optim.Optimizer | None = None
 
     def enter_(self, block: int, optimizer: torch.optim.Optimizer) -> None:
-        """Begin a block, or go on with the one that a stop left unfinished."""
+        """Begin a block, or resume the one that an interruption left unfinished."""
         if block != self.block:
             self.block, self.update = block, 0
         elif isinstance(self._optimizer, dict):
@@ -180,10 +198,18 @@ def _updates(
     optimizer: torch.optim.Optimizer,
     place: _Place,
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Train one block from its place on; yields each update's share of the
-    learning rate and its losses.
+    """Train one block from its place on.
 
-    images: the block's inputs from student and teacher, and the teacher's outputs.
+    Args:
+        block: A block of the student.
+        images: Inputs of the block from student and teacher, and outputs of the teacher.
+        config: Loss and schedule.
+        updates: Updates of the block.
+        optimizer: Of the parameters of the block.
+        place: Progress; it is moved on.
+
+    Yields:
+        For each update, the factor on the learning rate and the losses.
     """
     weights = [m for m in block.modules() if isinstance(m, WeightQuantizer)]
     quantizers = [m for m in block.modules() if isinstance(m, ActivationQuantizer)]
@@ -194,15 +220,15 @@ def _updates(
         rate = config.schedule.factor(update, updates)
         set_rate_(optimizer, rate)
         chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
-        seen, inputs, wanted = (part[chosen] for part in images)
+        observed, inputs, target = (part[chosen] for part in images)
         if config.drop:
-            seen = QDrop(config.drop, draw)(inputs, seen)
+            observed = QDrop(config.drop, draw)(inputs, observed)
         optimizer.zero_grad()
         with torch.enable_grad():
             # Summed over channels, the mean over images and positions: channels are dimension 1
             # of feature maps and the last one of tokens and vectors.
-            channels = 1 if wanted.ndim > 3 else -1
-            error = (block(seen) - wanted).square().sum(channels).mean()
+            channels = 1 if target.ndim > 3 else -1
+            error = (block(observed) - target).square().sum(channels).mean()
             loss = error
             progress = (update / updates - 0.2) / 0.8
             if progress > 0:
@@ -224,7 +250,7 @@ def _updates(
 
 
 def _settle_(block: fx.GraphModule) -> None:
-    """What was let through or left undecided while the block was trained is so no longer."""
+    """End QDrop, and fix the rounding, of a block that was trained."""
     for module in block.modules():
         if isinstance(module, ActivationQuantizer):
             module.dropping = None
@@ -234,7 +260,7 @@ def _settle_(block: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def _mapped(block: fx.GraphModule, images: Tensor) -> Tensor:
-    """A block's outputs for all images, a batch at a time."""
+    """Return the outputs of a block for all images, computed in small batches."""
     parts = [(part, block(part)) for part in images.split(64)]
     for part, output in parts:
         if len(output) != len(part):
