@@ -159,14 +159,14 @@ def test_a_collapse_is_one_when_it_stays():
     alike = images[:1].expand_as(images)
     watch = CollapseWatch()
     for step in (0, 50, 150, 200, 201, 250):  # two looks count here
-        watch.look(step, alike, None, labels)
-    watch.look(300, images, None, labels)
-    watch.look(350, alike, None, labels)
+        watch.check(step, alike, None, labels)
+    watch.check(300, images, None, labels)
+    watch.check(350, alike, None, labels)
     other = CollapseWatch()
     other.load_state_dict(watch.state_dict())
-    other.look(400, alike, None, labels)
+    other.check(400, alike, None, labels)
     with pytest.raises(CollapsedError, match=r"at step 450.*all images alike"):
-        other.look(450, alike, None, labels)
+        other.check(450, alike, None, labels)
 
 
 def collapsing(monkeypatch, times):
@@ -203,8 +203,8 @@ def test_a_generator_that_collapses_twice_fails_with_the_evidence(teacher, tiny,
 
 def test_a_generator_that_learns_nothing_is_found_out(teacher, monkeypatch):
     """A generator whose images are alike, over as many steps as the watch needs."""
-    monkeypatch.setattr("gdfq.sources.collapse._EVERY", 2)
-    monkeypatch.setattr("gdfq.sources.collapse._GRACE", 4)
+    monkeypatch.setattr("gdfq.sources.collapse._STEPS_BETWEEN_CHECKS", 2)
+    monkeypatch.setattr("gdfq.sources.collapse._FIRST_CHECK", 4)
     source = GeneratorSource(batch=8, optimizer=replace(GeneratorSource(8).optimizer, lr=0.0))
     stream = source.stream(teacher, steps=12)
     generator = stream._parts["generator"]

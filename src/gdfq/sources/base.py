@@ -1,4 +1,4 @@
-"""Sources of images. Each is a frozen value whose `stream` yields batches for the student."""
+"""Sources of images: frozen values whose `stream` yields batches for the student."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,13 +17,15 @@ from gdfq.graph.capture import Captured
 
 @dataclass(frozen=True)
 class Batch:
-    """What the student sees in one step, detached, on the teacher's device.
+    """The inputs of the student in one step, detached, on the teacher's device.
 
-    inputs: one tensor [N, *shape] for each input of the network; images are in the network's
-    normalised input space, channels_last;
-    labels [N] integers, or None for a network whose outputs are not classes; teacher_logits
-    [N, C], or None where the teacher has not seen these very images or has no classes; losses:
-    scalars for the log.
+    Attributes:
+        inputs: A tensor [N, *shape] for each input of the network; images are normalised and
+            channels_last.
+        labels: Integers [N], or None for a network whose outputs are not classes.
+        teacher_logits: [N, C], or None where they are not known for these very images, or where the
+            teacher has no classes.
+        losses: Scalars for the log.
     """
 
     inputs: tuple[Tensor, ...]
@@ -33,7 +35,7 @@ class Batch:
 
     @property
     def images(self) -> Tensor:
-        """The images [N, *input_shape] of a network that takes images alone."""
+        """Images [N, *input_shape] of a network that takes images alone."""
         (images,) = self.inputs
         return images
 
@@ -41,7 +43,7 @@ class Batch:
         return len(self.inputs[0])
 
     def part(self, group: Group) -> "Batch":
-        """The images that are this process's."""
+        """Return the shard of this process."""
 
         def rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else group.part(x)
@@ -50,7 +52,7 @@ class Batch:
         return Batch(inputs, rows(self.labels), rows(self.teacher_logits), self.losses)
 
     def split(self, size: int) -> list["Batch"]:
-        """Parts of about equal length, of `size` images or fewer each."""
+        """Return parts of about equal length, of at most `size` images each."""
         parts = max(1, -(-len(self) // size))
         inputs = list(zip(*(tensor.chunk(parts) for tensor in self.inputs), strict=True))
 
@@ -66,10 +68,18 @@ class Batch:
 
 
 def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
-    """Labels [batch] of the step-th batch when batches cover the classes in turn, on the device.
+    """Return the labels [batch] of a batch when batches cover the classes in turn.
 
-    Batches of fewer images than there are classes take them from all over, for neighbours are
-    often alike, as ImageNet's dogs are. None for a teacher whose outputs are not classes.
+    A batch of fewer images than there are classes takes evenly spaced classes, because neighbouring
+    classes are often similar, as the dogs of ImageNet are.
+
+    Args:
+        teacher: The network that has the classes.
+        step: Number of the batch, from 0.
+        batch: Images per batch.
+
+    Returns:
+        Integers on the teacher's device, or None for a teacher whose outputs are not classes.
     """
     classes = teacher.classes
     if classes is None:
@@ -80,7 +90,7 @@ def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
 
 
 def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images of some batches, and their labels if they have any."""
+    """Return the first `count` images of some batches, and their labels, if any."""
     batches = list(made)
     images = torch.cat([batch.images for batch in batches])[:count]
     labels = [batch.labels for batch in batches if batch.labels is not None]

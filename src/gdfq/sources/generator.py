@@ -33,7 +33,7 @@ Conditioning = Literal["label-embedding", "conditional-batch-norm"]
 
 _HIDDEN = (128, 128, 64)
 _NORM_EPS, _OUTPUT_EPS = (1e-5, 0.8, 0.8), 1e-5
-"""The published code passes 0.8 as the second and third norm's eps; the results rest on it."""
+"""The published code passes 0.8 as eps of the second and third norm; its results depend on it."""
 
 
 class Generator(nn.Module):
@@ -130,12 +130,24 @@ def _initialise(generator: Generator, random: torch.Generator) -> None:
 @tagged("GeneratorSource")
 @dataclass(frozen=True)
 class GeneratorSource(Source):
-    """Images from a generator that trains while it supplies them.
+    """Images of a generator that is trained while it makes them.
 
     L(G) = class_boundary · L_CE + statistics · L_BNS              (β = statistics)
 
-    Each step is one generator update on a fresh batch, then that batch is yielded, as published.
-    For a network whose outputs are not classes there is one label and no L_CE.
+    Each step is one update of the generator on a new batch, then that batch is yielded, as
+    published. For a network whose outputs are not classes there is one label and no L_CE.
+
+    Attributes:
+        batch: Images per batch.
+        conditioning: How the class enters the generator (see `Generator`).
+        latent: Size of z.
+        class_boundary: Weight of L_CE.
+        statistics: Weight of L_BNS.
+        optimizer: Of the generator.
+        decay: Of its learning rate.
+        head_start: Updates before the first batch is yielded, as a fraction of the steps (1: the
+            generator is trained first).
+        stop: Fraction of the yielded batches after which the generator is no longer trained.
     """
 
     batch: int
@@ -146,9 +158,7 @@ class GeneratorSource(Source):
     optimizer: AdamConfig = AdamConfig(lr=1e-3, betas=(0.5, 0.999))  # noqa: RUF009 (frozen)
     decay: StepDecay = StepDecay()  # noqa: RUF009 (frozen)
     head_start: float = 0.0
-    """Part of the steps trained before the first batch is yielded (1: separate training)."""
     stop: float = 1.0
-    """Part of the yielded batches after which the generator no longer trains."""
 
     def stream(
         self,
@@ -157,11 +167,13 @@ class GeneratorSource(Source):
         steps: int,
         context: Context = Context(),
     ) -> Stream:
-        """Yield `steps` batches, training on the way.
+        """Yield `steps` batches, and train the generator on the way.
 
-        Raises UsageError for inputs that are not images [C, H, W] and, when the statistics loss
-        has a weight, for networks without batch norms; GdfqError when the loss is not finite or the
-        generator collapses (`gdfq.sources.collapse`).
+        Raises:
+            UsageError: The inputs are not images [C, H, W], or the statistics loss has a weight and
+                the network has no batch norms.
+            GdfqError: The loss is not finite, or the generator collapses
+                (`gdfq.sources.collapse`).
         """
         if len(teacher.input_shape) != 3:
             raise UsageError(
@@ -217,7 +229,7 @@ class GeneratorSource(Source):
                 else (None, None)
             )
             if learns:
-                watch.look(step, images, logits if loss.config.class_boundary else None, labels)
+                watch.check(step, images, logits if loss.config.class_boundary else None, labels)
             return Batch((images,), known, logits, detached)
 
         parts: dict[str, Stateful] = {

@@ -19,7 +19,11 @@ from gdfq.sources.stream import Shuffled, Stream
 @tagged("GivenImages")
 @dataclass(frozen=True)
 class GivenImages(Source):
-    """Stands in a recipe for images that the user must give."""
+    """Stands in a recipe for images that the user must give.
+
+    Attributes:
+        batch: Images per batch.
+    """
 
     batch: int
 
@@ -30,7 +34,11 @@ class GivenImages(Source):
         steps: int,
         context: Context = Context(),
     ) -> NoReturn:
-        """Raises UsageError: there are no images yet."""
+        """Yield nothing.
+
+        Raises:
+            UsageError: Always; no images were given.
+        """
         raise UsageError(
             "this recipe tunes on real images and none were given. "
             "Give them to gdfq quantize (--data, or data=...), or choose a data-free recipe, "
@@ -47,8 +55,13 @@ def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> 
 class ImageSource(Source):
     """Batches of given images in a new random order each epoch.
 
-    Without labels the teacher's answers are the labels, if it has classes. The last, smaller batch
-    of an epoch is kept.
+    Without labels the predictions of the teacher are the labels, if it has classes. The last,
+    smaller batch of an epoch is kept.
+
+    Attributes:
+        data: The images.
+        preprocessing: From pixels to the input space of the network.
+        batch: Images per batch.
     """
 
     data: ImageData

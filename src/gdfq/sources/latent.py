@@ -1,8 +1,8 @@
 """Images from latents that are optimised with a generator of their own (GENIE, arXiv 2212.04780).
 
 Each batch gets a fresh small generator, and both its weights and its inputs follow the teacher's
-batch-norm statistics. While they do, every strided convolution of the teacher sees its input
-moved by a random pixel ("swing convolution"), so that no pixel is left out of what it learns.
+batch-norm statistics. Meanwhile the input of every strided convolution of the teacher is shifted by
+a random number of pixels ("swing convolution"), so that all pixels get a gradient.
 """
 
 import math
@@ -34,9 +34,16 @@ from gdfq.sources.stream import Stream
 @tagged("LatentSource")
 @dataclass(frozen=True)
 class LatentSource(Source):
-    """Each batch: `iterations` of Adam on latents and generator against `standard_deviation_loss`.
+    """Each batch follows Adam on `standard_deviation_loss`, with its latents and its generator.
 
-    Labels are the teacher's own answers.
+    Labels are the predictions of the teacher.
+
+    Attributes:
+        batch: Images per batch.
+        iterations: Updates of each batch.
+        latent: Size of z.
+        latents: Optimizer of the latents.
+        generator: Optimizer of the generator.
     """
 
     batch: int = 128
@@ -54,7 +61,8 @@ class LatentSource(Source):
     ) -> Stream:
         """Yield `steps` batches.
 
-        Raises UsageError for networks without batch norms and for inputs that are not [C, H, W].
+        Raises:
+            UsageError: The network has no batch norms, or its inputs are not images [C, H, W].
         """
         if len(teacher.input_shape) != 3:
             raise UsageError(
@@ -139,9 +147,9 @@ class LatentGenerator(nn.Module):
 
 
 def swinging(teacher: Captured, draw: torch.Generator) -> Captured:
-    """The teacher with the input of each strided 2-d convolution moved by up to stride − 1 pixels.
+    """Return the teacher with the input of each strided 2-d convolution shifted at random.
 
-    The offset is drawn anew at each call; the border is mirrored.
+    The shift is at most stride − 1 pixels and is drawn for each call. The border is mirrored.
     """
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:

@@ -27,10 +27,20 @@ class OptimisedSource(Source):
     """Each batch starts as N(0, 1) noise and follows Adam on the statistics loss.
 
     The loss is `standard_deviation_loss` over all batch norms and over the input itself, whose
-    target is mean 0 and deviation 1, plus `class_weight` times `focal_loss` with exponent `focus`
-    to labels that cover the classes in turn; without it labels are the teacher's own answers (a
-    network without classes has neither). The learning rate falls tenfold whenever the loss has
-    not improved for `patience` iterations. With a `cutoff` the finished images pass `low_passed`.
+    target is mean 0 and deviation 1, plus `class_weight` times `focal_loss`, with labels that cover
+    the classes in turn. Without a class weight the labels are the predictions of the teacher. A
+    network without classes has neither.
+
+    Attributes:
+        batch: Images per batch.
+        iterations: Updates of each batch.
+        optimizer: Of the pixels.
+        patience: The learning rate falls tenfold when the loss has not improved for so many
+            iterations.
+        class_weight: Weight of the class loss.
+        focus: Exponent γ of the focal class loss.
+        cutoff: Of the filter `low_passed` on the finished images, in cycles per image; None for no
+            filter.
     """
 
     batch: int = 64
@@ -50,8 +60,9 @@ class OptimisedSource(Source):
     ) -> Stream:
         """Yield `steps` batches.
 
-        Raises UsageError for networks without batch norms, and with a cutoff for inputs without a
-        spatial axis.
+        Raises:
+            UsageError: The network has no batch norms, or there is a cutoff and the inputs have no
+                spatial axis.
         """
         network = StatisticsNetwork(teacher, of_input=unit_input(teacher))
         if self.cutoff is not None and len(teacher.input_shape) < 2:
@@ -109,9 +120,11 @@ class OptimisedSource(Source):
 
 
 def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:
-    """Images [N, C, *size] with each frequency times exp(−d² / 2 cutoff²) (arXiv 2603.18423).
+    """Return images with each frequency times exp(−d² / 2 cutoff²) (arXiv 2603.18423).
 
-    d is its distance from 0 in cycles an image.
+    Args:
+        images: [N, C, *size].
+        cutoff: In cycles per image, as is d, the distance of the frequency from 0.
     """
     size = images.shape[2:]
     axes = [torch.fft.fftfreq(side, 1 / side) for side in size[:-1]]

@@ -1,4 +1,4 @@
-"""A pool of images that is made once and drawn from again and again, augmented."""
+"""A pool: images that are made once; batches are drawn from it and augmented."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,22 @@ from gdfq.sources.stream import Feed, Shuffled, Stream
 @tagged("ImagePool")
 @dataclass(frozen=True)
 class ImagePool(Source):
-    """Batches from the first `images` images of another source, in a new order each epoch.
+    """Batches from the first `images` images of another source, in a new order for each epoch.
 
-    Of large images, which say more and cost more, it takes only as many of the source's batches as
-    have `pixels` pixels together, and one batch at least, of which none has more than an eighth of
-    them. Its own batches shrink with it, to the next power of two, which processes can share out.
+    Large images cost more and are worth more: a pool of them takes only as many batches of the
+    source as have `pixels` pixels together, at least one, and none has more than an eighth of them.
+    Its own batches shrink with it, to the next power of two, which a group of processes divides.
 
-    Each batch is shifted by up to an eighth of the image's side and flipped at random, all its
-    images alike, unless `augmented` is False or the teacher does not give half of the images their
-    class again then: made images may be of it in one place alone. The last batch of an epoch is
-    left out when it is smaller than the others.
+    Each batch is shifted by up to an eighth of the image's side and flipped at random, all images
+    alike, if the teacher's predictions are consistent under that (`gdfq.sources.augment`). The last
+    batch of an epoch is left out if it is smaller than the others.
+
+    Attributes:
+        source: Makes the images.
+        images: Number of images.
+        batch: Images per batch.
+        augmented: Whether batches may be shifted and flipped.
+        pixels: Of all images together, at most; None for no limit.
     """
 
     source: Source
@@ -42,7 +48,7 @@ class ImagePool(Source):
     pixels: int | None = None
 
     def fitted(self, input_shape: Sequence[int]) -> "ImagePool":
-        """The same pool with as many images, and as many a batch, as inputs of that shape allow."""
+        """Return this pool with as many images, and images per batch, as the inputs allow."""
         if self.pixels is None:
             return self
         room = self.pixels // math.prod(input_shape[1:])
@@ -114,7 +120,7 @@ class ImagePool(Source):
         steps: int,
         context: Context = Context(),
     ) -> "PoolStream":
-        """Yield `steps` batches; raises at once what the source does."""
+        """Yield `steps` batches; errors of the source are raised at once."""
         pool = self.fitted(teacher.input_shape)
         needed = -(-pool.images // pool.source.batch)
         made = pool.source.stream(teacher, steps=needed, context=context)
@@ -123,7 +129,7 @@ class ImagePool(Source):
     def made(
         self, teacher: Captured, *, context: Context = Context()
     ) -> tuple["ImagePool", Tensor]:
-        """The same pool with its images made, and these [images, *input_shape].
+        """Return this pool with its images made, and the images [images, *input_shape].
 
         For the same seed it streams the same batches as before.
         """
@@ -134,7 +140,13 @@ class ImagePool(Source):
 
 @dataclass(frozen=True, eq=False)
 class StoredImages(Source):
-    """Images that were made before, in their order: [N, *input_shape] and their labels [N]."""
+    """Images that were made before, in their order.
+
+    Attributes:
+        images: [N, *input_shape].
+        labels: [N], if any.
+        batch: Images per batch.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -153,7 +165,7 @@ class StoredImages(Source):
 
 
 class PoolStream(Stream):
-    """The batches of a pool, whose images are made when they are first asked for."""
+    """The batches of a pool; the images are made when the first batch is taken."""
 
     def __init__(
         self,
@@ -179,7 +191,9 @@ class PoolStream(Stream):
                 consistency = prediction_consistency(
                     teacher, images, random_stream(context.seed, "pool.moved")
                 )
-                context.group.same_([consistency])  # what devices round must not part the processes
+                context.group.same_(
+                    [consistency]
+                )  # devices round differently; processes must agree
                 moves["them"] = bool(consistency >= CONSISTENT_SHARE)
             chosen = order.next_of(len(images))
             drawn = images[chosen]
@@ -191,12 +205,12 @@ class PoolStream(Stream):
         super().__init__(make, steps, [draw], parts)
 
     def images(self) -> Tensor:
-        """All images of the pool [images, *input_shape], in the order in which they were made."""
+        """Return all images of the pool [images, *input_shape], in the order of their making."""
         return self._collected()[0]
 
 
 class _Collected:
-    """The first `count` images of a stream and their labels, made once."""
+    """The first `count` images of a stream and their labels; they are made once."""
 
     def __init__(self, made: Iterator[Batch], count: int, device: torch.device) -> None:
         self._feed: Feed | None = Feed(made, device)
@@ -226,9 +240,11 @@ class _Collected:
 def collect(
     source: Source, teacher: Captured, count: int, *, context: Context = Context()
 ) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images of a source [count, *input_shape] and their labels [count].
+    """Return the first `count` images of a source and their labels.
 
-    The labels are None for a teacher whose outputs are not classes.
+    Returns:
+        Images [count, *input_shape] and labels [count], or None for a teacher whose outputs are not
+        classes.
     """
     steps = -(-count // source.batch)
     return first_images(count, source.stream(teacher, steps=steps, context=context))

@@ -1,4 +1,4 @@
-"""The last batches of a stream, as many as a report looks at."""
+"""The last batches of a stream, as many as a report shows."""
 
 from collections import deque
 from math import prod
@@ -10,20 +10,20 @@ from torch import Tensor
 from gdfq.files.states import Frozen
 from gdfq.sources.base import Batch, first_images
 
-IMAGES, _NUMBERS = 256, 2**24
-"""So many images are kept, as far as they hold no more numbers than that (64 MiB: 111 images of
+IMAGES, _MAX_NUMBERS = 256, 2**24
+"""Images that are kept, and the numbers that they may have in all (64 MiB: 111 images of
 3x224x224)."""
 
 
 class Recent:
-    """Remembers the last images that it is shown."""
+    """Keeps the last images of the batches that it receives."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._batches: deque[Batch] = deque()
 
     def see_(self, batch: Batch) -> None:
-        """Remember a batch, and forget what is no longer needed."""
+        """Keep a batch, and drop those that are no longer needed."""
         self._batches.append(batch)
         while sum(len(kept.images) for kept in self._batches) - len(
             self._batches[0].images
@@ -31,9 +31,9 @@ class Recent:
             self._batches.popleft()
 
     def images(self) -> tuple[Tensor, Tensor | None] | None:
-        """The images [N, *input_shape], the newest batch first, and their labels [N] if any.
+        """Return the images [N, *input_shape], newest batch first, and their labels [N], if any.
 
-        None where no batch was seen.
+        Returns None before the first batch.
         """
         if not self._batches:
             return None
@@ -48,4 +48,4 @@ class Recent:
 
 
 def _enough(images: Tensor) -> int:
-    return max(1, min(IMAGES, _NUMBERS // prod(images.shape[1:])))
+    return max(1, min(IMAGES, _MAX_NUMBERS // prod(images.shape[1:])))

@@ -1,4 +1,4 @@
-"""Streams of batches that can be stopped between two and go on, to the bit."""
+"""Streams of batches that resume after an interruption, equal to the bit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,11 +17,17 @@ Start = TypeVar("Start")
 
 
 class Stream:
-    """Batches that `make` makes, given the step from 0 on.
+    """Batches that a function makes.
 
-    All randomness comes from `draws`; what else a batch depends on and changes are the `parts`. A
-    batch that a stop leaves unfinished is made again. The first `ahead` batches are not yielded:
-    the listener hears of them as the stage "generator".
+    A batch that an interruption leaves unfinished is made again.
+
+    Args:
+        make: Returns the batch of a step, from 0 on.
+        steps: Batches that are yielded.
+        draws: All randomness of the batches.
+        parts: What else a batch depends on and changes, by name.
+        ahead: Batches that are made first and not yielded.
+        listener: Receives these as steps of "generator".
     """
 
     def __init__(
@@ -69,9 +75,11 @@ class Stream:
 
 
 class Shuffled:
-    """The indices of images in a new random order each epoch, a batch at a time.
+    """The indices of images, in a new random order for each epoch, one batch at a time.
 
-    `split` makes batches of an order.
+    Args:
+        draw: Randomness of the orders.
+        split: Splits an order into batches.
     """
 
     def __init__(self, draw: torch.Generator, split: Callable[[Tensor], list[Tensor]]) -> None:
@@ -79,7 +87,7 @@ class Shuffled:
         self._pending: list[Tensor] = []
 
     def next_of(self, count: int) -> Tensor:
-        """The next batch of the indices 0..count − 1."""
+        """Return the next batch of the indices 0..count − 1."""
         if not self._pending:
             self._pending = self._split(torch.randperm(count, generator=self._draw))
         return self._pending.pop(0)
@@ -92,10 +100,13 @@ class Shuffled:
 
 
 class InTurn(Generic[Start]):
-    """Images of batches that need nothing of one another: of each round every process makes one.
+    """Images of independent batches: in each round every process makes the images of one batch.
 
-    `draw` draws what a batch starts from, `make` makes the images, given the step; there are
-    `steps` of them. Every process draws for all.
+    Args:
+        draw: Returns what a batch starts from. Every process draws for all.
+        make: Returns the images of a batch, given its step and its start.
+        steps: Batches in all.
+        group: The processes.
     """
 
     def __init__(
@@ -109,10 +120,10 @@ class InTurn(Generic[Start]):
         self._ready: list[Tensor] = []
 
     def __call__(self, step: int) -> Tensor:
-        """The images of the next step."""
+        """Return the images of a step; steps come in order."""
         if not self._ready:
             starts = [self._draw() for _ in range(min(self._group.size, self._steps - step))]
-            own = min(self._group.rank, len(starts) - 1)  # who is left over makes the last again
+            own = min(self._group.rank, len(starts) - 1)  # spare processes make the last one too
             images = self._make(step + own, starts[own])
             self._ready = [self._group.shared_from(rank, images) for rank in range(len(starts))]
         return self._ready.pop(0)
@@ -125,11 +136,14 @@ class InTurn(Generic[Start]):
 
 
 class Feed:
-    """A stream's batches as the stages of a run take them, and what must outlast a stop.
+    """A stream whose batches the stages of a run take, with the state that a resumed run needs.
 
-    `taken` is how many they took, `examples` a few images of the first [n, *input_shape], which
-    are there once `begin` was called, `held` the batches that they wanted to be kept, `recent` the
-    last ones. A stream without a state goes on by being made again.
+    A stream without a state resumes by making its batches again.
+
+    Attributes:
+        stream: The batches.
+        taken: Number of batches that were taken.
+        recent: The last images that were taken.
     """
 
     _EXAMPLES = 32
@@ -144,22 +158,29 @@ class Feed:
 
     @property
     def examples(self) -> Tensor:
+        """A few images of the first batch, [n, *input_shape]; `begin` was called before."""
         assert self._examples is not None, "no batch was taken yet"
         examples: Tensor = self._examples.value
         return examples
 
     @property
     def held(self) -> list[Batch]:
+        """The batches that were held."""
         return [Batch(**part.value) for part in self._held]
 
     def begin(self) -> None:
-        """Look at the first batch, which is handed out later."""
+        """Make the first batch, which is yielded later, to have examples."""
         if self._examples is None and (batch := next(self.stream, None)) is not None:
             self._examples = Frozen(batch.images[: self._EXAMPLES].clone())
             self._first = Frozen(vars(batch))
 
     def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:
-        """The batches up to the `count`-th of all."""
+        """Yield the batches up to the `count`-th of all.
+
+        Args:
+            count: Number of batches, those included that were taken before.
+            hold: Whether these batches stay in memory.
+        """
         while self.taken < count:
             self.begin()
             first, self._first = self._first, None
@@ -173,7 +194,7 @@ class Feed:
             yield batch
 
     def hold(self, count: int) -> list[Batch]:
-        """The first `count` batches that are held; as many more as that needs are taken."""
+        """Return the first `count` held batches; more batches are taken as needed."""
         for _ in self.until(self.taken + count - len(self._held), hold=True):
             pass
         return self.held[:count]
