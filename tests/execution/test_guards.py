@@ -178,7 +178,7 @@ def collapsing(monkeypatch, times):
             left[0] -= 1
             raise CollapsedError(f"it has collapsed ({left[0]} to come).")
 
-    monkeypatch.setattr("gdfq.sources.collapse.CollapseWatch.look", look)
+    monkeypatch.setattr("gdfq.sources.collapse.CollapseWatch.check", look)
 
 
 def test_a_collapsed_generator_begins_again_once(teacher, tiny, monkeypatch, tmp_path):
