@@ -1,7 +1,7 @@
 """Recipes: which source, which quantizers, which losses with which weights, how many steps.
 
-A recipe is a frozen value. A new method is a new value here, or one new source, quantizer or
-loss beside the others.
+A recipe is a frozen value. A new method is a new value, of parts that are here or of your own
+(docs/extend.md).
 """
 
 from collections.abc import Sequence
@@ -29,13 +29,23 @@ from gdfq.tuning.reconstruct import Reconstruction
 @tagged("Recipe", spellings={"relu": "t1"}, ignored=("summary",))
 @dataclass(frozen=True)
 class Recipe:
-    """A method, whole. Steps are batches taken from the source.
+    """A method, whole. A step is a batch that is taken from the source.
 
-    The first `calibration` steps set the activation ranges, the student is not updated in the
-    first `warmup` steps (the generator learns), and the rest tune it. With `NO_TUNING` all
-    steps calibrate. Learned quantizers begin from the teacher with channels equalized by the first
-    images (`gdfq.student.equalization`). With `match_moments` each layer's outputs are brought to
-    the teacher's mean and deviation after calibration (`gdfq.tuning.calibrate`).
+    Attributes:
+        name: Name of the recipe.
+        summary: What it is, in a line.
+        source: Supplies the images.
+        steps: Steps in all.
+        calibration: Steps, the first ones, that set the activation ranges.
+        warmup: Steps, the first ones, that do not update the student; a generator learns in them.
+        tuning: Trains the student in the other steps. With `NO_TUNING` all steps calibrate.
+        placement: Where activations are quantized, by default (`gdfq.student.scheme.Scheme`).
+        quantizers: Family of the quantizers.
+        match_moments: Whether the outputs of each layer get the teacher's mean and standard
+            deviation after calibration (`gdfq.tuning.moment_matching`).
+
+    Raises:
+        UsageError: The parts do not go together.
     """
 
     name: str
@@ -88,11 +98,17 @@ class Recipe:
             )
 
     def with_steps(self, steps: int | None) -> "Recipe":
-        """The recipe shortened or lengthened to `steps`.
+        """Return this recipe shortened or lengthened to `steps`.
 
-        Learning-rate milestones are parts of the run and so scale with it; calibration and
-        warm-up keep min(their published steps, steps / 4), because ranges frozen on a generator
-        that has not learned are noise.
+        Milestones of the learning rate are fractions of the run and scale with it. Calibration and
+        warm-up keep min(their steps, steps / 4), because ranges that are frozen on a generator that
+        has not learned are noise.
+
+        Args:
+            steps: Steps in all; None changes nothing.
+
+        Raises:
+            UsageError: There are too few steps.
         """
         if steps is None:
             return self
@@ -114,7 +130,14 @@ class Recipe:
         )
 
     def with_batch(self, batch: int | None) -> "Recipe":
-        """The recipe with so many images a step, when it tunes and when it makes images."""
+        """Return this recipe with `batch` images per step, for tuning and for making images.
+
+        Args:
+            batch: Images per batch; None changes nothing.
+
+        Raises:
+            UsageError: `batch` is no positive whole number.
+        """
         if batch is None:
             return self
         if not isinstance(batch, int) or batch < 1:
@@ -122,14 +145,14 @@ class Recipe:
         return replace(self, source=self.source.with_batch(batch))
 
     def fitted(self, input_shape: Sequence[int]) -> "Recipe":
-        """The recipe with as many images, and as many a step, as inputs of that shape allow."""
+        """Return this recipe with as many images, and images per step, as the inputs allow."""
         return replace(self, source=self.source.fitted(input_shape))
 
 
-_PIXELS = 2**26
-"""Of all images of a pool: 0.8 GB in three channels."""
+_MAX_PIXELS = 2**26
+"""Pixels of all images of a pool: 0.8 GB in three channels."""
 
-_FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=_PIXELS)
+_FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=_MAX_PIXELS)
 
 _FAST_TUNING = Distillation(
     GridAdam(code_lr=0.01, scale_lr=1e-3, other_lr=5e-4),
@@ -157,7 +180,7 @@ QUICK = replace(
     FAST,
     name="quick",
     summary="fast with few images and few steps: a minute",
-    source=ImagePool(SpectralSource(), images=256, batch=100, pixels=_PIXELS),
+    source=ImagePool(SpectralSource(), images=256, batch=100, pixels=_MAX_PIXELS),
     steps=80,
     calibration=3,
     warmup=3,
@@ -168,7 +191,7 @@ PATCHES = replace(
     FAST,
     name="patches",
     summary="fast on images of diverse patches: for networks without batch norms (transformers)",
-    source=ImagePool(PatchSource(), images=1024, batch=100, pixels=_PIXELS),
+    source=ImagePool(PatchSource(), images=1024, batch=100, pixels=_MAX_PIXELS),
     steps=1500,
     calibration=3,
     warmup=3,
@@ -333,7 +356,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name, or the recipe itself. Raises UsageError for an unknown name."""
+    """Return a recipe by its name, or the recipe itself.
+
+    Raises:
+        UsageError: There is no such name.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:

@@ -20,9 +20,7 @@ def subclasses(cls: type) -> set[str]:
     )
 
 
-METHODS = set[str]().union(
-    *map(subclasses, (Source, Tuning, WeightQuantizer, ActivationQuantizer))
-)
+METHODS = set[str]().union(*map(subclasses, (Source, Tuning, WeightQuantizer, ActivationQuantizer)))
 FAMILIES = {recipe.quantizers.name for recipe in RECIPES.values()}
 
 
@@ -46,7 +44,7 @@ def test_module_does_not_ask_which_method_it_has(path):
 
 def test_questions_are_found():
     assert {"ImagePool", "Reconstruction", "RoundedWeight", "LearnedRange"} <= METHODS
-    assert FAMILIES == {"min-max", "learned", "rounded"}
+    assert {"min-max", "learned", "rounded"} == FAMILIES
     for text in (
         "isinstance(recipe.source, ImagePool)",
         "isinstance(tuning, Distillation | Reconstruction)",

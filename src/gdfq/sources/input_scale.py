@@ -31,26 +31,33 @@ class InputStatistics:
         return cls(mean, variance[0], 0.0)
 
 
-_PULL = 0.01
-"""Of the input's mean to 0: it decides where the first filters, of zero sum say, tell nothing."""
+_MEAN_PENALTY = 0.01
+"""λ, the weight of the penalty on the mean. It decides where the first filters give no information,
+for instance because they sum to 0."""
 
 
 @torch.no_grad()
 def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [C] and deviation (scalar) of the inputs that the first batch norm learned from.
+    """Return mean and standard deviation of the inputs that the first batch norm learned from.
 
     Normalised inputs need not have mean 0 and deviation 1: with mean and std 0.5 they have about
-    half of that, raw pixels something else. noise [N, C, *size] has mean 0 and deviation 1. As far
-    as all before the batch norm is affine, inputs m + s·noise give its K channels the means
-    b + A m and the variances v + s²d², where b, A [K, C], d, and v, which the edges make of m, are
-    found by asking the network. In units of its own deviations σ these lie next to what is stored,
-    (μ, σ²), for
+    half of that, raw pixels something else. As far as all before the batch norm is affine, inputs
+    m + s·noise give its K channels the means b + A m and the variances v + s²d². Here b, A [K, C],
+    d, and v, which the borders make of m, are measured on the network. In units of the channels'
+    own deviations σ these lie closest to the stored statistics (μ, σ²) for
 
         m = argmin ‖(b + A m − μ)/σ‖² + λ‖m/s‖²,   s = argmin ‖(s·d − √max(0, σ² − v))/σ‖²
 
-    with v = 0 for the s in the first, and no unit below 10⁻³: channels that hardly move say
-    nothing. Where the network says nothing of it, and where what comes before is so far from affine
-    that it then sees worse, mean 0 and deviation 1.
+    with v = 0 for the s in the first, and no unit below 10⁻³, because channels that hardly vary
+    carry no information.
+
+    Args:
+        teacher: The trained network.
+        noise: [N, C, *size], of mean 0 and deviation 1.
+
+    Returns:
+        Mean [C] and deviation, a scalar. They are 0 and 1 where the network gives no information,
+        and where what precedes the batch norm is so far from affine that they fit better.
     """
     network = StatisticsNetwork(teacher)
     mean, variance = network.stored[0]
@@ -70,7 +77,7 @@ def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
     b, _ = first(nothing)
     a = torch.stack([first(nothing.index_fill(1, c, 1))[0] - b for c in channels], 1)
     a = a / unit[:, None]
-    pull = _PULL / deviation(0.0).square() * torch.eye(len(channels), device=noise.device)
+    pull = _MEAN_PENALTY / deviation(0.0).square() * torch.eye(len(channels), device=noise.device)
     m = torch.linalg.solve(a.T @ a + pull, a.T @ ((mean - b) / unit))
     shape = (1, -1, *[1] * (noise.ndim - 2))
     s = deviation(first(nothing + m.view(shape))[1])
