@@ -59,6 +59,7 @@ REAL_IMAGES = 1024
 PEER = "mct"
 IMAGE_CODE = (
     "functional/losses.py",
+    "functional/moments.py",
     "graph/statistics.py",
     "optim.py",
     "execution/seeding.py",
