@@ -58,7 +58,7 @@ def run(
     )
     seconds = time.perf_counter() - started
     card = card_of(name, teacher, scheme, recipe, seed)
-    data = to_onnx(student, teacher.input_shape, metadata_of(card, {}, safe=False))
+    data = to_onnx(student, teacher.inputs, metadata_of(card, {}, safe=False))
     test = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
     logits = [
         logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
@@ -74,7 +74,7 @@ def run(
 
 def card_of(name: str, teacher: Captured, scheme: Scheme, recipe: Recipe, seed: int) -> Card:
     return Card(
-        input_shape=teacher.input_shape,
+        inputs=teacher.inputs,
         classes=teacher.classes,
         outputs=teacher.outputs,
         preprocessing=NETWORKS[name].preprocessing,
@@ -82,7 +82,7 @@ def card_of(name: str, teacher: Captured, scheme: Scheme, recipe: Recipe, seed: 
         placement=scheme.placement,
         recipe=recipe.name,
         seed=seed,
-        keep=tuple(map(str, scheme.keep)),
+        layer_bits=tuple(map(str, scheme.layer_bits)),
     )
 
 

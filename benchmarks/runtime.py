@@ -37,6 +37,7 @@ from gdfq.models.registry import load_weights_
 from gdfq.recipes import QUICK, find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
+from gdfq.student.integer_network import IntegerNetwork
 
 FOLDER = CACHE / "runtime"
 FILE = RESULTS / "runtime.json"
@@ -71,7 +72,7 @@ def make(name: str) -> None:
     model, shape, preprocessing = network_of(name)
     teacher = capture(model, torch.zeros(1, *shape))
     full = folder / f"{FLOAT}.onnx"
-    full.write_bytes(to_onnx(fold_batch_norms(teacher).network, shape, {}))
+    full.write_bytes(to_onnx(IntegerNetwork(fold_batch_norms(teacher).network), teacher.inputs, {}))
     for variant, (bits, keep) in variants(name).items():
         if (folder / variant / "student.onnx").exists():
             continue

@@ -120,7 +120,7 @@ def main() -> None:
     generator = Generator(
         (3, 32, 32), 10, latent=100, conditioning="label-embedding", random=random
     )
-    student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
     logits = teacher.network(images)
     batch = Batch((images,), labels, logits)
     calibrate_(student, [batch], steps=1)
@@ -145,7 +145,7 @@ def main() -> None:
     def tune_once() -> None:
         tune_(student, teacher, [batch], tuning, first_step=0, total_steps=1)
 
-    learner = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers=LSQ)
+    learner = build_student(teacher, Scheme(Bits(4, 4), "relu"), quantizers=LSQ)
     calibrate_(learner, [batch], steps=1)
 
     def five_fast_updates() -> None:

@@ -216,7 +216,7 @@ def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
                 context=Context(seed=run.seed, listener=listener),
             )
         card = Card(
-            teacher.input_shape, teacher.classes, teacher.outputs, shapes(run.network)[1],
+            teacher.inputs, teacher.classes, teacher.outputs, shapes(run.network)[1],
             scheme.bits, run.placement, run.recipe, run.seed,
         )  # fmt: skip
         path.write_bytes(packed.to_safetensors(student, card))

@@ -44,8 +44,8 @@ def figures(group: Group) -> dict[str, Any]:
     }
     float_student = Student(flat_module(folded.graph, perturbed)).requires_grad_(True)
     quantized = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=LSQ)
-    paper = build_student(teacher, Scheme(Bits(4, 4), "t1"))
-    moving = build_student(teacher, Scheme(Bits(4, 4), "t1"), fixed_statistics=False)
+    paper = build_student(teacher, Scheme(Bits(4, 4), "relu"))
+    moving = build_student(teacher, Scheme(Bits(4, 4), "relu"), fixed_statistics=False)
     for student in (quantized, paper, moving):
         calibrate_(student, batches[:2], steps=2)
     config = Distillation(

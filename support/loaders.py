@@ -51,7 +51,7 @@ from gdfq.recipes import find_recipe
 from gdfq.report.read import read_run as read_for_report
 from gdfq.runs.folder import RunFolder, check_export
 from gdfq.runs.sweep import read_sweep
-from gdfq.student.scheme import Keep
+from gdfq.student.scheme import LayerBits
 
 
 def read_npz_(data: bytes, folder: Path) -> None:
@@ -124,7 +124,7 @@ def read_text(data: bytes, _: Path) -> None:
     text = data.decode(errors="replace")
     calls: list[Callable[[], object]] = [
         lambda: Bits.parse(text),
-        lambda: Keep.parse(text),
+        lambda: LayerBits.parse(text),
         lambda: find_recipe(text),
         lambda: Loaded(nn.Identity()).input(_Shape().convert(text, None, None), (0.5,), None),
         lambda: Preprocessing.of(1, _Numbers().convert(text, None, None), None),

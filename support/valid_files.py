@@ -18,6 +18,7 @@ from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.files.states import to_bytes
 from gdfq.functional.grid import Bits
 from gdfq.graph import operators
+from gdfq.graph.inputs import InputSpec
 from gdfq.graph.tensors import flat_module
 from gdfq.runs.folder import (
     CONFIG,
@@ -29,6 +30,7 @@ from gdfq.runs.folder import (
     METRICS,
     ONNX_FILE,
 )
+from gdfq.student.integer_network import IntegerNetwork
 
 SHAPE, CLASSES = (3, 8, 8), 5
 
@@ -65,8 +67,10 @@ def student() -> bytes:
     x = call("aten.mean.dim", call("aten.relu.default", x), [2, 3])
     graph.output(call("aten.linear.default", x, stored["fc.weight"]))
     preprocessing = Preprocessing.of(3, [0.5] * 3, [0.2] * 3)
-    card = Card(SHAPE, CLASSES, 0, preprocessing, Bits(4, 8), "full", "fast", 0)
-    return packed.to_safetensors(flat_module(graph, tensors), card)
+    card = Card(
+        (InputSpec("images", SHAPE),), CLASSES, 0, preprocessing, Bits(4, 8), "full", "fast", 0
+    )
+    return packed.to_safetensors(IntegerNetwork(flat_module(graph, tensors)), card)
 
 
 def checkpoint() -> bytes:

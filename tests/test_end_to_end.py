@@ -50,8 +50,8 @@ def test_gdfq_beats_direct_rounding_on_real_digits(digits):
 
 def test_fast_beats_direct_rounding_by_far_at_three_bits(digits):
     """Six points at least, in ninety updates on images that no one took."""
-    rounded = quantize(digits, "w3a3", demo.ROUNDING, placement="t1")
-    fast = quantize(digits, "w3a3", "fast", steps=100, placement="t1")
+    rounded = quantize(digits, "w3a3", demo.ROUNDING, placement="relu")
+    fast = quantize(digits, "w3a3", "fast", steps=100, placement="relu")
     assert fast["student"]["top1"] > rounded["student"]["top1"] + 6
 
 

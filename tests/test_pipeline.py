@@ -64,7 +64,7 @@ def test_one_seed_gives_the_same_bits(residual, tiny):
 
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a8", "w8a4", "w5a6", "w7a7"])
-@pytest.mark.parametrize("placement", ["t1", "full"])
+@pytest.mark.parametrize("placement", ["relu", "full"])
 def test_widths_and_placements(residual, tiny, bits, placement):
     result = gdfq.quantize(residual, networks.images(1), bits, tiny, placement=placement)
     codes = [t for n, t in result.network.named_buffers() if n.endswith("codes")]

@@ -1,5 +1,7 @@
 """What a caller can expect to go wrong. Each message says what must hold, what came, what to do."""
 
+import warnings
+
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line."""
@@ -17,3 +19,13 @@ class UsageError(GdfqError, ValueError):
 
 class GdfqWarning(UserWarning):
     """Something a run got over, which its user should know."""
+
+
+class GdfqDeprecationWarning(GdfqWarning):
+    """An option that has another name now; the old spelling works for two minor releases."""
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warn that an option has another name now."""
+    message = f"{old} is now called {new}; the old spelling will be removed in version 0.4."
+    warnings.warn(message, GdfqDeprecationWarning, stacklevel=3)

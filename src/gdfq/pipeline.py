@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gdfq.analysis.accuracy import LABELS, output_errors
 from gdfq.analysis.bit_allocation import choose_widths, file_sizes, parse_bits
@@ -16,7 +16,7 @@ from gdfq.analysis.observations import Tested, Witness
 from gdfq.data.datasets import ImageData, load_data, summary_of
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.deploy.card import Card
-from gdfq.deploy.export import metadata_of
+from gdfq.deploy.metadata import metadata_of
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.checkpointer import Checkpointer, NullCheckpointer
 from gdfq.execution.checkpoints import Checkpoints
@@ -43,7 +43,8 @@ from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.given import on_images
 from gdfq.sources.stream import Feed
 from gdfq.stages import STUDENT_PARTS, frozen_student
-from gdfq.student.scheme import PLACEMENTS, Keep, Placement, Scheme
+from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.scheme import LayerBits, Scheme, parse_placement
 from gdfq.version import __version__
 
 _MEASURED = ("teacher", "student")
@@ -60,7 +61,7 @@ def quantize(
     size: int | None = None,
     data: Data | None = None,
     test: Data | None = None,
-    placement: Placement | None = None,
+    placement: str | None = None,
     keep: Sequence[str] = (),
     steps: int | None = None,
     batch: int | None = None,
@@ -88,8 +89,8 @@ def quantize(
     test: labelled images; teacher and student are measured on them at the end, into the result's
         `metrics`, and they are used for nothing else. For a network that is no classifier they
         need no labels: the error of its outputs against the teacher's is measured.
-    placement: "t1" or "full"; the recipe's own by default (see `gdfq.student.scheme.Scheme`).
-    keep: layers of another width, as "stage1.*=float" or "last=8" (see `gdfq.student.scheme.Keep`).
+    placement: "relu" or "full"; the recipe's own by default (see `gdfq.student.scheme.Scheme`).
+    keep: layers with other bits, as "stage1.*=float" or "last=8".
     steps: batches in all; the recipe's own by default.
     batch: images a step; the recipe's own by default.
     mean, std: of the network's input normalisation, per channel, for pixels in 0..1.
@@ -111,7 +112,7 @@ def quantize(
     """
     widths = parse_bits(bits, size)
     recipe = find_recipe(recipe).with_steps(steps)
-    recipe = replace(recipe, placement=_check_placement(placement or recipe.placement))
+    recipe = replace(recipe, placement=parse_placement(placement or recipe.placement))
     check_seed(seed)
     clock = Clock()
 
@@ -132,7 +133,7 @@ def quantize(
     clock.lap("capture")
 
     card = Card(
-        input_shape=teacher.input_shape,
+        inputs=teacher.inputs,
         classes=teacher.classes,
         outputs=teacher.outputs,
         preprocessing=preprocessing,
@@ -140,9 +141,9 @@ def quantize(
         placement=recipe.placement,
         recipe=recipe.name,
         seed=seed,
-        keep=tuple(keep),
+        layer_bits=tuple(keep),
     )
-    scheme = Scheme(widths, recipe.placement, tuple(map(Keep.parse, keep)))
+    scheme = Scheme(widths, recipe.placement, tuple(map(LayerBits.parse, keep)))
     run = _Run(teacher, recipe, source, scheme, card, size, held_out)
     with keeper:
         context = Context(
@@ -202,8 +203,8 @@ def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
             )
             clock.lap("allocate")
             keeper.stage_ends()
-        card = replace(card, keep=tuple(chosen["keep"]))
-        scheme = replace(scheme, keep=tuple(map(Keep.parse, card.keep)))
+        card = replace(card, layer_bits=tuple(chosen["keep"]))
+        scheme = replace(scheme, layer_bits=tuple(map(LayerBits.parse, card.layer_bits)))
         metrics["allocation"] = chosen["metrics"]
 
     make = partial(
@@ -213,7 +214,7 @@ def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
         recipe,
         lap=clock.lap,
     )
-    network: fx.GraphModule | None = None
+    network: IntegerNetwork | None = None
     while network is None:
         try:
             with told_of_shortage(run.source.most_at_once, partial(_pass_through, teacher)):
@@ -248,7 +249,7 @@ def _carried_out(run: _Run, clock: Clock, context: Context) -> QuantizedNetwork:
 
 def _compared(
     teacher: Captured,
-    network: fx.GraphModule,
+    network: IntegerNetwork,
     held_out: ImageData,
     preprocessing: Preprocessing,
     listener: Listener,
@@ -303,7 +304,7 @@ def _allocated(
     images = source.images_of(stream)
     chosen = choose_widths(teacher, scheme, images, size, sizes, listener=listener)
     return {
-        "keep": list(map(str, chosen.scheme.keep)),
+        "keep": list(map(str, chosen.scheme.layer_bits)),
         "metrics": {"size": size, "bytes": chosen.bytes, "widths": dict(chosen.widths)},
     }
 
@@ -325,9 +326,3 @@ def _pass_through(teacher: Captured, images: int) -> None:
     inputs = torch.zeros(images, *teacher.input_shape, device=teacher.device, requires_grad=True)
     with torch.enable_grad():
         torch.stack([output.sum() for output in in_order(teacher.network(inputs))]).sum().backward()
-
-
-def _check_placement(placement: Placement) -> Placement:
-    if placement not in PLACEMENTS:
-        raise UsageError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}.")
-    return placement

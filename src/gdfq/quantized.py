@@ -5,22 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gdfq.analysis.accuracy import top1
 from gdfq.analysis.observations import Witness
 from gdfq.data.datasets import load_data
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
-from gdfq.deploy.export import Exported, Format, export
+from gdfq.deploy.export import Exported, export
 from gdfq.deploy.safetensors import STUDENT_FILE
-from gdfq.errors import UsageError
+from gdfq.deploy.target import Target
+from gdfq.errors import UsageError, warn_renamed
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.files.untrusted import within
 from gdfq.graph.outputs import built, in_order
 from gdfq.runs.folder import EXAMPLES, note_export, read_metrics
+from gdfq.student.integer_network import IntegerNetwork
 
 
 class QuantizedNetwork(nn.Module):
@@ -36,7 +38,7 @@ class QuantizedNetwork(nn.Module):
 
     def __init__(
         self,
-        network: fx.GraphModule,
+        network: IntegerNetwork,
         card: Card,
         metrics: Mapping[str, Any] | None = None,
         examples: Tensor | None = None,
@@ -85,13 +87,16 @@ class QuantizedNetwork(nn.Module):
         self,
         path: str | Path,
         *,
-        format: Format | None = None,
+        target: str | Target | None = None,
+        format: str | None = None,
         raw_input: bool = False,
         safe_x86: bool = False,
     ) -> Exported:
         """Write one file that deploys, and keep it only if its runtime gives the same answers.
 
-        path: ends with .onnx, .pt2 or .safetensors, which is the format unless that is given.
+        path: ends with .onnx, .pt2 or .safetensors, which is the target unless that is given.
+        target: a name in `gdfq.deploy.export.TARGETS`, or a `Target` of your own. format: its old
+            spelling.
         raw_input: an ONNX file that takes uint8 pixels and normalises them itself.
         safe_x86: weights of 8 bits become 7 where sums could overflow on x86 processors
             without VNNI.
@@ -99,6 +104,9 @@ class QuantizedNetwork(nn.Module):
         Raises UsageError for what the format cannot hold, GdfqError when the file is not equal;
         then nothing is written, and a file that was there stays. The path's folder is made.
         """
+        if format is not None:
+            warn_renamed("format", "target")
+            target = format
         accuracy: dict[str, float] = {
             who: self.metrics[who]["top1"]
             for who in ("teacher", "student")
@@ -108,8 +116,8 @@ class QuantizedNetwork(nn.Module):
             self.network,
             self.card,
             Path(path),
-            self.examples,
-            format=format,
+            (self.examples,),
+            target=target,
             raw_input=raw_input,
             safe_x86=safe_x86,
             accuracy=accuracy,

@@ -208,7 +208,7 @@ GENIE = Recipe(
     tuning=Reconstruction(
         GridAdam(code_lr=0.0, scale_lr=1e-3, other_lr=0.0, rounding_lr=0.02), images=512
     ),
-    placement="t1",
+    placement="relu",
     quantizers=ADAROUND,
 )
 
@@ -228,7 +228,7 @@ SYNQ = Recipe(
     tuning=Distillation(
         SgdConfig(lr=1e-3), schedule=Cosine(), cross_entropy=0.5, difficulty=0.5, reduction="batch"
     ),
-    placement="t1",
+    placement="relu",
 )
 
 _EPOCH = 200  # iterations, in all published schedules
@@ -244,7 +244,7 @@ PAPER = Recipe(
     calibration=4 * _EPOCH,
     warmup=4 * _EPOCH,
     tuning=_DISTILLATION,
-    placement="t1",
+    placement="relu",
 )
 
 PAPER_IMAGENET = replace(
@@ -323,7 +323,7 @@ _BASELINES = (
         calibration=1,
         warmup=1,
         tuning=NO_TUNING,
-        placement="t1",
+        placement="relu",
     ),
     replace(
         FAST,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
@@ -16,6 +16,7 @@ from gdfq.sources.stream import Feed
 from gdfq.student.build import build_student, check_scheme
 from gdfq.student.equalization import channel_scales, rescaled
 from gdfq.student.freeze import freeze
+from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.moment_matching import match_moments_
@@ -31,7 +32,7 @@ def quantize_captured(
     source: Source,
     *,
     context: Context = Context(),
-) -> tuple[fx.GraphModule, Tensor]:
+) -> tuple[IntegerNetwork, Tensor]:
     """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
 
     With it come a few images of the first batch [n, *input_shape].
@@ -50,7 +51,7 @@ def frozen_student(
     *,
     context: Context = Context(),
     lap: Callable[[str], None] = lambda _: None,
-) -> tuple[fx.GraphModule, Captured]:
+) -> tuple[IntegerNetwork, Captured]:
     """The student after all stages, each of which goes on where the keeper's parts are.
 
     With it comes the teacher as the student began from it: its channels have the same scales.

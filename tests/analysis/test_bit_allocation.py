@@ -27,7 +27,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.recipes import QUICK
 from gdfq.sources.pool import ImagePool
-from gdfq.student.scheme import Keep, Scheme
+from gdfq.student.scheme import LayerBits, Scheme
 
 SMALL = replace(
     QUICK,
@@ -163,7 +163,7 @@ def test_the_file_keeps_within_the_size(name, size, near):
     assert len(data) <= chosen["bytes"] <= size
     assert chosen["bytes"] - len(data) < near  # a layer that is used twice may share its numbers
     named = {name for name, bits in chosen["widths"].items() if bits != 4}
-    assert {keep.rpartition("=")[0] for keep in result.card.keep} == named
+    assert {keep.rpartition("=")[0] for keep in result.card.layer_bits} == named
 
 
 def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
@@ -176,7 +176,7 @@ def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
 
     widths = result.metrics["allocation"]["widths"]
     assert set(widths) == {"conv1", "conv2"}  # fc is kept
-    assert result.card.keep[0] == "fc=6"
+    assert result.card.layer_bits[0] == "fc=6"
     result.save(tmp_path)
     again = gdfq.load(tmp_path)
     assert again.card == result.card
@@ -210,12 +210,12 @@ def test_the_images_are_made_once_and_are_the_recipes_own(teacher):
 
 
 def test_names_are_meant_exactly():
-    assert Keep.exactly("a[0].*b", 2).fits("a[0].*b", 5, 9)
-    assert not Keep.exactly("a[0].*b", 2).fits("a0.xb", 5, 9)
-    assert Keep.exactly("first", 8).fits("first", 3, 9)
-    assert not Keep.exactly("last", 8).fits("fc", 8, 9)
-    for keep in (Keep.exactly("last", 8), Keep("a.*", None)):
-        assert Keep.parse(str(keep)) == keep
+    assert LayerBits.exactly("a[0].*b", 2).matches("a[0].*b", 5, 9)
+    assert not LayerBits.exactly("a[0].*b", 2).matches("a0.xb", 5, 9)
+    assert LayerBits.exactly("first", 8).matches("first", 3, 9)
+    assert not LayerBits.exactly("last", 8).matches("fc", 8, 9)
+    for keep in (LayerBits.exactly("last", 8), LayerBits("a.*", None)):
+        assert LayerBits.parse(str(keep)) == keep
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
-from gdfq.student.scheme import Keep, Scheme
+from gdfq.student.scheme import LayerBits, Scheme
 
 FULL = Scheme(Bits(4, 4), "full")
 NO_FORM = "no integer form"
@@ -97,9 +97,9 @@ def test_what_is_on_no_grid_is_float():
     recipe = find_recipe("real")
     full = diagnose(teacher, FULL, recipe)
     assert full.float_operators == ()
-    kept = diagnose(teacher, Scheme(Bits(4, 4), "full", (Keep("2", None),)), recipe)
+    kept = diagnose(teacher, Scheme(Bits(4, 4), "full", (LayerBits("2", None),)), recipe)
     assert kept.float_operators == (FloatOperators("conv2d", 1, "kept float"),)
-    published = diagnose(teacher, Scheme(Bits(4, 4), "t1"), recipe)
+    published = diagnose(teacher, Scheme(Bits(4, 4), "relu"), recipe)
     why = "what enters it is no ReLU's output, which alone placement t1 quantizes"
     assert published.float_operators == (  # the input's, and the last
         FloatOperators("conv2d", 1, why),
@@ -116,7 +116,7 @@ def test_what_shapes_outputs_is_float_and_said_so():
 
 def test_widths_are_those_of_the_run():
     model = networks.make("Residual")
-    scheme = Scheme(Bits(3, 4), "full", (Keep("fc", None),))
+    scheme = Scheme(Bits(3, 4), "full", (LayerBits("fc", None),))
     diagnosis = diagnose(capture(model, networks.images(1)), scheme, find_recipe("fast"))
     assert [(layer.name, layer.bits, layer.input_bits) for layer in diagnosis.layers] == [
         ("conv1", 3, 8),
@@ -146,7 +146,7 @@ def test_the_size_is_that_of_the_file(tmp_path):
 
 def test_problems_are_told_instead_of_raised():
     teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
-    diagnosis = diagnose(teacher, Scheme(Bits(4, 4), "t1"), find_recipe("fast"))
+    diagnosis = diagnose(teacher, Scheme(Bits(4, 4), "relu"), find_recipe("fast"))
     assert len(diagnosis.problems) == 2
     assert "of which this network has none" in diagnosis.problems[0]
     assert "Use recipe 'patches'" in diagnosis.problems[1]
@@ -214,7 +214,7 @@ def test_the_command(capsys, tmp_path):
     assert [layer["name"] for layer in facts["layers"]] == ["conv1", "conv2", "fc"]
     assert facts["seconds"].keys() == {"images", "tuning"}
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--recipe", "zeroq", "--placement", "t1"])
+        main([*arguments, "--recipe", "zeroq", "--placement", "relu"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "2 of 2 batch norms fold" in printed

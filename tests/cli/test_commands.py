@@ -49,7 +49,7 @@ def test_the_whole_run(place, capsys):
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"]["source"]["statistics"] == 0.1
     assert config["recipe"]["tuning"]["optimizer"]["lr"] == 1e-4
-    assert (config["seed"], config["bits"], config["placement"]) == (5, "w4a6", "t1")
+    assert (config["seed"], config["bits"], config["placement"]) == (5, "w4a6", "relu")
     assert len(config["weights_sha256"]) == 64
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [(h["stage"], h["step"]) for h in history] == [

@@ -41,7 +41,7 @@ def small():
     return quantized_by_fast(networks.make("Residual"), "w4a4")
 
 
-@pytest.mark.parametrize("placement", ["full", "t1"])
+@pytest.mark.parametrize("placement", ["full", "relu"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_path):
     quantized = gdfq.quantize(
@@ -330,7 +330,7 @@ def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
     assert kinds["stem.0.weight"] == onnx.TensorProto.FLOAT
     assert kinds["fc.weight"] == onnx.TensorProto.INT8
     quantized.export(tmp_path / "q.safetensors")
-    assert gdfq.load(tmp_path / "q.safetensors").card.keep == ("stem.*=float", "fc=8")
+    assert gdfq.load(tmp_path / "q.safetensors").card.layer_bits == ("stem.*=float", "fc=8")
 
 
 def _saturating(monkeypatch, also_precise=False):
@@ -422,7 +422,7 @@ def _identity():
 _MORE_WIDTHS = [
     ("w2a2", "Shuffled", "full"),
     ("w8a8", "Branches", "full"),
-    ("w8a8", "Tokens", "t1"),
+    ("w8a8", "Tokens", "relu"),
 ]
 
 

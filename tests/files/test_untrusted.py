@@ -42,7 +42,7 @@ from gdfq.models.registry import load_model, load_weights_
 from gdfq.models.weights import read_weights
 from gdfq.report import read_run, write_report
 from gdfq.runs.folder import METRICS, ONNX_FILE, RunFolder, check_export, read_metrics
-from gdfq.student.scheme import Keep
+from gdfq.student.scheme import LayerBits
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -583,7 +583,7 @@ def test_options_of_many_digits():
     with pytest.raises(UsageError, match="bits are written"):
         Bits.parse("w" + "9" * 5000 + "a4")
     with pytest.raises(UsageError, match="what is kept"):
-        Keep.parse("last=" + "9" * 5000)
+        LayerBits.parse("last=" + "9" * 5000)
     for kind, text in ((_Shape(), "9" * 5000 + "x3"), (_Size(), "9" * 5000)):
         with pytest.raises(click.BadParameter):
             kind.convert(text, None, None)

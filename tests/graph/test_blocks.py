@@ -72,7 +72,7 @@ def test_folding_keeps_the_function_and_leaves_what_cannot_fold(awkward):
 
 def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
     x = torch.randn(64, 3, 8, 8)
-    student = build_student(awkward, Scheme(Bits(8, 8), "t1"), quantizers=LSQ)
+    student = build_student(awkward, Scheme(Bits(8, 8), "relu"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
     wanted = awkward.network(x)
     for network in (student, freeze(student)):
@@ -96,7 +96,7 @@ def test_a_batch_norm_over_tokens_does_not_fold():
     assert len(folded.batch_norms) == 1
     assert torch.allclose(folded.network(x), network(x), atol=1e-5)
     for quantizers in (MINMAX, LSQ):
-        student = build_student(teacher, Scheme(Bits(8, 8), "t1"), quantizers=quantizers)
+        student = build_student(teacher, Scheme(Bits(8, 8), "relu"), quantizers=quantizers)
         calibrate_(student, [Batch((x,), torch.zeros(5), None)], steps=1)
         with torch.no_grad():
             assert torch.allclose(student(x), freeze(student)(x), atol=1e-5)
@@ -118,7 +118,7 @@ class Keras(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("placement", ["t1", "full"])
+@pytest.mark.parametrize("placement", ["relu", "full"])
 def test_fast_on_batch_norms_that_do_not_fold_and_a_layer_used_twice(placement):
     torch.manual_seed(0)
     network = Keras().eval()
@@ -148,7 +148,7 @@ def test_block_ends_of_a_residual_network():
 
 def test_the_students_features_are_its_quantized_values():
     teacher = capture(networks.make("Residual"), networks.images(2))
-    student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers=LSQ)
+    student = build_student(teacher, Scheme(Bits(4, 2), "relu"), quantizers=LSQ)
     student.eval()
     for quantizer in student.activations:
         quantizer.observing = True
@@ -161,7 +161,7 @@ def test_the_students_features_are_its_quantized_values():
 
 def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
     teacher = capture(networks.make("Residual"), networks.images(2))
-    student = build_student(teacher, Scheme(Bits(4, 3), "t1"), quantizers=LSQ).eval()
+    student = build_student(teacher, Scheme(Bits(4, 3), "relu"), quantizers=LSQ).eval()
     batch = Batch((networks.images(8),), None, None)
     calibrate_(student, [batch], steps=1)
     lean = student.with_features(["relu", "relu_1"])
@@ -209,7 +209,7 @@ def test_a_rectifier_that_others_read_too_stays():
 
     torch.manual_seed(0)
     teacher = capture(Both().eval(), torch.randn(2, 6))
-    student = build_student(teacher, Scheme(Bits(4, 2), "t1"), quantizers=LSQ).eval()
+    student = build_student(teacher, Scheme(Bits(4, 2), "relu"), quantizers=LSQ).eval()
     batch = Batch((torch.randn(8, 6, generator=torch.Generator().manual_seed(0)),), None, None)
     calibrate_(student, [batch], steps=1)
     lean, _ = student.with_features([])(batch.images)

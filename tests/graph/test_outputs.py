@@ -16,7 +16,7 @@ from gdfq.graph.capture import capture
 from gdfq.graph.outputs import built, count_of, flattened, names_of, read_structure, structure_of
 from gdfq.recipes import FAST, find_recipe
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student.placement import activation_widths
+from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 
@@ -151,7 +151,7 @@ def test_what_only_shapes_outputs_stays_float(tmp_path):
     model.eval()
     teacher = capture(model, networks.images(1))
     assert teacher.outputs == {"conv2d": 0, "boxes": 1, "again": 2}
-    widths = activation_widths(teacher, Scheme(Bits(4, 4), "full"))
+    widths = activation_bits(teacher, Scheme(Bits(4, 4), "full"))
     assert not any(node.name.startswith(("sigmoid", "mul", "sub", "cat")) for node in widths)
     assert {bits for node, bits in widths.items() if node.name.startswith("relu")} == {4}
     quantized = gdfq.quantize(model, networks.images(1), "w4a4", FEW)

@@ -33,5 +33,5 @@ def test_the_whole_line_runs(name):
         row = architectures.passed(entry)
     assert row["full"]["typical_error"] < 1e-3
     # Networks without ReLUs have nothing that t1 would quantize, and are told so.
-    assert row["t1"].get("typical_error", 0) < 0.1
-    assert "Use placement 'full'" in row["t1"].get("error", "Use placement 'full'")
+    assert row["relu"].get("typical_error", 0) < 0.1
+    assert "Use placement 'full'" in row["relu"].get("error", "Use placement 'full'")

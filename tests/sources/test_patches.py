@@ -19,7 +19,7 @@ from gdfq.graph import operators
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
 from gdfq.sources.patches import PatchSource, patch_nodes, patches
-from gdfq.student.placement import activation_widths
+from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 
@@ -105,7 +105,7 @@ def test_attention_is_written_as_two_products(options):
 
 
 def test_what_is_quantized_in_a_transformer(small):
-    widths = activation_widths(small, Scheme(Bits(4, 4), "full"))
+    widths = activation_bits(small, Scheme(Bits(4, 4), "full"))
     names = {node.name: bits for node, bits in widths.items()}
     # Per block: queries, keys and values (one layer's output) 8; the attention's weights, its
     # output, what enters the layers, and GELU 4; what the residual path carries 8. Scores, norms

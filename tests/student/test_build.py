@@ -13,8 +13,8 @@ from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
 from gdfq.sources.base import Batch
 from gdfq.student.build import Student, StudentBatchNorm, build_student
 from gdfq.student.freeze import freeze, rescaled
-from gdfq.student.placement import activation_widths
-from gdfq.student.scheme import Keep, Scheme
+from gdfq.student.placement import activation_bits
+from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 
@@ -29,13 +29,13 @@ def calibrated(model: nn.Module, bits: str, placement: str) -> Student:
 
 def widths(name: str, placement: str) -> dict[str, int]:
     teacher = capture(networks.make(name), networks.images(1))
-    chosen = activation_widths(teacher, Scheme(Bits(3, 4), placement))
+    chosen = activation_bits(teacher, Scheme(Bits(3, 4), placement))
     return {node.name: bits for node, bits in chosen.items()}
 
 
 def test_t1_quantizes_the_outputs_of_relus_only():
-    assert widths("Residual", "t1") == {"relu": 4, "relu_1": 4}
-    assert widths("Branches", "t1") == {"hardtanh": 4, "hardtanh_1": 4, "relu": 4}
+    assert widths("Residual", "relu") == {"relu": 4, "relu_1": 4}
+    assert widths("Branches", "relu") == {"hardtanh": 4, "hardtanh_1": 4, "relu": 4}
 
 
 def test_full_placement_of_a_residual_network():
@@ -78,7 +78,7 @@ def test_full_placement_with_squeeze_and_excitation():
     }
 
 
-@pytest.mark.parametrize("placement", ["t1", "full"])
+@pytest.mark.parametrize("placement", ["relu", "full"])
 def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(any_network, placement):
     student = calibrated(any_network, "w8a8", placement)
     x = networks.images(64)
@@ -91,7 +91,7 @@ def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(any_networ
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a5", "w4a4"])
 def test_frozen_weights_are_the_students_weights(any_network, bits):
-    student = calibrated(any_network, bits, "t1")
+    student = calibrated(any_network, bits, "relu")
     # With activations exact, folding must agree to float rounding.
     for quantizer in student.activations:
         quantizer.bits = 8
@@ -138,7 +138,7 @@ def test_rescaling_keeps_codes_exact():
 
 
 def test_a_shared_convolution_gets_a_fold_for_each_norm():
-    frozen = freeze(calibrated(networks.make("Shared"), "w4a4", "t1"))
+    frozen = freeze(calibrated(networks.make("Shared"), "w4a4", "relu"))
     names = [name for name, _ in frozen.named_buffers() if name.endswith(".codes")]
     assert len(names) == 4  # stem, conv twice, fc
 
@@ -177,12 +177,12 @@ def test_ranges_stay_once_calibration_is_over():
 
 def test_freezing_an_uncalibrated_student_is_refused(teacher):
     with pytest.raises(GdfqError, match="Calibrate"):
-        freeze(build_student(teacher, Scheme(Bits(4, 4), "t1")))
+        freeze(build_student(teacher, Scheme(Bits(4, 4), "relu")))
 
 
 def test_statistics_are_fixed_unless_asked_otherwise(teacher):
     for fixed in (True, False):
-        student = build_student(teacher, Scheme(Bits(4, 4), "t1"), fixed_statistics=fixed)
+        student = build_student(teacher, Scheme(Bits(4, 4), "relu"), fixed_statistics=fixed)
         norm = next(m for m in student.modules() if isinstance(m, StudentBatchNorm))
         before = norm.mean.clone()
         for quantizer in student.activations:
@@ -192,7 +192,7 @@ def test_statistics_are_fixed_unless_asked_otherwise(teacher):
 
 
 def test_parameters_train_and_buffers_do_not(teacher):
-    student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
     names = {name for name, _ in student.named_parameters()}
     assert "network.conv1.weight" in names
     assert "network.student_batch_norm.batch_norm.weight" in names
@@ -204,11 +204,11 @@ def test_there_must_be_something_to_quantize():
     smooth = nn.Sequential(nn.Conv2d(3, 5, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     teacher = capture(smooth, networks.images(1))
     with pytest.raises(UsageError, match="Use placement 'full'"):
-        build_student(teacher, Scheme(Bits(4, 4), "t1"))
+        build_student(teacher, Scheme(Bits(4, 4), "relu"))
     build_student(teacher, Scheme(Bits(4, 4), "full"))
     empty = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UsageError, match="has none"):
-        build_student(capture(empty, networks.images(1)), Scheme(Bits(4, 4), "t1"))
+        build_student(capture(empty, networks.images(1)), Scheme(Bits(4, 4), "relu"))
 
 
 def test_a_network_that_normalises_inside_keeps_eight_bits_to_its_first_layer():
@@ -217,25 +217,25 @@ def test_a_network_that_normalises_inside_keeps_eight_bits_to_its_first_layer():
 
 
 def test_bare_matrices_are_quantized_as_the_linear_layers_that_they_are():
-    frozen = freeze(calibrated(networks.make("Awkward"), "w2a8", "t1"))
+    frozen = freeze(calibrated(networks.make("Awkward"), "w2a8", "relu"))
     codes = [name for name, _ in frozen.named_buffers() if name.endswith("codes")]
     assert len(codes) == 4  # convolution, product, linear with the same matrix, fc
 
 
 def test_a_norm_without_affine_parameters_gets_none_to_train():
     student = build_student(
-        capture(networks.make("Awkward"), networks.images(1)), Scheme(Bits(4, 4), "t1")
+        capture(networks.make("Awkward"), networks.images(1)), Scheme(Bits(4, 4), "relu")
     )
     (norm,) = (m for m in student.modules() if isinstance(m, StudentBatchNorm))
     assert not list(norm.parameters())
     other = build_student(
-        capture(networks.make("Residual"), networks.images(1)), Scheme(Bits(4, 4), "t1")
+        capture(networks.make("Residual"), networks.images(1)), Scheme(Bits(4, 4), "relu")
     )
     assert all(p.requires_grad for p in other.parameters())
 
 
 def test_images_that_are_not_finite_are_refused(teacher):
-    student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
     images = networks.images(4)
     images[0, 0, 0, 0] = torch.nan
     batch = Batch((images,), torch.zeros(4, dtype=torch.long), torch.zeros(4, networks.CLASSES))
@@ -261,7 +261,7 @@ def test_every_spelling_of_a_relu_is_one():
 
     for relu in spellings:
         teacher = capture(Net(relu), networks.images(1))
-        assert list(activation_widths(teacher, Scheme(Bits(4, 4), "t1")).values()) == [4]
+        assert list(activation_bits(teacher, Scheme(Bits(4, 4), "relu")).values()) == [4]
 
 
 def test_a_bias_that_depends_on_the_input_is_refused_at_once():
@@ -275,15 +275,15 @@ def test_a_bias_that_depends_on_the_input_is_refused_at_once():
 
     teacher = capture(Net(), networks.images(1))
     with pytest.raises(UsageError, match="computed from the input"):
-        build_student(teacher, Scheme(Bits(4, 4), "t1"))
+        build_student(teacher, Scheme(Bits(4, 4), "relu"))
 
 
 def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
     teacher = capture(networks.make("Residual"), networks.images(1))
 
     def widths(placement, *keep):
-        scheme = Scheme(Bits(4, 4), placement, tuple(map(Keep.parse, keep)))
-        return {n.name: bits for n, bits in activation_widths(teacher, scheme).items()}
+        scheme = Scheme(Bits(4, 4), placement, tuple(map(LayerBits.parse, keep)))
+        return {n.name: bits for n, bits in activation_bits(teacher, scheme).items()}
 
     free = widths("full")
     assert free == {"x": 8, "relu": 4, "batch_norm_1": 8, "relu_1": 4, "avg_pool2d": 4}
@@ -293,12 +293,12 @@ def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
     # conv2's input also enters the addition; the last layer's enters that alone.
     assert widths("full", "conv2=float", "last=8") == free | {"avg_pool2d": 8}
     assert widths("full", "last=3") == free  # never narrower than asked for
-    assert widths("t1", "conv*=float") == {"relu": 4, "relu_1": 4}
+    assert widths("relu", "conv*=float") == {"relu": 4, "relu_1": 4}
 
 
 def test_kept_layers_weights():
     teacher = capture(networks.make("Branches"), networks.images(1))
-    keep = tuple(map(Keep.parse, ("first=float", "fc=8", "*=3")))
+    keep = tuple(map(LayerBits.parse, ("first=float", "fc=8", "*=3")))
     student = build_student(teacher, Scheme(Bits(4, 4), "full", keep), quantizers=LSQ)
     bits = {
         name.rpartition(".")[2]: module.bits
@@ -321,4 +321,4 @@ def test_kept_layers_weights():
 def test_what_cannot_be_kept(keep, message):
     teacher = capture(networks.make("Residual"), networks.images(1))
     with pytest.raises(UsageError, match=message):
-        build_student(teacher, Scheme(Bits(4, 4), "full", (Keep.parse(keep),)))
+        build_student(teacher, Scheme(Bits(4, 4), "full", (LayerBits.parse(keep),)))

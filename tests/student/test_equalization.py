@@ -21,7 +21,7 @@ from gdfq.student.equalization import channel_scales, rescaled
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
-T1 = Scheme(Bits(4, 4), "t1")
+T1 = Scheme(Bits(4, 4), "relu")
 FULL = Scheme(Bits(4, 4), "full")
 
 

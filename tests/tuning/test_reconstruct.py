@@ -39,7 +39,7 @@ def images():
 
 
 def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
-    student = build_student(teacher, Scheme(Bits.parse(bits), "t1"), quantizers=quantizers)
+    student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
 

@@ -66,7 +66,7 @@ def test_two_updates_equal_the_textbook(teacher):
     model = networks.make("Residual")
     batches = list(GeneratorSource(batch=8).stream(teacher, steps=3))
     config = replace(PAPER.tuning, optimizer=SgdConfig(lr=0.05))
-    student = build_student(teacher, Scheme(Bits(4, 4), "t1"))
+    student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
     calibrate_(student, batches[:1], steps=1)
     ranges = [q.scale * 15 for q in student.activations]
     parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
@@ -128,7 +128,7 @@ def test_learned_quantizers_need_fixed_statistics():
 
 
 def test_each_kind_of_parameter_has_its_rate(teacher):
-    student = build_student(teacher, Scheme(Bits(4, 4), "t1"), quantizers=LSQ)
+    student = build_student(teacher, Scheme(Bits(4, 4), "relu"), quantizers=LSQ)
     optimizer = GridAdam(code_lr=0.1, scale_lr=0.2, other_lr=0.3).build(student)
     rates = {
         id(parameter): group["lr"]

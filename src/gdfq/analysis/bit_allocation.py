@@ -2,7 +2,7 @@
 
 A stage between capture and student. It measures what each layer costs at each width, in accuracy
 and in bytes, makes the best choice, and yields a `Scheme` that a user could have written: a base
-width, and a `Keep` for each layer of another one.
+width, and a `LayerBits` for each layer of another one.
 
 The size is that of the ONNX file, which is what users deploy. It stores codes in 2, 4 or 8 bits,
 so no other width would pay. Activations stay at 8 bits: their width takes no byte of the file, and
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.analysis.knapsack import allocate, check_budget
-from gdfq.deploy.onnx.writer import WIDTHS, to_onnx, weight_sizes
+from gdfq.deploy.onnx.sizes import WIDTHS, weight_sizes
+from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import MAX_BITS, Bits, code_bounds, fake_quantize
 from gdfq.functional.losses import distillation_loss, feature_loss
-from gdfq.graph import operators, queries
+from gdfq.graph import queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.outputs import in_order, output_names
@@ -34,7 +35,8 @@ from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
-from gdfq.student.scheme import Keep, Scheme
+from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 AUTO = "auto"
@@ -122,16 +124,18 @@ def choose_widths(
     *chosen, _ = allocate([*costs.values(), {0: 0.0}], sizes.groups, size)
     widths = dict(zip(layers, chosen, strict=True))
     named = tuple(
-        Keep.exactly(name, bits) for name, bits in widths.items() if bits != scheme.bits.weights
+        LayerBits.exactly(name, bits)
+        for name, bits in widths.items()
+        if bits != scheme.bits.weights
     )
     total = sizes.rest + sum(sizes.layers[name][bits] for name, bits in widths.items())
-    return Allocation(replace(scheme, keep=(*scheme.keep, *named)), widths, total)
+    return Allocation(replace(scheme, layer_bits=(*scheme.layer_bits, *named)), widths, total)
 
 
 def free_layers(teacher: Captured, scheme: Scheme) -> Layers:
     """The layers that the scheme does not keep. Raises UsageError when it keeps them all."""
     nodes = list(filter(queries.has_weight, teacher.network.graph.nodes))
-    kept = scheme.kept(nodes)
+    kept = scheme.overridden(nodes)
     layers: dict[str, list[fx.Node]] = {}
     for node in nodes:
         if node not in kept:
@@ -199,12 +203,13 @@ def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     teacher = fold_batch_norms(teacher)
     layers = free_layers(teacher, scheme)
     student = build_student(teacher, scheme)
-    noise = torch.randn(2, *teacher.input_shape, generator=stream(0, "allocation.noise"))
-    batch = Batch((noise.to(teacher.device),), None, None)
+    draw = stream(0, "allocation.noise")
+    noise = tuple(spec.noise(2, draw).to(teacher.device) for spec in teacher.inputs)
+    batch = Batch(noise, None, None)
     calibrate_(student, [batch], steps=1)  # a file's size knows no ranges
     network = freeze(student).cpu()
     _fill_(network)
-    data = to_onnx(network, teacher.input_shape, metadata, outputs=output_names(teacher))
+    data = to_onnx(network, teacher.inputs, metadata, outputs=output_names(teacher))
     nodes = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     taken = dict(zip(nodes, weight_sizes(network, data), strict=True))
     sizes = {
@@ -214,25 +219,22 @@ def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     fixed = len(data) - sum(layer[scheme.bits.weights] for layer in sizes.values())
     for name, layer in sizes.items():
         for bits in set(WIDTHS) - {scheme.bits.weights}:
-            layer[bits] += len(f" {Keep.exactly(name, bits)}".encode())
+            layer[bits] += len(f" {LayerBits.exactly(name, bits)}".encode())
     return Sizes(fixed + _LENGTHS, sizes)
 
 
-def _fill_(network: fx.GraphModule) -> None:
+def _fill_(network: IntegerNetwork) -> None:
     """Give a frozen network weights and biases of which a file can leave nothing out.
 
     Those of layers that share them, or that have none, are equal or zero until they are tuned.
     """
     draw = stream(0, "allocation.fill")
-    tensors = tensors_of(network)
-    for node in network.graph.nodes:
-        names = [str(argument.target) for argument in node.all_input_nodes]
-        if operators.name_of(node) == "gdfq.dequantize":
-            codes, scale, zero_point = (tensors[name] for name in names)
-            codes.random_(*code_bounds(node.args[3]), generator=draw)
-            scale.uniform_(1, 2, generator=draw)
-            zero_point.fill_(node.args[3] < MAX_BITS)
-        elif operators.name_of(node) == "gdfq.dequantize_bias":
-            tensors[names[0]].random_(generator=draw)
-        elif operators.name_of(node) in operators.WEIGHTED and names[-1] in tensors:
-            tensors[names[-1]].uniform_(1, 2, generator=draw)
+    for layer in network.layers:
+        if layer.weight is not None:
+            layer.weight.codes.random_(*code_bounds(layer.weight.bits), generator=draw)
+            layer.weight.scale.uniform_(1, 2, generator=draw)
+            layer.weight.zero_point.fill_(layer.weight.bits < MAX_BITS)
+        if layer.bias is not None and layer.bias.is_floating_point():
+            layer.bias.uniform_(1, 2, generator=draw)
+        elif layer.bias is not None:
+            layer.bias.random_(generator=draw)

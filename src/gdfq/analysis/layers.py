@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from gdfq.analysis.sensitivity import measure_harm
 from gdfq.functional.grid import code_bounds, dequantize
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
-from gdfq.graph.queries import images_at_once, layers_of, weights_of
-from gdfq.graph.walk import Visit, Walk, weight_bits
+from gdfq.graph.queries import images_at_once, weights_of
+from gdfq.graph.walk import Visit, Walk
+from gdfq.student.integer_network import ActivationGrid, IntegerLayer, IntegerNetwork
 
 BINS = 40
 _HIGHEST = 120.0
@@ -96,7 +97,7 @@ def saturation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> float
     return 100 * float(((codes < low) | (codes > high)).double().mean())
 
 
-def measure_layers(teacher: Captured, network: fx.GraphModule, images: Tensor) -> Layers:
+def measure_layers(teacher: Captured, network: IntegerNetwork, images: Tensor) -> Layers:
     """Compare a frozen student layer by layer with its teacher.
 
     images: normalised [N, *input_shape], of which as many are used as their activations allow.
@@ -105,33 +106,32 @@ def measure_layers(teacher: Captured, network: fx.GraphModule, images: Tensor) -
     teacher = fold_batch_norms(teacher)
     few = images[: min(_IMAGES, images_at_once(teacher.network))].to(teacher.device)
     wanted = weights_of(teacher.network)
-    pairs = dict(zip(layers_of(network), wanted, strict=True))
-    total = sum(map(_stored_bits, pairs, wanted.values()))
+    layers_of_student = {layer.node: layer for layer in network.layers}
+    pairs = dict(zip(layers_of_student, wanted, strict=True))
+    total = sum(map(_stored_bits, layers_of_student.values(), wanted.values()))
+    grids = {grid.node: grid for grid in network.activations}
     harm = measure_harm(teacher, network, few)
 
     layers, activations, spreads, ranges = [], [], [], []
-    names: dict[fx.Node, str] = {}
     outputs = (v.value for v in Walk(teacher.network).visits(few) if v.node in wanted)
-    for visit in Walk(network).visits(few):
-        if operators.name_of(visit.node) == "gdfq.fake_quantize":
-            found = _activation(visit)
-            names[visit.node] = found.name
-            activations.append(found)
+    for visit in Walk(network.module).visits(few):
+        if visit.node in grids:
+            activations.append(_activation(visit, grids[visit.node]))
             ranges.append(_histogram(visit.inputs[0]))
         elif visit.node in pairs:
-            node = pairs[visit.node]
-            weight, bits = wanted[node], weight_bits(visit.node)
+            node, layer = pairs[visit.node], layers_of_student[visit.node]
+            weight, bits = wanted[node], layer.bits
             layers.append(
                 LayerEvidence(
                     name=queries.layer_name(node),
                     operator=operators.name_of(node).split(".")[1],
                     bits=bits,
                     weights=weight.numel(),
-                    share=100 * _stored_bits(visit.node, weight) / total,
+                    share=100 * _stored_bits(layer, weight) / total,
                     weight_sqnr=None if bits is None else sqnr(weight, visit.inputs[1]),
                     output_sqnr=sqnr(next(outputs), visit.value),
                     harm=harm.of.get(node.name),
-                    activation=names.get(queries.grid_source(visit.node.all_input_nodes[0])),
+                    activation=None if layer.input is None else _shown_name(layer.input),
                 )
             )
             spreads.append(_histogram(weight))
@@ -149,17 +149,19 @@ def measure_layers(teacher: Captured, network: fx.GraphModule, images: Tensor) -
     )
 
 
-def _stored_bits(layer: fx.Node, weight: Tensor) -> int:
-    return weight.numel() * (weight_bits(layer) or 32)
+def _stored_bits(layer: IntegerLayer, weight: Tensor) -> int:
+    return weight.numel() * (layer.bits or 32)
 
 
-def _activation(visit: Visit) -> ActivationEvidence:
+def _shown_name(grid: ActivationGrid) -> str:
+    return grid.name.rstrip("_")
+
+
+def _activation(visit: Visit, grid: ActivationGrid) -> ActivationEvidence:
     x, scale, zero_point, bits = visit.inputs
     ends = dequantize(torch.tensor(code_bounds(bits)).to(scale), scale, zero_point, bits)
-    constant = visit.node.args[1]
-    assert isinstance(constant, fx.Node)
     return ActivationEvidence(
-        name=str(constant.target).split(".")[1].rstrip("_"),
+        name=_shown_name(grid),
         bits=bits,
         low=float(ends[0]),
         high=float(ends[1]),

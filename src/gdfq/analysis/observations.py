@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from gdfq.analysis.accuracy import Answers, logits_of
 from gdfq.data.datasets import ImageData
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.progress import Listener
 from gdfq.graph.capture import Captured
+from gdfq.student.integer_network import IntegerNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Tested:
     def of(
         cls,
         teacher: Captured,
-        network: fx.GraphModule,
+        network: IntegerNetwork,
         held_out: ImageData,
         preprocessing: Preprocessing,
         listener: Listener,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gdfq.deploy.onnx.writer import WIDTHS
+from gdfq.deploy.onnx.sizes import WIDTHS
 from gdfq.errors import GdfqError
 from gdfq.functional.grid import Bits, Layout
 from gdfq.graph import operators, queries
@@ -19,7 +19,7 @@ from gdfq.graph.outputs import output_names
 from gdfq.graph.tensors import tensors_of
 from gdfq.recipes import Recipe
 from gdfq.student.build import check_scheme
-from gdfq.student.placement import activation_widths, feeds_softmax_only, shapes_outputs
+from gdfq.student.placement import activation_bits, feeds_softmax_only, shapes_outputs
 from gdfq.student.scheme import Scheme
 
 _FEW_CHANNELS = 16
@@ -106,7 +106,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     problems: list[str] = []
     try:
         check_scheme(teacher, scheme, recipe.quantizers)
-        widths = activation_widths(folded, scheme)
+        widths = activation_bits(folded, scheme)
         weight_bits = scheme.weight_bits(layers)
     except GdfqError as error:
         problems, widths, weight_bits = [str(error)], {}, {}
@@ -119,7 +119,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     tensors = tensors_of(teacher.network)
     norms = len(teacher.batch_norms)
     return Diagnosis(
-        input_shape=teacher.input_shape,
+        inputs=teacher.inputs,
         classes=teacher.classes,
         outputs=tuple(output_names(teacher)),
         bits=str(scheme.bits),
@@ -222,8 +222,8 @@ def _why_float(
         return None
     if is_tail:
         return "only shapes the outputs"
-    if scheme.placement == "t1":
-        return "what enters it is no ReLU's output, which alone placement t1 quantizes"
+    if scheme.placement == "relu":
+        return "what enters it is no ReLU's output, which alone placement relu quantizes"
     return "what enters it stays float"
 
 
@@ -240,7 +240,7 @@ def _advice(bits: Bits, layers: tuple[Layer, ...], nodes: list[fx.Node]) -> Iter
     if narrow and smallest < 8:
         yield (
             f"depthwise layers of {_FEW_CHANNELS} channels or fewer lose most and gain no speed: "
-            f"{', '.join(narrow)}. Keep them with --keep NAME=float or =8."
+            f"{', '.join(narrow)}. Keep them with --layer-bits NAME=float or =8."
         )
     if smallest == 2:
         yield "2 bits lost 14 points on a CIFAR-10 ResNet-20: expect a network of little use."

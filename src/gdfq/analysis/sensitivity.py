@@ -10,12 +10,12 @@ from torch import Tensor, fx
 from gdfq.analysis.bit_allocation import divergence
 from gdfq.analysis.preflight import layer_operations
 from gdfq.functional.grid import fake_quantize
-from gdfq.graph import operators, queries
+from gdfq.graph import queries
 from gdfq.graph.capture import Captured
-from gdfq.graph.queries import layers_of, weights_of
-from gdfq.graph.tensors import tensors_of
-from gdfq.graph.walk import Walk, weight_bits
+from gdfq.graph.queries import weights_of
+from gdfq.graph.walk import Walk
 from gdfq.quantizers.lsq import best_weight_grid
+from gdfq.student.integer_network import IntegerNetwork
 
 _OPERATIONS = 6 * 10**10
 """Multiply-accumulates that all divergences may cost together: some seconds of one core."""
@@ -41,7 +41,7 @@ class Harm:
     of: Mapping[str, float]
 
 
-def measure_harm(teacher: Captured, network: fx.GraphModule, images: Tensor) -> Harm:
+def measure_harm(teacher: Captured, network: IntegerNetwork, images: Tensor) -> Harm:
     """Round the teacher's layers one at a time, as a student has them quantized.
 
     teacher: with folded batch norms; network: its frozen student, which gives the width of each
@@ -49,13 +49,12 @@ def measure_harm(teacher: Captured, network: fx.GraphModule, images: Tensor) -> 
     have no harm. images: normalised [N, *input_shape]; few of them where runs are dear.
     """
     weights = weights_of(teacher.network)
-    tensors = tensors_of(network)
     widths: dict[fx.Node, int] = {}
     grids: dict[fx.Node, Grid | None] = {}
-    for node, ours in zip(weights, layers_of(network), strict=True):
-        bits = weight_bits(ours)
-        if bits is not None:
-            widths[node], grids[node] = bits, _input_grid(ours, tensors)
+    for node, layer in zip(weights, network.layers, strict=True):
+        if layer.bits is not None:
+            widths[node] = layer.bits
+            grids[node] = None if layer.input is None else layer.input.grid
 
     def rounded(node: fx.Node, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, weight, *rest = inputs
@@ -106,12 +105,3 @@ def _errors(
             power = visit.value.double().square().sum().clamp_min(1e-300)
             errors[visit.node.name] = float((other - visit.value).double().square().sum() / power)
     return errors
-
-
-def _input_grid(layer: fx.Node, tensors: Mapping[str, Tensor]) -> Grid | None:
-    """The grid that the input of a student's layer lies on."""
-    source = queries.grid_source(layer.all_input_nodes[0])
-    if operators.name_of(source) != "gdfq.fake_quantize":
-        return None
-    _, scale, zero_point, bits = source.args
-    return tensors[str(scale.target)], tensors[str(zero_point.target)], bits  # type: ignore[union-attr, return-value]

@@ -181,8 +181,8 @@ def cli() -> None:
 @click.option("--out", type=_PATH, required=True, help="folder for the run; must not hold one yet")
 @click.option(
     "--placement",
-    type=click.Choice(["t1", "full"]),
-    help="t1: weights and ReLU outputs, as published; full: deployable  [default: the recipe's]",
+    type=click.Choice(["relu", "full", "t1"]),
+    help="relu: weights and ReLU outputs, as published; full: deployable  [default: the recipe's]",
 )
 @click.option(
     "--keep",
@@ -235,7 +235,9 @@ def quantize_command(**options: Any) -> None:
 @_network_options
 @click.option("--bits", default="w4a4", show_default=True, help="of weights and activations, 2..8")
 @click.option("--recipe", default="fast", show_default=True)
-@click.option("--placement", type=click.Choice(["t1", "full"]), help="[default: the recipe's]")
+@click.option(
+    "--placement", type=click.Choice(["relu", "full", "t1"]), help="[default: the recipe's]"
+)
 @click.option("--keep", multiple=True, metavar="PATTERN=WIDTH", help="as in gdfq quantize")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 def doctor_command(**options: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from gdfq.deploy.benchmark import in_full_precision, side_by_side, size_of
+from gdfq.deploy.benchmark import side_by_side, size_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.errors import UsageError
 from gdfq.quantized import load
@@ -27,7 +27,8 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
         raise UsageError(f"{folder} must hold {ONNX_FILE}. Make it with: gdfq export {folder}")
     check_export(folder)
     files: dict[str, bytes | Path] = {
-        "full precision": against or to_onnx(in_full_precision(quantized.network), shape, {}),
+        "full precision": against
+        or to_onnx(quantized.network.as_float(), quantized.card.inputs, {}),
         f"{quantized.card.bits}": file,
     }
     sizes = list(map(size_of, files.values()))

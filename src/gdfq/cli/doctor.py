@@ -16,14 +16,14 @@ from gdfq.errors import UsageError
 from gdfq.execution.precision import find_device
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
-from gdfq.student.scheme import Keep, Placement, Scheme
+from gdfq.student.scheme import LayerBits, Scheme, parse_placement
 
 
 def doctor(
     *,
     bits: str,
     recipe: str,
-    placement: Placement | None,
+    placement: str | None,
     keep: tuple[str, ...],
     steps: int | None,
     device: str,
@@ -37,8 +37,8 @@ def doctor(
             "doctor looks at widths that are given; leave --bits auto to gdfq quantize."
         )
     chosen = find_recipe(recipe).with_steps(steps)
-    keeps = tuple(map(Keep.parse, keep))
-    scheme = Scheme(parse_bits(bits, None), placement or chosen.placement, keeps)
+    keeps = tuple(map(LayerBits.parse, keep))
+    scheme = Scheme(parse_bits(bits, None), parse_placement(placement or chosen.placement), keeps)
     network, shape, _ = open_network(warns=False, **options)
     teacher = capture(network, torch.zeros(1, *shape), classifier=classifier)
     teacher = teacher.to(find_device(device))

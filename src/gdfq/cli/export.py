@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from gdfq.deploy.export import Exported, Format
+from gdfq.deploy.export import Exported
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
 from gdfq.quantized import load
 
 
 def export(
-    folder: Path, *, format: Format | None, out: Path | None, raw_input: bool, safe_x86: bool
+    folder: Path, *, format: str | None, out: Path | None, raw_input: bool, safe_x86: bool
 ) -> None:
     """`gdfq export`."""
     if format is None and out is None:
@@ -21,7 +21,7 @@ def export(
     path = out or home / f"student.{format}"
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
-    exported = quantized.export(path, format=format, raw_input=raw_input, safe_x86=safe_x86)
+    exported = quantized.export(path, target=format, raw_input=raw_input, safe_x86=safe_x86)
     print_export(exported)
 
 

@@ -39,7 +39,7 @@ from gdfq.report import write_report
 from gdfq.report.read import read_run
 from gdfq.report.terminal import print_run
 from gdfq.runs.folder import EXPORT, ONNX_FILE, RunFolder
-from gdfq.student.scheme import Keep, Placement, Scheme
+from gdfq.student.scheme import LayerBits, Scheme, parse_placement
 from gdfq.version import __version__
 
 
@@ -55,7 +55,7 @@ def _run(
     size: int | None,
     recipe: str,
     out: Path,
-    placement: Placement | None,
+    placement: str | None,
     keep: tuple[str, ...],
     test: Path | None,
     data: Path | None,
@@ -76,7 +76,7 @@ def _run(
     chosen = find_recipe(recipe).with_steps(steps)
     widths = parse_bits(bits, size)
     for text in keep:
-        Keep.parse(text)
+        LayerBits.parse(text)
     if tensorboard:
         require_tensorboard()
     folder = RunFolder(out, checkpoint_every)
@@ -106,7 +106,9 @@ def _run(
     # Read before there is a folder, which stays away when they cannot be used.
     given = None if data is None else load_data(data, shape, teacher.classes, resize)
     held_out = None if test is None else load_test(test, teacher, resize)
-    scheme = Scheme(widths, placement or chosen.placement, tuple(map(Keep.parse, keep)))
+    scheme = Scheme(
+        widths, parse_placement(placement or chosen.placement), tuple(map(LayerBits.parse, keep))
+    )
     if size is None:  # else widths are yet to be chosen
         diagnosis = diagnose(teacher, scheme, chosen)
         if diagnosis.problems and data is None:  # with given images it may lack nothing

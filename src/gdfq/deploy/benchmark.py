@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, fx
 
 from gdfq.deploy.runtimes import onnx_session, run_once
 from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import within
-from gdfq.graph import operators
-from gdfq.graph.tensors import flat_module, tensors_of
 
 BATCHES, THREADS = (1, 32), (1, 2)
 _FEWEST = 11
@@ -127,32 +123,3 @@ def _measured(
             found.append(1000 * (time.perf_counter() - started))
     quartiles = [statistics.quantiles(found, n=4) for found in times]
     return [(middle, low, high) for low, middle, high in quartiles]
-
-
-@torch.no_grad()
-def in_full_precision(network: fx.GraphModule) -> fx.GraphModule:
-    """A frozen network with float weights and no rounding: what it was before, as fast and large.
-
-    Its weights are the quantized ones, written as floats.
-    """
-    tensors = dict(tensors_of(network))
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-
-    def constant(node: fx.Node, function: Any) -> fx.Node:
-        args, _ = fx.node.map_arg((node.args, {}), lambda n: tensors[str(n.target)])
-        name = f"{node.args[0].target}_float"  # type: ignore[union-attr]
-        value: Tensor = function(*args)
-        tensors[name] = torch.nn.Parameter(value, requires_grad=False)
-        return graph.get_attr(name)
-
-    for node in network.graph.nodes:
-        name = operators.name_of(node)
-        if name == "gdfq.fake_quantize":
-            new[node] = new[node.args[0]]
-        elif name in {"gdfq.dequantize", "gdfq.dequantize_bias"}:
-            new[node] = constant(node, node.target)
-        else:
-            new[node] = graph.node_copy(node, new.__getitem__)
-    graph.eliminate_dead_code()
-    return flat_module(graph, tensors)

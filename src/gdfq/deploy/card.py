@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.files.plain_values import tagged
 from gdfq.functional.grid import Bits
+from gdfq.graph.inputs import InputSpec, image_shape
 from gdfq.graph.outputs import Structure
 from gdfq.student.scheme import Placement
 from gdfq.version import __version__
@@ -15,7 +16,8 @@ from gdfq.version import __version__
 class Card:
     """What a user of the network must know to use it."""
 
-    input_shape: tuple[int, ...]
+    inputs: tuple[InputSpec, ...]
+    """What the network takes, in order."""
     classes: int | None
     """Of a classifier; None for a network whose outputs are not classes."""
     outputs: Structure
@@ -24,5 +26,14 @@ class Card:
     placement: Placement
     recipe: str
     seed: int
-    keep: tuple[str, ...] = ()
+    layer_bits: tuple[str, ...] = ()
     gdfq_version: str = __version__
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one image, of a network that takes images alone.
+
+        Raises:
+            UsageError: The network takes several inputs, or integers.
+        """
+        return image_shape(self.inputs)

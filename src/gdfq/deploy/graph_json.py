@@ -69,8 +69,8 @@ def graph_from_json(nodes: object, tensors: Mapping[str, Tensor]) -> fx.GraphMod
         else:
             raise _broken(f"node {name!r} is of an unknown kind {kind!r}")
     kinds = [node.op for node in graph.nodes]
-    if kinds.count("placeholder") != 1 or kinds.count("output") != 1 or kinds[-1] != "output":
-        raise _broken("it must have one input and end with its one output")
+    if not kinds.count("placeholder") or kinds.count("output") != 1 or kinds[-1] != "output":
+        raise _broken("it must have inputs and end with its one output")
     try:
         return flat_module(graph, dict(tensors))
     except Exception as error:  # of Python, which compiles it, and of torch, which sets attributes

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from gdfq.deploy.onnx.writer import codes_name
+from gdfq.deploy.onnx.names import codes_name
 from gdfq.functional import grid
 from gdfq.functional.grid import code_bounds
-from gdfq.graph import operators
 from gdfq.graph.outputs import in_order
+from gdfq.student.integer_network import IntegerNetwork
 
 TOLERANCE, TOLERANCE_OVERALL = 0.05, 0.25
 """Relative errors of the outputs that always pass: half of the images', and overall.
@@ -56,10 +56,10 @@ class Parity:
         return self.typical_error <= typical and self.relative_error <= overall
 
     @classmethod
-    def of(cls, wanted: Sequence[Tensor], got: Sequence[Tensor], classes: bool) -> "Parity":
+    def of(cls, expected: Sequence[Tensor], actual: Sequence[Tensor], classes: bool) -> "Parity":
         """Compare outputs [N, ...] of the student and of the runtime."""
         differences, overall, typical = [], [], []
-        for theirs, ours in zip(wanted, got, strict=True):
+        for theirs, ours in zip(expected, actual, strict=True):
             theirs = theirs.double().flatten(1)
             distance = ours.double().flatten(1) - theirs
             differences.append(float(distance.abs().max()))
@@ -68,8 +68,8 @@ class Parity:
             typical.append(float(by_image.median()))
         agreement = None
         if classes:
-            agreement = 100 * float((got[0].argmax(1) == wanted[0].argmax(1)).double().mean())
-        return cls(len(wanted[0]), max(differences), max(overall), max(typical), agreement)
+            agreement = 100 * float((actual[0].argmax(1) == expected[0].argmax(1)).double().mean())
+        return cls(len(expected[0]), max(differences), max(overall), max(typical), agreement)
 
     def __str__(self) -> str:
         return (
@@ -79,16 +79,17 @@ class Parity:
 
 
 @torch.no_grad()
-def is_equal(network: fx.GraphModule, images: Tensor, parity: Parity) -> bool:
-    """Whether a runtime that comes this near to the student on images [N, ...] computes the same.
+def is_equal(network: IntegerNetwork, inputs: Sequence[Tensor], parity: Parity) -> bool:
+    """Whether a runtime that comes this near to the student on some inputs computes the same.
 
     What rounding alone can do is how far the student is from itself in double precision.
     """
     if parity.within(TOLERANCE, TOLERANCE_OVERALL):
         return True
-    wanted = in_order(network(images))
-    exact = in_order(copy.deepcopy(network).double()(images.double()))
-    sensitivity = Parity.of(wanted, exact, classes=False)
+    expected = network.outputs(*inputs)
+    doubled = (x.double() if x.is_floating_point() else x for x in inputs)
+    exact = copy.deepcopy(network).double().outputs(*doubled)
+    sensitivity = Parity.of(expected, exact, classes=False)
     return parity.within(
         max(TOLERANCE, 2 * sensitivity.typical_error),
         max(TOLERANCE_OVERALL, 2 * sensitivity.relative_error),
@@ -115,7 +116,7 @@ class CodesParity:
 
 @torch.no_grad()
 def compare_codes(
-    network: fx.GraphModule, images: Tensor, found: Mapping[str, np.ndarray[Any, Any]]
+    network: IntegerNetwork, inputs: Sequence[Tensor], found: Mapping[str, np.ndarray[Any, Any]]
 ) -> tuple[list[CodesParity], list[Tensor]]:
     """Compare a runtime's codes, by `codes_name`, with the student's, in the student's order.
 
@@ -124,21 +125,22 @@ def compare_codes(
     outputs from the runtime's codes as well.
     """
     walk = _OnGivenCodes(network, found)
-    outputs = in_order(walk.run(images))
+    outputs = in_order(walk.run(*inputs))
     return walk.parities, outputs
 
 
 class _OnGivenCodes(fx.Interpreter):
-    def __init__(self, network: fx.GraphModule, found: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        super().__init__(network)
+    def __init__(self, network: IntegerNetwork, found: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        super().__init__(network.module)
+        self.names = {grid.node: codes_name(grid) for grid in network.activations}
         self.found = found
         self.parities: list[CodesParity] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        if operators.name_of(n) != "gdfq.fake_quantize":
+        if n not in self.names:
             return super().run_node(n)
         (x, scale, zero_point, bits), _ = self.fetch_args_kwargs_from_env(n)
-        name, (lowest, highest) = codes_name(n), code_bounds(bits)
+        name, (lowest, highest) = self.names[n], code_bounds(bits)
         unsigned = torch.from_numpy(self.found[name]).to(x.dtype)
         codes = unsigned.reshape(x.shape) + lowest  # the file may flatten behind the quantizer
         differ = codes != grid.quantize(x, scale, zero_point, bits)

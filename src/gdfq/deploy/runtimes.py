@@ -14,8 +14,8 @@ from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.execution.tracing import quiet_tracing
 from gdfq.graph.outputs import in_order
 
-Run = Callable[[Tensor], list[Tensor]]
-"""Images [N, *input_shape] -> the network's outputs in order, all on the CPU."""
+Run = Callable[..., list[Tensor]]
+"""One tensor [N, *shape] for each input -> the network's outputs in order, all on the CPU."""
 
 PRECISE = ("session.x64quantprecision", "1")
 """The entry in a session's configuration with which sums of 8-bit weights do not saturate on x86
@@ -83,19 +83,17 @@ def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, objec
 def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
     """An ONNX file's contents, ready to run. Raises UsageError as `onnx_session` does."""
     session = onnx_session(data, precise=precise)
-    name = session.get_inputs()[0].name
 
-    def run(images: Tensor) -> list[Tensor]:
-        feed = {name: images.contiguous().numpy()}
-        return list(map(torch.from_numpy, run_once(session, None, feed)))
+    def run(*inputs: Tensor) -> list[Tensor]:
+        return list(map(torch.from_numpy, run_once(session, None, _fed(session, inputs))))
 
     return run
 
 
 def onnx_values(
-    data: bytes, names: Sequence[str], images: Tensor, *, precise: bool = False
+    data: bytes, names: Sequence[str], inputs: Sequence[Tensor], *, precise: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """What the named values of an ONNX file are for some images.
+    """What the named values of an ONNX file are for some inputs.
 
     Raises GdfqError for names that the file does not have.
     """
@@ -111,8 +109,14 @@ def onnx_values(
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
     session = onnx_session(model.SerializeToString(), precise=precise)
-    feed = {session.get_inputs()[0].name: images.contiguous().numpy()}
-    return dict(zip(names, run_once(session, names, feed), strict=True))
+    found = run_once(session, names, _fed(session, inputs))
+    return dict(zip(names, found, strict=True))
+
+
+def _fed(session: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs in order, by the names that a session has for them."""
+    names = [value.name for value in session.get_inputs()]
+    return {name: tensor.contiguous().numpy() for name, tensor in zip(names, inputs, strict=True)}
 
 
 _MAKE_INTEGERS = frozenset(
@@ -178,11 +182,11 @@ def program_runner(data: bytes) -> Run:
     except Exception as error:
         raise GdfqError(
             f"torch must be able to load the program that it saved; it says: {first_line(error)}. "
-            "Export with --format safetensors instead."
+            "Export with --target safetensors instead."
         ) from error
 
-    def run(images: Tensor) -> list[Tensor]:
+    def run(*inputs: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            return in_order(module(images))
+            return in_order(module(*inputs))
 
     return run

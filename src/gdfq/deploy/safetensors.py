@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.deploy.card import Card
@@ -24,11 +24,13 @@ from gdfq.deploy.shape_check import rehearse
 from gdfq.errors import UsageError
 from gdfq.files.untrusted import check_shape, parse_json
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits, code_bounds
-from gdfq.graph import operators
+from gdfq.graph.inputs import IMAGES, InputSpec, takes_images
 from gdfq.graph.outputs import read_structure
-from gdfq.graph.tensors import tensors_of
+from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.scheme import parse_placement
 
-FORMAT, VERSION = "gdfq-student", 4
+FORMAT, VERSION = "gdfq-student", 5
+_READABLE = (4, 5)
 STUDENT_FILE = "student.safetensors"
 _KEY = "gdfq"
 _HEADER = 8
@@ -64,24 +66,24 @@ def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
     return torch.from_numpy(codes.astype(np.int8))
 
 
-def to_safetensors(network: fx.GraphModule, card: Card) -> bytes:
+def to_safetensors(network: IntegerNetwork, card: Card) -> bytes:
     """A frozen network and its card as the contents of a file."""
     from safetensors.torch import save
 
-    widths = _code_widths(network)
+    bits = network.code_bits()
     packed: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
-    for name, tensor in tensors_of(network).items():
+    for name, tensor in network.tensors.items():
         tensor = tensor.detach().cpu()
-        if name in widths:
-            table[name] = {"bits": widths[name], "shape": list(tensor.shape)}
-            packed[name] = pack(tensor, widths[name])
+        if name in bits:
+            table[name] = {"bits": bits[name], "shape": list(tensor.shape)}
+            packed[name] = pack(tensor, bits[name])
         else:
             packed[name] = tensor.contiguous().clone()
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "card": {**asdict(card), "bits": str(card.bits)},
+        "card": _card_values(card),
         "codes": table,
         "graph": graph_to_json(network.graph),
     }
@@ -95,7 +97,7 @@ def header_bytes(data: bytes) -> int:
     return _HEADER + int.from_bytes(data[:_HEADER], "little")
 
 
-def read(path: Path) -> tuple[fx.GraphModule, Card]:
+def read(path: Path) -> tuple[IntegerNetwork, Card]:
     """Read what `to_safetensors` made. Raises UsageError as `gdfq.load` says."""
     try:
         data = path.read_bytes()
@@ -108,7 +110,7 @@ def read(path: Path) -> tuple[fx.GraphModule, Card]:
     return from_safetensors(data, str(path))
 
 
-def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModule, Card]:
+def from_safetensors(data: bytes, name: str = "the file") -> tuple[IntegerNetwork, Card]:
     """The network and card of a file's contents; `name` is for errors."""
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -120,20 +122,21 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[fx.GraphModul
         found, version = document["format"], document["version"]
     except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise _damaged(name) from error
-    if found != FORMAT or version != VERSION:
+    if found != FORMAT or version not in _READABLE:
         raise UsageError(
-            f"{name} must be of format {FORMAT!r}, version {VERSION}; it is "
-            f"{found!r}, version {version!r}. Read it with the version of gdfq that wrote it."
+            f"{name} must be of format {FORMAT!r}, version {' or '.join(map(str, _READABLE))}; "
+            f"it is {found!r}, version {version!r}. Read it with the version of gdfq that wrote it."
         )
     try:
         if digest(document, tensors) != document.get("sha256"):
             raise _damaged(name)
         for codes, entry in document["codes"].items():
             tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"])
-        card, graph = _card(document["card"]), document["graph"]
+        values, graph = document["card"], document["graph"]
+        card = _card(_from_version_4(values) if version == 4 else values)
     except (*_NOT_OURS, RecursionError) as error:
         raise _damaged(name) from error
-    network = graph_from_json(graph, tensors)
+    network = IntegerNetwork(graph_from_json(graph, tensors))
     rehearse(network, card)
     return network, card
 
@@ -153,34 +156,64 @@ def digest(document: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def _code_widths(network: fx.GraphModule) -> dict[str, int]:
-    """The bits of each tensor of codes, from the operators that read it."""
-    dequantize = operators.resolve("gdfq.dequantize")
-    nodes = network.graph.find_nodes(op="call_function", target=dequantize)
-    return {str(node.args[0].target): node.args[3] for node in nodes}
+def _card_values(card: Card) -> dict[str, Any]:
+    """The card as plain values."""
+    inputs = [
+        {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype)}
+        for spec in card.inputs
+    ]
+    return {**asdict(card), "inputs": inputs, "bits": str(card.bits)}
+
+
+def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a card of version 4, as the present version writes them."""
+    shape, keep, placement = (values[name] for name in ("input_shape", "keep", "placement"))
+    rest = {n: value for n, value in values.items() if n not in {"input_shape", "keep"}}
+    inputs = [{"name": IMAGES, "shape": shape, "dtype": str(torch.float32)}]
+    placement = "relu" if placement == "t1" else placement
+    return {**rest, "inputs": inputs, "layer_bits": keep, "placement": placement}
 
 
 def _card(values: dict[str, Any]) -> Card:
     """The card of a document. Raises ValueError and others for what `save` does not write."""
-    shape = tuple(map(operator.index, values["input_shape"]))
-    check_shape(shape)
+    inputs = tuple(map(_input, values["inputs"]))
+    if not inputs or len({spec.name for spec in inputs}) < len(inputs):
+        raise ValueError("inputs must have names that differ")
     preprocessing = values["preprocessing"]
+    mean, std = (tuple(map(float, preprocessing[name])) for name in ("mean", "std"))
+    resize = Resize(**preprocessing.get("resize", {}))  # version 0.1.0 wrote none
+    channels = inputs[0].shape[0] if takes_images(inputs) else len(mean)
     return Card(
         **{
             **values,
             "bits": Bits.parse(values["bits"]),
             "classes": None if values["classes"] is None else int(values["classes"]),
             "outputs": read_structure(values["outputs"]),
-            "input_shape": shape,
-            "keep": tuple(str(pattern) for pattern in values["keep"]),
-            "preprocessing": Preprocessing.of(
-                shape[0],
-                tuple(map(float, preprocessing["mean"])),
-                tuple(map(float, preprocessing["std"])),
-                Resize(**preprocessing.get("resize", {})),  # version 0.1.0 wrote none
-            ),
+            "inputs": inputs,
+            "placement": parse_placement(values["placement"]),
+            "layer_bits": tuple(str(pattern) for pattern in values["layer_bits"]),
+            "preprocessing": Preprocessing.of(channels, mean, std, resize),
         }
     )
+
+
+_INPUT_DTYPES = {
+    str(dtype): dtype
+    for dtype in (
+        *(torch.float32, torch.int64, torch.int32, torch.int16, torch.int8),
+        *(torch.uint8, torch.bool),
+    )
+}
+
+
+def _input(values: dict[str, Any]) -> InputSpec:
+    """One input of a card. Raises ValueError and others for what no network takes."""
+    shape = tuple(map(operator.index, values["shape"]))
+    spec = InputSpec(str(values["name"]), shape, _INPUT_DTYPES[values["dtype"]])
+    if not spec.name.isidentifier():
+        raise ValueError(f"an input cannot be called {spec.name!r}")
+    check_shape(shape)
+    return spec
 
 
 def _damaged(name: str) -> UsageError:

@@ -1,45 +1,28 @@
-"""What integer runtimes make of a frozen network: which sums may overflow their kernels."""
+"""Which sums of a frozen network may overflow the kernels of integer runtimes."""
 
-from typing import Any
-
-from torch import fx
-
-from gdfq.graph import operators, queries
-from gdfq.graph.tensors import tensors_of
+from gdfq.student.integer_network import IntegerNetwork
 
 _SAFE_PRODUCT = 2**15 - 1
 """What two neighbouring products may add up to in 16 bits, on processors without VNNI."""
 
 
-def layers_that_may_overflow(network: fx.GraphModule) -> list[str]:
+def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
     """Layers whose kernels may saturate on x86 processors without VNNI, by their codes' names.
 
     Those add two products of unsigned activations and signed weights in 16 bits.
     """
-    tensors = tensors_of(network)
     found = []
-    for node in network.graph.nodes:
-        quantizer = activation_of(node)
-        if quantizer is None:
+    for layer in network.layers:
+        weight, entering = layer.weight, layer.input
+        if weight is None or entering is None:
             continue
-        codes, _, zero_point, _ = _arguments(_arguments(node)[1])
-        bits = _arguments(quantizer)[3]
-        reach = (tensors[codes.target].float() - tensors[zero_point.target]).abs().max()
-        if 2 * (2**bits - 1) * float(reach) > _SAFE_PRODUCT:
-            found.append(str(codes.target))
+        reach = float((weight.codes.float() - weight.zero_point).abs().max())
+        if 2 * (2**entering.bits - 1) * reach > _SAFE_PRODUCT:
+            found.append(weight.codes_name)
     return found
 
 
-def activation_of(node: fx.Node) -> fx.Node | None:
-    """The quantizer whose codes a layer multiplies by its weights' codes, or None."""
-    if operators.name_of(node) not in operators.WEIGHTED:
-        return None
-    x, weight, *_ = _arguments(node)
-    if operators.name_of(weight) != "gdfq.dequantize":
-        return None
-    source = queries.grid_source(x)
-    return source if operators.name_of(source) == "gdfq.fake_quantize" else None
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
+def without_overflow(network: IntegerNetwork) -> IntegerNetwork:
+    """The network with one bit less for the weights of `layers_that_may_overflow`."""
+    bits = network.code_bits()
+    return network.with_bits({name: bits[name] - 1 for name in layers_that_may_overflow(network)})

@@ -12,15 +12,15 @@ from torch import Tensor, fx
 from gdfq.deploy.card import Card
 from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import TENSOR
-from gdfq.functional.grid import MAX_BITS, MIN_BITS
 from gdfq.graph import operators
 from gdfq.graph.outputs import count_of, in_order
+from gdfq.student.integer_network import IntegerNetwork, check_quantizer
 
 _IMAGES = 2
 """A batch of one could be taken for a dimension that is not there."""
 
 
-def rehearse(network: fx.GraphModule, card: Card) -> None:
+def rehearse(network: IntegerNetwork, card: Card) -> None:
     """Raise UsageError unless a stored network takes images and gives what its card says.
 
     Its quantizers must have the form that freezing writes, and no tensor more than `TENSOR` numbers
@@ -28,8 +28,8 @@ def rehearse(network: fx.GraphModule, card: Card) -> None:
     """
     try:
         with torch.no_grad():
-            images = torch.empty(_IMAGES, *card.input_shape, device="meta")
-            outputs = in_order(_Rehearsal(network).run(images))
+            inputs = [spec.zeros(_IMAGES, "meta") for spec in card.inputs]
+            outputs = in_order(_Rehearsal(network.module).run(*inputs))
             fits = all(isinstance(output, Tensor) and output.ndim for output in outputs)
             shapes = [list(output.shape) for output in outputs] if fits else []
     except Exception as error:  # whatever an operator says of arguments that nobody traced
@@ -42,11 +42,7 @@ def rehearse(network: fx.GraphModule, card: Card) -> None:
         raise _refused(f"it makes {shapes} for {card.classes} classes")
 
 
-_MAKERS = frozenset(
-    operators.resolve(f"aten.{name}.default")
-    for name in ("arange", "full", "ones", "scalar_tensor", "zeros")
-) | {operators.resolve("aten.arange.start")}
-"""Operators that make a tensor of none."""
+_CREATIONS = frozenset(map(operators.resolve, operators.CREATIONS))
 
 
 class _Rehearsal(fx.Interpreter):
@@ -56,32 +52,16 @@ class _Rehearsal(fx.Interpreter):
         return super().get_attr(target, args, kwargs).to("meta")
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in _MAKERS:
+        if target in _CREATIONS:
             kwargs = {**kwargs, "device": "meta"}
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        _check_quantizer(n)
+        check_quantizer(n)
         value = super().run_node(n)
         if isinstance(value, Tensor) and math.prod(value.shape) > _IMAGES * TENSOR:
             raise ValueError(f"{n.name!r} would have {list(value.shape)} numbers")
         return value
-
-
-_STORED = {"gdfq.fake_quantize": 2, "gdfq.dequantize": 3, "gdfq.dequantize_bias": 3}
-"""Quantizers, and how many of their last tensors are stored in the file."""
-
-
-def _check_quantizer(node: fx.Node) -> None:
-    """Raise ValueError for a quantizer in another form than `freeze` writes."""
-    name = operators.name_of(node)
-    if name not in _STORED:
-        return
-    tensors, bits = (node.args, MAX_BITS) if "bias" in name else (node.args[:-1], node.args[-1])
-    stored = [isinstance(t, fx.Node) and t.op == "get_attr" for t in tensors]
-    known = isinstance(bits, int) and MIN_BITS <= bits <= MAX_BITS
-    if len(stored) != 3 or node.kwargs or not known or not all(stored[-_STORED[name] :]):
-        raise ValueError(f"{node.name!r} has arguments that no quantizer has")
 
 
 def _refused(reason: str) -> UsageError:

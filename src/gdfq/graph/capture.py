@@ -16,7 +16,7 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.execution.tracing import quiet_tracing
 from gdfq.graph import operators
 from gdfq.graph.canonicalize import DECOMPOSED, canonicalize
-from gdfq.graph.inputs import InputSpec
+from gdfq.graph.inputs import InputSpec, image_shape
 from gdfq.graph.outputs import Structure, flattened, in_order, structure_of
 from gdfq.graph.tensors import tensors_of
 
@@ -43,13 +43,7 @@ class Captured:
         Raises:
             UsageError: The network takes several inputs, or integers.
         """
-        (first, *others) = self.inputs
-        if others or first.kind == "integers":
-            raise UsageError(
-                "this needs a network that takes images alone, as one tensor of floats; this one "
-                f"takes {', '.join(map(str, self.inputs))}. Give real inputs (--data, or data=...)."
-            )
-        return first.shape
+        return image_shape(self.inputs)
 
     @property
     def device(self) -> torch.device:

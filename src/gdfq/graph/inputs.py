@@ -1,12 +1,19 @@
 """What a network takes: a specification of each input."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gdfq.errors import UsageError
+
 InputKind = Literal["image", "features", "integers"]
+
+
+IMAGES = "images"
+"""The name of the one input of a network that takes images alone, in files and in `Captured`."""
 
 
 @dataclass(frozen=True)
@@ -35,5 +42,34 @@ class InputSpec:
         """The specification of an example input [N, *shape]."""
         return cls(name, tuple(example.shape[1:]), example.dtype)
 
+    def zeros(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """A batch [count, *shape] of zeros."""
+        return torch.zeros(count, *self.shape, dtype=self.dtype, device=device)
+
+    def noise(self, count: int, draw: torch.Generator) -> Tensor:
+        """A batch [count, *shape] of white noise; integers are zeros."""
+        if not self.dtype.is_floating_point:
+            return self.zeros(count)
+        return torch.randn(count, *self.shape, generator=draw, dtype=self.dtype)
+
     def __str__(self) -> str:
         return f"{self.name}: {'x'.join(map(str, self.shape)) or 'scalar'} {self.kind}"
+
+
+def image_shape(inputs: Sequence[InputSpec]) -> tuple[int, ...]:
+    """The shape of one image, of a network that takes images alone.
+
+    Raises:
+        UsageError: The network takes several inputs, or integers.
+    """
+    if not takes_images(inputs):
+        raise UsageError(
+            "this needs a network that takes images alone, as one tensor of floats; this one "
+            f"takes {', '.join(map(str, inputs))}. Give real inputs (--data, or data=...)."
+        )
+    return inputs[0].shape
+
+
+def takes_images(inputs: Sequence[InputSpec]) -> bool:
+    """Whether a network takes images, signals or vectors alone, as one tensor of floats."""
+    return len(inputs) == 1 and inputs[0].dtype.is_floating_point and bool(inputs[0].shape)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gdfq.functional.grid import MAX_BITS
 from gdfq.report.read import Record, Run, number
-from gdfq.student.scheme import Keep
+from gdfq.student.scheme import LayerBits
 
 Level = Literal["good", "fair", "poor", "unknown"]
 
@@ -143,7 +143,7 @@ def harmful_layers(layers: Sequence[Record]) -> tuple[Harmful, ...]:
 def _remedy(layer: Record, share: float) -> Harmful:
     bits = int(layer["bits"])
     wider = MAX_BITS if bits < MAX_BITS else None
-    keep = Keep(Keep.exactly(layer["name"], MAX_BITS).pattern, wider)
+    keep = LayerBits(LayerBits.exactly(layer["name"], MAX_BITS).pattern, wider)
     added = int(layer["weights"]) * ((wider or 32) - bits) // 8
     return Harmful(layer["name"], share, f"--keep '{keep}'", added)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from gdfq.analysis.bit_allocation import AUTO, parse_bits
 from gdfq.errors import UsageError, first_line
 from gdfq.recipes import find_recipe
-from gdfq.student.scheme import PLACEMENTS, Keep
+from gdfq.student.scheme import LayerBits, parse_placement
 
 Value = TypeVar("Value")
 
@@ -119,11 +119,10 @@ class Sweep:
             find_recipe(recipe).with_steps(self.steps)
         for keep in self.keep:
             for text in keep:
-                Keep.parse(text)
-        if unknown := set(self.placement) - {None, *PLACEMENTS}:
-            raise UsageError(
-                f"placement must be one of {', '.join(PLACEMENTS)}; got {short(unknown.pop())}."
-            )
+                LayerBits.parse(text)
+        for placement in self.placement:
+            if placement is not None:
+                parse_placement(placement)
 
     def cells(self) -> list[Cell]:
         """The runs, each once; seeds vary fastest."""

@@ -17,7 +17,7 @@ from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.family import MINMAX, QuantizerFamily
 from gdfq.quantizers.recompute import recomputing
-from gdfq.student.placement import activation_widths
+from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
@@ -147,7 +147,7 @@ def build_student(
         UsageError: The scheme finds no weight or no activation to quantize.
     """
     teacher = quantizers.prepared(teacher)
-    widths = activation_widths(teacher, scheme)
+    widths = activation_bits(teacher, scheme)
     weights = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     _check_quantizable(teacher, scheme, weights, widths)
     teacher_tensors = tensors_of(teacher.network)
@@ -210,7 +210,7 @@ def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily)
     teacher = quantizers.prepared(teacher)
     layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
     _check_quantizable(
-        teacher, scheme, scheme.weight_bits(layers), activation_widths(teacher, scheme)
+        teacher, scheme, scheme.weight_bits(layers), activation_bits(teacher, scheme)
     )
 
 
@@ -220,7 +220,7 @@ def _check_quantizable(
     if not weights:
         raise UsageError(
             "there must be a convolution or linear layer to quantize; this network has none"
-            f"{' but those that are kept float' if scheme.keep else ''}."
+            f"{' but those that stay float' if scheme.layer_bits else ''}."
         )
     if not widths:
         raise UsageError(

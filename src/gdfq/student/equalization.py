@@ -22,7 +22,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.lsq import best_range, scales_of_channels
-from gdfq.student.placement import activation_widths
+from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 _SHARE = 0.5
@@ -44,7 +44,7 @@ def channel_scales(teacher: Captured, scheme: Scheme, images: Tensor) -> dict[st
     """
     teacher = fold_batch_norms(teacher)
     ties = _ties(teacher.network.graph)
-    asked = _Asked(teacher.network, activation_widths(teacher, scheme), ties)
+    asked = _Asked(teacher.network, activation_bits(teacher, scheme), ties)
     asked.run(images)
     return {node.name: asked.scale(top) for node, top in ties.items() if top in asked.found}
 

@@ -1,21 +1,22 @@
 """Freezing: the tuned student becomes integer codes, scales and zero points."""
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from gdfq.errors import GdfqError
-from gdfq.functional.grid import Layout, code_bounds, dequantize_bias, quantize_bias, room_for_bias
+from gdfq.functional.grid import Layout, quantize_bias, room_for_bias
 from gdfq.graph import operators, queries
+from gdfq.graph.batch_norms import batch_norm_behind
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.student.build import ACTIVATION, Student, StudentBatchNorm
+from gdfq.student.integer_network import IntegerNetwork, coarser, scale_of
 
 
 @torch.no_grad()
-def freeze(student: Student) -> fx.GraphModule:
+def freeze(student: Student) -> IntegerNetwork:
     """The student's integer form: codes, scales and zero points, batch norms folded.
 
     A batch norm y = s x + t that alone follows a convolution or linear layer becomes part of it:
@@ -25,7 +26,7 @@ def freeze(student: Student) -> fx.GraphModule:
 
     Raises GdfqError when an activation quantizer has never seen a batch.
     """
-    return _Freezer(student).run()
+    return IntegerNetwork(_Freezer(student).run())
 
 
 class _Freezer:
@@ -95,11 +96,10 @@ class _Freezer:
 
     def _norm_behind(self, node: fx.Node) -> StudentBatchNorm | None:
         """The batch norm that folds into a layer: its only user."""
-        if self._weight_quantizer(node) is None or len(node.users) != 1:
+        if self._weight_quantizer(node) is None:
             return None
-        if not queries.has_channels_second(node):
-            return None
-        module = self._module(next(iter(node.users)))
+        norm = batch_norm_behind(node, lambda n: isinstance(self._module(n), StudentBatchNorm))
+        module = self._module(norm)
         return module if isinstance(module, StudentBatchNorm) else None
 
     def _activation(self, node: fx.Node, module: ActivationQuantizer) -> fx.Node:
@@ -115,7 +115,7 @@ class _Freezer:
         ]
         (x,) = node.all_input_nodes
         arguments: Any = (self.new[x], *constants, module.bits)
-        return self.graph.call_function(operators.resolve("gdfq.fake_quantize"), arguments)
+        return self.graph.call_function(operators.resolve(operators.FAKE_QUANTIZE), arguments)
 
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()
@@ -141,22 +141,22 @@ class _Freezer:
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
         x = self._get(x)
-        step = self._integer_step(x, quantizer)
-        if step is not None and bias is not None:
-            room = room_for_bias(bias, self.tensors[str(step.target)], weight.scale)
+        input_scale = self._input_scale(x, quantizer)
+        if input_scale is not None and bias is not None:
+            room = room_for_bias(bias, self.tensors[str(input_scale.target)], weight.scale)
             weight = coarser(weight, room.to(weight.scale.dtype))
         base = self._base(name.removesuffix(".folded_weight").removesuffix(".weight"))
         parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}
         constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
         dequantized = self.graph.call_function(
-            operators.resolve("gdfq.dequantize"), (*constants, weight.bits)
+            operators.resolve(operators.DEQUANTIZE), (*constants, weight.bits)
         )
         new_bias = None
-        if bias is not None and step is not None:
-            codes = quantize_bias(bias, self.tensors[str(step.target)], weight.scale)
-            arguments = (self._constant(f"{base}.bias", codes), step, constants[1])
+        if bias is not None and input_scale is not None:
+            codes = quantize_bias(bias, self.tensors[str(input_scale.target)], weight.scale)
+            arguments = (self._constant(f"{base}.bias", codes), input_scale, constants[1])
             new_bias = self.graph.call_function(
-                operators.resolve("gdfq.dequantize_bias"), arguments
+                operators.resolve(operators.DEQUANTIZE_BIAS), arguments
             )
         elif bias is not None:
             new_bias = self._constant(f"{base}.bias", bias)
@@ -164,26 +164,16 @@ class _Freezer:
         function: Any = node.target
         return self.graph.call_function(function, (x, dequantized, new_bias, *rest), keywords)
 
-    def _integer_step(self, x: fx.Node, quantizer: WeightQuantizer) -> fx.Node | None:
-        """The step of a layer's input, if an integer runtime can add the bias to its products.
+    def _input_scale(self, x: fx.Node, quantizer: WeightQuantizer) -> fx.Node | None:
+        """The scale of a layer's input, if an integer runtime can add the bias to its products.
 
-        Grouped transposed convolutions have no steps by channel, and keep their bias as it is.
+        Grouped transposed convolutions have no scales by channel, and keep their bias as it is.
         """
         source = queries.grid_source(x)
-        on_grid = operators.name_of(source) == "gdfq.fake_quantize"
+        on_grid = operators.name_of(source) == operators.FAKE_QUANTIZE
         if not on_grid or (quantizer.layout is not Layout.ROWS and quantizer.groups > 1):
             return None
-        step = source.args[1]
-        assert isinstance(step, fx.Node)
-        return step
-
-
-def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
-    """The quantized tensor on steps `factor` >= 1 times as large; where it is 1, the same codes."""
-    zero_point = (tensor.zero_point / factor).round()
-    codes = ((tensor.codes - tensor.zero_point) / factor).round() + zero_point
-    codes = codes.clamp(*code_bounds(tensor.bits)).to(tensor.codes.dtype)
-    return QuantizedTensor(codes, tensor.scale * factor, zero_point, tensor.bits)
+        return scale_of(source)
 
 
 def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
@@ -200,31 +190,3 @@ def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
         zero_point.masked_fill(zero, 0),
         tensor.bits,
     )
-
-
-@torch.no_grad()
-def narrowed(network: fx.GraphModule, names: Collection[str]) -> fx.GraphModule:
-    """A frozen network whose weights of these names (those of their codes) have one bit less."""
-    tensors = tensors_of(network)
-    changed = dict(tensors)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(network.graph, {}))
-    for node in graph.nodes:
-        if operators.name_of(node) == "gdfq.dequantize" and (constants := _names(node))[0] in names:
-            bits = node.args[3] - 1
-            codes, scale, zero_point = (tensors[name] for name in constants)
-            weight = coarser(QuantizedTensor(codes, scale, zero_point, bits), torch.tensor(2.0))
-            values = (weight.codes, weight.scale, weight.zero_point)
-            changed |= dict(zip(constants, values, strict=True))
-            node.update_arg(3, bits)
-    for node in graph.nodes:
-        if operators.name_of(node) == "gdfq.dequantize_bias":
-            name, activation, weight_scale = _names(node)
-            bias = dequantize_bias(tensors[name], tensors[activation], tensors[weight_scale])
-            changed[name] = quantize_bias(bias, tensors[activation], changed[weight_scale])
-    return flat_module(graph, changed)
-
-
-def _names(node: fx.Node) -> list[str]:
-    """The names of the tensors that enter a node."""
-    return [str(argument.target) for argument in node.all_input_nodes]

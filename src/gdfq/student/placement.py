@@ -12,14 +12,14 @@ _SIGNAL_BITS = 8
 of sums that are only added to: what a residual path carries."""
 
 
-def activation_widths(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
+def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
     nodes = list(teacher.network.graph.nodes)
     layers = list(filter(queries.has_weight, nodes))
     weight_bits = scheme.weight_bits(layers)
     widths = dict.fromkeys(layers, None) | weight_bits
     kept = {layer: bits for layer, bits in widths.items() if bits != scheme.bits.weights}
-    if scheme.placement == "t1":
+    if scheme.placement == "relu":
         found = {n: scheme.bits.activations for n in nodes if queries.is_rectifier(n)}
     else:
         found = _full_placement(nodes, scheme, floats=set(layers) - set(weight_bits))

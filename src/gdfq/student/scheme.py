@@ -8,53 +8,70 @@ from typing import Literal
 
 from torch import fx
 
-from gdfq.errors import UsageError
+from gdfq.errors import UsageError, warn_renamed
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits
 from gdfq.graph import queries
 
-Placement = Literal["t1", "full"]
-PLACEMENTS: tuple[Placement, ...] = ("t1", "full")
+Placement = Literal["relu", "full"]
+PLACEMENTS: tuple[Placement, ...] = ("relu", "full")
+_OLD_RELU = "t1"
 
-_PLACES = ("first", "last")
-"""Patterns that are places in the network rather than names."""
+_POSITIONS = ("first", "last")
+"""Patterns that are positions in the network rather than names."""
+
+
+def parse_placement(text: str) -> Placement:
+    """Read a placement; the old spelling "t1" of "relu" is accepted with a warning.
+
+    Raises:
+        UsageError: There is no such placement.
+    """
+    if text == _OLD_RELU:
+        warn_renamed("placement 't1'", "'relu'")
+        return "relu"
+    for known in PLACEMENTS:
+        if text == known:
+            return known
+    raise UsageError(f"placement must be one of {', '.join(PLACEMENTS)}; got {text!r}.")
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Layers that are kept at another width, with the activations that enter them alone.
+class LayerBits:
+    """The bits of some layers, and of the activations that enter them alone.
 
-    pattern: of the names of layers' modules, as `fnmatch` has it, or `first` or `last`.
-    bits: 2..8, or None for float.
+    Attributes:
+        pattern: Of the names of layers' modules, as `fnmatch` has it, or `first` or `last`.
+        bits: 2..8, or None for float.
     """
 
     pattern: str
     bits: int | None
 
     @classmethod
-    def parse(cls, text: str) -> "Keep":
+    def parse(cls, text: str) -> "LayerBits":
         """Read `stage1.*=8` or `last=float`. Raises UsageError for anything else."""
-        pattern, _, width = text.rpartition("=")
-        if pattern and width == "float":
+        pattern, _, bits = text.rpartition("=")
+        if pattern and bits == "float":
             return cls(pattern, None)
-        if pattern and width in map(str, range(MIN_BITS, MAX_BITS + 1)):
-            return cls(pattern, int(width))
+        if pattern and bits in map(str, range(MIN_BITS, MAX_BITS + 1)):
+            return cls(pattern, int(bits))
         raise UsageError(
-            "what is kept is written PATTERN=float, or PATTERN=BITS with 2..8 bits, as "
+            "the bits of layers are written PATTERN=BITS with 2..8 bits, or PATTERN=float, as "
             f"'stage1.*=float' or last=8; got {text!r}."
         )
 
     @classmethod
-    def exactly(cls, name: str, bits: int) -> "Keep":
+    def exactly(cls, name: str, bits: int) -> "LayerBits":
         """That layer alone, whatever its name is."""
         pattern = escape(name)
-        return cls(f"[{name[0]}]{name[1:]}" if name in _PLACES else pattern, bits)
+        return cls(f"[{name[0]}]{name[1:]}" if name in _POSITIONS else pattern, bits)
 
     def __str__(self) -> str:
         return f"{self.pattern}={'float' if self.bits is None else self.bits}"
 
-    def fits(self, name: str, index: int, count: int) -> bool:
+    def matches(self, name: str, index: int, count: int) -> bool:
         """Whether a layer is meant: its name, and which of how many it is."""
-        if self.pattern in _PLACES:
+        if self.pattern in _POSITIONS:
             return index == (0 if self.pattern == "first" else count - 1)
         return fnmatchcase(name, self.pattern)
 
@@ -63,43 +80,46 @@ class Keep:
 class Scheme:
     """What is quantized, and to how many bits.
 
-    placement "t1" (the protocol of the published tables): all weights; of the activations only
-    the outputs of ReLUs. "full" (deployable): all weights, and every tensor that enters a
-    convolution, linear layer, addition, multiplication, concatenation or pooling, and every
-    convolution or linear output without a ReLU; the network's outputs stay float.
-    keep: layers of another width; the first that fits a layer counts.
+    Attributes:
+        bits: Of weights and activations.
+        placement: "relu" (the protocol of the published tables): all weights; of the activations
+            only the outputs of ReLUs. "full" (deployable): all weights, and every tensor that
+            enters a convolution, linear layer, addition, multiplication, concatenation or pooling,
+            and every convolution or linear output without a ReLU; the network's outputs stay float.
+        layer_bits: Layers with other bits; the first that matches a layer counts.
     """
 
     bits: Bits
     placement: Placement
-    keep: tuple[Keep, ...] = ()
+    layer_bits: tuple[LayerBits, ...] = ()
 
-    def kept(self, layers: Sequence[fx.Node]) -> dict[fx.Node, Keep]:
-        """The layers that are kept at another width, and what says so.
+    def overridden(self, layers: Sequence[fx.Node]) -> dict[fx.Node, LayerBits]:
+        """The layers with other bits, and what says so.
 
-        Raises UsageError for a pattern that fits no layer.
+        Raises UsageError for a pattern that matches no layer.
         """
         names = [queries.layer_name(layer) for layer in layers]
-        for keep in self.keep:
-            if not any(keep.fits(name, index, len(names)) for index, name in enumerate(names)):
+        for override in self.layer_bits:
+            if not any(override.matches(name, i, len(names)) for i, name in enumerate(names)):
                 raise UsageError(
-                    "keep must name layers of the network, or be first or last; "
-                    f"{keep.pattern!r} fits none of: {', '.join(names)}."
+                    "layer_bits must name layers of the network, or be first or last; "
+                    f"{override.pattern!r} matches none of: {', '.join(names)}."
                 )
         chosen = {}
         for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
-            fitting = [keep for keep in self.keep if keep.fits(name, index, len(names))]
-            if fitting:
-                chosen[layer] = fitting[0]
+            matching = [o for o in self.layer_bits if o.matches(name, index, len(names))]
+            if matching:
+                chosen[layer] = matching[0]
         return chosen
 
     def weight_bits(self, layers: Sequence[fx.Node]) -> dict[fx.Node, int]:
-        """The width of each layer's weight; layers that stay float have none.
+        """The bits of each layer's weight; layers that stay float have none.
 
-        Raises UsageError for a pattern that fits no layer.
+        Raises UsageError for a pattern that matches no layer.
         """
-        kept = self.kept(layers)
-        widths = {
-            layer: kept[layer].bits if layer in kept else self.bits.weights for layer in layers
+        overridden = self.overridden(layers)
+        found = {
+            layer: overridden[layer].bits if layer in overridden else self.bits.weights
+            for layer in layers
         }
-        return {layer: bits for layer, bits in widths.items() if bits is not None}
+        return {layer: bits for layer, bits in found.items() if bits is not None}

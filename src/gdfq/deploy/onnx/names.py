@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from gdfq.deploy.onnx.passes import INPUT
+from gdfq.functional.grid import MAX_BITS
+from gdfq.student.integer_network import ActivationGrid
 
 _OF_CONSTANTS = re.compile(r"\.(weight|bias)\.")
 _OWN = ("codes.", "float.", "val_", "min_val", "max_val")
@@ -21,7 +22,8 @@ def rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
     What dequantizes constants stays without a node name; that saves a few percent of a small file.
     """
     outputs = {value.name for value in graph.outputs}
-    taken = {*graph.initializers, INPUT, *outputs, *titles.values()}
+    inputs = {value.name for value in graph.inputs}
+    taken = {*graph.initializers, *inputs, *outputs, *titles.values()}
     for node in graph:
         name = titles.get(node) or _title(node)
         unique, count = name, 0
@@ -34,6 +36,11 @@ def rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
         for value, new in zip(node.outputs, names, strict=True):
             if not value.is_graph_output():
                 value.name = new
+
+
+def codes_name(grid: ActivationGrid) -> str:
+    """The name, in the ONNX graph, of the codes of an activation."""
+    return f"{grid.name}.{'clip' if grid.bits != MAX_BITS else 'q'}"
 
 
 def _numbered(name: str, count: int) -> list[str]:

@@ -11,7 +11,6 @@ from gdfq.errors import GdfqError
 
 DOMAIN = "gdfq"
 """That of the three quantization operators until they are written in standard ones."""
-INPUT = "images"
 PIXELS = "pixels."
 """How names begin of what normalises pixels in the file."""
 
@@ -134,7 +133,7 @@ def normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
     assert old.shape is not None
     mean, std = (np.array(v, dtype=np.float32) for v in (preprocessing.mean, preprocessing.std))
     shape = (1, len(mean), *[1] * (old.shape.rank() - 2))
-    new = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
+    new = ir.Value(name=old.name, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
     values = {f"{PIXELS}factor": 1 / (255 * std), f"{PIXELS}shift": -mean / std}
     constants = []
     for name, numbers in values.items():

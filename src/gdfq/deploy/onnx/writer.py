@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -22,7 +21,6 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.onnx.names import kind_of, rename, strip
 from gdfq.deploy.onnx.passes import (
     DOMAIN,
-    INPUT,
     inputs_of,
     keep_codes,
     keep_float,
@@ -31,48 +29,44 @@ from gdfq.deploy.onnx.passes import (
     pool_globally,
     replace_node,
 )
+from gdfq.deploy.onnx.sizes import PACKED
 from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.execution.tracing import quiet_tracing
 from gdfq.functional import grid
 from gdfq.functional.grid import code_bounds
-from gdfq.graph.tensors import flat_module, tensors_of
+from gdfq.graph.inputs import InputSpec
+from gdfq.graph.rewrite import Copy, rewrite
+from gdfq.graph.tensors import flat_module
+from gdfq.student.integer_network import IntegerNetwork, stem
 
 _OPSET, _OPSET_OF_INT2 = 21, 25
-_PACKED = {
-    2: (ir.DataType.INT2, ml_dtypes.int2),
-    3: (ir.DataType.INT4, ml_dtypes.int4),
-    4: (ir.DataType.INT4, ml_dtypes.int4),
-}
-"""Types of weights' codes on disk, by bits; the others are INT8."""
-WIDTHS = (2, 4, 8)
-"""The widths that fill their type: any other takes as much of a file as the next one of these."""
 _ALWAYS_SAFE = 63
 """Weights up to here cannot overflow the kernels of processors without VNNI."""
 
 
 def to_onnx(
-    network: fx.GraphModule,
-    input_shape: tuple[int, ...],
+    network: IntegerNetwork,
+    inputs: Sequence[InputSpec],
     metadata: Mapping[str, str],
     raw_input: Preprocessing | None = None,
     outputs: Sequence[str] = ("logits",),
 ) -> bytes:
-    """A frozen network [N, *input_shape] -> its outputs as an ONNX model, any N.
+    """A frozen network as an ONNX model, which takes batches of any length.
 
     metadata: written into the file. outputs: their names. With raw_input the model takes uint8
     pixels and normalises them itself. Raises UsageError for an operator that ONNX has no form for,
     and GdfqError when what was written for it is no valid model.
     """
-    model = _exported(_opaque(network), input_shape)
+    model = _exported(_opaque(network), inputs)
     try:
-        _rewrite(model, metadata, raw_input, outputs)
+        _rewrite(model, metadata, raw_input, [spec.name for spec in inputs], outputs)
         return _serialised(model)
     except GdfqError:
         raise
     except Exception as error:  # of the libraries that hold and check the graph
         raise GdfqError(
             "the network must become a valid ONNX model; writing it failed with: "
-            f"{first_line(error)}. Report the network; export it with --format safetensors or pt2."
+            f"{first_line(error)}. Report the network; export it with --target safetensors or pt2."
         ) from error
 
 
@@ -80,6 +74,7 @@ def _rewrite(
     model: ir.Model,
     metadata: Mapping[str, str],
     raw_input: Preprocessing | None,
+    inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> None:
     """Turn what the exporter wrote into standard operators, with names and metadata of ours."""
@@ -89,7 +84,7 @@ def _rewrite(
             copy = ir.node("Identity", [value])
             graph.append(copy)
             graph.outputs[i] = copy.outputs[0]
-    for value, name in zip((graph.inputs[0], *graph.outputs), (INPUT, *outputs), strict=True):
+    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
         value.name = name
     pool_globally(graph)
     writer = _Writer(graph)
@@ -119,48 +114,6 @@ def _serialised(model: ir.Model) -> bytes:
     del proto.graph.value_info[:]  # readers infer shapes; written down they cost space
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString(deterministic=True))
-
-
-def weight_sizes(network: fx.GraphModule, data: bytes) -> list[dict[int, int]]:
-    """Bytes of the file that each weight takes at each of WIDTHS, for weights of 4 bits.
-
-    network: the frozen network that `to_onnx` made `data` of; weights in its order. Codes, scales,
-    zero points and the nodes that dequantize them count. At 8 bits codes are as they multiply:
-    without zero point, and nothing is cast.
-    """
-    import onnx
-
-    graph = onnx.load_from_string(data).graph
-    parts = {value.name: _entry(value.ByteSize()) for value in graph.initializer}
-    parts |= {node.output[0]: _entry(node.ByteSize()) for node in graph.node}
-    sizes = []
-    for node in network.graph.nodes:
-        if node.target is not grid.dequantize:
-            continue
-        codes = str(node.args[0].target)
-        base = f"{_stem(codes)}.weight"
-        count = tensors_of(network)[codes].numel()
-        narrow = sum(parts.get(base + part, 0) for part in (".cast", "_zero", ".sub"))
-        always = sum(parts.get(base + part, 0) for part in ("", "_scale", "_zeros", ".dq", ".mul"))
-        always -= -(-count // 2)
-        # A grouped transposed convolution's nodes are named after its weight at 8 bits alone.
-        wide = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
-        if not wide and f"{base}_zeros" not in parts:  # which wide weights have, others need not
-            steps = tensors_of(network)[str(node.args[1].target)].numel()
-            zeros = onnx.numpy_helper.from_array(np.zeros(steps, np.int8), f"{base}_zeros")
-            wide = _entry(zeros.ByteSize()) + 3 + len(zeros.name)
-        sizes.append(
-            {
-                bits: always + -(-count * bits // 8) + (narrow if bits in _PACKED else wide)
-                for bits in WIDTHS
-            }
-        )
-    return sizes
-
-
-def _entry(size: int) -> int:
-    """Bytes of a message of `size` bytes in a list of a file: its kind, its length and itself."""
-    return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
 def _symbol(
@@ -199,28 +152,21 @@ _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
-def codes_name(quantizer: fx.Node) -> str:
-    """The name, in the ONNX graph, of the codes that a node of the frozen graph quantizes to."""
-    return f"{_quantizer_title(quantizer)}.{'clip' if quantizer.args[3] != 8 else 'q'}"
-
-
-def _quantizer_title(quantizer: fx.Node) -> str:
-    """The name of an activation quantizer, which no other has: that of its constants."""
-    scale = quantizer.args[1]
-    assert isinstance(scale, fx.Node)
-    return _stem(str(scale.target))
-
-
-def _opaque(network: fx.GraphModule) -> fx.GraphModule:
+def _opaque(network: IntegerNetwork) -> fx.GraphModule:
     """The network with its quantization operators as ones that tracing does not look into."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(network.graph, {}))
-    for node in graph.nodes:
-        if node.target is grid.fake_quantize:
+    titles = {grid.node: grid.name for grid in network.activations}
+
+    def change(copy: Copy, node: fx.Node) -> fx.Node | None:
+        if node.target not in _OPAQUE:
+            return None
+        new = copy.of(node)
+        new.target = _OPAQUE[node.target]
+        if node in titles:
             # Constants of equal value become one in the export, so they cannot tell the name.
-            node.update_kwarg("title", _quantizer_title(node))
-        node.target = _OPAQUE.get(node.target, node.target)
-    return flat_module(graph, tensors_of(network)).eval()
+            new.update_kwarg("title", titles[node])
+        return new
+
+    return flat_module(rewrite(network.graph, change), network.tensors).eval()
 
 
 @contextmanager
@@ -235,23 +181,24 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _exported(network: fx.GraphModule, input_shape: tuple[int, ...]) -> ir.Model:
+def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
     """The network in ONNX, the quantization operators in a domain of their own."""
-    example = torch.zeros(2, *input_shape)  # a batch of one would be taken for a constant
+    examples = tuple(spec.zeros(2) for spec in inputs)  # one would be taken for a constant
+    batch = torch.export.Dim("batch")
     try:
         with quiet_tracing(), _quiet("torch.onnx"):
             program = torch.onnx.export(
                 network,
-                (example,),
+                examples,
                 dynamo=True,
                 opset_version=_OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: batch},) * len(examples),
                 verbose=False,
             )
     except Exception as error:
         raise UsageError(
             "each operator of the network must have a form in ONNX; the export failed with: "
-            f"{first_line(error)}. Export with --format safetensors or pt2 instead."
+            f"{first_line(error)}. Export with --target safetensors or pt2 instead."
         ) from error
     assert program is not None
     return program.model
@@ -306,11 +253,11 @@ class _Writer:
     def _weight(self, node: ir.Node) -> list[ir.Node]:
         codes, scale, zero_point = inputs_of(node)
         bits = node.attributes["bits"].as_int()
-        base = f"{_stem(codes.name)}.weight"
+        base = f"{stem(str(codes.name))}.weight"
         values, steps, offsets = numbers_of(codes), numbers_of(scale), numbers_of(zero_point)
         nodes: list[ir.Node] = []
-        if bits in _PACKED:
-            kind, numbers = _PACKED[bits]
+        if bits in PACKED:
+            kind, numbers = PACKED[bits]
             stored = self._constant(base, values.astype(numbers), kind)
             nodes.append(ir.node("Cast", [stored], {"to": ir.DataType.INT8}))
             current = nodes[-1].outputs[0]
@@ -341,7 +288,7 @@ class _Writer:
 
     def _bias(self, node: ir.Node) -> list[ir.Node]:
         codes, activation_scale, weight_scale = inputs_of(node)
-        base = f"{_stem(codes.name)}.bias"
+        base = f"{stem(str(codes.name))}.bias"
         stored = self._constant(base, numbers_of(codes))
         steps = numbers_of(activation_scale) * numbers_of(weight_scale).reshape(-1)
         if steps.size == 1:  # of a weight that has one step for all channels
@@ -376,9 +323,3 @@ def _bounds(node: ir.Node | None) -> tuple[float, float]:
         if all(value is not None and value.const_value is not None for value in (low, high)):
             return float(numbers_of(low)), float(numbers_of(high))
     return np.nan, np.nan
-
-
-def _stem(name: str | None) -> str:
-    """`layer1.conv1` for `quantized.layer1.conv1.codes`."""
-    assert name is not None
-    return name.rpartition(".")[0].partition(".")[2]

@@ -1,0 +1,47 @@
+"""What an exported file says about itself."""
+
+from collections.abc import Mapping, Sequence
+
+from gdfq.deploy.card import Card
+from gdfq.deploy.runtimes import PRECISE
+from gdfq.graph.inputs import takes_images
+
+
+def metadata_of(card: Card, accuracy: Mapping[str, float], *, safe: bool) -> dict[str, str]:
+    """What an ONNX file says about itself.
+
+    Args:
+        card: That of the network.
+        accuracy: Top-1 in percent, by name.
+        safe: Whether no sum can overflow on x86 processors without VNNI.
+    """
+
+    return {
+        "gdfq": card.gdfq_version,
+        "bits": str(card.bits),
+        "placement": card.placement,
+        "layer_bits": " ".join(card.layer_bits),
+        "recipe": card.recipe,
+        "seed": str(card.seed),
+        **({} if card.classes is None else {"classes": str(card.classes)}),
+        **_input_values(card),
+        **{f"top1_{name}": f"{value:.4f}" for name, value in accuracy.items()},
+        "x86_without_vnni": (
+            "safe" if safe else f"may saturate: set {'='.join(PRECISE)}, or export with --safe-x86"
+        ),
+    }
+
+
+def _input_values(card: Card) -> dict[str, str]:
+    """What the network takes: images and their normalisation, or its inputs."""
+    if not takes_images(card.inputs):
+        return {"inputs": ", ".join(map(str, card.inputs))}
+    return {
+        "input_shape": "x".join(map(str, card.input_shape)),
+        "mean": _numbers(card.preprocessing.mean),
+        "std": _numbers(card.preprocessing.std),
+    }
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:.9g}" for value in values)

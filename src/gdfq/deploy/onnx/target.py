@@ -1,0 +1,108 @@
+"""The target `onnx`: written by `writer`, proved in ONNX Runtime code by code."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gdfq.deploy.metadata import metadata_of
+from gdfq.deploy.onnx.names import codes_name
+from gdfq.deploy.onnx.passes import PIXELS
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes
+from gdfq.deploy.runtimes import PRECISE, computed_in_float, onnx_runner, onnx_values
+from gdfq.deploy.saturation import layers_that_may_overflow
+from gdfq.deploy.target import MAX_NAMED, Examples, Job, Proof, Target, compare
+from gdfq.errors import GdfqError
+from gdfq.graph.outputs import output_names
+
+
+def _write(job: Job) -> bytes:
+    pixels = job.card.preprocessing if job.raw_input else None
+    safe = not layers_that_may_overflow(job.network)
+    metadata = metadata_of(job.card, job.accuracy or {}, safe=safe)
+    return to_onnx(job.network, job.card.inputs, metadata, pixels, output_names(job.card))
+
+
+def _prove(job: Job, written: Path) -> Proof:
+    """In the session that users get by default; where its sums saturate, in one without."""
+    data = written.read_bytes()
+    try:
+        return _compare(job, data, precise=False)
+    except GdfqError as error:
+        if not layers_that_may_overflow(job.network):
+            raise
+        try:
+            proof = _compare(job, data, precise=True)
+        except GdfqError:
+            raise GdfqError(
+                f"{error} Or sums of 8-bit weights overflow on this processor: try --safe-x86."
+            ) from error
+        return replace(proof, saturates_here=True)
+
+
+def _compare(job: Job, data: bytes, *, precise: bool) -> Proof:
+    run = onnx_runner(data, precise=precise)
+    names, outputs = list(map(codes_name, job.network.activations)), output_names(job.card)
+
+    def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
+        found = onnx_values(data, [*names, *outputs], examples.file, precise=precise)
+        codes, expected = compare_codes(job.network, examples.student, found)
+        parity = compare(job, run, examples, codes)
+        actual = [torch.from_numpy(found[name]) for name in outputs]
+        error = Parity.of(expected, actual, classes=False).relative_error
+        if not error <= FROM_EQUAL_CODES:
+            raise GdfqError(
+                "outputs must differ by the rounding of floats alone where codes are equal; those "
+                f"of {job.path.name} are {error:.2%} off. It was not kept; report the network."
+            )
+        return parity, codes
+
+    (inside, codes), (beyond, _) = map(of, job.inputs())
+    differing = [(found.name, found.differ) for found in codes if found.differ]
+    return Proof(inside, beyond, tuple(differing[:MAX_NAMED]))
+
+
+def _notes(job: Job, data: bytes, proof: Proof) -> list[str]:
+    risky = layers_that_may_overflow(job.network)
+    notes = []
+    if floats := _summary(computed_in_float(data)):
+        notes.append(f"computed in float: {floats}")
+    if proof.saturates_here:
+        notes.append(
+            f"ON THIS PROCESSOR 8-BIT SUMS SATURATE (no VNNI) in up to {len(risky)} layers, "
+            "and predictions differ from the student's: export with --safe-x86, or set the session "
+            f"option {'='.join(PRECISE)}, with which the file is equal"
+        )
+    elif risky:
+        notes.append(
+            f"{len(risky)} layers may saturate on x86 processors without VNNI: --safe-x86 "
+            f"avoids it, or the session option {'='.join(PRECISE)}"
+        )
+    return notes
+
+
+def _summary(nodes: Sequence[tuple[str, str]]) -> str:
+    """Layers by name, other operators by kind: `fc, 2 add, 1 silu`."""
+    nodes = [(name, kind) for name, kind in nodes if not name.startswith(PIXELS)]
+    layers = [name for name, kind in nodes if kind in _LAYERS]
+    others = Counter(_COMMON.get(kind, kind.lower()) for _, kind in nodes if kind not in _LAYERS)
+    return ", ".join([*layers, *(f"{count} {kind}" for kind, count in others.items())])
+
+
+_LAYERS = frozenset({"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm"}) | {
+    "MatMul"
+}
+_COMMON = {"QuickGelu": "silu", "GlobalAveragePool": "average pool", "AveragePool": "average pool"}
+
+ONNX = Target(
+    "onnx",
+    ".onnx",
+    "runs as integers in ONNX Runtime",
+    _write,
+    _prove,
+    _notes,
+    raw_input=True,
+)

@@ -1,0 +1,159 @@
+"""A target: one kind of file that a frozen network is written as, and how the file is proved equal.
+
+A target is a frozen value. User code adds one by making it, for instance
+
+    def write(job):
+        return my_format(job.network, job.card)      # -> bytes
+
+    def load(data):
+        return my_runtime(data)                      # -> a function from inputs to outputs
+
+    MINE = Target("mine", ".mine", "my runtime", write, prove_by(load))
+    quantized.export("student.mine", target=MINE)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdfq.deploy.card import Card
+from gdfq.deploy.parity import CodesParity, Parity, is_equal
+from gdfq.deploy.runtimes import Run
+from gdfq.errors import GdfqError
+from gdfq.execution.seeding import stream
+from gdfq.student.integer_network import IntegerNetwork
+
+RANGE_FACTOR = 3.0
+"""Float inputs are also compared at this multiple, where activations must saturate alike."""
+MAX_NAMED = 3
+"""Activations that are named when codes differ."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a written file compares with the student."""
+
+    inside: Parity
+    """On inputs as they come."""
+    beyond: Parity
+    """On float inputs three times as large; for a file that takes pixels, on black, white and
+    random."""
+    differs_first: tuple[tuple[str, float], ...] = ()
+    """ONNX: the first activations of which some codes differ, and the share that does."""
+    saturates_here: bool = False
+    """ONNX: equal only in a session without saturation (`runtimes.PRECISE`) on this processor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Inputs to compare on: as the student takes them, and as the file does."""
+
+    student: tuple[Tensor, ...]
+    file: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is exported, and how.
+
+    Attributes:
+        network: The frozen student, on the CPU.
+        card: What a user of the network must know.
+        path: Where the file is to lie.
+        examples: A tensor [n, *shape] for each input of the network, to compare on.
+        raw_input: Whether the file takes uint8 pixels and normalises them itself.
+        accuracy: Top-1 in percent, by name, for the file's metadata.
+    """
+
+    network: IntegerNetwork
+    card: Card
+    path: Path
+    examples: tuple[Tensor, ...]
+    raw_input: bool = False
+    accuracy: Mapping[str, float] | None = None
+
+    def inputs(self) -> tuple[Examples, Examples]:
+        """Inputs as they come, and extreme ones."""
+        if not self.raw_input:
+            beyond = tuple(RANGE_FACTOR * x if x.is_floating_point() else x for x in self.examples)
+            return Examples(self.examples, self.examples), Examples(beyond, beyond)
+        preprocessing = self.card.preprocessing
+        (images,) = self.examples
+        pixels = preprocessing.pixels(images)
+        draw = stream(0, "export.pixels")
+        extreme = torch.randint(256, pixels.shape, dtype=torch.uint8, generator=draw)
+        black, white = (torch.full_like(extreme[:1], value) for value in (0, 255))
+        extreme = torch.cat([black, white, extreme])
+        return (
+            Examples((preprocessing(pixels),), (pixels,)),
+            Examples((preprocessing(extreme),), (extreme,)),
+        )
+
+
+def _no_notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of file that deploys.
+
+    Attributes:
+        name: How users call it.
+        suffix: How names of its files end, `.onnx`.
+        summary: What it is for, in a few words.
+        write: The contents of the file. Raises UsageError for what it cannot hold.
+        prove: Loads the written file in its own runtime and compares it with the student. Raises
+            GdfqError when it is not equal.
+        notes: What a user should know of the written file.
+        raw_input: Whether its files can take uint8 pixels.
+    """
+
+    name: str
+    suffix: str
+    summary: str
+    write: Callable[[Job], bytes]
+    prove: Callable[[Job, Path], Proof]
+    notes: Callable[[Job, bytes, Proof], Sequence[str]] = _no_notes
+    raw_input: bool = False
+
+
+def prove_by(load: Callable[[bytes], Run]) -> Callable[[Job, Path], Proof]:
+    """The proof of a target whose files run as a function.
+
+    Args:
+        load: Contents of a file -> a function that takes one tensor for each input and returns the
+            outputs in order.
+    """
+
+    def prove(job: Job, written: Path) -> Proof:
+        run = load(written.read_bytes())
+        inside, beyond = (compare(job, run, examples) for examples in job.inputs())
+        return Proof(inside, beyond)
+
+    return prove
+
+
+@torch.no_grad()
+def compare(job: Job, run: Run, examples: Examples, codes: Sequence[CodesParity] = ()) -> Parity:
+    """The parity of a runtime with the student on some inputs.
+
+    Raises:
+        GdfqError: The outputs differ by more than rounding does, or codes do.
+    """
+    expected = job.network.outputs(*examples.student)
+    parity = Parity.of(expected, run(*examples.file), job.card.classes is not None)
+    wrong = [found for found in codes if not found.only_rounded]
+    if not wrong and is_equal(job.network, examples.student, parity):
+        return parity
+    first = wrong or [found for found in codes if found.differ]
+    named = ", ".join(f"{found.differ:.2%} of {found.name!r}" for found in first[:MAX_NAMED])
+    raise GdfqError(
+        "an exported file must give the student's outputs, and its codes but for rounding; "
+        f"{job.path.name} is {parity}."
+        + (f" Codes that differ first, from equal inputs: {named}." if named else "")
+        + " It was not kept; report the network."
+    )

@@ -1,0 +1,270 @@
+"""The frozen student: integer codes, scales and zero points, and every question about them.
+
+Its graph calls three operators for what is quantized (`gdfq.functional.grid`): `dequantize` makes a
+layer's weight of its codes, `dequantize_bias` the bias, and `fake_quantize` rounds an activation.
+This module alone knows where their arguments stand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gdfq.functional.grid import MAX_BITS, MIN_BITS, code_bounds, dequantize_bias, quantize_bias
+from gdfq.graph import operators, queries
+from gdfq.graph.outputs import in_order
+from gdfq.graph.rewrite import Copy, rewrite
+from gdfq.graph.tensors import flat_module, tensors_of
+from gdfq.quantizers.base import QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationGrid:
+    """The quantizer of one activation."""
+
+    node: fx.Node
+    name: str
+    """`layer1.relu`: that of the activation, which no other has."""
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    @property
+    def grid(self) -> tuple[Tensor, Tensor, int]:
+        """The arguments behind x of `gdfq.functional.grid.fake_quantize`."""
+        return self.scale, self.zero_point, self.bits
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerWeight:
+    """A layer's weight: codes int8 in its shape, scale and zero point that broadcast to it."""
+
+    node: fx.Node
+    codes_name: str
+    scale_name: str
+    zero_point_name: str
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    @property
+    def name(self) -> str:
+        """`layer1.conv1`: the layer that the weight belongs to, which no other has."""
+        return stem(self.codes_name)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        return QuantizedTensor(self.codes, self.scale, self.zero_point, self.bits)
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerLayer:
+    """A convolution or linear layer of the frozen student."""
+
+    node: fx.Node
+    weight: IntegerWeight | None
+    """None for a layer that stays float."""
+    bias: Tensor | None
+    """Codes int32 where the layer's input is quantized, else floats; None without a bias."""
+    input: ActivationGrid | None
+    """The quantizer of what enters the layer; None where that stays float."""
+
+    @property
+    def bits(self) -> int | None:
+        """Of the weight; None for a layer that stays float."""
+        return None if self.weight is None else self.weight.bits
+
+
+class IntegerNetwork(nn.Module):
+    """The student in its integer form; calling it computes as the student does.
+
+    Attributes:
+        module: The graph, of tensors and of operators in `operators.ALLOWED` alone. It takes one
+            tensor for each input of the network and returns its outputs in order: one tensor, or a
+            tuple of them.
+    """
+
+    module: fx.GraphModule
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by the names that the graph uses."""
+        return tensors_of(self.module)
+
+    def outputs(self, *inputs: Tensor) -> list[Tensor]:
+        """The outputs in order, for one tensor for each input."""
+        return in_order(self(*inputs))
+
+    @property
+    def activations(self) -> list[ActivationGrid]:
+        """The quantizers of activations, in order of execution."""
+        tensors = self.tensors
+        return [_grid(node, tensors) for node in self._calls(operators.FAKE_QUANTIZE)]
+
+    @property
+    def weights(self) -> list[IntegerWeight]:
+        """The quantized weights, in order of execution."""
+        tensors = self.tensors
+        return [_weight(node, tensors) for node in self._calls(operators.DEQUANTIZE)]
+
+    @property
+    def layers(self) -> list[IntegerLayer]:
+        """All convolutions and linear layers, in order of execution."""
+        tensors = self.tensors
+        return [_layer(node, tensors) for node in queries.layers_of(self.module)]
+
+    def code_bits(self) -> dict[str, int]:
+        """The bits of each tensor of codes of a weight, by the tensor's name."""
+        return {weight.codes_name: weight.bits for weight in self.weights}
+
+    @torch.no_grad()
+    def with_bits(self, bits: Mapping[str, int]) -> "IntegerNetwork":
+        """The same network with fewer bits for some weights.
+
+        Args:
+            bits: By the names of tensors of codes; at most the present ones.
+        """
+        tensors = self.tensors
+        changed = dict(tensors)
+        for weight in self.weights:
+            if weight.codes_name not in bits:
+                continue
+            fewer = bits[weight.codes_name]
+            narrow = replace(weight.quantized, bits=fewer)
+            found = coarser(narrow, torch.tensor(2.0 ** (weight.bits - fewer)))
+            changed[weight.codes_name] = found.codes
+            changed[weight.scale_name] = found.scale
+            changed[weight.zero_point_name] = found.zero_point
+        for node in self._calls(operators.DEQUANTIZE_BIAS):
+            name, activation, weight_scale = _names(node)
+            bias = dequantize_bias(tensors[name], tensors[activation], tensors[weight_scale])
+            changed[name] = quantize_bias(bias, tensors[activation], changed[weight_scale])
+
+        def change(copy: Copy, node: fx.Node) -> fx.Node | None:
+            if operators.name_of(node) != operators.DEQUANTIZE or _names(node)[0] not in bits:
+                return None
+            new = copy.of(node)
+            new.update_arg(_BITS, bits[_names(node)[0]])
+            return new
+
+        return IntegerNetwork(flat_module(rewrite(self.graph, change), changed))
+
+    @torch.no_grad()
+    def as_float(self) -> "IntegerNetwork":
+        """The same network without rounding: its quantized weights, written as floats."""
+        tensors = self.tensors
+
+        def change(copy: Copy, node: fx.Node) -> fx.Node | None:
+            name = operators.name_of(node)
+            if name == operators.FAKE_QUANTIZE:
+                return copy[node.all_input_nodes[0]]
+            if name not in operators.QUANTIZATION:
+                return None
+            args, _ = fx.node.map_arg((node.args, {}), lambda n: tensors[str(n.target)])
+            constant = f"{_names(node)[0]}_float"
+            value: Tensor = operators.resolve(name)(*args)
+            tensors[constant] = nn.Parameter(value, requires_grad=False)
+            return copy.graph.get_attr(constant)
+
+        graph = rewrite(self.graph, change)
+        graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
+        return IntegerNetwork(flat_module(graph, tensors))
+
+    def _calls(self, name: str) -> list[fx.Node]:
+        function = operators.resolve(name)
+        return list(self.graph.find_nodes(op="call_function", target=function))
+
+
+_BITS = 3
+"""The place of the bits among the arguments of `fake_quantize` and `dequantize`."""
+_STORED = {operators.FAKE_QUANTIZE: 2, operators.DEQUANTIZE: 3, operators.DEQUANTIZE_BIAS: 3}
+"""How many of an operator's last tensors are constants of the network."""
+
+
+def check_quantizer(node: fx.Node) -> None:
+    """Raise ValueError for a quantization operator in another form than freezing writes."""
+    name = operators.name_of(node)
+    if name not in operators.QUANTIZATION:
+        return
+    has_bits = name != operators.DEQUANTIZE_BIAS
+    tensors, bits = (node.args[:-1], node.args[-1]) if has_bits else (node.args, MAX_BITS)
+    stored = [isinstance(t, fx.Node) and t.op == "get_attr" for t in tensors]
+    known = isinstance(bits, int) and MIN_BITS <= bits <= MAX_BITS
+    if len(stored) != 3 or node.kwargs or not known or not all(stored[-_STORED[name] :]):
+        raise ValueError(f"{node.name!r} has arguments that no quantizer has")
+
+
+def activation_grid(node: fx.Node, tensors: Mapping[str, Tensor]) -> ActivationGrid | None:
+    """The quantizer whose grid a tensor of a frozen graph lies on; None for a float tensor."""
+    source = queries.grid_source(node)
+    is_quantizer = operators.name_of(source) == operators.FAKE_QUANTIZE
+    return _grid(source, tensors) if is_quantizer else None
+
+
+def scale_of(node: fx.Node) -> fx.Node:
+    """The constant that is the scale of a quantizer of activations or of a weight."""
+    scale = node.args[1]
+    assert isinstance(scale, fx.Node)
+    return scale
+
+
+def stem(constant: str) -> str:
+    """`layer1.conv1` for the constant `quantized.layer1.conv1.codes`."""
+    return constant.rpartition(".")[0].partition(".")[2]
+
+
+def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
+    """The quantized tensor with `factor` >= 1 times the scale; where it is 1, the same codes."""
+    zero_point = (tensor.zero_point / factor).round()
+    codes = ((tensor.codes - tensor.zero_point) / factor).round() + zero_point
+    codes = codes.clamp(*code_bounds(tensor.bits)).to(tensor.codes.dtype)
+    return QuantizedTensor(codes, tensor.scale * factor, zero_point, tensor.bits)
+
+
+def _names(node: fx.Node) -> list[str]:
+    """The names of the constants that enter a node."""
+    return [str(argument.target) for argument in node.all_input_nodes if argument.op == "get_attr"]
+
+
+def _grid(node: fx.Node, tensors: Mapping[str, Tensor]) -> ActivationGrid:
+    _, scale, zero_point, bits = node.args
+    assert isinstance(scale, fx.Node)
+    assert isinstance(zero_point, fx.Node)
+    assert isinstance(bits, int)
+    values = tensors[str(scale.target)], tensors[str(zero_point.target)]
+    return ActivationGrid(node, stem(str(scale.target)), *values, bits)
+
+
+def _weight(node: fx.Node, tensors: Mapping[str, Tensor]) -> IntegerWeight:
+    bits = node.args[_BITS]
+    assert isinstance(bits, int)
+    codes, scale, zero_point = _names(node)
+    values = tensors[codes], tensors[scale], tensors[zero_point]
+    return IntegerWeight(node, codes, scale, zero_point, *values, bits)
+
+
+def _layer(node: fx.Node, tensors: Mapping[str, Tensor]) -> IntegerLayer:
+    weight_node, bias_node = queries.weight_of(node), queries.bias_of(node)
+    is_quantized = operators.name_of(weight_node) == operators.DEQUANTIZE
+    if bias_node is not None and operators.name_of(bias_node) == operators.DEQUANTIZE_BIAS:
+        bias_node = bias_node.all_input_nodes[0]
+    return IntegerLayer(
+        node,
+        _weight(weight_node, tensors) if is_quantized else None,
+        None if bias_node is None else tensors.get(str(bias_node.target)),
+        activation_grid(queries.input_of(node), tensors),
+    )
