@@ -249,7 +249,9 @@ def run_row(row: Row) -> dict[str, object]:
 def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, Facts, int]:
     """The student of one of our recipes, what the run was, and the batch it tuned on."""
     recipe = find_recipe(row.recipe).with_steps(row.steps)
-    recipe = replace(recipe, placement=row.placement).fitted(teacher.input_shape)  # type: ignore[arg-type]
+    recipe = replace(recipe, placement={"t1": "relu"}.get(row.placement, row.placement)).fitted(
+        teacher.input_shape
+    )  # type: ignore[arg-type]
     with Terminal() as listener:
         recipe, made = stored(recipe, teacher, row, listener)
         source = recipe.source

@@ -26,7 +26,7 @@ from gdfq.analysis.accuracy import logits_of
 from gdfq.analysis.bit_allocation import choose_widths, file_sizes
 from gdfq.data.datasets import load_data
 from gdfq.deploy.card import Card
-from gdfq.deploy.export import metadata_of
+from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal

@@ -79,7 +79,7 @@ def work(group: Group) -> dict[str, float]:
     return {
         f"{BATCHES} batches of images": made,
         "step of fast": tuned([batch] * STEPS, FAST, "full"),
-        "step of paper": tuned(generated, PAPER, "t1"),
+        "step of paper": tuned(generated, PAPER, "relu"),
     }
 
 

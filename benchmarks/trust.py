@@ -204,7 +204,7 @@ def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
         if isinstance(pool, ImagePool) and (count := POOLS.get(run.network)):
             made = replace(pool.source, batch=count)  # type: ignore[type-var]
             recipe = replace(recipe, source=replace(pool, images=count, batch=count, source=made))
-        recipe = replace(recipe, placement=run.placement)  # type: ignore[arg-type]
+        recipe = replace(recipe, placement={"t1": "relu"}.get(run.placement, run.placement))  # type: ignore[arg-type]
         scheme = Scheme(Bits.parse(run.bits), recipe.placement)
         with Terminal() as listener:
             recipe, _ = stored(recipe, teacher, run, listener)  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
             )
         card = Card(
             teacher.inputs, teacher.classes, teacher.outputs, shapes(run.network)[1],
-            scheme.bits, run.placement, run.recipe, run.seed,
+            scheme.bits, scheme.placement, run.recipe, run.seed,
         )  # fmt: skip
         path.write_bytes(packed.to_safetensors(student, card))
     return packed.read(path)[0]

@@ -19,7 +19,7 @@ from gdfq import UsageError
 from gdfq.analysis.bit_allocation import divergence, free_layers, sensitivities
 from gdfq.analysis.knapsack import allocate
 from gdfq.cli import main
-from gdfq.deploy.export import metadata_of
+from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits, fake_quantize
@@ -147,7 +147,7 @@ def file_of(result):
     """The ONNX file that a run with test images would write, without running it."""
     accuracy = {"teacher": 91.2345, "student": 90.0}
     return to_onnx(
-        result.network, result.card.input_shape, metadata_of(result.card, accuracy, safe=False)
+        result.network, result.card.inputs, metadata_of(result.card, accuracy, safe=False)
     )
 
 

@@ -105,7 +105,7 @@ def test_errors_are_those_of_the_graphs(teacher, quantized, layers):
         return seen
 
     for layer, (weight, output), (ours, now) in zip(
-        layers.layers, noted(original), noted(quantized.network), strict=True
+        layers.layers, noted(original), noted(quantized.network.module), strict=True
     ):
         ratio = weight.norm() / (weight - ours).norm()
         assert layer.weight_sqnr == pytest.approx(20 * math.log10(ratio), abs=1e-3)

@@ -14,15 +14,16 @@ from support import networks
 
 import gdfq
 from gdfq import GdfqError, UsageError
-from gdfq.deploy.benchmark import in_full_precision, side_by_side
+from gdfq.deploy.benchmark import side_by_side
+from gdfq.deploy.onnx.names import codes_name
+from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.parity import CodesParity, compare_codes
 from gdfq.deploy.runtimes import PRECISE, onnx_runner, onnx_session, onnx_values
-from gdfq.deploy.saturation import layers_that_may_overflow
+from gdfq.deploy.saturation import layers_that_may_overflow, without_overflow
 from gdfq.functional.grid import Bits
 from gdfq.recipes import find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
-from gdfq.student.freeze import narrowed
 
 
 def quantized_by_fast(model, bits, placement="full", shape=networks.SHAPE):
@@ -73,7 +74,7 @@ def test_every_width_keeps_its_codes(weights, tmp_path):
     assert model.opset_import[0].version == (25 if weights == 2 else 21)
     for name, tensor in stored.items():
         if name.endswith(".weight"):
-            codes = quantized.network.get_buffer(f"quantized.{name[:-7]}.codes")
+            codes = quantized.network.module.get_buffer(f"quantized.{name[:-7]}.codes")
             values = onnx.numpy_helper.to_array(tensor).astype(np.int8)
             assert np.array_equal(values, codes.numpy())
     clips = [n for n in model.graph.node if n.name.endswith(".clip") and n.input[0].endswith(".q")]
@@ -145,7 +146,7 @@ def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
     run = onnx_runner((tmp_path / "risky.onnx").read_bytes(), precise=True)
     (logits,) = run(networks.images(8))
     torch.testing.assert_close(logits, quantized(networks.images(8)), rtol=1e-3, atol=1e-3)
-    network = narrowed(quantized.network, risky)
+    network = without_overflow(quantized.network)
     assert layers_that_may_overflow(network) == []
     x = networks.images(8)
     error = (network(x) - quantized(x)).norm() / quantized(x).norm()
@@ -194,7 +195,7 @@ def test_a_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
     """A lost clamp shows beyond the calibrated range, and the file that was there stays."""
     path = tmp_path / "q.onnx"
     path.write_bytes(b"before")
-    real = gdfq.deploy.export.to_onnx
+    real = to_onnx
 
     def without_clips(*arguments):
         model = onnx.load_from_string(real(*arguments))
@@ -204,7 +205,7 @@ def test_a_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
                 del node.input[1:]
         return model.SerializeToString()
 
-    monkeypatch.setattr("gdfq.deploy.export.to_onnx", without_clips)
+    monkeypatch.setattr("gdfq.deploy.onnx.target.to_onnx", without_clips)
     with pytest.raises(GdfqError, match=r"not kept"):
         small.export(path)
     assert path.read_bytes() == b"before"
@@ -222,10 +223,12 @@ def test_formats_follow_names_and_errors_say_what_to_do(small, tmp_path):
     with pytest.raises(UsageError, match=r"must end with \.onnx, \.pt2, \.safetensors"):
         small.export(tmp_path / "q.tflite")
     with pytest.raises(UsageError, match=r"one of onnx, pt2, safetensors; got 'tflite'"):
-        small.export(tmp_path / "q.onnx", format="tflite")
+        small.export(tmp_path / "q.onnx", target="tflite")
     with pytest.raises(UsageError, match="raw input is for ONNX"):
         small.export(tmp_path / "q.pt2", raw_input=True)
-    assert small.export(tmp_path / "new" / "q.bin", format="safetensors").format == "safetensors"
+    assert small.export(tmp_path / "new" / "q.bin", target="safetensors").target == "safetensors"
+    with pytest.warns(gdfq.errors.GdfqDeprecationWarning, match="is now called target"):
+        assert small.export(tmp_path / "old.bin", format="pt2").target == "pt2"
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be made"):
         small.export(tmp_path / "file" / "q.onnx")
@@ -245,24 +248,24 @@ def test_what_differs_first_is_named(small, tmp_path, monkeypatch):
     exported = small.export(tmp_path / "q.onnx")
     assert exported.differs_first == ()
     json.dumps(exported.as_values())
-    real = gdfq.deploy.export.onnx_values
+    real = onnx_values
 
     def shifted(*arguments, **options):
         found = real(*arguments, **options)
         found["relu.clip"].reshape(-1)[0] += 1
         return found
 
-    monkeypatch.setattr("gdfq.deploy.export.onnx_values", shifted)
+    monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_values", shifted)
     ((name, share), *_) = small.export(tmp_path / "q.onnx").differs_first
     assert (name, share) == ("relu.clip", pytest.approx(1 / (16 * 8 * 64)))
 
 
 def test_full_precision_beside_it_has_the_same_function_without_rounding(small):
-    network = in_full_precision(small.network)
+    network = small.network.as_float()
     names = [str(node.target) for node in network.graph.nodes]
     assert not any("quantize" in name and "float" not in name for name in names)
     (a, b), *_ = side_by_side(
-        [gdfq.deploy.export.to_onnx(n, networks.SHAPE, {}) for n in (network, small.network)],
+        [to_onnx(n, small.card.inputs, {}) for n in (network, small.network)],
         networks.SHAPE, seconds=0.01, batches=(1,), threads=(1,),
     )  # fmt: skip
     assert a.low <= a.median <= a.high
@@ -307,12 +310,12 @@ def test_kept_layers_between_quantized_ones_are_not_rounded_by_the_runtime(tmp_p
 
 
 def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkeypatch):
-    real = gdfq.deploy.export.onnx_values
+    real = onnx_values
 
     def shifted(*arguments, **options):
         return {n: v + (n == "relu.clip") for n, v in real(*arguments, **options).items()}
 
-    monkeypatch.setattr("gdfq.deploy.export.onnx_values", shifted)
+    monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_values", shifted)
     with pytest.raises(GdfqError, match=r"at most.*from equal inputs: 100.00% of 'relu.clip', "):
         small.export(tmp_path / "q.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -335,14 +338,14 @@ def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
 
 def _saturating(monkeypatch, also_precise=False):
     """Let sessions double the outputs, as a processor without VNNI changes them."""
-    real = gdfq.deploy.export.onnx_runner
+    real = onnx_runner
 
     def runner(data, *, precise=False):
         run = real(data, precise=precise)
         factor = 1 if precise and not also_precise else 2
         return lambda images: [factor * output for output in run(images)]
 
-    monkeypatch.setattr("gdfq.deploy.export.onnx_runner", runner)
+    monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_runner", runner)
 
 
 @pytest.fixture(scope="module")
@@ -374,17 +377,14 @@ def test_saturation_is_no_excuse_where_there_can_be_none(small, wide, tmp_path, 
 
 def test_codes_are_compared_from_equal_inputs(small):
     """By hand: one code of the first activation is moved, and what follows from it is right."""
-    data = gdfq.deploy.export.to_onnx(small.network, networks.SHAPE, {})
-    nodes = small.network.graph.find_nodes(
-        op="call_function", target=gdfq.functional.grid.fake_quantize
-    )
-    names = [gdfq.deploy.export.codes_name(node) for node in nodes]
+    data = to_onnx(small.network, small.card.inputs, {})
+    names = list(map(codes_name, small.network.activations))
     x = networks.images(4)
-    found = onnx_values(data, names, x, precise=True)
-    assert all(one.differ == 0 for one in compare_codes(small.network, x, found)[0])
+    found = onnx_values(data, names, [x], precise=True)
+    assert all(one.differ == 0 for one in compare_codes(small.network, [x], found)[0])
     changed = dict(found)
     changed[names[0]] = 255 - found[names[0]]
-    (first, second, *_), outputs = compare_codes(small.network, x, changed)
+    (first, second, *_), outputs = compare_codes(small.network, [x], changed)
     torch.testing.assert_close(outputs[0], small(x))  # from codes that were not changed
     assert (first.name, first.differ, first.only_rounded) == (names[0], 1, False)
     assert second.differ > 0.2  # its inputs are now others than the runtime had
@@ -393,9 +393,9 @@ def test_codes_are_compared_from_equal_inputs(small):
 
 
 def test_an_activation_that_the_file_lacks_is_an_error(small):
-    data = gdfq.deploy.export.to_onnx(small.network, networks.SHAPE, {})
+    data = to_onnx(small.network, small.card.inputs, {})
     with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
-        onnx_values(data, ["relu.clip", "elsewhere.q"], networks.images(1))
+        onnx_values(data, ["relu.clip", "elsewhere.q"], [networks.images(1)])
 
 
 def test_what_is_no_valid_model_is_a_clear_error(small, tmp_path, monkeypatch):

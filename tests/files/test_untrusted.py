@@ -350,9 +350,9 @@ def replaced(operator, target, args):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d, t: d["card"].update(input_shape=[3, 10**5, 10**5]), "damaged"),
-        (lambda d, t: d["card"].update(input_shape=[3, float("inf"), 8]), "damaged"),
-        (lambda d, t: d["card"].update(input_shape=[3, 9]), "must run on images"),
+        (lambda d, t: d["card"]["inputs"][0].update(shape=[3, 10**5, 10**5]), "damaged"),
+        (lambda d, t: d["card"]["inputs"][0].update(shape=[3, float("inf"), 8]), "damaged"),
+        (lambda d, t: d["card"]["inputs"][0].update(shape=[3, 9]), "must run on images"),
         (lambda d, t: d["card"].update(classes=6), "for 6 classes"),
         (lambda d, t: d["card"].update(outputs=[0, 1]), "outputs"),
         (lambda d, t: d["card"]["preprocessing"].update(mean=[[1], [2], [3]]), "damaged"),

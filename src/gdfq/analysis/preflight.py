@@ -119,7 +119,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     tensors = tensors_of(teacher.network)
     norms = len(teacher.batch_norms)
     return Diagnosis(
-        inputs=teacher.inputs,
+        input_shape=teacher.input_shape,
         classes=teacher.classes,
         outputs=tuple(output_names(teacher)),
         bits=str(scheme.bits),
