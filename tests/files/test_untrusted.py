@@ -582,7 +582,7 @@ def test_onnx_tensors_have_the_bytes_that_they_say(tmp_path):
 def test_options_of_many_digits():
     with pytest.raises(UsageError, match="bits are written"):
         Bits.parse("w" + "9" * 5000 + "a4")
-    with pytest.raises(UsageError, match="what is kept"):
+    with pytest.raises(UsageError, match="the bits of layers"):
         LayerBits.parse("last=" + "9" * 5000)
     for kind, text in ((_Shape(), "9" * 5000 + "x3"), (_Size(), "9" * 5000)):
         with pytest.raises(click.BadParameter):
