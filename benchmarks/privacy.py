@@ -30,10 +30,10 @@ from support.places import RESULTS, ROOT, SHARED
 from torch import Tensor, nn
 
 from gdfq.analysis.accuracy import logits_of
+from gdfq.api import generate
 from gdfq.data.datasets import load_data
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.graph.capture import Captured, capture
-from gdfq.making import generate
 from gdfq.models.registry import load_weights_
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource

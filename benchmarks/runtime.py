@@ -83,7 +83,7 @@ def make(name: str) -> None:
             recipe = replace(find_recipe("fast").with_steps(4), source=pool)
         with Terminal() as terminal:
             quantized = gdfq.quantize(
-                model, torch.zeros(1, *shape), bits, recipe, data=data, placement="full", keep=keep,
+                model, torch.zeros(1, *shape), bits, recipe, data=data, placement="full", layer_bits=keep,
                 mean=preprocessing.mean, std=preprocessing.std, listener=terminal,
             )  # fmt: skip
         quantized.save(folder / variant)

@@ -241,7 +241,7 @@ network are timed in turn in one process of ONNX Runtime, 1.5 seconds for each f
 median [first, third quartile] milliseconds a call. `quantize_static` is ONNX Runtime's own
 quantization of the same float32 file with the same images (uint8 activations, int8 weights for each
 channel, QDQ). Parity is that of the file with the simulation on all test images. ResNet-18 has
-random weights. *Kept stem*: `--keep stage1.0.0=float --keep stage1.1.0=float`, the layers of 3 and 8 channels.
+random weights. *Kept stem*: `--layer-bits stage1.0.0=float --layer-bits stage1.1.0=float`, the layers of 3 and 8 channels.
 
 What the times are made of (medians of ONNX Runtime's own profile, microseconds, with other work on
 the machine): MobileNetV1's first two layers have 3 and 8 channels, for which there is no fast integer kernel: 335 and

@@ -34,7 +34,8 @@ from support.valid_files import (
 )
 from torch import nn
 
-from gdfq.cli.app import _Numbers, _Shape, _Size
+from gdfq.api import load
+from gdfq.cli.types import Numbers, Shape, Size
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
@@ -46,10 +47,10 @@ from gdfq.files.states import name_of
 from gdfq.functional.grid import Bits
 from gdfq.models.loaded import Loaded
 from gdfq.models.registry import load_model, load_weights_
-from gdfq.quantized import load
 from gdfq.recipes import find_recipe
 from gdfq.report.read import read_run as read_for_report
-from gdfq.runs.folder import RunFolder, check_export
+from gdfq.runs.folder import RunFolder
+from gdfq.runs.metrics import check_export
 from gdfq.runs.sweep import read_sweep
 from gdfq.student.scheme import LayerBits
 
@@ -126,9 +127,9 @@ def read_text(data: bytes, _: Path) -> None:
         lambda: Bits.parse(text),
         lambda: LayerBits.parse(text),
         lambda: find_recipe(text),
-        lambda: Loaded(nn.Identity()).input(_Shape().convert(text, None, None), (0.5,), None),
-        lambda: Preprocessing.of(1, _Numbers().convert(text, None, None), None),
-        lambda: _Size().convert(text, None, None),
+        lambda: Loaded(nn.Identity()).input(Shape().convert(text, None, None), (0.5,), None),
+        lambda: Preprocessing.of(1, Numbers().convert(text, None, None), None),
+        lambda: Size().convert(text, None, None),
     ]
     if ":" not in text:  # those run code, as they should
         calls.append(lambda: load_model(text))

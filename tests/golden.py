@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 _OPTIONS = inspect.signature(gdfq.quantize).parameters
 RELU = "relu" if "layer_bits" in _OPTIONS else "t1"
-LAYER_BITS = "layer_bits" if "layer_bits" in _OPTIONS else "keep"
+LAYER_BITS = "layer_bits"
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

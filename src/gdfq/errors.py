@@ -1,28 +1,34 @@
-"""What a caller can expect to go wrong. Each message says what must hold, what came, what to do."""
+"""Errors and warnings. Each message says what must hold, what came, and what to do.
+
+GdfqError                   a run fails                     exit code 1
+  UsageError                an input cannot be used         exit code 2
+GdfqWarning                 the user should know it; the run continues
+  GdfqDeprecationWarning    an old spelling was used
+"""
 
 import warnings
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
+    """The first line of another library's error."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class GdfqError(Exception):
-    """A run that could not go on (the command line exits with 1)."""
+    """A run failed (the command line exits with 1)."""
 
 
 class UsageError(GdfqError, ValueError):
-    """An input that cannot be used as given (the command line exits with 2)."""
+    """An input cannot be used as given (the command line exits with 2)."""
 
 
 class GdfqWarning(UserWarning):
-    """Something a run got over, which its user should know."""
+    """The user should know something; the run continues."""
 
 
 class GdfqDeprecationWarning(GdfqWarning):
-    """An option that has another name now; the old spelling works for two minor releases."""
+    """An old spelling was used. It works for two minor releases after it was renamed."""
 
 
 def warn_renamed(old: str, new: str) -> None:

@@ -13,7 +13,7 @@ from gdfq.data.datasets import load_data
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
 from gdfq.deploy.export import Exported, export
-from gdfq.deploy.safetensors import STUDENT_FILE
+from gdfq.deploy.safetensors import EXAMPLES_FILE, STUDENT_FILE
 from gdfq.deploy.target import Target
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.execution.progress import Listener, silent
@@ -21,7 +21,6 @@ from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.files.untrusted import within
 from gdfq.graph.outputs import built, in_order
-from gdfq.runs.folder import EXAMPLES, note_export, read_metrics
 from gdfq.student.integer_network import IntegerNetwork
 
 
@@ -75,12 +74,38 @@ class QuantizedNetwork(nn.Module):
         images = load_data(data, self.card.input_shape, self.card.classes, preprocessing.resize)
         return top1(self.network, images, preprocessing, device=self.device, listener=listener)
 
+    @classmethod
+    def read(cls, path: Path) -> "QuantizedNetwork":
+        """Read a .safetensors file that was saved or exported.
+
+        Raises:
+            UsageError: The file cannot be read, is damaged, or is of another version.
+        """
+        return cls(*packed.read(path))
+
+    @classmethod
+    def read_folder(
+        cls, folder: Path, metrics: Mapping[str, Any] | None = None
+    ) -> "QuantizedNetwork":
+        """Read what `save` wrote into a folder.
+
+        Raises:
+            UsageError: A file cannot be read, is damaged, or is of another version.
+        """
+        network, card = packed.read(within(folder, folder / STUDENT_FILE))
+        examples = None
+        if (folder / EXAMPLES_FILE).exists():
+            path = within(folder, folder / EXAMPLES_FILE)
+            images = load_data(path, card.input_shape, card.classes)
+            examples = card.preprocessing(images.images(torch.arange(len(images))))
+        return cls(network, card, metrics, examples)
+
     def save(self, folder: str | Path) -> None:
         """Write `student.safetensors` and `examples.npz` into the folder, which `load` reads."""
         folder = Path(folder)
         make_folder(folder)
         (folder / STUDENT_FILE).unlink(missing_ok=True)
-        write_atomically(folder / EXAMPLES, self.card.preprocessing.to_npz(self.examples))
+        write_atomically(folder / EXAMPLES_FILE, self.card.preprocessing.to_npz(self.examples))
         write_atomically(folder / STUDENT_FILE, packed.to_safetensors(self.network, self.card))
 
     def export(
@@ -112,7 +137,7 @@ class QuantizedNetwork(nn.Module):
             for who in ("teacher", "student")
             if "top1" in self.metrics.get(who, {})
         }
-        exported = export(
+        return export(
             self.network,
             self.card,
             Path(path),
@@ -122,23 +147,3 @@ class QuantizedNetwork(nn.Module):
             safe_x86=safe_x86,
             accuracy=accuracy,
         )
-        note_export(exported.path, exported.as_values())
-        return exported
-
-
-def load(path: str | Path) -> QuantizedNetwork:
-    """Read the folder of a run, or a .safetensors file that was saved or exported.
-
-    Needs neither the user's code nor model. Raises UsageError when there is no finished network,
-    or it is damaged or of another version, and for the folder of a run that has not finished.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return QuantizedNetwork(*packed.read(path))
-    metrics = read_metrics(path)
-    network, card = packed.read(within(path, path / STUDENT_FILE))
-    examples = None
-    if (path / EXAMPLES).exists():
-        images = load_data(within(path, path / EXAMPLES), card.input_shape, card.classes)
-        examples = card.preprocessing(images.images(torch.arange(len(images))))
-    return QuantizedNetwork(network, card, metrics, examples)

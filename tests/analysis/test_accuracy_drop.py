@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from support import networks
 
 from gdfq.analysis.accuracy_drop import _SOURCE, LAW, Law, comparable, judged, made, measure, mixed
+from gdfq.api import quantize
 from gdfq.execution.context import Context
 from gdfq.graph.capture import Captured, capture
-from gdfq.pipeline import quantize
 from gdfq.sources.base import Source
 from gdfq.sources.pool import collect
 

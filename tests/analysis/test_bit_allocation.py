@@ -167,7 +167,7 @@ def test_the_file_keeps_within_the_size(name, size, near):
 
 
 def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
-    options = {"recipe": SMALL, "steps": 4, "keep": ["fc=6"]}
+    options = {"recipe": SMALL, "steps": 4, "layer_bits": ["fc=6"]}
     with pytest.raises(UsageError, match=r"smallest possible size is \d+ bytes; got 2000") as error:
         gdfq.quantize(residual, networks.images(1), "auto", size=2000, **options)
     smallest = int(str(error.value).split(" bytes")[0].split()[-1])
@@ -226,8 +226,8 @@ def test_names_are_meant_exactly():
         ({"bits": "auto", "size": 0}, "at least 1; got 0"),
         ({"bits": "auto", "size": "3KB"}, "whole number of bytes, at least 1; got '3KB'"),
         ({"bits": "auto", "size": 4000, "recipe": "paper"}, "so a recipe with a pool"),
-        ({"bits": "auto", "size": 4000, "keep": ["*=4"]}, "all 3 of this network are"),
-        ({"bits": "auto", "size": 4000, "keep": ["nowhere=4"]}, "nowhere"),
+        ({"bits": "auto", "size": 4000, "layer_bits": ["*=4"]}, "all 3 of this network are"),
+        ({"bits": "auto", "size": 4000, "layer_bits": ["nowhere=4"]}, "nowhere"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(residual, options, message):
@@ -271,6 +271,6 @@ def test_bad_sizes_on_the_command_line(place, capsys, more, message):
     [("300KB", 300_000), ("1.5mib", 1_572_864), ("2 kib", 2048), ("77", 77), ("77B", 77)],
 )
 def test_sizes_are_read(text, size):
-    from gdfq.cli.app import _Size
+    from gdfq.cli.types import Size
 
-    assert _Size().convert(text, None, None) == size
+    assert Size().convert(text, None, None) == size

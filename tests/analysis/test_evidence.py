@@ -25,6 +25,7 @@ from gdfq.graph.capture import capture
 from gdfq.graph.queries import images_at_once
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.graph.walk import Walk
+from gdfq.runs.diagnostics import write_evidence
 from gdfq.sources.base import Batch
 from gdfq.sources.recent import Recent
 from gdfq.sources.spectral import SpectralSource, natural_noise
@@ -41,7 +42,9 @@ def labelled():
 
 @pytest.fixture(scope="module")
 def quantized(teacher, tiny, labelled):
-    return gdfq.quantize(teacher, networks.images(1), "w3a4", tiny, test=labelled, keep=["fc=8"])
+    return gdfq.quantize(
+        teacher, networks.images(1), "w3a4", tiny, test=labelled, layer_bits=["fc=8"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def test_harm_of_a_large_network_is_the_layers_own_error(teacher, quantized, mon
 
 
 def test_float_layers_have_no_harm(teacher, tiny):
-    result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, keep=["conv2=float"])
+    result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, layer_bits=["conv2=float"])
     found = {
         layer.name: layer
         for layer in measure_layers(teacher, result.network, networks.images(4)).layers
@@ -304,7 +307,7 @@ def test_all_sections_are_gathered_and_written(teacher, quantized, tmp_path):
     test = evidence.sections["test"]
     assert test["teacher"] == pytest.approx(quantized.metrics["teacher"]["top1"])
     assert test["student"] == pytest.approx(quantized.metrics["student"]["top1"])
-    evidence.write(tmp_path)
+    write_evidence(evidence, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.json", "evidence.npz"]
     with np.load(tmp_path / "evidence.npz", allow_pickle=False) as file:
         assert file["images.grid"].dtype == np.uint8

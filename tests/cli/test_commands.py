@@ -398,7 +398,7 @@ def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, 
 
 
 def test_a_run_that_cannot_be_leaves_no_folder(place, capsys):
-    assert main(arguments(place, "--keep", "nowhere=8")) == 2
+    assert main(arguments(place, "--layer-bits", "nowhere=8")) == 2
     shown = capsys.readouterr()
     assert "nowhere" in shown.err
     assert "network" not in shown.out

@@ -302,7 +302,7 @@ def test_kept_layers_between_quantized_ones_are_not_rounded_by_the_runtime(tmp_p
     )
     quantized = gdfq.quantize(
         model, networks.images(1), "w4a4", recipe, data=networks.images(32),
-        keep=["conv2=float"], placement="full",
+        layer_bits=["conv2=float"], placement="full",
     )  # fmt: skip
     exported = quantized.export(tmp_path / "q.onnx")
     assert exported.inside.relative_error < 1e-3
@@ -323,7 +323,11 @@ def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkey
 
 def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
     quantized = gdfq.quantize(
-        networks.make("Branches"), networks.images(1), "w4a4", tiny, keep=["stem.*=float", "fc=8"]
+        networks.make("Branches"),
+        networks.images(1),
+        "w4a4",
+        tiny,
+        layer_bits=["stem.*=float", "fc=8"],
     )
     (note,) = quantized.export(tmp_path / "q.onnx").notes
     assert note.startswith("computed in float: stem.0, ")

@@ -181,7 +181,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place):
         [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
     assert again.returncode == 0, again.stderr
-    assert "goes on from its checkpoint" in again.stdout
+    assert "resumes from its checkpoint" in again.stdout
     assert "processes was 2 and is 1" in again.stderr
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     assert metrics["steps"] == 400

@@ -184,7 +184,7 @@ def collapsing(monkeypatch, times):
 def test_a_collapsed_generator_begins_again_once(teacher, tiny, monkeypatch, tmp_path):
     usual = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     collapsing(monkeypatch, 1)
-    with pytest.warns(GdfqWarning, match="collapsed.*begins again, from another seed"):
+    with pytest.warns(GdfqWarning, match="collapsed.*restarts from another seed"):
         result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, checkpoints=tmp_path)
     assert "it has collapsed" in result.metrics["collapsed"]
     assert not same(state(result.network), state(usual.network))
@@ -195,8 +195,10 @@ def test_a_collapsed_generator_begins_again_once(teacher, tiny, monkeypatch, tmp
 def test_a_generator_that_collapses_twice_fails_with_the_evidence(teacher, tiny, monkeypatch):
     collapsing(monkeypatch, 2)
     with (
-        pytest.warns(GdfqWarning, match="begins again"),
-        pytest.raises(CollapsedError, match=r"0 to come.*So it did from another seed.*1 to come"),
+        pytest.warns(GdfqWarning, match="restarts"),
+        pytest.raises(
+            CollapsedError, match=r"0 to come.*The same happened with another seed.*1 to come"
+        ),
     ):
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
 
@@ -229,7 +231,7 @@ def test_a_folder_that_fails_can_be_mended(place, capsys, monkeypatch, number):
         assert main(arguments(place, "--steps", "8")) == 1
     error = capsys.readouterr().err
     assert os.strerror(number) in error
-    assert "mend it, then give the same command again" in error
+    assert "correct this, then give the same command again" in error
     assert not (place / "out" / "student.safetensors").exists()
 
 

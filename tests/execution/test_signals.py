@@ -46,7 +46,7 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):
     call, out = arguments(place, *more), place / "out"
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert stopped(monkeypatch, call, signal.SIGINT, 2) == 130
-    assert f"stopped by SIGINT; it goes on from here with: gdfq quantize --resume {place}" in (
+    assert f"stopped by SIGINT; to resume, run: gdfq quantize --resume {place}" in (
         error := capsys.readouterr().err
     )
     assert error.count("--resume") == 1
@@ -55,7 +55,7 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert main(call) == 0
-    assert "goes on from its checkpoint" in capsys.readouterr().out
+    assert "resumes from its checkpoint" in capsys.readouterr().out
     for name in WHOLE:
         assert (out / name).read_bytes() == (place / "whole" / name).read_bytes(), name
     assert metrics(out) == metrics(place / "whole")
@@ -67,9 +67,9 @@ def test_the_command_that_is_said_goes_on(place, capsys, monkeypatch):
     command, model, *options = arguments(place)
     assert stopped(monkeypatch, [command, *options, "--", model], signal.SIGTERM, 2) == 143
     said = capsys.readouterr().err
-    again = shlex.split(said.partition("with: gdfq ")[2].splitlines()[0])
+    again = shlex.split(said.partition("run: gdfq ")[2].splitlines()[0])
     assert main(again) == 0
-    assert "goes on from its checkpoint" in capsys.readouterr().out
+    assert "resumes from its checkpoint" in capsys.readouterr().out
 
 
 def test_the_configuration_is_that_of_the_end(place, monkeypatch):
@@ -107,7 +107,7 @@ def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):
 
 def test_there_must_be_something_to_go_on_with(place, capsys):
     assert main(arguments(place, "--resume")) == 2
-    assert "out has none. Leave --resume away" in capsys.readouterr().err
+    assert "out has none. Remove --resume" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_refused(place, capsys):

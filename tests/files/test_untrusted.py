@@ -26,7 +26,7 @@ from support.loaders import LOADERS, RUN
 from support.valid_files import CLASSES, SHAPE
 
 import gdfq
-from gdfq.cli.app import _Shape, _Size
+from gdfq.cli.types import Shape, Size
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Resize
 from gdfq.data.writers import ImageFiles
@@ -41,7 +41,9 @@ from gdfq.functional.grid import Bits
 from gdfq.models.registry import load_model, load_weights_
 from gdfq.models.weights import read_weights
 from gdfq.report import read_run, write_report
-from gdfq.runs.folder import METRICS, ONNX_FILE, RunFolder, check_export, read_metrics
+from gdfq.runs.names import METRICS, ONNX_FILE
+from gdfq.runs.folder import RunFolder
+from gdfq.runs.metrics import check_export, read_metrics
 from gdfq.student.scheme import LayerBits
 
 
@@ -584,7 +586,7 @@ def test_options_of_many_digits():
         Bits.parse("w" + "9" * 5000 + "a4")
     with pytest.raises(UsageError, match="the bits of layers"):
         LayerBits.parse("last=" + "9" * 5000)
-    for kind, text in ((_Shape(), "9" * 5000 + "x3"), (_Size(), "9" * 5000)):
+    for kind, text in ((Shape(), "9" * 5000 + "x3"), (Size(), "9" * 5000)):
         with pytest.raises(click.BadParameter):
             kind.convert(text, None, None)
 

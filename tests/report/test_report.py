@@ -241,9 +241,9 @@ def test_advice_names_what_helps():
     run = made(**measured(90.0, 70.0), config=config, evidence={"layers": {"layers": layers}})
     advice = verdict(run, ("An alarm.",)).advice
     assert advice[0] == "An alarm."
-    assert "--keep 'stem=8' keeps the layer with 67 % of the harm wider" in advice[1]
+    assert "--layer-bits 'stem=8' keeps the layer with 67 % of the harm wider" in advice[1]
     assert "adds 2.0 KiB" in advice[1]
-    assert "--keep 'head=float'" in advice[2]
+    assert "--layer-bits 'head=float'" in advice[2]
     assert "w4a8" in advice[3]
     assert "--recipe fast" in advice[4]
     found = {"layers": {"layers": layers, "harm": "error"}}
@@ -264,7 +264,7 @@ def test_no_layer_is_blamed_where_all_do_alike():
 def test_names_that_are_patterns_are_escaped():
     rows = [{"name": "first", "harm": 9.0, "bits": 4, "weights": 8}]
     rows += [{"name": f"l{i}", "harm": 0.1, "bits": 4, "weights": 8} for i in range(5)]
-    assert harmful_layers(rows)[0].option == "--keep '[f]irst=8'"
+    assert harmful_layers(rows)[0].option == "--layer-bits '[f]irst=8'"
 
 
 def test_speed_is_that_of_one_image_on_one_thread():
@@ -593,7 +593,7 @@ def test_a_comparison_escapes_names(run, tmp_path):
 
 
 def test_the_terminal_shows_the_run(run, capsys):
-    from gdfq.report.terminal import print_run
+    from gdfq.cli.console import print_run
 
     found = read_run(run)
     print_run(found)

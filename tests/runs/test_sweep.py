@@ -67,7 +67,7 @@ def test_a_grid_has_every_combination_once(tmp_path):
           - {model: "ptcv:b", name: b, input: [3, 32, 32], classifier: false, size: 300KB}
         bits: [w4a4, w8a8]
         recipes: quick
-        keep: [[], [first=8, last=float]]
+        layer_bits: [[], [first=8, last=float]]
         seeds: [0, 1, 1]
         steps: 40
         """,
@@ -79,8 +79,8 @@ def test_a_grid_has_every_combination_once(tmp_path):
         "--bits=w4a4", "--recipe=quick", "--steps=40", "--seed=0", "--", "a.py:net",
     ]  # fmt: skip
     assert cells[-1].words() == [
-        "--input=3x32x32", "--no-classifier", "--bits=w8a8", "--recipe=quick", "--keep=first=8",
-        "--keep=last=float", "--steps=40", "--seed=1", "--", "ptcv:b",
+        "--input=3x32x32", "--no-classifier", "--bits=w8a8", "--recipe=quick", "--layer-bits=first=8",
+        "--layer-bits=last=float", "--steps=40", "--seed=1", "--", "ptcv:b",
     ]  # fmt: skip
     assert cells[-1].folder.startswith("b-w8a8-quick-first=8-last=float-seed1-")
 
@@ -118,7 +118,7 @@ def test_a_model_cannot_be_an_option():
         ("networks: [a]\nbits: w9a9", "2 to 8 bits; got 9"),
         ("networks: [a]\nbits: auto", "bits auto needs a size"),
         ("networks: [a]\nrecipes: fats", "there is no recipe 'fats'"),
-        ("networks: [a]\nkeep: [first]", "PATTERN=float"),
+        ("networks: [a]\nlayer_bits: [first]", "PATTERN=float"),
         ("networks: [a]\nplacement: t2", "placement must be one of t1, full; got 't2'"),
         ("networks: [a]\nseeds: [one]", "seeds must be whole numbers, at least 0; got 'one'"),
         ("networks: [a]\nseeds: [true]", "got True"),
@@ -132,7 +132,7 @@ def test_a_model_cannot_be_an_option():
         ("networks: [{model: a, !!binary name: b}]", "line 1: a network has no 'name'"),
         ("networks: &n [a]\nbits: *n", "line 2: a sweep has no aliases"),
         (
-            "networks: [a]\nkeep: " + "[" * 10**5,
+            "networks: [a]\nlayer_bits: " + "[" * 10**5,
             "line 2: a sweep has lists and mappings in one another 8 deep at most",
         ),
         (
@@ -158,7 +158,9 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path):
         read_sweep(tmp_path / "latin.yaml")
 
 
-_KEYS = st.sampled_from(["networks", "bits", "seeds", "keep", "steps", "model", "test", "size"])
+_KEYS = st.sampled_from(
+    ["networks", "bits", "seeds", "layer_bits", "steps", "model", "test", "size"]
+)
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | _KEYS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3),

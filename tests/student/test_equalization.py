@@ -248,7 +248,7 @@ def test_a_scheme_that_fits_no_layer_is_told_before_images_are_made():
             networks.make("Residual"),
             networks.images(1),
             recipe="quick",
-            keep=["nosuchlayer=8"],
+            layer_bits=["nosuchlayer=8"],
             listener=heard.append,
         )
     assert not heard

@@ -1,14 +1,12 @@
 """The evidence for a run's report: what needs teacher, student and images together.
 
-A run's folder holds no teacher, so this is measured once, behind the run, and kept as plain
-numbers in `evidence.json` and `evidence.npz`. The report is made from files alone.
+The folder of a run holds no teacher, so this is measured once, after the run, and kept as plain
+numbers (`gdfq.runs.diagnostics`). The report is made from these files alone.
 """
 
-import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,8 @@ from gdfq.analysis.layers import measure_layers
 from gdfq.analysis.observations import Witness
 from gdfq.analysis.predictions import measure_changes
 from gdfq.errors import first_line
-from gdfq.files.atomic import write_atomically, write_json
 from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
-from gdfq.runs.folder import EVIDENCE, EVIDENCE_ARRAYS
-
-VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +31,6 @@ class Evidence:
     sections: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Write both files into a folder, each whole or not at all."""
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = dict(self.arrays)
-        np.savez_compressed(buffer, **arrays)
-        write_atomically(folder / EVIDENCE_ARRAYS, buffer.getvalue())
-        document = {"version": VERSION, "missing": dict(self.missing), **self.sections}
-        write_json(folder / EVIDENCE, document)
 
 
 def gather(teacher: Captured, quantized: QuantizedNetwork) -> Evidence:

@@ -1,144 +1,28 @@
-"""The command line. Torch is imported by the commands that need it, not to print help."""
+"""The commands: their arguments and help. Each command's work is in a module of its own.
 
-import math
-import re
-import shlex
+Torch is imported by the commands that need it, not to print help.
+"""
+
 import sys
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 
-from gdfq.errors import GdfqError, GdfqWarning, UsageError
-from gdfq.execution.malloc import keep_freed_memory_
-from gdfq.execution.signals import StoppedError
-from gdfq.version import __version__
-
-_PATH = click.Path(path_type=Path)
-
-
-class _Shape(click.ParamType):
-    name = "CxHxW"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        text = str(value).lower()
-        if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})+", text):
-            self.fail(f"a shape is written as for instance 3x32x32; got {value!r}.", param, ctx)
-        return tuple(map(int, text.split("x")))
-
-
-class _Data(click.ParamType):
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if not Path(value).exists():
-            self.fail(f"there is no data at {value}. Give an .npz file or a folder.", param, ctx)
-        return Path(value)
-
-
-class _Numbers(click.ParamType):
-    name = "a,b,c"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(
-                f"give numbers with commas between, as 0.5,0.5,0.5; got {value!r}.", param, ctx
-            )
-
-
-class _Seconds(click.FloatRange):
-    """Numbers of seconds: those that no comparison tells from others, as nan, are none."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if not math.isfinite(seconds):
-            self.fail(f"give a number of seconds; got {value!r}.", param, ctx)
-        return seconds
-
-
-class _Size(click.ParamType):
-    name = "SIZE"
-    units: ClassVar = {
-        unit: base**power
-        for base, units in ((1000, ("B", "KB", "MB", "GB")), (1024, ("", "KIB", "MIB", "GIB")))
-        for power, unit in enumerate(units)
-    }
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(
-            r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]?I?B|)", str(value).strip().upper()
-        )
-        size = 0 if match is None else int(float(match[1]) * self.units.get(match[2], 0))
-        if size < 1:
-            self.fail(
-                "a size is a number of bytes, or of KB, MB (thousands, millions) or KiB, MiB "
-                f"(2^10, 2^20), as 300KB; got {value!r}.",
-                param,
-                ctx,
-            )
-        return size
-
-
-def _network_options(command: Any) -> Any:
-    """The options that say which network it is."""
-    options = [
-        click.argument("model"),
-        click.option(
-            "--weights",
-            type=_PATH,
-            help="safetensors file or torch state dict of the network; random: a library's network "
-            "untrained  [default: the library's pretrained weights]",
-        ),
-        click.option(
-            "--input",
-            "input_shape",
-            type=_Shape(),
-            help="shape of one input, e.g. 3x32x32  [default: the network's own, if it has one]",
-        ),
-        click.option(
-            "--mean",
-            type=_Numbers(),
-            help="of the input normalisation, for pixels in 0..1  "
-            "[default: the network's own, else 0]",
-        ),
-        click.option(
-            "--std",
-            type=_Numbers(),
-            help="of the input normalisation, for pixels in 0..1  "
-            "[default: the network's own, else 1]",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-        ),
-        click.option(
-            "--classifier/--no-classifier",
-            default=None,
-            help="whether the output are logits of classes  [default: if it is one tensor N x C]",
-        ),
-        click.option("--steps", type=int, help="batches in all  [default: the recipe's]"),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-_SEED = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of all randomness"
+from gdfq.cli.exit_codes import exit_code_of, warnings_in_a_line
+from gdfq.cli.options import (
+    batch_option,
+    layer_bits_option,
+    network_options,
+    placement_option,
+    recipe_option,
+    seed_option,
+    steps_option,
+    target_option,
 )
+from gdfq.cli.types import PATH, DataPath, Seconds, Size
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -148,103 +32,103 @@ def cli() -> None:
 
     \b
     MODEL is one of
-      timm:NAME, torchvision:NAME, ptcv:NAME   a library's network, pretrained
-      hf:ID                                    an image classifier of Hugging Face, or hf:FOLDER
-      path/to/file.py:factory                  a callable without arguments that returns an
-      package.module:factory                   nn.Module; naming it runs its code
+      timm:NAME, torchvision:NAME, ptcv:NAME   a pretrained network of a library
+      hf:ID or hf:FOLDER                       an image classifier of Hugging Face
+      path/to/file.py:factory                  a function without arguments that returns an
+      package.module:factory                   nn.Module; this runs its code
       path/to/program.pt2                      from torch.export.save; loading it can run code
 
-    DATA is an .npz file with `images` (uint8, N x C x H x W) and, to test on, `labels`, or a folder
+    DATA is an .npz file with `images` (uint8, N x C x H x W) and, for a test, `labels`, or a folder
     with one sub-folder of images for each class.
     """
 
 
 @cli.command("quantize")
-@_network_options
-@_SEED
+@network_options
 @click.option(
     "--bits",
     default="w4a4",
     show_default=True,
-    help="of weights and activations, 2..8; auto chooses each layer's to fit --size",
+    help="Bits of weights and activations, 2 to 8 each; auto chooses each layer's to fit --size.",
 )
 @click.option(
-    "--size", type=_Size(), help="with --bits auto: of the ONNX file at most, as 300KB or 1.5MiB"
+    "--size",
+    type=Size(),
+    help="With --bits auto: size of the ONNX file at most, such as 300KB or 1.5MiB.",
 )
-@click.option(
-    "--recipe",
-    default="fast",
-    show_default=True,
-    help="fast, quick, paper, paper-imagenet, round, zeroq, real, ... (gdfq recipes lists all)",
-)
-@click.option("--batch", type=click.IntRange(min=1), help="images a step  [default: the recipe's]")
-@click.option("--out", type=_PATH, required=True, help="folder for the run; must not hold one yet")
-@click.option(
-    "--placement",
-    type=click.Choice(["relu", "full", "t1"]),
-    help="relu: weights and ReLU outputs, as published; full: deployable  [default: the recipe's]",
-)
-@click.option(
-    "--keep",
-    multiple=True,
-    metavar="PATTERN=WIDTH",
-    help="layers of another width, as 'stage1.*=float' or last=8 (first and last are the first "
-    "and the last layer); may be given several times",
-)
+@recipe_option
+@placement_option
+@layer_bits_option
+@steps_option
+@batch_option
+@seed_option
+@click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
 @click.option(
     "--test",
-    type=_Data(),
-    help="DATA to measure on, used for nothing else; labelled for a classifier's accuracy",
+    type=DataPath(),
+    help="DATA to measure on; it is used for nothing else. A classifier needs labels.",
 )
-@click.option("--data", type=_Data(), help="real DATA to tune on instead of synthetic images")
+@click.option("--out", type=PATH, required=True, help="Folder for the run.")
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="of the products in layers while it tunes; grids and statistics are float32",
-)
-@click.option("--onnx/--no-onnx", default=True, show_default=True, help="export the result at once")
-@click.option(
-    "--report/--no-report", default=True, show_default=True, help="gather evidence and report"
+    help="Precision of the products in layers while images are made and the student is tuned.",
 )
 @click.option(
-    "--tensorboard", is_flag=True, help="also write event files (pip install 'gdfq[tensorboard]')"
+    "--onnx/--no-onnx", default=True, show_default=True, help="Export the result as an ONNX file."
+)
+@click.option(
+    "--report/--no-report",
+    default=True,
+    show_default=True,
+    help="Measure what the report shows, and write the report.",
+)
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Also write TensorBoard event files (pip install 'gdfq[tensorboard]').",
 )
 @click.option(
     "--checkpoint-every",
-    type=_Seconds(min=0),
+    type=Seconds(min=0),
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="how often at most the run is written down, to go on from there",
+    help="Minimum time between checkpoints.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="go on with the run in --out; without it, that is done if there is one to go on with",
+    help="Resume the run in --out, and fail if there is none. Without this flag a checkpoint in "
+    "--out is resumed automatically.",
 )
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
-    from gdfq.cli.quantize import run
+    from gdfq.cli.quantize import quantize
 
-    run(**options)
+    quantize(**options)
 
 
 @cli.command("doctor")
-@_network_options
-@click.option("--bits", default="w4a4", show_default=True, help="of weights and activations, 2..8")
-@click.option("--recipe", default="fast", show_default=True)
+@network_options
 @click.option(
-    "--placement", type=click.Choice(["relu", "full", "t1"]), help="[default: the recipe's]"
+    "--bits",
+    default="w4a4",
+    show_default=True,
+    help="Bits of weights and activations, 2 to 8 each.",
 )
-@click.option("--keep", multiple=True, metavar="PATTERN=WIDTH", help="as in gdfq quantize")
-@click.option("--json", "as_json", is_flag=True, help="for programs")
+@recipe_option
+@placement_option
+@layer_bits_option
+@steps_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(**options: Any) -> None:
     """Tell what gdfq quantize would do to MODEL, before anything runs.
 
-    Lists each layer and what becomes of it, what stays float, sizes, operations, and time and
-    memory as one step of each stage shows them. Exits with 1 when the run could not begin.
+    Lists each layer and what happens to it, what stays float, sizes, operations, and time and
+    memory as measured on one step of each stage. Exits with 1 if the run could not begin.
     """
     from gdfq.cli.doctor import doctor
 
@@ -252,40 +136,39 @@ def doctor_command(**options: Any) -> None:
 
 
 @cli.command("evaluate")
-@click.argument("folder", metavar="DIR", type=_PATH)
-@click.option("--test", type=_Data(), required=True, help="labelled DATA")
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option("--test", type=DataPath(), required=True, help="Labelled DATA.")
 def evaluate_command(folder: Path, test: Path) -> None:
-    """Top-1 accuracy of the quantized network in DIR."""
-    from gdfq.execution.listeners import Terminal
-    from gdfq.quantized import load
+    """Measure the top-1 accuracy of the quantized network in DIR."""
+    from gdfq.cli.evaluate import evaluate
 
-    with Terminal() as terminal:
-        accuracy = load(folder).evaluate(test, listener=terminal)
-    click.echo(f"top-1 {accuracy:.2f} %")
+    evaluate(folder, test)
 
 
 @cli.command("export")
-@click.argument("folder", metavar="DIR", type=_PATH)
+@click.argument("folder", metavar="DIR", type=PATH)
+@target_option
+@click.option("--out", type=PATH, help="The file.  [default: DIR/student.TARGET]")
 @click.option(
-    "--format",
-    type=click.Choice(["onnx", "pt2", "safetensors"]),
-    help="[default: by the name of --out, else onnx]",
+    "--raw-input",
+    is_flag=True,
+    help="ONNX: take uint8 pixels and normalise them inside the file.",
 )
-@click.option("--out", type=_PATH, help="the file  [default: DIR/student.FORMAT]")
-@click.option("--raw-input", is_flag=True, help="ONNX: take uint8 pixels, normalise in the file")
 @click.option(
-    "--safe-x86", is_flag=True, help="7-bit weights where 8 bits overflow on x86 without VNNI"
+    "--safe-x86",
+    is_flag=True,
+    help="Use 7-bit weights in layers whose 8-bit sums could saturate on x86 without VNNI.",
 )
 def export_command(**options: Any) -> None:
     """Write the quantized network in DIR as one file that deploys.
 
-    The file is loaded by its own runtime and compared with the network, on images as they come and
-    three times as large; it is kept only if the answers are the same.
+    The file is loaded by its own runtime and compared with the network, on usual images and on
+    images three times as large. It is kept only if its outputs are the same.
 
     \b
-    onnx         standard operators; int4 on disk, integer kernels when it runs
-    pt2          torch.export program; runs with torch alone
-    safetensors  codes at their true width; gdfq.load reads it
+    onnx         standard operators; 4-bit weights on disk, integer kernels at run time
+    pt2          torch.export program; needs torch alone
+    safetensors  weights packed at their true bits; gdfq.load reads it
     """
     from gdfq.cli.export import export
 
@@ -293,24 +176,24 @@ def export_command(**options: Any) -> None:
 
 
 @cli.command("bench")
-@click.argument("folder", metavar="DIR", type=_PATH)
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.option(
     "--against",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="ONNX file of the full-precision network",
+    help="ONNX file of the full-precision network.",
 )
 @click.option(
     "--seconds",
-    type=_Seconds(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     default=1.0,
     show_default=True,
-    help="for each measurement",
+    help="Time for each measurement.",
 )
 def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
-    """Size, latency and throughput of DIR's ONNX file in ONNX Runtime.
+    """Measure size, latency and throughput of DIR's ONNX file in ONNX Runtime.
 
-    Without --against it is compared with the same network with float weights and no rounding,
-    made for the purpose; that is as large and as fast as full precision.
+    Without --against, the file is compared with the same network in float32, which has the size and
+    speed of full precision.
     """
     from gdfq.cli.bench import bench
 
@@ -318,12 +201,12 @@ def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
 
 
 @cli.command("report")
-@click.argument("folder", metavar="DIR", type=_PATH)
+@click.argument("folder", metavar="DIR", type=PATH)
 def report_command(folder: Path) -> None:
-    """Write DIR/report.html from what the run in DIR left: what you got, and what to do next.
+    """Write DIR/report.html from the files of the run in DIR.
 
-    The page needs no network. Its figures (SVG and PNG) are in DIR/report, its numbers in
-    DIR/report.json. A part of the run that is missing or damaged is named; the rest appears.
+    The page needs no network connection. Its figures (SVG and PNG) are in DIR/report, its numbers
+    in DIR/report.json. Parts of the run that are missing or damaged are named; the rest is shown.
     """
     from gdfq.report import write_report
 
@@ -331,51 +214,47 @@ def report_command(folder: Path) -> None:
 
 
 @cli.command("compare")
-@click.argument("folders", metavar="DIR DIR ...", type=_PATH, nargs=-1, required=True)
+@click.argument("folders", metavar="DIR DIR ...", type=PATH, nargs=-1, required=True)
 @click.option(
     "--out",
-    type=_PATH,
+    type=PATH,
     default=Path("comparison.html"),
     show_default=True,
-    help="the page",
+    help="The page to write.",
 )
 def compare_command(folders: tuple[Path, ...], out: Path) -> None:
-    """Put runs side by side: accuracy, size, time, expected loss.
+    """Compare runs: accuracy, size, time, expected accuracy drop.
 
-    Runs of other networks, or with other test images, are named and kept apart.
+    Runs of other networks, or with other test images, are named and shown apart.
     """
-    from gdfq.report.compare import compare
-    from gdfq.report.terminal import print_comparison
+    from gdfq.cli.compare import compare
 
-    print_comparison(compare(folders, out))
-    click.echo(f"{'page':10}{out}")
+    compare(folders, out)
 
 
 @cli.command("generate")
-@_network_options
-@_SEED
+@network_options
+@recipe_option
+@steps_option
+@seed_option
 @click.option(
-    "--recipe",
-    default="fast",
-    show_default=True,
-    help="whose source makes the images; --steps is for those that learn, as paper's",
+    "--count", type=click.IntRange(min=1), default=1024, show_default=True, help="How many images."
 )
-@click.option(
-    "--count", type=click.IntRange(min=1), default=1024, show_default=True, help="how many images"
-)
-@click.option("--out", type=_PATH, required=True, help="folder for the files")
-@click.option("--png", is_flag=True, help="write PNG files as well, in a folder for each class")
+@click.option("--out", type=PATH, required=True, help="Folder for the files.")
+@click.option("--png", is_flag=True, help="Also write PNG files, in a folder for each class.")
 def generate_command(**options: Any) -> None:
     """Make synthetic images from MODEL alone.
+
+    --steps is for recipes whose generator learns, such as paper.
 
     \b
     images.npz           uint8 `images` and `labels`, as --test and --data read them
     images.npy           normalised float32, as the network takes them
     png/CLASS/N.png      with --png: an image folder, as --test and --data read it
     """
-    from gdfq.cli.generate import write_images
+    from gdfq.cli.generate import generate
 
-    write_images(**options)
+    generate(**options)
 
 
 @cli.command("recipes")
@@ -388,27 +267,31 @@ def recipes_command() -> None:
 
 
 @cli.command("sweep")
-@click.argument("file", metavar="SWEEP.yaml", type=_PATH)
+@click.argument("file", metavar="SWEEP.yaml", type=PATH)
+@click.option("--out", type=PATH, help="Folder for all runs.  [default: named after the file]")
 @click.option(
-    "--out", type=_PATH, help="folder for all runs  [default: beside the file, named after it]"
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Runs at the same time.  [default: number of cores / --threads]",
 )
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="runs at a time  [default: the cores over --threads]"
-)
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="of each run"
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Threads of each run.",
 )
 def sweep_command(**options: Any) -> None:
-    """Quantize a grid of networks, widths, recipes and seeds, many at a time.
+    """Quantize a grid of networks, bits, recipes and seeds, several at a time.
 
-    Each run has a folder of its own, as from gdfq quantize, and a process of its own. Started
-    again, it skips those that have finished. One that fails does not stop the others; the exit
-    code is then 1. The table of all runs is also in sweep.json and sweep.csv.
+    Each run has its own folder, as from gdfq quantize, and its own process. If you start the sweep
+    again, finished runs are skipped. A run that fails does not stop the others; the exit code is
+    then 1. The table of all runs is also in sweep.json and sweep.csv.
 
     \b
     networks: [MODEL, ...] or a list of mappings with model, name, weights, input, mean, std,
               classifier, device, test, data and size; paths are relative to the file
-    bits, recipes, placement, keep, seeds: one value or a list of them
+    bits, recipes, placement, layer_bits, seeds: one value or a list of them
     steps:    one number
     """
     from gdfq.cli.sweep import sweep
@@ -417,68 +300,20 @@ def sweep_command(**options: Any) -> None:
 
 
 @cli.command("demo")
-@click.option("--out", type=_PATH, default=Path("demo-run"), show_default=True)
+@click.option(
+    "--out", type=PATH, default=Path("demo-run"), show_default=True, help="Folder for the run."
+)
 def demo_command(out: Path) -> None:
-    """Train a small network on handwritten digits, lose the data, quantize it, compare."""
+    """Train a small network on handwritten digits, drop the data, quantize it, compare."""
     from gdfq.cli.demo import demo
 
     demo(out)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns 0 for success, 1 failure, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Returns the exit code (see `gdfq.cli.exit_codes`)."""
     keep_freed_memory_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", GdfqWarning)
-        warnings.showwarning = _shown(warnings.showwarning)
-        return _outcome(arguments)
-
-
-def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """How warnings are shown: ours in a line, others as before."""
-
-    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, GdfqWarning):
-            click.secho(f"warning: {message}", fg="yellow", err=True)
-        else:
-            otherwise(message, category, *where)
-
-    return show
-
-
-def _again(words: list[str]) -> str:
-    """The command that goes on where this one was stopped."""
-    if words[0] == "quantize" and "--resume" not in words:
-        words = [words[0], "--resume", *words[1:]]
-    return shlex.join(["gdfq", *words])
-
-
-def _outcome(arguments: list[str] | None) -> int:
-    try:
-        cli.main(arguments, prog_name="gdfq", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except UsageError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        return 2
-    except GdfqError as error:
-        click.secho(f"failed: {error}", fg="red", err=True)
-        return 1
-    except StoppedError as stop:
-        words = sys.argv[1:] if arguments is None else arguments
-        click.secho(f"{stop}; it goes on from here with: {_again(words)}", fg="yellow", err=True)
-        return stop.code
-    except (click.Abort, KeyboardInterrupt):
-        click.secho("stopped; no finished run was written.", fg="yellow", err=True)
-        return 130
-    except (OSError, MemoryError) as error:
-        click.secho(f"failed: {type(error).__name__}: {error}", fg="red", err=True)
-        return 1
-    except Exception:
-        traceback.print_exc()
-        click.secho(f"This is a bug in gdfq {__version__}; please report it.", fg="red", err=True)
-        return 1
-    return 0
+    with warnings_in_a_line():
+        return exit_code_of(
+            lambda: cli.main(arguments, prog_name="gdfq", standalone_mode=False), arguments
+        )

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
+from gdfq.api import load
 from gdfq.deploy.benchmark import side_by_side, size_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.errors import UsageError
-from gdfq.quantized import load
 from gdfq.report.verdict import size_words, smaller
-from gdfq.runs.folder import ONNX_FILE, check_export, note_bench
+from gdfq.runs.metrics import check_export, note_bench
+from gdfq.runs.names import ONNX_FILE
 
 
 def bench(folder: Path, against: Path | None, seconds: float) -> None:
@@ -27,8 +28,9 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
         raise UsageError(f"{folder} must hold {ONNX_FILE}. Make it with: gdfq export {folder}")
     check_export(folder)
     files: dict[str, bytes | Path] = {
-        "full precision": against
-        or to_onnx(quantized.network.as_float(), quantized.card.inputs, {}),
+        "full precision": against or to_onnx(
+            quantized.network.as_float(), quantized.card.inputs, {}
+        ),
         f"{quantized.card.bits}": file,
     }
     sizes = list(map(size_of, files.values()))

@@ -1,51 +1,48 @@
-"""The main job on a network that is trained here and then loses its data."""
+"""`gdfq demo`: the main job on a network that is trained here and then loses its data."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
 from gdfq import demo as digits
-from gdfq.cli.quantize import quantize_into, report_at_once, written_down
+from gdfq.cli.quantize import Outputs, config_of, quantize_into, report_after
+from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
-from gdfq.files.plain_values import as_values
-from gdfq.graph.capture import capture
-from gdfq.pipeline import quantize
+from gdfq.pipeline import run
+from gdfq.plan import plan_of, resolve_method, resolve_network
 from gdfq.recipes import FAST
 from gdfq.runs.folder import RunFolder
 
+_BITS = "w4a4"
+
 
 def demo(out: Path) -> None:
-    """`gdfq demo`."""
+    """Train, drop the data, quantize by three recipes, and compare."""
     folder = RunFolder(out)
     training, held_out = digits.load_digits()
     test = (held_out.images, held_out.labels)
     click.echo(f"training a small network on {len(training.labels)} handwritten digits ...")
-    network = digits.train(training)
+    trained = digits.train(training)
     del training
     click.echo("the training digits are gone; quantizing to W4A4 from the network alone ...")
-    example = torch.zeros(1, *digits.INPUT_SHAPE)
-    common: dict[str, Any] = {
-        "bits": "w4a4",
-        "placement": FAST.placement,
-        "test": test,
-        "mean": digits.PREPROCESSING.mean,
-        "std": digits.PREPROCESSING.std,
-    }
-    config = written_down(network, "auto") | {
-        "bits": "w4a4",
-        "recipe": as_values(FAST),
-        "seed": 0,
-    }
-    teacher = capture(network, example)
-    fast = quantize_into(
-        folder, config, teacher, example, recipe=FAST, onnx=True, report=True, **common
+    network = resolve_network(
+        trained,
+        torch.zeros(1, *digits.INPUT_SHAPE),
+        mean=digits.PREPROCESSING.mean,
+        std=digits.PREPROCESSING.std,
     )
+    recipes = {"fast": FAST, "GDFQ (paper)": digits.RECIPE, "direct rounding": digits.ROUNDING}
+    plans = {
+        name: plan_of(network, resolve_method(_BITS, recipe, placement=FAST.placement), test=test)
+        for name, recipe in recipes.items()
+    }
+    plan, context = plans.pop("fast"), Context()
+    fast = quantize_into(folder, config_of(plan, context), plan, context, Outputs())
     results = {"fast": fast}
-    for name, recipe in (("GDFQ (paper)", digits.RECIPE), ("direct rounding", digits.ROUNDING)):
+    for name, plan in plans.items():
         with Terminal() as terminal:
-            results[name] = quantize(teacher, example, recipe=recipe, listener=terminal, **common)
+            results[name] = run(plan, Context(listener=terminal))
     rows = [
         (name, result.metrics["student"]["top1"], result.metrics["seconds"]["total"])
         for name, result in reversed(results.items())
@@ -55,4 +52,4 @@ def demo(out: Path) -> None:
     for name, accuracy, seconds in rows:
         click.echo(f"{name:18}{accuracy:7.2f}%{seconds:10.0f}")
     click.echo(f"\nthe run is in {out}; load it with gdfq.load({str(out)!r})")
-    report_at_once(out)
+    report_after(out)

@@ -4,45 +4,27 @@ import json
 from typing import Unpack
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from gdfq.analysis.bit_allocation import AUTO, parse_bits
+from gdfq.analysis.bit_allocation import AUTO
 from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import Diagnosis, Layer, diagnose
-from gdfq.cli.network import NetworkOptions, open_network
 from gdfq.errors import UsageError
-from gdfq.execution.precision import find_device
-from gdfq.graph.capture import capture
-from gdfq.recipes import find_recipe
-from gdfq.student.scheme import LayerBits, Scheme, parse_placement
+from gdfq.plan import PlanOptions, resolve
 
 
 def doctor(
-    *,
-    bits: str,
-    recipe: str,
-    placement: str | None,
-    keep: tuple[str, ...],
-    steps: int | None,
-    device: str,
-    classifier: bool | None,
-    as_json: bool,
-    **options: Unpack[NetworkOptions],
+    *, model: str, bits: str, recipe: str, as_json: bool, **options: Unpack[PlanOptions]
 ) -> int:
-    """Print the diagnosis; 0 when the run would go, 1 when it would end at once."""
+    """Print the diagnosis. Returns 0, or 1 if the run could not begin."""
     if bits == AUTO:
         raise UsageError(
-            "doctor looks at widths that are given; leave --bits auto to gdfq quantize."
+            "doctor needs the bits; --bits auto chooses them during the run. Give them, as w4a4."
         )
-    chosen = find_recipe(recipe).with_steps(steps)
-    keeps = tuple(map(LayerBits.parse, keep))
-    scheme = Scheme(parse_bits(bits, None), parse_placement(placement or chosen.placement), keeps)
-    network, shape, _ = open_network(warns=False, **options)
-    teacher = capture(network, torch.zeros(1, *shape), classifier=classifier)
-    teacher = teacher.to(find_device(device))
-    diagnosis = with_costs(diagnose(teacher, scheme, chosen), teacher, scheme, chosen)
+    plan = resolve(model, None, bits, recipe, **options)
+    diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
+    diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe)
     if as_json:
         click.echo(json.dumps(diagnosis.as_values(), indent=1))
     else:

@@ -4,24 +4,27 @@ from pathlib import Path
 
 import click
 
+from gdfq.api import load
 from gdfq.deploy.export import Exported
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
-from gdfq.quantized import load
+from gdfq.runs.metrics import note_export
 
 
 def export(
-    folder: Path, *, format: str | None, out: Path | None, raw_input: bool, safe_x86: bool
+    folder: Path, *, target: str | None, out: Path | None, raw_input: bool, safe_x86: bool
 ) -> None:
-    """`gdfq export`."""
-    if format is None and out is None:
-        format = "onnx"
+    """Export, and print what was written."""
+    if target is None and out is None:
+        target = "onnx"
     quantized = load(folder)
     home = folder if folder.is_dir() else folder.parent
-    path = out or home / f"student.{format}"
+    path = out or home / f"student.{target}"
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
-    exported = quantized.export(path, target=format, raw_input=raw_input, safe_x86=safe_x86)
+    exported = quantized.export(path, target=target, raw_input=raw_input, safe_x86=safe_x86)
+    if folder.is_dir():
+        note_export(folder, exported.path, exported.as_values())
     print_export(exported)
 
 

@@ -1,46 +1,39 @@
-"""Images from a network alone, written into a folder."""
+"""`gdfq generate`: images from a network alone, written into a folder."""
 
 from pathlib import Path
 from typing import Unpack
 
 import click
-import torch
 
-from gdfq.cli.network import NetworkOptions, open_network
+from gdfq.cli.console import warn_about_normalisation
 from gdfq.data.writers import ImageFiles
+from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
-from gdfq.graph.capture import capture
-from gdfq.making import generate
+from gdfq.pipeline import make_images
+from gdfq.plan import NetworkOptions, resolve_network
+from gdfq.recipes import find_recipe
 
 
-def write_images(
+def generate(
     *,
+    model: str,
     recipe: str,
     out: Path,
     count: int,
     steps: int | None,
     seed: int,
-    device: str,
-    classifier: bool | None,
     png: bool,
     **options: Unpack[NetworkOptions],
 ) -> None:
-    """`gdfq generate`."""
+    """Make images and write their files."""
     files = ImageFiles(out, png)
-    network, shape, preprocessing = open_network(warns=True, **options)
-    files.prepare(shape)
-    example = torch.zeros(1, *shape)
-    teacher = capture(network, example, classifier=classifier)
+    chosen = find_recipe(recipe)
+    network = resolve_network(model, **options)
+    warn_about_normalisation(network.assumed)
+    teacher = network.teacher
+    files.prepare(teacher.input_shape)
     with Terminal() as terminal:
-        images, labels = generate(
-            teacher,
-            example,
-            count,
-            recipe,
-            steps=steps,
-            seed=seed,
-            device=device,
-            listener=terminal,
-        )
-    written = files.write(images, labels, preprocessing, teacher.classes or 1)
+        context = Context(seed=seed, listener=terminal)
+        images, labels = make_images(teacher, chosen, count, context, steps=steps)
+    written = files.write(images, labels, network.preprocessing, teacher.classes or 1)
     click.echo(f"{len(images)} images: {', '.join(map(str, written))}")

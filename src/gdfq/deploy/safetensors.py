@@ -31,7 +31,8 @@ from gdfq.student.scheme import parse_placement
 
 FORMAT, VERSION = "gdfq-student", 5
 _READABLE = (4, 5)
-STUDENT_FILE = "student.safetensors"
+STUDENT_FILE, EXAMPLES_FILE = "student.safetensors", "examples.npz"
+"""The files of a saved network: itself, and a few images that exports are compared on."""
 _KEY = "gdfq"
 _HEADER = 8
 """Bytes in which a safetensors file says how long its header is."""

@@ -17,7 +17,8 @@ def stream(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def check_seed(seed: int) -> None:
-    """Raise UsageError for what is no seed."""
+def check_seed(seed: int) -> int:
+    """Return the seed. Raises UsageError for anything that is none."""
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UsageError(f"a seed must be a whole number, at least 0; got {seed!r}.")
+    return seed

@@ -1,15 +1,20 @@
 """How long each stage of a run takes."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 
 class Clock:
-    """Seconds of each stage, and their total; those before a stop count too."""
+    """Seconds of each stage, and their total. Time before a stop counts too.
 
-    def __init__(self) -> None:
+    Args:
+        laps: Seconds of stages that are over.
+    """
+
+    def __init__(self, laps: Mapping[str, float] | None = None) -> None:
         self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
+        self._laps = dict(laps or {})
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()

@@ -16,7 +16,7 @@ from gdfq.report.figures import png, svg
 from gdfq.report.read import Run, number
 from gdfq.report.sections import SECTIONS, Content
 from gdfq.report.verdict import Verdict, size_words, verdict
-from gdfq.runs.folder import REPORT, REPORT_NUMBERS
+from gdfq.runs.names import REPORT, REPORT_NUMBERS
 from gdfq.version import __version__
 
 FIGURES = "report"

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gdfq.analysis.evidence import VERSION
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import parse_json, read_json, read_npz, within
-from gdfq.runs.folder import CONFIG, EVIDENCE, EVIDENCE_ARRAYS, HISTORY, METRICS, ONNX_FILE
+from gdfq.runs.diagnostics import VERSION
+from gdfq.runs.names import CONFIG, EVIDENCE, EVIDENCE_ARRAYS, HISTORY, METRICS, ONNX_FILE
 from gdfq.version import __version__
 
 Found = TypeVar("Found")

@@ -12,7 +12,7 @@ from gdfq.report.alarms import alarms
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Record, Run, number
 from gdfq.report.verdict import HARM_WORDS, harmful_layers
-from gdfq.runs.folder import CONFIG, EVIDENCE, HISTORY, METRICS
+from gdfq.runs.names import CONFIG, EVIDENCE, HISTORY, METRICS
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,8 @@ def repeat(run: Run) -> Content | str:
         "input": "input",
         "bits": "bits",
         "placement": "placement",
-        "keep": "kept",
+        "layer_bits": "layer bits",
+        "keep": "layer bits",  # as version 0.1 wrote it
         "seed": "seed",
         "data": "real data",
         "test": "test data",

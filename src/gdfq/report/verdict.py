@@ -145,7 +145,7 @@ def _remedy(layer: Record, share: float) -> Harmful:
     wider = MAX_BITS if bits < MAX_BITS else None
     keep = LayerBits(LayerBits.exactly(layer["name"], MAX_BITS).pattern, wider)
     added = int(layer["weights"]) * ((wider or 32) - bits) // 8
-    return Harmful(layer["name"], share, f"--keep '{keep}'", added)
+    return Harmful(layer["name"], share, f"--layer-bits '{keep}'", added)
 
 
 def size_words(count: float) -> str:

@@ -6,8 +6,6 @@ folder with metrics.json is a finished run. Then the checkpoints are removed, an
 from these files alone.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,30 +13,29 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gdfq.deploy.safetensors import STUDENT_FILE
-from gdfq.errors import UsageError, first_line
+from gdfq.errors import UsageError
 from gdfq.execution.checkpoints import INTERVAL, Checkpoints
 from gdfq.files.atomic import check_folder, make_folder, remove_partial, write_json
-from gdfq.files.untrusted import read_json, within
-
-CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
-EXAMPLES, ONNX_FILE = "examples.npz", "student.onnx"
-CHECKPOINTS, LOCK = "checkpoints", ".lock"
-EVIDENCE, EVIDENCE_ARRAYS = "evidence.json", "evidence.npz"
-REPORT, REPORT_NUMBERS = "report.html", "report.json"
-EXPORT, BENCH = "export", "bench"
-"""Where the metrics of a run say what its ONNX file is, and how fast."""
+from gdfq.files.untrusted import within
+from gdfq.quantized import QuantizedNetwork
+from gdfq.runs.metrics import is_run, read_metrics
+from gdfq.runs.names import (
+    CHECKPOINTS,
+    CONFIG,
+    EVIDENCE,
+    EVIDENCE_ARRAYS,
+    EXAMPLES,
+    HISTORY,
+    LOCK,
+    METRICS,
+    ONNX_FILE,
+    REPORT,
+    REPORT_NUMBERS,
+)
 
 _REPORTED = (EVIDENCE, EVIDENCE_ARRAYS, REPORT, REPORT_NUMBERS)
 _MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE, *_REPORTED)
 _FILES = (CONFIG, METRICS, *_MADE)
-
-
-def _is_ours(config: Path) -> bool:
-    """Whether a file is the configuration of a run."""
-    try:
-        return "gdfq" in read_json(config)
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 class RunFolder:
@@ -85,7 +82,7 @@ class RunFolder:
         path = self.path
         for name in (*_FILES, LOCK, CHECKPOINTS):
             within(path, path / name)
-        ours = _is_ours(path / CONFIG)
+        ours = is_run(path / CONFIG)
         if ours and (path / METRICS).exists():
             raise UsageError(
                 f"{path} already holds a run, which has finished. Choose another --out or remove "
@@ -123,64 +120,10 @@ class RunFolder:
         self.checkpoints.remove()
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics of a finished run; empty in a folder that no run wrote.
+def load_folder(folder: Path) -> QuantizedNetwork:
+    """The quantized network of a finished run, or of a folder that `QuantizedNetwork.save` wrote.
 
-    Raises UsageError for a run that has not finished, and for a file that no run wrote.
+    Raises:
+        UsageError: The run has not finished, or a file is damaged or of another version.
     """
-    path, config = (within(folder, folder / name) for name in (METRICS, CONFIG))
-    if not path.exists():
-        if _is_ours(config):
-            raise UsageError(
-                f"the run in a folder must have finished; the one in {folder} has not: it has "
-                f"{CONFIG} and no {METRICS}. Run gdfq quantize again."
-            )
-        return {}
-    try:
-        metrics: dict[str, Any] = read_json(path)
-        for part in ("teacher", "student", EXPORT):
-            if not isinstance(metrics.get(part, {}), dict):
-                raise ValueError(f"its {part!r} is no object")
-        for who in ("teacher", "student"):
-            if "top1" in metrics.get(who, {}):
-                metrics[who]["top1"] = float(metrics[who]["top1"])
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise UsageError(
-            f"{path} must be as a run wrote it; it is damaged or was changed "
-            f"({first_line(error)}). Remove it to go on without the run's figures."
-        ) from error
-    return metrics
-
-
-def note_export(path: Path, exported: Mapping[str, Any]) -> None:
-    """Where a file that was just exported is the ONNX file of a run, let the metrics say so.
-
-    What was measured of the file before it is forgotten.
-    """
-    if path.name == ONNX_FILE:
-        _note(path.parent, {EXPORT: exported, BENCH: []})
-
-
-def note_bench(folder: Path, timings: Sequence[Mapping[str, Any]]) -> None:
-    """Let the metrics of a run say how fast its ONNX file is."""
-    _note(folder, {BENCH: list(timings)})
-
-
-def _note(folder: Path, news: Mapping[str, Any]) -> None:
-    """Add to the metrics of a finished run; a folder that no run wrote has none."""
-    if (folder / METRICS).exists():
-        write_json(folder / METRICS, {**read_metrics(folder), **news})
-
-
-def check_export(folder: Path) -> None:
-    """Raise UsageError when the ONNX file of a run is another than was written.
-
-    A folder that no run wrote says nothing about it.
-    """
-    expected = read_metrics(folder).get(EXPORT, {}).get("sha256")
-    found = hashlib.sha256(within(folder, folder / ONNX_FILE).read_bytes()).hexdigest()
-    if expected is not None and found != expected:
-        raise UsageError(
-            f"{folder / ONNX_FILE} must be as it was when it was compared with the network; it was "
-            f"changed after it was written. Export it again: gdfq export {folder}"
-        )
+    return QuantizedNetwork.read_folder(folder, read_metrics(folder))

@@ -3,17 +3,16 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar
 
-from gdfq.analysis.bit_allocation import AUTO, parse_bits
-from gdfq.errors import UsageError, first_line
-from gdfq.recipes import find_recipe
-from gdfq.student.scheme import LayerBits, parse_placement
+from gdfq.analysis.bit_allocation import AUTO
+from gdfq.errors import UsageError, first_line, warn_renamed
+from gdfq.plan import resolve_method
 
 Value = TypeVar("Value")
 
@@ -63,7 +62,7 @@ class Cell:
     bits: str
     recipe: str
     placement: str | None
-    keep: tuple[str, ...]
+    layer_bits: tuple[str, ...]
     seed: int
     steps: int | None
 
@@ -72,14 +71,14 @@ class Cell:
         words = [*self.network.options(), f"--bits={self.bits}", f"--recipe={self.recipe}"]
         words += [f"--size={self.network.size}"] if self.bits == AUTO else []
         words += [f"--placement={self.placement}"] if self.placement else []
-        words += [f"--keep={text}" for text in self.keep]
+        words += [f"--layer-bits={text}" for text in self.layer_bits]
         words += [f"--steps={self.steps}"] if self.steps is not None else []
         return [*words, f"--seed={self.seed}", "--", self.network.model]
 
     @property
     def folder(self) -> str:
         """A name that can be read, and is another when anything in the command is."""
-        parts = [self.network.title, self.bits, self.recipe, self.placement, *self.keep]
+        parts = [self.network.title, self.bits, self.recipe, self.placement, *self.layer_bits]
         text = "-".join([*filter(None, parts), f"seed{self.seed}"])
         digest = hashlib.sha256("\0".join(self.words()).encode()).hexdigest()
         return f"{re.sub(r'[^a-zA-Z0-9_=-]+', '_', text)[:100]}-{digest[:8]}"
@@ -89,45 +88,45 @@ class Cell:
 class Sweep:
     """All combinations of what is listed; `gdfq quantize` gets each as a command of its own.
 
-    placement None is the recipe's own; each of `keep` is what one run keeps at other widths.
+    placement None is the recipe's own; each of `layer_bits` are the overrides of one run.
     """
 
     networks: tuple[Network, ...]
     bits: tuple[str, ...] = ("w4a4",)
     recipes: tuple[str, ...] = ("fast",)
     placement: tuple[str | None, ...] = (None,)
-    keep: tuple[tuple[str, ...], ...] = ((),)
+    layer_bits: tuple[tuple[str, ...], ...] = ((),)
     seeds: tuple[int, ...] = (0,)
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        lists = self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
+        lists = self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
         runs = math.prod(map(len, lists))
         if runs > _MOST:
             raise UsageError(
                 f"a sweep must have at most {_MOST} runs; this one has {short(runs)}. Split it."
             )
         for network, bits in product(self.networks, self.bits):
-            if bits != AUTO:
-                parse_bits(bits, None)
-            elif network.size is None:
+            if bits == AUTO and network.size is None:
                 raise UsageError(
                     f"bits auto needs a size for each network; {network.title} has none. "
                     "Give it one, as size: 300KB."
                 )
-        for recipe in self.recipes:
-            find_recipe(recipe).with_steps(self.steps)
-        for keep in self.keep:
-            for text in keep:
-                LayerBits.parse(text)
-        for placement in self.placement:
-            if placement is not None:
-                parse_placement(placement)
+        settings = product(self.bits, self.recipes, self.placement, self.layer_bits)
+        for bits, recipe, placement, layer_bits in settings:
+            resolve_method(
+                bits,
+                recipe,
+                size=1 if bits == AUTO else None,
+                placement=placement,
+                layer_bits=layer_bits,
+                steps=self.steps,
+            )
 
     def cells(self) -> list[Cell]:
         """The runs, each once; seeds vary fastest."""
         grid = product(
-            self.networks, self.bits, self.recipes, self.placement, self.keep, self.seeds
+            self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
         )
         return list(dict.fromkeys(Cell(*values, self.steps) for values in grid))
 
@@ -176,7 +175,7 @@ def _check_syntax(text: str) -> None:
         raise UsageError(f"{line}a sweep must be valid YAML; {error.problem}.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"a sweep must be valid YAML; {first_line(error)}.") from error
-    _check_keys(root, "a sweep", Sweep)
+    _check_keys(root, "a sweep", Sweep, old=("keep",))
     for key, value in getattr(root, "value", ()):
         if key.value == "networks":
             for network in value.value if isinstance(value, yaml.SequenceNode) else [value]:
@@ -184,14 +183,14 @@ def _check_syntax(text: str) -> None:
                     _check_keys(network, "a network", Network)
 
 
-def _check_keys(node: Any, what: str, kind: type) -> None:
+def _check_keys(node: Any, what: str, kind: type, old: Sequence[str] = ()) -> None:
     known = [field.name for field in fields(kind)]
     if getattr(node, "tag", None) != "tag:yaml.org,2002:map":
         raise UsageError(f"{what} has the keys {', '.join(known)}; this is no mapping of them.")
     seen: set[str] = set()
     for key, _ in node.value:
         line = f"line {key.start_mark.line + 1}: "
-        if key.tag != "tag:yaml.org,2002:str" or key.value not in known:
+        if key.tag != "tag:yaml.org,2002:str" or key.value not in (*known, *old):
             raise UsageError(f"{line}{what} has no {short(key.value)}. It has {', '.join(known)}.")
         if key.value in seen:
             raise UsageError(f"{line}{key.value} is given twice. Make one list of both.")
@@ -208,12 +207,15 @@ def _safe_load(text: str) -> Any:
 
 
 def _sweep(values: Mapping[str, Any]) -> Sweep:
+    if "keep" in values:
+        warn_renamed("keep", "layer_bits")
+        values = {"layer_bits" if key == "keep" else key: value for key, value in values.items()}
     readers: dict[str, Callable[[Any, str], Any]] = {
         "networks": _network,
         "bits": _text,
         "recipes": _text,
         "placement": _text,
-        "keep": _keep,
+        "layer_bits": _patterns,
         "seeds": _number,
     }
     if "networks" not in values:
@@ -245,7 +247,7 @@ def _number(value: Any, key: str) -> int:
     return value
 
 
-def _keep(value: Any, key: str) -> tuple[str, ...]:
+def _patterns(value: Any, key: str) -> tuple[str, ...]:
     return tuple(_text(item, key) for item in (value if isinstance(value, list) else [value]))
 
 

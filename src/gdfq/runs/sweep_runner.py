@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
 from gdfq.files.atomic import make_folder, write_atomically, write_json
 from gdfq.files.plain_values import as_values
-from gdfq.runs.folder import EXPORT, METRICS, read_metrics
+from gdfq.runs.metrics import Metrics, read_metrics
+from gdfq.runs.names import METRICS
 from gdfq.runs.sweep import Cell, Sweep
 from gdfq.version import __version__
 
@@ -37,7 +38,7 @@ class Row:
     bits: str
     recipe: str
     placement: str | None
-    keep: str
+    layer_bits: str
     seed: int
     status: Literal["finished", "failed", "waiting"]
     teacher_top1: float | None = None
@@ -144,7 +145,7 @@ def _row(cell: Cell, out: Path, code: int | None = None) -> Row:
     folder = out / cell.folder
     status: Literal["finished", "failed", "waiting"] = "waiting"
     error: str | None = None
-    metrics: Mapping[str, dict[str, Any]] = {}
+    metrics: Metrics = {}
     if code:
         status, error = "failed", _why(folder / LOG, code)
     elif (folder / METRICS).exists():
@@ -159,13 +160,13 @@ def _row(cell: Cell, out: Path, code: int | None = None) -> Row:
         bits=cell.bits,
         recipe=cell.recipe,
         placement=cell.placement,
-        keep=" ".join(cell.keep),
+        layer_bits=" ".join(cell.layer_bits),
         seed=cell.seed,
         status=status,
         teacher_top1=metrics.get("teacher", {}).get("top1"),
         student_top1=metrics.get("student", {}).get("top1"),
         error_percent=max(errors, default=None),
-        bytes=metrics.get(EXPORT, {}).get(
+        bytes=metrics.get("export", {}).get(
             "bytes", packed.stat().st_size if metrics and packed.exists() else None
         ),
         seconds=metrics.get("seconds", {}).get("total"),
@@ -197,7 +198,7 @@ def _write(sweep: Sweep, rows: Sequence[Row], out: Path) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, the seeds of one setting in one line: mean ± standard deviation."""
-    settings = ("network", "bits", "recipe", "placement", "keep")
+    settings = ("network", "bits", "recipe", "placement", "layer_bits")
     heading = [*settings, "seeds", "float", "quantized", "error %", "KiB", "seconds", ""]
     lines = [heading]
     for values, group in groupby(rows, lambda row: [getattr(row, name) for name in settings]):

@@ -1,5 +1,8 @@
-"""Runs as tables in the terminal."""
+"""What several commands print."""
 
+from collections.abc import Mapping, Sequence
+
+import click
 from rich.console import Console
 from rich.table import Table
 
@@ -54,3 +57,26 @@ def _cells(row: Row) -> tuple[str, ...]:
         "–" if row.bytes is None else size_words(row.bytes),
         "–" if row.seconds is None else f"{row.seconds:.0f}",
     )
+
+
+def print_bits(bits: Mapping[str, int]) -> None:
+    """Which layers have how many bits, a line for each number of bits."""
+    for width in sorted(set(bits.values())):
+        names = [name for name, chosen in bits.items() if chosen == width]
+        click.echo(f"{f'{width} bits':10}{len(names)} layers: {', '.join(names)}")
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    click.secho(f"warning: {message}", fg="yellow", err=True)
+
+
+def warn_about_normalisation(assumed: Sequence[str]) -> None:
+    """Warn about parts of the input normalisation ("mean", "std") that nobody gave or knows."""
+    if assumed:
+        missing = " and ".join(f"--{name}" for name in assumed)
+        warn(
+            f"no {missing} given, so mean 0 and std 1 are used: the network is assumed to take "
+            "pixels in 0..1. If it was trained on normalised images, the result will be poor: "
+            "give their mean and std."
+        )

@@ -1,0 +1,168 @@
+"""The verbs of the Python API: `quantize`, `generate`, `load`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack, cast
+
+from torch import Tensor
+
+from gdfq.errors import warn_renamed
+from gdfq.execution.checkpointer import Checkpointer, NullCheckpointer
+from gdfq.execution.checkpoints import Checkpoints
+from gdfq.execution.context import Context
+from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.precision import Precision
+from gdfq.execution.progress import Listener, silent
+from gdfq.execution.seeding import check_seed
+from gdfq.functional.grid import Bits
+from gdfq.pipeline import make_images, run
+from gdfq.plan import Data, Model, NetworkOptions, PlanOptions, resolve, resolve_network
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe, find_recipe
+from gdfq.runs.folder import load_folder
+
+
+class RunOptions(PlanOptions, total=False):
+    """Options of `quantize` beside its arguments: those of a plan, and old spellings.
+
+    Attributes:
+        keep: Old spelling of `layer_bits`.
+    """
+
+    keep: Sequence[str]
+
+
+def quantize(
+    model: Model,
+    example_input: Tensor | None = None,
+    bits: str | Bits = "w4a4",
+    recipe: str | Recipe = "fast",
+    *,
+    data: Data | None = None,
+    test: Data | None = None,
+    seed: int = 0,
+    listener: Listener = silent,
+    checkpoints: str | Path | Checkpoints | None = None,
+    precision: Precision = "float32",
+    group: Group = ALONE,
+    **options: Unpack[RunOptions],
+) -> QuantizedNetwork:
+    """Quantize a trained network. Without `data` no real image is used.
+
+    Args:
+        model: An nn.Module that maps images to logits, or to other tensors (see `classifier`); a
+            network that `gdfq.capture` returned; or a name as the command line takes it, such as
+            "timm:resnet18" or "path/to/file.py:factory". It is not changed.
+        example_input: One input or more [N, ...] as the network takes them (normalised). Only a
+            module needs it.
+        bits: Bits of weights and activations, 2 to 8 each, as "w4a4"; or "auto", which chooses
+            each layer's bits so that the ONNX file is no larger than `size` bytes.
+        recipe: A name in `gdfq.RECIPES`, or a `Recipe` of your own.
+        data: Real images to tune on instead of synthetic ones: an .npz file, an image folder, a
+            tensor, or a pair of images and labels.
+        test: Labelled images. Teacher and student are measured on them at the end, into the
+            result's `metrics`; they are used for nothing else. For a network that is no classifier
+            they need no labels: the error of its outputs against the teacher's is measured.
+        seed: Seed of all randomness.
+        listener: Called with every step of the run.
+        checkpoints: A folder that the run writes its state into about once a minute, and whenever
+            the listener raises. The same call with the same folder resumes there, and ends with
+            the same result to the bit. The folder stays when the run has finished.
+        precision: "bfloat16" rounds the products in layers to bfloat16 while images are made and
+            the student is tuned.
+        group: The processes that do the work together (see "Use several GPUs" in the docs). All
+            of them make the same call; the first alone measures on `test` and writes checkpoints.
+        **options: Further options, by name:
+
+            size: With bits "auto": the size of the ONNX file in bytes, at most.
+            placement: "full" (deployable) or "relu" (the protocol of the published tables).
+            layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
+            steps: Batches in total. batch: Images in a batch.
+            mean, std: Input normalisation per channel, for pixels in 0..1.
+            resize: How the files of an image folder get the network's size.
+            classifier: Whether the output is the logits of classes.
+            weights, input_shape: Weights file and shape of one input, of a model that is a name.
+            device: "cpu", "cuda" or "auto".
+
+    Returns:
+        The quantized network, which runs as a module, and can be evaluated, saved and exported.
+
+    Raises:
+        UsageError: The input cannot be used.
+        GdfqError: The run fails.
+    """
+    plan = resolve(model, example_input, bits, recipe, data=data, test=test, **_renamed(options))
+    context = Context(
+        seed=check_seed(seed),
+        listener=listener,
+        group=group,
+        checkpointer=_checkpointer(checkpoints, group),
+        precision=precision,
+    )
+    return run(plan, context)
+
+
+def generate(
+    model: Model,
+    example_input: Tensor | None = None,
+    count: int = 1024,
+    recipe: str | Recipe = "fast",
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    listener: Listener = silent,
+    **options: Unpack[NetworkOptions],
+) -> tuple[Tensor, Tensor | None]:
+    """Make synthetic images alone.
+
+    Args:
+        model: As in `quantize`.
+        example_input: As in `quantize`.
+        count: How many images.
+        recipe: The recipe whose source makes the images.
+        steps: Steps of a generator that learns. Other sources make each image once.
+        seed: Seed of all randomness.
+        listener: Called with every step.
+        **options: `classifier`, `device`, `weights`, `input_shape`, as in `quantize`.
+
+    Returns:
+        Images [count, *input_shape], normalised floats, and their labels [count], or None for a
+        network whose outputs are not classes. Both on the CPU.
+
+    Raises:
+        UsageError: The input cannot be used.
+        GdfqError: A loss is not finite.
+    """
+    chosen = find_recipe(recipe)
+    network = resolve_network(model, example_input, **options)
+    context = Context(seed=check_seed(seed), listener=listener)
+    return make_images(network.teacher, chosen, count, context, steps=steps)
+
+
+def load(path: str | Path) -> QuantizedNetwork:
+    """Load a quantized network.
+
+    Args:
+        path: The folder of a run, a folder that `QuantizedNetwork.save` wrote, or a .safetensors
+            file that was saved or exported. Neither your code nor the original network is needed.
+
+    Raises:
+        UsageError: There is no finished network, or it is damaged or of another version.
+    """
+    path = Path(path)
+    return load_folder(path) if path.is_dir() else QuantizedNetwork.read(path)
+
+
+def _renamed(options: RunOptions) -> PlanOptions:
+    """The options with old spellings replaced."""
+    values = dict(options)
+    if "keep" in values:
+        warn_renamed("keep", "layer_bits")
+        values["layer_bits"] = values.pop("keep")
+    return cast(PlanOptions, values)
+
+
+def _checkpointer(folder: str | Path | Checkpoints | None, group: Group) -> Checkpointer:
+    if folder is None:
+        return NullCheckpointer()
+    return Checkpoints.of(folder, writes=group.rank == 0)

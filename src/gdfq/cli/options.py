@@ -1,0 +1,158 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from gdfq.cli.types import PATH, Numbers, Shape
+from gdfq.errors import warn_renamed
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Return a decorator that applies all options, in this order in the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _renamed(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Add the values of an old spelling to those of the new one."""
+    if value:
+        warn_renamed(f"--{parameter.name}", "--layer-bits")
+        context.params["layer_bits"] = (*context.params.get("layer_bits", ()), *value)
+    return value
+
+
+def _with_old(
+    context: click.Context,
+    parameter: click.Parameter,  # noqa: ARG001
+    value: tuple[str, ...],
+) -> tuple[str, ...]:
+    """The values, after those that an old spelling gave before."""
+    return (*context.params.get("layer_bits", ()), *value)
+
+
+def _old_format(
+    context: click.Context, parameter: click.Parameter, value: str | None  # noqa: ARG001
+) -> str | None:
+    """Take an old spelling for the target."""
+    if value is not None:
+        warn_renamed("--format", "--target")
+        context.params["target"] = value
+    return value
+
+
+def _target(
+    context: click.Context, parameter: click.Parameter, value: str | None  # noqa: ARG001
+) -> str | None:
+    """The target, or the one that an old spelling gave before."""
+    return value or context.params.get("target")
+
+
+_TARGETS = click.Choice(["onnx", "pt2", "safetensors"])
+target_option = together(
+    click.option(
+        "--target",
+        type=_TARGETS,
+        callback=_target,
+        help="Where the file is to run.  [default: from the name of --out, else onnx]",
+    ),
+    click.option(
+        "--format",
+        type=_TARGETS,
+        hidden=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_old_format,
+    ),
+)
+network_options = together(
+    click.argument("model"),
+    click.option(
+        "--weights",
+        type=PATH,
+        help="Safetensors file or torch state dict with the network's weights; 'random' leaves a "
+        "library's network untrained.  [default: the library's pretrained weights]",
+    ),
+    click.option(
+        "--input",
+        "input_shape",
+        type=Shape(),
+        help="Shape of one input, such as 3x32x32.  [default: the network's own, if known]",
+    ),
+    click.option(
+        "--mean",
+        type=Numbers(),
+        help="Mean of the input normalisation per channel, for pixels in 0..1.  "
+        "[default: the network's own, else 0]",
+    ),
+    click.option(
+        "--std",
+        type=Numbers(),
+        help="Standard deviation of the input normalisation per channel, for pixels in 0..1.  "
+        "[default: the network's own, else 1]",
+    ),
+    click.option(
+        "--classifier/--no-classifier",
+        default=None,
+        help="Whether the output is the logits of classes.  [default: if it is one tensor N x C]",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Device to compute on; auto takes the GPU if there is one.",
+    ),
+)
+"""Which network it is, and what it takes."""
+
+steps_option = click.option(
+    "--steps", type=int, help="Batches in total.  [default: the recipe's own]"
+)
+batch_option = click.option(
+    "--batch", type=click.IntRange(min=1), help="Images in a batch.  [default: the recipe's own]"
+)
+placement_option = click.option(
+    "--placement",
+    type=click.Choice(["full", "relu", "t1"]),
+    metavar="[full|relu]",
+    help="Which tensors are quantized. full: all that an integer runtime computes with "
+    "(deployable); relu: weights and ReLU outputs, as in published tables.  "
+    "[default: the recipe's own]",
+)
+layer_bits_option = together(
+    click.option(
+        "--layer-bits",
+        multiple=True,
+        metavar="PATTERN=BITS",
+        callback=_with_old,
+        help="Other bits for matching layers, such as 'stage1.*=float' or last=8 (first and last "
+        "are the first and the last layer). May be given several times; the first match counts.",
+    ),
+    click.option(
+        "--keep", multiple=True, hidden=True, is_eager=True, expose_value=False, callback=_renamed
+    ),
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of all randomness.",
+)
+recipe_option = click.option(
+    "--recipe",
+    default="fast",
+    show_default=True,
+    help="Method: fast, quick, paper, ... (gdfq recipes lists all).",
+)

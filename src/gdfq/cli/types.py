@@ -1,0 +1,80 @@
+"""Types of command line values."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+class Shape(click.ParamType):
+    name = "CxHxW"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        text = str(value).lower()
+        if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})+", text):
+            self.fail(f"a shape is written as for instance 3x32x32; got {value!r}.", param, ctx)
+        return tuple(map(int, text.split("x")))
+
+
+class DataPath(click.ParamType):
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not Path(value).exists():
+            self.fail(f"there is no data at {value}. Give an .npz file or a folder.", param, ctx)
+        return Path(value)
+
+
+class Numbers(click.ParamType):
+    name = "a,b,c"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(
+                f"give numbers with commas between, as 0.5,0.5,0.5; got {value!r}.", param, ctx
+            )
+
+
+class Seconds(click.FloatRange):
+    """A finite number of seconds."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"give a number of seconds; got {value!r}.", param, ctx)
+        return seconds
+
+
+class Size(click.ParamType):
+    name = "SIZE"
+    units: ClassVar = {
+        unit: base**power
+        for base, units in ((1000, ("B", "KB", "MB", "GB")), (1024, ("", "KIB", "MIB", "GIB")))
+        for power, unit in enumerate(units)
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(
+            r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]?I?B|)", str(value).strip().upper()
+        )
+        size = 0 if match is None else int(float(match[1]) * self.units.get(match[2], 0))
+        if size < 1:
+            self.fail(
+                "a size is a number of bytes, or of KB, MB (thousands, millions) or KiB, MiB "
+                f"(2^10, 2^20), as 300KB; got {value!r}.",
+                param,
+                ctx,
+            )
+        return size

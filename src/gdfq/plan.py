@@ -1,0 +1,340 @@
+"""The plan of a run: every option parsed and checked once.
+
+The command line, `gdfq.quantize`, `gdfq.generate`, `doctor` and the benchmarks resolve their
+options here and pass the values on. Nothing behind a plan parses an option or loads a network
+again.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from gdfq.analysis.accuracy import LABELS
+from gdfq.analysis.bit_allocation import parse_bits
+from gdfq.data.datasets import ImageData, load_data
+from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.deploy.card import Card
+from gdfq.errors import UsageError
+from gdfq.execution.precision import find_device
+from gdfq.files.plain_values import as_values
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured, capture
+from gdfq.models.registry import Loaded, load_model
+from gdfq.recipes import Recipe, find_recipe
+from gdfq.sources.base import Source
+from gdfq.sources.given import on_images
+from gdfq.student.scheme import LayerBits, Scheme, parse_placement
+
+Model = str | nn.Module | Captured
+"""A network: a name as the command line takes it, a module, or a network that was captured."""
+Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
+"""Images: an .npz file, an image folder, a tensor, or images and their labels."""
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Options that say which network it is, and what it takes.
+
+    Attributes:
+        weights: A safetensors file or a torch state dict to load into the network, or "random" for
+            a library's network without its pretrained weights. For a `model` that is a name.
+        input_shape: The shape of one input, such as (3, 32, 32), for a `model` that is a name and
+            does not say it.
+        mean: Mean of the input normalisation per channel, for pixels in 0..1.
+        std: Standard deviation of the input normalisation per channel, for pixels in 0..1.
+        resize: How the files of an image folder get the network's size.
+        classifier: Whether the output is the logits of classes. By default it is if it is one
+            tensor [N, C] with C >= 2. Any other network (detection, segmentation, regression) has
+            no labels: its outputs themselves are matched, relative to their size.
+        device: "cpu", "cuda" or "auto".
+    """
+
+    weights: str | Path | None
+    input_shape: tuple[int, ...] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    resize: Resize | None
+    classifier: bool | None
+    device: str
+
+
+class MethodOptions(TypedDict, total=False):
+    """Options that change a recipe.
+
+    Attributes:
+        size: With bits "auto": the size of the ONNX file in bytes, at most.
+        placement: "full" (deployable) or "relu" (weights and ReLU outputs alone, the protocol of
+            the published tables). By default the recipe's own.
+        layer_bits: Layers with other bits, as "stage1.*=float" or "last=8"; the first pattern that
+            matches a layer counts.
+        steps: Batches in total. By default the recipe's own.
+        batch: Images in a batch. By default the recipe's own.
+    """
+
+    size: int | None
+    placement: str | None
+    layer_bits: Sequence[str]
+    steps: int | None
+    batch: int | None
+
+
+class PlanOptions(NetworkOptions, MethodOptions, total=False):
+    """All options of a plan, apart from those that are arguments of their own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A captured network on its device, and how images become its inputs.
+
+    Attributes:
+        teacher: The captured network.
+        preprocessing: From pixels to its inputs.
+        assumed: The parts of the normalisation ("mean", "std") that nobody gave or knows, so that
+            0 and 1 were taken.
+        seconds: How long loading and capturing took.
+    """
+
+    teacher: Captured
+    preprocessing: Preprocessing
+    assumed: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is to be done, before it is fitted to a network.
+
+    Attributes:
+        scheme: What is quantized, to how many bits.
+        recipe: The recipe, with its placement and steps.
+        size: The size of the ONNX file in bytes, where bits are to be chosen for it.
+        batch: Images in a batch, where the user says it.
+    """
+
+    scheme: Scheme
+    recipe: Recipe
+    size: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run, resolved: what is quantized, how, and on which images.
+
+    Attributes:
+        teacher: The captured full-precision network, on its device.
+        scheme: What is quantized, to how many bits.
+        recipe: The recipe, fitted to the network's input.
+        source: Where the images come from: the recipe's source, or the given images.
+        preprocessing: From pixels to the network's inputs.
+        size: The size of the ONNX file in bytes, where bits are to be chosen for it.
+        given: Real images that the source draws from.
+        test: Images that teacher and student are measured on, and that nothing else sees.
+        seconds: How long loading and capturing the network took.
+    """
+
+    teacher: Captured
+    scheme: Scheme
+    recipe: Recipe
+    source: Source
+    preprocessing: Preprocessing
+    size: int | None = None
+    given: ImageData | None = None
+    test: ImageData | None = None
+    seconds: float = 0.0
+
+    def card(self, scheme: Scheme, seed: int) -> Card:
+        """The card of the network that this plan makes with the scheme."""
+        return Card(
+            inputs=self.teacher.inputs,
+            classes=self.teacher.classes,
+            outputs=self.teacher.outputs,
+            preprocessing=self.preprocessing,
+            bits=scheme.bits,
+            placement=scheme.placement,
+            recipe=self.recipe.name,
+            seed=seed,
+            layer_bits=tuple(map(str, scheme.layer_bits)),
+        )
+
+    def as_values(self) -> dict[str, Any]:
+        """The plan's settings as plain values, for the configuration file of a run."""
+        return {
+            "input": list(self.teacher.input_shape),
+            "normalisation": as_values(self.preprocessing),
+            "bits": str(self.scheme.bits) if self.size is None else "auto",
+            "size": self.size,
+            "placement": self.scheme.placement,
+            "layer_bits": list(map(str, self.scheme.layer_bits)),
+            "recipe": as_values(self.recipe),
+        }
+
+
+def resolve(
+    model: Model,
+    example_input: Tensor | None = None,
+    bits: str | Bits = "w4a4",
+    recipe: str | Recipe = "fast",
+    *,
+    data: Data | None = None,
+    test: Data | None = None,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """Parse and check all options of a run.
+
+    What is cheap to check is checked first: options, then the network, then the images.
+
+    Args:
+        model: The network.
+        example_input: An input of the network [N, ...], for a `model` that is a module.
+        bits: Bits of weights and activations, 2..8 each, as "w4a4"; or "auto".
+        recipe: A name in `gdfq.RECIPES`, or a recipe.
+        data: Real images in the place of synthetic ones.
+        test: Images to measure on.
+        **options: See `PlanOptions`.
+
+    Raises:
+        UsageError: An option, the network or the images cannot be used.
+    """
+    method = resolve_method(bits, recipe, **_chosen(options, MethodOptions))
+    network = resolve_network(model, example_input, **_chosen(options, NetworkOptions))
+    return plan_of(network, method, data=data, test=test)
+
+
+def resolve_method(
+    bits: str | Bits = "w4a4",
+    recipe: str | Recipe = "fast",
+    *,
+    size: int | None = None,
+    placement: str | None = None,
+    layer_bits: Sequence[str] = (),
+    steps: int | None = None,
+    batch: int | None = None,
+) -> Method:
+    """Parse and check the options that need no network.
+
+    Raises:
+        UsageError: One of them cannot be used.
+    """
+    chosen = find_recipe(recipe).with_steps(steps)
+    placed = parse_placement(placement or chosen.placement)
+    overrides = tuple(map(LayerBits.parse, layer_bits))
+    scheme = Scheme(parse_bits(bits, size), placed, overrides)
+    if batch is not None:
+        chosen.with_batch(batch)  # refuses what is no batch before a network is loaded
+    return Method(scheme, replace(chosen, placement=placed), size, batch)
+
+
+def resolve_network(
+    model: Model,
+    example_input: Tensor | None = None,
+    *,
+    weights: str | Path | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resize: Resize | None = None,
+    classifier: bool | None = None,
+    device: str = "auto",
+) -> Network:
+    """Load and capture a network.
+
+    Raises:
+        UsageError: The network, its weights, its input or the device cannot be used.
+    """
+    started = time.perf_counter()
+    on = find_device(device)
+    if not isinstance(model, str | nn.Module | Captured):
+        raise UsageError(
+            "a model is an nn.Module, a network that gdfq.capture returned, or a name such as "
+            f"timm:resnet18; got a {type(model).__name__}."
+        )
+    loaded = load_model(model, weights) if isinstance(model, str) else None
+    if isinstance(model, Captured):
+        captured, preprocessing = model, Preprocessing.of(model.input_shape[0], mean, std, resize)
+    elif isinstance(model, nn.Module):
+        captured = capture(model, _example(example_input), classifier=classifier)
+        preprocessing = Preprocessing.of(captured.input_shape[0], mean, std, resize)
+    else:
+        assert loaded is not None
+        shape, preprocessing = loaded.input(input_shape, mean, std)
+        captured = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
+        preprocessing = replace(preprocessing, resize=resize or preprocessing.resize)
+    return Network(
+        captured.to(on),
+        preprocessing,
+        _assumed(loaded, mean, std),
+        time.perf_counter() - started,
+    )
+
+
+def plan_of(
+    network: Network, method: Method, *, data: Data | None = None, test: Data | None = None
+) -> Plan:
+    """Fit a method to a network, and read the images.
+
+    Raises:
+        UsageError: The images cannot be used.
+    """
+    teacher, preprocessing = network.teacher, network.preprocessing
+    recipe = method.recipe.fitted(teacher.input_shape).with_batch(method.batch)
+    given = None if data is None else load_images(data, teacher, preprocessing)
+    return Plan(
+        teacher,
+        method.scheme,
+        recipe,
+        recipe.source if given is None else on_images(recipe.source, given, preprocessing),
+        preprocessing,
+        method.size,
+        given,
+        None if test is None else load_test_images(test, teacher, preprocessing),
+        network.seconds,
+    )
+
+
+def load_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> ImageData:
+    """Read images for a network.
+
+    Raises:
+        UsageError: They cannot be used.
+    """
+    return load_data(data, teacher.input_shape, teacher.classes, preprocessing.resize)
+
+
+def load_test_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> ImageData:
+    """Read test images for a network.
+
+    Raises:
+        UsageError: They cannot be used, or lack the labels that a classifier needs.
+    """
+    images = load_images(data, teacher, preprocessing)
+    if images.labels is None and teacher.classes is not None:
+        raise UsageError(f"test images need labels; these have none. {LABELS}")
+    return images
+
+
+def _example(example_input: Tensor | None) -> Tensor:
+    if example_input is None:
+        raise UsageError(
+            "a network that is a module needs an example input, to be captured with; none was "
+            "given. Give example_input, for instance torch.zeros(1, 3, 224, 224)."
+        )
+    return example_input
+
+
+def _assumed(
+    loaded: Loaded | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[str, ...]:
+    """Parts of the normalisation that neither the user nor the network's library says."""
+    if loaded is not None and loaded.preprocessing is not None:
+        return ()
+    return tuple(name for name, value in (("mean", mean), ("std", std)) if value is None)
+
+
+def _chosen(options: PlanOptions, kind: type) -> Any:
+    """The options of one kind."""
+    return {name: value for name, value in options.items() if name in kind.__annotations__}
