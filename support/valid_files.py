@@ -20,8 +20,8 @@ from gdfq.functional.grid import Bits
 from gdfq.graph import operators
 from gdfq.graph.inputs import InputSpec
 from gdfq.graph.tensors import flat_module
-from gdfq.runs.names import CONFIG, EVIDENCE, EVIDENCE_ARRAYS, EXAMPLES, HISTORY, METRICS, ONNX_FILE
 from gdfq.runs.metrics import EXPORT
+from gdfq.runs.names import CONFIG, EVIDENCE, EVIDENCE_ARRAYS, EXAMPLES, HISTORY, METRICS, ONNX_FILE
 from gdfq.student.integer_network import IntegerNetwork
 
 SHAPE, CLASSES = (3, 8, 8), 5

@@ -9,7 +9,6 @@ kernels, so they are compared only where `probe` is the same.
 
 import argparse
 import hashlib
-import inspect
 import json
 import sys
 import tempfile
@@ -29,8 +28,7 @@ from gdfq import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-_OPTIONS = inspect.signature(gdfq.quantize).parameters
-RELU = "relu" if "layer_bits" in _OPTIONS else "t1"
+RELU = "relu"
 LAYER_BITS = "layer_bits"
 
 

@@ -41,9 +41,9 @@ from gdfq.functional.grid import Bits
 from gdfq.models.registry import load_model, load_weights_
 from gdfq.models.weights import read_weights
 from gdfq.report import read_run, write_report
-from gdfq.runs.names import METRICS, ONNX_FILE
 from gdfq.runs.folder import RunFolder
 from gdfq.runs.metrics import check_export, read_metrics
+from gdfq.runs.names import METRICS, ONNX_FILE
 from gdfq.student.scheme import LayerBits
 
 

@@ -28,9 +28,8 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
         raise UsageError(f"{folder} must hold {ONNX_FILE}. Make it with: gdfq export {folder}")
     check_export(folder)
     files: dict[str, bytes | Path] = {
-        "full precision": against or to_onnx(
-            quantized.network.as_float(), quantized.card.inputs, {}
-        ),
+        "full precision": against
+        or to_onnx(quantized.network.as_float(), quantized.card.inputs, {}),
         f"{quantized.card.bits}": file,
     }
     sizes = list(map(size_of, files.values()))

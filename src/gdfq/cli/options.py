@@ -34,7 +34,7 @@ def _renamed(
 
 def _with_old(
     context: click.Context,
-    parameter: click.Parameter,  # noqa: ARG001
+    parameter: click.Parameter,  # noqa: ARG001 (as click calls it)
     value: tuple[str, ...],
 ) -> tuple[str, ...]:
     """The values, after those that an old spelling gave before."""
@@ -42,7 +42,9 @@ def _with_old(
 
 
 def _old_format(
-    context: click.Context, parameter: click.Parameter, value: str | None  # noqa: ARG001
+    context: click.Context,
+    parameter: click.Parameter,  # noqa: ARG001 (as click calls it)
+    value: str | None,
 ) -> str | None:
     """Take an old spelling for the target."""
     if value is not None:
@@ -52,7 +54,9 @@ def _old_format(
 
 
 def _target(
-    context: click.Context, parameter: click.Parameter, value: str | None  # noqa: ARG001
+    context: click.Context,
+    parameter: click.Parameter,  # noqa: ARG001 (as click calls it)
+    value: str | None,
 ) -> str | None:
     """The target, or the one that an old spelling gave before."""
     return value or context.params.get("target")
