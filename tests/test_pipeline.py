@@ -193,7 +193,7 @@ def test_generate_gives_the_last_images(residual, tiny):
         ({"bits": 4}, "w4a4"),
         ({"data": [1, 2, 3]}, "pair of images and labels"),
         ({"data": torch.zeros(4, 3, 8, 8, dtype=torch.int32)}, "uint8 pixels or floats"),
-        ({"placement": "half"}, "one of t1, full"),
+        ({"placement": "half"}, "one of relu, full"),
         ({"device": "tpu"}, "one of auto, cpu"),
         ({"mean": (0.5,)}, "each of the 3 input channels; got 1"),
         ({"std": (1, 0, 1)}, "must be positive"),

@@ -100,7 +100,7 @@ def test_what_is_on_no_grid_is_float():
     kept = diagnose(teacher, Scheme(Bits(4, 4), "full", (LayerBits("2", None),)), recipe)
     assert kept.float_operators == (FloatOperators("conv2d", 1, "kept float"),)
     published = diagnose(teacher, Scheme(Bits(4, 4), "relu"), recipe)
-    why = "what enters it is no ReLU's output, which alone placement t1 quantizes"
+    why = "what enters it is no ReLU's output, which alone placement relu quantizes"
     assert published.float_operators == (  # the input's, and the last
         FloatOperators("conv2d", 1, why),
         FloatOperators("linear", 1, why),
