@@ -7,6 +7,7 @@ from typing import Unpack, cast
 from torch import Tensor
 
 from gdfq.errors import warn_renamed
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpointer import Checkpointer, NullCheckpointer
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.context import Context
@@ -45,6 +46,7 @@ def quantize(
     checkpoints: str | Path | Checkpoints | None = None,
     precision: Precision = "float32",
     group: Group = ALONE,
+    memory: str | int | MemoryBudget | None = None,
     **options: Unpack[RunOptions],
 ) -> QuantizedNetwork:
     """Quantize a trained network. Without `data` no real image is used.
@@ -72,6 +74,8 @@ def quantize(
             the student is tuned.
         group: The processes that do the work together (see "Use several GPUs" in the docs). All
             of them make the same call; the first alone measures on `test` and writes checkpoints.
+        memory: Memory for the activations of images that pass a network together, as "2GiB" or in
+            bytes. The default is 1.5 GiB on a CPU and half of the free memory of a GPU.
         **options: Further options, by name:
 
             size: With bits "auto": the size of the ONNX file in bytes, at most.
@@ -98,6 +102,7 @@ def quantize(
         group=group,
         checkpointer=_checkpointer(checkpoints, group),
         precision=precision,
+        memory=MemoryBudget.of(memory),
     )
     return run(plan, context)
 
@@ -111,6 +116,7 @@ def generate(
     steps: int | None = None,
     seed: int = 0,
     listener: Listener = silent,
+    memory: str | int | MemoryBudget | None = None,
     **options: Unpack[NetworkOptions],
 ) -> tuple[Tensor, Tensor | None]:
     """Make synthetic images alone.
@@ -123,6 +129,7 @@ def generate(
         steps: Steps of a generator that learns. Other sources make each image once.
         seed: Seed of all randomness.
         listener: Called with every step.
+        memory: As in `quantize`.
         **options: `classifier`, `device`, `weights`, `input_shape`, as in `quantize`.
 
     Returns:
@@ -135,7 +142,7 @@ def generate(
     """
     chosen = find_recipe(recipe)
     network = resolve_network(model, example_input, **options)
-    context = Context(seed=check_seed(seed), listener=listener)
+    context = Context(seed=check_seed(seed), listener=listener, memory=MemoryBudget.of(memory))
     return make_images(network.teacher, chosen, count, context, steps=steps)
 
 

@@ -126,7 +126,9 @@ def _measure(
         return None, {}
     metrics: dict[str, Any] = {"test_images": len(images)}
     if images.labels is not None and teacher.classes is not None:
-        tested = Tested.of(teacher, network, images, preprocessing, context.listener)
+        tested = Tested.of(
+            teacher, network, images, preprocessing, context.listener, context.memory
+        )
         predictions = {"teacher": tested.teacher, "student": tested.student}
         top1 = {who: {"top1": round(p.top1(tested.labels), 4)} for who, p in predictions.items()}
         return tested, metrics | top1
@@ -137,6 +139,7 @@ def _measure(
         preprocessing,
         device=teacher.device,
         listener=context.listener,
+        memory=context.memory,
     )
     percent = dict(zip(output_names(teacher), (round(e, 4) for e in errors), strict=True))
     return None, metrics | {"student": {"error_percent": percent}}

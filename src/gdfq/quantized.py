@@ -16,6 +16,7 @@ from gdfq.deploy.export import Exported, export
 from gdfq.deploy.safetensors import EXAMPLES_FILE, STUDENT_FILE
 from gdfq.deploy.target import Target
 from gdfq.errors import UsageError, warn_renamed
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
@@ -60,8 +61,12 @@ class QuantizedNetwork(nn.Module):
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
-    def evaluate(self, data: Any, *, listener: Listener = silent) -> float:
+    def evaluate(
+        self, data: Any, *, listener: Listener = silent, memory: str | int | None = None
+    ) -> float:
         """Top-1 accuracy in percent on labelled images (see `gdfq.data.datasets.load_data`).
+
+        `memory` is that of `gdfq.quantize`.
 
         Raises UsageError for data without labels, and for a network that has no classes.
         """
@@ -72,7 +77,14 @@ class QuantizedNetwork(nn.Module):
             )
         preprocessing = self.card.preprocessing
         images = load_data(data, self.card.input_shape, self.card.classes, preprocessing.resize)
-        return top1(self.network, images, preprocessing, device=self.device, listener=listener)
+        return top1(
+            self.network,
+            images,
+            preprocessing,
+            device=self.device,
+            listener=listener,
+            memory=MemoryBudget.of(memory),
+        )
 
     @classmethod
     def read(cls, path: Path) -> "QuantizedNetwork":

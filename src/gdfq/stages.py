@@ -84,7 +84,8 @@ def frozen_student(
             context=context,
         )
         if recipe.match_moments:
-            match_moments_(student, teacher, torch.cat([batch.images for batch in feed.held]))
+            images = torch.cat([batch.images for batch in feed.held])
+            match_moments_(student, teacher, images, context.memory)
         # All saw the same batches, so they differ by what their devices round, if at all.
         group.same_(student.state_dict().values())
         ends("calibrate")

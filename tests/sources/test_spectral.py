@@ -18,6 +18,7 @@ from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import capture
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig
+from gdfq.recipes import QUICK
 from gdfq.sources.augment import prediction_consistency, shifted_and_flipped
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.given import on_images
@@ -218,8 +219,8 @@ def test_a_pool_moves_images_for_a_network_without_classes():
 @pytest.mark.parametrize(
     ("shape", "images", "batch", "at_once"),
     [  # room for 50, 25, 12 and not even one image
-        ((3, 8, 8), 40, 10, 4),
-        ((3, 8, 16), 24, 8, 3),
+        ((3, 8, 8), 40, 10, 1),
+        ((3, 8, 16), 25, 8, 1),
         ((3, 16, 16), 12, 4, 1),
         ((3, 99, 99), 1, 1, 1),
     ],
@@ -234,6 +235,12 @@ def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(
     same = replace(pool, pixels=None)
     assert same.fitted(shape) == same
     assert pool.fitted(shape).fitted(shape) == pool.fitted(shape)
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(32, 128), (128, 128), (129, 64), (224, 32)])
+def test_a_recipe_makes_fewer_large_images_together(side, at_once):
+    fitted = QUICK.fitted((3, side, side)).source
+    assert (fitted.images, fitted.batch, fitted.source.batch) == (256, 100, at_once)
 
 
 def test_a_pool_makes_as_many_as_fit(teacher):

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gdfq.data.datasets import ImageData
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.tracing import beside_no_tracing
+from gdfq.graph.memory import forward_images
 from gdfq.graph.outputs import in_order
 
-_BATCH = 250
+_MAX_IMAGES = 250
+"""Images that pass a network together; fewer where the memory budget holds fewer."""
 LABELS = "Give (images, labels), an .npz file with both, or a folder with one folder a class."
 
 
@@ -45,17 +48,27 @@ def logits_of(
     *,
     device: torch.device,
     listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> Tensor:
     """A classifier's logits [N, C], on the CPU, for all images in order."""
-    batches = _batches(data, preprocessing, device, listener)
+    batches = _batches(network, data, preprocessing, device, listener, memory)
     return torch.cat([network(images).cpu() for images in batches])
 
 
 def _batches(
-    data: ImageData, preprocessing: Preprocessing, device: torch.device, listener: Listener
+    network: object,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    listener: Listener,
+    memory: MemoryBudget,
 ) -> Iterator[Tensor]:
-    """All images in order, as the network takes them."""
-    parts = torch.arange(len(data)).split(_BATCH)
+    """All images in order, as the network takes them, as many together as fit."""
+    at_once = _MAX_IMAGES
+    graph = getattr(network, "graph", None)
+    if isinstance(graph, fx.Graph):
+        at_once = min(at_once, forward_images(graph, memory, device))
+    parts = torch.arange(len(data)).split(at_once)
     for step, chosen in enumerate(parts, start=1):
         yield preprocessing(data.images(chosen)).to(device)
         listener(Step("evaluate", step, len(parts), {}))
@@ -68,6 +81,7 @@ def top1(
     *,
     device: torch.device,
     listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> float:
     """Share of images, in percent, whose highest logit is that of the label.
 
@@ -76,7 +90,9 @@ def top1(
     """
     if data.labels is None:
         raise UsageError(f"accuracy needs labels; this data has none. {LABELS}")
-    logits = logits_of(network, data, preprocessing, device=device, listener=listener)
+    logits = logits_of(
+        network, data, preprocessing, device=device, listener=listener, memory=memory
+    )
     return Answers.of(logits).top1(data.labels)
 
 
@@ -90,12 +106,13 @@ def output_errors(
     *,
     device: torch.device,
     listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> list[float]:
     """‖ŷ − y‖ / ‖y‖ of each output y of the teacher and ŷ of the student, in percent, over all
     images. It needs no labels.
     """
     powers: list[list[list[Tensor]]] = []
-    for images in _batches(data, preprocessing, device, listener):
+    for images in _batches(teacher, data, preprocessing, device, listener, memory):
         pairs = zip(in_order(student(images)), in_order(teacher(images)), strict=True)
         powers.append([[(a - b).square().sum(), b.square().sum()] for a, b in pairs])
     error, power = torch.tensor(powers, dtype=torch.float64).sum(0).unbind(1)

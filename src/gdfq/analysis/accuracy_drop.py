@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.deploy.parity import Parity
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.losses import distillation_loss
 from gdfq.graph.capture import Captured
+from gdfq.graph.memory import forward_images
 from gdfq.graph.outputs import in_order
 from gdfq.optim import AdamConfig
 from gdfq.sources.input_scale import InputStatistics
@@ -116,11 +118,17 @@ _MOST, _FEWEST, _PIXELS = 64, 32, 64 * 64**2
 fewer than the fewest."""
 _MIXTURES = 4
 """For each image that is made."""
-_BATCH = 32
+_MAX_TOGETHER = 32
+"""Images that pass a network together."""
 
 
 def measure(
-    teacher: Captured, network: nn.Module, *, seed: int, listener: Listener = silent
+    teacher: Captured,
+    network: nn.Module,
+    *,
+    seed: int,
+    listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> Trust:
     """Compare a student with its teacher on held-out images, and say what drop that means.
 
@@ -133,8 +141,8 @@ def measure(
         kind, draw = "noise with the spectrum of natural images", random_stream(seed, "trust.noise")
         images = natural_noise(_MOST, teacher.input_shape, _SOURCE, draw).to(teacher.device)
     else:
-        kind, images = "mixtures of images made for this", held_out(teacher, seed, listener)
-    wanted, got = _answers(teacher.network, network, images, listener)
+        kind, images = "mixtures of images made for this", held_out(teacher, seed, listener, memory)
+    wanted, got = _answers(teacher, network, images, listener, memory)
     return judged(
         wanted, got, source=kind, is_classifier=teacher.classes is not None, reason=reason
     )
@@ -175,19 +183,28 @@ def comparable(relative_error: float, classes: int) -> float:
     return relative_error * math.sqrt(math.log(classes) / math.log(10))
 
 
-def made(teacher: Captured, seed: int, listener: Listener = silent) -> Tensor:
+def made(
+    teacher: Captured,
+    seed: int,
+    listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
+) -> Tensor:
     """Spectral images [N, *input_shape]. Raises what `SpectralSource` does."""
     fitting = _PIXELS // math.prod(teacher.input_shape[1:])
     count = max(_FEWEST, min(_MOST, fitting))
-    images, _ = collect(
-        replace(_SOURCE, batch=count), teacher, count, context=Context(seed=seed, listener=listener)
-    )
+    context = Context(seed=seed, listener=listener, memory=memory)
+    images, _ = collect(replace(_SOURCE, batch=count), teacher, count, context=context)
     return images
 
 
-def held_out(teacher: Captured, seed: int, listener: Listener = silent) -> Tensor:
+def held_out(
+    teacher: Captured,
+    seed: int,
+    listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
+) -> Tensor:
     """Mixtures [N, *input_shape] of images that are made for this. Raises what `made` does."""
-    images = made(teacher, seed, listener)
+    images = made(teacher, seed, listener, memory)
     return mixed(images, _MIXTURES * len(images), random_stream(seed, "trust.mixtures"))
 
 
@@ -201,13 +218,19 @@ def mixed(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _answers(
-    teacher: nn.Module, student: nn.Module, images: Tensor, listener: Listener
+    teacher: Captured,
+    student: nn.Module,
+    images: Tensor,
+    listener: Listener,
+    memory: MemoryBudget,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """All outputs [N, ...] of both networks, on the CPU."""
-    parts = images.split(_BATCH)
+    parts = images.split(
+        min(_MAX_TOGETHER, forward_images(teacher.network.graph, memory, images.device))
+    )
     found = []
     for step, part in enumerate(parts, start=1):
-        found.append([in_order(network(part)) for network in (teacher, student)])
+        found.append([in_order(network(part)) for network in (teacher.network, student)])
         listener(Step("trust", step, len(parts), {}))
     wanted, got = (
         [torch.cat(tensors).cpu() for tensors in zip(*answers, strict=True)]

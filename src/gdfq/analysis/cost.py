@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from gdfq.analysis.preflight import Diagnosis
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
@@ -22,7 +23,11 @@ from gdfq.tuning.calibrate import calibrate_
 
 
 def with_costs(
-    diagnosis: Diagnosis, teacher: Captured, scheme: Scheme, recipe: Recipe
+    diagnosis: Diagnosis,
+    teacher: Captured,
+    scheme: Scheme,
+    recipe: Recipe,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> Diagnosis:
     """The diagnosis with time and memory, measured on one step of each stage on this device."""
     if diagnosis.problems:
@@ -31,7 +36,7 @@ def with_costs(
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
     seconds = {
-        "images": _source_seconds(recipe.source, teacher, recipe.steps),
+        "images": _source_seconds(recipe.source, teacher, recipe.steps, memory),
         "tuning": _tuning_seconds(teacher, scheme, recipe),
     }
     peak = peak_bytes(teacher.device)
@@ -74,11 +79,12 @@ class _Stopwatch:
         self._last = at
 
 
-def _source_seconds(source: Source, teacher: Captured, steps: int) -> float:
+def _source_seconds(source: Source, teacher: Captured, steps: int, memory: MemoryBudget) -> float:
     """Of a whole stream: the second iteration, or else the second batch, times their number."""
     source, steps = source.bulk(steps)
     watch = _Stopwatch(teacher.device)
-    stream = source.stream(teacher, steps=max(2, steps), context=Context(listener=watch))
+    context = Context(listener=watch, memory=memory)
+    stream = source.stream(teacher, steps=max(2, steps), context=context)
     try:
         next(stream)
         started = now(teacher.device)

@@ -17,6 +17,7 @@ from gdfq.analysis.layers import measure_layers
 from gdfq.analysis.observations import Witness
 from gdfq.analysis.predictions import measure_changes
 from gdfq.errors import first_line
+from gdfq.execution.budget import MemoryBudget
 from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
 
@@ -33,7 +34,9 @@ class Evidence:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
-def gather(teacher: Captured, quantized: QuantizedNetwork) -> Evidence:
+def gather(
+    teacher: Captured, quantized: QuantizedNetwork, memory: MemoryBudget = MemoryBudget()
+) -> Evidence:
     """Measure all that the report shows of a run that has just been made.
 
     teacher: what it was made from. A section that fails is left out and says why: the run is
@@ -43,7 +46,7 @@ def gather(teacher: Captured, quantized: QuantizedNetwork) -> Evidence:
     if witness is None:
         reason = "the network was loaded from a file, which remembers no images"
         return Evidence(missing=dict.fromkeys(("trust", "layers", "images", "test"), reason))
-    measures = _measures(teacher, quantized, witness)
+    measures = _measures(teacher, quantized, witness, memory)
     sections: dict[str, Any] = {}
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     missing: dict[str, str] = {}
@@ -64,12 +67,14 @@ def gather(teacher: Captured, quantized: QuantizedNetwork) -> Evidence:
 
 
 def _measures(
-    teacher: Captured, quantized: QuantizedNetwork, witness: Witness
+    teacher: Captured, quantized: QuantizedNetwork, witness: Witness, memory: MemoryBudget
 ) -> dict[str, Callable[[], Any]]:
     """What is measured, by its section."""
     preprocessing = quantized.card.preprocessing
     measures: dict[str, Callable[[], Any]] = {
-        "trust": lambda: measure(teacher, quantized.network, seed=quantized.card.seed),
+        "trust": lambda: measure(
+            teacher, quantized.network, seed=quantized.card.seed, memory=memory
+        ),
         "layers": lambda: measure_layers(witness.teacher, quantized.network, witness.images),
         "images": lambda: measure_images(teacher, witness.images, witness.labels, preprocessing),
     }

@@ -8,6 +8,7 @@ from torch import Tensor
 from gdfq.analysis.accuracy import Answers, logits_of
 from gdfq.data.datasets import ImageData
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener
 from gdfq.graph.capture import Captured
 from gdfq.student.integer_network import IntegerNetwork
@@ -30,9 +31,10 @@ class Tested:
         held_out: ImageData,
         preprocessing: Preprocessing,
         listener: Listener,
+        memory: MemoryBudget = MemoryBudget(),
     ) -> "Tested":
         """What teacher and student, both classifiers, answer to labelled test images."""
-        ask = partial(logits_of, device=teacher.device, listener=listener)
+        ask = partial(logits_of, device=teacher.device, listener=listener, memory=memory)
         answers = (
             Answers.of(ask(module, held_out, preprocessing))
             for module in (teacher.network, network)

@@ -13,6 +13,7 @@ from gdfq.cli.exit_codes import exit_code_of, warnings_in_a_line
 from gdfq.cli.options import (
     batch_option,
     layer_bits_option,
+    memory_option,
     network_options,
     placement_option,
     recipe_option,
@@ -61,6 +62,7 @@ def cli() -> None:
 @layer_bits_option
 @steps_option
 @batch_option
+@memory_option
 @seed_option
 @click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
 @click.option(
@@ -123,6 +125,7 @@ def quantize_command(**options: Any) -> None:
 @placement_option
 @layer_bits_option
 @steps_option
+@memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(**options: Any) -> None:
     """Tell what gdfq quantize would do to MODEL, before anything runs.
@@ -138,11 +141,12 @@ def doctor_command(**options: Any) -> None:
 @cli.command("evaluate")
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--test", type=DataPath(), required=True, help="Labelled DATA.")
-def evaluate_command(folder: Path, test: Path) -> None:
+@memory_option
+def evaluate_command(folder: Path, test: Path, memory: int | None) -> None:
     """Measure the top-1 accuracy of the quantized network in DIR."""
     from gdfq.cli.evaluate import evaluate
 
-    evaluate(folder, test)
+    evaluate(folder, test, memory)
 
 
 @cli.command("export")
@@ -236,6 +240,7 @@ def compare_command(folders: tuple[Path, ...], out: Path) -> None:
 @network_options
 @recipe_option
 @steps_option
+@memory_option
 @seed_option
 @click.option(
     "--count", type=click.IntRange(min=1), default=1024, show_default=True, help="How many images."

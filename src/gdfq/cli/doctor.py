@@ -11,11 +11,18 @@ from gdfq.analysis.bit_allocation import AUTO
 from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import Diagnosis, Layer, diagnose
 from gdfq.errors import UsageError
+from gdfq.execution.budget import MemoryBudget
 from gdfq.plan import PlanOptions, resolve
 
 
 def doctor(
-    *, model: str, bits: str, recipe: str, as_json: bool, **options: Unpack[PlanOptions]
+    *,
+    model: str,
+    bits: str,
+    recipe: str,
+    as_json: bool,
+    memory: int | None,
+    **options: Unpack[PlanOptions],
 ) -> int:
     """Print the diagnosis. Returns 0, or 1 if the run could not begin."""
     if bits == AUTO:
@@ -24,7 +31,8 @@ def doctor(
         )
     plan = resolve(model, None, bits, recipe, **options)
     diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
-    diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe)
+    budget = MemoryBudget.of(memory)
+    diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe, budget)
     if as_json:
         click.echo(json.dumps(diagnosis.as_values(), indent=1))
     else:

@@ -7,6 +7,7 @@ import click
 
 from gdfq.cli.console import warn_about_normalisation
 from gdfq.data.writers import ImageFiles
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
 from gdfq.pipeline import make_images
@@ -23,6 +24,7 @@ def generate(
     steps: int | None,
     seed: int,
     png: bool,
+    memory: int | None,
     **options: Unpack[NetworkOptions],
 ) -> None:
     """Make images and write their files."""
@@ -33,7 +35,7 @@ def generate(
     teacher = network.teacher
     files.prepare(teacher.input_shape)
     with Terminal() as terminal:
-        context = Context(seed=seed, listener=terminal)
+        context = Context(seed=seed, listener=terminal, memory=MemoryBudget.of(memory))
         images, labels = make_images(teacher, chosen, count, context, steps=steps)
     written = files.write(images, labels, network.preprocessing, teacher.classes or 1)
     click.echo(f"{len(images)} images: {', '.join(map(str, written))}")

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gdfq.cli.types import PATH, Numbers, Shape
+from gdfq.cli.types import PATH, Numbers, Shape, Size
 from gdfq.errors import warn_renamed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -159,4 +159,10 @@ recipe_option = click.option(
     default="fast",
     show_default=True,
     help="Method: fast, quick, paper, ... (gdfq recipes lists all).",
+)
+memory_option = click.option(
+    "--memory",
+    type=Size(),
+    help="Memory for the activations of images that pass a network together, such as 512MiB or "
+    "2GiB.  [default: 1.5GiB; on a GPU half of its free memory]",
 )

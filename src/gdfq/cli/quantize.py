@@ -19,6 +19,7 @@ from gdfq.analysis.preflight import diagnose
 from gdfq.cli.console import print_bits, print_run, warn, warn_about_normalisation
 from gdfq.cli.export import print_export
 from gdfq.errors import GdfqError, UsageError
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import joined
@@ -58,6 +59,7 @@ def quantize(
     data: Path | None,
     test: Path | None,
     seed: int,
+    memory: int | None,
     precision: Precision,
     onnx: bool,
     report: bool,
@@ -84,7 +86,9 @@ def quantize(
             warn_about_normalisation(network.assumed)
         plan = plan_of(network, method, data=data, test=test)
         _check(plan, says=group.rank == 0)
-        context = Context(seed=seed, precision=precision, group=group)
+        context = Context(
+            seed=seed, precision=precision, group=group, memory=MemoryBudget.of(memory)
+        )
         if group.rank:
             _take_part(plan, context, folder)
             return
@@ -165,7 +169,7 @@ def quantize_into(
         check()
         if outputs.report:
             started = time.perf_counter()
-            write_evidence(gather(plan.teacher, quantized), folder.path)
+            write_evidence(gather(plan.teacher, quantized, context.memory), folder.path)
             quantized.metrics["seconds"]["evidence"] = round(time.perf_counter() - started, 3)
         folder.finish(quantized.metrics)
     return quantized

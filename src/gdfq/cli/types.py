@@ -3,9 +3,11 @@
 import math
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
+
+from gdfq.execution.budget import parse_bytes
 
 PATH = click.Path(path_type=Path)
 
@@ -59,18 +61,10 @@ class Seconds(click.FloatRange):
 
 class Size(click.ParamType):
     name = "SIZE"
-    units: ClassVar = {
-        unit: base**power
-        for base, units in ((1000, ("B", "KB", "MB", "GB")), (1024, ("", "KIB", "MIB", "GIB")))
-        for power, unit in enumerate(units)
-    }
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(
-            r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]?I?B|)", str(value).strip().upper()
-        )
-        size = 0 if match is None else int(float(match[1]) * self.units.get(match[2], 0))
-        if size < 1:
+        size = parse_bytes(str(value))
+        if size is None:
             self.fail(
                 "a size is a number of bytes, or of KB, MB (thousands, millions) or KiB, MiB "
                 f"(2^10, 2^20), as 300KB; got {value!r}.",

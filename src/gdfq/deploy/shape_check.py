@@ -61,6 +61,8 @@ class _Rehearsal(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor) and math.prod(value.shape) > _IMAGES * TENSOR:
             raise ValueError(f"{n.name!r} would have {list(value.shape)} numbers")
+        if isinstance(value, Tensor) and n.op != "get_attr":
+            n.meta["val"] = value  # what the memory budget asks for
         return value
 
 

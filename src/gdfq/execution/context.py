@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpointer import Checkpointer, NullCheckpointer
 from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.precision import Precision
@@ -23,6 +24,7 @@ class Context:
         checkpointer: Registers the parts that a resumed run needs.
         precision: Precision of the products in layers, of teacher and student, while images are
             made and the student is tuned.
+        memory: What the activations of images that pass a network together may take.
     """
 
     seed: int = 0
@@ -30,6 +32,7 @@ class Context:
     group: Group = ALONE
     checkpointer: Checkpointer = NullCheckpointer()  # noqa: RUF009 (it has no state)
     precision: Precision = "float32"
+    memory: MemoryBudget = MemoryBudget()
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return a context manager in which layers compute in `precision`."""

@@ -1,17 +1,21 @@
 """The teacher with the moments of its batch norms' inputs beside its outputs."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from gdfq.errors import UsageError
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.distributed import Statistics
 from gdfq.functional.moments import input_moments, norm_with_moments
 from gdfq.graph import queries
 from gdfq.graph.batch_norms import BatchNorm, batch_norm_of
+from gdfq.graph.blocks import block_ends
 from gdfq.graph.capture import Captured
+from gdfq.graph.recompute import BudgetedNetwork
 from gdfq.graph.rewrite import Copy, rewrite
 from gdfq.graph.tensors import tensors_of
 
@@ -27,7 +31,13 @@ class StatisticsNetwork:
     Raises UsageError when the network has no batch norm.
     """
 
-    def __init__(self, teacher: Captured, *, of_input: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Captured,
+        *,
+        of_input: tuple[Tensor, Tensor] | None = None,
+        memory: MemoryBudget | None = None,
+    ) -> None:
         if not teacher.batch_norms:
             raise UsageError(
                 "the batch-norm statistics loss needs batch norms; this network has none. "
@@ -38,7 +48,10 @@ class StatisticsNetwork:
         self._of_input = of_input is not None
         if of_input is not None:
             self.stored = [of_input, *self.stored]
-        self._module = _with_moments(teacher, norms)
+        network, ends = _with_moments(teacher, norms)
+        self._module: Callable[[Tensor], Any] = network
+        if memory is not None:
+            self._module = BudgetedNetwork(network, ends, memory, teacher.device)
 
     def __call__(self, images: Tensor) -> tuple[Any, Statistics]:
         outputs, statistics = self._module(images)
@@ -53,11 +66,17 @@ def unit_input(teacher: Captured) -> tuple[Tensor, Tensor]:
     return zero, torch.ones_like(zero)
 
 
-def _with_moments(teacher: Captured, norms: list[BatchNorm]) -> fx.GraphModule:
-    """The teacher's graph returning (outputs, [(mean, variance) of each batch norm's input])."""
+def _with_moments(
+    teacher: Captured, norms: list[BatchNorm]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The teacher's graph returning (outputs, [(mean, variance) of each batch norm's input]).
+
+    With it come its nodes at which the teacher's blocks end.
+    """
     tensors = tensors_of(teacher.network)
     values = dict(zip(teacher.batch_norms, norms, strict=True))
     observed: list[tuple[fx.Node, fx.Node]] = []
+    normalised: dict[str, fx.Node] = {}
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         graph = copy.graph
@@ -72,6 +91,7 @@ def _with_moments(teacher: Captured, norms: list[BatchNorm]) -> fx.GraphModule:
                 graph.call_function(operator.getitem, (triple, i)) for i in range(3)
             )
             observed.append((mean, variance))
+            y.meta, normalised[node.name] = dict(node.meta), y
             return y
         if node.op == "output":
             return copy.output((copy.mapped(node.args[0]), observed))
@@ -79,4 +99,6 @@ def _with_moments(teacher: Captured, norms: list[BatchNorm]) -> fx.GraphModule:
 
     graph = rewrite(teacher.network.graph, change)
     graph.eliminate_dead_code()
-    return fx.GraphModule(tensors, graph)
+    by_name = {node.name: node for node in graph.nodes} | normalised
+    names = (end.name for end in block_ends(teacher.network.graph))
+    return fx.GraphModule(tensors, graph), [by_name[name] for name in names if name in by_name]

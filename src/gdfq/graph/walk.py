@@ -1,6 +1,6 @@
 """A network run node by node, so that what is measured on the way need not be kept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,3 +32,31 @@ class Walk(fx.Interpreter):
                 yield Visit(node, arguments, self.env[node])
             for finished in self.user_to_last_uses.get(node, []):
                 del self.env[finished]
+
+
+class PartsInterpreter(fx.Interpreter):
+    """Runs a graph on a batch in parts: all parts pass a node before the first passes the next.
+
+    So what is computed from a tensor of the whole batch can change the nodes behind it, while only
+    what those still read is held, and work space is that of one part.
+    """
+
+    def run_parts(self, parts: Sequence[Tensor]) -> None:
+        """Run on images [n, *input_shape] in parts; nothing is returned."""
+        envs: list[dict[fx.Node, Any]] = [{} for _ in parts]
+        for node in self.graph.nodes:
+            if node.op == "output":
+                return
+            self.before(node, envs)
+            for env, part in zip(envs, parts, strict=True):
+                self.env, self.args_iter = env, iter([part])
+                env[node] = self.run_node(node)
+                for finished in self.user_to_last_uses.get(node, []):
+                    del env[finished]
+            self.after(node, envs)
+
+    def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
+        """Look at what enters a node, by part, or change the node's module."""
+
+    def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
+        """Look at what a node has made, by part, or put something else in its place."""

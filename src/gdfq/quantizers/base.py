@@ -5,6 +5,7 @@ whose range it finds while `observing`. Both give their final grid to `freeze`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,13 +108,13 @@ class ActivationQuantizer(nn.Module, ABC):
         return quantized if self.dropping is None else self.dropping(x, quantized)
 
     @torch.no_grad()
-    def observe_(self, x: Tensor) -> None:
-        """Update the range with one batch."""
+    def observe_(self, *parts: Tensor) -> None:
+        """Update the range with one batch, in one part or several."""
         self.batches += 1
-        self._update_(x)
+        self._update_(parts)
 
     @abstractmethod
-    def _update_(self, x: Tensor) -> None:
+    def _update_(self, parts: Sequence[Tensor]) -> None:
         """Move the range towards that of a batch, which `batches` counts already."""
 
     @abstractmethod

@@ -5,7 +5,7 @@ a weight as latent codes, a scale by its logarithm. One learning rate so means t
 layer of every network.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,8 +92,8 @@ class LearnedRange(ActivationQuantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         return learned_scale(x, self.scale * self.log_scale.exp(), self.zero_point, self.bits)
 
-    def _update_(self, x: Tensor) -> None:
-        scale, zero_point = best_range(x, self.bits)
+    def _update_(self, parts: Sequence[Tensor]) -> None:
+        scale, zero_point = best_range_of_parts(parts, self.bits)
         if self.batches == 1:
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
@@ -164,22 +164,49 @@ def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     The range contains 0. The search uses an evenly spread sample of x.
     """
-    scale, zero_point = _best_ranges(x.flatten()[None], _SAMPLE, bits)
+    return best_range_of_parts([x], bits)
+
+
+def best_range_of_parts(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
+    """`best_range` of a batch in parts [n, ...]: the same numbers, without the whole batch."""
+    stride = _stride(sum(part.numel() for part in parts), _SAMPLE)
+    samples, lows, highs, passed = [], [], [], 0
+    for part in parts:
+        flat = part.flatten()
+        samples.append(flat[-passed % stride :: stride])
+        lows.append(flat.amin())
+        highs.append(flat.amax())
+        passed += len(flat)
+    sample = samples[0] if len(samples) == 1 else torch.cat(samples)
+    ends = torch.stack(lows).amin().view(1, 1), torch.stack(highs).amax().view(1, 1)
+    scale, zero_point = _best_ranges(sample[None], *ends, bits)
     return scale.view(()), zero_point.view(())
 
 
 def scales_of_channels(x: Tensor, bits: int) -> Tensor:
     """Return the scale of `best_range` for each channel of x [N, C, *] alone, within 5 %: [C]."""
     rows = x.transpose(0, 1).flatten(1)
-    return _best_ranges(rows, _CHANNEL_SAMPLE, bits, every=_COARSE)[0].view(-1)
+    sample = rows[:, :: _stride(rows.shape[1], _CHANNEL_SAMPLE)]
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    return _best_ranges(sample, low, high, bits, every=_COARSE)[0].view(-1)
 
 
-def _best_ranges(rows: Tensor, most: int, bits: int, *, every: int = 1) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point, [R, 1], of each row of [R, M], from about `most` samples."""
-    # An odd stride: an even one may visit the same columns of an image's rows, the border say.
-    sample = rows[:, :: rows.shape[1] // most | 1]
-    low = rows.amin(1, keepdim=True).clamp(max=0)
-    high = rows.amax(1, keepdim=True).clamp(min=0)
+def _stride(numbers: int, most: int) -> int:
+    """The stride with which about `most` of some numbers are looked at.
+
+    It is odd: an even one may visit the same columns of an image's rows, the border say.
+    """
+    return numbers // most | 1
+
+
+def _best_ranges(
+    sample: Tensor, low: Tensor, high: Tensor, bits: int, *, every: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point, [R, 1], that suit each row of a sample [R, M] best.
+
+    low, high: the least and greatest of all numbers of each row, [R, 1].
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
     least = torch.full_like(low, torch.inf)
     best = affine_grid(low, high, bits)
     for i in range(0, _SHRINKS, every):

@@ -1,5 +1,7 @@
 """The quantizers of GDFQ: minimum and maximum set the grid (Q1-Q3, `docs/equations.md`)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,9 +61,11 @@ class MovingRange(ActivationQuantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         return straight_through(x, self.scale, self.zero_point, self.bits)
 
-    def _update_(self, x: Tensor) -> None:
-        self.low.lerp_(x.amin().clamp_(max=0), 1 - self.momentum)
-        self.high.lerp_(x.amax().clamp_(min=0), 1 - self.momentum)
+    def _update_(self, parts: Sequence[Tensor]) -> None:
+        low = torch.stack([part.amin() for part in parts]).amin()
+        high = torch.stack([part.amax() for part in parts]).amax()
+        self.low.lerp_(low.clamp_(max=0), 1 - self.momentum)
+        self.high.lerp_(high.clamp_(min=0), 1 - self.momentum)
         correction = 1 - self.momentum**self.batches
         scale, zero_point = affine_grid(self.low / correction, self.high / correction, self.bits)
         self.scale.copy_(scale)

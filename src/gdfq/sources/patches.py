@@ -20,6 +20,7 @@ from gdfq.functional.moments import input_moments
 from gdfq.graph import operators, queries
 from gdfq.graph.blocks import block_ends, with_features
 from gdfq.graph.capture import Captured
+from gdfq.graph.recompute import BudgetedNetwork
 from gdfq.optim import AdamConfig
 from gdfq.sources.base import Source
 from gdfq.sources.input_scale import InputStatistics
@@ -79,7 +80,10 @@ class PatchSource(Source):
                 f"feature maps inside; this network takes {list(teacher.input_shape)} and has "
                 f"{len(nodes)} such tensors. Give real inputs instead (--data, or data=...)."
             )
-        network = with_features(teacher.network, nodes)
+        featured = with_features(teacher.network, nodes)
+        names = {end.name for end in block_ends(teacher.network.graph)}
+        ends = [node for node in featured.graph.nodes if node.name in names]
+        network = BudgetedNetwork(featured, ends, context.memory, teacher.device)
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
             outputs, features = network(images)

@@ -64,7 +64,7 @@ class OptimisedSource(Source):
             UsageError: The network has no batch norms, or there is a cutoff and the inputs have no
                 spatial axis.
         """
-        network = StatisticsNetwork(teacher, of_input=unit_input(teacher))
+        network = StatisticsNetwork(teacher, of_input=unit_input(teacher), memory=context.memory)
         if self.cutoff is not None and len(teacher.input_shape) < 2:
             raise UsageError(
                 "images that pass a filter need one spatial axis or more; this network takes "

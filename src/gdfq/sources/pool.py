@@ -26,8 +26,9 @@ class ImagePool(Source):
     """Batches from the first `images` images of another source, in a new order for each epoch.
 
     Large images cost more and are worth more: a pool of them takes only as many batches of the
-    source as have `pixels` pixels together, at least one, and none has more than an eighth of them.
-    Its own batches shrink with it, to the next power of two, which a group of processes divides.
+    source as have `pixels` pixels together, at least one, and none has more than a 32nd of them:
+    32 images of 224x224, whose statistics are as good as those of more. Its own batches shrink with
+    it, to the next power of two, which a group of processes divides.
 
     Each batch is shifted by up to an eighth of the image's side and flipped at random, all images
     alike, if the teacher's predictions are consistent under that (`gdfq.sources.augment`). The last
@@ -52,7 +53,7 @@ class ImagePool(Source):
         if self.pixels is None:
             return self
         room = self.pixels // math.prod(input_shape[1:])
-        at_once = min(self.source.batch, max(1, room // 8))
+        at_once = min(self.source.batch, 1 << max(1, room // 32).bit_length() - 1)
         images = min(self.images, max(1, room // at_once) * at_once)
         share = -(-self.batch * images // self.images)
         batch = min(self.batch, 1 << (share - 1).bit_length())

@@ -84,7 +84,8 @@ class SpectralSource(Source):
 
         target = self.input_statistics(teacher, context.seed)
         variance = target.deviation.square().expand_as(target.mean)
-        network = StatisticsNetwork(teacher, of_input=(target.mean, variance))
+        of_input = (target.mean, variance)
+        network = StatisticsNetwork(teacher, of_input=of_input, memory=context.memory)
 
         def knowledge(images: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
             with context.autocast(teacher.device):

@@ -1,12 +1,17 @@
 """Calibration: the activation ranges of a student, from a few batches without gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from gdfq.errors import GdfqError
 from gdfq.execution.context import Context
+from gdfq.execution.precision import to_float32
 from gdfq.execution.progress import RANGES, Step, is_due
+from gdfq.graph.memory import part_images
+from gdfq.graph.walk import PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer
 from gdfq.sources.base import Batch
 from gdfq.student.build import Student
@@ -23,6 +28,9 @@ def calibrate_(
 ) -> None:
     """Track all activation ranges over the batches, then freeze them.
 
+    A batch that does not fit into the memory budget passes in parts, layer by layer: the ranges are
+    the same.
+
     Args:
         student: A student whose ranges are not yet known, changed in place.
         batches: The batches from `first_step` on.
@@ -34,10 +42,12 @@ def calibrate_(
         GdfqError: A range is not finite.
     """
     student.eval()
+    graph, device = student.network.graph, next(student.parameters()).device
     for quantizer in student.activations:
         quantizer.observing = True
     for step, batch in enumerate(batches, start=first_step + 1):
-        student(batch.images)
+        at_once = part_images(graph, len(batch), context.memory, device)
+        _observe_(student, batch.images.split(at_once))
         ranges = student.ranges() if is_due(step, steps, RANGES) else {}
         context.listener(Step("calibrate", step, steps, batch.losses, ranges=ranges))
     for name, quantizer in student.named_modules():
@@ -48,3 +58,23 @@ def calibrate_(
                     f"every activation range must be finite; that of {name} is not. "
                     "Look for NaN or infinity in the images."
                 )
+
+
+def _observe_(student: Student, parts: Sequence[Tensor]) -> None:
+    """Let the quantizers of a student, which observe, see one batch in parts."""
+    if len(parts) == 1:
+        student(parts[0])
+        return
+    _ObservedInParts(student.network).run_parts(parts)
+    for quantizer in student.activations:
+        quantizer.observing = True
+
+
+class _ObservedInParts(PartsInterpreter):
+    """Shows each quantizer the whole batch before a part of it passes."""
+
+    def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
+        if isinstance(quantizer := self.submodules.get(str(node.target)), ActivationQuantizer):
+            (source,) = node.all_input_nodes
+            quantizer.observe_(*(to_float32(env[source]) for env in envs))
+            quantizer.observing = False

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import stay_finite
@@ -20,6 +21,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends
 from gdfq.graph.blocks import with_features as features_of
 from gdfq.graph.capture import Captured
+from gdfq.graph.memory import training_bytes
 from gdfq.graph.outputs import in_order
 from gdfq.optim import OptimizerConfig, Schedule, StepDecay, set_rate_
 from gdfq.sources.base import Batch
@@ -150,7 +152,8 @@ def tune_(
     """Update the student once for each batch; each process of a group takes a shard of it.
 
     On a CPU large images pass in parts, whose losses are averaged. The errors of features are then
-    relative to the features of each part.
+    relative to the features of each part. Parts that do not fit into the memory
+    budget are made smaller, which needs a budget far below the default.
 
     Args:
         student: A student with known activation ranges, trained in place.
@@ -172,8 +175,8 @@ def tune_(
     )
     # Statistics that follow the batch need it whole, each process the same.
     own = group if config.fixed_statistics else ALONE
-    in_parts = config.fixed_statistics and teacher.device.type == "cpu"
-    images_at_once = _images_at_once(teacher) if in_parts else None
+    in_parts = config.fixed_statistics
+    images_at_once = _images_at_once(teacher, context.memory) if in_parts else None
     for step, whole in enumerate(batches, start=first_step):
         batch = whole.part(own)
         rate = config.schedule.factor(step, total_steps)
@@ -210,11 +213,18 @@ _FEATURE_BYTES = 2**24
 """A feature map of at most this size: larger ones leave the cache, and cost fresh memory."""
 
 
-def _images_at_once(teacher: Captured) -> int:
+_NETWORKS = 2
+"""Whose activations are held: the student saves its own, rounded and not, beside the teacher's."""
+
+
+def _images_at_once(teacher: Captured, memory: MemoryBudget) -> int:
     """How many images go through the networks together; gradients add up over the rest."""
+    fits = memory.images(_NETWORKS * training_bytes(teacher.network.graph), teacher.device)
+    if teacher.device.type != "cpu":
+        return fits
     activations = filter(queries.is_activation, teacher.network.graph.nodes)
     largest = max(map(queries.numbers_per_image, activations))
-    return max(1, _FEATURE_BYTES // (4 * largest))
+    return min(fits, max(1, _FEATURE_BYTES // (4 * largest)))
 
 
 def _predictors(

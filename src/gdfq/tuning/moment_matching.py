@@ -1,19 +1,26 @@
 """Moment matching: the correction of a student's biases and weight scales."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from gdfq.execution.budget import MemoryBudget
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
+from gdfq.graph.memory import part_images
+from gdfq.graph.walk import PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.student.build import Student
 
 
 @torch.no_grad()
-def match_moments_(student: Student, teacher: Captured, images: Tensor) -> None:
+def match_moments_(
+    student: Student, teacher: Captured, images: Tensor, memory: MemoryBudget = MemoryBudget()
+) -> None:
     """Give each layer's output channels the teacher's mean and standard deviation.
 
     Rounding scales and shifts the values of a channel, and over many layers that grows. Layer after
@@ -26,32 +33,38 @@ def match_moments_(student: Student, teacher: Captured, images: Tensor) -> None:
     Args:
         student: A student whose weight quantizers rescale, changed in place.
         teacher: The network whose moments are the targets.
-        images: [N, *input_shape].
+        images: [N, *input_shape], of which the first are used that have 2^24 numbers together (111
+            of 3x224x224): more of large images add nothing.
+        memory: Decides whether the images pass in parts. A batch in parts has the same moments but
+            for the rounding of sums.
     """
-    targets = _OutputMoments(fold_batch_norms(teacher).network)
-    targets.run(images)
-    _MatchMoments(student.network, targets.moments).run(images)
+    images = images[: max(1, _MAX_NUMBERS // math.prod(images.shape[1:]))]
+    network = fold_batch_norms(teacher).network
+    parts = images.split(part_images(network.graph, len(images), memory, images.device))
+    targets = _OutputMoments(network)
+    targets.run_parts(parts)
+    _MatchMoments(student.network, targets.moments).run_parts(parts)
 
 
+_MAX_NUMBERS = 2**24
+"""Of the images whose moments are matched."""
 _MIN_SAMPLES = 32
 """Values of a channel that a standard deviation needs."""
 
 
-class _OutputMoments(fx.Interpreter):
+class _OutputMoments(PartsInterpreter):
     """Runs a network and records mean and variance of the output channels of each layer."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if queries.has_weight(n):
-            self.moments[n.name] = _channel_moments(n, value)
-        return value
+    def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
+        if queries.has_weight(node):
+            self.moments[node.name] = _channel_moments(node, [env[node] for env in envs])
 
 
-class _MatchMoments(fx.Interpreter):
+class _MatchMoments(PartsInterpreter):
     """Runs a student and corrects each layer before the next one runs."""
 
     def __init__(self, network: fx.GraphModule, targets: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -59,37 +72,49 @@ class _MatchMoments(fx.Interpreter):
         self.targets = targets
         self.corrected: set[WeightQuantizer] = set()
 
-    def run_node(self, n: fx.Node) -> Any:
-        if isinstance(quantizer := self.submodules.get(str(n.target)), ActivationQuantizer):
+    def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
+        if isinstance(quantizer := self.submodules.get(str(node.target)), ActivationQuantizer):
             quantizer.batches.zero_()
-            (x,), _ = self.fetch_args_kwargs_from_env(n)
-            quantizer.observe_(x)
-        value = super().run_node(n)
-        if operators.name_of(n) not in operators.WEIGHTED:
-            return value
-        weight = self.submodules.get(queries.weight_name(n))
+            (source,) = node.all_input_nodes
+            quantizer.observe_(*(env[source] for env in envs))
+
+    def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
+        if operators.name_of(node) not in operators.WEIGHTED:
+            return
+        weight = self.submodules.get(queries.weight_name(node))
         if not isinstance(weight, WeightQuantizer) or weight in self.corrected:
-            return value
+            return
         self.corrected.add(weight)
-        (mean, variance), (target_mean, target) = _channel_moments(n, value), self.targets[n.name]
+        mean, variance = _channel_moments(node, [env[node] for env in envs])
+        target_mean, target = self.targets[node.name]
         # Channels that hardly vary say nothing about their scale, nor do a few samples.
         varies = torch.minimum(variance, target) > 1e-6 * target.mean()
-        samples = value.numel() // len(mean)
+        samples = sum(env[node].numel() for env in envs) // len(mean)
         ratio = (target / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
         factor = torch.where(varies & (samples >= _MIN_SAMPLES), ratio.clamp(0.5, 2.0), 1.0)
         shift = target_mean - factor * mean
-        bias_node = queries.bias_of(n)
+        bias_node = queries.bias_of(node)
         assert bias_node is not None
         weight.rescale_(factor)
         self.fetch_attr(str(bias_node.target)).mul_(factor).add_(shift)
-        shape = [1] * value.ndim
-        shape[queries.channel_dim(n)] = -1
-        return value * factor.view(shape) + shift.view(shape)
+        shape = [1] * envs[0][node].ndim
+        shape[queries.channel_dim(node)] = -1
+        for env in envs:
+            env[node] = env[node] * factor.view(shape) + shift.view(shape)
 
 
-def _channel_moments(layer: fx.Node, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each output channel, each [O]."""
-    channels = queries.channel_dim(layer) % output.ndim
-    others = [d for d in range(output.ndim) if d != channels]
-    variance, mean = torch.var_mean(output, others, correction=0)
-    return mean, variance
+def _channel_moments(layer: fx.Node, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each output channel over all parts [n, ...], each [O]."""
+    channels = queries.channel_dim(layer) % parts[0].ndim
+    others = [d for d in range(parts[0].ndim) if d != channels]
+    found = [torch.var_mean(part, others, correction=0) for part in parts]
+    if len(found) == 1:
+        variance, mean = found[0]
+        return mean, variance
+    total = sum(map(len, parts))
+    shares = torch.tensor([len(part) / total for part in parts], dtype=torch.float64)
+    shares = shares.to(parts[0].device)[:, None]
+    variances, means = (torch.stack(values).double() for values in zip(*found, strict=True))
+    whole = (shares * means).sum(0)
+    spread = (shares * (variances + (means - whole).square())).sum(0)
+    return whole.to(parts[0].dtype), spread.to(parts[0].dtype)

@@ -20,6 +20,7 @@ from gdfq.files.plain_values import tagged
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import Captured
+from gdfq.graph.memory import forward_images
 from gdfq.optim import Cosine, OptimizerConfig, Schedule, set_rate_
 from gdfq.quantizers.base import ActivationQuantizer, QDrop, WeightQuantizer
 from gdfq.sources.base import Batch
@@ -138,6 +139,7 @@ def reconstruct_(
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
     observed = target = torch.cat([batch.images for batch in batches])
     total = updates * len(student_blocks)
+    at_once = min(_MAX_IMAGES, forward_images(network.graph, context.memory, teacher.device))
     place = context.checkpointer.register(
         "reconstruction", _Place(random_stream(context.seed, "reconstruct.draw"))
     )
@@ -146,14 +148,14 @@ def reconstruct_(
         block.requires_grad_(True)
         for parameter in finished:
             parameter.requires_grad_(False)
-        inputs, target = target, _mapped(goal, target)
+        inputs, target = target, _mapped(goal, target, at_once)
         if place.block <= index:
             place.enter_(index, optimizer := config.optimizer.build(block))
             parts = observed, inputs, target
             for rate, losses in _updates(block, parts, config, updates, optimizer, place):
                 context.listener(Step("tune", updates * index + place.update, total, losses, rate))
         _settle_(block)
-        observed = _mapped(block, observed)
+        observed = _mapped(block, observed, at_once)
         finished.update(block.parameters())
     student.requires_grad_(True)
 
@@ -258,10 +260,14 @@ def _settle_(block: fx.GraphModule) -> None:
             module.settle_()
 
 
+_MAX_IMAGES = 64
+"""Images that pass a block together: more are no faster."""
+
+
 @torch.no_grad()
-def _mapped(block: fx.GraphModule, images: Tensor) -> Tensor:
+def _mapped(block: fx.GraphModule, images: Tensor, at_once: int) -> Tensor:
     """Return the outputs of a block for all images, computed in small batches."""
-    parts = [(part, block(part)) for part in images.split(64)]
+    parts = [(part, block(part)) for part in images.split(at_once)]
     for part, output in parts:
         if len(output) != len(part):
             raise UsageError(

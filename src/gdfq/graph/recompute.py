@@ -1,0 +1,183 @@
+"""A graph in segments, of which some are computed again in the backward pass (arXiv 1604.06174).
+
+Autograd saves what enters such a segment instead of all that is inside, and makes the inside again
+when the gradient reaches it. The numbers are the same to the bit: the operators, their inputs and
+the order in which gradients add up are.
+"""
+
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from gdfq.execution.budget import MemoryBudget
+from gdfq.graph import queries
+from gdfq.graph.memory import saved_bytes, tensor_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive nodes of a graph.
+
+    Attributes:
+        nodes: Its nodes, of the graph that was cut.
+        inputs: The nodes before it that it reads.
+        outputs: Its nodes that are read behind it.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    def module(self, root: fx.GraphModule) -> fx.GraphModule:
+        """Return a network that computes the outputs from the inputs, with the tensors of root."""
+        graph = fx.Graph()
+        new = {node: graph.placeholder(node.name) for node in self.inputs}
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                if source not in new:  # a weight: a node of any place
+                    new[source] = graph.node_copy(source)
+            new[node] = graph.node_copy(node, new.__getitem__)
+        graph.output(tuple(new[node] for node in self.outputs))
+        return fx.GraphModule(root, graph)
+
+
+def segments(graph: fx.Graph, ends: Collection[fx.Node]) -> list[Segment]:
+    """Cut a graph behind each of the given nodes."""
+    parts: list[list[fx.Node]] = [[]]
+    ended = False
+    for node in graph.nodes:
+        if node.op in {"placeholder", "output", "get_attr"}:
+            continue
+        # The members of a tuple stay with it: what passes from one segment to the next is tensors.
+        if ended and node.target is not operator.getitem:
+            parts.append([])
+            ended = False
+        parts[-1].append(node)
+        ended = ended or node in ends
+    place = {node: index for index, part in enumerate(parts) for node in part}
+    return [_segment(part, index, place) for index, part in enumerate(parts) if part]
+
+
+def _segment(part: Sequence[fx.Node], index: int, place: Mapping[fx.Node, int]) -> Segment:
+    sources = dict.fromkeys(source for node in part for source in node.all_input_nodes)
+    inputs = [s for s in sources if s.op != "get_attr" and place.get(s, -1) != index]
+    outputs = [n for n in part if any(place.get(user, -1) != index for user in n.users)]
+    return Segment(tuple(part), tuple(inputs), tuple(outputs))
+
+
+def recomputed_segments(
+    parts: Sequence[Segment], sizes: Mapping[fx.Node, int], room: float
+) -> frozenset[int]:
+    """Choose the segments to compute again so that an image needs at most `room` bytes.
+
+    The largest come first: large feature maps cost little arithmetic for each byte that they save.
+
+    Args:
+        parts: All segments in order.
+        sizes: The bytes of each node's tensor for one image.
+        room: Bytes for an image, forward and backward.
+
+    Returns:
+        The indices of the segments; all of them where even that is not enough.
+    """
+    inside = [sum(sizes.get(node, 0) for node in part.nodes) for part in parts]
+    ends = [sum(sizes.get(node, 0) for node in part.outputs) for part in parts]
+    gradients = saved_bytes(sizes.values()) - sum(sizes.values())
+    chosen: set[int] = set()
+    for index in sorted(range(len(parts)), key=lambda i: -inside[i]):
+        kept = sum(ends[i] if i in chosen else inside[i] for i in range(len(parts)))
+        again = max((inside[i] - ends[i] for i in chosen), default=0)
+        if kept + again + gradients <= room:
+            break
+        chosen.add(index)
+    return frozenset(chosen)
+
+
+class SegmentedNetwork(nn.Module):
+    """Computes what a network does, segment by segment, some of them twice.
+
+    Args:
+        network: The network that was cut; its tensors are shared.
+        parts: Its segments.
+        recomputed: The indices of those that are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, network: fx.GraphModule, parts: Sequence[Segment], recomputed: Collection[int]
+    ) -> None:
+        super().__init__()
+        self._parts, self._recomputed = parts, frozenset(recomputed)
+        self._modules_of = nn.ModuleList(part.module(network) for part in parts)
+        (self._input,) = network.graph.find_nodes(op="placeholder")
+        (output,) = network.graph.find_nodes(op="output")
+        self._outputs = output.args[0]
+        last: dict[fx.Node, int] = {}
+        for index, part in enumerate(parts):
+            last |= dict.fromkeys(part.inputs, index)
+        returned = set(output.all_input_nodes)
+        self._finished = [
+            [node for node, at in last.items() if at == index and node not in returned]
+            for index in range(len(parts))
+        ]
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the network returns for images [N, *input_shape]."""
+        values: dict[fx.Node, Any] = {self._input: images}
+        for index, (part, module) in enumerate(zip(self._parts, self._modules_of, strict=True)):
+            inputs = [values[node] for node in part.inputs]
+            if index in self._recomputed and torch.is_grad_enabled():
+                found = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                found = module(*inputs)
+            values.update(zip(part.outputs, found, strict=True))
+            for node in self._finished[index]:
+                del values[node]
+        return fx.node.map_arg(self._outputs, values.__getitem__)
+
+
+class BudgetedNetwork:
+    """A network whose backward pass stays within a memory budget, whatever the batch.
+
+    A batch that fits passes the network as it is. For a larger one, as many segments as needed are
+    computed again in the backward pass. The network must give the same values when it is computed
+    again: it draws no random numbers.
+
+    Args:
+        network: Takes images and returns any structure of tensors.
+        ends: Nodes of its graph behind which it may be cut; behind its layers where there are none.
+        budget: The memory budget.
+        device: Where the network is.
+    """
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        ends: Collection[fx.Node],
+        budget: MemoryBudget,
+        device: torch.device,
+    ) -> None:
+        self._network, self._ends = network, ends
+        self._budget, self._device = budget, device
+        self._sizes = tensor_bytes(network.graph)
+        self._needed = saved_bytes(self._sizes.values())
+        self._by_count: dict[int, Callable[[Tensor], Any]] = {}
+
+    def __call__(self, images: Tensor) -> Any:
+        """Return what the network returns for images [N, *input_shape]."""
+        count = len(images)
+        if not torch.is_grad_enabled() or count <= self._budget.images(self._needed, self._device):
+            return self._network(images)
+        if count not in self._by_count:
+            self._by_count[count] = self._segmented(count)
+        return self._by_count[count](images)
+
+    def _segmented(self, count: int) -> SegmentedNetwork:
+        graph = self._network.graph
+        parts = segments(graph, self._ends or list(filter(queries.has_weight, graph.nodes)))
+        room = self._budget.room(self._device) / count
+        return SegmentedNetwork(self._network, parts, recomputed_segments(parts, self._sizes, room))

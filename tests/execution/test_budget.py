@@ -1,0 +1,189 @@
+"""The memory budget, and what activations take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import networks
+from torch import nn
+
+import gdfq
+from gdfq.errors import UsageError
+from gdfq.execution.budget import MemoryBudget, parse_bytes
+from gdfq.execution.context import Context
+from gdfq.functional.grid import Bits
+from gdfq.functional.losses import relative_statistics_loss
+from gdfq.graph.capture import capture
+from gdfq.graph.memory import forward_bytes, forward_images, tensor_bytes, training_bytes
+from gdfq.graph.recompute import BudgetedNetwork, recomputed_segments, segments
+from gdfq.graph.statistics import StatisticsNetwork, unit_input
+from gdfq.quantizers.lsq import LearnedRange
+from gdfq.quantizers.minmax import MovingRange
+from gdfq.recipes import QUICK
+from gdfq.sources.base import Batch
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
+from gdfq.student.build import build_student
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.moment_matching import match_moments_
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("1.5KiB", 1536),
+        ("2 GiB", 2**31),
+        ("3MB", 3_000_000),
+        ("0", None),
+        ("a", None),
+    ],
+)
+def test_parse_bytes(text, size):
+    assert parse_bytes(text) == size
+
+
+def test_a_budget_is_of_text_bytes_or_nothing():
+    assert MemoryBudget.of("2GiB") == MemoryBudget.of(2**31) == MemoryBudget(2**31)
+    assert MemoryBudget.of(None) == MemoryBudget()
+    assert MemoryBudget.of(MemoryBudget(7)) == MemoryBudget(7)
+
+
+@pytest.mark.parametrize("memory", ["much", "0", 0, -1, 1.5])
+def test_a_budget_refuses_what_is_no_size(memory):
+    with pytest.raises(UsageError, match="memory must be a positive number of bytes"):
+        MemoryBudget.of(memory)
+
+
+def test_at_least_one_image_fits():
+    assert [MemoryBudget(100).images(size, CPU) for size in (30, 100, 101)] == [3, 1, 1]
+    assert MemoryBudget().room(CPU) == 3 * 2**29
+
+
+class Chain(nn.Module):
+    """[N, 1, 4] -> relu -> linear to 8 numbers -> sum with itself doubled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+
+    def forward(self, x):
+        y = self.linear(torch.relu(x))
+        return torch.sigmoid(y) + y
+
+
+def test_bytes_of_a_graph_by_hand():
+    # Input and ReLU have 4 numbers, linear, sigmoid and sum 8: 16, 16, 32, 32, 32 bytes. The most
+    # is alive at the sum: linear, sigmoid and the sum itself. Work space is twice the largest.
+    graph = capture(Chain(), torch.zeros(1, 1, 4)).network.graph
+    assert sorted(tensor_bytes(graph).values()) == [16, 16, 32, 32, 32]
+    assert forward_bytes(graph) == 96 + 64
+    assert training_bytes(graph) == 128 + 64
+    assert forward_images(graph, MemoryBudget(500), CPU) == 3
+
+
+def gradient_of(network, images):
+    images = images.clone().requires_grad_()
+    _, observed = network(images)
+    stored = network.stored
+    (grad,) = torch.autograd.grad(relative_statistics_loss(observed, stored), images)
+    return grad
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+def test_recomputed_statistics_have_the_same_gradient_to_the_bit(teacher, share):
+    images = networks.images(6)
+    unit = unit_input(teacher)
+    plain = StatisticsNetwork(teacher, of_input=unit)
+    needed = training_bytes(teacher.network.graph) * len(images)
+    budget = MemoryBudget(int(share * needed))
+    budgeted = StatisticsNetwork(teacher, of_input=unit, memory=budget)
+    assert torch.equal(gradient_of(plain, images), gradient_of(budgeted, images))
+    assert budgeted._module._by_count  # it was indeed computed in segments
+
+
+def test_a_batch_that_fits_passes_whole(teacher):
+    network = BudgetedNetwork(teacher.network, [], MemoryBudget(), CPU)
+    assert torch.equal(network(networks.images(3)), teacher.network(networks.images(3)))
+    assert not network._by_count
+
+
+def test_segments_hold_every_node_once(teacher):
+    graph = teacher.network.graph
+    computed = [node for node in graph.nodes if node.op == "call_function"]
+    parts = segments(graph, computed[::3])
+    assert [node for part in parts for node in part.nodes] == computed
+    sizes = tensor_bytes(graph)
+    assert recomputed_segments(parts, sizes, 2.0**40) == frozenset()
+    assert recomputed_segments(parts, sizes, 0) == frozenset(range(len(parts)))
+
+
+QUICKEST = replace(
+    QUICK, source=ImagePool(SpectralSource(batch=8, iterations=3), images=24, batch=12), steps=8
+)
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "quickest"])
+def test_a_run_does_not_depend_on_its_budget(recipe, tiny):
+    """Images are the same to the bit; students are equally near to the network.
+
+    Batches in parts have the same ranges, but moments are means over parts, and gradients sums over
+    them, which rounds otherwise; this budget also splits the batches of tuning further, and the
+    errors of features are relative to each part. Four bits then make another student as good.
+    """
+    network, example = networks.make("Residual"), networks.images(2)
+    recipe = {"tiny": tiny, "quickest": QUICKEST}[recipe]
+    small, large = (
+        gdfq.quantize(network, example, "w4a4", recipe, memory=memory, seed=1)
+        for memory in ("100KB", "1GiB")
+    )
+    assert torch.equal(small.examples, large.examples)
+    images = networks.images(64)
+    with torch.no_grad():
+        few, many, exact = (module(images) for module in (small, large, network.eval()))
+    assert float((few - exact).norm()) == pytest.approx(float((many - exact).norm()), rel=0.3)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (3, 5), (1, 1, 6)])
+@pytest.mark.parametrize("kind", [LearnedRange, MovingRange])
+def test_ranges_of_a_batch_in_parts_are_those_of_the_whole(sizes, kind):
+    batch = torch.randn(8, 5, 61, 61, generator=torch.Generator().manual_seed(0))
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    whole, parts = kind(4), kind(4)
+    for x in (batch, 0.5 * batch):
+        whole.observe_(x)
+        parts.observe_(*x.split(list(sizes)))
+    assert [a.item() for a in whole.grid()] == [a.item() for a in parts.grid()]
+
+
+def student_of(teacher, memory):
+    student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=QUICK.quantizers).eval()
+    batches = [Batch((networks.images(10, seed=seed),), None, None) for seed in range(2)]
+    calibrate_(student, batches, steps=2, context=Context(memory=memory))
+    return student
+
+
+TINY = MemoryBudget(30_000)
+
+
+def test_calibration_in_parts_finds_the_same_ranges(teacher):
+    assert forward_images(teacher.network.graph, TINY, CPU) < 10
+    whole, parts = (student_of(teacher, memory) for memory in (MemoryBudget(), TINY))
+    expected = whole.ranges()
+    assert expected
+    assert parts.ranges() == pytest.approx(expected, rel=1e-4)
+
+
+def test_moments_in_parts_are_matched_alike(teacher):
+    images = networks.images(20)
+    students = [student_of(teacher, MemoryBudget()) for _ in range(2)]
+    before = students[0](images)
+    for student, memory in zip(students, (MemoryBudget(), TINY), strict=True):
+        match_moments_(student, teacher, images, memory)
+    whole, parts = (student(images) for student in students)
+    assert not torch.allclose(before, whole, rtol=1e-2)
+    # A value at the border between two codes may round the other way.
+    assert ((whole - parts).norm() / whole.norm()) < 0.02
