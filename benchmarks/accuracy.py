@@ -38,6 +38,7 @@ from support.real_networks import (
 from torch import Tensor
 
 import gdfq
+from gdfq import pipeline
 from gdfq.analysis.accuracy import logits_of
 from gdfq.data.datasets import ArrayData, ImageData, load_data
 from gdfq.data.preprocessing import Preprocessing
@@ -48,10 +49,10 @@ from gdfq.files.plain_values import fingerprint
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
+from gdfq.plan import Plan
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.given import GivenImages, on_images
 from gdfq.sources.pool import ImagePool, StoredImages, collect
-from gdfq.stages import quantize_captured
 from gdfq.student.scheme import Scheme
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -262,9 +263,8 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
             source = on_images(source, few, network.preprocessing)
         started = time.perf_counter()
         scheme = Scheme(Bits.parse(row.bits), recipe.placement)
-        student, _ = quantize_captured(
-            teacher, scheme, recipe, source, context=Context(seed=row.seed, listener=listener)
-        )
+        plan = Plan(teacher, scheme, recipe, source, network.preprocessing)
+        student = pipeline.run(plan, Context(seed=row.seed, listener=listener)).network
     seconds = {"images": made, "student": time.perf_counter() - started}
     images = source.images if isinstance(source, ImagePool) else recipe.steps * source.batch
     return student, {"steps": recipe.steps, "images": images, "seconds": seconds}, source.batch

@@ -22,6 +22,7 @@ import torch
 from benchmarks.accuracy import NETWORKS, Row, compared, hash_of, stored
 from support.places import RESULTS, SHARED
 
+from gdfq import pipeline
 from gdfq.analysis.accuracy import logits_of
 from gdfq.analysis.bit_allocation import choose_widths, file_sizes
 from gdfq.data.datasets import load_data
@@ -34,9 +35,9 @@ from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
+from gdfq.plan import Plan
 from gdfq.recipes import QUICK, Recipe
 from gdfq.sources.pool import ImagePool
-from gdfq.stages import quantize_captured
 from gdfq.student.scheme import Scheme
 
 FILE = RESULTS / "auto_bits.json"
@@ -53,9 +54,8 @@ def run(
     """Bytes and accuracy of the scheme's student."""
     network = NETWORKS[name]
     started = time.perf_counter()
-    student, _ = quantize_captured(
-        teacher, scheme, recipe, recipe.source, context=Context(seed=seed, listener=listener)
-    )
+    plan = Plan(teacher, scheme, recipe, recipe.source, network.preprocessing)
+    student = pipeline.run(plan, Context(seed=seed, listener=listener)).network
     seconds = time.perf_counter() - started
     card = card_of(name, teacher, scheme, recipe, seed)
     data = to_onnx(student, teacher.inputs, metadata_of(card, {}, safe=False))

@@ -84,11 +84,11 @@ def measured(
     model: nn.Module, folder: Path, options: argparse.Namespace, meter: Meter
 ) -> dict[str, Any]:
     """One run with all that the command line does, in the folder."""
-    from gdfq.analysis.evidence import gather
     from gdfq.execution.checkpoints import Checkpoints
     from gdfq.graph.capture import capture
     from gdfq.pipeline import quantize
     from gdfq.recipes import QUICK
+    from gdfq.runs.diagnostics import gather
 
     source: Any = QUICK.source
     if options.iterations is not None:

@@ -24,7 +24,7 @@ from scipy.optimize import least_squares
 from support.places import CACHE, RESULTS, ROOT, SHARED
 from torch import Tensor, fx
 
-from gdfq import demo
+from gdfq import demo, pipeline
 from gdfq.analysis.accuracy import logits_of
 from gdfq.analysis.accuracy_drop import LAW, Law, comparable, judged, mixed
 from gdfq.analysis.accuracy_drop import made as spectral_images
@@ -39,12 +39,12 @@ from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
+from gdfq.plan import Plan
 from gdfq.quantizers.family import MINMAX
 from gdfq.recipes import PAPER, QUICK, Recipe
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
-from gdfq.stages import quantize_captured
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.base import NO_TUNING
 
@@ -208,13 +208,8 @@ def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
         scheme = Scheme(Bits.parse(run.bits), recipe.placement)
         with Terminal() as listener:
             recipe, _ = stored(recipe, teacher, run, listener)  # type: ignore[arg-type]
-            student, _ = quantize_captured(
-                teacher,
-                scheme,
-                recipe,
-                recipe.source,
-                context=Context(seed=run.seed, listener=listener),
-            )
+            plan = Plan(teacher, scheme, recipe, recipe.source, shapes(run.network)[1])
+            student = pipeline.run(plan, Context(seed=run.seed, listener=listener)).network
         card = Card(
             teacher.inputs, teacher.classes, teacher.outputs, shapes(run.network)[1],
             scheme.bits, scheme.placement, run.recipe, run.seed,

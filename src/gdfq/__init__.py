@@ -16,46 +16,123 @@ from gdfq.version import __version__
 
 if TYPE_CHECKING:
     from gdfq.api import generate, load, quantize
-    from gdfq.deploy.export import Exported
+    from gdfq.data.preprocessing import Resize
+    from gdfq.deploy.export import TARGETS, Exported
+    from gdfq.deploy.target import Target
     from gdfq.errors import GdfqDeprecationWarning, GdfqError, GdfqWarning, UsageError
+    from gdfq.execution.budget import MemoryBudget
+    from gdfq.execution.context import Context
+    from gdfq.files.plain_values import fingerprint, tagged
     from gdfq.graph.capture import Captured, capture
+    from gdfq.graph.inputs import InputSpec
+    from gdfq.optim import AdamConfig, Cosine, SgdConfig, StepDecay
     from gdfq.quantized import QuantizedNetwork
+    from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily
     from gdfq.recipes import RECIPES, Recipe
     from gdfq.report import write_report
+    from gdfq.sources.base import Batch, Source
+    from gdfq.sources.generator import GeneratorSource
+    from gdfq.sources.latent import LatentSource
+    from gdfq.sources.patches import PatchSource
+    from gdfq.sources.pixels import OptimisedSource
+    from gdfq.sources.pool import ImagePool
+    from gdfq.sources.spectral import SpectralSource
+    from gdfq.tuning.base import NO_TUNING, Tuning
+    from gdfq.tuning.distill import Distillation
+    from gdfq.tuning.grid_adam import GridAdam
+    from gdfq.tuning.reconstruct import Reconstruction
 
 _HOME = {
+    "ADAROUND": "gdfq.quantizers.family",
+    "AdamConfig": "gdfq.optim",
+    "Batch": "gdfq.sources.base",
     "Captured": "gdfq.graph.capture",
+    "Context": "gdfq.execution.context",
+    "Cosine": "gdfq.optim",
+    "Distillation": "gdfq.tuning.distill",
     "Exported": "gdfq.deploy.export",
     "GdfqDeprecationWarning": "gdfq.errors",
     "GdfqError": "gdfq.errors",
     "GdfqWarning": "gdfq.errors",
+    "GeneratorSource": "gdfq.sources.generator",
+    "GridAdam": "gdfq.tuning.grid_adam",
+    "ImagePool": "gdfq.sources.pool",
+    "InputSpec": "gdfq.graph.inputs",
+    "LSQ": "gdfq.quantizers.family",
+    "LatentSource": "gdfq.sources.latent",
+    "MINMAX": "gdfq.quantizers.family",
+    "MemoryBudget": "gdfq.execution.budget",
+    "NO_TUNING": "gdfq.tuning.base",
+    "OptimisedSource": "gdfq.sources.pixels",
+    "PatchSource": "gdfq.sources.patches",
     "QuantizedNetwork": "gdfq.quantized",
+    "QuantizerFamily": "gdfq.quantizers.family",
     "RECIPES": "gdfq.recipes",
     "Recipe": "gdfq.recipes",
+    "Reconstruction": "gdfq.tuning.reconstruct",
+    "Resize": "gdfq.data.preprocessing",
+    "SgdConfig": "gdfq.optim",
+    "Source": "gdfq.sources.base",
+    "SpectralSource": "gdfq.sources.spectral",
+    "StepDecay": "gdfq.optim",
+    "TARGETS": "gdfq.deploy.export",
+    "Target": "gdfq.deploy.target",
+    "Tuning": "gdfq.tuning.base",
     "UsageError": "gdfq.errors",
     "capture": "gdfq.graph.capture",
+    "fingerprint": "gdfq.files.plain_values",
     "generate": "gdfq.api",
     "load": "gdfq.api",
     "quantize": "gdfq.api",
+    "tagged": "gdfq.files.plain_values",
     "write_report": "gdfq.report",
 }
 """The module that each public name is imported from."""
 
 __all__ = [
+    "ADAROUND",
+    "LSQ",
+    "MINMAX",
+    "NO_TUNING",
     "RECIPES",
+    "TARGETS",
+    "AdamConfig",
+    "Batch",
     "Captured",
+    "Context",
+    "Cosine",
+    "Distillation",
     "Exported",
     "GdfqDeprecationWarning",
     "GdfqError",
     "GdfqWarning",
+    "GeneratorSource",
+    "GridAdam",
+    "ImagePool",
+    "InputSpec",
+    "LatentSource",
+    "MemoryBudget",
+    "OptimisedSource",
+    "PatchSource",
     "QuantizedNetwork",
+    "QuantizerFamily",
     "Recipe",
+    "Reconstruction",
+    "Resize",
+    "SgdConfig",
+    "Source",
+    "SpectralSource",
+    "StepDecay",
+    "Target",
+    "Tuning",
     "UsageError",
     "__version__",
     "capture",
+    "fingerprint",
     "generate",
     "load",
     "quantize",
+    "tagged",
     "write_report",
 ]
 

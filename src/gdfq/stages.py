@@ -1,126 +1,299 @@
-"""The stages of a student, top to bottom: build → calibrate → warm up → tune → freeze."""
+"""The stages of a run, in order. Each one resumes where it stopped.
 
-from collections.abc import Callable
+A stage that is over leaves a mark among the registered parts of the run; a resumed run skips it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
+from gdfq.analysis.accuracy import output_errors
+from gdfq.analysis.bit_allocation import choose_widths, file_sizes
+from gdfq.analysis.observations import Tested
+from gdfq.data.datasets import summary_of
+from gdfq.deploy.metadata import metadata_of
+from gdfq.errors import GdfqWarning
 from gdfq.execution.context import Context
+from gdfq.execution.guards import told_of_shortage
 from gdfq.execution.progress import Step
-from gdfq.files.states import Results
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.execution.stopwatch import Clock
+from gdfq.files.plain_values import frozen_values
+from gdfq.files.states import Results, name_of
 from gdfq.graph.capture import Captured
-from gdfq.quantizers.family import QuantizerFamily
-from gdfq.recipes import Recipe
-from gdfq.sources.base import Source
+from gdfq.graph.outputs import in_order, output_names
+from gdfq.models.registry import weights_hash
+from gdfq.plan import Plan
+from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.stream import Feed
-from gdfq.student.build import build_student, check_scheme
+from gdfq.student.build import Student, build_student, check_scheme
 from gdfq.student.equalization import channel_scales, rescaled
-from gdfq.student.freeze import freeze
 from gdfq.student.integer_network import IntegerNetwork
-from gdfq.student.scheme import Scheme
+from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.moment_matching import match_moments_
+from gdfq.version import __version__
 
-STUDENT_PARTS = ("scales", "student", "done")
-"""Parts of a student that are registered while it is made, besides those of its tuning."""
+Made = TypeVar("Made")
+
+_PARTS = ("feed", "scales", "student", "done")
+"""Registered parts that a restart drops, besides those of the tuning."""
 
 
-def quantize_captured(
-    teacher: Captured,
-    scheme: Scheme,
-    recipe: Recipe,
-    source: Source,
-    *,
-    context: Context = Context(),
-) -> tuple[IntegerNetwork, Tensor]:
-    """The heart of `quantize`: the frozen student of a captured teacher, on a source's batches.
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """Marks the stages that are over, and takes their time."""
 
-    With it come a few images of the first batch [n, *input_shape].
+    done: Results
+    clock: Clock
+    context: Context
+
+    def end(self, stage: str) -> None:
+        """Mark a stage as over, and write a checkpoint."""
+        self.done[stage] = True
+        self.clock.lap(stage)
+        self.context.checkpointer.stage_ends()
+
+
+def begin(plan: Plan, context: Context) -> Clock:
+    """Read the checkpoint of the run, if there is one, and start the clock.
+
+    Raises:
+        UsageError: The checkpoint belongs to another run.
     """
-    stream = source.stream(teacher, steps=recipe.steps, context=context)
-    feed = Feed(stream, teacher.device)
-    network, _ = frozen_student(teacher, scheme, recipe, feed, context=context)
-    return network, feed.examples
+    context.checkpointer.begin(identity_of(plan, context), environment_of(plan, context))
+    context.group.wait()  # nothing is written before all processes have read
+    return context.checkpointer.register("clock", Clock({"capture": plan.seconds}))
 
 
-def frozen_student(
-    teacher: Captured,
-    scheme: Scheme,
-    recipe: Recipe,
-    feed: Feed,
-    *,
-    context: Context = Context(),
-    lap: Callable[[str], None] = lambda _: None,
-) -> tuple[IntegerNetwork, Captured]:
-    """The student after all stages, each of which goes on where the keeper's parts are.
+def restarting_once(
+    attempt: Callable[[Context], Made], plan: Plan, context: Context
+) -> tuple[Made, str | None]:
+    """Call `attempt`; if its generator collapses, drop its parts and call it with another seed.
 
-    With it comes the teacher as the student began from it: its channels have the same scales.
-    `lap` is called with the name of each stage when it ends.
+    Returns:
+        What the attempt returned, and why there was a restart, if there was one.
+
+    Raises:
+        CollapsedError: The generator collapsed with the other seed, too.
     """
-    tuning, checkpointer, group = recipe.tuning, context.checkpointer, context.group
-    if recipe.quantizers.equalizes:
-        teacher = _equalized(teacher, scheme, recipe.quantizers, feed, context)
+    origin = context.checkpointer.register("origin", Results(seed=context.seed))
+    while True:
+        try:
+            made = attempt(replace(context, seed=origin["seed"]))
+            return made, origin.get("collapsed")
+        except CollapsedError as error:
+            _choose_another_seed_(origin, context.seed, error)
+            context.checkpointer.unregister(*_PARTS, *plan.recipe.tuning.parts)
+
+
+def open_feed(plan: Plan, context: Context) -> Feed:
+    """The batches of the plan's source, none of which is made yet.
+
+    Raises:
+        UsageError: The source cannot make images for this network, or the processes cannot share
+            its batches.
+    """
+    if plan.recipe.tuning.trains:
+        context.group.check_batch(plan.source.batch, f"recipe {plan.recipe.name}")
+    stream = plan.source.stream(plan.teacher, steps=plan.recipe.steps, context=context)
+    return context.checkpointer.register("feed", Feed(stream, plan.teacher.device))
+
+
+def allocate_bits(
+    plan: Plan, feed: Feed, context: Context, clock: Clock
+) -> tuple[Scheme, dict[str, Any] | None]:
+    """The scheme, with each layer's bits chosen where the plan says a size instead of bits.
+
+    Returns:
+        The scheme, and metrics that say what was chosen.
+
+    Raises:
+        UsageError: No choice is small enough.
+    """
+    if plan.size is None:
+        return plan.scheme, None
+    results = context.checkpointer.register("allocation", Results())
+    if not results:
+        card = plan.card(plan.scheme, context.seed)
+        longest = dict.fromkeys(("teacher", "student"), 100.0)
+        sizes = file_sizes(plan.teacher, plan.scheme, metadata_of(card, longest, safe=False))
+        sizes.check(plan.size)  # before the images are made, which takes long
+        chosen = choose_widths(
+            plan.teacher,
+            plan.scheme,
+            plan.source.images_of(feed.stream),
+            plan.size,
+            sizes,
+            listener=context.listener,
+        )
+        results["layer_bits"] = list(map(str, chosen.scheme.layer_bits))
+        results["metrics"] = {
+            "size": plan.size,
+            "bytes": chosen.bytes,
+            "widths": dict(chosen.widths),
+        }
+        clock.lap("allocate")
+        context.checkpointer.stage_ends()
+    layer_bits = tuple(map(LayerBits.parse, results["layer_bits"]))
+    return replace(plan.scheme, layer_bits=layer_bits), results["metrics"]
+
+
+def equalize(plan: Plan, scheme: Scheme, feed: Feed, context: Context) -> Captured:
+    """The teacher with equalized channels, where the recipe's quantizers want that.
+
+    The scales are found on the first images; they are the same after a stop and in all processes.
+
+    Raises:
+        UsageError: The scheme finds nothing to quantize; this is before the images are made.
+    """
+    teacher, family = plan.teacher, plan.recipe.quantizers
+    if not family.equalizes:
+        return teacher
+    scales = context.checkpointer.register("scales", Results())
+    if not scales:
+        check_scheme(teacher, scheme, family)
+        feed.begin()
+        scales.update(channel_scales(teacher, scheme, feed.examples))
+        # A search ends elsewhere where devices round differently.
+        context.group.same_(scales.values())
+    return rescaled(teacher, {name: s.to(teacher.device) for name, s in scales.items()})
+
+
+def build(plan: Plan, scheme: Scheme, teacher: Captured, context: Context) -> Student:
+    """The trainable student of a teacher, whose ranges are not known yet."""
     student = build_student(
         teacher,
         scheme,
-        quantizers=recipe.quantizers,
-        fixed_statistics=tuning.fixed_statistics,
-    ).eval()
-    checkpointer.register("student", student)
-    done = checkpointer.register("done", Results())
+        quantizers=plan.recipe.quantizers,
+        fixed_statistics=plan.recipe.tuning.fixed_statistics,
+    )
+    return context.checkpointer.register("student", student.eval())
 
-    def ends(stage: str) -> None:
-        done[stage] = True
-        lap(stage)
-        checkpointer.stage_ends()
 
-    if "calibrate" not in done:
-        hold = recipe.match_moments or tuning.holds_batches
-        calibrate_(
-            student,
-            feed.until(recipe.calibration, hold=hold),
-            first_step=feed.taken,
-            steps=recipe.calibration,
-            context=context,
+def calibrate(
+    plan: Plan, student: Student, teacher: Captured, feed: Feed, context: Context, marks: Marks
+) -> None:
+    """Find the activation ranges on the first batches, and match the teacher's moments."""
+    recipe = plan.recipe
+    if "calibrate" in marks.done:
+        return
+    calibrate_(
+        student,
+        feed.until(recipe.calibration, hold=recipe.match_moments or recipe.tuning.holds_batches),
+        first_step=feed.taken,
+        steps=recipe.calibration,
+        context=context,
+    )
+    if recipe.match_moments:
+        images = torch.cat([batch.images for batch in feed.held])
+        match_moments_(student, teacher, images, context.memory)
+    # All processes saw the same batches: they differ at most by the rounding of their devices.
+    context.group.same_(student.state_dict().values())
+    marks.end("calibrate")
+
+
+def tune(
+    plan: Plan, student: Student, teacher: Captured, feed: Feed, context: Context, marks: Marks
+) -> None:
+    """Let the generator warm up while the student waits, then tune the student."""
+    recipe = plan.recipe
+    if not recipe.tuning.trains or "tune" in marks.done:
+        return
+    if "warmup" not in marks.done:
+        for batch in feed.until(recipe.warmup):
+            context.listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
+        marks.end("warmup")
+    recipe.tuning.run_(
+        student,
+        teacher,
+        feed,
+        first_step=recipe.warmup,
+        total_steps=recipe.steps,
+        batch=recipe.source.batch,
+        context=context,
+    )
+    marks.end("tune")
+
+
+@contextmanager
+def shortage_explained(plan: Plan) -> Iterator[None]:
+    """Convert a shortage of memory into an error that says what fits."""
+    with told_of_shortage(plan.source.most_at_once, partial(_forward_and_backward, plan.teacher)):
+        yield
+
+
+def measure(
+    plan: Plan, network: IntegerNetwork, context: Context
+) -> tuple[Tested | None, dict[str, Any]]:
+    """Teacher and student on the test images, if there are any; the first process alone does it."""
+    teacher, images, preprocessing = plan.teacher, plan.test, plan.preprocessing
+    if images is None or context.group.rank != 0:
+        return None, {}
+    metrics: dict[str, Any] = {"test_images": len(images)}
+    if images.labels is not None and teacher.classes is not None:
+        tested = Tested.of(
+            teacher, network, images, preprocessing, context.listener, context.memory
         )
-        if recipe.match_moments:
-            images = torch.cat([batch.images for batch in feed.held])
-            match_moments_(student, teacher, images, context.memory)
-        # All saw the same batches, so they differ by what their devices round, if at all.
-        group.same_(student.state_dict().values())
-        ends("calibrate")
-    if tuning.trains and "tune" not in done:
-        if "warmup" not in done:
-            for batch in feed.until(recipe.warmup):  # the student waits
-                context.listener(Step("warmup", feed.taken, recipe.warmup, batch.losses))
-            ends("warmup")
-        tuning.run_(
-            student,
-            teacher,
-            feed,
-            first_step=recipe.warmup,
-            total_steps=recipe.steps,
-            batch=recipe.source.batch,
-            context=context,
-        )
-        ends("tune")
-    network = freeze(student)
-    lap("freeze")
-    return network, teacher
+        predictions = {"teacher": tested.teacher, "student": tested.student}
+        top1 = {who: {"top1": round(p.top1(tested.labels), 4)} for who, p in predictions.items()}
+        return tested, metrics | top1
+    errors = output_errors(
+        network,
+        teacher.network,
+        images,
+        preprocessing,
+        device=teacher.device,
+        listener=context.listener,
+        memory=context.memory,
+    )
+    percent = dict(zip(output_names(teacher), (round(e, 4) for e in errors), strict=True))
+    return None, metrics | {"student": {"error_percent": percent}}
 
 
-def _equalized(
-    teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily, feed: Feed, context: Context
-) -> Captured:
-    """The teacher with alike channels, by the first images; after a stop, and everywhere, the same.
+def identity_of(plan: Plan, context: Context) -> dict[str, Any]:
+    """Which run it is, in plain values: a checkpoint of another one is refused."""
+    network = plan.teacher.network
+    return {
+        "gdfq": __version__,
+        "network": [weights_hash(network), name_of(network.code.encode())],
+        "data": None if plan.given is None else summary_of(plan.given),
+        "size": plan.size,
+        "recipe": frozen_values(plan.recipe),
+        "card": frozen_values(plan.card(plan.scheme, context.seed)),
+        "precision": context.precision,
+    }
 
-    Raises UsageError for a scheme that cannot be, before the images are made.
-    """
-    scales = context.checkpointer.register("scales", Results())
-    if not scales:
-        check_scheme(teacher, scheme, quantizers)
-        feed.begin()
-        scales.update(channel_scales(teacher, scheme, feed.examples))
-        # A search ends elsewhere where devices round otherwise.
-        context.group.same_(scales.values())
-    return rescaled(teacher, {name: s.to(teacher.device) for name, s in scales.items()})
+
+def environment_of(plan: Plan, context: Context) -> dict[str, Any]:
+    """What the rounding of a run depends on: another environment is a warning."""
+    return {
+        "torch": torch.__version__,
+        "device": str(plan.teacher.device),
+        "threads": torch.get_num_threads(),
+        "processes": context.group.size,
+    }
+
+
+def _choose_another_seed_(origin: Results, seed: int, error: CollapsedError) -> None:
+    """Choose a seed to restart from. Raises CollapsedError when that was done before."""
+    if "collapsed" in origin:
+        raise CollapsedError(
+            f"{error} The same happened with another seed: {origin['collapsed']} "
+            "Use a recipe without a generator, such as fast."
+        ) from error
+    origin["collapsed"] = str(error)
+    origin["seed"] = random_stream(seed, "another seed").initial_seed()
+    warnings.warn(f"{error} The run restarts from another seed.", GdfqWarning, stacklevel=3)
+
+
+def _forward_and_backward(teacher: Captured, images: int) -> None:
+    """Pass so many images forward and backward, as a training step does."""
+    inputs = torch.zeros(images, *teacher.input_shape, device=teacher.device, requires_grad=True)
+    with torch.enable_grad():
+        torch.stack([output.sum() for output in in_order(teacher.network(inputs))]).sum().backward()

@@ -14,7 +14,6 @@ from gdfq.analysis import observations as witness
 from gdfq.analysis import predictions as answers
 from gdfq.analysis import sensitivity as harm
 from gdfq.analysis.accuracy import Answers
-from gdfq.analysis.evidence import gather
 from gdfq.analysis.layers import BINS, measure_layers, saturation, sqnr
 from gdfq.data.datasets import ArrayData
 from gdfq.data.preprocessing import Preprocessing
@@ -25,7 +24,7 @@ from gdfq.graph.capture import capture
 from gdfq.graph.queries import images_at_once
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.graph.walk import Walk
-from gdfq.runs.diagnostics import write_evidence
+from gdfq.runs.diagnostics import gather, write_evidence
 from gdfq.sources.base import Batch
 from gdfq.sources.recent import Recent
 from gdfq.sources.spectral import SpectralSource, natural_noise
@@ -317,7 +316,7 @@ def test_what_cannot_be_measured_says_why(teacher, quantized, monkeypatch):
     def fails(*_):
         raise RuntimeError("no memory\nat all")
 
-    monkeypatch.setattr(gdfq.analysis.evidence, "measure_layers", fails)
+    monkeypatch.setattr(gdfq.runs.diagnostics, "measure_layers", fails)
     evidence = gather(teacher, quantized)
     assert evidence.missing == {"layers": "RuntimeError: no memory"}
     assert set(evidence.sections) == {"trust", "images", "test"}

@@ -37,6 +37,7 @@ from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.files.states import name_of
+from gdfq.files.untrusted import header_bytes
 from gdfq.functional.grid import Bits
 from gdfq.models.registry import load_model, load_weights_
 from gdfq.models.weights import read_weights
@@ -333,7 +334,7 @@ def run(tmp_path):
 def signed(change):
     """A stored network whose document was changed and signed again."""
     data = valid_files.student()
-    header = json.loads(data[8 : packed.header_bytes(data)])
+    header = json.loads(data[8 : header_bytes(data)])
     document = json.loads(header["__metadata__"]["gdfq"])
     tensors = safetensors.torch.load(data)
     change(document, tensors)

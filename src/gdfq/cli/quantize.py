@@ -14,7 +14,6 @@ from typing import Any
 import click
 import torch
 
-from gdfq.analysis.evidence import gather
 from gdfq.analysis.preflight import diagnose
 from gdfq.cli.console import print_bits, print_run, warn, warn_about_normalisation
 from gdfq.cli.export import print_export
@@ -34,7 +33,7 @@ from gdfq.plan import NetworkOptions, Plan, plan_of, resolve_method, resolve_net
 from gdfq.quantized import QuantizedNetwork
 from gdfq.report import write_report
 from gdfq.report.read import read_run
-from gdfq.runs.diagnostics import write_evidence
+from gdfq.runs.diagnostics import gather, write_evidence
 from gdfq.runs.folder import RunFolder
 from gdfq.runs.metrics import EXPORT
 from gdfq.runs.names import ONNX_FILE

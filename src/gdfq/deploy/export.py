@@ -11,12 +11,13 @@ from torch import Tensor
 from gdfq.deploy.card import Card
 from gdfq.deploy.onnx.target import ONNX
 from gdfq.deploy.runtimes import Run, program_runner
-from gdfq.deploy.safetensors import from_safetensors, header_bytes, to_safetensors
+from gdfq.deploy.safetensors import from_safetensors, to_safetensors
 from gdfq.deploy.saturation import without_overflow
 from gdfq.deploy.target import Job, Proof, Target, prove_by
 from gdfq.deploy.torch_export import to_program
 from gdfq.errors import UsageError
 from gdfq.files.atomic import make_folder, write_checked
+from gdfq.files.untrusted import header_bytes
 from gdfq.student.integer_network import IntegerNetwork
 
 

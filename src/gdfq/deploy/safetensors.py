@@ -22,7 +22,7 @@ from gdfq.deploy.card import Card
 from gdfq.deploy.graph_json import graph_from_json, graph_to_json
 from gdfq.deploy.shape_check import rehearse
 from gdfq.errors import UsageError
-from gdfq.files.untrusted import check_shape, parse_json
+from gdfq.files.untrusted import check_shape, parse_json, safetensors_header
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits, code_bounds
 from gdfq.graph.inputs import IMAGES, InputSpec, takes_images
 from gdfq.graph.outputs import read_structure
@@ -34,8 +34,6 @@ _READABLE = (4, 5)
 STUDENT_FILE, EXAMPLES_FILE = "student.safetensors", "examples.npz"
 """The files of a saved network: itself, and a few images that exports are compared on."""
 _KEY = "gdfq"
-_HEADER = 8
-"""Bytes in which a safetensors file says how long its header is."""
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -93,11 +91,6 @@ def to_safetensors(network: IntegerNetwork, card: Card) -> bytes:
     return bytes(save(packed, {_KEY: json.dumps(document, separators=(",", ":"))}))
 
 
-def header_bytes(data: bytes) -> int:
-    """How much of a safetensors file is not tensors."""
-    return _HEADER + int.from_bytes(data[:_HEADER], "little")
-
-
 def read(path: Path) -> tuple[IntegerNetwork, Card]:
     """Read what `to_safetensors` made. Raises UsageError as `gdfq.load` says."""
     try:
@@ -118,7 +111,7 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[IntegerNetwor
 
     try:
         tensors = load(data)
-        header = parse_json(data[_HEADER : header_bytes(data)])
+        header = parse_json(safetensors_header(data))
         document = parse_json(header["__metadata__"][_KEY])
         found, version = document["format"], document["version"]
     except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:

@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gdfq.deploy.safetensors import header_bytes
-from gdfq.files.untrusted import parse_json
+from gdfq.files.untrusted import parse_json, safetensors_header
 
-_HEADER, _KEY = 8, "gdfq-state"
+_KEY = "gdfq-state"
 
 
 class Stateful(Protocol):
@@ -119,7 +118,7 @@ def from_bytes(data: bytes, fixed: Callable[[str], Frozen]) -> Any:
             return tensor.as_strided(value["shape"], value["stride"])
         return {key: decoded(inside) for key, inside in value["pairs"]}
 
-    header = parse_json(data[_HEADER : header_bytes(data)])
+    header = parse_json(safetensors_header(data))
     return decoded(parse_json(header["__metadata__"][_KEY]))
 
 

@@ -179,3 +179,17 @@ def _names(file: Any) -> Iterator[str]:
             yield str(argument)
         elif opcode.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
             yield opcode.name
+
+
+_LENGTH_BYTES = 8
+"""Bytes in which a safetensors file says how long its header is."""
+
+
+def header_bytes(data: bytes) -> int:
+    """How many bytes of a safetensors file are not tensors."""
+    return _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+
+
+def safetensors_header(data: bytes) -> bytes:
+    """The JSON header of a safetensors file."""
+    return data[_LENGTH_BYTES : header_bytes(data)]

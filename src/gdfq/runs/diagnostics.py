@@ -1,17 +1,94 @@
-"""The evidence of a run as files: numbers as JSON, arrays as npz."""
+"""The evidence for a run's report: what needs teacher, student and images together.
+
+The folder of a run holds no teacher, so this is measured once, after the run, and written as plain
+numbers: JSON, and arrays as npz. The report is made from these files alone.
+"""
 
 import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gdfq.analysis.evidence import Evidence
+from gdfq.analysis.accuracy_drop import measure
+from gdfq.analysis.images import measure_images
+from gdfq.analysis.layers import measure_layers
+from gdfq.analysis.observations import Witness
+from gdfq.analysis.predictions import measure_changes
+from gdfq.errors import first_line
+from gdfq.execution.budget import MemoryBudget
 from gdfq.files.atomic import write_atomically, write_json
+from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
 from gdfq.runs.names import EVIDENCE, EVIDENCE_ARRAYS
 
 VERSION = 1
 """Of the format of both files."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Numbers by section (`trust`, `layers`, `images`, `test`), and arrays as `section.name`.
+
+    A section that could not be measured is in `missing`, with the reason.
+    """
+
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+def gather(
+    teacher: Captured, quantized: QuantizedNetwork, memory: MemoryBudget = MemoryBudget()
+) -> Evidence:
+    """Measure all that the report shows of a run that has just been made.
+
+    teacher: what it was made from. A section that fails is left out and says why: the run is
+    worth more than its report.
+    """
+    witness = quantized.witness
+    if witness is None:
+        reason = "the network was loaded from a file, which remembers no images"
+        return Evidence(missing=dict.fromkeys(("trust", "layers", "images", "test"), reason))
+    measures = _measures(teacher, quantized, witness, memory)
+    sections: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    missing: dict[str, str] = {}
+    for name, measured in measures.items():
+        started = time.perf_counter()
+        try:
+            found = asdict(measured())
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        ours = {key: value for key, value in found.items() if isinstance(value, np.ndarray)}
+        arrays |= {f"{name}.{key}": value for key, value in ours.items()}
+        sections[name] = {key: value for key, value in found.items() if key not in ours}
+        sections[name]["seconds"] = round(time.perf_counter() - started, 3)
+    if witness.tested is None:
+        missing["test"] = "no labelled test images were given"
+    return Evidence(sections, arrays, missing)
+
+
+def _measures(
+    teacher: Captured, quantized: QuantizedNetwork, witness: Witness, memory: MemoryBudget
+) -> dict[str, Callable[[], Any]]:
+    """What is measured, by its section."""
+    preprocessing = quantized.card.preprocessing
+    measures: dict[str, Callable[[], Any]] = {
+        "trust": lambda: measure(
+            teacher, quantized.network, seed=quantized.card.seed, memory=memory
+        ),
+        "layers": lambda: measure_layers(witness.teacher, quantized.network, witness.images),
+        "images": lambda: measure_images(teacher, witness.images, witness.labels, preprocessing),
+    }
+    tested = witness.tested
+    if tested is not None:
+        measures["test"] = lambda: measure_changes(tested, preprocessing)
+    return measures
 
 
 def write_evidence(evidence: Evidence, folder: Path) -> None:
