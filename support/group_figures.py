@@ -1,5 +1,11 @@
-"""What one process or several compute of one seed; `torchrun group_figures.py OUT` writes it."""
+"""What one process or several compute from one seed.
 
+`python -m support.group_figures FOLDER SIZE ...` writes it for groups of these sizes.
+"""
+
+import multiprocessing
+import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +35,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 
-STEPS = 50
+STEPS = 20
 CONDITIONINGS: tuple[Conditioning, ...] = ("label-embedding", "conditional-batch-norm")
 POOL = ImagePool(SpectralSource(batch=8, iterations=4), images=40, batch=8)
 
@@ -133,7 +139,35 @@ def _flat(module: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
-if __name__ == "__main__":
+def _in_group(folder: Path, rank: int, size: int, port: int) -> None:
+    """Compute as one of `size` processes, with the environment that torchrun gives each."""
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "figures", "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
     with joined(torch.device("cpu")) as group:
-        assert group.size > 1
-        torch.save(figures(group), Path(sys.argv[1]) / f"{group.rank}.pt")
+        assert group.size == size
+        torch.save(figures(group), folder / f"{size}.{rank}.pt")
+
+
+def main(folder: Path, sizes: list[int]) -> None:
+    """Write the figures of groups of processes, forked from one that has captured once."""
+    capture(networks.make("Residual"), networks.images(1))
+    fork = multiprocessing.get_context("fork")
+    for size in sizes:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [
+            fork.Process(target=_in_group, args=(folder, rank, size, port)) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if codes := [process.exitcode for process in processes if process.exitcode]:
+            sys.exit(f"of {size} processes some ended with {codes}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])

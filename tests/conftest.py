@@ -1,17 +1,19 @@
-"""Shared fixtures; `networks.py` beside this file has the networks."""
+"""Fixtures that tests of several packages use; `support/networks.py` has the networks."""
 
 import importlib.util
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import networks
 from support.places import SHARED
 
+from gdfq import demo
 from gdfq.cli import main
 from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import PAPER, Recipe
@@ -34,6 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.check)
 
 
+@dataclass(frozen=True)
+class TrainedDigits:
+    """A network that reads digits, the file of its weights, and the halves of the images."""
+
+    weights: Path
+    network: demo.DigitsNetwork
+    training: demo.Digits
+    held_out: demo.Digits
+
+
 @pytest.fixture(params=networks.NETWORKS)
 def any_network(request: pytest.FixtureRequest) -> torch.nn.Module:
     return networks.make(request.param)
@@ -47,6 +59,21 @@ def residual() -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def teacher(residual: torch.nn.Module) -> Captured:
     return capture(residual, networks.images(1))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> TrainedDigits:
+    """The demonstration's network, trained once for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    file = folder / "digits.safetensors"
+    training, held_out = demo.load_digits()
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            save_file(demo.train(training).state_dict(), file)
+    network = demo.DigitsNetwork()
+    network.load_state_dict(load_file(file))
+    return TrainedDigits(file, network.eval(), training, held_out)
 
 
 @pytest.fixture(scope="session")
