@@ -1,8 +1,8 @@
 """How much memory a whole run takes on a network of large images, by stage.
 
-    python benchmarks/memory.py                       # the whole run; writes results/memory.json
-    python benchmarks/memory.py --steps 8 --iterations 4 --images 250
-    python benchmarks/memory.py --memory 1GiB
+    python -m benchmarks.memory                      # the whole run; writes results/memory.json
+    python -m benchmarks.memory --steps 8 --iterations 4 --images 250
+    python -m benchmarks.memory --memory 1GiB
 
 EfficientNet-Lite0 at 224x224 (4.65 M parameters), recipe `quick` at w8a8, one thread, on a CPU: as
 `gdfq quantize` runs it, with a test, checkpoints, an ONNX file and the evidence for the report, all
@@ -29,10 +29,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.places import RESULTS, SHARED
 from torch import nn
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
-IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_1000"
+import gdfq
+from gdfq.data.datasets import load_data
+from gdfq.execution.checkpoints import Checkpoints
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.graph.capture import capture
+from gdfq.recipes import QUICK
+from gdfq.runs.diagnostics import gather
+
+FILE = RESULTS / "memory.json"
+IMAGES = SHARED / "data" / "imagenet_1000"
 _SHAPE, _MEAN, _STD = (3, 224, 224), (0.498,) * 3, (0.502,) * 3
 
 
@@ -84,12 +93,6 @@ def measured(
     model: nn.Module, folder: Path, options: argparse.Namespace, meter: Meter
 ) -> dict[str, Any]:
     """One run with all that the command line does, in the folder."""
-    from gdfq.execution.checkpoints import Checkpoints
-    from gdfq.graph.capture import capture
-    from gdfq.pipeline import quantize
-    from gdfq.recipes import QUICK
-    from gdfq.runs.diagnostics import gather
-
     source: Any = QUICK.source
     if options.iterations is not None:
         source = replace(source, source=replace(source.source, iterations=options.iterations))
@@ -98,7 +101,7 @@ def measured(
     meter.ends("start")
     teacher = capture(model, torch.zeros(1, *_SHAPE))
     meter.ends("capture")
-    quantized = quantize(
+    quantized = gdfq.quantize(
         teacher,
         torch.zeros(1, *_SHAPE),
         "w8a8",
@@ -122,8 +125,6 @@ def measured(
 
 def _some(folder: Path, count: int) -> Any:
     """The first `count` images of a folder; all as the folder itself, which reads them as needed."""
-    from gdfq.data.datasets import load_data
-
     data = load_data(folder, _SHAPE, 1000)
     if count >= len(data):
         return data
@@ -133,14 +134,14 @@ def _some(folder: Path, count: int) -> Any:
 
 
 def main() -> None:
-    from gdfq.execution.malloc import keep_freed_memory_
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--iterations", type=int, help="of each image; the recipe's own by default")
     parser.add_argument("--images", type=int, default=1000, help="to test on")
     parser.add_argument("--memory", help="the budget, as 2GiB")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
     model = network()
     if model is None or not IMAGES.is_dir():
