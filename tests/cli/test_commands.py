@@ -322,7 +322,7 @@ def test_export_and_bench(place, capsys):
     model.doc_string = "changed"
     onnx.save(model, out / "student.onnx")
     assert main(["bench", str(out)]) == 2
-    assert "changed after it was written. Export it again" in capsys.readouterr().err
+    assert "changed afterwards. Export it again" in capsys.readouterr().err
 
 
 def _network(inputs, folder, outside=False):

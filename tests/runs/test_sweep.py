@@ -119,7 +119,7 @@ def test_a_model_cannot_be_an_option():
         ("networks: [a]\nbits: auto", "bits auto needs a size"),
         ("networks: [a]\nrecipes: fats", "there is no recipe 'fats'"),
         ("networks: [a]\nlayer_bits: [first]", "PATTERN=float"),
-        ("networks: [a]\nplacement: t2", "placement must be one of t1, full; got 't2'"),
+        ("networks: [a]\nplacement: t2", "placement must be one of relu, full; got 't2'"),
         ("networks: [a]\nseeds: [one]", "seeds must be whole numbers, at least 0; got 'one'"),
         ("networks: [a]\nseeds: [true]", "got True"),
         ("networks: [a]\nsteps: 1.5", "steps must be whole numbers"),

@@ -1,9 +1,9 @@
-"""The run folder: what a run writes, in which order, and what makes it finished.
+"""The folder of a run: what a run writes, and in which order.
 
-config.json is written first, history.jsonl and checkpoints grow, the student, a few of the images
-it was tuned on, its ONNX file and the evidence for its report follow, metrics.json is last: a
-folder with metrics.json is a finished run. Then the checkpoints are removed, and the report is made
-from these files alone.
+config.json is written first. history.jsonl and the checkpoints grow during the run. The student, a
+few of the images it was tuned on, its ONNX file and the evidence for its report follow.
+metrics.json is written last: a folder with metrics.json is a finished run. Then the checkpoints are
+removed, and the report is made from these files alone.
 """
 
 from pathlib import Path
@@ -39,13 +39,18 @@ _FILES = (CONFIG, METRICS, *_MADE)
 
 
 class RunFolder:
-    """A folder that is about to hold a run; it is made when the run begins.
+    """The folder that a run writes into. It is created when the run begins.
 
-    Within its `with` block no other process can use it; the lock of a process that died is free.
+    No other process can use the folder within the `with` block. The lock of a process that died is
+    free. An unfinished run resumes if it has a checkpoint; otherwise it restarts.
 
-    Raises UsageError when it cannot be written, is in use, or holds a finished run or files of such
-    names that no run wrote, or links that lead out of it. An unfinished run goes on if it has a
-    checkpoint, else it begins again.
+    Args:
+        path: The folder.
+        checkpoint_every: Minimum time between checkpoints, in seconds.
+
+    Raises:
+        UsageError: The folder cannot be written or is in use; or it holds a finished run, files of
+            the same names that no run wrote, or links that lead out of it.
     """
 
     def __init__(self, path: Path, checkpoint_every: float = INTERVAL) -> None:
@@ -86,12 +91,12 @@ class RunFolder:
         if ours and (path / METRICS).exists():
             raise UsageError(
                 f"{path} already holds a run, which has finished. Choose another --out or remove "
-                f"it; gdfq report {path} writes its report."
+                f"it; gdfq report {path} writes its report again."
             )
         present = [name for name in _FILES if (path / name).exists()]
         if present and not ours:
             raise UsageError(
-                f"the out folder must not hold files of the names that a run writes; {path} "
+                f"the out folder must not hold files with the names that a run writes; {path} "
                 f"has {', '.join(present)}. Choose another --out."
             )
 
@@ -100,9 +105,9 @@ class RunFolder:
         return self.path / HISTORY
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Remove what an unfinished run left and write the configuration.
+        """Remove the files of an unfinished run and write the configuration.
 
-        A run that goes on keeps what it has.
+        A run that resumes keeps its files.
         """
         if self.checkpoints.exists():
             return
@@ -111,11 +116,11 @@ class RunFolder:
         self.write_config(config)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Write the configuration; a run that goes on may have other test images or versions."""
+        """Write the configuration; a resumed run may have other test images or versions."""
         write_json(self.path / CONFIG, config)
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write the metrics, which makes the run a finished one."""
+        """Write the metrics, which finishes the run, and remove the checkpoints."""
         write_json(self.path / METRICS, metrics)
         self.checkpoints.remove()
 

@@ -12,7 +12,7 @@ from gdfq.runs.names import CONFIG, METRICS, ONNX_FILE
 
 EXPORT: Final = "export"
 BENCH: Final = "bench"
-"""Where the metrics of a run say what its ONNX file is, and how fast."""
+"""Keys of the metrics that describe the run's ONNX file."""
 
 
 class Top1(TypedDict, total=False):
@@ -52,9 +52,10 @@ def is_run(config: Path) -> bool:
 
 
 def read_metrics(folder: Path) -> Metrics:
-    """The metrics of a finished run; empty in a folder that no run wrote.
+    """Read the metrics of a finished run; they are empty in a folder that no run wrote.
 
-    Raises UsageError for a run that has not finished, and for a file that no run wrote.
+    Raises:
+        UsageError: The run has not finished, or the file is damaged.
     """
     path, config = (within(folder, folder / name) for name in (METRICS, CONFIG))
     if not path.exists():
@@ -75,7 +76,7 @@ def read_metrics(folder: Path) -> Metrics:
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(
             f"{path} must be as a run wrote it; it is damaged or was changed "
-            f"({first_line(error)}). Remove it to go on without the run's figures."
+            f"({first_line(error)}). Remove it to continue without the run's figures."
         ) from error
     return cast(Metrics, metrics)
 
@@ -90,25 +91,28 @@ def note_export(folder: Path, path: Path, exported: Mapping[str, Any]) -> None:
 
 
 def note_bench(folder: Path, timings: Sequence[Mapping[str, Any]]) -> None:
-    """Let the metrics of a run say how fast its ONNX file is."""
+    """Write into the metrics of a run how fast its ONNX file is."""
     _note(folder, {BENCH: list(timings)})
 
 
-def _note(folder: Path, news: Mapping[str, Any]) -> None:
-    """Add to the metrics of a finished run; a folder that no run wrote has none."""
+def _note(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Update the metrics of a finished run; a folder that no run wrote has none."""
     if (folder / METRICS).exists():
-        write_json(folder / METRICS, {**read_metrics(folder), **news})
+        write_json(folder / METRICS, {**read_metrics(folder), **changes})
 
 
 def check_export(folder: Path) -> None:
-    """Raise UsageError when the ONNX file of a run is another than was written.
+    """Check that the ONNX file of a run is the one that was compared with the network.
 
-    A folder that no run wrote says nothing about it.
+    A folder that no run wrote has nothing to compare with.
+
+    Raises:
+        UsageError: The file was changed.
     """
     expected = read_metrics(folder).get(EXPORT, {}).get("sha256")
     found = hashlib.sha256(within(folder, folder / ONNX_FILE).read_bytes()).hexdigest()
     if expected is not None and found != expected:
         raise UsageError(
-            f"{folder / ONNX_FILE} must be as it was when it was compared with the network; it was "
-            f"changed after it was written. Export it again: gdfq export {folder}"
+            f"{folder / ONNX_FILE} must be the file that was compared with the network; it was "
+            f"changed afterwards. Export it again: gdfq export {folder}"
         )
