@@ -15,7 +15,7 @@ import torch
 from gdfq.analysis.accuracy import output_errors
 from gdfq.analysis.bit_allocation import choose_widths, file_sizes
 from gdfq.analysis.observations import Tested
-from gdfq.data.datasets import summary_of
+from gdfq.data.tensors import summary_of
 from gdfq.deploy.metadata import metadata_of
 from gdfq.errors import GdfqWarning
 from gdfq.execution.context import Context
@@ -29,6 +29,7 @@ from gdfq.graph.capture import Captured
 from gdfq.graph.outputs import in_order, output_names
 from gdfq.models.registry import weights_hash
 from gdfq.plan import Plan
+from gdfq.sources.base import joined_inputs
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.stream import Feed
 from gdfq.student.build import Student, build_student, check_scheme
@@ -159,7 +160,7 @@ def equalize(plan: Plan, scheme: Scheme, feed: Feed, context: Context) -> Captur
     if not scales:
         check_scheme(teacher, scheme, family)
         feed.begin()
-        scales.update(channel_scales(teacher, scheme, feed.examples))
+        scales.update(channel_scales(teacher, scheme, *feed.examples))
         # A search ends elsewhere where devices round differently.
         context.group.same_(scales.values())
     return rescaled(teacher, {name: s.to(teacher.device) for name, s in scales.items()})
@@ -191,8 +192,7 @@ def calibrate(
         context=context,
     )
     if recipe.match_moments:
-        images = torch.cat([batch.images for batch in feed.held])
-        match_moments_(student, teacher, images, context.memory)
+        match_moments_(student, teacher, joined_inputs(feed.held), context.memory)
     # All processes saw the same batches: they differ at most by the rounding of their devices.
     context.group.same_(student.state_dict().values())
     marks.end("calibrate")
@@ -294,6 +294,8 @@ def _choose_another_seed_(origin: Results, seed: int, error: CollapsedError) -> 
 
 def _forward_and_backward(teacher: Captured, images: int) -> None:
     """Pass so many images forward and backward, as a training step does."""
-    inputs = torch.zeros(images, *teacher.input_shape, device=teacher.device, requires_grad=True)
+    inputs = [spec.zeros(images, teacher.device) for spec in teacher.inputs]
+    for tensor in inputs:
+        tensor.requires_grad_(tensor.is_floating_point())
     with torch.enable_grad():
-        torch.stack([output.sum() for output in in_order(teacher.network(inputs))]).sum().backward()
+        torch.stack([output.sum() for output in in_order(teacher.network(*inputs))]).sum().backward()

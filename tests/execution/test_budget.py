@@ -182,7 +182,7 @@ def test_moments_in_parts_are_matched_alike(teacher):
     students = [student_of(teacher, MemoryBudget()) for _ in range(2)]
     before = students[0](images)
     for student, memory in zip(students, (MemoryBudget(), TINY), strict=True):
-        match_moments_(student, teacher, images, memory)
+        match_moments_(student, teacher, (images,), memory)
     whole, parts = (student(images) for student in students)
     assert not torch.allclose(before, whole, rtol=1e-2)
     # A value at the border between two codes may round the other way.

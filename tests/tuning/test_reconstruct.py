@@ -65,7 +65,7 @@ def test_blocks_one_after_the_other_are_the_network(teacher, images):
 def test_matched_moments_are_the_teachers_at_every_layer(teacher, images):
     student = student_of(teacher, images)
     before = layer_moments(student.network, images)
-    match_moments_(student, teacher, images)
+    match_moments_(student, teacher, (images,))
     after = layer_moments(student.network, images)
     wanted = layer_moments(fold_batch_norms(teacher).network, images)
     assert len(wanted) == 3
@@ -104,7 +104,7 @@ def test_channels_that_do_not_vary_keep_their_scale(teacher, images):
     one = images[:1]
     student = student_of(teacher, one, "w8a8")
     steps = student.network.fake_weight.linear.scale.clone()
-    match_moments_(student, teacher, one)
+    match_moments_(student, teacher, (one,))
     assert torch.equal(student.network.fake_weight.linear.scale, steps)
     torch.testing.assert_close(student(one), teacher.network(one), rtol=1e-3, atol=1e-3)
 
@@ -118,7 +118,7 @@ def test_moments_by_hand():
     student = build_student(teacher, Scheme(Bits(2, 8), "full"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), None, None)], steps=1)
     q, wanted = student(x).detach(), teacher.network(x)
-    match_moments_(student, teacher, x)
+    match_moments_(student, teacher, (x,))
     factor = wanted.std(0) / q.std(0)
     assert bool((factor > 0.5).all() and (factor < 2).all())
     expected = (q - q.mean(0)) * factor + wanted.mean(0)

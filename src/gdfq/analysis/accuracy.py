@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.data.datasets import ImageData
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.data.tensors import Data, network_inputs
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener, Step, silent
@@ -42,8 +42,8 @@ class Answers:
 @beside_no_tracing
 @torch.no_grad()
 def logits_of(
-    network: Callable[[Tensor], Tensor],
-    data: ImageData,
+    network: Callable[..., Tensor],
+    data: Data,
     preprocessing: Preprocessing,
     *,
     device: torch.device,
@@ -52,31 +52,32 @@ def logits_of(
 ) -> Tensor:
     """A classifier's logits [N, C], on the CPU, for all images in order."""
     batches = _batches(network, data, preprocessing, device, listener, memory)
-    return torch.cat([network(images).cpu() for images in batches])
+    return torch.cat([network(*inputs).cpu() for inputs in batches])
 
 
 def _batches(
     network: object,
-    data: ImageData,
+    data: Data,
     preprocessing: Preprocessing,
     device: torch.device,
     listener: Listener,
     memory: MemoryBudget,
-) -> Iterator[Tensor]:
-    """All images in order, as the network takes them, as many together as fit."""
+) -> Iterator[tuple[Tensor, ...]]:
+    """All images in order, a tensor for each input of the network, as many together as fit."""
     at_once = _MAX_IMAGES
     graph = getattr(network, "graph", None)
     if isinstance(graph, fx.Graph):
         at_once = min(at_once, forward_images(graph, memory, device))
     parts = torch.arange(len(data)).split(at_once)
     for step, chosen in enumerate(parts, start=1):
-        yield preprocessing(data.images(chosen)).to(device)
+        given = network_inputs(data, chosen, preprocessing)
+        yield tuple(tensor.to(device) for tensor in given)
         listener(Step("evaluate", step, len(parts), {}))
 
 
 def top1(
     network: nn.Module,
-    data: ImageData,
+    data: Data,
     preprocessing: Preprocessing,
     *,
     device: torch.device,
@@ -99,9 +100,9 @@ def top1(
 @beside_no_tracing
 @torch.no_grad()
 def output_errors(
-    student: Callable[[Tensor], Any],
-    teacher: Callable[[Tensor], Any],
-    data: ImageData,
+    student: Callable[..., Any],
+    teacher: Callable[..., Any],
+    data: Data,
     preprocessing: Preprocessing,
     *,
     device: torch.device,
@@ -112,8 +113,8 @@ def output_errors(
     images. It needs no labels.
     """
     powers: list[list[list[Tensor]]] = []
-    for images in _batches(teacher, data, preprocessing, device, listener, memory):
-        pairs = zip(in_order(student(images)), in_order(teacher(images)), strict=True)
+    for inputs in _batches(teacher, data, preprocessing, device, listener, memory):
+        pairs = zip(in_order(student(*inputs)), in_order(teacher(*inputs)), strict=True)
         powers.append([[(a - b).square().sum(), b.square().sum()] for a, b in pairs])
     error, power = torch.tensor(powers, dtype=torch.float64).sum(0).unbind(1)
     relative: list[float] = (100 * (error / power.clamp_min(1e-30)).sqrt()).tolist()

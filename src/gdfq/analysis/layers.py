@@ -97,24 +97,25 @@ def saturation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> float
     return 100 * float(((codes < low) | (codes > high)).double().mean())
 
 
-def measure_layers(teacher: Captured, network: IntegerNetwork, images: Tensor) -> Layers:
+def measure_layers(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) -> Layers:
     """Compare a frozen student layer by layer with its teacher.
 
-    images: normalised [N, *input_shape], of which as many are used as their activations allow.
+    inputs: [N, *shape] for each input, of which as many are used as their activations allow.
     Both networks run side by side, and only what the next nodes need is held.
     """
     teacher = fold_batch_norms(teacher)
-    few = images[: min(_IMAGES, images_at_once(teacher.network))].to(teacher.device)
+    count = min(_IMAGES, images_at_once(teacher.network))
+    few = tuple(tensor[:count].to(teacher.device) for tensor in inputs)
     wanted = weights_of(teacher.network)
     layers_of_student = {layer.node: layer for layer in network.layers}
     pairs = dict(zip(layers_of_student, wanted, strict=True))
     total = sum(map(_stored_bits, layers_of_student.values(), wanted.values()))
     grids = {grid.node: grid for grid in network.activations}
-    harm = measure_harm(teacher, network, few)
+    harm = measure_harm(teacher, network, *few)
 
     layers, activations, spreads, ranges = [], [], [], []
-    outputs = (v.value for v in Walk(teacher.network).visits(few) if v.node in wanted)
-    for visit in Walk(network.module).visits(few):
+    outputs = (v.value for v in Walk(teacher.network).visits(*few) if v.node in wanted)
+    for visit in Walk(network.module).visits(*few):
         if visit.node in grids:
             activations.append(_activation(visit, grids[visit.node]))
             ranges.append(_histogram(visit.inputs[0]))
@@ -141,7 +142,7 @@ def measure_layers(teacher: Captured, network: IntegerNetwork, images: Tensor) -
         tuple(layers),
         tuple(activations),
         harm.kind,
-        len(few),
+        len(few[0]),
         weight_counts,
         weight_ends,
         activation_counts,

@@ -6,11 +6,12 @@ from functools import partial
 from torch import Tensor
 
 from gdfq.analysis.accuracy import Answers, logits_of
-from gdfq.data.datasets import ImageData
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.data.tensors import Data
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener
 from gdfq.graph.capture import Captured
+from gdfq.graph.inputs import image_shape
 from gdfq.student.integer_network import IntegerNetwork
 
 
@@ -18,7 +19,7 @@ from gdfq.student.integer_network import IntegerNetwork
 class Tested:
     """Test images with their labels [N], and what teacher and student answered to them."""
 
-    data: ImageData
+    data: Data
     labels: Tensor
     teacher: Answers
     student: Answers
@@ -28,7 +29,7 @@ class Tested:
         cls,
         teacher: Captured,
         network: IntegerNetwork,
-        held_out: ImageData,
+        held_out: Data,
         preprocessing: Preprocessing,
         listener: Listener,
         memory: MemoryBudget = MemoryBudget(),
@@ -45,13 +46,23 @@ class Tested:
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """Images that the student saw last [N, *input_shape], their labels [N], and test answers.
+    """Inputs that the student saw last, [N, *shape] each, their labels [N], and test results.
 
     teacher: with the scales of the student's channels (`gdfq.student.equalization`). labels are
     None for a network without classes, `tested` where there was nothing to test on.
     """
 
-    images: Tensor
+    inputs: tuple[Tensor, ...]
     labels: Tensor | None
     teacher: Captured
     tested: Tested | None
+
+    @property
+    def images(self) -> Tensor:
+        """The images [N, *input_shape] of a network that takes images alone.
+
+        Raises:
+            UsageError: It takes something else.
+        """
+        image_shape(self.teacher.inputs)
+        return self.inputs[0]

@@ -12,6 +12,7 @@ from gdfq.analysis.accuracy import Answers
 from gdfq.analysis.images import thumbnails
 from gdfq.analysis.observations import Tested
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.data.tensors import network_inputs
 
 BINS = 15
 """Of the calibration error, as in arXiv 1706.04599."""
@@ -86,7 +87,9 @@ def measure_changes(tested: Tested, preprocessing: Preprocessing) -> Changes:
     drop, error = paired_drop(lost, won, len(labels))
     flips = _flips(labels, was, now)
     indices = torch.tensor([flip.index for flip in flips[:_SHOWN]], dtype=torch.long)
-    shown = preprocessing(tested.data.images(indices)) if len(indices) else torch.zeros(0)
+    shown = torch.zeros(0)
+    if len(indices):
+        shown, *_ = network_inputs(tested.data, indices, preprocessing)
     return Changes(
         images=len(labels),
         teacher=tested.teacher.top1(labels),

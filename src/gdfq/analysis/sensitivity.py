@@ -1,6 +1,6 @@
 """The harm that each layer does when it alone is rounded, all others being the teacher's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,12 +41,12 @@ class Harm:
     of: Mapping[str, float]
 
 
-def measure_harm(teacher: Captured, network: IntegerNetwork, images: Tensor) -> Harm:
+def measure_harm(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) -> Harm:
     """Round the teacher's layers one at a time, as a student has them quantized.
 
     teacher: with folded batch norms; network: its frozen student, which gives the width of each
     weight, rounded to its best grid, and the grid of each layer's input. Layers that are float
-    have no harm. images: normalised [N, *input_shape]; few of them where runs are dear.
+    have no harm. inputs: [N, *shape] for each input; few of them where runs are dear.
     """
     weights = weights_of(teacher.network)
     widths: dict[fx.Node, int] = {}
@@ -64,16 +64,19 @@ def measure_harm(teacher: Captured, network: IntegerNetwork, images: Tensor) -> 
         return (x, fake_quantize(weight, *best, bits), *rest)
 
     cost = len(widths) * sum(layer_operations(node, weight) for node, weight in weights.items())
-    count = min(len(images), _OPERATIONS // max(1, cost))
-    if count < min(_FEWEST, len(images)):
-        return Harm("error", _errors(teacher.network, set(widths), rounded, images))
-    loss, few = divergence(teacher), images[:count]
+    images = len(inputs[0])
+    count = min(images, _OPERATIONS // max(1, cost))
+    if count < min(_FEWEST, images):
+        return Harm("error", _errors(teacher.network, set(widths), rounded, inputs))
+    loss, few = divergence(teacher), tuple(tensor[:count] for tensor in inputs)
     with torch.no_grad():
-        wanted = teacher.network(few)
+        wanted = teacher.network(*few)
         return Harm(
             "divergence",
             {
-                node.name: float(loss(_OneRounded(teacher.network, node, rounded).run(few), wanted))
+                node.name: float(
+                    loss(_OneRounded(teacher.network, node, rounded).run(*few), wanted)
+                )
                 for node in widths
             },
         )
@@ -94,11 +97,11 @@ class _OneRounded(fx.Interpreter):
 
 
 def _errors(
-    network: fx.GraphModule, layers: set[fx.Node], rounded: Rounded, images: Tensor
+    network: fx.GraphModule, layers: set[fx.Node], rounded: Rounded, inputs: Sequence[Tensor]
 ) -> dict[str, float]:
     """Σ (y − y_q)² / Σ y² of each layer's output y, and y_q when its inputs are rounded."""
     errors = {}
-    for visit in Walk(network).visits(images):
+    for visit in Walk(network).visits(*inputs):
         if visit.node in layers:
             function: Any = visit.node.target
             other = function(*rounded(visit.node, visit.inputs), **visit.node.kwargs)

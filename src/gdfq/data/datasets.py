@@ -1,6 +1,5 @@
 """Where real images come from: `.npz` files, image folders, tensors."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -34,16 +33,6 @@ class ImageData(Protocol):
     def images(self, chosen: Tensor) -> Tensor:
         """The images of the given indices: uint8 pixels, or floats that are already normalised."""
         ...
-
-
-def summary_of(data: ImageData) -> str:
-    """How many images, and a hash of the labels and of a few images spread over all."""
-    digest = hashlib.sha256()
-    few = data.images(torch.arange(0, len(data), -(-len(data) // 16)))
-    for tensor in (few, data.labels):
-        if tensor is not None:
-            digest.update(tensor.contiguous().numpy().tobytes())
-    return f"{len(data)} images, {digest.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,14 +182,23 @@ def _check(data: ImageData, input_shape: tuple[int, ...], classes: int | None) -
             f"images must have the network's input shape {list(input_shape)}; "
             f"these are {list(shape)}. Resize them; files in folders are resized as they are read."
         )
-    if data.labels is None or classes is None:
+    check_labels(data.labels, len(data), classes)
+
+
+def check_labels(labels: Tensor | None, count: int, classes: int | None) -> None:
+    """Check the labels of `count` images, for a network that has classes.
+
+    Raises:
+        UsageError: There is not one label for each image, or a label is no class.
+    """
+    if labels is None or classes is None:
         return
-    if data.labels.ndim != 1 or len(data.labels) != len(data):
+    if labels.ndim != 1 or len(labels) != count:
         raise UsageError(
-            f"there must be one label for each image; got labels {list(data.labels.shape)} "
-            f"for {len(data)} images."
+            f"there must be one label for each image; got labels {list(labels.shape)} "
+            f"for {count} images."
         )
-    low, high = int(data.labels.min()), int(data.labels.max())
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise UsageError(
             f"labels must lie in 0..{classes - 1}, the network's classes; these span "

@@ -14,8 +14,8 @@ from gdfq.errors import UsageError
 from gdfq.graph import operators, queries
 from gdfq.graph.rewrite import Copy, rewrite
 
-WithFeatures = Callable[[Tensor], tuple[Any, Sequence[Tensor]]]
-"""Images [N, *input_shape] -> what the network returns, and the features, one a block."""
+WithFeatures = Callable[..., tuple[Any, Sequence[Tensor]]]
+"""A tensor for each input -> what the network returns, and the features, one a block."""
 
 
 def block_ends(graph: fx.Graph) -> list[fx.Node]:
@@ -62,13 +62,19 @@ def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphMod
     """The network cut at features: called one after the other, its parts compute what it does.
 
     They share its tensors and modules. There is one part more than there are ends. Raises
-    UsageError for a network with several outputs.
+    UsageError for a network with several inputs or outputs.
     """
     outputs = queries.outputs(network.graph)
     if len(outputs) > 1:
         raise UsageError(
             "a network is cut into blocks towards its one output; this one has "
             f"{len(outputs)}. Use recipe 'fast'."
+        )
+    if len(queries.inputs(network.graph)) > 1:
+        raise UsageError(
+            "a network is cut into blocks from its one input; this one has "
+            f"{len(queries.inputs(network.graph))}. Use a recipe without reconstruction, such as "
+            "'fast'."
         )
     starts: list[fx.Node | None] = [None, *ends]
     return [

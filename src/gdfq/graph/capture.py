@@ -6,7 +6,10 @@ and keeps parameter names. Nothing after capture looks at the user's module agai
 """
 
 import copy
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +19,7 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.execution.tracing import quiet_tracing
 from gdfq.graph import operators
 from gdfq.graph.canonicalize import DECOMPOSED, canonicalize
-from gdfq.graph.inputs import InputSpec, image_shape
+from gdfq.graph.inputs import IMAGES, InputSpec, image_shape, takes_images
 from gdfq.graph.outputs import Structure, flattened, in_order, structure_of
 from gdfq.graph.tensors import tensors_of
 
@@ -25,10 +28,11 @@ from gdfq.graph.tensors import tensors_of
 class Captured:
     """A full-precision network as a graph: the teacher.
 
-    network maps [N, *input_shape] for any N to its outputs: one tensor, or a tuple of them, which
-    `outputs` puts into the form that the user's network gives them. A classifier has one output,
-    its logits [N, classes]; for any other network `classes` is None. The graph is in evaluation
-    form, its tensors need no gradient, and its convolution weights lie in channels_last order.
+    network maps a tensor [N, *shape] for each of `inputs`, any N, to its outputs: one tensor, or a
+    tuple of them, which `outputs` puts into the form that the user's network gives them. A
+    classifier has one output, its logits [N, classes]; for any other network `classes` is None.
+    The graph is in evaluation form, its tensors need no gradient, and its convolution weights lie
+    in channels_last order.
     """
 
     network: fx.GraphModule
@@ -54,9 +58,9 @@ class Captured:
         """The same teacher on a device."""
         return replace(self, network=self.network.to(device))
 
-    def logits(self, images: Tensor) -> Tensor | None:
-        """The logits [N, classes] of images; None for a network whose outputs are not classes."""
-        return None if self.classes is None else self.network(images)
+    def logits(self, *inputs: Tensor) -> Tensor | None:
+        """The logits [N, classes]; None for a network whose outputs are not classes."""
+        return None if self.classes is None else self.network(*inputs)
 
     @property
     def batch_norms(self) -> tuple[fx.Node, ...]:
@@ -68,38 +72,48 @@ class Captured:
         )
 
 
-def capture(model: nn.Module, example_input: Tensor, *, classifier: bool | None = None) -> Captured:
+ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Example inputs of a network: one tensor, a tensor for each argument, or tensors by name."""
+
+
+def capture(
+    model: nn.Module, example_inputs: ExampleInputs, *, classifier: bool | None = None
+) -> Captured:
     """Capture a network; `model` itself is left as it is.
 
-    example_input: [N, *input_shape], float, N >= 1, in the network's normalised input space.
-    classifier: whether its output are logits of classes. By default one output [N, C], C >= 2,
-        is taken for logits; a regression of that shape must say False.
+    Args:
+        model: The network; it must accept batches of any length.
+        example_inputs: A tensor [N, *shape] for the network's one input, a tuple of tensors for
+            its arguments in order, or a mapping of its arguments' names to tensors, N >= 1. Floats
+            are in the network's normalised input space; integers stay integers.
+        classifier: Whether its output is the logits of classes. By default one output [N, C],
+            C >= 2, is taken for logits; a regression of that shape must say False.
 
-    Raises UsageError when the weights hold NaN or infinity, the network does not accept the
-    input, cannot be traced, uses an operator outside `operators.ALLOWED`, returns anything but
-    tensors [N, ...], alone or in tuples, lists and dictionaries, or is no classifier and must be.
+    Raises:
+        UsageError: The weights hold NaN or infinity, the network does not accept the inputs,
+            cannot be traced, uses an operator outside `operators.ALLOWED`, returns anything but
+            tensors [N, ...], alone or in tuples, lists and dictionaries, or is no classifier and
+            must be.
     """
-    if not isinstance(model, nn.Module) or not isinstance(example_input, Tensor):
-        raise UsageError(
-            "capture needs an nn.Module and a tensor of example inputs; got a "
-            f"{type(model).__name__} and a {type(example_input).__name__}."
-        )
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"capture needs an nn.Module; got a {type(model).__name__}.")
+    given = _by_name(model, example_inputs)
     _check_weights(model)
     with quiet_tracing():  # a copy of a .pt2 file's program warns
         model = copy.deepcopy(model).cpu().float().eval()
-    example = example_input.detach().cpu().float()
-    # Noise beside the example, which may be all zeros and then would compare biases alone. It
-    # also makes a batch of two or more: export takes a batch of one for a constant.
-    noise = torch.randn(example.shape, generator=random_stream(0, "capture.probe"))
-    example = torch.cat([example, noise])
-    returned = _run_once(model, example)
+    examples = _probes(given)
+    specs = tuple(InputSpec.of(name, example) for name, example in examples.items())
+    inputs = tuple(examples.values())
+    # A lone tensor is passed by position: its argument may have any name, or none.
+    arguments = (inputs, {}) if not isinstance(example_inputs, Mapping) else ((), examples)
+    returned = _run_once(model, specs, *arguments)
     expected = flattened(returned)
-    classes = _classes(expected, len(example), classifier)
-    graph_module = _export(model, example)
+    classes = _classes(expected, len(inputs[0]), classifier)
+    graph_module = _export(model, *arguments)
     network = canonicalize(graph_module)
     _check_operators(network)
     with torch.no_grad():
-        got = in_order(network(example))
+        got = in_order(network(*inputs))
     for ours, theirs in zip(got, expected, strict=True):
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
             raise UsageError(
@@ -107,7 +121,7 @@ def capture(model: nn.Module, example_input: Tensor, *, classifier: bool | None 
                 f"graph differs from the module by {float((ours - theirs).abs().max()):.3g}. "
                 "Remove randomness or state from its forward."
             )
-    return Captured(network, (InputSpec.of("images", example),), classes, structure_of(returned))
+    return Captured(network, specs, classes, structure_of(returned))
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -123,14 +137,83 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _run_once(model: nn.Module, example: Tensor) -> object:
-    shape = "x".join(map(str, example.shape[1:]))
+def _by_name(model: nn.Module, given: ExampleInputs) -> dict[str, Tensor]:
+    """Example inputs by name, in the order of the arguments of the network's forward.
+
+    The one input of a network that takes images is called `images`, whatever its argument is.
+    """
+    if isinstance(given, Tensor) and given.is_floating_point():
+        examples: dict[str, Any] = {IMAGES: given}
+    else:
+        signature = inspect.signature(model.forward)
+        try:
+            if isinstance(given, Mapping):
+                bound = signature.bind(**given)
+            else:
+                bound = signature.bind(*([given] if isinstance(given, Tensor) else given))
+        except TypeError as error:
+            raise UsageError(
+                "example inputs must fit the arguments of the network's forward, "
+                f"{', '.join(signature.parameters)}; they do not: {error}."
+            ) from error
+        examples = {}
+        for name, value in bound.arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                examples |= {f"{name}_{i}": part for i, part in enumerate(value)}
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                examples |= value
+            else:
+                examples[name] = value
+    wrong = [n for n, x in examples.items() if not isinstance(x, Tensor) or not x.ndim]
+    if wrong or not examples or len({len(x) for x in examples.values()}) > 1:
+        shapes = ", ".join(
+            f"{name} {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+            for name, x in examples.items()
+        )
+        raise UsageError(
+            "capture needs a tensor [N, ...] for each input, with one N for all; "
+            f"got {shapes or 'nothing'}."
+        )
+    return examples
+
+
+def _probes(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs to trace and compare with: the examples, and as many of noise behind them.
+
+    Examples may be all zeros and then would compare biases alone. Integers, which may name
+    entries of tables, are repeated. It also makes batches of two or more: export takes a batch of
+    one for a constant.
+    """
+    draw = random_stream(0, "capture.probe")
+    probes = {}
+    for name, example in given.items():
+        example = example.detach().cpu()
+        if example.is_floating_point():
+            example = example.float()
+            other = torch.randn(example.shape, generator=draw)
+        else:
+            other = example.flip(0)
+        probes[name] = torch.cat([example, other])
+    return probes
+
+
+def _run_once(
+    model: nn.Module,
+    specs: Sequence[InputSpec],
+    args: tuple[Tensor, ...],
+    kwargs: Mapping[str, Tensor],
+) -> object:
     try:
         with torch.no_grad():
-            return model(example)
+            return model(*args, **kwargs)
     except Exception as error:
+        if takes_images(specs):
+            taken = f"an input of {'x'.join(map(str, specs[0].shape))}"
+        else:
+            taken = f"inputs {', '.join(map(str, specs))}"
         raise UsageError(
-            f"the network must accept an input of {shape}; it failed with: {first_line(error)}. "
+            f"the network must accept {taken}; it failed with: {first_line(error)}. "
             "Give the shape it was trained on (--input CxHxW, or example_input)."
         ) from error
 
@@ -162,18 +245,37 @@ def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int
     return first.shape[1] if has_classes and classifier is not False else None
 
 
-def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def _dynamic(
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: Mapping[str, Tensor],
+    dynamic: Mapping[int, Any],
+) -> Any:
+    """Which dimensions of the inputs are dynamic, in the form that export wants."""
+    if not kwargs:
+        parameters = inspect.signature(model.forward).parameters.values()
+        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            return ((dynamic,) * len(args),) if len(parameters) == 1 else (dynamic,) * len(args)
+        return (dynamic,) * len(args)
+    return dict.fromkeys(kwargs, dynamic)
+
+
+def _export(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+) -> fx.GraphModule:
     with quiet_tracing():
         try:
             dynamic = {0: torch.export.Dim.DYNAMIC}
-            program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
+            program = torch.export.export(
+                model, args, dict(kwargs), dynamic_shapes=_dynamic(model, args, kwargs, dynamic)
+            )
             # Only attention is decomposed; the rest takes functional form: x.add_(y) is x + y.
             module = program.run_decompositions(DECOMPOSED).module(check_guards=False)
         except Exception as error:
             raise UsageError(
                 "the network must be traceable by torch.export with any batch size; tracing "
                 f"failed with: {first_line(error)}. "
-                "Make its forward independent of the values and of the number of the images."
+                "Make its forward independent of the values and of the length of the batch."
             ) from error
     assert isinstance(module, fx.GraphModule)
     return module

@@ -41,15 +41,16 @@ class PartsInterpreter(fx.Interpreter):
     what those still read is held, and work space is that of one part.
     """
 
-    def run_parts(self, parts: Sequence[Tensor]) -> None:
-        """Run on images [n, *input_shape] in parts; nothing is returned."""
+    def run_parts(self, parts: Sequence[Sequence[Tensor]]) -> None:
+        """Run on parts [n, *shape] of each input; nothing is returned."""
+        arguments = list(map(iter, parts))
         envs: list[dict[fx.Node, Any]] = [{} for _ in parts]
         for node in self.graph.nodes:
             if node.op == "output":
                 return
             self.before(node, envs)
-            for env, part in zip(envs, parts, strict=True):
-                self.env, self.args_iter = env, iter([part])
+            for env, iterator in zip(envs, arguments, strict=True):
+                self.env, self.args_iter = env, iterator
                 env[node] = self.run_node(node)
                 for finished in self.user_to_last_uses.get(node, []):
                     del env[finished]

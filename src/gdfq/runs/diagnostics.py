@@ -82,7 +82,7 @@ def _measures(
         "trust": lambda: measure(
             teacher, quantized.network, seed=quantized.card.seed, memory=memory
         ),
-        "layers": lambda: measure_layers(witness.teacher, quantized.network, witness.images),
+        "layers": lambda: measure_layers(witness.teacher, quantized.network, *witness.inputs),
         "images": lambda: measure_images(teacher, witness.images, witness.labels, preprocessing),
     }
     tested = witness.tested

@@ -90,11 +90,35 @@ def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
 
 
 def first_images(count: int, made: Iterable[Batch]) -> tuple[Tensor, Tensor | None]:
-    """Return the first `count` images of some batches, and their labels, if any."""
+    """Return the first `count` images of some batches, and their labels if they have any."""
+    (images,), labels = first_inputs(count, made)
+    return images, labels
+
+
+def first_inputs(count: int, made: Iterable[Batch]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Return the first `count` inputs of some batches, and their labels if they have any.
+
+    Args:
+        count: How many, at most.
+        made: Batches of one network.
+
+    Returns:
+        A tensor [count, *shape] for each input of the network, and labels [count].
+    """
     batches = list(made)
-    images = torch.cat([batch.images for batch in batches])[:count]
+    inputs = tuple(tensor[:count] for tensor in joined_inputs(batches))
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    return images, torch.cat(labels)[:count] if labels else None
+    return inputs, torch.cat(labels)[:count] if labels else None
+
+
+def split_inputs(inputs: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:
+    """Return parts of at most `size` entries each, in order."""
+    return list(zip(*(tensor.split(size) for tensor in inputs), strict=True))
+
+
+def joined_inputs(batches: Iterable[Batch]) -> tuple[Tensor, ...]:
+    """Return the inputs of some batches as one batch."""
+    return tuple(map(torch.cat, zip(*(batch.inputs for batch in batches), strict=True)))
 
 
 class Source(Protocol):

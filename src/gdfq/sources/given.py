@@ -5,8 +5,8 @@ from typing import NoReturn
 
 import torch
 
-from gdfq.data.datasets import ImageData
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.data.tensors import Data, network_inputs
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
@@ -46,7 +46,7 @@ class GivenImages(Source):
         )
 
 
-def on_images(source: Source, data: ImageData, preprocessing: Preprocessing) -> Source:
+def on_images(source: Source, data: Data, preprocessing: Preprocessing) -> Source:
     """Return a source of given images in the place of those that `source` would make."""
     return source.on(ImageSource(data, preprocessing, source.batch), len(data))
 
@@ -64,7 +64,7 @@ class ImageSource(Source):
         batch: Images per batch.
     """
 
-    data: ImageData
+    data: Data
     preprocessing: Preprocessing
     batch: int
 
@@ -81,12 +81,13 @@ class ImageSource(Source):
 
         def make(_: int) -> Batch:
             chosen = order.next_of(len(self.data))
-            images = self.preprocessing(self.data.images(chosen)).to(teacher.device)
+            given = network_inputs(self.data, chosen, self.preprocessing)
+            inputs = tuple(tensor.to(teacher.device) for tensor in given)
             with torch.no_grad():
-                logits = teacher.logits(images)
+                logits = teacher.logits(*inputs)
             labels = None if logits is None else logits.argmax(1)
             if logits is not None and self.data.labels is not None:
                 labels = self.data.labels[chosen].to(teacher.device)
-            return Batch((images,), labels, logits)
+            return Batch(inputs, labels, logits)
 
         return Stream(make, steps, [draw], {"order": order})

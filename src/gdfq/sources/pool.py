@@ -15,8 +15,9 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.files.states import Frozen, Results, Stateful
 from gdfq.graph.capture import Captured
+from gdfq.graph.inputs import takes_images
 from gdfq.sources.augment import CONSISTENT_SHARE, prediction_consistency, shifted_and_flipped
-from gdfq.sources.base import Batch, Source, first_images
+from gdfq.sources.base import Batch, Source, first_images, first_inputs
 from gdfq.sources.stream import Feed, Shuffled, Stream
 
 
@@ -122,7 +123,7 @@ class ImagePool(Source):
         context: Context = Context(),
     ) -> "PoolStream":
         """Yield `steps` batches; errors of the source are raised at once."""
-        pool = self.fitted(teacher.input_shape)
+        pool = self if self.pixels is None else self.fitted(teacher.input_shape)
         needed = -(-pool.images // pool.source.batch)
         made = pool.source.stream(teacher, steps=needed, context=context)
         return PoolStream(pool, made, steps, teacher, context)
@@ -178,7 +179,8 @@ class PoolStream(Stream):
     ) -> None:
         self._collected = _Collected(made, pool.images, teacher.device)
         draw = random_stream(context.seed, "pool.order")
-        moves = Results({} if pool.augmented else {"them": False})
+        augmented = pool.augmented and takes_images(teacher.inputs)
+        moves = Results({} if augmented else {"them": False})
 
         def whole_batches(order: Tensor) -> list[Tensor]:
             size = min(pool.batch, len(order))
@@ -187,8 +189,9 @@ class PoolStream(Stream):
         order = Shuffled(draw, whole_batches)
 
         def make(_: int) -> Batch:
-            images, labels = self._collected()
+            inputs, labels = self._collected()
             if not moves:
+                (images,) = inputs
                 consistency = prediction_consistency(
                     teacher, images, random_stream(context.seed, "pool.moved")
                 )
@@ -196,18 +199,24 @@ class PoolStream(Stream):
                     [consistency]
                 )  # devices round differently; processes must agree
                 moves["them"] = bool(consistency >= CONSISTENT_SHARE)
-            chosen = order.next_of(len(images))
-            drawn = images[chosen]
+            chosen = order.next_of(len(inputs[0]))
+            drawn = tuple(tensor[chosen] for tensor in inputs)
             if moves["them"]:
-                drawn = shifted_and_flipped(drawn, draw)
-            return Batch((drawn,), None if labels is None else labels[chosen], None)
+                drawn = tuple(shifted_and_flipped(images, draw) for images in drawn)
+            return Batch(drawn, None if labels is None else labels[chosen], None)
 
         parts: dict[str, Stateful] = {"order": order, "images": self._collected, "moves": moves}
         super().__init__(make, steps, [draw], parts)
 
     def images(self) -> Tensor:
         """Return all images of the pool [images, *input_shape], in the order of their making."""
-        return self._collected()[0]
+        inputs, _ = self._collected()
+        if len(inputs) > 1:
+            raise UsageError(
+                "bits 'auto' is for networks that take images alone; this one has "
+                f"{len(inputs)} inputs. Give the bits, as w4a8."
+            )
+        return inputs[0]
 
 
 class _Collected:
@@ -218,15 +227,15 @@ class _Collected:
         self._count, self._device = count, device
         self._all: Frozen | None = None
 
-    def __call__(self) -> tuple[Tensor, Tensor | None]:
+    def __call__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         if self._all is None:
             assert self._feed is not None
             for _ in self._feed.until(self._count, hold=True):
                 pass  # the stream ends when they are enough
-            self._all = Frozen(first_images(self._count, self._feed.held))
+            self._all = Frozen(first_inputs(self._count, self._feed.held))
             self._feed = None  # its batches need not stay in memory
-        images, labels = self._all.value
-        return images, labels
+        inputs, labels = self._all.value
+        return inputs, labels
 
     def state_dict(self) -> dict[str, Any]:
         return {"all": self._all, "feed": self._feed and self._feed.state_dict()}

@@ -1,6 +1,7 @@
 """The last batches of a stream, as many as a report shows."""
 
 from collections import deque
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdfq.files.states import Frozen
-from gdfq.sources.base import Batch, first_images
+from gdfq.sources.base import Batch, first_inputs
 
 IMAGES, _MAX_NUMBERS = 256, 2**24
 """Images that are kept, and the numbers that they may have in all (64 MiB: 111 images of
@@ -25,19 +26,19 @@ class Recent:
     def see_(self, batch: Batch) -> None:
         """Keep a batch, and drop those that are no longer needed."""
         self._batches.append(batch)
-        while sum(len(kept.images) for kept in self._batches) - len(
-            self._batches[0].images
-        ) >= _enough(batch.images):
+        while sum(len(kept) for kept in self._batches) - len(self._batches[0]) >= _enough(
+            batch.inputs
+        ):
             self._batches.popleft()
 
-    def images(self) -> tuple[Tensor, Tensor | None] | None:
-        """Return the images [N, *input_shape], newest batch first, and their labels [N], if any.
+    def inputs(self) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+        """Return a tensor [N, *shape] for each input, newest batch first, and labels [N], if any.
 
         Returns None before the first batch.
         """
         if not self._batches:
             return None
-        return first_images(_enough(self._batches[-1].images), reversed(self._batches))
+        return first_inputs(_enough(self._batches[-1].inputs), reversed(self._batches))
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": [vars(batch) for batch in self._batches]}
@@ -47,5 +48,6 @@ class Recent:
         self._batches = deque(Batch(**values) for values in found)
 
 
-def _enough(images: Tensor) -> int:
-    return max(1, min(IMAGES, _MAX_NUMBERS // prod(images.shape[1:])))
+def _enough(inputs: Sequence[Tensor]) -> int:
+    numbers = sum(prod(tensor.shape[1:]) for tensor in inputs)
+    return max(1, min(IMAGES, _MAX_NUMBERS // numbers))

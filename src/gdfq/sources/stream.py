@@ -157,10 +157,10 @@ class Feed:
         self.recent = Recent(device)
 
     @property
-    def examples(self) -> Tensor:
-        """A few images of the first batch, [n, *input_shape]; `begin` was called before."""
+    def examples(self) -> tuple[Tensor, ...]:
+        """A few inputs of the first batch, [n, *shape] each; `begin` was called before."""
         assert self._examples is not None, "no batch was taken yet"
-        examples: Tensor = self._examples.value
+        examples: tuple[Tensor, ...] = self._examples.value
         return examples
 
     @property
@@ -171,7 +171,7 @@ class Feed:
     def begin(self) -> None:
         """Make the first batch, which is yielded later, to have examples."""
         if self._examples is None and (batch := next(self.stream, None)) is not None:
-            self._examples = Frozen(batch.images[: self._EXAMPLES].clone())
+            self._examples = Frozen(tuple(x[: self._EXAMPLES].clone() for x in batch.inputs))
             self._first = Frozen(vars(batch))
 
     def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:

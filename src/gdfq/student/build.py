@@ -63,9 +63,9 @@ class Student(nn.Module):
         super().__init__()
         self.network = graph_module
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, *inputs: Tensor) -> Any:
         with recomputing():
-            return self.network(images)
+            return self.network(*inputs)
 
     def named(self, names: Sequence[str]) -> list[fx.Node]:
         """The student's nodes whose values stand for the teacher's nodes of these names."""
@@ -88,12 +88,12 @@ class Student(nn.Module):
         network = with_features(self.network, self.named(names))
         _leave_out_rectifiers_(network)
 
-        def ask(images: Tensor) -> tuple[Any, Sequence[Tensor]]:
+        def predict(*inputs: Tensor) -> tuple[Any, Sequence[Tensor]]:
             with recomputing():
-                found: tuple[Any, Sequence[Tensor]] = network(images)
+                found: tuple[Any, Sequence[Tensor]] = network(*inputs)
                 return found
 
-        return ask
+        return predict
 
     @property
     def activations(self) -> Iterator[ActivationQuantizer]:

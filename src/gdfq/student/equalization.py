@@ -32,11 +32,11 @@ _LIMIT = 8.0
 
 
 @torch.no_grad()
-def channel_scales(teacher: Captured, scheme: Scheme, images: Tensor) -> dict[str, Tensor]:
+def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[str, Tensor]:
     """What the channels [C] of activations should be divided by, by the names of their nodes.
 
     For each channel c of each activation that the scheme quantizes, the step Δ_c of the grid that
-    would suit it alone is found on `images`, normalised [N, *input_shape], and the step Δ of the
+    would suit it alone is found on `inputs`, [N, *shape] for each, and the step Δ of the
     grid that suits all: the channel's scale is (Δ_c / Δ)^½, because the next layer's weights,
     which are multiplied by it, share grids too. Activations that cannot differ, such as the parts
     of a sum, share the mean of their logarithms. There is no scale where something else than
@@ -45,7 +45,7 @@ def channel_scales(teacher: Captured, scheme: Scheme, images: Tensor) -> dict[st
     teacher = fold_batch_norms(teacher)
     ties = _ties(teacher.network.graph)
     asked = _Asked(teacher.network, activation_bits(teacher, scheme), ties)
-    asked.run(images)
+    asked.run(*inputs)
     return {node.name: asked.scale(top) for node, top in ties.items() if top in asked.found}
 
 

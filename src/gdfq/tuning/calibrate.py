@@ -13,7 +13,7 @@ from gdfq.execution.progress import RANGES, Step, is_due
 from gdfq.graph.memory import part_images
 from gdfq.graph.walk import PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer
-from gdfq.sources.base import Batch
+from gdfq.sources.base import Batch, split_inputs
 from gdfq.student.build import Student
 
 
@@ -47,7 +47,7 @@ def calibrate_(
         quantizer.observing = True
     for step, batch in enumerate(batches, start=first_step + 1):
         at_once = part_images(graph, len(batch), context.memory, device)
-        _observe_(student, batch.images.split(at_once))
+        _observe_(student, split_inputs(batch.inputs, at_once))
         ranges = student.ranges() if is_due(step, steps, RANGES) else {}
         context.listener(Step("calibrate", step, steps, batch.losses, ranges=ranges))
     for name, quantizer in student.named_modules():
@@ -60,10 +60,10 @@ def calibrate_(
                 )
 
 
-def _observe_(student: Student, parts: Sequence[Tensor]) -> None:
+def _observe_(student: Student, parts: Sequence[tuple[Tensor, ...]]) -> None:
     """Let the quantizers of a student, which observe, see one batch in parts."""
     if len(parts) == 1:
-        student(parts[0])
+        student(*parts[0])
         return
     _ObservedInParts(student.network).run_parts(parts)
     for quantizer in student.activations:

@@ -183,8 +183,8 @@ def tune_(
         set_rate_(optimizer, rate)
         optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
-        for part in batch.split(images_at_once or len(batch.images)):
-            share = len(part.images) / len(batch.images)
+        for part in batch.split(images_at_once or len(batch)):
+            share = len(part) / len(batch)
             with torch.enable_grad():
                 with context.autocast(teacher.device):
                     expected = teacher_predicts(part)
@@ -236,13 +236,13 @@ def _predictors(
         ends = block_ends(network.graph)
         student_predicts = student.with_features([node.name for node in ends])
         teacher_predicts = features_of(network, ends)
-        return lambda batch: student_predicts(batch.images), torch.no_grad()(
-            lambda batch: teacher_predicts(batch.images)
+        return lambda batch: student_predicts(*batch.inputs), torch.no_grad()(
+            lambda batch: teacher_predicts(*batch.inputs)
         )
 
     @torch.no_grad()
     def logits(batch: Batch) -> Predictions:
         known = batch.teacher_logits
-        return teacher.network(batch.images) if known is None else known, ()
+        return teacher.network(*batch.inputs) if known is None else known, ()
 
-    return lambda batch: (student(batch.images), ()), logits
+    return lambda batch: (student(*batch.inputs), ()), logits

@@ -14,12 +14,16 @@ from gdfq.graph.capture import Captured
 from gdfq.graph.memory import part_images
 from gdfq.graph.walk import PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
+from gdfq.sources.base import split_inputs
 from gdfq.student.build import Student
 
 
 @torch.no_grad()
 def match_moments_(
-    student: Student, teacher: Captured, images: Tensor, memory: MemoryBudget = MemoryBudget()
+    student: Student,
+    teacher: Captured,
+    inputs: Sequence[Tensor],
+    memory: MemoryBudget = MemoryBudget(),
 ) -> None:
     """Give each layer's output channels the teacher's mean and standard deviation.
 
@@ -33,14 +37,16 @@ def match_moments_(
     Args:
         student: A student whose weight quantizers rescale, changed in place.
         teacher: The network whose moments are the targets.
-        images: [N, *input_shape], of which the first are used that have 2^24 numbers together (111
-            of 3x224x224): more of large images add nothing.
+        inputs: [N, *shape] for each input of the network, of which the first entries are used that
+            have 2^24 numbers together (111 of 3x224x224): more of large images add nothing.
         memory: Decides whether the images pass in parts. A batch in parts has the same moments but
             for the rounding of sums.
     """
-    images = images[: max(1, _MAX_NUMBERS // math.prod(images.shape[1:]))]
+    numbers = sum(math.prod(tensor.shape[1:]) for tensor in inputs)
+    used = tuple(tensor[: max(1, _MAX_NUMBERS // numbers)] for tensor in inputs)
     network = fold_batch_norms(teacher).network
-    parts = images.split(part_images(network.graph, len(images), memory, images.device))
+    at_once = part_images(network.graph, len(used[0]), memory, used[0].device)
+    parts = split_inputs(used, at_once)
     targets = _OutputMoments(network)
     targets.run_parts(parts)
     _MatchMoments(student.network, targets.moments).run_parts(parts)
