@@ -90,7 +90,7 @@ def make(name: str) -> None:
         exported = quantized.export(folder / variant / "student.onnx")
         print(name, variant, exported.bytes, exported.inside, exported.differs_first, flush=True)
     if not (folder / f"{STATIC}.onnx").exists():
-        examples = gdfq.load(folder / "w4a4").examples
+        examples = gdfq.load(folder / "w4a4").examples[0]
         quantize_static(full, folder / f"{STATIC}.onnx", examples)
 
 
@@ -177,7 +177,7 @@ def measure(name: str, seconds: float) -> Iterator[dict[str, object]]:
     contents = {kind: path.read_bytes() for kind, path in files.items()}
     _, shape, _ = network_of(name)
     settings = list(side_by_side(list(contents.values()), shape, seconds=seconds))
-    examples = gdfq.load(folder / "w4a4").examples
+    examples = gdfq.load(folder / "w4a4").examples[0]
     for index, (kind, data) in enumerate(contents.items()):
         row: dict[str, object] = {"network": name, "file": kind, "bytes": len(data)}
         row["timings"] = [asdict(timings[index]) for timings in settings]

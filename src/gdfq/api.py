@@ -16,6 +16,7 @@ from gdfq.execution.precision import Precision
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import check_seed
 from gdfq.functional.grid import Bits
+from gdfq.graph.capture import ExampleInputs
 from gdfq.pipeline import make_images, run
 from gdfq.plan import Data, Model, NetworkOptions, PlanOptions, resolve, resolve_network
 from gdfq.quantized import QuantizedNetwork
@@ -35,7 +36,7 @@ class RunOptions(PlanOptions, total=False):
 
 def quantize(
     model: Model,
-    example_input: Tensor | None = None,
+    example_input: ExampleInputs | None = None,
     bits: str | Bits = "w4a4",
     recipe: str | Recipe = "fast",
     *,
@@ -55,13 +56,15 @@ def quantize(
         model: An nn.Module that maps images to logits, or to other tensors (see `classifier`); a
             network that `gdfq.capture` returned; or a name as the command line takes it, such as
             "timm:resnet18" or "path/to/file.py:factory". It is not changed.
-        example_input: One input or more [N, ...] as the network takes them (normalised). Only a
-            module needs it.
+        example_input: One input or more [N, ...] as the network takes them (normalised): a tensor,
+            or of a network with several inputs a tuple of tensors, or a mapping of the names of its
+            arguments to tensors. Only a module needs it.
         bits: Bits of weights and activations, 2 to 8 each, as "w4a4"; or "auto", which chooses
             each layer's bits so that the ONNX file is no larger than `size` bytes.
         recipe: A name in `gdfq.RECIPES`, or a `Recipe` of your own.
         data: Real images to tune on instead of synthetic ones: an .npz file, an image folder, a
-            tensor, or a pair of images and labels.
+            tensor, or a pair of images and labels. A network with several inputs, or with
+            integers, needs it: a mapping of the inputs' names to tensors [N, ...].
         test: Labelled images. Teacher and student are measured on them at the end, into the
             result's `metrics`; they are used for nothing else. For a network that is no classifier
             they need no labels: the error of its outputs against the teacher's is measured.
@@ -109,7 +112,7 @@ def quantize(
 
 def generate(
     model: Model,
-    example_input: Tensor | None = None,
+    example_input: ExampleInputs | None = None,
     count: int = 1024,
     recipe: str | Recipe = "fast",
     *,

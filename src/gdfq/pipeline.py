@@ -65,7 +65,7 @@ def _quantize(plan: Plan, clock: Clock, seed: int, context: Context) -> Quantize
     }
     if allocation is not None:
         metrics["allocation"] = allocation
-    observed = Witness(*(feed.recent.images() or (feed.examples, None)), teacher, tested)
+    observed = Witness(*(feed.recent.inputs() or (feed.examples, None)), teacher, tested)
     card = plan.card(scheme, seed)
     return QuantizedNetwork(network, card, metrics, feed.examples, observed)
 

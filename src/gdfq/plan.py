@@ -6,7 +6,7 @@ again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -16,23 +16,36 @@ from torch import Tensor, nn
 
 from gdfq.analysis.accuracy import LABELS
 from gdfq.analysis.bit_allocation import parse_bits
-from gdfq.data.datasets import ImageData, load_data
+from gdfq.data.datasets import ImageData
 from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.data.tensors import Data as GivenData
+from gdfq.data.tensors import TensorData
 from gdfq.deploy.card import Card
 from gdfq.errors import UsageError
 from gdfq.execution.precision import find_device
 from gdfq.files.plain_values import as_values
 from gdfq.functional.grid import Bits
-from gdfq.graph.capture import Captured, capture
+from gdfq.graph.capture import Captured, ExampleInputs, capture
+from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.models.registry import Loaded, load_model
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.base import Source
-from gdfq.sources.given import on_images
+from gdfq.sources.given import load_given, on_images
 from gdfq.student.scheme import LayerBits, Scheme, parse_placement
 
 Model = str | nn.Module | Captured
 """A network: a name as the command line takes it, a module, or a network that was captured."""
-Data = str | Path | Tensor | tuple[Tensor, Tensor] | ImageData
+Tensors = Mapping[str, Tensor]
+Data = (
+    str
+    | Path
+    | Tensor
+    | tuple[Tensor, Tensor]
+    | ImageData
+    | Tensors
+    | tuple[Tensors, Tensor]
+    | TensorData
+)
 """Images: an .npz file, an image folder, a tensor, or images and their labels."""
 
 
@@ -143,8 +156,8 @@ class Plan:
     source: Source
     preprocessing: Preprocessing
     size: int | None = None
-    given: ImageData | None = None
-    test: ImageData | None = None
+    given: GivenData | None = None
+    test: GivenData | None = None
     seconds: float = 0.0
 
     def card(self, scheme: Scheme, seed: int) -> Card:
@@ -164,7 +177,7 @@ class Plan:
     def as_values(self) -> dict[str, Any]:
         """The plan's settings as plain values, for the configuration file of a run."""
         return {
-            "input": list(self.teacher.input_shape),
+            "input": _inputs_as_values(self.teacher),
             "normalisation": as_values(self.preprocessing),
             "bits": str(self.scheme.bits) if self.size is None else "auto",
             "size": self.size,
@@ -176,7 +189,7 @@ class Plan:
 
 def resolve(
     model: Model,
-    example_input: Tensor | None = None,
+    example_input: ExampleInputs | None = None,
     bits: str | Bits = "w4a4",
     recipe: str | Recipe = "fast",
     *,
@@ -231,7 +244,7 @@ def resolve_method(
 
 def resolve_network(
     model: Model,
-    example_input: Tensor | None = None,
+    example_input: ExampleInputs | None = None,
     *,
     weights: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
@@ -255,10 +268,10 @@ def resolve_network(
         )
     loaded = load_model(model, weights) if isinstance(model, str) else None
     if isinstance(model, Captured):
-        captured, preprocessing = model, Preprocessing.of(model.input_shape[0], mean, std, resize)
+        captured, preprocessing = model, _preprocessing(model, mean, std, resize)
     elif isinstance(model, nn.Module):
         captured = capture(model, _example(example_input), classifier=classifier)
-        preprocessing = Preprocessing.of(captured.input_shape[0], mean, std, resize)
+        preprocessing = _preprocessing(captured, mean, std, resize)
     else:
         assert loaded is not None
         shape, preprocessing = loaded.input(input_shape, mean, std)
@@ -281,7 +294,12 @@ def plan_of(
         UsageError: The images cannot be used.
     """
     teacher, preprocessing = network.teacher, network.preprocessing
-    recipe = method.recipe.fitted(teacher.input_shape).with_batch(method.batch)
+    recipe = method.recipe
+    if takes_images(teacher.inputs):
+        recipe = recipe.fitted(teacher.input_shape)
+    elif data is None:
+        image_shape(teacher.inputs)  # raises: sources make images alone
+    recipe = recipe.with_batch(method.batch)
     given = None if data is None else load_images(data, teacher, preprocessing)
     return Plan(
         teacher,
@@ -296,16 +314,16 @@ def plan_of(
     )
 
 
-def load_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> ImageData:
+def load_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> GivenData:
     """Read images for a network.
 
     Raises:
         UsageError: They cannot be used.
     """
-    return load_data(data, teacher.input_shape, teacher.classes, preprocessing.resize)
+    return load_given(data, teacher.inputs, teacher.classes, preprocessing.resize)
 
 
-def load_test_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> ImageData:
+def load_test_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> GivenData:
     """Read test images for a network.
 
     Raises:
@@ -317,11 +335,36 @@ def load_test_images(data: Data, teacher: Captured, preprocessing: Preprocessing
     return images
 
 
-def _example(example_input: Tensor | None) -> Tensor:
+def _preprocessing(
+    teacher: Captured,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    resize: Resize | None,
+) -> Preprocessing:
+    """From pixels to the inputs of a network; other inputs are given as the network takes them."""
+    if takes_images(teacher.inputs):
+        return Preprocessing.of(teacher.input_shape[0], mean, std, resize)
+    if mean or std or resize:
+        image_shape(teacher.inputs)  # raises: these are for images
+    return Preprocessing.of(1, None, None)
+
+
+def _inputs_as_values(teacher: Captured) -> Any:
+    """The shape of one image, or the inputs by name."""
+    if takes_images(teacher.inputs):
+        return list(teacher.input_shape)
+    return {
+        spec.name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+        for spec in teacher.inputs
+    }
+
+
+def _example(example_input: ExampleInputs | None) -> ExampleInputs:
     if example_input is None:
         raise UsageError(
             "a network that is a module needs an example input, to be captured with; none was "
-            "given. Give example_input, for instance torch.zeros(1, 3, 224, 224)."
+            "given. Give example_input, for instance torch.zeros(1, 3, 224, 224), or a tensor for "
+            "each input by name."
         )
     return example_input
 

@@ -1,6 +1,6 @@
 """The quantized network: what a run gives, runs as a module, and is saved, loaded and exported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gdfq.analysis.accuracy import top1
 from gdfq.analysis.observations import Witness
-from gdfq.data.datasets import load_data
+from gdfq.data.tensors import network_inputs, to_npz
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
 from gdfq.deploy.export import Exported, export
@@ -21,17 +21,20 @@ from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.files.untrusted import within
-from gdfq.graph.outputs import built, in_order
+from gdfq.graph.inputs import takes_images
+from gdfq.graph.outputs import built
+from gdfq.sources.given import load_given
 from gdfq.student.integer_network import IntegerNetwork
 
 
 class QuantizedNetwork(nn.Module):
-    """A frozen low-bit network: normalised images [N, *input_shape] -> logits [N, classes].
+    """A frozen low-bit network: normalised images [N, *shape] -> logits [N, classes].
 
-    A network whose outputs are not classes returns them as the original did.
+    A network with several inputs takes them in order or by name (`card.inputs`); one whose outputs
+    are not classes returns them as the original did.
     Weights are integer codes; activations are rounded to their grids while it runs. `metrics`
     holds the seconds and steps of the run that made it, and the top-1 accuracies of teacher and
-    student if test images were given. `examples` are a few normalised images [n, *input_shape] of
+    student if test images were given. `examples` are a few inputs, [n, *shape] each, of
     those that it was tuned on; exported files are compared on them. `witness` is what the run that
     made it saw besides; it is not saved.
     """
@@ -41,7 +44,7 @@ class QuantizedNetwork(nn.Module):
         network: IntegerNetwork,
         card: Card,
         metrics: Mapping[str, Any] | None = None,
-        examples: Tensor | None = None,
+        examples: Tensor | Sequence[Tensor] | None = None,
         witness: Witness | None = None,
     ) -> None:
         super().__init__()
@@ -50,12 +53,21 @@ class QuantizedNetwork(nn.Module):
         self.metrics = dict(metrics or {})
         if examples is None:
             draw = stream(0, "export.examples")
-            examples = torch.randn(16, *card.input_shape, generator=draw)
-        self.examples = examples.cpu()
+            examples = [spec.noise(16, draw) for spec in card.inputs]
+        given = [examples] if isinstance(examples, Tensor) else examples
+        self.examples: tuple[Tensor, ...] = tuple(tensor.cpu() for tensor in given)
         self.witness = witness
 
-    def forward(self, images: Tensor) -> Any:
-        return built(self.card.outputs, in_order(self.network(images)))
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """Compute the outputs, of a tensor for each input in order or by its name."""
+        names = [spec.name for spec in self.card.inputs][len(inputs) :]
+        if sorted(names) != sorted(named):
+            raise UsageError(
+                f"the network takes {', '.join(map(str, self.card.inputs))}; got {len(inputs)} "
+                f"tensors and {', '.join(named) or 'no names'}. Give one tensor for each input."
+            )
+        found = self.network.outputs(*inputs, *(named[name] for name in names))
+        return built(self.card.outputs, found)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +76,7 @@ class QuantizedNetwork(nn.Module):
     def evaluate(
         self, data: Any, *, listener: Listener = silent, memory: str | int | None = None
     ) -> float:
-        """Top-1 accuracy in percent on labelled images (see `gdfq.data.datasets.load_data`).
+        """Top-1 accuracy in percent on labelled images (see `gdfq.sources.given.load_given`).
 
         `memory` is that of `gdfq.quantize`.
 
@@ -76,7 +88,7 @@ class QuantizedNetwork(nn.Module):
                 "Give test images to gdfq.quantize, which measures the error of the outputs."
             )
         preprocessing = self.card.preprocessing
-        images = load_data(data, self.card.input_shape, self.card.classes, preprocessing.resize)
+        images = load_given(data, self.card.inputs, self.card.classes, preprocessing.resize)
         return top1(
             self.network,
             images,
@@ -108,8 +120,8 @@ class QuantizedNetwork(nn.Module):
         examples = None
         if (folder / EXAMPLES_FILE).exists():
             path = within(folder, folder / EXAMPLES_FILE)
-            images = load_data(path, card.input_shape, card.classes)
-            examples = card.preprocessing(images.images(torch.arange(len(images))))
+            found = load_given(path, card.inputs, card.classes)
+            examples = network_inputs(found, torch.arange(len(found)), card.preprocessing)
         return cls(network, card, metrics, examples)
 
     def save(self, folder: str | Path) -> None:
@@ -117,8 +129,15 @@ class QuantizedNetwork(nn.Module):
         folder = Path(folder)
         make_folder(folder)
         (folder / STUDENT_FILE).unlink(missing_ok=True)
-        write_atomically(folder / EXAMPLES_FILE, self.card.preprocessing.to_npz(self.examples))
+        write_atomically(folder / EXAMPLES_FILE, self._examples_npz())
         write_atomically(folder / STUDENT_FILE, packed.to_safetensors(self.network, self.card))
+
+    def _examples_npz(self) -> bytes:
+        """The examples as `load_given` reads them: images as pixels, other inputs as they are."""
+        if takes_images(self.card.inputs):
+            return self.card.preprocessing.to_npz(self.examples[0])
+        names = [spec.name for spec in self.card.inputs]
+        return to_npz(dict(zip(names, self.examples, strict=True)))
 
     def export(
         self,
@@ -153,7 +172,7 @@ class QuantizedNetwork(nn.Module):
             self.network,
             self.card,
             Path(path),
-            (self.examples,),
+            self.examples,
             target=target,
             raw_input=raw_input,
             safe_x86=safe_x86,

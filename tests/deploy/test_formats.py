@@ -181,9 +181,9 @@ def test_a_folder_without_a_run_says_so(tmp_path):
 def test_examples_and_metrics_are_loaded_with_the_run(saved):
     quantized, folder = saved
     loaded = gdfq.load(folder)
-    assert loaded.examples.shape == quantized.examples.shape == (8, *networks.SHAPE)
-    pixels = quantized.card.preprocessing.pixels(quantized.examples)
-    assert torch.equal(loaded.card.preprocessing.pixels(loaded.examples), pixels)
+    assert loaded.examples[0].shape == quantized.examples[0].shape == (8, *networks.SHAPE)
+    pixels = quantized.card.preprocessing.pixels(*quantized.examples)
+    assert torch.equal(loaded.card.preprocessing.pixels(*loaded.examples), pixels)
 
 
 def test_a_write_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):

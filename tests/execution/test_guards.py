@@ -81,7 +81,7 @@ def test_the_batch_can_be_chosen(teacher, tiny):
     with pytest.raises(gdfq.UsageError, match="at least 1; got 0"):
         tiny.with_batch(0)
     result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, batch=5)
-    assert len(result.examples) == 5
+    assert len(result.examples[0]) == 5
 
 
 @pytest.mark.parametrize(

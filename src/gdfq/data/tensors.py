@@ -1,11 +1,13 @@
 """Given data of networks that take more than images: tensors by the names of the inputs."""
 
 import hashlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +59,14 @@ def summary_of(data: Data) -> str:
         if tensor is not None:
             digest.update(tensor.contiguous().numpy().tobytes())
     return f"{len(data)} images, {digest.hexdigest()[:16]}"
+
+
+def to_npz(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the contents of an .npz file of tensors by name, which `load_tensors` reads."""
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def load_tensors(

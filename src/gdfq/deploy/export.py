@@ -18,6 +18,7 @@ from gdfq.deploy.torch_export import to_program
 from gdfq.errors import UsageError
 from gdfq.files.atomic import make_folder, write_checked
 from gdfq.files.untrusted import header_bytes
+from gdfq.graph.inputs import image_shape
 from gdfq.student.integer_network import IntegerNetwork
 
 
@@ -102,6 +103,8 @@ def export(
         raise UsageError(
             f"raw input is for ONNX files; the target is {kind.name!r}. Remove raw_input."
         )
+    if raw_input:
+        image_shape(card.inputs)  # raises for a network that takes more than images
     make_folder(path.parent)
     network = copy.deepcopy(network).cpu().eval()
     if safe_x86:

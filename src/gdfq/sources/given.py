@@ -1,17 +1,20 @@
 """Given images as a source: few-shot runs, and the upper bound that real data sets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from gdfq.data.preprocessing import Preprocessing
-from gdfq.data.tensors import Data, network_inputs
+from gdfq.data.datasets import load_data
+from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.data.tensors import Data, load_tensors, network_inputs
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.graph.capture import Captured
+from gdfq.graph.inputs import InputSpec, image_shape, takes_images
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.stream import Shuffled, Stream
 
@@ -44,6 +47,27 @@ class GivenImages(Source):
             "Give them to gdfq quantize (--data, or data=...), or choose a data-free recipe, "
             "such as 'fast'."
         )
+
+
+def load_given(
+    data: Any, inputs: Sequence[InputSpec], classes: int | None, resize: Resize = Resize()
+) -> Data:
+    """Read real inputs for a network.
+
+    Args:
+        data: For a network that takes images alone, what `gdfq.data.datasets.load_data` reads; for
+            any other, what `gdfq.data.tensors.load_tensors` does: a mapping of the inputs' names to
+            tensors.
+        inputs: What the network takes.
+        classes: Of the network, if it has any.
+        resize: Of the files of an image folder.
+
+    Raises:
+        UsageError: The data cannot be used.
+    """
+    if takes_images(inputs):
+        return load_data(data, image_shape(inputs), classes, resize)
+    return load_tensors(data, {spec.name: (spec.shape, spec.dtype) for spec in inputs}, classes)
 
 
 def on_images(source: Source, data: Data, preprocessing: Preprocessing) -> Source:
