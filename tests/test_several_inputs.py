@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from gdfq.analysis.evidence import gather
 from support import multi_input, networks
 
 import gdfq
-from gdfq import UsageError, demo
-from gdfq.analysis.evidence import gather
+from gdfq import UsageError
 from gdfq.data.tensors import load_tensors
 from gdfq.deploy.runtimes import onnx_session
 from gdfq.graph.capture import capture
@@ -187,7 +187,7 @@ def test_sources_that_make_images_alone_say_so(recipe):
 
 def test_blocks_and_automatic_bits_are_for_images():
     model, data = network_and_data("tokens")
-    recipe = dataclasses.replace(demo.ROUNDING, placement="full")
+    recipe = dataclasses.replace(gdfq.RECIPES["round"], placement="full")
     with pytest.raises(UsageError, match="from its one input"):
         gdfq.quantize(model, data, "w8a8", recipe, data=data, steps=20)
     with pytest.raises(UsageError, match="for networks that take images alone"):

@@ -298,4 +298,6 @@ def _forward_and_backward(teacher: Captured, images: int) -> None:
     for tensor in inputs:
         tensor.requires_grad_(tensor.is_floating_point())
     with torch.enable_grad():
-        torch.stack([output.sum() for output in in_order(teacher.network(*inputs))]).sum().backward()
+        torch.stack(
+            [output.sum() for output in in_order(teacher.network(*inputs))]
+        ).sum().backward()
