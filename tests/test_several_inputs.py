@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from gdfq.analysis.evidence import gather
+from gdfq.runs.diagnostics import gather
 from support import multi_input, networks
 
 import gdfq
@@ -187,10 +187,10 @@ def test_sources_that_make_images_alone_say_so(recipe):
 
 def test_blocks_and_automatic_bits_are_for_images():
     model, data = network_and_data("tokens")
-    recipe = dataclasses.replace(gdfq.RECIPES["round"], placement="full")
+    recipe = dataclasses.replace(gdfq.RECIPES["genie"], placement="full")
     with pytest.raises(UsageError, match="from its one input"):
         gdfq.quantize(model, data, "w8a8", recipe, data=data, steps=20)
-    with pytest.raises(UsageError, match="for networks that take images alone"):
+    with pytest.raises(UsageError, match="takes images alone"):
         gdfq.quantize(model, data, "auto", "fast", size=60_000, data=data)
 
 

@@ -204,8 +204,8 @@ def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     layers = free_layers(teacher, scheme)
     student = build_student(teacher, scheme)
     draw = stream(0, "allocation.noise")
-    noise = tuple(spec.noise(2, draw).to(teacher.device) for spec in teacher.inputs)
-    batch = Batch(noise, None, None)
+    noise = torch.randn(2, *teacher.input_shape, generator=draw)
+    batch = Batch((noise.to(teacher.device),), None, None)
     calibrate_(student, [batch], steps=1)  # a file's size knows no ranges
     network = freeze(student).cpu()
     _fill_(network)

@@ -47,7 +47,9 @@ class InputSpec:
         return torch.zeros(count, *self.shape, dtype=self.dtype, device=device)
 
     def noise(self, count: int, draw: torch.Generator) -> Tensor:
-        """A batch [count, *shape] of white noise; integers are zeros."""
+        """A batch [count, *shape] of white noise; integers are zeros, and masks let all pass."""
+        if self.dtype == torch.bool:
+            return self.zeros(count).logical_not()
         if not self.dtype.is_floating_point:
             return self.zeros(count)
         return torch.randn(count, *self.shape, generator=draw, dtype=self.dtype)
