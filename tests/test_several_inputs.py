@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from gdfq.runs.diagnostics import gather
 from support import multi_input, networks
 
 import gdfq
@@ -15,6 +14,7 @@ from gdfq.data.tensors import load_tensors
 from gdfq.deploy.runtimes import onnx_session
 from gdfq.graph.capture import capture
 from gdfq.graph.inputs import InputSpec
+from gdfq.runs.diagnostics import gather
 
 IMAGE = InputSpec("image", (3, 8, 8))
 
