@@ -1,19 +1,20 @@
 """Draws docs/results.svg, the picture of the README, from the rows under benchmarks/results.
 
-python benchmarks/readme_picture.py
+python -m benchmarks.readme_picture
 
 It shows top-1 of the recipe `fast` without data beside full precision, for every shared network and
 bit width. A bit width without a row is shown as not measured.
 """
 
+import argparse
 import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.svg"
+from support.places import RESULTS, ROOT
+
+PICTURE = ROOT / "docs" / "results.svg"
 STEPS = 2400  # of `fast` in full; shorter runs are other rows
 PLACEMENTS = ("relu", "t1")  # new and old name of weights and ReLU outputs
 BITS = ("w8a8", "w4a4", "w3a3", "w2a2")
@@ -148,6 +149,14 @@ def read_rows() -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s*.json"))]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.readme_picture", description=__doc__.partition("\n")[0]
+    )
+    parser.parse_args()
     PICTURE.write_text(picture(read_rows()))
     print(f"wrote {PICTURE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,7 @@
 """The picture of the README shows what the results say."""
 
-from importlib import import_module
-
 import pytest
-from support import pages
-
-
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(pages.ROOT / "benchmarks")
-        yield import_module("readme_picture")
+from benchmarks import readme_picture
 
 
 def row(bits, top1, interval, **others):
@@ -20,11 +11,11 @@ def row(bits, top1, interval, **others):
     }  # fmt: skip
 
 
-def test_the_picture_is_that_of_the_results(script):
-    assert script.PICTURE.read_text() == script.picture(script.read_rows())
+def test_the_picture_is_that_of_the_results():
+    assert readme_picture.PICTURE.read_text() == readme_picture.picture(readme_picture.read_rows())
 
 
-def test_bars_are_means_over_seeds_by_hand(script):
+def test_bars_are_means_over_seeds_by_hand():
     rows = [
         row("w4a4", 88.0, [1.0, 3.0]),
         row("w4a4", 89.0, [0.0, 2.0], placement="relu"),
@@ -33,15 +24,17 @@ def test_bars_are_means_over_seeds_by_hand(script):
         row("w4a4", 10.0, [79.0, 81.0], placement="full"),
         row("w8a8", 90.5, [-1.0, 0.0]),
     ]
-    assert script.bars(rows, "net") == [
-        script.Bar("full precision", 90.0),
-        script.Bar("w8a8", 90.5, 90.0, 91.0, 1),
-        script.Bar("w4a4", 88.5, 87.5, 89.5, 2, pytest.approx(0.5**0.5)),
-        script.Bar("w3a3", None),
-        script.Bar("w2a2", None),
+    assert readme_picture.bars(rows, "net") == [
+        readme_picture.Bar("full precision", 90.0),
+        readme_picture.Bar("w8a8", 90.5, 90.0, 91.0, 1),
+        readme_picture.Bar("w4a4", 88.5, 87.5, 89.5, 2, pytest.approx(0.5**0.5)),
+        readme_picture.Bar("w3a3", None),
+        readme_picture.Bar("w2a2", None),
     ]
 
 
-def test_a_bar_is_as_long_as_its_accuracy(script):
-    assert script._x(50.0) - script._x(0.0) == pytest.approx(script._x(100.0) - script._x(50.0))
-    assert script._x(100.0) - script._x(0.0) == script._BAR_WIDTH
+def test_a_bar_is_as_long_as_its_accuracy():
+    assert readme_picture._x(50.0) - readme_picture._x(0.0) == pytest.approx(
+        readme_picture._x(100.0) - readme_picture._x(50.0)
+    )
+    assert readme_picture._x(100.0) - readme_picture._x(0.0) == readme_picture._BAR_WIDTH
