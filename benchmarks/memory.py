@@ -6,7 +6,7 @@
 
 EfficientNet-Lite0 at 224x224 (4.65 M parameters), recipe `quick` at w8a8, one thread, on a CPU: as
 `gdfq quantize` runs it, with a test, checkpoints, an ONNX file and the evidence for the report, all
-in one process. For each stage: seconds, and the highest resident size of the whole process while it
+in one process. For each stage: seconds of CPU (one thread, so that other load hardly counts), and the highest resident size of the whole process while it
 ran (VmHWM, which the kernel lets a process reset). A stage begins with the end of the one before,
 so "moments" is all between the last calibration batch and the end of the first tuning step.
 
@@ -34,11 +34,12 @@ from torch import nn
 
 import gdfq
 from gdfq.data.datasets import load_data
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.graph.capture import capture
 from gdfq.recipes import QUICK
-from gdfq.runs.diagnostics import gather
+from gdfq.runs.diagnostics import gather, write_evidence
 
 FILE = RESULTS / "memory.json"
 IMAGES = SHARED / "data" / "imagenet_1000"
@@ -60,11 +61,11 @@ def network() -> nn.Module | None:
 
 
 class Meter:
-    """Seconds and the highest resident size of this process, by stage, in order."""
+    """CPU seconds and the highest resident size of this process, by stage, in order."""
 
     def __init__(self) -> None:
         self.stages: dict[str, dict[str, float]] = {}
-        self._stage, self._since = "", time.perf_counter()
+        self._stage, self._since = "", time.process_time()
         self._reset()
 
     def ends(self, stage: str) -> None:
@@ -72,10 +73,12 @@ class Meter:
         status = Path("/proc/self/status").read_text()
         match = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert match is not None
-        now = time.perf_counter()
+        now = time.process_time()
         row = self.stages.setdefault(stage, {"seconds": 0.0, "peak_mib": 0.0})
         row["seconds"] = round(row["seconds"] + now - self._since, 1)
         row["peak_mib"] = max(row["peak_mib"], int(match[1]) // 1024)
+        if stage != self._stage:
+            print(self._stage, self.stages.get(self._stage, ""), flush=True)
         self._since, self._stage = now, stage
         self._reset()
 
@@ -118,7 +121,7 @@ def measured(
     meter.ends("save")
     quantized.export(folder / "student.onnx")
     meter.ends("export")
-    gather(teacher, quantized).write(folder)
+    write_evidence(gather(teacher, quantized, MemoryBudget.of(options.memory)), folder)
     meter.ends("evidence")
     return {name: quantized.metrics[name] for name in ("teacher", "student")}
 

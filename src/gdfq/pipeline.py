@@ -9,6 +9,7 @@ from gdfq import stages
 from gdfq.analysis.observations import Witness
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
+from gdfq.execution.guards import suggesting_less
 from gdfq.execution.stopwatch import Clock
 from gdfq.execution.tracing import beside_no_tracing, giving_way
 from gdfq.files.states import Results
@@ -46,8 +47,8 @@ def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
 def _quantize(plan: Plan, clock: Clock, seed: int, context: Context) -> QuantizedNetwork:
     """Quantize from the context's seed, which after a restart is not the run's `seed`."""
     feed = stages.open_feed(plan, context)
-    scheme, allocation = stages.allocate_bits(plan, feed, context, clock)
     with stages.shortage_explained(plan):
+        scheme, allocation = stages.allocate_bits(plan, feed, context, clock)
         teacher = stages.equalize(plan, scheme, feed, context)
         student = stages.build(plan, scheme, teacher, context)
         done = context.checkpointer.register("done", Results())
@@ -56,7 +57,8 @@ def _quantize(plan: Plan, clock: Clock, seed: int, context: Context) -> Quantize
         stages.tune(plan, student, teacher, feed, context, marks)
         network = freeze(student)
         clock.lap("freeze")
-    tested, measured = stages.measure(plan, network, context)
+    with suggesting_less("measuring on the test images", context.memory.room(plan.teacher.device)):
+        tested, measured = stages.measure(plan, network, context)
     metrics = {
         "seconds": clock.seconds(),
         "steps": plan.recipe.steps,
@@ -91,7 +93,8 @@ def make_images(
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     context = replace(context, listener=giving_way(context.listener))
-    images, labels = recipe.source.make_images(
-        teacher, count, steps=steps, planned=recipe.steps, context=context
-    )
+    with suggesting_less("making images", context.memory.room(teacher.device)):
+        images, labels = recipe.source.make_images(
+            teacher, count, steps=steps, planned=recipe.steps, context=context
+        )
     return images.cpu(), None if labels is None else labels.cpu()

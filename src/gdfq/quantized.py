@@ -17,6 +17,8 @@ from gdfq.deploy.safetensors import EXAMPLES_FILE, STUDENT_FILE
 from gdfq.deploy.target import Target
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.execution.budget import MemoryBudget
+from gdfq.execution.guards import suggesting_less
+from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
@@ -89,14 +91,16 @@ class QuantizedNetwork(nn.Module):
             )
         preprocessing = self.card.preprocessing
         images = load_given(data, self.card.inputs, self.card.classes, preprocessing.resize)
-        return top1(
-            self.network,
-            images,
-            preprocessing,
-            device=self.device,
-            listener=listener,
-            memory=MemoryBudget.of(memory),
-        )
+        budget = MemoryBudget.of(memory)
+        with suggesting_less("evaluating", budget.room(self.device)):
+            return top1(
+                self.network,
+                images,
+                preprocessing,
+                device=self.device,
+                listener=listener,
+                memory=budget,
+            )
 
     @classmethod
     def read(cls, path: Path) -> "QuantizedNetwork":
@@ -168,6 +172,7 @@ class QuantizedNetwork(nn.Module):
             for who in ("teacher", "student")
             if "top1" in self.metrics.get(who, {})
         }
+        release_freed_memory()
         return export(
             self.network,
             self.card,

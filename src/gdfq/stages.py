@@ -20,6 +20,7 @@ from gdfq.deploy.metadata import metadata_of
 from gdfq.errors import GdfqWarning
 from gdfq.execution.context import Context
 from gdfq.execution.guards import told_of_shortage
+from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.execution.stopwatch import Clock
@@ -59,6 +60,7 @@ class Marks:
         self.done[stage] = True
         self.clock.lap(stage)
         self.context.checkpointer.stage_ends()
+        release_freed_memory()
 
 
 def begin(plan: Plan, context: Context) -> Clock:
@@ -192,6 +194,7 @@ def calibrate(
         context=context,
     )
     if recipe.match_moments:
+        release_freed_memory()
         match_moments_(student, teacher, joined_inputs(feed.held), context.memory)
     # All processes saw the same batches: they differ at most by the rounding of their devices.
     context.group.same_(student.state_dict().values())

@@ -17,11 +17,12 @@ from gdfq.analysis.accuracy import Answers
 from gdfq.analysis.layers import BINS, measure_layers, saturation, sqnr
 from gdfq.data.datasets import ArrayData
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.budget import MemoryBudget
 from gdfq.functional import grid
 from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture
-from gdfq.graph.queries import images_at_once
+from gdfq.graph.memory import forward_bytes
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.graph.walk import Walk
 from gdfq.runs.diagnostics import gather, write_evidence
@@ -231,11 +232,11 @@ def test_thumbnails_are_small_and_only_of_pictures():
         assert images.thumbnails(no_pictures, UNIT).size == 0
 
 
-def test_distances_do_not_depend_on_how_many_pass_at_once(teacher, monkeypatch):
+def test_distances_do_not_depend_on_how_many_pass_at_once(teacher):
     batch, labels = networks.images(7), torch.arange(7) % networks.CLASSES
     whole = images.measure_images(teacher, batch, labels, UNIT)
-    monkeypatch.setattr(images, "images_at_once", lambda _: 3)
-    parts = images.measure_images(teacher, batch, labels, UNIT)
+    three = MemoryBudget(4 * 3 * forward_bytes(teacher.network.graph))
+    parts = images.measure_images(teacher, batch, labels, UNIT, three)
     network = StatisticsNetwork(teacher)
     _, seen = network(batch)
     for index, (a, b) in enumerate(zip(whole.distances, parts.distances, strict=True)):
@@ -243,7 +244,6 @@ def test_distances_do_not_depend_on_how_many_pass_at_once(teacher, monkeypatch):
         expected = relative_statistics_loss([seen[index]], [network.stored[index]])
         assert a.synthetic == pytest.approx(float(expected), rel=1e-4)
     assert [distance.name for distance in whole.distances] == ["bn1", "bn2"]
-    assert images_at_once(teacher.network) > 7
 
 
 def test_white_noise_is_as_far_as_white_noise(teacher):
@@ -341,7 +341,7 @@ def test_the_last_images_are_remembered(monkeypatch):
     assert len(seen) == len(labels) == 256
     assert seen[0].unique().tolist() == [8]  # the newest first
     assert seen[:, 0, 0, 0].unique().tolist() == [6, 7, 8]
-    monkeypatch.setattr("gdfq.sources.recent._NUMBERS", 5 * 3 * 8 * 8)
+    monkeypatch.setattr("gdfq.sources.recent._MAX_NUMBERS", 5 * 3 * 8 * 8)
     few, _ = recent.images()
     assert len(few) == 5  # large images are few
 

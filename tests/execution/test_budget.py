@@ -82,7 +82,7 @@ def test_bytes_of_a_graph_by_hand():
     assert sorted(tensor_bytes(graph).values()) == [16, 16, 32, 32, 32]
     assert forward_bytes(graph) == 96 + 64
     assert training_bytes(graph) == 128 + 64
-    assert forward_images(graph, MemoryBudget(500), CPU) == 3
+    assert forward_images(graph, MemoryBudget(4 * 500), CPU) == 3
 
 
 def gradient_of(network, images):

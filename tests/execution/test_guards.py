@@ -16,7 +16,7 @@ from gdfq import RECIPES, GdfqError
 from gdfq.cli import main
 from gdfq.errors import GdfqWarning
 from gdfq.execution.checkpoints import Checkpoints
-from gdfq.execution.guards import told_of_shortage
+from gdfq.execution.guards import suggesting_less, told_of_shortage
 from gdfq.execution.listeners import History
 from gdfq.sources.collapse import CollapsedError, CollapseWatch, symptom_of
 from gdfq.sources.generator import GeneratorSource
@@ -47,6 +47,28 @@ def test_a_shortage_names_a_batch_that_fits(error, room, advice):
         with told_of_shortage(200, ask):
             raise error
     assert asked[:2] == [200, 100]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=["python", "gpu", "cpu"])
+def test_a_shortage_of_any_stage_names_a_smaller_budget(error):
+    with pytest.raises(GdfqError, match=r"making images must fit.*--memory 512MiB "):  # noqa: SIM117
+        with suggesting_less("making images", 2**30):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), suggesting_less("evaluating", 1):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_evaluating_that_is_short_of_memory_says_so(teacher, tiny, monkeypatch):
+    def short(*_, **__):
+        raise CPU_SHORT
+
+    result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
+    data = (networks.images(4), torch.zeros(4, dtype=torch.long))
+    monkeypatch.setattr("gdfq.analysis.accuracy._batches", short)
+    with pytest.raises(GdfqError, match=r"evaluating must fit.*--memory 768MiB "):
+        result.evaluate(data)
+    with pytest.raises(GdfqError, match=r"measuring on the test images must fit.*--memory 1MiB "):
+        gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, test=data, memory="2MiB")
 
 
 def test_other_errors_are_not_taken_for_a_shortage():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.distributed import Statistics
 from gdfq.execution.seeding import stream
 from gdfq.functional.losses import relative_statistics_loss
@@ -17,13 +18,15 @@ from gdfq.graph import queries
 from gdfq.graph.batch_norms import batch_norm_name
 from gdfq.graph.blocks import with_features
 from gdfq.graph.capture import Captured
-from gdfq.graph.queries import images_at_once
+from gdfq.graph.memory import forward_images
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.sources.input_scale import remembered_input
 from gdfq.sources.spectral import SpectralSource, natural_noise
 
 _CLASSES, _EACH = 10, 4
 """The grid of images: so many classes, so many images of each."""
+_MAX_TOGETHER = 32
+"""Images that pass the teacher together: more are no faster."""
 _SIDE = 64
 """Thumbnails are no larger than that."""
 _ASKED = 32
@@ -92,7 +95,11 @@ class Images:
 
 
 def measure_images(
-    teacher: Captured, images: Tensor, labels: Tensor | None, preprocessing: Preprocessing
+    teacher: Captured,
+    images: Tensor,
+    labels: Tensor | None,
+    preprocessing: Preprocessing,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> Images:
     """Look at synthetic (or given) images [N, *input_shape] with labels [N], through the teacher.
 
@@ -100,10 +107,11 @@ def measure_images(
     """
     images = images.to(teacher.device)
     noises = {kind: noise.to(images) for kind, noise in _noise(len(images), teacher).items()}
-    distances = _distances(teacher, images, noises)
+    at_once = min(_MAX_TOGETHER, forward_images(teacher.network.graph, memory, teacher.device))
+    distances = _distances(teacher, images, noises, at_once)
     nearest = min(noises, key=lambda kind: sum(getattr(d, kind) for d in distances))
-    outputs, features = _asked(teacher, images)
-    _, of_noise = _asked(teacher, noises["natural"])
+    outputs, features = _asked(teacher, images, at_once)
+    _, of_noise = _asked(teacher, noises["natural"], at_once)
     classes = None
     if labels is not None and teacher.classes is not None:
         classes = coverage(outputs, labels)
@@ -219,14 +227,14 @@ def _noise(count: int, teacher: Captured) -> dict[str, Tensor]:
 
 
 def _distances(
-    teacher: Captured, images: Tensor, noises: dict[str, Tensor]
+    teacher: Captured, images: Tensor, noises: dict[str, Tensor], at_once: int
 ) -> tuple[Distance, ...]:
     """Of each batch norm, in order; none for a network that has none."""
     if not teacher.batch_norms:
         return ()
     network = StatisticsNetwork(teacher)
     kinds = {"synthetic": images, **noises}
-    seen = {kind: _moments(network, teacher, given) for kind, given in kinds.items()}
+    seen = {kind: _moments(network, given, at_once) for kind, given in kinds.items()}
     return tuple(
         Distance(
             batch_norm_name(node),
@@ -240,9 +248,9 @@ def _distances(
 
 
 @torch.no_grad()
-def _moments(network: StatisticsNetwork, teacher: Captured, images: Tensor) -> Statistics:
+def _moments(network: StatisticsNetwork, images: Tensor, at_once: int) -> Statistics:
     """Mean and variance of each batch norm's input over all images, a few of them at a time."""
-    parts = images.split(images_at_once(teacher.network))
+    parts = images.split(at_once)
     shares = [len(part) / len(images) for part in parts]
     found = [network(part)[1] for part in parts]
     whole = []
@@ -254,7 +262,7 @@ def _moments(network: StatisticsNetwork, teacher: Captured, images: Tensor) -> S
 
 
 @torch.no_grad()
-def _asked(teacher: Captured, images: Tensor) -> tuple[Any, Tensor]:
+def _asked(teacher: Captured, images: Tensor, at_once: int) -> tuple[Any, Tensor]:
     """The teacher's outputs, and what enters its last layer as vectors [N, d].
 
     Feature maps [N, C, *] are averaged over their positions.
@@ -262,7 +270,7 @@ def _asked(teacher: Captured, images: Tensor) -> tuple[Any, Tensor]:
     last = [n for n in teacher.network.graph.nodes if queries.has_weight(n)][-1]
     source = queries.input_of(last)
     network = with_features(teacher.network, [source])
-    found = [network(part) for part in images.split(images_at_once(teacher.network))]
+    found = [network(part) for part in images.split(at_once)]
     features = torch.cat([features for _, (features,) in found])
     if features.ndim > 2:
         dims = [

@@ -56,7 +56,31 @@ def told_of_shortage(batch: int, ask: Callable[[int], object]) -> Iterator[None]
         )
         raise GdfqError(
             f"a step on {batch} images must fit into memory; it does not ({first_line(error)}). "
-            f"{advice}. What is finished is kept, for a machine with more."
+            f"{advice}. Or lower --memory (memory=), which limits the images that pass together. "
+            "What is finished is kept, for a machine with more."
+        ) from error
+
+
+@contextmanager
+def suggesting_less(stage: str, room: int) -> Iterator[None]:
+    """Convert a shortage of memory into a GdfqError that suggests a smaller budget.
+
+    Args:
+        stage: What runs, as "measuring on the test images".
+        room: Bytes of the present budget for activations.
+
+    Raises:
+        GdfqError: Memory was short.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        half = f"{max(1, room // 2**21)}MiB"
+        raise GdfqError(
+            f"{stage} must fit into memory; it does not ({first_line(error)}). Fewer images pass "
+            f"together with a smaller budget: --memory {half} (memory='{half}')."
         ) from error
 
 

@@ -20,3 +20,16 @@ def keep_freed_memory_() -> None:
     if mallopt is not None:  # musl has none
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the system, between two stages; only glibc can.
+
+    The stages of a run need tensors of other sizes, so what one has freed lies in pieces that the
+    next cannot use, and the process would grow with every stage.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:  # musl has none
+        malloc_trim(0)

@@ -20,6 +20,7 @@ from gdfq.analysis.observations import Witness
 from gdfq.analysis.predictions import measure_changes
 from gdfq.errors import first_line
 from gdfq.execution.budget import MemoryBudget
+from gdfq.execution.malloc import release_freed_memory
 from gdfq.files.atomic import write_atomically, write_json
 from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
@@ -59,6 +60,7 @@ def gather(
     missing: dict[str, str] = {}
     for name, measured in measures.items():
         started = time.perf_counter()
+        release_freed_memory()
         try:
             found = asdict(measured())
         except Exception as error:
@@ -83,7 +85,9 @@ def _measures(
             teacher, quantized.network, seed=quantized.card.seed, memory=memory
         ),
         "layers": lambda: measure_layers(witness.teacher, quantized.network, *witness.inputs),
-        "images": lambda: measure_images(teacher, witness.images, witness.labels, preprocessing),
+        "images": lambda: measure_images(
+            teacher, witness.images, witness.labels, preprocessing, memory
+        ),
     }
     tested = witness.tested
     if tested is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
+from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.files.states import Frozen, Results, Stateful
@@ -234,6 +235,7 @@ class _Collected:
                 pass  # the stream ends when they are enough
             self._all = Frozen(first_inputs(self._count, self._feed.held))
             self._feed = None  # its batches need not stay in memory
+            release_freed_memory()
         inputs, labels = self._all.value
         return inputs, labels
 
