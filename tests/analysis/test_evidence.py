@@ -333,16 +333,16 @@ def test_other_networks_pass(name, tiny):
 
 def test_the_last_images_are_remembered(monkeypatch):
     recent = Recent(torch.device("cpu"))
-    assert recent.images() is None
+    assert recent.inputs() is None
     for step in range(9):
         batch = torch.full((100, *networks.SHAPE), float(step))
         recent.see_(Batch((batch,), torch.arange(100), None))
-    seen, labels = recent.images()
+    (seen,), labels = recent.inputs()
     assert len(seen) == len(labels) == 256
     assert seen[0].unique().tolist() == [8]  # the newest first
     assert seen[:, 0, 0, 0].unique().tolist() == [6, 7, 8]
     monkeypatch.setattr("gdfq.sources.recent._MAX_NUMBERS", 5 * 3 * 8 * 8)
-    few, _ = recent.images()
+    (few,), _ = recent.inputs()
     assert len(few) == 5  # large images are few
 
 
