@@ -11,6 +11,7 @@ are no code. A comment before a block, which readers do not see, says what is sp
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.places import ROOT
+
+from gdfq.cli import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _FENCE = re.compile(
@@ -58,10 +61,24 @@ def blocks(page: Path) -> list[Block]:
     ]  # fmt: skip
 
 
-def run(page: Path, chosen: Sequence[Block], folder: Path) -> dict[str, object]:
-    """Run blocks in the folder, one behind the other; what the Python of the page has defined."""
+def run(
+    page: Path, chosen: Sequence[Block], folder: Path, *, shell: bool = True
+) -> dict[str, object]:
+    """Run blocks in the folder, one after the other.
+
+    Args:
+        page: Where they are from, for messages.
+        chosen: The blocks.
+        folder: Where they work: the working directory, when `shell` is False.
+        shell: Whether all commands go through bash. Without it, a block of `gdfq` commands alone
+            runs in this process, which spares starting Python for each.
+
+    Returns:
+        What the Python of the page has defined.
+    """
     space: dict[str, object] = {"__name__": "page"}
     for block in chosen:
+        where = f"{page.name}, line {block.line}"
         if block.title is not None:
             (folder / block.title).write_text(block.code)
             sys.modules.pop(Path(block.title).stem, None)  # of another folder, of the same name
@@ -69,8 +86,27 @@ def run(page: Path, chosen: Sequence[Block], folder: Path) -> dict[str, object]:
             # Empty lines before it, so that an error names the line of the page.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), space)
         elif block.language == "bash":
-            _bash(block.code, folder, f"{page.name}, line {block.line}")
+            commands = None if shell else gdfq_commands(block.code)
+            if commands is None:
+                _bash(block.code, folder, where)
+            else:
+                assert Path.cwd() == folder.resolve()
+                for command in commands:
+                    assert main(command) == 0, f"{where}: gdfq {shlex.join(command)}"
     return space
+
+
+def gdfq_commands(code: str) -> list[list[str]] | None:
+    """The arguments of each command, or None where one is more than a plain `gdfq` command."""
+    commands = []
+    for line in code.replace("\\\n", "").splitlines():
+        words = shlex.split(line, comments=True)
+        bare = re.sub(r"'[^']*'|#.*", "", line)
+        if words and (words[0] != "gdfq" or re.search(r"[|<>&;$*`]", bare)):
+            return None
+        if words:
+            commands.append(words[1:])
+    return commands
 
 
 def _bash(code: str, folder: Path, where: str) -> None:

@@ -40,12 +40,14 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", with_mark(None), ids=name_of)
 def test_the_code_runs(page, place):
-    pages.run(page, [block for block in pages.blocks(page) if block.mark is None], place)
+    """Commands of gdfq alone run in this process; `make check` gives them to a shell."""
+    chosen = [block for block in pages.blocks(page) if block.mark is None]
+    pages.run(page, chosen, place, shell=False)
 
 
 @pytest.mark.check
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", with_mark("check"), ids=name_of)
+@pytest.mark.parametrize("page", with_mark(None, "check"), ids=name_of)
 def test_all_code_runs(page, place):
     blocks = [block for block in pages.blocks(page) if block.mark != "skip"]
     pages.run(page, [block for block in blocks if not block.absent], place)
@@ -82,6 +84,15 @@ def test_blocks_by_hand(tmp_path):
     assert (tmp_path / "a.py").read_text() == "x = 1\n"
     with pytest.raises(AssertionError, match=r"page.md, line 8"):
         pages.run(page, [command], tmp_path)
+
+
+def test_plain_commands_of_gdfq_are_told_from_others():
+    code = "gdfq a 'b c' \\\n  --d e  # a remark\n# another\n\ngdfq f\n"
+    assert pages.gdfq_commands(code) == [["a", "b c", "--d", "e"], ["f"]]
+    assert pages.gdfq_commands("gdfq a\nmake b\n") is None
+    assert pages.gdfq_commands("gdfq a > b\n") is None
+    assert pages.gdfq_commands("gdfq a*\n") is None
+    assert pages.gdfq_commands("gdfq 'a*'\n") == [["a*"]]
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(gdfq\.[\w.]+)`", EQUATIONS))

@@ -3,7 +3,6 @@
 Torch is imported by the commands that need it, not to print help.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def quantize_command(**options: Any) -> None:
 @steps_option
 @memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor_command(**options: Any) -> None:
+def doctor_command(**options: Any) -> int:
     """Tell what gdfq quantize would do to MODEL, before anything runs.
 
     Lists each layer and what happens to it, what stays float, sizes, operations, and time and
@@ -135,7 +134,7 @@ def doctor_command(**options: Any) -> None:
     """
     from gdfq.cli.doctor import doctor
 
-    sys.exit(doctor(**options))
+    return doctor(**options)
 
 
 @cli.command("evaluate")
@@ -286,7 +285,7 @@ def recipes_command() -> None:
     show_default=True,
     help="Threads of each run.",
 )
-def sweep_command(**options: Any) -> None:
+def sweep_command(**options: Any) -> int:
     """Quantize a grid of networks, bits, recipes and seeds, several at a time.
 
     Each run has its own folder, as from gdfq quantize, and its own process. If you start the sweep
@@ -301,7 +300,7 @@ def sweep_command(**options: Any) -> None:
     """
     from gdfq.cli.sweep import sweep
 
-    sweep(**options)
+    return sweep(**options)
 
 
 @cli.command("demo")

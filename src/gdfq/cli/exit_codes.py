@@ -22,11 +22,11 @@ def exit_code_of(command: Callable[[], object], words: Sequence[str] | None) -> 
     """Run a command and return its exit code; errors are printed.
 
     Args:
-        command: What to run.
+        command: What to run; it may return an exit code.
         words: The words of the command line, for the advice how to resume.
     """
     try:
-        command()
+        code = command()
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -52,7 +52,7 @@ def exit_code_of(command: Callable[[], object], words: Sequence[str] | None) -> 
         traceback.print_exc()
         click.secho(f"This is a bug in gdfq {__version__}; please report it.", fg="red", err=True)
         return 1
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 @contextmanager

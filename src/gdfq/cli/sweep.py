@@ -1,6 +1,5 @@
 """Many runs from one file."""
 
-import sys
 from pathlib import Path
 
 import click
@@ -10,8 +9,8 @@ from gdfq.runs.sweep import read_sweep
 from gdfq.runs.sweep_runner import TABLE_CSV, TABLE_JSON, Row, run_sweep, table, usable_cores
 
 
-def sweep(file: Path, *, out: Path | None, jobs: int | None, threads: int) -> None:
-    """`gdfq sweep`."""
+def sweep(file: Path, *, out: Path | None, jobs: int | None, threads: int) -> int:
+    """Run the sweep of a file. Returns 0, or 130 if it was interrupted."""
     grid = read_sweep(file)
     out = out or file.with_suffix("")
     if out == file:
@@ -27,8 +26,9 @@ def sweep(file: Path, *, out: Path | None, jobs: int | None, threads: int) -> No
         rows = run_sweep(grid, out, home=file.parent, jobs=jobs, threads=threads, tell=tell)
     except KeyboardInterrupt:
         click.secho(f"stopped; the same command goes on with {out}.", fg="yellow", err=True)
-        sys.exit(130)
+        return 130
     click.echo(f"\n{table(rows)}\n\n{'table':10}{out / TABLE_JSON}, {out / TABLE_CSV}")
     failed = [f"\n  {row.folder}: {row.error}" for row in rows if row.status != "finished"]
     if failed:
         raise GdfqError(f"{len(failed)} of {len(rows)} runs:{''.join(failed)}")
+    return 0
