@@ -382,7 +382,7 @@ def test_a_run_says_what_its_export_was(place, capsys):
     [
         ("torch.onnx.export", RuntimeError("no form for aten.weird")),
         ("gdfq.deploy.export.write_checked", OSError(28, "No space left on device")),
-        ("gdfq.deploy.export.computed_in_float", KeyError("of a bug")),
+        ("gdfq.deploy.onnx.target.computed_in_float", KeyError("of a bug")),
     ],
 )
 def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, error):
