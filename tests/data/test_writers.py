@@ -66,7 +66,7 @@ def test_images_that_are_there_stay(tmp_path, there):
 
 @pytest.mark.parametrize("shape", [(2, 64), (4, 8, 8), (1, 4, 4, 4)])
 def test_what_has_no_png(tmp_path, shape):
-    with pytest.raises(UsageError, match="Leave --png away"):
+    with pytest.raises(UsageError, match="Remove --png"):
         ImageFiles(tmp_path / "x", png=True).prepare(shape)
     assert not (tmp_path / "x").exists()
     ImageFiles(tmp_path / "x").prepare(shape)

@@ -133,7 +133,7 @@ def test_parts_are_even_or_whole():
     x = torch.arange(6)
     assert [some(rank, 3).part(x).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
     assert some(1, 4).part(x) is x
-    with pytest.raises(UsageError, match=r"6 images a batch.* 4 processes.*1, 2, 3, 6"):
+    with pytest.raises(UsageError, match=r"6 images per batch.* 4 processes.*1, 2, 3, 6"):
         some(0, 4).check_batch(6, "recipe x")
 
 

@@ -471,7 +471,7 @@ def test_evidence_that_costs_too_much_is_named(run):
 def test_a_configuration_that_is_none_belongs_to_others(run):
     (run / METRICS).unlink()
     (run / "config.json").write_text("[" * 10**5)
-    with pytest.raises(UsageError, match="files of the names that a run writes"):
+    with pytest.raises(UsageError, match="files with the names that a run writes"):
         RunFolder(run)
 
 
@@ -595,7 +595,7 @@ def test_options_of_many_digits():
 def test_inputs_larger_than_any_image():
     from gdfq.models.registry import Loaded
 
-    with pytest.raises(UsageError, match=r"16,777,216 numbers at most"):
+    with pytest.raises(UsageError, match=r"at most 16,777,216 elements"):
         Loaded(torch.nn.Identity()).input((3, 10**6, 10**6))
 
 

@@ -406,5 +406,5 @@ def test_specs_that_name_no_network(tmp_path):
     with pytest.raises(UsageError, match="timm:NAME"):
         load_model("resnet18")
     (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
-    with pytest.raises(UsageError, match="Leave --weights away"):
+    with pytest.raises(UsageError, match="Remove --weights"):
         load_model(f"{tmp_path}/net.py:factory", "random")

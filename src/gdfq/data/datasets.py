@@ -1,4 +1,4 @@
-"""Where real images come from: `.npz` files, image folders, tensors."""
+"""Real images: .npz files, image folders, tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _DECODERS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
-"""Pillow's names of these formats: whatever a file is called, no other decoder sees it."""
+"""Pillow's names of these formats. Whatever a file is called, no other decoder reads it."""
 
 
 class ImageData(Protocol):
@@ -51,7 +51,7 @@ class ArrayData:
 
 @dataclass(frozen=True, eq=False)
 class FolderData:
-    """Image files, read and resized when asked for."""
+    """Image files that are read and resized when they are needed."""
 
     files: tuple[Path, ...]
     labels: Tensor | None

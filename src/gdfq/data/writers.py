@@ -1,4 +1,4 @@
-"""Synthetic images as files that other tools read."""
+"""Writing synthetic images as files that other tools read."""
 
 import os
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class ImageFiles:
         if self.png and (len(input_shape) != 3 or input_shape[0] not in (1, 3)):
             raise UsageError(
                 "PNG files need images of 1 or 3 channels [C, H, W]; this network takes "
-                f"{list(input_shape)}. Leave --png away: {PIXELS} and {FLOATS} hold any shape."
+                f"{list(input_shape)}. Remove --png: {PIXELS} and {FLOATS} hold any shape."
             )
         make_folder(self.folder)
 

@@ -15,35 +15,40 @@ Part = TypeVar("Part", bound=Stateful)
 
 
 class Checkpointer(Protocol):
-    """What keeps the parts of a run, within its `with` block."""
+    """Saves and restores the registered parts of a run, within its `with` block."""
 
     def __enter__(self) -> "Checkpointer": ...
 
     def __exit__(self, *stopped: object) -> None: ...
 
     def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
-        """Say which run it is (plain values), and what its rounding depends on."""
+        """Identify the run, and read its checkpoint if there is one.
+
+        Args:
+            settings: Which run it is, as plain values. A checkpoint of another run is refused.
+            around: What the rounding of the run depends on. Another value is a warning.
+        """
         ...
 
     def register(self, name: str, part: Part) -> Part:
-        """Keep the part from now on. Of a run that goes on, it gets the state it had."""
+        """Register a part, and restore its state if the run resumes. Returns the part."""
         ...
 
     def unregister(self, *names: str) -> None:
-        """Keep these parts no longer, nor what was found of them."""
+        """Drop these parts and their restored states."""
         ...
 
     def listening(self, listener: Listener) -> Listener:
-        """The listener, behind whom a checkpoint is written when it is time."""
+        """Return the listener such that a checkpoint is written after it when one is due."""
         ...
 
     def stage_ends(self) -> None:
-        """Write a checkpoint, unless that would take too much of the time."""
+        """Write a checkpoint at the end of a stage, unless checkpoints take too much time."""
         ...
 
 
 class NullCheckpointer:
-    """The keeper that keeps nothing."""
+    """The checkpointer that saves nothing."""
 
     def __enter__(self) -> "NullCheckpointer":
         return self

@@ -1,9 +1,9 @@
-"""Checkpoints: what a run is made of, written now and then, so that it goes on after a stop.
+"""Checkpoints: the registered parts of a run, written regularly, so that it can resume.
 
-The parts of a run (streams, student, optimizer, ...) are *held*. When a listener has heard a step
-they all fit together; that is when they are written, into one new file whose name has the hash of
-its contents. The file before it is kept. Parts that no longer change have files of their own, which
-are written once.
+All parts (streams, student, optimizer, ...) are consistent with one another after a step that the
+listener received. They are then written into one new file, whose name contains the hash of its
+contents. The file before it is kept. Parts that no longer change have files of their own, which are
+written once.
 """
 
 import json
@@ -34,19 +34,24 @@ from gdfq.files.untrusted import within
 
 INTERVAL = 60.0
 """Seconds between two checkpoints of one stage."""
-_SHARE = 0.02
-"""Of the time that checkpoints take at most: one that took long puts the next one off."""
+_MAX_TIME_SHARE = 0.02
+"""Largest share of the time that checkpoints may take: a slow one delays the next one."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{32})\.safetensors")
 _LOCK = ".lock"
 _PIECE = re.compile(r"piece-([0-9a-f]{32})\.safetensors")
 
 
 class Checkpoints:
-    """The keeper that writes into a folder, and begins with what it finds there.
+    """A checkpointer that writes into a folder, and resumes from what it finds there.
 
-    interval: seconds between two checkpoints. With `writes` False it only reads what it begins
-    with. Within its `with` block no other keeper may write into the folder, of this process or
-    another; the lock of a process that died is free.
+    No other checkpointer, of this process or another, may write into the folder within the `with`
+    block. The lock of a process that died is free.
+
+    Args:
+        folder: The folder.
+        interval: Minimum time between two checkpoints, in seconds.
+        writes: Whether it writes checkpoints, or only resumes from them.
+        clock: The clock, in seconds.
     """
 
     def __init__(
@@ -62,10 +67,10 @@ class Checkpoints:
         self._lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
         self._last, self._cost = clock(), 0.0
         self.seconds = 0.0
-        """What checkpoints have taken so far."""
+        """Seconds that checkpoints have taken so far."""
         self._settings: dict[str, Any] | None = None
         self._parts: dict[str, Stateful] = {}
-        self._found: dict[str, Any] = {}  # states of parts that are not held yet
+        self._found: dict[str, Any] = {}  # states of parts that are not registered yet
         self._kept: list[tuple[Path, set[str]]] = []
         self._pieces: weakref.WeakKeyDictionary[Frozen, str] = weakref.WeakKeyDictionary()
 
@@ -74,7 +79,7 @@ class Checkpoints:
         return folder if isinstance(folder, Checkpoints) else cls(Path(folder), writes=writes)
 
     def __enter__(self) -> "Checkpoints":
-        """Raises UsageError when the folder cannot be written or is in use."""
+        """Lock the folder. Raises UsageError if it cannot be written or is in use."""
         if self._writes:
             make_folder(self.folder)
             lock = within(self.folder, self.folder / _LOCK)
@@ -95,14 +100,15 @@ class Checkpoints:
         self._lock.release()
 
     def exists(self) -> bool:
-        """Whether there is a checkpoint to go on from, whole or not."""
+        """Return whether there is a checkpoint, damaged or not."""
         return bool(self._files())
 
     def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
-        """Read the newest checkpoint that is whole, if there is one.
+        """Read the newest checkpoint that is not damaged, if there is one.
 
-        Raises UsageError when it belongs to a run with other settings, when none is whole, and
-        when the folder cannot be written.
+        Raises:
+            UsageError: It belongs to a run with other settings, all checkpoints are damaged, or
+                the folder cannot be written.
         """
         if self._writes:
             make_folder(self.folder)
@@ -115,16 +121,14 @@ class Checkpoints:
     def _take(
         self, found: dict[str, Any], settings: Mapping[str, Any], around: Mapping[str, Any]
     ) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         if changed := _changes(found["settings"], settings):
             raise UsageError(
-                f"a run goes on with the settings that it began with; of the one in {self.folder} "
-                f"{changed}. Use the old ones, or begin anew in another folder."
+                f"a run resumes with the settings that it started with; of the one in "
+                f"{self.folder} {changed}. Use the old settings, or start in another folder."
             )
         if changed := _changes(found["around"], around):
-            _warn(
-                f"the result may differ in its last bits from that of a run in one go: {changed}."
-            )
+            _warn(f"the result may differ in its last bits from an uninterrupted run: {changed}.")
         self._found = found["parts"]
         for name, part in self._parts.items():
             self._restore_(name, part)
@@ -141,8 +145,8 @@ class Checkpoints:
             part.load_state_dict(self._found.pop(name))
         except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UsageError(
-                f"a checkpoint must be of the run that goes on; in {self.folder} the state of the "
-                f"{name} does not fit: {first_line(error)}. Remove the folder to begin anew."
+                f"a checkpoint must belong to the run that resumes; in {self.folder} the state of "
+                f"the {name} does not fit: {first_line(error)}. Remove the folder to restart."
             ) from error
 
     def unregister(self, *names: str) -> None:
@@ -151,28 +155,28 @@ class Checkpoints:
             self._found.pop(name, None)
 
     def listening(self, listener: Listener) -> Listener:
-        """The listener; when it raises, a checkpoint is written before the error goes on."""
+        """Return the listener such that a checkpoint is written if it raises, and when due."""
 
-        def heard(step: Step) -> None:
+        def receive(step: Step) -> None:
             try:
                 listener(step)
             except BaseException:
                 self.save()
                 raise
-            if self._since() >= max(self._interval, self._cost / _SHARE):
+            if self._since() >= max(self._interval, self._cost / _MAX_TIME_SHARE):
                 self.save()
 
-        return heard
+        return receive
 
     def stage_ends(self) -> None:
-        if self._since() >= self._cost / _SHARE:
+        if self._since() >= self._cost / _MAX_TIME_SHARE:
             self.save()
 
     def save(self) -> None:
         """Write a checkpoint now.
 
-        What cannot be written is a warning: the run in memory is worth more than its copy. Nor is a
-        state with NaN or infinity in it written over a good one.
+        A failure to write is a warning: the run in memory is worth more than its copy. A state with
+        NaN or infinity is not written.
         """
         if self._settings is None or not self._writes:
             return
@@ -184,7 +188,7 @@ class Checkpoints:
             except OSError as error:
                 _warn(
                     f"no checkpoint was written into {self.folder}: {error.strerror or error}. "
-                    "The run goes on; if it stops now, it begins again where the last one was."
+                    "The run continues; if it stops now, it resumes from the checkpoint before."
                 )
         self._last = self._clock()
         self._cost = self._last - started
@@ -201,7 +205,7 @@ class Checkpoints:
         return self._clock() - self._last
 
     def _files(self, kind: re.Pattern[str] = _CHECKPOINT) -> list[Path]:
-        """The checkpoints, the newest first."""
+        """Return the files of a kind, the newest first."""
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if kind.fullmatch(path.name)]
@@ -229,7 +233,7 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        """Remove what neither this checkpoint nor the one before it needs."""
+        """Remove the files that neither this checkpoint nor the one before it needs."""
         wanted = {path.name for path, _ in self._kept}
         wanted |= {f"piece-{name}.safetensors" for _, used in self._kept for name in used}
         for path in self._files(_CHECKPOINT) + self._files(_PIECE):
@@ -246,12 +250,12 @@ class Checkpoints:
                 continue
             self._kept = [(path, used)]
             if problems:
-                _warn(f"going on from the checkpoint before: {'; '.join(problems)}.")
+                _warn(f"resuming from the checkpoint before: {'; '.join(problems)}.")
             return state
         if problems:
             raise UsageError(
-                f"one checkpoint in {self.folder} must be as it was written; none is: "
-                f"{'; '.join(problems)}. Remove the folder to begin anew."
+                f"one checkpoint in {self.folder} must be undamaged; none is: "
+                f"{'; '.join(problems)}. Remove the folder to restart."
             )
         return None
 

@@ -1,17 +1,16 @@
-"""The processes of a run, each on a device of its own.
+"""The processes of a run, each on its own device.
 
-All processes go through the same program with the same random streams, and meet where a batch
-counts as a whole. What must be known of it is a mean over them, whose gradient is again a mean:
+All processes run the same program with the same random streams. Where a value of the whole batch is
+needed, they compute a mean over the processes, whose gradient is again a mean:
 
     y = 1/P Σ_p x_p,   ∂x_p = 1/P Σ_q ∂y_q
 
-so each process may differentiate a loss of the whole batch (made with such means) or of its part of
-it, and the mean of what they get is the gradient of the whole batch's loss.
+Each process may therefore differentiate a loss of the whole batch (computed with such means) or of
+its own shard. The mean of the results is the gradient of the loss of the whole batch.
 
-The engine is torch.distributed, started by torchrun. What wraps modules (DistributedDataParallel,
-with or without accelerate or Lightning Fabric) averages gradients behind a module's backward pass
-and knows nothing of statistics that must be whole *within* it; with those, the average is one line
-more.
+The engine is torch.distributed, started by torchrun. Wrappers of modules (DistributedDataParallel,
+with or without accelerate or Lightning Fabric) average gradients after the backward pass. They
+cannot compute statistics of the whole batch *within* it, which these methods need.
 """
 
 import os
@@ -31,58 +30,62 @@ Statistics = Sequence[tuple[Tensor, Tensor]]
 
 
 class Group:
-    """One process that is alone: what it has is the whole."""
+    """The processes that work together. This class is a single process."""
 
     rank, size = 0, 1
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of all processes' x, with its gradient; shapes are alike."""
+        """Return the mean of x over all processes, with its gradient. All x have the same shape."""
         return x
 
     def average_(self, tensors: Iterable[Tensor | None]) -> None:
-        """Put the mean of all processes' into each tensor; None is passed over."""
+        """Replace each tensor by its mean over all processes. None is skipped."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """All processes' x [n, ...], one behind the other: [size n, ...]. No gradient."""
+        """Concatenate x [n, ...] of all processes to [size n, ...]. No gradient."""
         return x
 
     def shared_from(self, rank: int, x: Tensor) -> Tensor:  # noqa: ARG002
-        """The x of one process; shapes are alike. No gradient."""
+        """Return the x of one process. All x have the same shape. No gradient."""
         return x
 
     def same_(self, tensors: Iterable[Tensor]) -> None:
-        """Put the first process's into each tensor."""
+        """Replace each tensor by that of the first process."""
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have arrived here."""
 
     def splits(self, count: int) -> bool:
-        """Whether so many images are shared out evenly; else every process takes them all."""
+        """Return whether `count` images divide evenly. If not, every process takes all of them."""
         return count % self.size == 0
 
     def part(self, x: Tensor) -> Tensor:
-        """This process's rows of x [N, ...]."""
+        """Return this process's shard of x [N, ...]: its rows."""
         if self.size == 1 or not self.splits(len(x)):
             return x
         return x.tensor_split(self.size)[self.rank]
 
     def moments(self, statistics: Statistics) -> Statistics:
-        """Statistics of the whole batch, with gradients, from those of each part."""
+        """Return the statistics of the whole batch, with gradients, from those of the shards."""
         return statistics
 
     def batch_norm(
         self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     ) -> Tensor:
-        """Batch norm of x [N, C, *] by the statistics of the whole batch."""
+        """Apply batch norm to x [N, C, *] with the statistics of the whole batch."""
         return F.batch_norm(x, None, None, scale, shift, training=True, eps=eps)
 
     def check_batch(self, batch: int, what: str) -> None:
-        """Raise UsageError when the processes cannot share out so many images."""
+        """Check that the processes can divide a batch evenly.
+
+        Raises:
+            UsageError: They cannot; the message says which numbers of processes can.
+        """
         if not self.splits(batch):
             fitting = [str(n) for n in range(1, batch + 1) if batch % n == 0]
             raise UsageError(
-                f"{what} has {batch} images a batch, which {self.size} processes cannot share out "
-                f"evenly. Start one of {', '.join(fitting)}."
+                f"{what} has {batch} images per batch, which {self.size} processes cannot divide "
+                f"evenly. Start one of {', '.join(fitting)} processes."
             )
 
 
@@ -168,19 +171,19 @@ def _mean_(x: Tensor, size: int) -> Tensor:
 
 
 def _together(operation: Callable[..., Any], *arguments: Any) -> None:
-    """Do what all processes must do. Raises GdfqError when one of them is gone."""
+    """Call a collective operation. Raises GdfqError if a process is gone."""
     try:
         operation(*arguments)
     except RuntimeError as error:
         raise GdfqError(
             "all processes of a run must live until its end; one is gone "
-            f"({first_line(error)}). See what it said last; the same command goes on from the "
+            f"({first_line(error)}). See its last messages; the same command resumes from the "
             "checkpoint."
         ) from error
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """x in the memory order of another tensor."""
+    """Return x in the memory format of another tensor."""
     last = other.ndim == 4 and other.is_contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 

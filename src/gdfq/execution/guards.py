@@ -1,4 +1,4 @@
-"""What can go wrong while a run computes, told in its own terms."""
+"""Checks of what can fail while a run computes, with errors that say what to do."""
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,17 @@ from gdfq.errors import GdfqError, first_line
 
 
 def stay_finite(losses: Mapping[str, Tensor], *, whose: str, when: str, advice: str) -> None:
-    """Raise GdfqError, with all parts, when the first loss is NaN or infinite."""
+    """Check that a loss is finite.
+
+    Args:
+        losses: The total loss first, then its parts; all are in the message.
+        whose: What the loss belongs to, such as "student".
+        when: The step, such as "step 7".
+        advice: What the user can do.
+
+    Raises:
+        GdfqError: The total loss is NaN or infinite.
+    """
     if not bool(next(iter(losses.values())).isfinite()):
         parts = ", ".join(f"{name} {float(value):.6g}" for name, value in losses.items())
         raise GdfqError(
@@ -20,7 +30,7 @@ def stay_finite(losses: Mapping[str, Tensor], *, whose: str, when: str, advice: 
 
 
 def images_stay_finite(losses: Mapping[str, Tensor], batch: int, iteration: int) -> None:
-    """`stay_finite` for images that are optimised."""
+    """Check the losses of images that are optimised, as `stay_finite` does."""
     stay_finite(
         losses,
         whose="image",
@@ -30,47 +40,52 @@ def images_stay_finite(losses: Mapping[str, Tensor], batch: int, iteration: int)
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that memory is short."""
+    """Return whether an error means that memory ran out."""
     by_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return by_type or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 @contextmanager
 def told_of_shortage(batch: int, ask: Callable[[int], object]) -> Iterator[None]:
-    """Turn a shortage of memory into a GdfqError that names a batch which fits.
+    """Convert an out-of-memory error into a GdfqError that suggests a batch size that fits.
 
-    batch: images a step. `ask` does with a number of images what takes most memory; half of what it
-    can do is named, because a step holds more than that.
+    Args:
+        batch: Images per step.
+        ask: Does with a number of images what takes most memory. Half of the largest number that
+            passes is suggested, because a step holds more than one such pass.
+
+    Raises:
+        GdfqError: Memory ran out.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled it
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
         fits = next((n for n in _halves(batch) if _has_room(ask, 2 * n)), None)
         advice = (
-            f"{fits} images fit: begin in another folder with --batch {fits} (batch={fits})"
+            f"{fits} images fit: start in another folder with --batch {fits} (batch={fits})"
             if fits
             else "not even one image fits"
         )
         raise GdfqError(
             f"a step on {batch} images must fit into memory; it does not ({first_line(error)}). "
-            f"{advice}. Or lower --memory (memory=), which limits the images that pass together. "
-            "What is finished is kept, for a machine with more."
+            f"{advice}. Or lower --memory (memory=): then fewer images are computed together. "
+            "Finished stages are kept, for a machine with more memory."
         ) from error
 
 
 @contextmanager
 def suggesting_less(stage: str, room: int) -> Iterator[None]:
-    """Convert a shortage of memory into a GdfqError that suggests a smaller budget.
+    """Convert an out-of-memory error into a GdfqError that suggests a smaller budget.
 
     Args:
         stage: What runs, as "measuring on the test images".
         room: Bytes of the present budget for activations.
 
     Raises:
-        GdfqError: Memory was short.
+        GdfqError: Memory ran out.
     """
     try:
         yield
@@ -79,8 +94,8 @@ def suggesting_less(stage: str, room: int) -> Iterator[None]:
             raise
         half = f"{max(1, room // 2**21)}MiB"
         raise GdfqError(
-            f"{stage} must fit into memory; it does not ({first_line(error)}). Fewer images pass "
-            f"together with a smaller budget: --memory {half} (memory='{half}')."
+            f"{stage} must fit into memory; it does not ({first_line(error)}). Fewer images are "
+            f"computed together with a smaller budget: --memory {half} (memory='{half}')."
         ) from error
 
 

@@ -12,10 +12,10 @@ from gdfq.execution.progress import Step, is_due
 
 
 class History:
-    """Writes steps with losses or ranges as JSON lines, about `lines` of them a stage.
+    """Writes steps with losses or ranges as JSON lines, about `lines` of them per stage.
 
-    Of a run that goes on, the lines behind its checkpoint are cut off and written again. So are
-    those of a batch that a stop left unfinished: a step that is heard again begins it anew.
+    When a run resumes, the lines after its checkpoint are removed and written again. So are the
+    lines of a batch that a stop left unfinished: that batch is made again from its first step.
     """
 
     def __init__(self, path: Path, lines: int = 500) -> None:

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps instead of giving it back to the system."""
+"""How the C library handles freed memory."""
 
 import ctypes
 import sys
@@ -7,12 +7,12 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory_() -> None:
-    """Let this process reuse freed memory at once, for its whole life; only glibc can.
+    """Let this process reuse freed memory immediately. Only glibc supports this.
 
-    By default glibc maps every tensor of 32 MiB and more afresh and unmaps it when it is freed,
-    so that each pass over a network of large images spends more time on page faults than on
-    arithmetic: MobileNetV1 at 224x224 runs about twice as fast without. This is a setting of the
-    whole process, so programs make it, not the library.
+    By default glibc maps every tensor of 32 MiB or more anew and unmaps it when it is freed. Each
+    pass over large images then spends more time on page faults than on arithmetic: MobileNetV1 at
+    224x224 runs about twice as fast with this setting. The setting holds for the whole process, so
+    the command line makes it, not the library.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -23,10 +23,10 @@ def keep_freed_memory_() -> None:
 
 
 def release_freed_memory() -> None:
-    """Give freed memory back to the system, between two stages; only glibc can.
+    """Return freed memory to the system between two stages. Only glibc supports this.
 
-    The stages of a run need tensors of other sizes, so what one has freed lies in pieces that the
-    next cannot use, and the process would grow with every stage.
+    Stages need tensors of different sizes. What one stage freed is fragmented for the next one, so
+    the process would grow with every stage.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop become an error at a point where it can."""
+"""Signals that ask a process to stop raise an error at a point where the process can stop."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,9 +8,10 @@ from types import FrameType
 
 
 class StoppedError(BaseException):
-    """The process was asked to stop; `code` is the exit code that says by which signal.
+    """The process was asked to stop. `code` is the exit code for the signal (128 + its number).
 
-    No error: as with KeyboardInterrupt, what catches every Exception must let it pass.
+    It derives from BaseException, as KeyboardInterrupt does, so that `except Exception` does not
+    catch it.
     """
 
     def __init__(self, number: int) -> None:
@@ -20,21 +21,22 @@ class StoppedError(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
-    """Within, SIGINT and SIGTERM are noted; what is yielded raises StoppedError when one came.
+    """Within this context SIGINT and SIGTERM are recorded instead of stopping the process.
 
-    A second one raises at once, wherever the program is. In another thread than the main one,
-    which alone may handle signals, nothing is changed.
+    Yields:
+        A function that raises StoppedError if a signal was received. A second signal raises it
+        immediately. Only the main thread can handle signals; in other threads nothing changes.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (a handler's form)
-        if came:
+        if received:
             raise StoppedError(number)
-        came.append(number)
+        received.append(number)
 
     def check() -> None:
-        if came:
-            raise StoppedError(came[0])
+        if received:
+            raise StoppedError(received[0])
 
     if current_thread() is not main_thread():
         yield check

@@ -14,7 +14,7 @@ def require_tensorboard() -> None:
     if find_spec("tensorboard") is None:
         raise UsageError(
             "event files need the tensorboard package, which is not installed. "
-            "Install it with: pip install 'gdfq[tensorboard]', or leave --tensorboard away."
+            "Install it with: pip install 'gdfq[tensorboard]', or remove --tensorboard."
         )
 
 

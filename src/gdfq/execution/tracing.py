@@ -1,8 +1,9 @@
-"""Tracing by torch: by one thread at a time, while no other computes, and without its warnings.
+"""Tracing with torch.export: one thread at a time, and never while another thread computes.
 
-Two calls of `torch.export` at once fail. And while one runs, the whole process computes otherwise:
-it switches oneDNN off and `torch.compiler.is_compiling` on, so that convolutions and Adam's updates
-in other threads round differently. So threads that compute and one that traces take turns.
+Two concurrent calls of `torch.export` fail. While one call runs, it changes how the whole process
+computes: it switches oneDNN off and `torch.compiler.is_compiling` on, so that convolutions and Adam
+updates in other threads round differently. Therefore a thread that traces excludes all threads that
+compute.
 """
 
 import threading
@@ -19,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class _Turns:
-    """Many threads compute, or one traces; who waits to trace goes first."""
+    """A lock: many threads compute, or one thread traces. A waiting tracer has priority."""
 
     def __init__(self) -> None:
         self._change = threading.Condition()
@@ -41,7 +42,7 @@ class _Turns:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Within, no other thread traces."""
+        """Within this context no other thread traces."""
         if not self._depth():
             self._enter()
         self._mine.depth = self._depth() + 1
@@ -54,7 +55,7 @@ class _Turns:
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Within, this thread does not compute, so that others may trace."""
+        """Within this context this thread does not compute, so that other threads may trace."""
         if self._depth():
             self._leave()
         try:
@@ -65,7 +66,7 @@ class _Turns:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Within, no other thread computes or traces."""
+        """Within this context no other thread computes or traces."""
         with self.pausing():
             with self._change:
                 self._waiting += 1
@@ -88,14 +89,17 @@ _TURNS = _Turns()
 
 @contextmanager
 def quiet_tracing() -> Iterator[None]:
-    """Within, this thread alone traces; warnings, torch's deprecations mostly, are not shown."""
+    """Within this context this thread alone traces. Warnings of torch are not shown."""
     with _TURNS.tracing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def beside_no_tracing(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """The function, during which no other thread traces unless a `giving_way` listener hears."""
+    """Return the function such that no other thread traces while it runs.
+
+    A listener made by `giving_way` pauses this.
+    """
 
     @wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -106,10 +110,10 @@ def beside_no_tracing(function: Callable[Given, Result]) -> Callable[Given, Resu
 
 
 def giving_way(listener: Listener) -> Listener:
-    """The listener, during which other threads may trace: a step has ended."""
+    """Return the listener such that other threads may trace while it runs, after a step."""
 
-    def heard(step: Step) -> None:
+    def receive(step: Step) -> None:
         with _TURNS.pausing():
             listener(step)
 
-    return heard
+    return receive

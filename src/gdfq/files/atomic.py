@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writes: a file is complete or absent."""
 
 import json
 import os
@@ -13,14 +13,14 @@ Found = TypeVar("Found")
 
 
 def check_folder(path: Path) -> None:
-    """Raise UsageError unless the folder can be written, or made where it is not there yet."""
+    """Raise UsageError if the folder cannot be written, or created if it does not exist."""
     there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f"the out folder must be writable; {there} is not. Choose another.")
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder if it is not there. Raises UsageError when it cannot be written."""
+    """Create the folder if it does not exist. Raises UsageError if it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,7 +53,7 @@ def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Fo
 
 
 def _keep_names(folder: Path) -> None:
-    """Force to disk which names a folder has; only POSIX can."""
+    """Force the entries of a folder to disk. Only POSIX systems support this."""
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -68,11 +68,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a process that died left half-written; nobody else may be writing here."""
+    """Remove files that a dead process left half-written. No other process may be writing here."""
     for path in folder.glob(".*.????????.partial"):
         path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -16,7 +16,7 @@ _KEY = "gdfq-state"
 
 
 class Stateful(Protocol):
-    """What can be stopped and go on, as a module, an optimizer or a stream of batches.
+    """Anything that can be stopped and resumed: a module, an optimizer, a stream of batches.
 
     A state is a tree of dictionaries and lists whose leaves are tensors, numbers, strings, None
     and `Frozen`.
@@ -33,7 +33,7 @@ class Frozen:
     value: Any
 
     def to(self, device: torch.device) -> "Frozen":
-        """The same on a device: what is read lies on the CPU."""
+        """Return it on a device. Parts that were read are on the CPU."""
         return self if device.type == "cpu" else Frozen(_moved(self.value, device))
 
 
@@ -46,7 +46,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def all_finite(state: Any) -> bool:
-    """Whether no tensor of a state has NaN or infinity in it; `Frozen` parts are not looked at."""
+    """Return whether all tensors of a state are finite. `Frozen` parts are not checked."""
     if isinstance(state, Tensor):
         return not state.is_floating_point() or bool(state.isfinite().all())
     if isinstance(state, Mapping):
@@ -55,7 +55,7 @@ def all_finite(state: Any) -> bool:
 
 
 class Results(dict[str, Any]):
-    """A dictionary of results that are to outlast a stop."""
+    """A dictionary of results that a resumed run needs."""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self)
@@ -65,7 +65,7 @@ class Results(dict[str, Any]):
 
 
 def to_bytes(state: Any, name_of: Callable[[Frozen], str]) -> bytes:
-    """A state as the contents of a safetensors file; `name_of` a fixed part stands in its place."""
+    """Return a state as the contents of a safetensors file; frozen parts are stored by name."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
@@ -90,7 +90,7 @@ def to_bytes(state: Any, name_of: Callable[[Frozen], str]) -> bytes:
 
 
 def from_bytes(data: bytes, fixed: Callable[[str], Frozen]) -> Any:
-    """The state of a file's contents; tuples come back as lists.
+    """Read the state from a file's contents. Tuples are returned as lists.
 
     Tensors get the strides that they had: arithmetic of another memory order rounds otherwise.
     Raises ValueError and others for contents that `to_bytes` did not make.
@@ -123,12 +123,12 @@ def from_bytes(data: bytes, fixed: Callable[[str], Frozen]) -> Any:
 
 
 def name_of(data: bytes) -> str:
-    """The name of contents: half of their SHA-256."""
+    """Return a name for contents: the first half of their SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def differences(state: Any, other: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """The leaves, by their dotted path, in which two trees of plain values differ."""
+    """Return the leaves, by dotted path, in which two trees of plain values differ."""
     if not isinstance(state, dict) or not isinstance(other, dict):
         return {} if state == other else {where: (state, other)}
     found: dict[str, tuple[Any, Any]] = {}

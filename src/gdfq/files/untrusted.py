@@ -1,8 +1,8 @@
-"""Files of strangers: what they may cost, stated once, and how they are read within that.
+"""Untrusted files: limits on what they may cost, and how they are read within these limits.
 
-A small file may say that it holds much. Sizes are compared with the file, or with the numbers here,
-before memory is taken. What fails raises ValueError, or what the library raises; callers say which
-file it was.
+A small file may claim to hold a lot of data. Sizes are compared with the file, or with the limits
+here, before memory is allocated. A failure raises ValueError, or the error of the library; callers
+add which file it was.
 """
 
 import json
@@ -21,43 +21,46 @@ import numpy as np
 from gdfq.errors import UsageError
 
 PIXELS, RESIZED = 2**26, 2**24
-"""Of an image file (8192 x 8192), and of one that was resized: long and thin ones can grow."""
+"""Maximum pixels of an image file (8192 x 8192), and of a resized image (long and thin images can
+grow)."""
 NUMBERS = 2**24
-"""Of one input of a network: 3 x 2048 x 2048 fits."""
+"""Maximum elements of one input of a network: 3 x 2048 x 2048 fits."""
 TENSOR = 2**28
-"""Numbers of one tensor inside a stored network, for one image: 1 GiB of floats."""
+"""Maximum elements of one tensor inside a stored network, for one image: 1 GiB of floats."""
 LEVELS = 100
-"""Of lists and objects in each other."""
+"""Maximum depth of nested lists and objects."""
 _UNPACKED, _RATIO = 2**26, 100
-"""Bytes that any archive may unpack to, and how many times its own size a large one may."""
+"""Bytes that any archive may unpack to, and the maximum ratio to its own size for larger ones."""
 
 
 def within(folder: Path, path: Path) -> Path:
-    """`path`, a file or folder whose parent is in the folder.
+    """Return `path`, a file or folder inside `folder`.
 
-    Raises UsageError for a symbolic link that leads out of the folder, a pipe or a device.
+    Raises:
+        UsageError: It is a symbolic link that leads out of the folder, a pipe or a device.
     """
     if path.is_symlink():
         target = Path(os.path.realpath(path))
         if not target.is_relative_to(os.path.realpath(folder)):
             raise UsageError(
-                f"what is read of a folder must lie in it; {path} is a symbolic link that leads "
-                f"out of it, to {target}. Copy that into the folder, or give that path itself."
+                f"files that are read from a folder must be inside it; {path} is a symbolic link "
+                f"to {target}, outside of it. Copy that into the folder, or give that path itself."
             )
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UsageError(
-            f"a folder must hold files and folders alone; {path} is a pipe or a device. Remove it."
+            f"a folder must contain only files and folders; {path} is a pipe or a device. "
+            "Remove it."
         )
     return path
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises OSError, and ValueError for what is none."""
+    """Read a JSON file. Raises OSError, and ValueError if it is not valid JSON."""
     return parse_json(path.read_bytes())
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of JSON text. Raises ValueError for what is none, or is nested too deeply."""
+    """Parse JSON text. Raises ValueError if it is not valid JSON or is nested too deeply."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -77,25 +80,27 @@ def _check_depth(value: Any, levels: int) -> None:
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Raise UsageError when one input of a network has more numbers than any image."""
+    """Raise UsageError if one input of a network has more elements than any image."""
     if math.prod(shape) > NUMBERS:
         raise UsageError(
-            f"one input may have {NUMBERS:,} numbers at most; {'x'.join(map(str, shape))} has "
+            f"one input may have at most {NUMBERS:,} elements; {'x'.join(map(str, shape))} has "
             f"{math.prod(shape):,}. Give the shape of one image."
         )
 
 
-def check_pixels(width: int, height: int, most: int = PIXELS) -> None:
+def check_pixels(width: int, height: int, limit: int = PIXELS) -> None:
     """Raise ValueError when an image would have too many pixels to be held in memory."""
-    if width * height > most:
-        raise ValueError(f"{width} x {height} pixels are more than {most:,}")
+    if width * height > limit:
+        raise ValueError(f"{width} x {height} pixels are more than {limit:,}")
 
 
 def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
-    """The named arrays of an .npz file that are there, or all.
+    """Read those of the named arrays that an .npz file has, or all its arrays.
 
-    Raises OSError, and ValueError and others for a damaged file, one that holds objects, and one
-    that unpacks to more than 64 MiB and 100 times its size.
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged, holds objects, or unpacks to more than 64 MiB and 100 times its
+            size. The zip library raises errors of its own.
     """
     with ZipFile(path) as archive:
         members = {

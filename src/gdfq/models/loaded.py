@@ -1,4 +1,4 @@
-"""What a source of networks gives: the network, and what it says about the images it takes."""
+"""A loaded network, and what its source says about the images it takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,15 +28,15 @@ class Loaded:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> tuple[tuple[int, ...], Preprocessing]:
-        """The shape of one input and its preprocessing: what is given, else what is known.
+        """Return the shape of one input and its preprocessing: as given, else as the network says.
 
-        Raises UsageError when nobody knows the shape or it is no image's, or mean and std do not
-        fit its channels.
+        Raises UsageError if the shape is neither given nor known, or is too large, or if mean and
+        std do not fit its channels.
         """
         shape = shape or self.input_shape
         if shape is None:
             raise UsageError(
-                "the shape of one input must be known; this network does not say it. "
+                "the shape of one input must be known; this network does not tell it. "
                 "Give it with --input, as --input 3x32x32."
             )
         check_shape(shape)

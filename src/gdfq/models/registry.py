@@ -1,4 +1,4 @@
-"""Where a network comes from: a library of networks, a factory in a file or package, a program."""
+"""Loading networks: from a library, from a factory in a file or package, from a program."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from gdfq.models.weights import load_weights_, weights_hash
 __all__ = ["RANDOM", "Loaded", "load_model", "load_weights_", "weights_hash"]
 
 RANDOM = "random"
-"""In the place of a weights file: a library's network as it is initialised, always the same."""
+"""Instead of a weights file: a library's network with its initial weights, always the same."""
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
-    """The network that a user names.
+    """Load the network that a name stands for.
 
     spec: `timm:NAME`, `torchvision:NAME`, `hf:ID` or `ptcv:NAME`, with pretrained weights from
     that library; `path/to/file.py:factory`, `package.module:factory` or a `.pt2` file that
@@ -37,7 +37,7 @@ def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
     elif untrained:
         raise UsageError(
             f"--weights {RANDOM} is for networks of a library ({', '.join(HUBS)}); {spec} comes "
-            "with the weights that its code gives it. Leave --weights away, or give a file."
+            "with the weights that its code gives it. Remove --weights, or give a file."
         )
     elif spec.endswith(".pt2"):
         loaded = from_program(Path(spec))

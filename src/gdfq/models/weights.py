@@ -12,7 +12,7 @@ from gdfq.files.untrusted import check_torch_file
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of the model's state."""
+    """Return the SHA-256 over names, dtypes, shapes and bytes of the model's state."""
     digest = hashlib.sha256()
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in sorted(tensors.items()):
@@ -22,7 +22,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
-    """Load a file's weights into the model; all must be there, and no others."""
+    """Load the weights of a file into the model. The file must have exactly its tensors."""
     given = read_weights(path)
     wanted = {
         name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
@@ -68,7 +68,7 @@ def _contents(state: object) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a tensor that lies in memory, number after number."""
+    """Return whether it is a dense tensor in memory."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided

@@ -231,7 +231,7 @@ def _sweep(values: Mapping[str, Any]) -> Sweep:
 def _each(value: Any, key: str, read: Callable[[Any, str], Value]) -> Iterator[Value]:
     """A list's values, or the one value that stands for a list of one."""
     if value == [] or value is None:
-        raise UsageError(f"{key} must have one value at least; it has none. Leave it away.")
+        raise UsageError(f"{key} must have one value at least; it has none. Remove it.")
     return (read(item, key) for item in (value if isinstance(value, list) else [value]))
 
 
