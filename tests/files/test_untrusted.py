@@ -529,7 +529,7 @@ def run_of(part, **tensors):
 def test_checkpoints_that_are_none(tmp_path, contents):
     path = tmp_path / f"checkpoint-000001-{name_of(contents)}.safetensors"
     path.write_bytes(contents)
-    with pytest.raises(UsageError, match="must be as it was written"):
+    with pytest.raises(UsageError, match="must be undamaged"):
         Checkpoints(tmp_path).begin({}, {})
 
 

@@ -44,7 +44,7 @@ def within(folder: Path, path: Path) -> Path:
         if not target.is_relative_to(os.path.realpath(folder)):
             raise UsageError(
                 f"files that are read from a folder must be inside it; {path} is a symbolic link "
-                f"to {target}, outside of it. Copy that into the folder, or give that path itself."
+                f"that leads out of it, to {target}. Copy that into the folder, or give that path."
             )
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UsageError(
