@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,6 +71,11 @@ class Exported(Proof):
         return {**asdict(self), "path": self.path.name}
 
 
+_MAX_NUMBERS = 2**21
+"""Of the examples that a file is compared on (13 of 3x224x224): a comparison holds the codes of all
+activations of the student and of the runtime at once."""
+
+
 def export(
     network: IntegerNetwork,
     card: Card,
@@ -87,7 +93,8 @@ def export(
         network: The frozen network.
         card: Its card.
         path: The file; its folder is made.
-        examples: A tensor [n, *shape] for each input of the network, to compare on.
+        examples: A tensor [n, *shape] for each input of the network, to compare on: the first of
+            them where they are large.
         target: The kind of file: a name in `TARGETS` or a `Target`. By the suffix if None.
         raw_input: A file that takes uint8 pixels and normalises them itself.
         safe_x86: Weights of 8 bits become 7 where sums could overflow on x86 processors without
@@ -109,7 +116,8 @@ def export(
     network = copy.deepcopy(network).cpu().eval()
     if safe_x86:
         network = without_overflow(network)
-    inputs = tuple(example.cpu() for example in examples)
+    numbers = sum(math.prod(example.shape[1:]) for example in examples)
+    inputs = tuple(example[: max(1, _MAX_NUMBERS // numbers)].cpu() for example in examples)
     job = Job(network, card, path, inputs, raw_input, accuracy or {})
     data = kind.write(job)
 
