@@ -24,7 +24,7 @@ from support.places import RESULTS, SHARED
 
 from gdfq import pipeline
 from gdfq.analysis.accuracy import logits_of
-from gdfq.analysis.bit_allocation import choose_widths, file_sizes
+from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
 from gdfq.data.datasets import load_data
 from gdfq.deploy.card import Card
 from gdfq.deploy.metadata import metadata_of
@@ -113,16 +113,16 @@ def rows_of(name: str, seed: int, known: dict[tuple[object, ...], dict[str, obje
                 base = Scheme(Bits(4, 8), "full")
                 card = card_of(name, teacher, base, recipe, seed)
                 started = time.perf_counter()
-                sizes = file_sizes(teacher, base, metadata_of(card, {}, safe=False))
+                sizes = onnx_sizes(teacher, base, metadata_of(card, {}, safe=False))
                 # The least that can be promised, which lies a little above the smallest file.
                 least = sum(min(group.values()) for group in sizes.groups)
                 budget = 1000 * -(-max(int(multiple * size), least) // 1000)  # type: ignore[call-overload]
-                chosen = choose_widths(teacher, base, images, budget, sizes, listener=listener)
+                chosen = choose_bits(teacher, base, images, budget, sizes, listener=listener)
                 choosing = time.perf_counter() - started
                 row = run(name, teacher, recipe, chosen.scheme, seed, listener)
                 yield common | {
                     "bits": title, "rival": bits, "budget": budget, **row,
-                    "seconds_choosing": round(choosing, 1), "widths": chosen.widths,
+                    "seconds_choosing": round(choosing, 1), "widths": chosen.bits,
                 }  # fmt: skip
 
 

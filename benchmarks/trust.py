@@ -26,8 +26,14 @@ from torch import Tensor, fx
 
 from gdfq import demo, pipeline
 from gdfq.analysis.accuracy import logits_of
-from gdfq.analysis.accuracy_drop import LAW, Law, comparable, judged, mixed
-from gdfq.analysis.accuracy_drop import made as spectral_images
+from gdfq.analysis.accuracy_drop import (
+    LAW,
+    Law,
+    error_among_ten_classes,
+    estimate_drop,
+    make_images,
+    mix_images,
+)
 from gdfq.data.datasets import ArrayData, ImageData, load_data
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
@@ -54,7 +60,7 @@ FIGURE = ROOT / "docs" / "trust.svg"
 DIGITS = "digits"
 PLAIN, MIXTURES = "images", "mixtures"
 HELD_OUT_SEED = stream(0, "trust").initial_seed()
-"""That of `gdfq.analysis.accuracy_drop.measure` for seed 0, unlike any run's."""
+"""That of `gdfq.analysis.accuracy_drop.measure_expected_drop` for seed 0, unlike any run's."""
 Row = dict[str, Any]
 CLASSES = {DIGITS: 10, R20: 10, R32: 10, R56: 100, MOBILE: 1000}
 TEST_IMAGES = {DIGITS: 898, R20: 4000, R56: 1500, R32: 2000, MOBILE: 1000}
@@ -231,10 +237,10 @@ class Known:
     @classmethod
     def of(cls, name: str) -> "Known":
         teacher, test = teacher_of(name)
-        made = spectral_images(teacher, HELD_OUT_SEED)
+        made = make_images(teacher, HELD_OUT_SEED)
         kinds = {
             PLAIN: made,
-            MIXTURES: mixed(made, 4 * len(made), stream(HELD_OUT_SEED, "trust.mixtures")),
+            MIXTURES: mix_images(made, 4 * len(made), stream(HELD_OUT_SEED, "trust.mixtures")),
         }
         logits = logits_of(teacher.network, test, shapes(name)[1], device=torch.device("cpu"))
         with torch.no_grad():
@@ -251,7 +257,7 @@ def measured(run: Run, network: Known) -> Row:
     found = compared(logits, network.logits, network.test.labels)
     with torch.no_grad():
         seen = {
-            kind: judged(
+            kind: estimate_drop(
                 [wanted], [torch.cat([student(part) for part in images.split(32)])], source=kind
             )
             for kind, (images, wanted) in network.images.items()
@@ -279,7 +285,8 @@ Predictor = Callable[[Row], float]
 
 def logit_error(row: Row, kind: str = MIXTURES) -> float:
     """What `gdfq.analysis.accuracy_drop` goes by."""
-    return comparable(row["seen"][kind]["relative_error"] / 100, CLASSES[row["network"]])
+    error = row["seen"][kind]["relative_error"] / 100
+    return error_among_ten_classes(error, CLASSES[row["network"]])
 
 
 def disagreement_odds(row: Row) -> float:

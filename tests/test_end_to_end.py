@@ -10,7 +10,7 @@ from support.places import ROOT
 import gdfq
 from gdfq import demo
 from gdfq.analysis.accuracy import logits_of
-from gdfq.analysis.accuracy_drop import measure
+from gdfq.analysis.accuracy_drop import measure_expected_drop
 from gdfq.analysis.predictions import paired_drop
 from gdfq.data.datasets import ArrayData
 from gdfq.graph.capture import capture
@@ -96,19 +96,19 @@ def test_the_loss_is_foreseen_without_data(digits, teacher):
         )
         is_right = right(student.network)
         lost, won = int((was_right & ~is_right).sum()), int((~was_right & is_right).sum())
-        foreseen = measure(teacher, student.network, seed=seed)
+        estimate = measure_expected_drop(teacher, student.network, seed=seed)
         return (
             *paired_drop(lost, won, len(labels)),
-            *foreseen.interval,
-            foreseen.expected_drop,
+            *estimate.interval,
+            estimate.expected_drop,
         )
 
     expected = []
     for bits in ("w8a8", "w4a4", "w3a3"):
         both = torch.tensor([seen(bits, seed) for seed in (0, 1)]).mean(0)
-        drop, error, low, high, foreseen = both.tolist()
+        drop, error, low, high, estimate = both.tolist()
         assert low - careful - 2 * error <= max(drop, 0) <= high + 2 * error
-        expected.append(foreseen)
+        expected.append(estimate)
     assert expected == sorted(expected)
     assert expected[0] < 1 < expected[-1]
 

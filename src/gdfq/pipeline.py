@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from gdfq import stages
-from gdfq.analysis.observations import Witness
+from gdfq.analysis.observations import Observations
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.guards import suggesting_less
@@ -67,7 +67,7 @@ def _quantize(plan: Plan, clock: Clock, seed: int, context: Context) -> Quantize
     }
     if allocation is not None:
         metrics["allocation"] = allocation
-    observed = Witness(*(feed.recent.inputs() or (feed.examples, None)), teacher, tested)
+    observed = Observations(*(feed.recent.inputs() or (feed.examples, None)), teacher, tested)
     card = plan.card(scheme, seed)
     return QuantizedNetwork(network, card, metrics, feed.examples, observed)
 

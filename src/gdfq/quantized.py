@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.analysis.accuracy import top1
-from gdfq.analysis.observations import Witness
+from gdfq.analysis.observations import Observations
 from gdfq.data.tensors import network_inputs, to_npz
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
@@ -36,9 +36,9 @@ class QuantizedNetwork(nn.Module):
     are not classes returns them as the original did.
     Weights are integer codes; activations are rounded to their grids while it runs. `metrics`
     holds the seconds and steps of the run that made it, and the top-1 accuracies of teacher and
-    student if test images were given. `examples` are a few inputs, [n, *shape] each, of
-    those that it was tuned on; exported files are compared on them. `witness` is what the run that
-    made it saw besides; it is not saved.
+    student if test images were given. `examples` are a few inputs, [n, *shape] each, of those that
+    it was tuned on; exported files are compared on them. `observations` are what the report of its
+    run needs besides; they are not saved.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class QuantizedNetwork(nn.Module):
         card: Card,
         metrics: Mapping[str, Any] | None = None,
         examples: Tensor | Sequence[Tensor] | None = None,
-        witness: Witness | None = None,
+        observations: Observations | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -58,7 +58,7 @@ class QuantizedNetwork(nn.Module):
             examples = [spec.noise(16, draw) for spec in card.inputs]
         given = [examples] if isinstance(examples, Tensor) else examples
         self.examples: tuple[Tensor, ...] = tuple(tensor.cpu() for tensor in given)
-        self.witness = witness
+        self.observations = observations
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Compute the outputs, of a tensor for each input in order or by its name."""

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from gdfq.analysis.accuracy import output_errors
-from gdfq.analysis.bit_allocation import choose_widths, file_sizes
-from gdfq.analysis.observations import Tested
+from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
+from gdfq.analysis.observations import TestPredictions
 from gdfq.data.tensors import summary_of
 from gdfq.deploy.metadata import metadata_of
 from gdfq.errors import GdfqWarning
@@ -125,9 +125,9 @@ def allocate_bits(
     if not results:
         card = plan.card(plan.scheme, context.seed)
         longest = dict.fromkeys(("teacher", "student"), 100.0)
-        sizes = file_sizes(plan.teacher, plan.scheme, metadata_of(card, longest, safe=False))
+        sizes = onnx_sizes(plan.teacher, plan.scheme, metadata_of(card, longest, safe=False))
         sizes.check(plan.size)  # before the images are made, which takes long
-        chosen = choose_widths(
+        chosen = choose_bits(
             plan.teacher,
             plan.scheme,
             plan.source.images_of(feed.stream),
@@ -139,7 +139,7 @@ def allocate_bits(
         results["metrics"] = {
             "size": plan.size,
             "bytes": chosen.bytes,
-            "widths": dict(chosen.widths),
+            "bits": dict(chosen.bits),
         }
         clock.lap("allocate")
         context.checkpointer.stage_ends()
@@ -233,14 +233,14 @@ def shortage_explained(plan: Plan) -> Iterator[None]:
 
 def measure(
     plan: Plan, network: IntegerNetwork, context: Context
-) -> tuple[Tested | None, dict[str, Any]]:
+) -> tuple[TestPredictions | None, dict[str, Any]]:
     """Teacher and student on the test images, if there are any; the first process alone does it."""
     teacher, images, preprocessing = plan.teacher, plan.test, plan.preprocessing
     if images is None or context.group.rank != 0:
         return None, {}
     metrics: dict[str, Any] = {"test_images": len(images)}
     if images.labels is not None and teacher.classes is not None:
-        tested = Tested.of(
+        tested = TestPredictions.of(
             teacher, network, images, preprocessing, context.listener, context.memory
         )
         predictions = {"teacher": tested.teacher, "student": tested.student}

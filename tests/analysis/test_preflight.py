@@ -1,4 +1,4 @@
-"""What is told beforehand, against independent counts and the run itself."""
+"""The preflight diagnosis, against independent counts and against the run itself."""
 
 import itertools
 import json
@@ -10,7 +10,8 @@ from torch import nn
 
 import gdfq
 from gdfq.analysis.cost import now, peak_bytes, with_costs
-from gdfq.analysis.preflight import FloatOperators, diagnose
+from gdfq.analysis.float_operators import FloatOperators
+from gdfq.analysis.preflight import diagnose
 from gdfq.cli.app import main
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -55,11 +56,11 @@ def test_operations_and_parameters_against_hooks(name):
     assert not diagnosis.problems
 
 
-def test_attention_counts_its_products():
+def test_operations_of_attention_include_its_products():
     teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
     diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
     layers = sum(layer.operations for layer in diagnosis.layers)
-    # Two blocks of four heads: 17 x 17 scores of 8 products each, and as many to weigh values.
+    # Two blocks of four heads: 17 x 17 scores of 8 products each, and as many to weight the values.
     assert diagnosis.operations - layers == 2 * 2 * 4 * 17 * 17 * 8
     assert FloatOperators("layer_norm", 5, NO_FORM) in diagnosis.float_operators
     assert FloatOperators("softmax", 2, NO_FORM) in diagnosis.float_operators
@@ -67,7 +68,7 @@ def test_attention_counts_its_products():
 
 
 class Sequence(nn.Module):
-    """Attention with the sequence first, as PyTorch's own module has it."""
+    """Attention with the sequence first, as in `nn.MultiheadAttention`."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +80,7 @@ class Sequence(nn.Module):
         return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(0))
 
 
-def test_a_batch_that_is_not_first_counts_once():
+def test_operations_are_per_image_where_the_batch_is_not_the_first_dimension():
     teacher = capture(Sequence().eval(), torch.zeros(1, 8, 2, 5))
     diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
     names = [layer.name for layer in diagnosis.layers]
@@ -97,24 +98,28 @@ def test_what_is_on_no_grid_is_float():
     recipe = find_recipe("real")
     full = diagnose(teacher, FULL, recipe)
     assert full.float_operators == ()
-    kept = diagnose(teacher, Scheme(Bits(4, 4), "full", (LayerBits("2", None),)), recipe)
-    assert kept.float_operators == (FloatOperators("conv2d", 1, "kept float"),)
+    with_float_layer = diagnose(
+        teacher, Scheme(Bits(4, 4), "full", (LayerBits("2", None),)), recipe
+    )
+    assert with_float_layer.float_operators == (
+        FloatOperators("conv2d", 1, "float by --layer-bits"),
+    )
     published = diagnose(teacher, Scheme(Bits(4, 4), "relu"), recipe)
-    why = "what enters it is no ReLU's output, which alone placement relu quantizes"
+    why = "its input is not the output of a ReLU; placement relu quantizes only those"
     assert published.float_operators == (  # the input's, and the last
         FloatOperators("conv2d", 1, why),
         FloatOperators("linear", 1, why),
     )
 
 
-def test_what_shapes_outputs_is_float_and_said_so():
+def test_operators_that_only_shape_outputs_are_float():
     teacher = capture(networks.make("Detector"), networks.images(1))
     found = diagnose(teacher, FULL, find_recipe("fast")).float_operators
     assert FloatOperators("sigmoid", 2, NO_FORM) in found
     assert FloatOperators("cat", 1, "only shapes the outputs") in found
 
 
-def test_widths_are_those_of_the_run():
+def test_bits_are_those_of_the_run():
     model = networks.make("Residual")
     scheme = Scheme(Bits(3, 4), "full", (LayerBits("fc", None),))
     diagnosis = diagnose(capture(model, networks.images(1)), scheme, find_recipe("fast"))
@@ -128,7 +133,7 @@ def test_widths_are_those_of_the_run():
     assert "2 of 3 layers quantized" in diagnosis.summary()
 
 
-def test_the_size_is_that_of_the_file(tmp_path):
+def test_quantized_bytes_are_near_the_size_of_the_file(tmp_path):
     model = nn.Sequential(
         *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()) * 4,
         nn.AdaptiveAvgPool2d(1),
@@ -144,7 +149,7 @@ def test_the_size_is_that_of_the_file(tmp_path):
     assert 0.75 < diagnosis.quantized_bytes / written < 1.1
 
 
-def test_problems_are_told_instead_of_raised():
+def test_problems_are_returned_and_not_raised():
     teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
     diagnosis = diagnose(teacher, Scheme(Bits(4, 4), "relu"), find_recipe("fast"))
     assert len(diagnosis.problems) == 2
@@ -153,23 +158,25 @@ def test_problems_are_told_instead_of_raised():
     assert with_costs(diagnosis, teacher, FULL, find_recipe("fast")).seconds is None
 
 
-def test_narrow_depthwise_layers_are_named():
+def test_advice_names_narrow_depthwise_layers():
     teacher = capture(networks.make("Branches"), networks.images(1))
     advice = " ".join(diagnose(teacher, FULL, find_recipe("fast")).advice)
     assert "16 channels or fewer lose most and gain no speed: depthwise." in advice
-    wide = diagnose(teacher, Scheme(Bits(8, 8), "full"), find_recipe("fast"))
-    assert wide.advice == ()
+    eight_bits = diagnose(teacher, Scheme(Bits(8, 8), "full"), find_recipe("fast"))
+    assert eight_bits.advice == ()
 
 
-def test_a_layer_of_one_input_channel_is_not_depthwise():
+def test_advice_does_not_take_a_layer_of_one_input_channel_for_depthwise():
     stem = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
     model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
     diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))
     assert "depthwise" not in " ".join(diagnosis.advice)
 
 
-def test_updates_by_block_cost_what_their_second_does(teacher, monkeypatch):
-    """By a clock that goes on by 1 each time it is asked: a second for each block and update."""
+def test_seconds_of_reconstruction_are_those_of_the_second_update_of_each_block(
+    teacher, monkeypatch
+):
+    """The clock advances by 1 at each reading: one second for each block and update."""
     ticks = itertools.count()
     monkeypatch.setattr("gdfq.analysis.cost.now", lambda _: float(next(ticks)))
     recipe = find_recipe("genie").with_steps(8)
@@ -179,7 +186,7 @@ def test_updates_by_block_cost_what_their_second_does(teacher, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
-def test_costs_are_measured_and_nothing_changes(name, teacher):
+def test_measuring_costs_leaves_the_teacher_unchanged(name, teacher):
     before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
     recipe = find_recipe(name).with_steps(8)
     found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
@@ -191,17 +198,17 @@ def test_costs_are_measured_and_nothing_changes(name, teacher):
     assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
 
 
-def test_a_gpu_is_waited_for_and_its_own_memory_counts(monkeypatch):
-    """As far as it can be seen without one: what is asked, of which device, and that it is used."""
-    device, asked = torch.device("cuda", 1), []
-    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: asked.append(d) or 12345)
+def test_costs_on_a_gpu_synchronize_and_read_its_memory(monkeypatch):
+    """Without a GPU: the calls, their device, and the use of their results."""
+    device, devices = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "synchronize", devices.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: devices.append(d) or 12345)
     assert now(device) <= now(torch.device("cpu"))
     assert peak_bytes(device) == 12345
-    assert asked == [device, device]
+    assert devices == [device, device]
 
 
-def test_the_command(capsys, tmp_path):
+def test_doctor_prints_json_or_a_table(capsys, tmp_path):
     file = tmp_path / "net.py"
     source = (networks.__file__, networks.__name__)
     file.write_text(f"import sys\nsys.path.insert(0, {str(source[0].rpartition('/')[0])!r})\n"
@@ -214,5 +221,5 @@ def test_the_command(capsys, tmp_path):
     assert main([*arguments, "--recipe", "zeroq", "--placement", "relu"]) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 batch norms fold" in printed
-    assert "1 conv2d, 1 add, 1 linear (what enters it is no ReLU's output" in printed
+    assert "1 conv2d, 1 add, 1 linear (its input is not the output of a ReLU" in printed
     assert "measured on one step of each" in printed

@@ -1,4 +1,4 @@
-"""The report: what it says of a run, whole or damaged, and of runs side by side."""
+"""The report of a run, complete or damaged, and the comparison of runs."""
 
 import json
 import re
@@ -14,26 +14,30 @@ import gdfq
 from gdfq.cli import main
 from gdfq.errors import UsageError
 from gdfq.report import figures
-from gdfq.report.alarms import (
-    alarms,
+from gdfq.report.compare import Row, _page, compare, quality, side_by_side
+from gdfq.report.drop import drop_of
+from gdfq.report.pictures import data_uri, histogram_path, place
+from gdfq.report.read import Run, read_run
+from gdfq.report.sections import training
+from gdfq.report.sensitive_layers import sensitive_layers
+from gdfq.report.source_warnings import (
     collapse,
     no_better_than_noise,
     not_converging,
     saturated,
+    source_warnings,
     uncovered,
 )
-from gdfq.report.compare import Row, _page, compare, quality, side_by_side
-from gdfq.report.pictures import data_uri, histogram_path, place
-from gdfq.report.read import Run, read_run
-from gdfq.report.verdict import faster, harmful_layers, loss_of, lost_or_won, size_words, verdict
+from gdfq.report.verdict import verdict
+from gdfq.report.wording import faster, lost_or_gained, size_words
 
 TITLES = (
-    "Expected loss without data",
-    "The images it learned from",
-    "Layer by layer",
+    "Expected accuracy drop",
+    "Images",
+    "Layers",
     "Training",
-    "On test images",
-    "How to repeat it",
+    "Test images",
+    "Reproducing the run",
 )
 
 
@@ -94,10 +98,10 @@ def page_of(folder):
     return Text(gdfq.write_report(folder).read_text())
 
 
-# Alarms
+# Warnings
 
 
-def test_collapse_is_heard():
+def test_collapse_warns_of_images_that_are_alike():
     fine = {"pixels": 0.9, "features": 2.0, "within_class": 0.6}
     assert collapse(fine) is None
     assert collapse({**fine, "within_class": None}) is None
@@ -105,35 +109,35 @@ def test_collapse_is_heard():
     assert "images of a class are alike" in collapse({**fine, "within_class": 0.01})
 
 
-def test_saturation_is_heard():
+def test_saturated_warns_of_most_pixels_out_of_range():
     assert saturated(20) is None
     assert "80 % of the pixels" in saturated(80)
 
 
-def test_missing_classes_are_heard():
+def test_uncovered_warns_of_missing_classes():
     assert uncovered(None) is None
-    assert uncovered({"answered": 8, "possible": 10}) is None
-    assert "3 classes in images that could show 10" in uncovered({"answered": 3, "possible": 10})
+    assert uncovered({"predicted": 8, "possible": 10}) is None
+    assert "only 3 of 10 possible classes" in uncovered({"predicted": 3, "possible": 10})
 
 
-def test_images_like_noise_are_heard():
+def test_no_better_than_noise_warns_of_statistics_like_noise():
     def of(*synthetic):
         return [{"synthetic": s, "white": 5.0, "natural": 1.0} for s in synthetic]
 
     assert no_better_than_noise([]) is None
     assert no_better_than_noise(of(0.1, 0.2)) is None
-    assert "as those of noise" in no_better_than_noise(of(1.0, 0.9))
+    assert "close to that of noise" in no_better_than_noise(of(1.0, 0.9))
 
 
-def test_a_generator_that_does_not_converge_is_heard():
+def test_not_converging_warns_of_a_constant_loss():
     assert not_converging([]) is None
-    assert not_converging([3.0] * 9) is None  # too few to say
+    assert not_converging([3.0] * 9) is None  # too few steps
     assert not_converging([10 - i / 10 for i in range(50)]) is None
     assert "does not converge" in not_converging([3.0] * 50)
     # One lucky step at the end does not make it converge.
     assert "does not converge" in not_converging([2.0] * 199 + [0.1])
     history = [{"stage": "tune", "step": i, "generator": 1.0} for i in range(20)]
-    assert len(alarms(None, history)) == 1
+    assert len(source_warnings(None, history)) == 1
 
 
 # The verdict
@@ -142,70 +146,70 @@ def test_a_generator_that_does_not_converge_is_heard():
 @pytest.mark.parametrize(
     ("after", "level"), [(91.5, "good"), (91.09, "good"), (90.0, "fair"), (80.0, "poor")]
 )
-def test_the_level_is_that_of_the_measured_loss(after, level):
+def test_level_is_that_of_the_measured_drop(after, level):
     assert verdict(made(**measured(92.0, after))).level == level
 
 
-def test_few_test_images_tell_little():
+def test_level_of_few_test_images_is_unknown():
     found = verdict(made(**measured(90.0, 90.0, images=40)))
     assert found.level == "unknown"
     assert any("more labelled images" in line for line in found.advice)
 
 
-def test_the_verdict_says_what_it_rests_on():
+def test_verdict_gives_its_evidence():
     found = verdict(made(**measured(90.0, 88.0), evidence={"test": {"error": 0.25}}))
     assert found.sentence == (
-        "This is usable, with a loss: 244 KiB, 4.0 times smaller, 2.00 points lost "
-        "(90.00 % before, 88.00 % now)."
+        "The accuracy is somewhat lower: 244 KiB, 4.0 times smaller, 2.00 points lost "
+        "(90.00 % before, 88.00 % after)."
     )
-    assert "1.51 to 2.49 points (95 % interval)" in " ".join(found.evidence)
+    assert "between 1.51 and 2.49 points (95 % interval)" in " ".join(found.evidence)
     assert any("250,000 bytes" in line for line in found.evidence)
 
 
-def test_accuracies_alone_have_a_wider_interval():
-    loss = loss_of(made(**measured(90.0, 90.0, images=100)))
+def test_drop_of_accuracies_alone_has_the_unpaired_error():
+    drop = drop_of(made(**measured(90.0, 90.0, images=100)))
     share = 91 / 102
-    assert loss.high == pytest.approx(1.96 * 100 * (2 * share * (1 - share) / 102) ** 0.5)
+    assert drop.high == pytest.approx(1.96 * 100 * (2 * share * (1 - share) / 102) ** 0.5)
 
 
-def test_few_images_that_are_all_right_are_not_certain():
+def test_interval_of_few_correct_images_is_not_empty():
     run = made(**measured(100.0, 100.0, images=4))
-    assert loss_of(run).high == pytest.approx(1.96 * 100 * (2 * 5 / 6 * 1 / 6 / 6) ** 0.5)
+    assert drop_of(run).high == pytest.approx(1.96 * 100 * (2 * 5 / 6 * 1 / 6 / 6) ** 0.5)
     assert verdict(run).level == "unknown"
 
 
-def test_an_expected_loss_counts_by_its_upper_end():
+def test_level_of_an_expected_drop_is_that_of_its_upper_end():
     trust = {"expected_drop": 0.5, "interval": [0.1, 3.0], "agreement": 97.0, "images": 512}
     found = verdict(made(evidence={"trust": trust}))
     assert found.level == "fair"
     assert found.sentence == (
-        "This is probably usable, with a loss: 244 KiB, about 0.5 points are expected to be lost."
+        "The accuracy is probably somewhat lower: 244 KiB, expected accuracy drop about 0.5 points."
     )
     evidence = " ".join(found.evidence)
-    assert "0.1 to 3.0 points, an interval that held nine of ten" in evidence
-    assert "mixtures of images are made to be hard" in evidence
+    assert "between 0.1 and 3.0 points. This interval held for nine in ten" in evidence
+    assert "mixtures of images are difficult by design" in evidence
 
 
 @pytest.mark.parametrize(
     ("interval", "level", "words"),
     [
-        ([0.0, 0.9], "good", "This can probably be trusted"),
-        ([0.9, 5.1], "unknown", "Whether this can be trusted is not known"),
-        ([1.1, 5.1], "poor", "This may have lost too much"),
+        ([0.0, 0.9], "good", "The accuracy is probably close to the original's"),
+        ([0.9, 5.1], "unknown", "The accuracy is not known"),
+        ([1.1, 5.1], "poor", "The accuracy may be much lower"),
     ],
 )
-def test_an_estimate_is_judged_by_both_ends_and_is_no_fact(interval, level, words):
+def test_verdict_on_an_estimate_depends_on_both_ends(interval, level, words):
     trust = {"expected_drop": sum(interval) / 2, "interval": interval, "agreement": 97.0}
     found = verdict(made(evidence={"trust": trust}))
     assert found.level == level
     assert found.sentence.startswith(f"{words}: ")
 
 
-def test_a_measurement_that_may_be_anything_is_unknown():
+def test_level_of_a_wide_measured_interval_is_unknown():
     assert verdict(made(**measured(90.0, 86.0, images=100))).level == "unknown"
 
 
-def test_what_cannot_be_told_is_not_told():
+def test_verdict_without_estimate_gives_the_reason():
     trust = {
         "expected_drop": None,
         "interval": None,
@@ -214,60 +218,65 @@ def test_what_cannot_be_told_is_not_told():
     }
     found = verdict(made(evidence={"trust": trust}))
     assert found.level == "unknown"
-    assert "the loss of accuracy cannot be told" in found.sentence
-    assert any("cannot be told. Too few images." in line for line in found.evidence)
-    assert "Measure it on labelled images: gdfq evaluate a run --test DATA." in found.advice
+    assert "the accuracy drop could not be estimated" in found.sentence
+    assert any("no estimate. Too few images." in line for line in found.evidence)
+    assert (
+        "Measure the accuracy on labelled images: gdfq evaluate a run --test DATA." in found.advice
+    )
     assert verdict(made()).level == "unknown"
 
 
-def test_outputs_that_are_no_classes_have_their_error():
+def test_verdict_on_outputs_without_classes_gives_their_error():
     found = verdict(made(metrics={"student": {"error_percent": {"boxes": 3.2, "scores": 1.0}}}))
-    assert "outputs are off by 3.2 % at most (boxes)" in found.sentence
+    assert "relative error of the outputs at most 3.2 % (boxes)" in found.sentence
     assert not any("labelled images" in line for line in found.advice)
     trust = {"agreement": None, "relative_error": 2.5, "images": 64, "source": "noise"}
     found = verdict(made(evidence={"trust": trust}))
-    assert "Outputs: they are off by 2.5 % on 64 held-out inputs (noise)." in found.evidence
-    assert not any("same answer" in line for line in found.evidence)
+    assert "Outputs: their relative error is 2.5 % on 64 held-out inputs (noise)." in found.evidence
+    assert not any("same class" in line for line in found.evidence)
     assert not any("labelled images" in line for line in found.advice)
 
 
-def test_advice_names_what_helps():
+def test_advice_names_options_that_help():
     layers = [
-        {"name": "stem", "harm": 8.0, "bits": 4, "weights": 4096},
-        {"name": "head", "harm": 2.0, "bits": 8, "weights": 512},
-        *({"name": f"l{i}", "harm": 0.1, "bits": 4, "weights": 99} for i in range(20)),
+        {"name": "stem", "sensitivity": 8.0, "bits": 4, "weights": 4096},
+        {"name": "head", "sensitivity": 2.0, "bits": 8, "weights": 512},
+        *({"name": f"l{i}", "sensitivity": 0.1, "bits": 4, "weights": 99} for i in range(20)),
     ]
     config = {"bits": "w4a4", "recipe": {"name": "quick"}}
     run = made(**measured(90.0, 70.0), config=config, evidence={"layers": {"layers": layers}})
-    advice = verdict(run, ("An alarm.",)).advice
-    assert advice[0] == "An alarm."
-    assert "--layer-bits 'stem=8' keeps the layer with 67 % of the harm wider" in advice[1]
+    advice = verdict(run, ("A warning.",)).advice
+    assert advice[0] == "A warning."
+    assert (
+        "--layer-bits 'stem=8' gives more bits to a layer with 67 % of the total sensitivity"
+        in advice[1]
+    )
     assert "adds 2.0 KiB" in advice[1]
     assert "--layer-bits 'head=float'" in advice[2]
     assert "w4a8" in advice[3]
     assert "--recipe fast" in advice[4]
-    found = {"layers": {"layers": layers, "harm": "error"}}
-    said = verdict(made(**measured(90.0, 70.0), evidence=found)).advice[0]
-    assert "67 % of the sum of the layers' own errors" in said
+    found = {"layers": {"layers": layers, "sensitivity": "error"}}
+    first = verdict(made(**measured(90.0, 70.0), evidence=found)).advice[0]
+    assert "67 % of the sum of all layers' own errors" in first
     assert verdict(made(**measured(90.0, 89.9))).advice == (
         "Nothing needs to be done. Deploy the file.",
     )
 
 
-def test_no_layer_is_blamed_where_all_do_alike():
-    same = [{"name": f"l{i}", "harm": 1.0, "bits": 4, "weights": 9} for i in range(5)]
-    assert harmful_layers(same) == ()
-    assert harmful_layers([]) == ()
-    assert harmful_layers([{"name": "a", "harm": None, "bits": None, "weights": 9}]) == ()
+def test_sensitive_layers_are_none_where_all_are_equal():
+    same = [{"name": f"l{i}", "sensitivity": 1.0, "bits": 4, "weights": 9} for i in range(5)]
+    assert sensitive_layers(same) == ()
+    assert sensitive_layers([]) == ()
+    assert sensitive_layers([{"name": "a", "sensitivity": None, "bits": None, "weights": 9}]) == ()
 
 
-def test_names_that_are_patterns_are_escaped():
-    rows = [{"name": "first", "harm": 9.0, "bits": 4, "weights": 8}]
-    rows += [{"name": f"l{i}", "harm": 0.1, "bits": 4, "weights": 8} for i in range(5)]
-    assert harmful_layers(rows)[0].option == "--layer-bits '[f]irst=8'"
+def test_option_escapes_names_that_are_patterns():
+    rows = [{"name": "first", "sensitivity": 9.0, "bits": 4, "weights": 8}]
+    rows += [{"name": f"l{i}", "sensitivity": 0.1, "bits": 4, "weights": 8} for i in range(5)]
+    assert sensitive_layers(rows)[0].option == "--layer-bits '[f]irst=8'"
 
 
-def test_speed_is_that_of_one_image_on_one_thread():
+def test_faster_is_for_one_image_on_one_thread():
     def timing(batch, median):
         return {"batch": batch, "threads": 1, "median": median}
 
@@ -277,13 +286,13 @@ def test_speed_is_that_of_one_image_on_one_thread():
     assert "1.5 times as fast" in verdict(made(metrics={"bench": timings})).sentence
 
 
-def test_what_is_won_or_slower_is_said_so():
+def test_verdict_says_gained_and_slower():
     bench = [{"batch": 1, "threads": 1, "median": median} for median in (1.0, 1.4)]
     sentence = verdict(made(**measured(90.0, 90.56, bench=bench))).sentence
-    assert "1.4 times slower, 0.56 points won (90.00 % before, 90.56 % now)" in sentence
+    assert "1.4 times slower, 0.56 points gained (90.00 % before, 90.56 % after)" in sentence
 
 
-def test_sizes_in_words():
+def test_size_words_have_units():
     assert [size_words(n) for n in (1434, 10 * 1024, 10 * 2**20, 3 * 2**30)] == [
         "1.4 KiB",
         "10 KiB",
@@ -295,7 +304,7 @@ def test_sizes_in_words():
 # Figures
 
 
-def test_figures_take_the_colour_of_the_text():
+def test_svg_has_the_colour_of_the_text():
     picture = figures.svg(figures.stages({"tune": 3.0, "total": 9.0}))
     assert picture.startswith("<svg")
     assert "currentColor" in picture
@@ -305,31 +314,33 @@ def test_figures_take_the_colour_of_the_text():
     assert picture == figures.svg(figures.stages({"tune": 3.0, "total": 9.0}))
 
 
-def test_figures_without_values_are_none():
+def test_figures_of_no_values_are_none():
     assert figures.losses([], "tune") is None
     assert figures.losses([{"stage": "tune", "step": 1, "kd": 1.0}], "tune") is None
     assert figures.rates([]) is figures.ranges([], "tune") is figures.stages({}) is None
     assert figures.distances([]) is figures.signal([]) is figures.class_changes([]) is None
-    assert figures.harms([{"name": "a", "harm": None}], "divergence") is None
+    assert figures.sensitivities([{"name": "a", "sensitivity": None}], "divergence") is None
     assert figures.pareto([], "top-1") is figures.pareto([("a", 1.0, 9.0)], "top-1") is None
 
 
-def test_the_plot_of_a_comparison_ends_at_all_right():
+def test_pareto_axis_ends_at_100_percent():
     figure = figures.pareto([("a", 1.0, 100.0), ("b", 2.0, 90.0)], "top-1, %")
     assert figure.axes[0].get_ylim()[1] == 100
 
 
-def test_names_are_no_formulas():
-    picture = figures.svg(figures.harms([{"name": "a$b^2$<i>", "harm": 1.0}], "divergence"))
+def test_figures_do_not_read_names_as_formulas():
+    picture = figures.svg(
+        figures.sensitivities([{"name": "a$b^2$<i>", "sensitivity": 1.0}], "divergence")
+    )
     assert "a$b^2$&lt;i&gt;" in picture
 
 
-def test_the_frontier_is_what_no_other_beats():
+def test_frontier_is_what_no_other_point_dominates():
     points = [("a", 10, 90), ("b", 20, 89), ("c", 20, 91), ("d", 5, 70), ("e", 10, 80)]
     assert [name for name, *_ in figures.frontier(points)] == ["d", "a", "c"]
 
 
-def test_a_histogram_fills_its_box():
+def test_histogram_path_fills_its_box():
     path = histogram_path([0, 4, 1])
     assert path == "M0 24V24.0h32.00V0.0h32.00V12.0h32.00V24z"
     assert histogram_path([0, 0]).startswith("M0 24V24.0")
@@ -337,7 +348,7 @@ def test_a_histogram_fills_its_box():
     assert place(1, (1, 1)) == 48
 
 
-def test_pictures_are_data():
+def test_data_uri_is_a_png():
     assert data_uri(np.zeros((1, 2, 2), np.uint8)).startswith("data:image/png;base64,")
     assert data_uri(np.zeros((3, 2, 2), np.uint8)).startswith("data:image/png;base64,")
 
@@ -345,12 +356,12 @@ def test_pictures_are_data():
 # The page
 
 
-def test_a_whole_run_is_reported(run, finished):
+def test_report_of_a_complete_run_shows_all_sections(run, finished):
     page = page_of(run)
     text = str(page)
     assert all(title in text for title in TITLES)
-    for said in ("times smaller", "conv2", "expected calibration error", "class 0", "relu"):
-        assert said in text
+    for text_part in ("times smaller", "conv2", "expected calibration error", "class 0", "relu"):
+        assert text_part in text
     assert json.loads((run / "config.json").read_text())["weights_sha256"] in text
     svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
     assert len(svgs) > 15
@@ -359,7 +370,7 @@ def test_a_whole_run_is_reported(run, finished):
         "losses-tune.svg",
         "losses-tune.png",
         "rate.svg",
-        "harm.png",
+        "sensitivity.png",
         "reliability.svg",
     } <= drawn
     numbers = json.loads((run / "report.json").read_text())
@@ -368,7 +379,7 @@ def test_a_whole_run_is_reported(run, finished):
     assert (finished / "report.html").exists()  # quantize has written one
 
 
-def test_the_page_needs_no_network(run):
+def test_page_refers_to_no_other_file(run):
     page = page_of(run)
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href"):
@@ -380,12 +391,12 @@ def test_the_page_needs_no_network(run):
     assert re.findall(r"url\((?!#)", text) == []
 
 
-def test_the_report_of_the_same_run_is_the_same(run):
+def test_report_is_deterministic(run):
     first = gdfq.write_report(run).read_bytes()
     assert gdfq.write_report(run).read_bytes() == first
 
 
-def test_names_are_escaped(run, undrawn):
+def test_page_escapes_names(run, undrawn):
     config = json.loads((run / "config.json").read_text())
     evil = "<script>alert(1)</script>"
     (run / "config.json").write_text(json.dumps({**config, "model": evil, "command": evil}))
@@ -397,7 +408,7 @@ def test_names_are_escaped(run, undrawn):
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1
 
 
-def test_a_run_without_test_data(run, undrawn):
+def test_page_of_a_run_without_test_data(run, undrawn):
     evidence = json.loads((run / "evidence.json").read_text())
     del evidence["test"]
     (run / "evidence.json").write_text(json.dumps(evidence))
@@ -406,43 +417,43 @@ def test_a_run_without_test_data(run, undrawn):
     (run / "metrics.json").write_text(json.dumps(metrics))
     text = str(page_of(run))
     assert "No labelled test images were given" in text
-    assert "Whether this can be trusted is not known" in text
+    assert "The accuracy is not known" in text
     assert "conv2" in text
 
 
-def test_an_estimate_is_shown_with_its_error(run, undrawn):
+def test_page_shows_an_estimate_with_its_interval(run, undrawn):
     evidence = json.loads((run / "evidence.json").read_text())
     evidence["trust"] = {
         "agreement": 96.5, "kl": 0.04, "images": 512, "source": "spectral", "relative_error": 9.5,
         "expected_drop": 1.5, "interval": [0.5, 2.5], "reason": "",
     }  # fmt: skip
     (run / "evidence.json").write_text(json.dumps(evidence))
-    assert "About 1.5 points of accuracy are expected to be lost, between 0.5 and 2.5" in str(
+    assert "The expected accuracy drop is about 1.5 points (between 0.5 and 2.5)" in str(
         page_of(run)
     )
     evidence["trust"] |= {"expected_drop": None, "interval": None, "reason": "Too far from others."}
     (run / "evidence.json").write_text(json.dumps(evidence))
-    assert "cannot be told without data. Too far from others." in str(page_of(run))
+    assert "There is no estimate of the accuracy drop. Too far from others." in str(page_of(run))
 
 
 # Bad input
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "problem"),
     [
-        ("config.json", "how the run was made is not known"),
+        ("config.json", "the options of the run are not known"),
         ("metrics.json", "the run has not finished"),
-        ("history.jsonl", "losses over steps are not known"),
-        ("evidence.json", "no evidence was gathered"),
-        ("evidence.npz", "no evidence was gathered"),
+        ("history.jsonl", "the losses by step are not known"),
+        ("evidence.json", "no evidence was measured"),
+        ("evidence.npz", "no evidence was measured"),
         ("student.onnx", "student.safetensors has"),
     ],
 )
-def test_a_missing_file_is_named_and_the_rest_appears(run, undrawn, name, said):
+def test_page_names_a_missing_file_and_shows_the_rest(run, undrawn, name, problem):
     (run / name).unlink()
     text = str(page_of(run))
-    assert said in text
+    assert problem in text
     assert all(title in text for title in TITLES)
     assert "Losses of stage" in text or name == "history.jsonl"
 
@@ -451,16 +462,16 @@ def test_a_missing_file_is_named_and_the_rest_appears(run, undrawn, name, said):
     "name", ["config.json", "metrics.json", "history.jsonl", "evidence.json", "evidence.npz"]
 )
 @pytest.mark.parametrize("content", [b"", b"\x00\xff garbage", b'[1, 2]\n{"a": 1}\n', b"{}"])
-def test_a_damaged_file_is_named_and_the_rest_appears(run, undrawn, name, content):
+def test_page_names_a_damaged_file_and_shows_the_rest(run, undrawn, name, content):
     (run / name).write_bytes(content)
     text = str(page_of(run))
     assert all(title in text for title in TITLES)
     if content.startswith(b"\x00"):
-        assert f"{name} is damaged or was changed" in text
+        assert f"{name} is damaged or was modified" in text
 
 
 @pytest.mark.parametrize("section", ["layers", "images", "test"])
-def test_odd_values_are_named_and_the_rest_appears(run, undrawn, section):
+def test_page_names_unexpected_values_and_shows_the_rest(run, undrawn, section):
     evidence = json.loads((run / "evidence.json").read_text())
     evidence[section] = {"surprise": [1, 2, 3]}
     (run / "evidence.json").write_text(json.dumps(evidence))
@@ -470,30 +481,73 @@ def test_odd_values_are_named_and_the_rest_appears(run, undrawn, section):
     assert "SHA-256 of the weights" in text
 
 
-def test_a_newer_version_is_named(run, undrawn):
+def test_evidence_of_version_1_is_read(run, undrawn):
+    """Its old keys, at all depths, give the same values and the same page."""
+    path = run / "evidence.json"
+    new, page = read_run(run).evidence, str(page_of(run))
+    old_names = {
+        "layers": {"sensitivity": "harm", "minimum": "least", "maximum": "greatest"},
+        "images": {"predicted": "answered", "as_labelled": "as_meant"},
+        "test": {"gained": "won", "still_wrong": "moved", "prediction": "answer"},
+    }
+    old = {"version": 1, **{k: v for k, v in new.items() if k != "version"}}
+    for section, names in old_names.items():
+        text = json.dumps(old[section])
+        for name, old_name in names.items():
+            assert f'"{name}": ' in text or name == "prediction"  # there may be no confusion
+            text = text.replace(f'"{name}": ', f'"{old_name}": ')
+        old[section] = json.loads(text)
+    path.write_text(json.dumps(old))
+    assert read_run(run).evidence == {**new, "version": 1}
+    assert str(page_of(run)) == page
+
+
+def test_learning_rates_of_version_0_1_are_shown():
+    """Its optimizer of codes and grids named the rates codes, steps, others and roundings."""
+    names = {"codes": 1e-2, "steps": 1e-3, "others": 1e-4, "roundings": 0.0}
+    run = made(
+        config={"recipe": {"tuning": {"optimizer": names}}}, metrics={"seconds": {"tune": 1}}
+    )
+    assert training(run).values["rates"] == [
+        ("code_lr", 1e-2),
+        ("scale_lr", 1e-3),
+        ("other_lr", 1e-4),
+    ]
+    current = {"code_lr": 1e-2, "scale_lr": 1e-3, "other_lr": 0.0, "rounding_lr": 1e-4}
+    run = made(
+        config={"recipe": {"tuning": {"optimizer": current}}}, metrics={"seconds": {"tune": 1}}
+    )
+    assert training(run).values["rates"] == [
+        ("code_lr", 1e-2),
+        ("scale_lr", 1e-3),
+        ("rounding_lr", 1e-4),
+    ]
+
+
+def test_page_names_a_newer_version(run, undrawn):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "gdfq": "99.1"}))
     assert "made by gdfq 99.1, which is newer" in str(page_of(run))
     evidence = json.loads((run / "evidence.json").read_text())
     (run / "evidence.json").write_text(json.dumps({**evidence, "version": 99}))
-    assert "it has version 99, and 1 can be read" in str(page_of(run))
+    assert "it has version 99; versions 1 to 2 can be read" in str(page_of(run))
 
 
-def test_the_line_that_was_cut_off_is_left_out(run):
+def test_history_leaves_out_an_incomplete_last_line(run):
     path = run / "history.jsonl"
     whole = read_run(run).history
     path.write_bytes(path.read_bytes()[:-9])
     assert read_run(run).history == whole[:-1]
 
 
-def test_no_run_no_report(tmp_path, capsys):
-    with pytest.raises(UsageError, match="a report is of the folder of a run"):
+def test_report_of_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    with pytest.raises(UsageError, match="a report needs a run folder"):
         gdfq.write_report(tmp_path)
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "Give the folder that gdfq quantize wrote" in capsys.readouterr().err
+    assert "Give a folder that gdfq quantize wrote" in capsys.readouterr().err
 
 
-def test_a_hundred_layers_fit(run):
+def test_page_of_a_hundred_layers_is_small(run):
     """The page of a deep network stays small: histograms are bins."""
     evidence = json.loads((run / "evidence.json").read_text())
     layers = evidence["layers"]
@@ -516,7 +570,7 @@ def test_a_hundred_layers_fit(run):
     assert gdfq.write_report(run).stat().st_size < 2**20
 
 
-# Comparing
+# Comparison
 
 
 def row(name, **more):
@@ -524,21 +578,21 @@ def row(name, **more):
     return Row(**{**empty, "name": name, "network": "n", "bits": "w4a4", "expected": "–", **more})
 
 
-def test_runs_of_other_networks_are_kept_apart():
+def test_comparison_separates_runs_of_other_networks():
     rows = [row("a"), row("other", network="x" * 64), row("b")]
     found = side_by_side(rows)
     assert [r.name for r in found.rows] == ["a", "b"]
     assert [r.name for r in found.apart] == ["other"]
-    assert "other is of another network" in found.notes[0]
+    assert "other is not compared: it is of another network" in found.notes[0]
 
 
-def test_accuracies_on_other_images_are_not_compared():
+def test_comparison_leaves_out_accuracies_on_other_images():
     rows = [
         row(n, accuracy=90.0, drop=1.0, test=t) for n, t in (("a", "t"), ("b", "t"), ("c", "u"))
     ]
     found = side_by_side(rows)
     assert [r.accuracy for r in found.rows] == [90.0, 90.0, None]
-    assert "c was tested on other images" in found.notes[0]
+    assert "the accuracy of c is not compared: it was tested on other images" in found.notes[0]
 
 
 def test_quality_is_agreement_where_no_run_was_tested():
@@ -550,7 +604,7 @@ def test_quality_is_agreement_where_no_run_was_tested():
     assert (words, points) == ("top-1, %", [("a", 10.0, 90.0)])
 
 
-def test_compare_names_what_it_cannot_read(run, tmp_path, capsys):
+def test_compare_names_folders_that_it_cannot_read(run, tmp_path, capsys):
     other = tmp_path / "deep" / "run"
     shutil.copytree(run, other)
     (other / "metrics.json").unlink()
@@ -559,29 +613,31 @@ def test_compare_names_what_it_cannot_read(run, tmp_path, capsys):
     assert main(words) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "the run has not finished" in printed
-    assert "nowhere is none" in printed
+    assert "nowhere is not one" in printed
     text = str(Text(page.read_text()))
-    assert "2 runs side by side" in text
+    assert "2 runs compared" in text
     assert "top-1" in text
-    with pytest.raises(UsageError, match="one folder at least must hold a run"):
+    with pytest.raises(UsageError, match="at least one folder must hold a run"):
         compare([tmp_path / "nowhere"], page)
 
 
-def test_the_plot_names_the_runs_that_it_leaves_out():
+def test_page_names_the_runs_that_the_plot_leaves_out():
     rows = [row("a", bytes=1, accuracy=90.0), row("b", bytes=2, accuracy=91.0)]
     page = str(Text(_page(side_by_side([*rows, row("untested", bytes=3)]))))
-    assert "Not in the plot, as the size or the quality (top-1) is not known: untested." in page
-    assert "nothing to plot" in str(Text(_page(side_by_side(rows[:1]))))
+    assert (
+        "Not in the plot, because the size or the quality (top-1) is not known: untested." in page
+    )
+    assert "there is no plot" in str(Text(_page(side_by_side(rows[:1]))))
 
 
-def test_evidence_that_an_unfinished_run_lacks_was_not_declined(run):
+def test_unfinished_run_is_the_only_reason_for_missing_evidence(run):
     for name in ("metrics.json", "evidence.json", "evidence.npz"):
         (run / name).unlink()
-    (said,) = set(read_run(run).problems.values())
-    assert said.startswith("the run has not finished")
+    (problem,) = set(read_run(run).problems.values())
+    assert problem.startswith("the run has not finished")
 
 
-def test_a_comparison_escapes_names(run, tmp_path):
+def test_comparison_escapes_names(run, tmp_path):
     evil = run.rename(tmp_path / "<b>bold<")
     compare([evil], tmp_path / "c.html")
     page = Text((tmp_path / "c.html").read_text())
@@ -592,19 +648,19 @@ def test_a_comparison_escapes_names(run, tmp_path):
 # The terminal
 
 
-def test_the_terminal_shows_the_run(run, capsys):
+def test_print_run_shows_size_drop_and_verdict(run, capsys):
     from gdfq.cli.console import print_run
 
     found = read_run(run)
     print_run(found)
     printed = capsys.readouterr().out
     assert "times smaller" in printed
-    assert lost_or_won(found.drop) in printed
+    assert lost_or_gained(found.drop) in printed
     assert verdict(found).sentence.split(":")[0] in printed
     print_run(replace(found, evidence={}))
 
 
-def test_bench_leaves_its_figures_in_the_run(run, undrawn):
+def test_bench_adds_its_timings_to_the_run(run, undrawn):
     assert main(["bench", str(run), "--seconds", "0.01"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert {t["file"] for t in metrics["bench"]} == {"full precision", "w4a4"}
@@ -614,7 +670,7 @@ def test_bench_leaves_its_figures_in_the_run(run, undrawn):
 # TensorBoard
 
 
-def test_event_files_hold_losses_and_ranges(tmp_path):
+def test_tensorboard_files_hold_losses_and_ranges(tmp_path):
     pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'gdfq[tensorboard]'")
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -631,7 +687,7 @@ def test_event_files_hold_losses_and_ranges(tmp_path):
     assert [event.value for event in events.Scalars("tune/kd")] == [3.0, 1.5]
 
 
-def test_absent_tensorboard_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+def test_missing_tensorboard_is_reported_before_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gdfq.execution.tensorboard.find_spec", lambda _: None)
     words = ["quantize", "nowhere.py:net", "--out", str(tmp_path / "out"), "--tensorboard"]
     assert main(words) == 2

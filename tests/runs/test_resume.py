@@ -96,6 +96,6 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(name, teacher, tmp_path):
     assert same(state(expected.network), state(got.network))
     assert torch.equal(*expected.examples, *got.examples)
     assert expected.card == got.card
-    assert torch.equal(expected.witness.images, got.witness.images)
+    assert torch.equal(expected.observations.images, got.observations.images)
     assert {**expected.metrics, "seconds": 0} == {**got.metrics, "seconds": 0}
     assert told_once(rows) == whole.rows

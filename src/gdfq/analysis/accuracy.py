@@ -1,4 +1,4 @@
-"""Accuracy on labelled images, and the error of outputs that are not classes."""
+"""Accuracy on labelled images, and relative error of outputs that are not classes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,25 +17,30 @@ from gdfq.graph.memory import forward_images
 from gdfq.graph.outputs import in_order
 
 _MAX_IMAGES = 250
-"""Images that pass a network together; fewer where the memory budget holds fewer."""
+"""Largest batch; the memory budget can make it smaller."""
 LABELS = "Give (images, labels), an .npz file with both, or a folder with one folder a class."
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """What a classifier says to images: the likeliest class [N], and its probability [N]."""
+class Predictions:
+    """Predictions of a classifier for N images.
+
+    Attributes:
+        classes: The class with the highest logit [N].
+        confidence: Its probability [N], in 0..1.
+    """
 
     classes: Tensor
     confidence: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Answers":
-        """The answers of logits [N, C]."""
+    def of(cls, logits: Tensor) -> "Predictions":
+        """The predictions of logits [N, C]."""
         confidence, classes = logits.softmax(1).max(1)
         return cls(classes, confidence)
 
     def top1(self, labels: Tensor) -> float:
-        """Share that is right, in percent; labels [N]."""
+        """Share of correct predictions, in percent, for labels [N]."""
         return 100 * float((self.classes == labels).double().mean())
 
 
@@ -50,7 +55,7 @@ def logits_of(
     listener: Listener = silent,
     memory: MemoryBudget = MemoryBudget(),
 ) -> Tensor:
-    """A classifier's logits [N, C], on the CPU, for all images in order."""
+    """The logits [N, C] of a classifier for all images, in order, on the CPU."""
     batches = _batches(network, data, preprocessing, device, listener, memory)
     return torch.cat([network(*inputs).cpu() for inputs in batches])
 
@@ -63,12 +68,12 @@ def _batches(
     listener: Listener,
     memory: MemoryBudget,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """All images in order, a tensor for each input of the network, as many together as fit."""
-    at_once = _MAX_IMAGES
+    """All inputs in order, preprocessed, in the largest batches that fit in the memory budget."""
+    batch = _MAX_IMAGES
     graph = getattr(network, "graph", None)
     if isinstance(graph, fx.Graph):
-        at_once = min(at_once, forward_images(graph, memory, device))
-    parts = torch.arange(len(data)).split(at_once)
+        batch = min(batch, forward_images(graph, memory, device))
+    parts = torch.arange(len(data)).split(batch)
     for step, chosen in enumerate(parts, start=1):
         given = network_inputs(data, chosen, preprocessing)
         yield tuple(tensor.to(device) for tensor in given)
@@ -86,15 +91,17 @@ def top1(
 ) -> float:
     """Share of images, in percent, whose highest logit is that of the label.
 
-    The network is taken as it is: put it into evaluation mode first.
-    Raises UsageError for data without labels.
+    The mode of the network is not changed: call `eval()` on it first.
+
+    Raises:
+        UsageError: The data has no labels.
     """
     if data.labels is None:
         raise UsageError(f"accuracy needs labels; this data has none. {LABELS}")
     logits = logits_of(
         network, data, preprocessing, device=device, listener=listener, memory=memory
     )
-    return Answers.of(logits).top1(data.labels)
+    return Predictions.of(logits).top1(data.labels)
 
 
 @beside_no_tracing
@@ -109,8 +116,9 @@ def output_errors(
     listener: Listener = silent,
     memory: MemoryBudget = MemoryBudget(),
 ) -> list[float]:
-    """‖ŷ − y‖ / ‖y‖ of each output y of the teacher and ŷ of the student, in percent, over all
-    images. It needs no labels.
+    """Relative error ‖ŷ − y‖ / ‖y‖, in percent, of each output over all images.
+
+    y is the teacher's output, ŷ the student's. No labels are needed.
     """
     powers: list[list[list[Tensor]]] = []
     for inputs in _batches(teacher, data, preprocessing, device, listener, memory):

@@ -1,11 +1,11 @@
-"""How far a student can be trusted, told without data: the accuracy that it is expected to lose.
+"""The expected accuracy drop of a student, estimated without real data.
 
-Teacher and student look at mixtures of synthetic images that the student was not tuned on. A
-synthetic image is classified with confidence, and even a poor student agrees on it; a mixture of
-two lies at any distance from the border between classes, as real images do. How far the student's
-logits are off there is brought to an accuracy drop by a law of two constants, measured on real test
-images of several networks (docs/trust.md). Where the law was not measured there is no estimate,
-only a reason.
+Teacher and student classify mixtures of synthetic images that the student was not tuned on. A
+teacher classifies a synthetic image with high confidence, and even a poor student agrees with it. A
+mixture of two images lies at any distance from the boundary between two classes, as real images do.
+A law with two constants, fitted to drops on the real test images of several networks
+(docs/trust.md), maps the relative error of the student's logits to an accuracy drop. Where the law
+was not validated, there is no estimate, but a reason.
 """
 
 import math
@@ -32,43 +32,54 @@ from gdfq.sources.spectral import SpectralSource, natural_noise
 
 
 @dataclass(frozen=True)
-class Trust:
-    """What can be said of a student without labels or real images.
+class DropEstimate:
+    """The comparison of a student with its teacher without labels or real images.
 
-    Its figures are of held-out images: none that the student was tuned on.
+    All numbers are measured on held-out images, which the student was not tuned on.
+
+    Attributes:
+        source: Where the images come from.
+        images: Number of images.
+        relative_error: ‖ŷ − y‖ / ‖y‖ in percent over all numbers of an output; the largest of
+            several outputs. None if an output is not finite.
+        agreement: Share of images for which both networks predict the same class, in percent; None
+            without classes.
+        kl: Mean KL(teacher ‖ student) of the class probabilities, in nats; None without classes or
+            if an output is not finite.
+        expected_drop: Expected drop of top-1 accuracy in points; None if there is no estimate.
+        interval: Points between which the drops of nine in ten students lay, for networks that the
+            law was not fitted to.
+        reason: Why there is no estimate; empty if there is one.
     """
 
     source: str
-    """Where the images come from."""
     images: int
     relative_error: float | None
-    """‖ŷ − y‖ / ‖y‖ in percent over all numbers of an output y; of several outputs the worst.
-    None where an output is not finite, as with `kl`."""
     agreement: float | None = None
-    """Images on which both networks answer the same class, in percent; None without classes."""
     kl: float | None = None
-    """Mean KL(teacher ‖ student) of the classes' probabilities, in nats; None without classes."""
     expected_drop: float | None = None
-    """Points of top-1 accuracy that the student is expected to lose; None: cannot tell."""
     interval: tuple[float, float] | None = None
-    """Points between which nine of ten students of networks that the law had not seen lay."""
     reason: str = ""
-    """Why there is no estimate; empty where there is one."""
 
     def as_values(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Law:
-    """From the logits' error to the drop, whose odds are a power of it.
+    """The accuracy drop as a function of the error of the logits.
 
         d / (1 − d) = exp(shift) · x^power
 
-    x is the error of `comparable`, d the drop of top-1 accuracy as a share. `error` is that of
-    log(1 + drop in points), in nine of ten cases and more: small drops are known to a point or so,
-    large ones to a factor. Above `limit` x has no law.
+    d is the drop of top-1 accuracy as a share, x the error that `error_among_ten_classes` returns.
+
+    Attributes:
+        shift: Logarithm of the odds of the drop at x = 1.
+        power: Exponent of x.
+        error: Error of log(1 + drop in points) in nine of ten cases. Small drops are known to
+            about a point, large ones to a factor.
+        limit: The largest x for which the law holds.
     """
 
     shift: float
@@ -82,21 +93,21 @@ class Law:
         return 100 * odds / (1 + odds)
 
     def interval(self, drop: float) -> tuple[float, float]:
-        """Around an expected drop, in points; neither end lies outside 0..100."""
+        """The interval around an expected drop, in points, clipped to 0..100."""
         low, high = ((1 + drop) * math.exp(sign * self.error) - 1 for sign in (-1, 1))
         return max(low, 0.0), min(high, 100.0)
 
 
 LAW = Law(shift=-0.84, power=2.44, error=0.63, limit=0.7)
-"""Fitted by `python benchmarks/trust.py`; its runs are in benchmarks/results/trust.json."""
+"""Fitted by `python -m benchmarks.trust` to the runs in benchmarks/results/trust.json."""
 
 
 @dataclass(frozen=True)
-class _AsFitted(SpectralSource):
-    """Images of mean 0, deviation 1, one contrast and similar brightness, whatever the network.
+class _LawSource(SpectralSource):
+    """Images of mean 0 and standard deviation 1, with one contrast, for every network.
 
-    Such were the images that the law was fitted on, so it holds for no others, and every setting
-    stands here whatever the recipes' images become.
+    The law was fitted on such images and holds for no others. All settings are written out here,
+    so that a change of the defaults for recipes does not change them.
     """
 
     batch: int = 128
@@ -108,108 +119,129 @@ class _AsFitted(SpectralSource):
     class_weight: float = 0.01
     focus: float = 2.0
 
-    def input_statistics(self, teacher: Captured, seed: int) -> InputStatistics:  # noqa: ARG002 (of all the same)
+    def input_statistics(self, teacher: Captured, seed: int) -> InputStatistics:  # noqa: ARG002 (the same for all)
         return InputStatistics.unit(teacher)
 
 
-_SOURCE = _AsFitted()
-_MOST, _FEWEST, _PIXELS = 64, 32, 64 * 64**2
-"""Images that are made: the most, but of large ones only as many as have that many pixels, and not
-fewer than the fewest."""
-_MIXTURES = 4
-"""For each image that is made."""
-_MAX_TOGETHER = 32
-"""Images that pass a network together."""
+_SOURCE = _LawSource()
+_MAX_IMAGES, _MIN_IMAGES = 64, 32
+"""Number of images that are made: the most, and the fewest however large the images are."""
+_MAX_PIXELS = 64 * 64**2
+"""Pixels of all images together, which limits the number of large images."""
+_MIXTURES_PER_IMAGE = 4
+_MAX_BATCH_IMAGES = 32
+"""Largest batch; the memory budget can make it smaller."""
 
 
-def measure(
+def measure_expected_drop(
     teacher: Captured,
     network: nn.Module,
     *,
     seed: int,
     listener: Listener = silent,
     memory: MemoryBudget = MemoryBudget(),
-) -> Trust:
-    """Compare a student with its teacher on held-out images, and say what drop that means.
+) -> DropEstimate:
+    """Compare a student with its teacher on held-out images and estimate the accuracy drop.
 
-    network: maps [N, *input_shape] to what the teacher's graph returns, on the teacher's device.
-    seed: the run's; the images are others than those of any recipe with this seed.
+    Args:
+        teacher: The teacher.
+        network: The student: maps [N, *input_shape] to what the teacher's graph returns, on the
+            teacher's device.
+        seed: The seed of the run. The images differ from those of every recipe with this seed.
+        listener: Receives progress.
+        memory: Limits the batch.
     """
-    # A seed of its own keeps the images apart from those that a recipe of the same seed makes.
+    # A separate seed keeps these images apart from those that a recipe of the same seed makes.
     seed = random_stream(seed, "trust").initial_seed()
-    if reason := _out_of_reach(teacher):
+    if reason := _why_not_validated(teacher):
         kind, draw = "noise with the spectrum of natural images", random_stream(seed, "trust.noise")
-        images = natural_noise(_MOST, teacher.input_shape, _SOURCE, draw).to(teacher.device)
+        images = natural_noise(_MAX_IMAGES, teacher.input_shape, _SOURCE, draw).to(teacher.device)
     else:
-        kind, images = "mixtures of images made for this", held_out(teacher, seed, listener, memory)
-    wanted, got = _answers(teacher, network, images, listener, memory)
-    return judged(
-        wanted, got, source=kind, is_classifier=teacher.classes is not None, reason=reason
+        kind = "mixtures of synthetic images made for this test"
+        images = held_out_mixtures(teacher, seed, listener, memory)
+    expected, actual = _outputs(teacher, network, images, listener, memory)
+    return estimate_drop(
+        expected, actual, source=kind, is_classifier=teacher.classes is not None, reason=reason
     )
 
 
-def judged(
-    wanted: Sequence[Tensor],
-    got: Sequence[Tensor],
+def estimate_drop(
+    expected: Sequence[Tensor],
+    actual: Sequence[Tensor],
     *,
     source: str,
     is_classifier: bool = True,
     reason: str = "",
-) -> Trust:
-    """What the outputs [N, ...] of a teacher and its student on the same images say.
+) -> DropEstimate:
+    """Estimate the drop from the outputs of a teacher and its student on the same images.
 
-    reason: why no estimate may be made of them, if so.
+    Args:
+        expected: The teacher's outputs, each [N, ...].
+        actual: The student's outputs.
+        source: Where the images come from.
+        is_classifier: Whether the first output is the logits of classes [N, C].
+        reason: Why there can be no estimate; empty if there can be one.
     """
-    parity = Parity.of(wanted, got, is_classifier)
+    parity = Parity.of(expected, actual, is_classifier)
     error = _finite(100 * parity.relative_error)
-    seen = Trust(source, len(wanted[0]), error, parity.agreement, reason=reason)
+    estimate = DropEstimate(source, len(expected[0]), error, parity.agreement, reason=reason)
     if parity.agreement is None:
-        return seen
-    kl = float(distillation_loss(got[0], wanted[0], 1.0, "batch"))
-    seen = replace(seen, kl=_finite(kl))
-    x = comparable(parity.relative_error, wanted[0].shape[1])
-    if reason := reason or _out_of_range(wanted[0], x):
-        return replace(seen, reason=reason)
+        return estimate
+    kl = float(distillation_loss(actual[0], expected[0], 1.0, "batch"))
+    estimate = replace(estimate, kl=_finite(kl))
+    x = error_among_ten_classes(parity.relative_error, expected[0].shape[1])
+    if reason := reason or _why_out_of_range(expected[0], x):
+        return replace(estimate, reason=reason)
     drop = LAW.drop(x)
-    return replace(seen, expected_drop=drop, interval=LAW.interval(drop))
+    return replace(estimate, expected_drop=drop, interval=LAW.interval(drop))
 
 
-def comparable(relative_error: float, classes: int) -> float:
-    """The error of the logits that would do as much harm among ten classes.
+def error_among_ten_classes(relative_error: float, classes: int) -> float:
+    """The relative error of logits that would change as many predictions among ten classes.
 
-    The answer changes when noise lifts any of C logits above the highest, and the greatest of C
-    normal deviates grows as √(2 ln C).
+    A prediction changes when noise lifts any of the C logits above the highest one. The largest of
+    C normal deviates grows as √(2 ln C).
     """
     return relative_error * math.sqrt(math.log(classes) / math.log(10))
 
 
-def made(
+def make_images(
     teacher: Captured,
     seed: int,
     listener: Listener = silent,
     memory: MemoryBudget = MemoryBudget(),
 ) -> Tensor:
-    """Spectral images [N, *input_shape]. Raises what `SpectralSource` does."""
-    fitting = _PIXELS // math.prod(teacher.input_shape[1:])
-    count = max(_FEWEST, min(_MOST, fitting))
+    """Make the spectral images [N, *input_shape] that are mixed.
+
+    Raises:
+        UsageError: The source cannot make images for this network.
+    """
+    fitting = _MAX_PIXELS // math.prod(teacher.input_shape[1:])
+    count = max(_MIN_IMAGES, min(_MAX_IMAGES, fitting))
     context = Context(seed=seed, listener=listener, memory=memory)
     images, _ = collect(replace(_SOURCE, batch=count), teacher, count, context=context)
     return images
 
 
-def held_out(
+def held_out_mixtures(
     teacher: Captured,
     seed: int,
     listener: Listener = silent,
     memory: MemoryBudget = MemoryBudget(),
 ) -> Tensor:
-    """Mixtures [N, *input_shape] of images that are made for this. Raises what `made` does."""
-    images = made(teacher, seed, listener, memory)
-    return mixed(images, _MIXTURES * len(images), random_stream(seed, "trust.mixtures"))
+    """Make images and mix them: [N, *input_shape].
+
+    Raises:
+        UsageError: The source cannot make images for this network.
+    """
+    images = make_images(teacher, seed, listener, memory)
+    return mix_images(
+        images, _MIXTURES_PER_IMAGE * len(images), random_stream(seed, "trust.mixtures")
+    )
 
 
-def mixed(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
-    """λ a + (1 − λ) b for random pairs of images a, b and random λ in 0.5..1; [count, ...]."""
+def mix_images(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Mixtures λ a + (1 − λ) b [count, ...] of random pairs of images, with random λ in 0.5..1."""
     first, second = (torch.randint(len(images), (count,), generator=draw) for _ in range(2))
     share = 0.5 + 0.5 * torch.rand(count, generator=draw)
     share = share.to(images.device).view(-1, *([1] * (images.ndim - 1)))
@@ -217,56 +249,56 @@ def mixed(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _answers(
+def _outputs(
     teacher: Captured,
     student: nn.Module,
     images: Tensor,
     listener: Listener,
     memory: MemoryBudget,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """All outputs [N, ...] of both networks, on the CPU."""
+    """All outputs [N, ...] of the teacher and of the student, on the CPU."""
     parts = images.split(
-        min(_MAX_TOGETHER, forward_images(teacher.network.graph, memory, images.device))
+        min(_MAX_BATCH_IMAGES, forward_images(teacher.network.graph, memory, images.device))
     )
     found = []
     for step, part in enumerate(parts, start=1):
         found.append([in_order(network(part)) for network in (teacher.network, student)])
         listener(Step("trust", step, len(parts), {}))
-    wanted, got = (
-        [torch.cat(tensors).cpu() for tensors in zip(*answers, strict=True)]
-        for answers in zip(*found, strict=True)
+    expected, actual = (
+        [torch.cat(tensors).cpu() for tensors in zip(*outputs, strict=True)]
+        for outputs in zip(*found, strict=True)
     )
-    return wanted, got
+    return expected, actual
 
 
-def _finite(figure: float) -> float | None:
-    return figure if math.isfinite(figure) else None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-def _out_of_reach(teacher: Captured) -> str:
-    """Why the law does not hold for any student of this teacher; empty where it may."""
+def _why_not_validated(teacher: Captured) -> str:
+    """Why the law was not validated for this teacher; empty if it was."""
     if teacher.classes is None:
-        return "Accuracy is for classifiers, and the outputs of this network are not classes."
+        return "Only classifiers have an accuracy; the outputs of this network are not classes."
     if not teacher.batch_norms or len(teacher.input_shape) != 3:
         return (
-            "The estimate was validated on networks that have batch norms and take images; this "
-            "one is another. Measure on real inputs (--test)."
+            "The estimate was validated on networks with batch norms that take images; this "
+            "network is different. Measure it on real inputs (--test)."
         )
     return ""
 
 
-def _out_of_range(wanted: Tensor, x: float) -> str:
-    """Why the teacher's logits [N, C], or such an error, tell nothing; empty where they do."""
+def _why_out_of_range(expected: Tensor, x: float) -> str:
+    """Why the teacher's logits [N, C] or the error x allow no estimate; empty if they do."""
     if not math.isfinite(x):
         return "The student's outputs are not finite."
-    if len(wanted.argmax(1).unique()) < 2:
+    if len(expected.argmax(1).unique()) < 2:
         return (
-            "The teacher gives the same answer to all of the held-out images: they do not stand "
-            "for its inputs. Measure on real images (--test)."
+            "The teacher predicts the same class for all held-out images, so they do not "
+            "represent its inputs. Measure the accuracy on real images (--test)."
         )
     if x > LAW.limit:
         return (
-            f"The student's logits are off by {x:.0%} (as among ten classes). Beyond "
-            f"{LAW.limit:.0%} the loss was large wherever it was measured, but no figure fits it."
+            f"The relative error of the student's logits is {x:.0%} (converted to ten classes). "
+            f"Above {LAW.limit:.0%} all measured drops were large, but too scattered to estimate."
         )
     return ""

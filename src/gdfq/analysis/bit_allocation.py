@@ -1,12 +1,12 @@
-"""Mixed precision without data: each layer's width from its sensitivity, under a size.
+"""Bit allocation without data: the bits of each layer, from its sensitivity, for a file size.
 
-A stage between capture and student. It measures what each layer costs at each width, in accuracy
-and in bytes, makes the best choice, and yields a `Scheme` that a user could have written: a base
-width, and a `LayerBits` for each layer of another one.
+This stage comes between capture and student. It measures the sensitivity and the file size of each
+layer at each number of bits, finds the best choice that fits, and returns it as a `Scheme` that a
+user could have written: default bits, and `LayerBits` for each layer with other bits.
 
-The size is that of the ONNX file, which is what users deploy. It stores codes in 2, 4 or 8 bits,
-so no other width would pay. Activations stay at 8 bits: their width takes no byte of the file, and
-the kernels compute in 8 bits whatever it is.
+The size is that of the ONNX file, because that is the file that users deploy. It stores codes in 2,
+4 or 8 bits, so other bit widths save nothing. Activations have 8 bits: their bits do not change the
+size of the file, and kernels compute in 8 bits in any case.
 """
 
 import copy
@@ -40,69 +40,87 @@ from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 AUTO = "auto"
-"""In the place of widths: they are to be chosen."""
-BASE = Bits(4, 8)
-"""Widths of the layers that the chosen scheme does not name."""
-_IMAGES = 128
+"""The value of `bits` that asks for bit allocation."""
+DEFAULT_BITS = Bits(4, 8)
+"""Bits of the layers that the chosen scheme does not name."""
+_MAX_IMAGES = 128
 """Images that sensitivities are measured on."""
-_LENGTHS = 16
-"""Bytes that lengths and numbered names in the file may take more when others than 4 bits are
+_EXTRA_BYTES = 16
+"""Bytes by which length fields and numbered names in the file may grow when bits other than 4 are
 chosen."""
 
 Loss = Callable[[Any, Any], Tensor]
 """Outputs of student and teacher -> scalar."""
 Layers = Mapping[str, Sequence[fx.Node]]
-"""The layers whose width is to be chosen, by name; one that is called twice has two nodes."""
+"""The layers whose bits are chosen, by name; a layer that is called twice has two nodes."""
 
 
 def parse_bits(bits: str | Bits, size: int | None) -> Bits:
-    """The widths that are meant; of "auto" those that layers start from.
+    """Parse bits such as "w4a8"; "auto" gives the bits that bit allocation starts from.
 
-    Raises UsageError for text that says no widths, and for "auto" without a size or a size
-    without "auto".
+    Args:
+        bits: Bits, their text, or "auto".
+        size: Largest size of the ONNX file in bytes; given with "auto" only.
+
+    Raises:
+        UsageError: The text is not a bit width, "auto" comes without a size, or a size comes
+            without "auto".
     """
     if (bits == AUTO) != (size is not None):
         raise UsageError(
-            "bits 'auto' and a size belong together: widths are chosen to fit the size of the ONNX "
-            f"file; got bits {str(bits)!r} and size {size}. Use as --bits auto --size 300KB."
+            "bits 'auto' and a size belong together: bits are chosen so that the ONNX file fits "
+            f"the size; got bits {str(bits)!r} and size {size}. Give both: --bits auto "
+            "--size 300KB."
         )
     if size is not None:
         if not isinstance(size, int) or size < 1:
             raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
-        return BASE
+        return DEFAULT_BITS
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the ONNX file, which no image changes."""
+    """Bytes of the ONNX file, which do not depend on the images.
+
+    Attributes:
+        rest: Bytes that do not depend on the choice.
+        layers: Bytes of each layer whose bits are chosen, by name and bits.
+    """
 
     rest: int
-    """What the file holds whatever is chosen."""
     layers: Mapping[str, Mapping[int, int]]
-    """Of each layer whose width is to be chosen, by name and width."""
 
     @property
     def groups(self) -> list[Mapping[int, int]]:
-        """The layers', and the rest as one more thing to carry, without a choice."""
+        """The groups of the knapsack: the layers, and the rest as a group with a single option."""
         return [*self.layers.values(), {0: self.rest}]
 
     def check(self, size: int) -> None:
-        """Raise UsageError, which names the smallest possible size, when `size` is below it."""
+        """Check that a choice fits in `size` bytes.
+
+        Raises:
+            UsageError: `size` is too small; the message gives the smallest possible size.
+        """
         check_budget(self.groups, size)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The widths that were chosen, as a scheme and by the layers' names."""
+    """The chosen bits.
+
+    Attributes:
+        scheme: The scheme with the chosen bits.
+        bits: The chosen bits by layer name.
+        bytes: Upper bound of the size of the ONNX file.
+    """
 
     scheme: Scheme
-    widths: Mapping[str, int]
+    bits: Mapping[str, int]
     bytes: int
-    """Of the ONNX file, at most."""
 
 
-def choose_widths(
+def choose_bits(
     teacher: Captured,
     scheme: Scheme,
     images: Tensor,
@@ -111,49 +129,63 @@ def choose_widths(
     *,
     listener: Listener = silent,
 ) -> Allocation:
-    """The scheme with widths for all layers that it does not keep, within `size` bytes of ONNX.
+    """Choose the bits of all layers that have no layer bits, so that the ONNX file fits.
 
-    images: normalised [N, *input_shape], N >= 1. sizes: those of `file_sizes` for this scheme.
+    Args:
+        teacher: The teacher.
+        scheme: The scheme before the choice.
+        images: Normalised images [N, *input_shape], N >= 1.
+        size: Largest size of the ONNX file in bytes.
+        sizes: The result of `onnx_sizes` for this scheme.
+        listener: Receives progress.
 
-    Raises UsageError when no choice is small enough.
+    Raises:
+        UsageError: No choice fits in `size` bytes.
     """
     teacher = fold_batch_norms(teacher)
     layers = free_layers(teacher, scheme)
     loss = divergence(teacher)
-    costs = sensitivities(teacher, layers, images[:_IMAGES], loss=loss, listener=listener)
+    costs = sensitivities(teacher, layers, images[:_MAX_IMAGES], loss=loss, listener=listener)
     *chosen, _ = allocate([*costs.values(), {0: 0.0}], sizes.groups, size)
-    widths = dict(zip(layers, chosen, strict=True))
+    chosen_bits = dict(zip(layers, chosen, strict=True))
     named = tuple(
         LayerBits.exactly(name, bits)
-        for name, bits in widths.items()
+        for name, bits in chosen_bits.items()
         if bits != scheme.bits.weights
     )
-    total = sizes.rest + sum(sizes.layers[name][bits] for name, bits in widths.items())
-    return Allocation(replace(scheme, layer_bits=(*scheme.layer_bits, *named)), widths, total)
+    total = sizes.rest + sum(sizes.layers[name][bits] for name, bits in chosen_bits.items())
+    return Allocation(replace(scheme, layer_bits=(*scheme.layer_bits, *named)), chosen_bits, total)
 
 
 def free_layers(teacher: Captured, scheme: Scheme) -> Layers:
-    """The layers that the scheme does not keep. Raises UsageError when it keeps them all."""
+    """The layers that the scheme gives no layer bits.
+
+    Raises:
+        UsageError: The scheme gives layer bits to all layers.
+    """
     nodes = list(filter(queries.has_weight, teacher.network.graph.nodes))
-    kept = scheme.overridden(nodes)
+    overridden = scheme.overridden(nodes)
     layers: dict[str, list[fx.Node]] = {}
     for node in nodes:
-        if node not in kept:
+        if node not in overridden:
             layers.setdefault(queries.layer_name(node), []).append(node)
     if not layers:
         raise UsageError(
-            "widths are chosen for layers that are not kept; "
-            f"all {len(nodes)} of this network are. Keep fewer, or give their widths as bits."
+            "bits are chosen for layers without --layer-bits; "
+            f"all {len(nodes)} of this network are given some. Give them to fewer layers, or "
+            "replace 'auto' by bits."
         )
     return layers
 
 
 def divergence(teacher: Captured) -> Loss:
-    """How far a student's outputs are from the teacher's: KL(softmax(M) ‖ softmax(Q)) of logits
-    [N, C], the mean over the images; `feature_loss` where outputs are not classes.
+    """The distance of a student's outputs from the teacher's.
+
+    KL(softmax(M) ‖ softmax(Q)) of the teacher's logits M and the student's Q [N, C], averaged over
+    the images; `feature_loss` where outputs are not classes.
     """
     if teacher.classes is None:
-        return lambda student, wanted: feature_loss(in_order(student), in_order(wanted))
+        return lambda student, expected: feature_loss(in_order(student), in_order(expected))
     return partial(distillation_loss, temperature=1.0, reduction="batch")
 
 
@@ -166,39 +198,52 @@ def sensitivities(
     loss: Loss,
     listener: Listener = silent,
 ) -> dict[str, dict[int, float]]:
-    """The loss of the network when one layer's weight alone is rounded to its best grid.
+    """The loss of the network when the weight of one layer alone is rounded to its best grid.
 
-    teacher: with folded batch norms. Each width of `artifacts.onnx.WIDTHS` costs at least
-    what a greater one does: where it would not, the difference is noise.
+    Args:
+        teacher: The teacher with folded batch norms.
+        layers: The layers to round, one at a time.
+        images: Normalised images [N, *input_shape].
+        loss: Compares the outputs.
+        listener: Receives progress.
+
+    Returns:
+        The loss by layer name and bits (`gdfq.deploy.onnx.sizes.WIDTHS`). With fewer bits it is
+        never smaller: a decrease is noise and is raised to the loss of more bits.
     """
     network = copy.deepcopy(teacher.network)
     tensors = tensors_of(network)
-    wanted = network(images)
+    expected = network(images)
     costs: dict[str, dict[int, float]] = {}
     for index, (name, nodes) in enumerate(layers.items(), start=1):
         weights = {queries.weight_name(node): queries.weight_layout(node) for node in nodes}
-        exact = {weight: tensors[weight].clone() for weight in weights}
+        originals = {weight: tensors[weight].clone() for weight in weights}
         costs[name], worst = {}, 0.0
         for bits in sorted(WIDTHS, reverse=True):
             for weight, layout in weights.items():
-                grid = best_weight_grid(exact[weight], bits, *layout)
-                tensors[weight].copy_(fake_quantize(exact[weight], *grid, bits))
-            worst = max(worst, float(loss(network(images), wanted)))
+                grid = best_weight_grid(originals[weight], bits, *layout)
+                tensors[weight].copy_(fake_quantize(originals[weight], *grid, bits))
+            worst = max(worst, float(loss(network(images), expected)))
             costs[name][bits] = worst
-        for weight, values in exact.items():
+        for weight, values in originals.items():
             tensors[weight].copy_(values)
         listener(Step("sensitivity", index, len(layers), {}))
     return costs
 
 
-def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -> Sizes:
-    """Bytes of the ONNX file: of each layer that the scheme does not keep, and of the rest.
+def onnx_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -> Sizes:
+    """Bytes of the ONNX file: of each layer without layer bits, and of the rest.
 
-    Measured on the file of the scheme as it is, which has to be of 4 bits. A layer of another
-    width costs the words that say so, too. metadata: what the file will say about itself, apart
-    from the widths that are chosen.
+    They are measured on the file of the given scheme, whose weights must have 4 bits. A layer with
+    other bits also adds its entry in the metadata.
 
-    Raises UsageError when there is nothing to choose.
+    Args:
+        teacher: The teacher.
+        scheme: The scheme before the choice.
+        metadata: The metadata of the file, without the chosen bits.
+
+    Raises:
+        UsageError: No layer is left to choose bits for.
     """
     teacher = fold_batch_norms(teacher)
     layers = free_layers(teacher, scheme)
@@ -206,27 +251,28 @@ def file_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     draw = stream(0, "allocation.noise")
     noise = torch.randn(2, *teacher.input_shape, generator=draw)
     batch = Batch((noise.to(teacher.device),), None, None)
-    calibrate_(student, [batch], steps=1)  # a file's size knows no ranges
+    calibrate_(student, [batch], steps=1)  # the size does not depend on ranges
     network = freeze(student).cpu()
     _fill_(network)
     data = to_onnx(network, teacher.inputs, metadata, outputs=output_names(teacher))
     nodes = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
-    taken = dict(zip(nodes, weight_sizes(network, data), strict=True))
+    bytes_by_node = dict(zip(nodes, weight_sizes(network, data), strict=True))
     sizes = {
-        name: {bits: sum(taken[node][bits] for node in layer) for bits in WIDTHS}
+        name: {bits: sum(bytes_by_node[node][bits] for node in layer) for bits in WIDTHS}
         for name, layer in layers.items()
     }
     fixed = len(data) - sum(layer[scheme.bits.weights] for layer in sizes.values())
     for name, layer in sizes.items():
         for bits in set(WIDTHS) - {scheme.bits.weights}:
             layer[bits] += len(f" {LayerBits.exactly(name, bits)}".encode())
-    return Sizes(fixed + _LENGTHS, sizes)
+    return Sizes(fixed + _EXTRA_BYTES, sizes)
 
 
 def _fill_(network: IntegerNetwork) -> None:
-    """Give a frozen network weights and biases of which a file can leave nothing out.
+    """Fill an integer network with random weights and biases, so that a file stores all of them.
 
-    Those of layers that share them, or that have none, are equal or zero until they are tuned.
+    Before tuning, shared weights are equal and missing biases are zero, and a file would store
+    them once or not at all.
     """
     draw = stream(0, "allocation.fill")
     for layer in network.layers:

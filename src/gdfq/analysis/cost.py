@@ -1,4 +1,4 @@
-"""What a run would cost: time and memory, measured on one step of each stage and multiplied."""
+"""Time and memory of a run, estimated from one measured step of each stage."""
 
 import math
 import resource
@@ -29,7 +29,10 @@ def with_costs(
     recipe: Recipe,
     memory: MemoryBudget = MemoryBudget(),
 ) -> Diagnosis:
-    """The diagnosis with time and memory, measured on one step of each stage on this device."""
+    """Add time and memory to a diagnosis, measured on one step of each stage on this device.
+
+    A diagnosis with problems is returned as it is.
+    """
     if diagnosis.problems:
         return diagnosis
     recipe = recipe.fitted(teacher.input_shape)
@@ -45,26 +48,26 @@ def with_costs(
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, when a device has done all that it was given."""
-    if device.type == "cuda":  # which computes while Python goes on
+    """Seconds of a monotonic clock, read after a device has finished all queued work."""
+    if device.type == "cuda":  # kernels run asynchronously
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: of the GPU for tensors, else of this process."""
+    """Peak memory in bytes: of tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class _EnoughError(Exception):
-    """Raised by a stopwatch that has seen what it wanted."""
+class _StopError(Exception):
+    """Raised by a stopwatch to end the stage after the measured step."""
 
 
 class _Stopwatch:
-    """A listener that times the second event and knows how many there would be."""
+    """A listener that times the second step and notes the total number of steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds, self.total = 0.0, 0
@@ -75,12 +78,12 @@ class _Stopwatch:
         at = now(self._device)
         if self._last is not None:
             self.seconds, self.total = at - self._last, step.total
-            raise _EnoughError
+            raise _StopError
         self._last = at
 
 
 def _source_seconds(source: Source, teacher: Captured, steps: int, memory: MemoryBudget) -> float:
-    """Of a whole stream: the second iteration, or else the second batch, times their number."""
+    """Seconds of a stream: those of its second iteration, or else batch, times their number."""
     source, steps = source.bulk(steps)
     watch = _Stopwatch(teacher.device)
     context = Context(listener=watch, memory=memory)
@@ -89,13 +92,13 @@ def _source_seconds(source: Source, teacher: Captured, steps: int, memory: Memor
         next(stream)
         started = now(teacher.device)
         next(stream)
-    except _EnoughError:
+    except _StopError:
         return watch.seconds * watch.total
     return (now(teacher.device) - started) * steps
 
 
 def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
-    """The second update, times their number, on noise."""
+    """Seconds of tuning: those of the second update, on noise, times the number of updates."""
     if not recipe.tuning.trains:
         return 0.0
     count = recipe.source.batch

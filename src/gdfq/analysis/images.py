@@ -1,4 +1,4 @@
-"""What the synthetic images are worth: their statistics, classes and diversity, beside noise."""
+"""Quality of synthetic images: statistics, classes and diversity, compared with noise."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -23,53 +23,64 @@ from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.sources.input_scale import remembered_input
 from gdfq.sources.spectral import SpectralSource, natural_noise
 
-_CLASSES, _EACH = 10, 4
-"""The grid of images: so many classes, so many images of each."""
-_MAX_TOGETHER = 32
-"""Images that pass the teacher together: more are no faster."""
-_SIDE = 64
-"""Thumbnails are no larger than that."""
-_ASKED = 32
-"""Images of noise that the network is asked about to find the scale of its inputs."""
+_MAX_CLASSES, _IMAGES_PER_CLASS = 10, 4
+"""The classes and images per class that the report shows."""
+_MAX_BATCH_IMAGES = 32
+"""Largest batch; larger ones are not faster."""
+_MAX_SIDE_PIXELS = 64
+"""Longest side of a thumbnail."""
+_SCALE_IMAGES = 32
+"""Noise images that the input statistics of the network are found with."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the statistics of images are from those that a batch norm holds.
+    """Distance of observed statistics from the target statistics of one batch norm.
 
-    mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²] (`gdfq.functional.losses.relative_statistics_loss`): 0 is
+    mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²] (`gdfq.functional.losses.relative_statistics_loss`): 0 means
     equal.
+
+    Attributes:
+        name: The batch norm.
+        synthetic: Distance of the synthetic (or given) images.
+        white: Distance of white noise with the network's input statistics (`remembered_input`).
+        natural: Distance of noise with these input statistics and the spectrum of natural images,
+            1/f^1.5.
     """
 
     name: str
     synthetic: float
     white: float
-    """Of white noise of the scale that the network remembers (`remembered_input`)."""
     natural: float
-    """Of such noise with the spectrum of natural images, 1/f^1.5."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What the teacher answers to the synthetic images."""
+    """The teacher's predictions for the synthetic images.
 
-    answered: int
-    """Classes that it answers at least once."""
+    Attributes:
+        predicted: Number of classes that are predicted at least once.
+        possible: Largest possible number of predicted classes: that of all classes, or of the
+            images if there are fewer.
+        as_labelled: Share of the images whose predicted class is their label, in percent.
+        confidence: Mean probability of the predicted classes, in percent.
+    """
+
+    predicted: int
     possible: int
-    """Classes that so many images could have: no more than there are images."""
-    as_meant: float
-    """Share of the images whose answer is their label, in percent."""
+    as_labelled: float
     confidence: float
-    """Mean probability of the answers, in percent."""
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """How different images are: root mean square distances of pairs.
+    """Diversity of images: root mean square distances of pairs, as ratios.
 
-    pixels: of images, by what it would be if their pixels had nothing in common (see `spread`);
-    features: of what enters the last layer, by the same of 1/f noise;
-    within_class: in features, of pairs of one class by all pairs; None without such pairs.
+    Attributes:
+        pixels: Distance in pixels, relative to that of unrelated images (see `spread`).
+        features: Distance of the inputs of the last layer, relative to that of 1/f noise.
+        within_class: Distance in features of pairs of one class, relative to that of all pairs;
+            None without such pairs.
     """
 
     pixels: float
@@ -79,16 +90,26 @@ class Diversity:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """All of it. `grid` [n, C, H, W] are pixels by class, `labels` [n] theirs, `noise` as many."""
+    """All measures of the images, and pixels to show.
+
+    Attributes:
+        count: Number of images that were measured.
+        distances: Distance of statistics for each batch norm, from input to output.
+        classes: The teacher's predictions; None without classes.
+        diversity: Diversity of the images.
+        clipped: Share of the pixels outside 0..255, in percent.
+        nearest: The noise whose statistics are nearest to the network's: "white" or "natural".
+        grid: Pixels to show [n, C, h, w], ordered by class.
+        labels: Their labels [n].
+        noise: Pixels of the nearest noise.
+    """
 
     count: int
     distances: tuple[Distance, ...]
     classes: Classes | None
     diversity: Diversity
     clipped: float
-    """Share of the pixels that lie outside of what a picture can hold, in percent."""
     nearest: str
-    """The noise that is nearest to the statistics: "white" or "natural"."""
     grid: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
     noise: np.ndarray[Any, Any]
@@ -101,17 +122,22 @@ def measure_images(
     preprocessing: Preprocessing,
     memory: MemoryBudget = MemoryBudget(),
 ) -> Images:
-    """Look at synthetic (or given) images [N, *input_shape] with labels [N], through the teacher.
+    """Measure synthetic (or given) images with the teacher, and as many images of noise.
 
-    Noise of the same number is looked at in the same way.
+    Args:
+        teacher: The teacher.
+        images: Normalised images [N, *input_shape].
+        labels: Their labels [N]; None without classes.
+        preprocessing: The normalisation of the images.
+        memory: Limits the batch.
     """
     images = images.to(teacher.device)
     noises = {kind: noise.to(images) for kind, noise in _noise(len(images), teacher).items()}
-    at_once = min(_MAX_TOGETHER, forward_images(teacher.network.graph, memory, teacher.device))
-    distances = _distances(teacher, images, noises, at_once)
+    batch = min(_MAX_BATCH_IMAGES, forward_images(teacher.network.graph, memory, teacher.device))
+    distances = _distances(teacher, images, noises, batch)
     nearest = min(noises, key=lambda kind: sum(getattr(d, kind) for d in distances))
-    outputs, features = _asked(teacher, images, at_once)
-    _, of_noise = _asked(teacher, noises["natural"], at_once)
+    outputs, features = _outputs_and_features(teacher, images, batch)
+    _, noise_features = _outputs_and_features(teacher, noises["natural"], batch)
     classes = None
     if labels is not None and teacher.classes is not None:
         classes = coverage(outputs, labels)
@@ -122,32 +148,34 @@ def measure_images(
         classes=classes,
         diversity=Diversity(
             pixels=spread(images),
-            features=distance_of_pairs(features) / max(distance_of_pairs(of_noise), 1e-12),
+            features=distance_of_pairs(features) / max(distance_of_pairs(noise_features), 1e-12),
             within_class=None if labels is None else within_classes(features, labels),
         ),
         clipped=clipped(images, preprocessing),
         nearest=nearest,
         grid=thumbnails(images[chosen], preprocessing),
         labels=np.array([]) if labels is None else labels[chosen].cpu().numpy(),
-        noise=thumbnails(noises[nearest][: min(len(chosen), _CLASSES)], preprocessing),
+        noise=thumbnails(noises[nearest][: min(len(chosen), _MAX_CLASSES)], preprocessing),
     )
 
 
 def coverage(logits: Tensor, labels: Tensor) -> Classes:
-    """What the teacher's logits [N, C] say about images of the given labels [N]."""
-    confidence, answers = logits.softmax(1).max(1)
+    """The coverage of classes by the teacher's logits [N, C] for images with labels [N]."""
+    confidence, predictions = logits.softmax(1).max(1)
     return Classes(
-        answered=len(answers.unique()),
+        predicted=len(predictions.unique()),
         possible=min(logits.shape),
-        as_meant=100 * float((answers == labels.to(answers.device)).double().mean()),
+        as_labelled=100 * float((predictions == labels.to(predictions.device)).double().mean()),
         confidence=100 * float(confidence.double().mean()),
     )
 
 
 def spread(images: Tensor) -> float:
-    """√(V_b / V): V_b the variance of a pixel between the images, V that of all numbers [N, ...].
+    """Diversity of pixels √(V_b / V) of images [N, ...].
 
-    1 for images that have nothing in common but their mean, 0 for images that are all alike.
+    V_b is the variance of a pixel between the images, averaged over pixels; V is the variance of
+    all numbers. The result is 1 for images with nothing but their mean in common, 0 for equal
+    images.
     """
     flat = images.flatten(1).double()
     total = float(flat.var(correction=0))
@@ -156,7 +184,7 @@ def spread(images: Tensor) -> float:
 
 
 def distance_of_pairs(features: Tensor) -> float:
-    """Root mean square distance of the pairs of different rows of [N, d]; 0 of a single one."""
+    """Root mean square distance of all pairs of different rows of [N, d]; 0 for a single row."""
     if len(features) < 2:
         return 0.0
     distance: float = float(F.pdist(features.double()).square().mean()) ** 0.5
@@ -164,9 +192,9 @@ def distance_of_pairs(features: Tensor) -> float:
 
 
 def within_classes(features: Tensor, labels: Tensor) -> float | None:
-    """The distance of pairs [N, d] that have one label [N], by that of all pairs.
+    """The distance of pairs of rows [N, d] with equal labels [N], relative to that of all pairs.
 
-    None where no label occurs twice or all rows are alike.
+    None if no label occurs twice or if all rows are equal.
     """
     squares = torch.cdist(features.double(), features.double()).square()
     labels = labels.to(features.device)
@@ -179,39 +207,39 @@ def within_classes(features: Tensor, labels: Tensor) -> float | None:
 
 
 def clipped(images: Tensor, preprocessing: Preprocessing) -> float:
-    """Share of normalised images' pixels, in percent, that are below 0 or above 255."""
+    """Share of the pixels of normalised images, in percent, that are below 0 or above 255."""
     shape = (1, -1, *[1] * (images.ndim - 2))
     mean, std = (torch.tensor(v).view(shape) for v in (preprocessing.mean, preprocessing.std))
     unit = images.cpu() * std + mean
-    step = 0.5 / 255  # what rounding forgives
-    return 100 * float(((unit < -step) | (unit > 1 + step)).double().mean())
+    half = 0.5 / 255  # rounds to 0 or 255
+    return 100 * float(((unit < -half) | (unit > 1 + half)).double().mean())
 
 
 def by_class(labels: Tensor | None, count: int) -> list[int]:
-    """Indices of the grid's images: of up to ten classes four each, or simply the first."""
+    """Indices of the images to show: four of each of ten classes; without labels the first."""
     if labels is None:
-        return list(range(min(count, _CLASSES * _EACH)))
-    shown = [label for label, _ in Counter(labels.tolist()).most_common(_CLASSES)]
+        return list(range(min(count, _MAX_CLASSES * _IMAGES_PER_CLASS)))
+    shown = [label for label, _ in Counter(labels.tolist()).most_common(_MAX_CLASSES)]
     places = {label: (labels == label).nonzero().flatten().tolist() for label in sorted(shown)}
-    return [index for indices in places.values() for index in indices[:_EACH]]
+    return [index for indices in places.values() for index in indices[:_IMAGES_PER_CLASS]]
 
 
 def thumbnails(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:
-    """Pixels uint8 [N, C, h, w] of normalised images, no side longer than 64.
+    """Pixels uint8 [N, C, h, w] of normalised images, with no side longer than 64.
 
-    Inputs that are no pictures of one or three channels give none: [0].
+    Inputs other than images of one or three channels give an empty array [0].
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         return np.zeros(0, np.uint8)
     longest = max(images.shape[2:])
-    if longest > _SIDE:
-        size = [max(1, round(side * _SIDE / longest)) for side in images.shape[2:]]
+    if longest > _MAX_SIDE_PIXELS:
+        size = [max(1, round(side * _MAX_SIDE_PIXELS / longest)) for side in images.shape[2:]]
         images = F.interpolate(images.float(), size, mode="area")
     return preprocessing.pixels(images).numpy()
 
 
 def _noise(count: int, teacher: Captured) -> dict[str, Tensor]:
-    """Images of white and of 1/f noise [count, *input_shape], as `remembered_input` scales inputs.
+    """Images of white and of 1/f noise [count, *input_shape] with the network's input statistics.
 
     For a network without batch norms they have mean 0 and variance 1.
     """
@@ -221,26 +249,26 @@ def _noise(count: int, teacher: Captured) -> dict[str, Tensor]:
     noises = {"white": white.to(teacher.device), "natural": natural.to(teacher.device)}
     if not teacher.batch_norms:
         return noises
-    mean, deviation = remembered_input(teacher, noises["natural"][:_ASKED])
+    mean, deviation = remembered_input(teacher, noises["natural"][:_SCALE_IMAGES])
     mean = mean.view(-1, *[1] * (len(shape) - 1))
     return {kind: torch.addcmul(mean, noise, deviation) for kind, noise in noises.items()}
 
 
 def _distances(
-    teacher: Captured, images: Tensor, noises: dict[str, Tensor], at_once: int
+    teacher: Captured, images: Tensor, noises: dict[str, Tensor], batch: int
 ) -> tuple[Distance, ...]:
-    """Of each batch norm, in order; none for a network that has none."""
+    """The distances for each batch norm, from input to output; empty without batch norms."""
     if not teacher.batch_norms:
         return ()
     network = StatisticsNetwork(teacher)
     kinds = {"synthetic": images, **noises}
-    seen = {kind: _moments(network, given, at_once) for kind, given in kinds.items()}
+    observed = {kind: _moments(network, given, batch) for kind, given in kinds.items()}
     return tuple(
         Distance(
             batch_norm_name(node),
             **{
                 kind: float(relative_statistics_loss([moments[index]], [network.stored[index]]))
-                for kind, moments in seen.items()
+                for kind, moments in observed.items()
             },
         )
         for index, node in enumerate(teacher.batch_norms)
@@ -248,9 +276,9 @@ def _distances(
 
 
 @torch.no_grad()
-def _moments(network: StatisticsNetwork, images: Tensor, at_once: int) -> Statistics:
-    """Mean and variance of each batch norm's input over all images, a few of them at a time."""
-    parts = images.split(at_once)
+def _moments(network: StatisticsNetwork, images: Tensor, batch: int) -> Statistics:
+    """Mean and variance of the input of each batch norm over all images, computed in batches."""
+    parts = images.split(batch)
     shares = [len(part) / len(images) for part in parts]
     found = [network(part)[1] for part in parts]
     whole = []
@@ -262,15 +290,15 @@ def _moments(network: StatisticsNetwork, images: Tensor, at_once: int) -> Statis
 
 
 @torch.no_grad()
-def _asked(teacher: Captured, images: Tensor, at_once: int) -> tuple[Any, Tensor]:
-    """The teacher's outputs, and what enters its last layer as vectors [N, d].
+def _outputs_and_features(teacher: Captured, images: Tensor, batch: int) -> tuple[Any, Tensor]:
+    """The teacher's outputs (None without classes), and the inputs of its last layer [N, d].
 
     Feature maps [N, C, *] are averaged over their positions.
     """
     last = [n for n in teacher.network.graph.nodes if queries.has_weight(n)][-1]
     source = queries.input_of(last)
     network = with_features(teacher.network, [source])
-    found = [network(part) for part in images.split(at_once)]
+    found = [network(part) for part in images.split(batch)]
     features = torch.cat([features for _, (features,) in found])
     if features.ndim > 2:
         dims = [

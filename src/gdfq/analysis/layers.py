@@ -1,4 +1,4 @@
-"""What quantization does to each layer: error, clipping, ranges, and the harm to the outputs."""
+"""The effect of quantization on each layer: error, clipping, ranges and sensitivity."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdfq.analysis.sensitivity import measure_harm
+from gdfq.analysis.sensitivity import measure_sensitivity
 from gdfq.functional.grid import code_bounds, dequantize
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -18,110 +18,141 @@ from gdfq.graph.walk import Visit, Walk
 from gdfq.student.integer_network import ActivationGrid, IntegerLayer, IntegerNetwork
 
 BINS = 40
-_HIGHEST = 120.0
-"""Decibels; more is rounding of float32."""
-_IMAGES = 32
+"""Bins of a histogram of values."""
+_MAX_DECIBELS = 120.0
+"""Larger ratios are rounding errors of float32."""
+_MAX_IMAGES = 32
 
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """One convolution or linear layer of the student."""
+    """One convolution or linear layer of the student.
+
+    Attributes:
+        name: Its name.
+        operator: Its operator, such as "conv2d".
+        bits: Bits of its weight; None for a float layer.
+        weights: Number of its weights.
+        share: Share of the bytes of all weights, in percent.
+        weight_sqnr: SQNR of the student's weight in decibels, relative to the teacher's weight
+            with folded batch norm and equalized channels; it includes the changes by tuning. None
+            for a float layer.
+        output_sqnr: SQNR of the student's output in decibels, relative to the teacher's output; it
+            includes the errors of all layers before.
+        sensitivity: The error when this layer alone is rounded (`gdfq.analysis.sensitivity`); None
+            for a float layer.
+        activation: Name of the quantized activation that is its input; None for a float input.
+    """
 
     name: str
     operator: str
     bits: int | None
-    """Of its weight; None for a layer that is float."""
     weights: int
     share: float
-    """Of the bytes of all weights, in percent."""
     weight_sqnr: float | None
-    """Decibels: the original weight (batch norm folded, channels
-    equalized) over its difference from the student's,
-    which is rounding and tuning."""
     output_sqnr: float
-    """Decibels: the teacher's output over the student's difference from it, with all that the
-    layers before have added."""
-    harm: float | None
-    """What rounding this layer alone does (`gdfq.analysis.sensitivity`); None if it is float."""
+    sensitivity: float | None
     activation: str | None
-    """The quantized activation that enters it."""
 
 
 @dataclass(frozen=True)
 class ActivationEvidence:
-    """One quantized activation of the student."""
+    """One quantized activation of the student.
+
+    Attributes:
+        name: Its name.
+        bits: Its bits.
+        low: Lower end of its grid.
+        high: Upper end of its grid.
+        minimum: Smallest observed value.
+        maximum: Largest observed value.
+        saturation: Share of the values that are clipped, in percent.
+        sqnr: SQNR of rounding its values, in decibels.
+    """
 
     name: str
     bits: int
     low: float
     high: float
-    """The ends of its grid."""
-    least: float
-    greatest: float
-    """The values that were seen."""
+    minimum: float
+    maximum: float
     saturation: float
-    """Share of the values that are clipped, in percent."""
     sqnr: float
-    """Decibels: the values over the difference that rounding them makes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """All layers and activations, with counts of their values: [layers or activations, BINS]."""
+    """All layers and activations, with histograms of their values.
+
+    Attributes:
+        layers: The layers, in the order of the graph.
+        activations: The quantized activations, in the order of the graph.
+        sensitivity: The kind of the layers' sensitivity
+            (`gdfq.analysis.sensitivity.Sensitivity.kind`).
+        images: Number of images that were measured.
+        weight_counts: Histograms of the weights [layers, BINS].
+        weight_ends: Smallest and largest value of each histogram [layers, 2].
+        activation_counts: Histograms of the activations [activations, BINS].
+        activation_ends: Smallest and largest value of each histogram [activations, 2].
+    """
 
     layers: tuple[LayerEvidence, ...]
     activations: tuple[ActivationEvidence, ...]
-    harm: str
-    """The kind of number that `harm` is: see `gdfq.analysis.sensitivity.Harm`."""
+    sensitivity: str
     images: int
     weight_counts: np.ndarray[Any, Any]
     weight_ends: np.ndarray[Any, Any]
-    """Least and greatest value of each histogram, [layers, 2]."""
     activation_counts: np.ndarray[Any, Any]
     activation_ends: np.ndarray[Any, Any]
 
 
 def sqnr(signal: Tensor, other: Tensor) -> float:
-    """10 log₁₀ (Σ x² / Σ (x − y)²) in decibels, within ±120; of two tensors of one shape."""
+    """SQNR 10 log₁₀ (Σ x² / Σ (x − y)²) in decibels of tensors of equal shape, clipped to ±120."""
     power = float(signal.double().square().sum())
     noise = float((signal.double() - other.double()).square().sum())
     if noise == 0:
-        return _HIGHEST
-    return max(-_HIGHEST, min(_HIGHEST, 10 * math.log10(max(power, 1e-300) / noise)))
+        return _MAX_DECIBELS
+    return max(-_MAX_DECIBELS, min(_MAX_DECIBELS, 10 * math.log10(max(power, 1e-300) / noise)))
 
 
 def saturation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> float:
-    """Share of x, in percent, whose code lies beyond those that `bits` bits have."""
+    """Share of the values of x, in percent, whose code is outside the range of `bits` bits."""
     low, high = code_bounds(bits)
     codes = (x / scale).round() + zero_point
     return 100 * float(((codes < low) | (codes > high)).double().mean())
 
 
 def measure_layers(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) -> Layers:
-    """Compare a frozen student layer by layer with its teacher.
+    """Compare an integer network with its teacher, layer by layer.
 
-    inputs: [N, *shape] for each input, of which as many are used as their activations allow.
-    Both networks run side by side, and only what the next nodes need is held.
+    Both networks run node by node at the same time, and only values that later nodes need are kept
+    in memory.
+
+    Args:
+        teacher: The teacher, with the student's channel scales.
+        network: The integer network.
+        inputs: A tensor [N, *shape] for each input; fewer rows are used where activations are
+            large.
     """
     teacher = fold_batch_norms(teacher)
-    count = min(_IMAGES, images_at_once(teacher.network))
-    few = tuple(tensor[:count].to(teacher.device) for tensor in inputs)
-    wanted = weights_of(teacher.network)
+    count = min(_MAX_IMAGES, images_at_once(teacher.network))
+    sample = tuple(tensor[:count].to(teacher.device) for tensor in inputs)
+    teacher_weights = weights_of(teacher.network)
     layers_of_student = {layer.node: layer for layer in network.layers}
-    pairs = dict(zip(layers_of_student, wanted, strict=True))
-    total = sum(map(_stored_bits, layers_of_student.values(), wanted.values()))
+    pairs = dict(zip(layers_of_student, teacher_weights, strict=True))
+    total = sum(map(_stored_bits, layers_of_student.values(), teacher_weights.values()))
     grids = {grid.node: grid for grid in network.activations}
-    harm = measure_harm(teacher, network, *few)
+    sensitivity = measure_sensitivity(teacher, network, *sample)
 
     layers, activations, spreads, ranges = [], [], [], []
-    outputs = (v.value for v in Walk(teacher.network).visits(*few) if v.node in wanted)
-    for visit in Walk(network.module).visits(*few):
+    outputs = (v.value for v in Walk(teacher.network).visits(*sample) if v.node in teacher_weights)
+    for visit in Walk(network.module).visits(*sample):
         if visit.node in grids:
             activations.append(_activation(visit, grids[visit.node]))
             ranges.append(_histogram(visit.inputs[0]))
         elif visit.node in pairs:
             node, layer = pairs[visit.node], layers_of_student[visit.node]
-            weight, bits = wanted[node], layer.bits
+            weight, bits = teacher_weights[node], layer.bits
             layers.append(
                 LayerEvidence(
                     name=queries.layer_name(node),
@@ -131,7 +162,7 @@ def measure_layers(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) 
                     share=100 * _stored_bits(layer, weight) / total,
                     weight_sqnr=None if bits is None else sqnr(weight, visit.inputs[1]),
                     output_sqnr=sqnr(next(outputs), visit.value),
-                    harm=harm.of.get(node.name),
+                    sensitivity=sensitivity.by_layer.get(node.name),
                     activation=None if layer.input is None else _shown_name(layer.input),
                 )
             )
@@ -141,8 +172,8 @@ def measure_layers(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) 
     return Layers(
         tuple(layers),
         tuple(activations),
-        harm.kind,
-        len(few[0]),
+        sensitivity.kind,
+        len(sample[0]),
         weight_counts,
         weight_ends,
         activation_counts,
@@ -166,15 +197,15 @@ def _activation(visit: Visit, grid: ActivationGrid) -> ActivationEvidence:
         bits=bits,
         low=float(ends[0]),
         high=float(ends[1]),
-        least=float(x.min()),
-        greatest=float(x.max()),
+        minimum=float(x.min()),
+        maximum=float(x.max()),
         saturation=saturation(x, scale, zero_point, bits),
         sqnr=sqnr(x, visit.value),
     )
 
 
 def _histogram(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """Counts [BINS] between the least and the greatest value, and these."""
+    """Counts [BINS] between the smallest and the largest value, and these two values."""
     ends = float(x.min()), float(x.max())
     return torch.histc(x.detach().float().cpu(), BINS, *ends), ends
 

@@ -1,11 +1,11 @@
-"""What a run sees on its way and forgets otherwise: evidence for its report is gathered from it."""
+"""What a run observes and does not save: the report's evidence is measured from it."""
 
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from gdfq.analysis.accuracy import Answers, logits_of
+from gdfq.analysis.accuracy import Predictions, logits_of
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data
 from gdfq.execution.budget import MemoryBudget
@@ -16,46 +16,59 @@ from gdfq.student.integer_network import IntegerNetwork
 
 
 @dataclass(frozen=True, eq=False)
-class Tested:
-    """Test images with their labels [N], and what teacher and student answered to them."""
+class TestPredictions:
+    """Predictions of teacher and student for labelled test images.
+
+    Attributes:
+        data: The test images.
+        labels: Their labels [N].
+        teacher: The teacher's predictions.
+        student: The integer network's predictions.
+    """
+
+    __test__ = False  # not a test case, in spite of its name
 
     data: Data
     labels: Tensor
-    teacher: Answers
-    student: Answers
+    teacher: Predictions
+    student: Predictions
 
     @classmethod
     def of(
         cls,
         teacher: Captured,
         network: IntegerNetwork,
-        held_out: Data,
+        test: Data,
         preprocessing: Preprocessing,
         listener: Listener,
         memory: MemoryBudget = MemoryBudget(),
-    ) -> "Tested":
-        """What teacher and student, both classifiers, answer to labelled test images."""
-        ask = partial(logits_of, device=teacher.device, listener=listener, memory=memory)
-        answers = (
-            Answers.of(ask(module, held_out, preprocessing))
+    ) -> "TestPredictions":
+        """Classify labelled test images with teacher and integer network, both classifiers."""
+        logits = partial(logits_of, device=teacher.device, listener=listener, memory=memory)
+        predictions = (
+            Predictions.of(logits(module, test, preprocessing))
             for module in (teacher.network, network)
         )
-        assert held_out.labels is not None
-        return cls(held_out, held_out.labels, *answers)
+        assert test.labels is not None
+        return cls(test, test.labels, *predictions)
 
 
 @dataclass(frozen=True, eq=False)
-class Witness:
-    """Inputs that the student saw last, [N, *shape] each, their labels [N], and test results.
+class Observations:
+    """What the report needs besides the network.
 
-    teacher: with the scales of the student's channels (`gdfq.student.equalization`). labels are
-    None for a network without classes, `tested` where there was nothing to test on.
+    Attributes:
+        inputs: The last inputs that the student was tuned on, [N, *shape] each.
+        labels: Their labels [N]; None for a network without classes.
+        teacher: The teacher with the channel scales of the student
+            (`gdfq.student.equalization`).
+        tested: Predictions for the test images; None without test images or without classes.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None
     teacher: Captured
-    tested: Tested | None
+    tested: TestPredictions | None
 
     @property
     def images(self) -> Tensor:

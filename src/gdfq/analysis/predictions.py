@@ -1,4 +1,4 @@
-"""What quantization changed of the answers to labelled test images."""
+"""Changes of the predictions for labelled test images by quantization."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,42 +8,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdfq.analysis.accuracy import Answers
+from gdfq.analysis.accuracy import Predictions
 from gdfq.analysis.images import thumbnails
-from gdfq.analysis.observations import Tested
+from gdfq.analysis.observations import TestPredictions
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import network_inputs
 
 BINS = 15
-"""Of the calibration error, as in arXiv 1706.04599."""
-_CONFUSIONS, _SHOWN = 10, 24
+"""Confidence bins of the calibration error (arXiv 1706.04599)."""
+_MAX_CONFUSIONS = 10
+_MAX_IMAGES_SHOWN = 24
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How confidence and accuracy agree, over bins of equal width of the confidence."""
+    """Accuracy by confidence, in bins of equal width.
+
+    Attributes:
+        ece: Expected calibration error Σ n_b/n |accuracy_b − confidence_b|, in percent.
+        counts: Number of images in each bin.
+        accuracy: Accuracy in each bin, in 0..1; 0 for an empty bin.
+        confidence: Mean confidence in each bin, in 0..1; 0 for an empty bin.
+    """
 
     ece: float
-    """Expected calibration error: Σ n_b/n |accuracy_b − confidence_b|, in percent."""
     counts: tuple[int, ...]
     accuracy: tuple[float, ...]
     confidence: tuple[float, ...]
-    """Means of each bin, in 0..1; 0 of an empty one."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images of one class that are taken for another, before and after."""
+    """How often images of one class are predicted as another class.
+
+    Attributes:
+        label: The class of the images.
+        prediction: The predicted class.
+        teacher: Number of such predictions by the teacher.
+        student: Number of such predictions by the student.
+    """
 
     label: int
-    answer: int
+    prediction: int
     teacher: int
     student: int
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A test image whose answer changed."""
+    """A test image whose predicted class changed.
+
+    Attributes:
+        index: Index of the image.
+        label: Its class.
+        teacher: The class that the teacher predicts.
+        student: The class that the student predicts.
+    """
 
     index: int
     label: int
@@ -53,40 +73,50 @@ class Flip:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """All of it; accuracies in percent. `pictures` [n, C, h, w] are of the first flips."""
+    """All changes of the predictions.
+
+    Attributes:
+        images: Number of test images.
+        teacher: Accuracy of the teacher, in percent.
+        student: Accuracy of the student, in percent.
+        lost: Number of images that only the teacher classifies correctly.
+        gained: Number of images that only the student classifies correctly.
+        still_wrong: Number of images that both classify wrongly, as different classes.
+        drop: Drop of the accuracy in points.
+        error: Standard error of the drop of paired predictions, in points.
+        by_class: Class, number of images, accuracy of teacher and student in percent.
+        confusions: The confusions that increased most.
+        calibration: Calibration of "teacher" and "student".
+        flips: The first images whose predicted class changed.
+        fingerprint: SHA-256 of labels and teacher predictions, which is equal for the same test of
+            the same network.
+        pictures: Pixels of the flipped images [n, C, h, w].
+    """
 
     images: int
     teacher: float
     student: float
     lost: int
-    """Images that were right and are wrong now."""
-    won: int
-    """Images that were wrong and are right now."""
-    moved: int
-    """Images that are wrong in another way."""
+    gained: int
+    still_wrong: int
     drop: float
-    """Points of accuracy that are gone."""
     error: float
-    """Standard error of the drop, of paired answers."""
     by_class: tuple[tuple[int, int, float, float], ...]
-    """Class, its images, accuracy before, accuracy after."""
     confusions: tuple[Confusion, ...]
-    """Those that grew most."""
     calibration: dict[str, Calibration]
     flips: tuple[Flip, ...]
     fingerprint: str
-    """Of labels and the teacher's answers: equal for the same test of the same network."""
     pictures: np.ndarray[Any, Any]
 
 
-def measure_changes(tested: Tested, preprocessing: Preprocessing) -> Changes:
-    """Compare teacher and student on the test images that a run was given."""
+def measure_changes(tested: TestPredictions, preprocessing: Preprocessing) -> Changes:
+    """Compare the predictions of teacher and student for the test images of a run."""
     labels, was, now = tested.labels, tested.teacher.classes, tested.student.classes
     was_right, is_right = was == labels, now == labels
-    lost, won = int((was_right & ~is_right).sum()), int((~was_right & is_right).sum())
-    drop, error = paired_drop(lost, won, len(labels))
+    lost, gained = int((was_right & ~is_right).sum()), int((~was_right & is_right).sum())
+    drop, error = paired_drop(lost, gained, len(labels))
     flips = _flips(labels, was, now)
-    indices = torch.tensor([flip.index for flip in flips[:_SHOWN]], dtype=torch.long)
+    indices = torch.tensor([flip.index for flip in flips[:_MAX_IMAGES_SHOWN]], dtype=torch.long)
     shown = torch.zeros(0)
     if len(indices):
         shown, *_ = network_inputs(tested.data, indices, preprocessing)
@@ -95,8 +125,8 @@ def measure_changes(tested: Tested, preprocessing: Preprocessing) -> Changes:
         teacher=tested.teacher.top1(labels),
         student=tested.student.top1(labels),
         lost=lost,
-        won=won,
-        moved=int((~was_right & ~is_right & (was != now)).sum()),
+        gained=gained,
+        still_wrong=int((~was_right & ~is_right & (was != now)).sum()),
         drop=drop,
         error=error,
         by_class=_by_class(labels, was_right, is_right),
@@ -105,34 +135,34 @@ def measure_changes(tested: Tested, preprocessing: Preprocessing) -> Changes:
             "teacher": calibration(tested.teacher, labels),
             "student": calibration(tested.student, labels),
         },
-        flips=flips[:_SHOWN],
+        flips=flips[:_MAX_IMAGES_SHOWN],
         fingerprint=_fingerprint(labels, was),
         pictures=thumbnails(shown, preprocessing),
     )
 
 
-def paired_drop(lost: int, won: int, images: int) -> tuple[float, float]:
-    """The drop in points, and its standard error, of answers to the same n images.
+def paired_drop(lost: int, gained: int, images: int) -> tuple[float, float]:
+    """The drop of the accuracy and its standard error, in points, on the same n images.
 
-    With b lost and c won the drop is (b − c)/n. The error is that of one more of each, so that
-    few images without a change do not make it certain (D. Bonett and R. Price, 2012, "Adjusted
-    Wald confidence interval ... based on paired data"): p = (b + 1)/(n + 2), q = (c + 1)/(n + 2),
-    √((p + q − (p − q)²)/(n + 2)).
+    With b lost and c gained images the drop is (b − c)/n. The standard error is
+    √((p + q − (p − q)²)/(n + 2)) with p = (b + 1)/(n + 2), q = (c + 1)/(n + 2). The added images
+    keep it above 0 when few images are tested and none changes (D. Bonett and R. Price, 2012,
+    "Adjusted Wald confidence interval ... based on paired data").
     """
-    p, q = (lost + 1) / (images + 2), (won + 1) / (images + 2)
+    p, q = (lost + 1) / (images + 2), (gained + 1) / (images + 2)
     error = ((p + q - (p - q) ** 2) / (images + 2)) ** 0.5
-    return 100 * (lost - won) / images, 100 * error
+    return 100 * (lost - gained) / images, 100 * error
 
 
-def calibration(answers: Answers, labels: Tensor) -> Calibration:
-    """The calibration of answers to images of the given labels [N] (arXiv 1706.04599)."""
-    confidence = answers.confidence.double()
-    right = (answers.classes == labels).double()
+def calibration(predictions: Predictions, labels: Tensor) -> Calibration:
+    """The calibration of predictions for images with labels [N] (arXiv 1706.04599)."""
+    confidence = predictions.confidence.double()
+    right = (predictions.classes == labels).double()
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # (0, 1/15], (1/15, 2/15], ...
     counts = torch.bincount(bins, minlength=BINS)
-    some = counts.clamp(min=1)
-    accuracy = torch.bincount(bins, right, BINS) / some
-    mean = torch.bincount(bins, confidence, BINS) / some
+    divisors = counts.clamp(min=1)
+    accuracy = torch.bincount(bins, right, BINS) / divisors
+    mean = torch.bincount(bins, confidence, BINS) / divisors
     ece = float((counts * (accuracy - mean).abs()).sum()) / len(labels)
     return Calibration(
         100 * ece, tuple(counts.tolist()), tuple(accuracy.tolist()), tuple(mean.tolist())
@@ -140,22 +170,25 @@ def calibration(answers: Answers, labels: Tensor) -> Calibration:
 
 
 def grown_confusions(labels: Tensor, was: Tensor, now: Tensor) -> tuple[Confusion, ...]:
-    """The mistakes (label, answer) that the student makes more often than the teacher did."""
+    """The confusions that the student makes more often than the teacher, largest increase first.
 
-    def mistakes(answers: Tensor) -> dict[tuple[int, int], int]:
-        wrong = answers != labels
-        pairs = torch.stack([labels[wrong], answers[wrong]], 1)
+    labels, was, now: labels, teacher predictions and student predictions [N].
+    """
+
+    def confusions(predictions: Tensor) -> dict[tuple[int, int], int]:
+        wrong = predictions != labels
+        pairs = torch.stack([labels[wrong], predictions[wrong]], 1)
         found, counts = pairs.unique(dim=0, return_counts=True)
         return {(a, b): n for (a, b), n in zip(found.tolist(), counts.tolist(), strict=True)}
 
-    before, after = mistakes(was), mistakes(now)
+    before, after = confusions(was), confusions(now)
     grown = [
         Confusion(*pair, before.get(pair, 0), count)
         for pair, count in after.items()
         if count > before.get(pair, 0)
     ]
-    grown.sort(key=lambda c: (c.teacher - c.student, c.label, c.answer))
-    return tuple(grown[:_CONFUSIONS])
+    grown.sort(key=lambda c: (c.teacher - c.student, c.label, c.prediction))
+    return tuple(grown[:_MAX_CONFUSIONS])
 
 
 def _by_class(
@@ -171,14 +204,14 @@ def _by_class(
 
 
 def _flips(labels: Tensor, was: Tensor, now: Tensor) -> tuple[Flip, ...]:
-    """All changed answers; those that were right come first."""
+    """All changed predictions; lost images come first."""
     changed = (was != now).nonzero().flatten().tolist()
     changed.sort(key=lambda i: (bool(was[i] != labels[i]), i))
     return tuple(Flip(i, int(labels[i]), int(was[i]), int(now[i])) for i in changed)
 
 
-def _fingerprint(labels: Tensor, answers: Tensor) -> str:
+def _fingerprint(labels: Tensor, predictions: Tensor) -> str:
     digest = hashlib.sha256()
-    for tensor in (labels, answers):
+    for tensor in (labels, predictions):
         digest.update(tensor.long().numpy().tobytes())
     return digest.hexdigest()

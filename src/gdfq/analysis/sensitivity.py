@@ -1,4 +1,4 @@
-"""The harm that each layer does when it alone is rounded, all others being the teacher's."""
+"""Layer sensitivity: the error when one layer alone is rounded and all others are the teacher's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.analysis.bit_allocation import divergence
-from gdfq.analysis.preflight import layer_operations
+from gdfq.analysis.operations import layer_operations
 from gdfq.functional.grid import fake_quantize
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured
@@ -17,75 +17,81 @@ from gdfq.graph.walk import Walk
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.student.integer_network import IntegerNetwork
 
-_OPERATIONS = 6 * 10**10
-"""Multiply-accumulates that all divergences may cost together: some seconds of one core."""
-_FEWEST = 4
-"""Images that a divergence is taken from."""
+_MAX_OPERATIONS = 6 * 10**10
+"""Multiply-accumulates of all divergences together: some seconds on one core."""
+_MIN_IMAGES = 4
+"""Fewest images for a divergence; with fewer the error of the layer's output is measured."""
 
 Grid = tuple[Tensor, Tensor, int]
-Rounded = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
-"""A layer and what enters it (input, weight, ...) -> the same, rounded."""
+"""Scale, zero point and bits."""
+RoundInputs = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
+"""A layer and its inputs (activation, weight, ...) -> the same inputs, rounded."""
 
 
 @dataclass(frozen=True)
-class Harm:
-    """What each layer does, by the name of its node.
+class Sensitivity:
+    """The sensitivity of each layer.
 
-    kind: "divergence" is that of the network's outputs
-    (`gdfq.analysis.bit_allocation.divergence`), which takes
-    a run of the network for each layer; where that costs too much it is "error", that of the
-    layer's own output: Σ (y − y_q)² / Σ y².
+    Attributes:
+        kind: "divergence" is that of the network's outputs
+            (`gdfq.analysis.bit_allocation.divergence`). It takes one forward pass for each layer.
+            Where that takes too long, it is "error": Σ (y − y_q)² / Σ y² of the layer's own
+            output y, which takes one forward pass for all layers.
+        by_layer: The sensitivity by the name of the layer's node.
     """
 
     kind: Literal["divergence", "error"]
-    of: Mapping[str, float]
+    by_layer: Mapping[str, float]
 
 
-def measure_harm(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) -> Harm:
-    """Round the teacher's layers one at a time, as a student has them quantized.
+def measure_sensitivity(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) -> Sensitivity:
+    """Round the teacher's layers one at a time, with the bits and input grids of the student.
 
-    teacher: with folded batch norms; network: its frozen student, which gives the width of each
-    weight, rounded to its best grid, and the grid of each layer's input. Layers that are float
-    have no harm. inputs: [N, *shape] for each input; few of them where runs are dear.
+    Args:
+        teacher: The teacher with folded batch norms.
+        network: Its integer network. Each weight is rounded with its bits to the best grid, and
+            each layer's input to its grid. Float layers have no sensitivity.
+        inputs: A tensor [N, *shape] for each input. Fewer rows are used where a forward pass takes
+            many operations.
     """
     weights = weights_of(teacher.network)
-    widths: dict[fx.Node, int] = {}
+    layer_bits: dict[fx.Node, int] = {}
     grids: dict[fx.Node, Grid | None] = {}
     for node, layer in zip(weights, network.layers, strict=True):
         if layer.bits is not None:
-            widths[node] = layer.bits
+            layer_bits[node] = layer.bits
             grids[node] = None if layer.input is None else layer.input.grid
 
     def rounded(node: fx.Node, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, weight, *rest = inputs
-        bits, grid = widths[node], grids[node]
+        bits, grid = layer_bits[node], grids[node]
         best = best_weight_grid(weight, bits, *queries.weight_layout(node))
         x = x if grid is None else fake_quantize(x, *grid)
         return (x, fake_quantize(weight, *best, bits), *rest)
 
-    cost = len(widths) * sum(layer_operations(node, weight) for node, weight in weights.items())
+    operations = sum(layer_operations(node, weight) for node, weight in weights.items())
     images = len(inputs[0])
-    count = min(images, _OPERATIONS // max(1, cost))
-    if count < min(_FEWEST, images):
-        return Harm("error", _errors(teacher.network, set(widths), rounded, inputs))
-    loss, few = divergence(teacher), tuple(tensor[:count] for tensor in inputs)
+    count = min(images, _MAX_OPERATIONS // max(1, len(layer_bits) * operations))
+    if count < min(_MIN_IMAGES, images):
+        return Sensitivity("error", _errors(teacher.network, set(layer_bits), rounded, inputs))
+    loss, sample = divergence(teacher), tuple(tensor[:count] for tensor in inputs)
     with torch.no_grad():
-        wanted = teacher.network(*few)
-        return Harm(
+        expected = teacher.network(*sample)
+        return Sensitivity(
             "divergence",
             {
                 node.name: float(
-                    loss(_OneRounded(teacher.network, node, rounded).run(*few), wanted)
+                    loss(_OneLayerRounded(teacher.network, node, rounded).run(*sample), expected)
                 )
-                for node in widths
+                for node in layer_bits
             },
         )
 
 
-class _OneRounded(fx.Interpreter):
+class _OneLayerRounded(fx.Interpreter):
     """Runs a network with one layer rounded."""
 
-    def __init__(self, network: fx.GraphModule, layer: fx.Node, rounded: Rounded) -> None:
+    def __init__(self, network: fx.GraphModule, layer: fx.Node, rounded: RoundInputs) -> None:
         super().__init__(network)
         self.layer, self.rounded = layer, rounded
 
@@ -97,9 +103,9 @@ class _OneRounded(fx.Interpreter):
 
 
 def _errors(
-    network: fx.GraphModule, layers: set[fx.Node], rounded: Rounded, inputs: Sequence[Tensor]
+    network: fx.GraphModule, layers: set[fx.Node], rounded: RoundInputs, inputs: Sequence[Tensor]
 ) -> dict[str, float]:
-    """Σ (y − y_q)² / Σ y² of each layer's output y, and y_q when its inputs are rounded."""
+    """Σ (y − y_q)² / Σ y² of each layer's output y, with y_q the output for rounded inputs."""
     errors = {}
     for visit in Walk(network).visits(*inputs):
         if visit.node in layers:

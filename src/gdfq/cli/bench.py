@@ -9,7 +9,7 @@ from gdfq.api import load
 from gdfq.deploy.benchmark import side_by_side, size_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.errors import UsageError
-from gdfq.report.verdict import size_words, smaller
+from gdfq.report.wording import size_words, smaller
 from gdfq.runs.metrics import check_export, note_bench
 from gdfq.runs.names import ONNX_FILE
 

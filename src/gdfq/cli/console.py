@@ -6,10 +6,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from gdfq.report.alarms import alarms
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.read import Run, number
-from gdfq.report.verdict import lost_or_won, size_words, smaller, verdict
+from gdfq.report.source_warnings import source_warnings
+from gdfq.report.verdict import verdict
+from gdfq.report.wording import lost_or_gained, size_words, smaller
 
 
 def print_run(run: Run) -> None:
@@ -23,14 +24,14 @@ def print_run(run: Run) -> None:
         table.add_row("size", weights, f"{size_words(size)} file", smaller(before, size))
     if run.drop is not None:
         tops = (metrics[who]["top1"] for who in ("teacher", "student"))
-        table.add_row("top-1", *(f"{top:.2f} %" for top in tops), lost_or_won(run.drop))
+        table.add_row("top-1", *(f"{top:.2f} %" for top in tops), lost_or_gained(run.drop))
     for output, error in ((metrics.get("student") or {}).get("error_percent") or {}).items():
         table.add_row(output, "", "", f"{error:.2f} % from the original's")
     seconds = metrics["seconds"]["total"]
     table.add_row("time", "", f"{seconds:.0f} s", f"{metrics['steps']} steps")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    found = verdict(run, alarms(run.evidence.get("images"), run.history))
+    found = verdict(run, source_warnings(run.evidence.get("images"), run.history))
     console.print(found.sentence, markup=False)
     console.print(f"{'run':10}{run.folder}", markup=False)
 

@@ -62,7 +62,7 @@ def _cells(layer: Layer) -> tuple[str, ...]:
         layer.operator,
         "x".join(map(str, layer.weight)),
         f"{layer.operations / 1e6:.2f}",
-        "float (kept)" if layer.bits is None else str(layer.bits),
+        "float" if layer.bits is None else str(layer.bits),
         "float" if layer.input_bits is None else str(layer.input_bits),
     )
 

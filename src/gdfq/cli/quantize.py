@@ -99,7 +99,8 @@ def quantize(
         }
         quantized = quantize_into(folder, config, plan, context, Outputs(onnx, report, tensorboard))
     if allocation := quantized.metrics.get("allocation"):
-        print_bits(allocation["widths"])
+        # Runs of version 0.1 that are resumed have "widths".
+        print_bits(allocation.get("bits") or allocation["widths"])
     print_run(read_run(out))
     if report:
         report_after(out)

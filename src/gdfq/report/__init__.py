@@ -1,4 +1,4 @@
-"""The report of a run: one page that a person can look at, made from the run's folder alone."""
+"""The report of a run: one page, made from the run folder alone."""
 
 from pathlib import Path
 
@@ -7,9 +7,17 @@ from gdfq.report.read import read_run
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html`, `report.json` and `report/` (figures) into a run's folder.
+    """Write `report.html`, `report.json` and `report/` (figures) into a run folder.
 
-    What is missing or damaged is named in its place. Returns the page's path. Raises UsageError
-    when there is no run in the folder, or it cannot be written.
+    The page names files that are missing or damaged and shows the rest.
+
+    Args:
+        folder: A folder that `gdfq quantize` wrote.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UsageError: The folder holds no run or cannot be written.
     """
     return write_page(read_run(folder))

@@ -1,4 +1,4 @@
-"""Runs side by side: a table, a plot of quality over size, and what cannot be compared."""
+"""Comparison of runs: a table, a plot of quality over size, and runs that are left out."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,20 +18,32 @@ from gdfq.report.read import Run, number, read_run
 
 @dataclass(frozen=True)
 class Row:
-    """One run in the table; None is what is not known."""
+    """One run in the table; None stands for values that are not known.
+
+    Attributes:
+        name: Name of the run.
+        network: Hash of the original network's weights.
+        test: Fingerprint or name of its test data.
+        bits: Its default bits.
+        recipe: Name of its recipe.
+        accuracy: Top-1 accuracy in percent.
+        drop: Measured drop in points.
+        agreement: Agreement with the original in percent.
+        expected: Expected accuracy drop in words.
+        bytes: Size of the file to deploy.
+        file: Name of the file to deploy.
+        seconds: Total time of the run.
+    """
 
     name: str
     network: str | None
-    """The hash of the weights that it was made from."""
     test: str | None
-    """What it was tested on: a fingerprint of it, or its name."""
     bits: str
     recipe: str
     accuracy: float | None
     drop: float | None
     agreement: float | None
     expected: str
-    """The loss that is expected without data, in words."""
     bytes: int | None
     file: str | None
     seconds: float | None
@@ -39,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows that can be compared, those that cannot, and why."""
+    """Rows that can be compared, rows of other networks, and notes on what is left out."""
 
     rows: tuple[Row, ...]
     apart: tuple[Row, ...]
@@ -47,10 +59,12 @@ class Comparison:
 
 
 def compare(folders: Sequence[str | Path], out: Path) -> Comparison:
-    """Compare the runs in some folders and write the page `out`.
+    """Compare the runs in the given folders and write the page `out`.
 
-    A folder that holds no run is named, and the others are compared. Raises UsageError when none
-    holds one, or the page cannot be written.
+    A note names each folder that holds no run, and the other runs are compared.
+
+    Raises:
+        UsageError: No folder holds a run, or the page cannot be written.
     """
     runs, notes = [], []
     for folder in folders:
@@ -60,11 +74,11 @@ def compare(folders: Sequence[str | Path], out: Path) -> Comparison:
             notes.append(str(error))
     if not runs:
         raise UsageError(
-            "one folder at least must hold a run; none does: "
+            "at least one folder must hold a run; none of these does: "
             f"{', '.join(map(str, folders))}. Give folders that gdfq quantize wrote."
         )
     notes += [
-        f"{run.folder}: {said}" for run in runs for said in dict.fromkeys(run.problems.values())
+        f"{run.folder}: {text}" for run in runs for text in dict.fromkeys(run.problems.values())
     ]
     comparison = side_by_side(_named(runs), notes)
     make_folder(out.parent)
@@ -78,31 +92,31 @@ def compare(folders: Sequence[str | Path], out: Path) -> Comparison:
 
 
 def side_by_side(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
-    """Keep apart the runs of another network than most, and accuracies on other test images."""
-    said = list(notes)
+    """Separate runs of other networks than most, and remove accuracies on other test images."""
+    notes = list(notes)
     network = _most(row.network for row in rows)
     same = [row for row in rows if row.network == network]
     apart = [row for row in rows if row.network != network]
-    said += [
-        f"{row.name} is of another network (its weights' hash is {_hash(row.network)}, that of "
-        f"most runs {_hash(network)}), so it is not compared."
+    notes += [
+        f"{row.name} is not compared: it is of another network (its weights have the hash "
+        f"{_hash(row.network)}, those of most runs {_hash(network)})."
         for row in apart
     ]
     test = _most(row.test for row in same if row.accuracy is not None)
     compared = []
     for row in same:
         if row.accuracy is not None and row.test != test:
-            said.append(
-                f"{row.name} was tested on other images than most runs, so its accuracy is not "
-                "compared."
+            notes.append(
+                f"the accuracy of {row.name} is not compared: it was tested on other images than "
+                "most runs."
             )
             row = replace(row, accuracy=None, drop=None)
         compared.append(row)
-    return Comparison(tuple(compared), tuple(apart), tuple(said))
+    return Comparison(tuple(compared), tuple(apart), tuple(notes))
 
 
 def row_of(run: Run, name: str) -> Row:
-    """What is compared of a run; what its files do not hold, or not as numbers, is None."""
+    """The row of a run; values that are missing from its files or are not numbers are None."""
     config, metrics = run.config, run.metrics
     trust = run.evidence.get("trust") or {}
     test = (run.evidence.get("test") or {}).get("fingerprint") or config.get("test")
@@ -125,9 +139,9 @@ def row_of(run: Run, name: str) -> Row:
 
 
 def quality(rows: Sequence[Row]) -> tuple[str, list[tuple[str, float, float]]]:
-    """The plot's quality, and (name, bytes, quality) of each run that has both.
+    """The axis label of the plot, and (name, bytes, quality) of each run that has both.
 
-    Accuracy where any run has one, else agreement with the original.
+    The quality is the accuracy if any run has one, else the agreement with the original.
     """
     words, values = "top-1, %", [row.accuracy for row in rows]
     if all(value is None for value in values):
@@ -141,7 +155,7 @@ def quality(rows: Sequence[Row]) -> tuple[str, list[tuple[str, float, float]]]:
 
 
 def _named(runs: Sequence[Run]) -> list[Row]:
-    """A row for each run, named by its folder, with the path where two have one name."""
+    """A row for each run, named by its folder, or by its path if two folders have one name."""
     counts = Counter(run.name for run in runs)
     return [row_of(run, run.name if counts[run.name] == 1 else str(run.folder)) for run in runs]
 
@@ -150,11 +164,11 @@ def _expected(trust: Any) -> str:
     points, interval = number(trust.get("expected_drop")), trust.get("interval")
     if points is not None and interval:
         return f"{points:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
-    return "cannot tell" if trust else "–"
+    return "no estimate" if trust else "–"
 
 
 def _most(values: Iterator[str | None]) -> str | None:
-    """The value that occurs most often, of those the first."""
+    """The most frequent value; of several, the first."""
     counts = Counter(values)
     return counts.most_common(1)[0][0] if counts else None
 

@@ -1,4 +1,7 @@
-"""The report's figures. Each is a function of plain values that returns a matplotlib figure."""
+"""The figures of the report: functions of plain values that return a matplotlib figure.
+
+They return None if there is nothing to draw.
+"""
 
 import io
 import re
@@ -15,19 +18,19 @@ from matplotlib.ticker import MaxNLocator
 from gdfq.report.read import Record
 
 _INK = "#24292f"
-"""What is drawn in it takes the text's colour on the page, light or dark."""
+"""Replaced on the page by the colour of the text, light or dark."""
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#d9772b", "#3a9a5b", "#8b949e"
-"""Readable on white and on black."""
+"""Readable on white and on black backgrounds."""
 _WIDTH, _HEIGHT, _ROW = 5.2, 2.8, 0.19
-"""Inches. A page shows an inch as a quarter of a phone's width, so that labels stay readable."""
-_MOST_ROWS = 40
+"""Inches. A phone is about four inches wide on this scale, so labels stay readable."""
+_MAX_BARS = 40
 _IDS = re.compile(
     r' id="(?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend|\w+Collection)_\d+"'
 )
 
 
 def svg(figure: Figure) -> str:
-    """A figure for a page: without a background, in the colour of the text around it."""
+    """A figure as SVG text without a background, in the colour of the text of the page."""
     _arrange_(figure)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gdfq"}):
@@ -44,7 +47,7 @@ _METADATA = ("Date", "Creator", "Format", "Type")
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a picture on white."""
+    """A figure as a PNG on white."""
     _arrange_(figure)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150, facecolor="white")
@@ -52,7 +55,7 @@ def png(figure: Figure) -> bytes:
 
 
 def _arrange_(figure: Figure) -> None:
-    """Make room for the labels, once: it takes longer than drawing."""
+    """Lay out a figure once, because this takes longer than drawing."""
     engine = figure.get_layout_engine()
     if engine is not None:
         FigureCanvasAgg(figure)
@@ -73,7 +76,7 @@ def _axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _whole_steps(axes: Axes) -> None:
+def _integer_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -93,7 +96,7 @@ _NOT_LOSSES = {"stage", "step", "rate", "ranges"}
 
 
 def losses(history: Sequence[Record], stage: str) -> Figure | None:
-    """All losses of a stage over its steps, on a logarithmic axis where they allow it."""
+    """All losses of a stage by step, on a logarithmic axis if all are positive."""
     names = list(
         dict.fromkeys(n for r in history if r["stage"] == stage for n in r if n not in _NOT_LOSSES)
     )
@@ -110,19 +113,19 @@ def losses(history: Sequence[Record], stage: str) -> Figure | None:
 
 
 def rates(history: Sequence[Record]) -> Figure | None:
-    """The learning rate over the steps, as a share of the first."""
+    """The learning rate by step, relative to the first."""
     steps, values = _steps(history, "tune", "rate")
     if len(steps) < 2:
         return None
     figure, axes = _axes(2.2)
     axes.plot(steps, values, color=BLUE)
     axes.set_ylim(bottom=0)
-    _label(axes, "step of tune", "share of the rate")
+    _label(axes, "step of tune", "learning rate / initial rate")
     return figure
 
 
 def ranges(history: Sequence[Record], stage: str) -> Figure | None:
-    """How much each activation's grid spans, as a part of what it spans at the end."""
+    """The range of each activation's grid by step, relative to the range at the end."""
     found = [r for r in history if r["stage"] == stage and r.get("ranges")]
     if len(found) < 2:
         return None
@@ -134,8 +137,8 @@ def ranges(history: Sequence[Record], stage: str) -> Figure | None:
     )
     axes.plot(steps, table, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(steps, np.median(table, 1), color=ORANGE, linewidth=1.8, label="median")
-    _whole_steps(axes)
-    _label(axes, f"step of {stage}", "range / last range", legend=True)
+    _integer_ticks(axes)
+    _label(axes, f"step of {stage}", "range / final range", legend=True)
     return figure
 
 
@@ -154,7 +157,7 @@ def stages(seconds: Mapping[str, float]) -> Figure | None:
 
 
 def distances(found: Sequence[Record]) -> Figure | None:
-    """By layer, how far statistics are from the batch norms'."""
+    """The distance of the statistics for each batch norm."""
     if not found:
         return None
     figure, axes = _axes()
@@ -167,33 +170,38 @@ def distances(found: Sequence[Record]) -> Figure | None:
         values = [max(d[kind], 1e-6) for d in found]
         axes.plot(places, values, "o-", color=colour, label=label, markersize=3, linewidth=1.2)
     axes.set_yscale("log")
-    _whole_steps(axes)
+    _integer_ticks(axes)
     _label(axes, "batch norm, from input to output", "distance of statistics", legend=True)
     return figure
 
 
-def harms(layers: Sequence[Record], kind: str) -> Figure | None:
-    """The most harmful layers, the worst on top."""
-    shown = sorted((r for r in layers if r["harm"]), key=lambda r: -r["harm"])[:_MOST_ROWS]
+def sensitivities(layers: Sequence[Record], kind: str) -> Figure | None:
+    """The most sensitive layers, sorted."""
+    shown = sorted((r for r in layers if r["sensitivity"]), key=lambda r: -r["sensitivity"])[
+        :_MAX_BARS
+    ]
     if not shown:
         return None
     figure, axes = _axes(0.8 + _ROW * len(shown))
     axes.barh(
-        [_short(r["name"]) for r in shown], [r["harm"] for r in shown], color=ORANGE, height=0.7
+        [_short(r["name"]) for r in shown],
+        [r["sensitivity"] for r in shown],
+        color=ORANGE,
+        height=0.7,
     )
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
     axes.margins(y=0.5 / (len(shown) + 1))
     words = {
-        "divergence": "divergence of the outputs with this layer alone rounded",
-        "error": "error of the layer's output with it alone rounded",
+        "divergence": "KL divergence of the outputs, this layer alone rounded",
+        "error": "error of the layer's output, this layer alone rounded",
     }
     _label(axes, words.get(kind, kind), "")
     return figure
 
 
 def signal(layers: Sequence[Record]) -> Figure | None:
-    """How much of the signal is left behind each layer, in order, in decibels."""
+    """The SQNR of weight and output of each layer, in decibels."""
     if not layers:
         return None
     figure, axes = _axes()
@@ -204,18 +212,18 @@ def signal(layers: Sequence[Record]) -> Figure | None:
         "o-",
         color=BLUE,
         markersize=3,
-        label="output, all errors so far",
+        label="output, with errors of layers before",
     )
     quantized = [(p, r["weight_sqnr"]) for p, r in zip(places, layers, strict=True)]
     points = [(p, v) for p, v in quantized if v is not None]
     axes.plot(*zip(*points, strict=True), "s", color=ORANGE, markersize=3, label="weight")
-    _whole_steps(axes)
+    _integer_ticks(axes)
     _label(axes, "layer, from input to output", "SQNR, dB", legend=True)
     return figure
 
 
 def reliability(calibration: Mapping[str, Record]) -> Figure | None:
-    """Accuracy over confidence, before and after; a calibrated network lies on the diagonal."""
+    """Accuracy by confidence; a calibrated network lies on the diagonal."""
     figure, axes = _axes(3.2)
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
     for who, colour in (("teacher", BLUE), ("student", ORANGE)):
@@ -234,7 +242,7 @@ def reliability(calibration: Mapping[str, Record]) -> Figure | None:
 
 
 def class_changes(by_class: Sequence[Sequence[Any]]) -> Figure | None:
-    """The change of each class's accuracy, sorted."""
+    """The change of the accuracy of each class, sorted."""
     if not by_class:
         return None
     changes = sorted((after - before, label) for label, _, before, after in by_class)
@@ -248,14 +256,14 @@ def class_changes(by_class: Sequence[Sequence[Any]]) -> Figure | None:
         _label(axes, "class", "change, points")
     else:
         axes.set_xticks([])
-        _label(axes, f"{len(values)} classes, from most lost to most won", "change, points")
+        _label(axes, f"{len(values)} classes, from largest loss to largest gain", "change, points")
     return figure
 
 
 def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure | None:
-    """Quality in percent over size: (name, bytes, quality) of each run.
+    """Quality in percent over size, with a line through the Pareto frontier.
 
-    What no other beats is joined. One run alone is no comparison, so it is not drawn.
+    points: (name, bytes, quality) of each run; a single run is not drawn.
     """
     if len(points) < 2:
         return None
@@ -264,8 +272,8 @@ def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure |
     front = frontier(points)
     axes.plot([p[1] / 1024 for p in front], [p[2] for p in front], color=ORANGE, linewidth=1.2)
     names: dict[tuple[float, float], list[str]] = {}
-    for name, *spot in points:  # runs that are equal share a place
-        names.setdefault((spot[0], spot[1]), []).append(_short(name))
+    for name, *position in points:  # equal runs share a label
+        names.setdefault((position[0], position[1]), []).append(_short(name))
     for (size, value), together in names.items():
         axes.annotate(
             ", ".join(together),
@@ -282,7 +290,7 @@ def pareto(points: Sequence[tuple[str, float, float]], quality: str) -> Figure |
 
 
 def frontier(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    """The points that no other beats in both size (less) and quality (more), by size."""
+    """The Pareto frontier, by size: no other point is both smaller and better."""
     best: list[tuple[str, float, float]] = []
     for point in sorted(points, key=lambda p: (p[1], -p[2])):
         if not best or point[2] > best[-1][2]:
@@ -291,5 +299,5 @@ def frontier(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, floa
 
 
 def _short(name: str, length: int = 36) -> str:
-    name = name.replace("$", r"\$")  # matplotlib reads formulas
+    name = name.replace("$", r"\$")  # else matplotlib reads a formula
     return name if len(name) <= length else f"…{name[1 - length :]}"

@@ -1,4 +1,4 @@
-"""The page: sections from the run's values, in templates that escape every name."""
+"""The page: sections made from a run's values, with templates that escape all text."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,22 +11,23 @@ from matplotlib.figure import Figure
 from gdfq.errors import UsageError, first_line
 from gdfq.files.atomic import write_atomically, write_json
 from gdfq.files.untrusted import within
-from gdfq.report.alarms import alarms
 from gdfq.report.figures import png, svg
 from gdfq.report.read import Run, number
 from gdfq.report.sections import SECTIONS, Content
-from gdfq.report.verdict import Verdict, size_words, verdict
+from gdfq.report.source_warnings import source_warnings
+from gdfq.report.verdict import Verdict, verdict
+from gdfq.report.wording import size_words
 from gdfq.runs.names import REPORT, REPORT_NUMBERS
 from gdfq.version import __version__
 
 FIGURES = "report"
-_BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError)
-"""What values raise that are not those that a run writes."""
+_UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError)
+"""Errors that values raise which no run writes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A figure, and what the page shows of it."""
+    """A figure, and its SVG text for the page."""
 
     figure: Figure
     svg: Markup
@@ -34,7 +35,15 @@ class Drawn:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """A part of the page, or the sentence that stands in its place."""
+    """A section of the page.
+
+    Attributes:
+        key: Its name, which is also that of its template.
+        title: Its heading.
+        body: Its HTML; None if it cannot be shown.
+        instead: The sentence that explains why it cannot be shown.
+        figures: Its figures by name.
+    """
 
     key: str
     title: str
@@ -44,38 +53,42 @@ class Section:
 
 
 def environment() -> Environment:
-    """Of the templates: all is escaped, and what is not defined is an error."""
-    made = Environment(
+    """The template environment: text is escaped, and undefined names are errors."""
+    templates = Environment(
         loader=PackageLoader("gdfq.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"size": size_words, "fixed": _fixed}
-    made.globals |= {
-        name.partition(".")[0]: Markup(made.loader.get_source(made, name)[0])  # type: ignore[union-attr] # noqa: S704
+    templates.filters |= {"size": size_words, "fixed": _fixed}
+    templates.globals |= {
+        name.partition(".")[0]: Markup(templates.loader.get_source(templates, name)[0])  # type: ignore[union-attr] # noqa: S704
         for name in ("style.css", "script.js")
     }
-    made.globals["version"] = __version__
-    return made
+    templates.globals["version"] = __version__
+    return templates
 
 
 def write_page(run: Run) -> Path:
-    """Write the page, its figures and its numbers into the run's folder."""
+    """Write the page, its figures and its numbers into the run folder.
+
+    Raises:
+        UsageError: The folder cannot be written.
+    """
     templates = environment()
-    found, heard = _judged(run)
+    summary, warnings = _verdict(run)
     sections = [
         _section(templates, run, key, title, build) for key, (title, build) in SECTIONS.items()
     ]
     text = templates.get_template("report.html").render(
-        run=run, verdict=found, sections=sections, file=run.file
+        run=run, verdict=summary, sections=sections, file=run.file
     )
     drawn = {name: figure for section in sections for name, figure in section.figures.items()}
     values = {
         "gdfq": __version__,
-        "verdict": asdict(found),
-        "alarms": heard,
+        "verdict": asdict(summary),
+        "warnings": warnings,
         "files": dict(run.sizes),
         "problems": dict(run.problems),
         "metrics": run.metrics,
@@ -87,8 +100,8 @@ def write_page(run: Run) -> Path:
         write_figures(within(run.folder, run.folder / FIGURES), drawn)
     except OSError as error:
         raise UsageError(
-            f"the run's folder must be writable; {run.folder} is not ({error.strerror}). "
-            "Copy the run and report on the copy."
+            f"the run folder must be writable; {run.folder} is not ({error.strerror}). "
+            "Copy the run and make the report of the copy."
         ) from error
     return run.folder / REPORT
 
@@ -101,13 +114,13 @@ def write_figures(folder: Path, drawn: Mapping[str, Drawn]) -> None:
         write_atomically(folder / f"{name}.png", png(figure.figure))
 
 
-def _judged(run: Run) -> tuple[Verdict, tuple[str, ...]]:
+def _verdict(run: Run) -> tuple[Verdict, tuple[str, ...]]:
     try:
-        heard = alarms(run.evidence.get("images"), run.history)
-        return verdict(run, heard), heard
-    except _BROKEN as error:
-        said = f"Nothing can be said about this run: its files hold {_odd(error)}."
-        return Verdict("unknown", said, (), ("Quantize again.",)), ()
+        warnings = source_warnings(run.evidence.get("images"), run.history)
+        return verdict(run, warnings), warnings
+    except _UNEXPECTED as error:
+        sentence = f"This run cannot be judged: its files hold {_unexpected(error)}."
+        return Verdict("unknown", sentence, (), ("Quantize again.",)), ()
 
 
 def _section(
@@ -117,7 +130,7 @@ def _section(
     title: str,
     build: Callable[[Run], Content | str],
 ) -> Section:
-    """A section of the page; where its values are missing or odd, a sentence that says so."""
+    """A section of the page; if its values are missing or unexpected, a sentence that says so."""
     try:
         content = build(run)
         if isinstance(content, str):
@@ -132,15 +145,21 @@ def _section(
             run=run, figures=pictures, **content.values
         )
         return Section(key, title, Markup(body), None, drawn)  # noqa: S704
-    except _BROKEN as error:
-        return Section(key, title, None, f"This cannot be shown: its file holds {_odd(error)}.", {})
+    except _UNEXPECTED as error:
+        return Section(
+            key,
+            title,
+            None,
+            f"This section cannot be shown: its file holds {_unexpected(error)}.",
+            {},
+        )
 
 
-def _odd(error: BaseException) -> str:
+def _unexpected(error: BaseException) -> str:
     return f"values that no run writes ({type(error).__name__}: {first_line(error)})"
 
 
 def _fixed(value: object, digits: int = 2) -> str:
-    """A number with so many digits, or a dash where there is none."""
+    """A number with `digits` decimal places, or a dash for anything else."""
     found = number(value)
     return "–" if found is None else f"{found:.{digits}f}"

@@ -1,4 +1,4 @@
-"""The folder of a run as values, whatever state it is in: what is missing or damaged is named."""
+"""Reads a run folder into plain values; files that are missing or damaged are named."""
 
 import math
 import re
@@ -12,6 +12,7 @@ import numpy as np
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import parse_json, read_json, read_npz, within
+from gdfq.report.old_evidence import converted_from_1
 from gdfq.runs.diagnostics import VERSION
 from gdfq.runs.names import CONFIG, EVIDENCE, EVIDENCE_ARRAYS, HISTORY, METRICS, ONNX_FILE
 from gdfq.version import __version__
@@ -22,7 +23,18 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What could be read of a run. Empty parts are explained in `problems`, by file."""
+    """What could be read of a run.
+
+    Attributes:
+        folder: The run folder.
+        config: Contents of the configuration file.
+        metrics: Contents of the metrics file.
+        history: Losses and rates by step.
+        evidence: Measurements by section, with the keys of the current version.
+        arrays: Arrays of the evidence as `section.name`.
+        sizes: Bytes of the files that hold the network.
+        problems: Why a part is empty, by file.
+    """
 
     folder: Path
     config: Record
@@ -31,7 +43,6 @@ class Run:
     evidence: Record
     arrays: Mapping[str, np.ndarray[Any, Any]]
     sizes: Mapping[str, int]
-    """Bytes of the files that hold the network."""
     problems: Mapping[str, str]
 
     @property
@@ -40,7 +51,7 @@ class Run:
 
     @property
     def file(self) -> tuple[str, int] | None:
-        """The file to deploy and its bytes: ONNX if there is one."""
+        """Name and bytes of the file to deploy: the ONNX file if there is one."""
         for name in (ONNX_FILE, STUDENT_FILE):
             if name in self.sizes:
                 return name, self.sizes[name]
@@ -48,7 +59,7 @@ class Run:
 
     @property
     def drop(self) -> float | None:
-        """Points of accuracy that were lost, where they were measured."""
+        """The measured drop of top-1 accuracy in points; None if it was not measured."""
         try:
             return float(self.metrics["teacher"]["top1"]) - float(self.metrics["student"]["top1"])
         except (LookupError, TypeError, ValueError, OverflowError):
@@ -56,13 +67,17 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run's folder. Raises UsageError when no run is in it at all."""
+    """Read a run folder.
+
+    Raises:
+        UsageError: The folder holds no run.
+    """
     folder = Path(folder)
     known = (CONFIG, METRICS, STUDENT_FILE)
     if not folder.is_dir() or not any((folder / name).exists() for name in known):
         raise UsageError(
-            f"a report is of the folder of a run, which has {CONFIG}; {folder} is none. "
-            "Give the folder that gdfq quantize wrote (its --out)."
+            f"a report needs a run folder, which has {CONFIG}; {folder} is not one. "
+            "Give a folder that gdfq quantize wrote (its --out)."
         )
     problems: dict[str, str] = {}
 
@@ -74,22 +89,24 @@ def read_run(folder: str | Path) -> Run:
         try:
             return read(within(folder, path))
         except Exception as error:  # zipfile and zlib raise types of their own
-            problems[name] = f"{name} is damaged or was changed ({first_line(error)})."
+            problems[name] = f"{name} is damaged or was modified ({first_line(error)})."
             return None
 
-    config = part(CONFIG, _document, f"{CONFIG} is missing: how the run was made is not known.")
-    unfinished = f"the run has not finished: it has no {METRICS}. What it left is shown."
+    config = part(CONFIG, _document, f"{CONFIG} is missing: the options of the run are not known.")
+    unfinished = (
+        f"the run has not finished: it has no {METRICS}. The page shows the files that exist."
+    )
     metrics = part(METRICS, _document, unfinished)
-    history = part(HISTORY, _lines, f"{HISTORY} is missing: losses over steps are not known.")
-    # Evidence is gathered last, so a run that has not finished could not have it yet.
-    without = _NO_EVIDENCE if (folder / METRICS).exists() else unfinished
-    evidence = part(EVIDENCE, _evidence, without)
-    arrays = part(EVIDENCE_ARRAYS, read_npz, without)
+    history = part(HISTORY, _lines, f"{HISTORY} is missing: the losses by step are not known.")
+    # Evidence is measured last, so a run that has not finished does not have it yet.
+    absent = _NO_EVIDENCE if (folder / METRICS).exists() else unfinished
+    evidence = part(EVIDENCE, _evidence, absent)
+    arrays = part(EVIDENCE_ARRAYS, read_npz, absent)
     newer = str((config or {}).get("gdfq", __version__))
     if _version(newer) > _version(__version__):
         problems["version"] = (
-            f"the run was made by gdfq {newer}, which is newer than this one ({__version__}): "
-            "what this version does not know is left out."
+            f"the run was made by gdfq {newer}, which is newer than this version ({__version__}). "
+            "The page leaves out what this version does not know."
         )
     sizes = {
         name: (folder / name).stat().st_size
@@ -109,20 +126,20 @@ def read_run(folder: str | Path) -> Run:
 
 
 _NO_EVIDENCE = (
-    "no evidence was gathered (gdfq quantize --no-report, or a run of another version): what needs "
-    "the original network, such as errors by layer, cannot be made up for later."
+    "no evidence was measured (gdfq quantize --no-report, or a run of another version). Parts that "
+    "need the original network, such as the errors of layers, cannot be measured later."
 )
 
 
 def _document(path: Path) -> Record:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return value
 
 
 def _lines(path: Path) -> tuple[Record, ...]:
-    """All whole lines; the last one of a run that was stopped may be cut off."""
+    """All complete lines; the last line of an interrupted run can be incomplete."""
     lines = path.read_text(encoding="utf-8").splitlines()
     found = []
     for number, line in enumerate(lines, start=1):
@@ -132,15 +149,18 @@ def _lines(path: Path) -> tuple[Record, ...]:
         except (ValueError, LookupError, TypeError):
             if number == len(lines):
                 break
-            raise ValueError(f"line {number} is no step") from None
+            raise ValueError(f"line {number} is not a step") from None
         found.append(record)
     return tuple(found)
 
 
 def _evidence(path: Path) -> Record:
     value = _document(path)
-    if value.get("version") != VERSION:
-        raise ValueError(f"it has version {value.get('version')!r}, and {VERSION} can be read")
+    version = value.get("version")
+    if version == 1:
+        return converted_from_1(value)
+    if version != VERSION:
+        raise ValueError(f"it has version {version!r}; versions 1 to {VERSION} can be read")
     return value
 
 
@@ -149,7 +169,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for anything else that a damaged file may hold."""
+    """The value if it is a finite number, else None: a damaged file can hold anything."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

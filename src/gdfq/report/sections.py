@@ -1,4 +1,4 @@
-"""What each section of the report shows, from a run's values; a sentence where there are none."""
+"""The content of each section of the report; a sentence if a run has no values for it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gdfq.report import figures
-from gdfq.report.alarms import alarms
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Record, Run, number
-from gdfq.report.verdict import HARM_WORDS, harmful_layers
+from gdfq.report.sensitive_layers import SENSITIVITY_NAMES, sensitive_layers
+from gdfq.report.source_warnings import source_warnings
 from gdfq.runs.names import CONFIG, EVIDENCE, HISTORY, METRICS
 
 
@@ -24,19 +24,19 @@ class Content:
 
 
 def trust(run: Run) -> Content | str:
-    """What can be expected without data."""
+    """The expected accuracy drop."""
     found = run.evidence.get("trust")
     if not found:
-        reason = _missing(run, "trust")
-        return f"The loss without data was not estimated: {reason}"
-    return Content({"trust": found, "tells": number(found.get("expected_drop")) is not None})
+        return f"The accuracy drop was not estimated: {_missing(run, 'trust')}"
+    has_estimate = number(found.get("expected_drop")) is not None
+    return Content({"trust": found, "has_estimate": has_estimate})
 
 
 def images(run: Run) -> Content | str:
-    """The images that the student learned from."""
+    """The images that the student was tuned on."""
     found = run.evidence.get("images")
     if not found:
-        return f"The images were not looked at: {_missing(run, 'images')}"
+        return f"The images were not measured: {_missing(run, 'images')}"
     grid, noise = run.arrays["images.grid"], run.arrays["images.noise"]
     labels = run.arrays["images.labels"].tolist()
     shown = list(map(data_uri, grid)) if grid.ndim == 4 else []
@@ -47,8 +47,8 @@ def images(run: Run) -> Content | str:
     return Content(
         {
             "images": found,
-            "real": bool(run.config.get("data")),
-            "alarms": alarms(found, run.history),
+            "given": bool(run.config.get("data")),
+            "warnings": source_warnings(found, run.history),
             "rows": rows,
             "noise": list(map(data_uri, noise)) if noise.ndim == 4 else [],
             "means": _means(found["distances"]),
@@ -64,7 +64,7 @@ def _means(distances: Sequence[Record]) -> Mapping[str, float]:
 
 
 def layers(run: Run) -> Content | str:
-    """Layer by layer, the most harmful first; then the activations that no layer reads."""
+    """The layers, most sensitive first; then the activations that are the input of no layer."""
     found = run.evidence.get("layers")
     if not found:
         return f"The layers were not compared: {_missing(run, 'layers')}"
@@ -72,36 +72,41 @@ def layers(run: Run) -> Content | str:
         activation["name"]: {**activation, **_drawn(run, "activation", index, activation)}
         for index, activation in enumerate(found["activations"])
     }
-    total = sum(layer["harm"] or 0 for layer in found["layers"])
+    total = sum(layer["sensitivity"] or 0 for layer in found["layers"])
     rows = [
         {
             **layer,
             **_drawn(run, "weight", index, None),
-            "harm_share": None if layer["harm"] is None else 100 * layer["harm"] / (total or 1),
+            "sensitivity_share": _share(layer["sensitivity"], total),
             "input": activations.get(layer["activation"]),
         }
         for index, layer in enumerate(found["layers"])
     ]
-    rows.sort(key=lambda row: -(row["harm"] or 0))
+    rows.sort(key=lambda row: -(row["sensitivity"] or 0))
     read = {layer["activation"] for layer in found["layers"]}
     return Content(
         {
             "layers": rows,
             "others": [row for name, row in activations.items() if name not in read],
-            "harmful": harmful_layers(found["layers"]),
-            "kind": found["harm"],
-            "whole": HARM_WORDS[found["harm"]],
+            "sensitive": sensitive_layers(found["layers"]),
+            "kind": found["sensitivity"],
+            "whole": SENSITIVITY_NAMES[found["sensitivity"]],
             "count": found["images"],
         },
         {
-            "harm": figures.harms(found["layers"], found["harm"]),
+            "sensitivity": figures.sensitivities(found["layers"], found["sensitivity"]),
             "signal": figures.signal(found["layers"]),
         },
     )
 
 
+def _share(value: float | None, total: float) -> float | None:
+    """A part of the total in percent."""
+    return None if value is None else 100 * value / (total or 1)
+
+
 def _drawn(run: Run, kind: str, index: int, grid: Record | None) -> dict[str, Any]:
-    """The outline of a tensor's values, and where its grid begins and ends in it."""
+    """The histogram of a tensor's values as a path, and the positions of the ends of its grid."""
     ends = run.arrays[f"layers.{kind}_ends"][index].tolist()
     path = histogram_path(run.arrays[f"layers.{kind}_counts"][index])
     marks = [] if grid is None else [place(grid[end], ends) for end in ("low", "high")]
@@ -109,10 +114,10 @@ def _drawn(run: Run, kind: str, index: int, grid: Record | None) -> dict[str, An
 
 
 def training(run: Run) -> Content | str:
-    """Losses, learning rates and ranges over the steps; time by stage."""
+    """Losses, learning rates and ranges by step; time by stage."""
     seconds = run.metrics.get("seconds") or {}
     if not run.history and not seconds:
-        return f"Nothing is known of the training: {run.problems.get(HISTORY, 'it left no steps.')}"
+        return f"The training is not known: {run.problems.get(HISTORY, 'no steps were recorded.')}"
     names = list(dict.fromkeys(record["stage"] for record in run.history))
     drawn = {f"losses-{name}": figures.losses(run.history, name) for name in names}
     moving = {f"ranges-{name}": figures.ranges(run.history, name) for name in names}
@@ -128,27 +133,38 @@ def training(run: Run) -> Content | str:
 
 
 def _rates(recipe: object) -> Iterator[tuple[str, float]]:
-    """The learning rates that the student's tuning began with."""
+    """The learning rates at the start of tuning."""
     tuning = recipe.get("tuning") if isinstance(recipe, dict) else None
     optimizer = (tuning or {}).get("optimizer") or {}
-    for name in ("lr", "code_lr", "scale_lr", "other_lr", "rounding_lr"):
-        if optimizer.get(name):
-            yield name, optimizer[name]
+    for name, names in _RATES.items():
+        rate = next((optimizer[n] for n in names if optimizer.get(n)), None)
+        if rate is not None:
+            yield name, rate
+
+
+_RATES: Mapping[str, tuple[str, ...]] = {
+    "lr": ("lr",),
+    "code_lr": ("code_lr", "codes"),
+    "scale_lr": ("scale_lr", "steps"),
+    "other_lr": ("other_lr", "others"),
+    "rounding_lr": ("rounding_lr", "roundings"),
+}
+"""Fields of an optimizer that are learning rates, with their names in version 0.1."""
 
 
 def test(run: Run) -> Content | str:
-    """What changed on labelled images."""
+    """The changes of the predictions for labelled images."""
     found = run.evidence.get("test")
     errors = (run.metrics.get("student") or {}).get("error_percent")
     if not found and errors:
-        return "The network has no classes. Outputs against the original's: " + ", ".join(
+        return "The network has no classes. Relative errors of its outputs: " + ", ".join(
             f"{name} {error:.2f} %" for name, error in errors.items()
         )
     if not found and run.drop is not None:
         before, after = (run.metrics[who]["top1"] for who in ("teacher", "student"))
         return (
-            f"Accuracy was {before:.2f} % and is {after:.2f} %. More is not known: "
-            f"{_missing(run, 'test')}"
+            f"The accuracy was {before:.2f} % before and is {after:.2f} % after. "
+            f"Details are missing: {_missing(run, 'test')}"
         )
     if not found:
         return "No labelled test images were given (--test), so no accuracy was measured."
@@ -172,9 +188,9 @@ def test(run: Run) -> Content | str:
 
 
 def repeat(run: Run) -> Content | str:
-    """How to make the run again."""
+    """How to reproduce the run."""
     if not run.config:
-        return run.problems.get(CONFIG, "How the run was made is not known.")
+        return run.problems.get(CONFIG, "The options of the run are not known.")
     names = {
         "gdfq": "gdfq",
         "torch": "torch",
@@ -190,7 +206,7 @@ def repeat(run: Run) -> Content | str:
         "layer_bits": "layer bits",
         "keep": "layer bits",  # as version 0.1 wrote it
         "seed": "seed",
-        "data": "real data",
+        "data": "given images",
         "test": "test data",
     }
     values = {label: run.config[key] for key, label in names.items() if run.config.get(key)}
@@ -204,19 +220,19 @@ def repeat(run: Run) -> Content | str:
 
 
 def _missing(run: Run, section: str) -> str:
-    """Why a section of the evidence is not there."""
+    """Why a section of the evidence is missing."""
     reason = (run.evidence.get("missing") or {}).get(section)
     if reason:
         return f"{reason}."
     unfinished = run.problems.get(METRICS)
-    return run.problems.get(EVIDENCE) or unfinished or "the run holds nothing about it."
+    return run.problems.get(EVIDENCE) or unfinished or "the run has no values for it."
 
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Run], Content | str]]] = {
-    "trust": ("Expected loss without data", trust),
-    "images": ("The images it learned from", images),
-    "layers": ("Layer by layer", layers),
+    "trust": ("Expected accuracy drop", trust),
+    "images": ("Images", images),
+    "layers": ("Layers", layers),
     "training": ("Training", training),
-    "test": ("On test images", test),
-    "repeat": ("How to repeat it", repeat),
+    "test": ("Test images", test),
+    "repeat": ("Reproducing the run", repeat),
 }

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gdfq.analysis.accuracy_drop import measure
+from gdfq.analysis.accuracy_drop import measure_expected_drop
 from gdfq.analysis.images import measure_images
 from gdfq.analysis.layers import measure_layers
-from gdfq.analysis.observations import Witness
+from gdfq.analysis.observations import Observations
 from gdfq.analysis.predictions import measure_changes
 from gdfq.errors import first_line
 from gdfq.execution.budget import MemoryBudget
@@ -26,7 +26,7 @@ from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
 from gdfq.runs.names import EVIDENCE, EVIDENCE_ARRAYS
 
-VERSION = 1
+VERSION = 2
 """Of the format of both files."""
 
 
@@ -50,11 +50,11 @@ def gather(
     teacher: what it was made from. A section that fails is left out and says why: the run is
     worth more than its report.
     """
-    witness = quantized.witness
-    if witness is None:
+    observations = quantized.observations
+    if observations is None:
         reason = "the network was loaded from a file, which remembers no images"
         return Evidence(missing=dict.fromkeys(("trust", "layers", "images", "test"), reason))
-    measures = _measures(teacher, quantized, witness, memory)
+    measures = _measures(teacher, quantized, observations, memory)
     sections: dict[str, Any] = {}
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     missing: dict[str, str] = {}
@@ -70,26 +70,28 @@ def gather(
         arrays |= {f"{name}.{key}": value for key, value in ours.items()}
         sections[name] = {key: value for key, value in found.items() if key not in ours}
         sections[name]["seconds"] = round(time.perf_counter() - started, 3)
-    if witness.tested is None:
+    if observations.tested is None:
         missing["test"] = "no labelled test images were given"
     return Evidence(sections, arrays, missing)
 
 
 def _measures(
-    teacher: Captured, quantized: QuantizedNetwork, witness: Witness, memory: MemoryBudget
+    teacher: Captured, quantized: QuantizedNetwork, observations: Observations, memory: MemoryBudget
 ) -> dict[str, Callable[[], Any]]:
     """What is measured, by its section."""
     preprocessing = quantized.card.preprocessing
     measures: dict[str, Callable[[], Any]] = {
-        "trust": lambda: measure(
+        "trust": lambda: measure_expected_drop(
             teacher, quantized.network, seed=quantized.card.seed, memory=memory
         ),
-        "layers": lambda: measure_layers(witness.teacher, quantized.network, *witness.inputs),
+        "layers": lambda: measure_layers(
+            observations.teacher, quantized.network, *observations.inputs
+        ),
         "images": lambda: measure_images(
-            teacher, witness.images, witness.labels, preprocessing, memory
+            teacher, observations.images, observations.labels, preprocessing, memory
         ),
     }
-    tested = witness.tested
+    tested = observations.tested
     if tested is not None:
         measures["test"] = lambda: measure_changes(tested, preprocessing)
     return measures

@@ -1,0 +1,59 @@
+"""What a user can do next to improve a run."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gdfq.functional.grid import MAX_BITS
+from gdfq.report.drop import Level
+from gdfq.report.read import Record, Run, number
+from gdfq.report.sensitive_layers import SENSITIVITY_NAMES, sensitive_layers
+from gdfq.report.wording import size_words
+
+
+def advice(run: Run, level: Level, warnings: Sequence[str]) -> Iterator[str]:
+    """Yield the warnings, then what to do for a run of a level."""
+    yield from warnings
+    evidence = run.evidence.get("layers") or {}
+    if level != "good":
+        whole = SENSITIVITY_NAMES[evidence.get("sensitivity", "divergence")]
+        for layer in sensitive_layers(evidence.get("layers") or []):
+            yield (
+                f"{layer.option} gives more bits to a layer with {layer.share:.0f} % of {whole}; "
+                f"it adds {size_words(layer.bytes)}."
+            )
+        yield from _more_bits(str(run.config.get("bits", "")))
+        name = _recipe(run.config)
+        if name in {"quick", "round", "zeroq"}:
+            yield f"--recipe fast tunes longer than {name} and loses less accuracy."
+        if not run.config.get("data"):
+            yield (
+                "A few hundred real images, if you have them, can be better than synthetic ones: "
+                "--recipe real --data DIR."
+            )
+    if level == "unknown" and _has_classes(run):
+        images = "labelled images" if run.drop is None else "more labelled images"
+        yield f"Measure the accuracy on {images}: gdfq evaluate {run.folder} --test DATA."
+    if level == "good":
+        yield "Nothing needs to be done. Deploy the file."
+
+
+def _has_classes(run: Run) -> bool:
+    """Whether the network is a classifier, as far as the run's files show."""
+    trust = run.evidence.get("trust")
+    is_without = trust and number(trust.get("agreement")) is None
+    return not (is_without or (run.metrics.get("student") or {}).get("error_percent"))
+
+
+def _more_bits(bits: str) -> Iterator[str]:
+    weights, _, activations = bits.removeprefix("w").partition("a")
+    if not (weights.isdecimal() and activations.isdecimal()):
+        return
+    if int(activations) < MAX_BITS:
+        yield f"--bits w{weights}a{MAX_BITS}: more activation bits do not make the file larger."
+    elif int(weights) < MAX_BITS:
+        yield f"--bits w{MAX_BITS}a{MAX_BITS}: more weight bits make the file larger."
+
+
+def _recipe(config: Record) -> str:
+    recipe: Any = config.get("recipe")
+    return str(recipe.get("name", "")) if isinstance(recipe, dict) else str(recipe or "")
