@@ -66,7 +66,7 @@ def test_fast_beats_direct_rounding_by_far_at_three_bits(accuracies):
     assert tuned > rounded + 6
 
 
-def test_the_loss_is_foreseen_without_data(digits, teacher):
+def test_expected_drop_contains_the_measured_drop(digits, teacher):
     """Students from harmless to poor come in their order, each drop lies about in its interval.
 
     As far as a few hundred images tell the drop, that is: within two of its standard errors. Two
@@ -95,10 +95,10 @@ def test_the_loss_is_foreseen_without_data(digits, teacher):
             seed=seed,
         )
         is_right = right(student.network)
-        lost, won = int((was_right & ~is_right).sum()), int((~was_right & is_right).sum())
+        lost, gained = int((was_right & ~is_right).sum()), int((~was_right & is_right).sum())
         estimate = measure_expected_drop(teacher, student.network, seed=seed)
         return (
-            *paired_drop(lost, won, len(labels)),
+            *paired_drop(lost, gained, len(labels)),
             *estimate.interval,
             estimate.expected_drop,
         )

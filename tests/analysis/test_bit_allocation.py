@@ -1,4 +1,4 @@
-"""Widths are the best choice for the budget, and the file keeps within it."""
+"""Bit allocation is the best choice for the budget, and the file fits in it."""
 
 import itertools
 import json
@@ -39,20 +39,20 @@ SMALL = replace(
 
 @st.composite
 def choices(draw):
-    """Costs that fall with width and sizes that need not rise, of a few groups; and a budget."""
+    """Costs that decrease with bits, sizes that need not increase, for a few groups; and a budget."""
     groups = draw(st.integers(1, 6))
     costs, sizes = [], []
     for _ in range(groups):
-        widths = (2, 4, 8)[: draw(st.integers(1, 3))]
+        options = (2, 4, 8)[: draw(st.integers(1, 3))]
         falling = sorted(draw(st.lists(st.integers(0, 20), min_size=3, max_size=3)), reverse=True)
-        costs.append(dict(zip(widths, map(float, falling), strict=False)))
-        sizes.append({width: draw(st.integers(1, 30)) for width in widths})
+        costs.append(dict(zip(options, map(float, falling), strict=False)))
+        sizes.append({bits: draw(st.integers(1, 30)) for bits in options})
     return costs, sizes, draw(st.integers(1, 30 * groups))
 
 
 @settings(max_examples=300, deadline=None)
 @given(choices())
-def test_the_choice_is_that_of_brute_force(problem):
+def test_allocate_matches_brute_force(problem):
     costs, sizes, budget = problem
 
     def sums(chosen):
@@ -71,17 +71,17 @@ def test_the_choice_is_that_of_brute_force(problem):
     assert cost == min(fitting)
 
 
-def test_everything_fits_or_nothing_does():
+def test_allocate_where_everything_fits_or_nothing_does():
     costs = [{2: 1.0, 8: 1.0}, {2: 0.0, 8: 0.0}]
-    sizes = [{2: 10, 8: 40}, {2: 30, 8: 20}]  # narrow codes of a small layer can take more
+    sizes = [{2: 10, 8: 40}, {2: 30, 8: 20}]  # fewer bits can take more bytes in a small layer
     assert allocate(costs, sizes, 60) == [8, 8]
     assert allocate(costs, sizes, 59)[0] == 2
     with pytest.raises(UsageError, match="smallest possible size is 30 bytes; got 29"):
         allocate(costs, sizes, 29)
 
 
-def test_many_layers_against_an_integer_program():
-    """Costs as rounding errors fall (a quarter for each bit), at sizes that differ everywhere."""
+def test_allocate_matches_an_integer_program_for_many_layers():
+    """Costs decrease like rounding errors (to a quarter for each bit); all sizes differ."""
     draw = torch.Generator().manual_seed(0)
     weights = torch.randint(10**3, 10**6, (100,), generator=draw).tolist()
     scale = torch.rand(100, generator=draw).tolist()
@@ -101,20 +101,21 @@ def test_many_layers_against_an_integer_program():
         c, integrality=1, bounds=Bounds(0, 1), constraints=[one_each, fits],
         options={"mip_rel_gap": 0},
     )  # fmt: skip
-    # The program keeps its constraints within 1e-6 of their scale, so it may do a little better.
+    # The integer program meets its constraints within 1e-6, so it can be slightly better.
     assert total(costs, chosen) == pytest.approx(best.fun, rel=1e-4)
 
 
-def test_divergence_by_hand(teacher):
-    student, wanted = torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)
+def test_divergence_matches_hand_computed_values(teacher):
+    student, expected_outputs = torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert float(divergence(teacher)(student, wanted)) == pytest.approx(expected)
-    others = (wanted + 2, wanted + 4), (wanted + 1, wanted + 1)  # (1² + 1²)/2 and (3² + 3²)/2
+    assert float(divergence(teacher)(student, expected_outputs)) == pytest.approx(expected)
+    zeros = torch.zeros(1, 2)
+    others = (zeros + 2, zeros + 4), (zeros + 1, zeros + 1)  # (1² + 1²)/2 and (3² + 3²)/2
     assert float(divergence(replace(teacher, classes=None))(*others)) == pytest.approx(5)
 
 
-def test_a_sensitivity_is_the_loss_of_one_rounded_layer(teacher):
-    """Against a network whose own weight was rounded; the teacher stays as it is."""
+def test_sensitivity_is_the_loss_with_one_rounded_layer(teacher):
+    """Against a network whose weight was rounded directly; the teacher stays unchanged."""
     folded = fold_batch_norms(teacher)
     before = {name: t.clone() for name, t in folded.network.state_dict().items()}
     images = networks.images(12)
@@ -127,14 +128,14 @@ def test_a_sensitivity_is_the_loss_of_one_rounded_layer(teacher):
 
     model = networks.make("Residual")
     with torch.no_grad():
-        wanted = model(images)
-        step, zero_point = best_weight_grid(model.fc.weight, 2, *_layout(layers["fc"][0]))
-        model.fc.weight.copy_(fake_quantize(model.fc.weight, step, zero_point, 2))
+        original = model(images)
+        scale, zero_point = best_weight_grid(model.fc.weight, 2, *_layout(layers["fc"][0]))
+        model.fc.weight.copy_(fake_quantize(model.fc.weight, scale, zero_point, 2))
         rounded = model(images)
-        expected = float(loss(rounded, wanted))
+        expected = float(loss(rounded, original))
     assert costs["fc"][2] == pytest.approx(expected, rel=1e-4)
     other = sensitivities(folded, layers, images, loss=lambda a, b: (a - b).abs().max())
-    assert other["fc"][2] == pytest.approx(float((rounded - wanted).abs().max()), rel=1e-4)
+    assert other["fc"][2] == pytest.approx(float((rounded - original).abs().max()), rel=1e-4)
 
 
 def _layout(layer):
@@ -154,19 +155,19 @@ def file_of(result):
 @pytest.mark.parametrize(
     ("name", "size", "near"), [("Shared", 4000, 512), ("Transposed", 4000, 64)]
 )
-def test_the_file_keeps_within_the_size(name, size, near):
-    """Also where a layer is used twice or has no steps by channel; and it comes near its bound."""
+def test_file_fits_in_the_size(name, size, near):
+    """Also where a layer is used twice or has one scale; and its size is near the bound."""
     model = networks.make(name)
     result = gdfq.quantize(model, networks.images(1), "auto", SMALL, size=size, steps=4)
     chosen = result.metrics["allocation"]
     data = file_of(result)
     assert len(data) <= chosen["bytes"] <= size
     assert chosen["bytes"] - len(data) < near  # a layer that is used twice may share its numbers
-    named = {name for name, bits in chosen["widths"].items() if bits != 4}
-    assert {keep.rpartition("=")[0] for keep in result.card.layer_bits} == named
+    named = {name for name, bits in chosen["bits"].items() if bits != 4}
+    assert {text.rpartition("=")[0] for text in result.card.layer_bits} == named
 
 
-def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
+def test_error_of_a_small_size_gives_the_smallest_size(residual, tmp_path):
     options = {"recipe": SMALL, "steps": 4, "layer_bits": ["fc=6"]}
     with pytest.raises(UsageError, match=r"smallest possible size is \d+ bytes; got 2000") as error:
         gdfq.quantize(residual, networks.images(1), "auto", size=2000, **options)
@@ -174,8 +175,8 @@ def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
     result = gdfq.quantize(residual, networks.images(1), "auto", size=smallest, **options)
     assert len(file_of(result)) <= result.metrics["allocation"]["bytes"] == smallest
 
-    widths = result.metrics["allocation"]["widths"]
-    assert set(widths) == {"conv1", "conv2"}  # fc is kept
+    bits = result.metrics["allocation"]["bits"]
+    assert set(bits) == {"conv1", "conv2"}  # fc has layer bits
     assert result.card.layer_bits[0] == "fc=6"
     result.save(tmp_path)
     again = gdfq.load(tmp_path)
@@ -185,17 +186,17 @@ def test_a_small_size_says_what_is_possible_and_that_is(residual, tmp_path):
         for node in again.network.graph.nodes
         if getattr(node.target, "__name__", "") == "dequantize"
     }
-    assert found == widths | {"fc": 6}
+    assert found == bits | {"fc": 6}
 
 
-def test_an_impossible_size_is_found_before_images_are_made(residual):
-    heard = []
+def test_impossible_size_is_found_before_images_are_made(residual):
+    steps = []
     with pytest.raises(UsageError, match="smallest possible size"):
-        gdfq.quantize(residual, networks.images(1), "auto", SMALL, size=2000, listener=heard.append)
-    assert not heard
+        gdfq.quantize(residual, networks.images(1), "auto", SMALL, size=2000, listener=steps.append)
+    assert not steps
 
 
-def test_the_images_are_made_once_and_are_the_recipes_own(teacher):
+def test_pool_images_are_made_once_and_are_those_of_the_recipe(teacher):
     pool = SMALL.source
     made, images = pool.made(teacher, context=Context(seed=3))
     assert isinstance(made, ImagePool)
@@ -209,13 +210,13 @@ def test_the_images_are_made_once_and_are_the_recipes_own(teacher):
         assert torch.equal(a.labels, b.labels)
 
 
-def test_names_are_meant_exactly():
+def test_layer_bits_match_exact_names():
     assert LayerBits.exactly("a[0].*b", 2).matches("a[0].*b", 5, 9)
     assert not LayerBits.exactly("a[0].*b", 2).matches("a0.xb", 5, 9)
     assert LayerBits.exactly("first", 8).matches("first", 3, 9)
     assert not LayerBits.exactly("last", 8).matches("fc", 8, 9)
-    for keep in (LayerBits.exactly("last", 8), LayerBits("a.*", None)):
-        assert LayerBits.parse(str(keep)) == keep
+    for layer_bits in (LayerBits.exactly("last", 8), LayerBits("a.*", None)):
+        assert LayerBits.parse(str(layer_bits)) == layer_bits
 
 
 @pytest.mark.parametrize(
@@ -230,12 +231,12 @@ def test_names_are_meant_exactly():
         ({"bits": "auto", "size": 4000, "layer_bits": ["nowhere=4"]}, "nowhere"),
     ],
 )
-def test_what_cannot_be_chosen_is_refused(residual, options, message):
+def test_options_that_allow_no_choice_are_refused(residual, options, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
         gdfq.quantize(residual, networks.images(1), **{"recipe": SMALL, "steps": 4} | options)
 
 
-def test_the_command_line(place, capsys):
+def test_command_line_prints_the_chosen_bits(place, capsys):
     recipe = ["--recipe", "quick", "--no-onnx"]
     assert main(arguments(place, *recipe, "--bits", "auto", "--size", "3.7KiB")) == 0
     config, metrics = (
@@ -246,8 +247,8 @@ def test_the_command_line(place, capsys):
     assert allocation["size"] == 3788
     assert metrics["seconds"]["allocate"] > 0
     printed = capsys.readouterr().out
-    for bits in set(allocation["widths"].values()):
-        names = [name for name, chosen in allocation["widths"].items() if chosen == bits]
+    for bits in set(allocation["bits"].values()):
+        names = [name for name, chosen in allocation["bits"].items() if chosen == bits]
         assert f"{bits} bits    {len(names)} layers: {', '.join(names)}" in printed
 
 
@@ -261,7 +262,7 @@ def test_the_command_line(place, capsys):
         (["--bits", "auto", "--size", "3IB"], "as 300KB; got '3IB'"),
     ],
 )
-def test_bad_sizes_on_the_command_line(place, capsys, more, message):
+def test_command_line_refuses_invalid_sizes(place, capsys, more, message):
     assert main(arguments(place, *more)) == 2
     assert message in capsys.readouterr().err
 
@@ -270,7 +271,7 @@ def test_bad_sizes_on_the_command_line(place, capsys, more, message):
     ("text", "size"),
     [("300KB", 300_000), ("1.5mib", 1_572_864), ("2 kib", 2048), ("77", 77), ("77B", 77)],
 )
-def test_sizes_are_read(text, size):
+def test_size_option_parses_units(text, size):
     from gdfq.cli.types import Size
 
     assert Size().convert(text, None, None) == size
