@@ -1,7 +1,6 @@
 """Time and memory of a run, estimated from one measured step of each stage."""
 
 import math
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -43,7 +42,8 @@ def with_costs(
         "tuning": _tuning_seconds(teacher, scheme, recipe),
     }
     peak = peak_bytes(teacher.device)
-    peak += 4 * recipe.source.images_held * math.prod(teacher.input_shape)
+    if peak is not None:
+        peak += 4 * recipe.source.images_held * math.prod(teacher.input_shape)
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
 
 
@@ -54,10 +54,17 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on a GPU, else of this process."""
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the peak memory in bytes: of tensors on a GPU, else of this process.
+
+    None on systems that do not report it: only Unix does.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,6 +1,6 @@
 """Golden values: hashes of what runs produce, to prove that a change of the code changed no number.
 
-    python tests/golden.py FILE [--only NAME ...]     # write the values of the present code
+    python -m support.golden FILE [--only NAME ...]     # write the values of the present code
 
 A hash stands for the tensors of a student in any order and under any names, for the graph of an
 ONNX file without its metadata, or for images. The numbers depend on the processor and on torch's
@@ -10,7 +10,6 @@ kernels, so they are compared only where `probe` is the same.
 import argparse
 import hashlib
 import json
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,15 +20,12 @@ from typing import Any
 import onnx
 import torch
 from safetensors.torch import load_file
+from support.places import SHARED
+from support.real_networks import cifar10_resnet20
 from torch import Tensor, nn
 
 import gdfq
 from gdfq import demo
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-RELU = "relu"
-LAYER_BITS = "layer_bits"
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
@@ -78,8 +74,8 @@ class Digits:
 
 def _small(name: str, steps: int, *, images: int = 64, batch: int = 16, iterations: int = 6) -> Any:
     """A recipe with a small pool and few steps."""
-    recipe = gdfq.RECIPES[name]
-    source = recipe.source
+    recipe: Any = gdfq.RECIPES[name]
+    source: Any = recipe.source
     if hasattr(source, "source"):
         inner = replace(source.source, batch=batch)
         if hasattr(inner, "iterations"):
@@ -89,8 +85,8 @@ def _small(name: str, steps: int, *, images: int = 64, batch: int = 16, iteratio
         source = replace(source, batch=batch)
         if hasattr(source, "iterations"):
             source = replace(source, iterations=iterations)
-    tuning = recipe.tuning
-    if tuning is not None and hasattr(tuning, "images"):
+    tuning: Any = recipe.tuning
+    if hasattr(tuning, "images"):
         recipe = replace(recipe, tuning=replace(tuning, images=images))
     return replace(recipe, source=source).with_steps(steps)
 
@@ -120,9 +116,9 @@ def digits_values(only: set[str] | None = None) -> dict[str, str]:
     cases: dict[str, Callable[[], Any]] = {
         "quick-w4a4-full-0": lambda: digits.quantize("w4a4", _small("quick", 16)),
         "quick-w8a8-full-1": lambda: digits.quantize("w8a8", _small("quick", 12), seed=1),
-        "quick-w3a3-relu-0": lambda: digits.quantize("w3a3", _small("quick", 12), placement=RELU),
+        "quick-w3a3-relu-0": lambda: digits.quantize("w3a3", _small("quick", 12), placement="relu"),
         "quick-w2a4-layers-2": lambda: digits.quantize(
-            "w2a4", _small("quick", 12), seed=2, **{LAYER_BITS: ["first=8", "last=float"]}
+            "w2a4", _small("quick", 12), seed=2, layer_bits=["first=8", "last=float"]
         ),
         "quick-auto-0": lambda: digits.quantize("auto", _small("quick", 12), size=24_000),
         "quick-resumed-0": lambda: _resumed(digits, _small("quick", 16)),
@@ -158,9 +154,6 @@ def digits_values(only: set[str] | None = None) -> dict[str, str]:
 
 def shared_values() -> dict[str, str]:
     """The golden values of short runs of `fast` on the real ResNet-20."""
-    sys.path.insert(0, str(ROOT))
-    from support.real_networks import cifar10_resnet20  # type: ignore[import-not-found]
-
     network: nn.Module = cifar10_resnet20().eval()
     network.load_state_dict(load_file(SHARED / "models" / "cifar10_resnet20.safetensors"))
     recipe = _small("fast", 20, images=32, batch=8, iterations=8)
@@ -168,11 +161,11 @@ def shared_values() -> dict[str, str]:
     example = torch.zeros(1, 3, 32, 32)
     values = {}
     with tempfile.TemporaryDirectory() as folder:
-        for bits, placement in (("w4a4", "full"), ("w3a3", RELU), ("w4a8", "full")):
+        for bits, placement in (("w4a4", "full"), ("w3a3", "relu"), ("w4a8", "full")):
             result = gdfq.quantize(
                 network, example, bits, recipe, placement=placement, mean=mean, std=std
             )
-            name = f"resnet20-fast-{bits}-{'relu' if placement == RELU else placement}"
+            name = f"resnet20-fast-{bits}-{placement}"
             values[name] = student_of(result)
             values[f"{name}.onnx"] = onnx_of(result, Path(folder))
     images, labels = gdfq.generate(network, example, 32, recipe)
