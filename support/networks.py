@@ -1,8 +1,12 @@
 """Small networks that between them use what capture must understand."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gdfq.graph.capture import Captured, capture
 
 SHAPE = (3, 8, 8)
 CLASSES = 5
@@ -379,6 +383,12 @@ def make(name: str, seed: int = 0) -> nn.Module:
                 module.momentum = None  # the plain average: statistics as training leaves them
         network.train()(1.3 * images(256, seed=9, shape=shape_of(name)) + 0.2)
     return network.eval()
+
+
+@functools.cache
+def captured(name: str) -> Captured:
+    """The network as `capture` returns it, captured once in a process; not to be changed."""
+    return capture(make(name), images(1, shape=shape_of(name)))
 
 
 def images(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:

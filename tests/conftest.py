@@ -15,7 +15,7 @@ from support.places import SHARED
 
 from gdfq import demo
 from gdfq.cli import main
-from gdfq.graph.capture import Captured, capture
+from gdfq.graph.capture import Captured
 from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
 
@@ -47,8 +47,20 @@ class TrainedDigits:
 
 
 @pytest.fixture(params=networks.NETWORKS)
-def any_network(request: pytest.FixtureRequest) -> torch.nn.Module:
-    return networks.make(request.param)
+def network_name(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def any_network(network_name: str) -> torch.nn.Module:
+    return networks.make(network_name)
+
+
+@pytest.fixture
+def any_teacher(network_name: str) -> Captured:
+    """`any_network` as it is captured."""
+    return networks.captured(network_name)
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +69,8 @@ def residual() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
-def teacher(residual: torch.nn.Module) -> Captured:
-    return capture(residual, networks.images(1))
+def teacher() -> Captured:
+    return networks.captured("Residual")
 
 
 @pytest.fixture(scope="session")

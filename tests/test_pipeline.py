@@ -15,10 +15,10 @@ from gdfq.tuning.distill import Distillation
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs(name, residual):
+def test_every_recipe_runs(name, teacher):
     data = (networks.images(24), torch.arange(24) % 5) if "real" in name else None
     result = gdfq.quantize(
-        residual, networks.images(1), "w4a4", small(RECIPES[name]), data=data, steps=8
+        teacher, networks.images(1), "w4a4", small(RECIPES[name]), data=data, steps=8
     )
     logits = result(networks.images(3))
     assert logits.shape == (3, networks.CLASSES)
@@ -27,15 +27,15 @@ def test_every_recipe_runs(name, residual):
     assert {"total", "capture", "calibrate"} <= result.metrics["seconds"].keys()
 
 
-def test_generate_refuses_steps_that_would_do_nothing(residual):
+def test_generate_refuses_steps_that_would_do_nothing(teacher):
     with pytest.raises(UsageError, match="steps=3"):
-        gdfq.generate(residual, networks.images(1), 4, "fast", steps=3)
+        gdfq.generate(teacher, networks.images(1), 4, "fast", steps=3)
 
 
-def test_fast_is_reproducible_to_the_bit(residual):
+def test_fast_is_reproducible_to_the_bit(teacher):
     recipe = small(RECIPES["fast"])
     runs = [
-        gdfq.quantize(residual, networks.images(1), "w3a3", recipe, steps=8, seed=seed)
+        gdfq.quantize(teacher, networks.images(1), "w3a3", recipe, steps=8, seed=seed)
         for seed in (0, 0, 1)
     ]
     first, again, other = (state(run.network) for run in runs)
@@ -54,9 +54,9 @@ def test_the_teacher_is_unchanged_to_the_bit_and_so_is_the_random_state(tiny):
     assert torch.is_grad_enabled()
 
 
-def test_one_seed_gives_the_same_bits(residual, tiny):
+def test_one_seed_gives_the_same_bits(teacher, tiny):
     a, b, other = (
-        state(gdfq.quantize(residual, networks.images(1), "w4a4", tiny, seed=seed))
+        state(gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, seed=seed))
         for seed in (3, 3, 4)
     )
     assert same(a, b)
@@ -65,22 +65,22 @@ def test_one_seed_gives_the_same_bits(residual, tiny):
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a8", "w8a4", "w5a6", "w7a7"])
 @pytest.mark.parametrize("placement", ["relu", "full"])
-def test_widths_and_placements(residual, tiny, bits, placement):
-    result = gdfq.quantize(residual, networks.images(1), bits, tiny, placement=placement)
+def test_widths_and_placements(teacher, tiny, bits, placement):
+    result = gdfq.quantize(teacher, networks.images(1), bits, tiny, placement=placement)
     codes = [t for n, t in result.network.named_buffers() if n.endswith("codes")]
     assert max(len(t.unique()) for t in codes) <= 2 ** int(bits[1])
     assert result.card.placement == placement
     assert str(result.card.bits) == bits
 
 
-def test_tuning_moves_the_student_towards_its_labels(residual, tiny):
+def test_tuning_moves_the_student_towards_its_labels(teacher, tiny):
     """Cross-entropy on the stream falls when the student may learn."""
     heard = []
     recipe = replace(
         tiny.with_steps(80),
         tuning=replace(PAPER.tuning, optimizer=replace(PAPER.tuning.optimizer, lr=1e-2)),
     )
-    gdfq.quantize(residual, networks.images(1), "w4a4", recipe, listener=heard.append)
+    gdfq.quantize(teacher, networks.images(1), "w4a4", recipe, listener=heard.append)
     tuned = [step for step in heard if step.stage == "tune"]
     assert [step.index for step in tuned][:2] == [3, 4]
     assert set(tuned[0].losses) == {"generator", "bns", "boundary", "student", "ce", "kd"}
@@ -131,15 +131,15 @@ def test_hard_labels_count_for_easy_images_alone():
     assert float(got) == pytest.approx(-float(student[0].log_softmax(0)[0]) / 2)
 
 
-def test_few_real_images_take_the_place_of_the_source(residual, tiny):
+def test_few_real_images_take_the_place_of_the_source(teacher, tiny):
     data = (networks.images(20), torch.arange(20) % 5)
-    few = gdfq.quantize(residual, networks.images(1), "w4a4", tiny, data=data)
-    none = gdfq.quantize(residual, networks.images(1), "w4a4", tiny)
+    few = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, data=data)
+    none = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     assert not same(state(few), state(none))
 
 
-def test_evaluation_counts_right_answers(residual, tiny):
-    result = gdfq.quantize(residual, networks.images(1), "w8a8", tiny)
+def test_evaluation_counts_right_answers(teacher, tiny):
+    result = gdfq.quantize(teacher, networks.images(1), "w8a8", tiny)
     images = networks.images(40)
     answers = result(images).argmax(1)
     wrong = answers.clone()
@@ -148,35 +148,35 @@ def test_evaluation_counts_right_answers(residual, tiny):
     assert result.evaluate((images, wrong)) == 75
 
 
-def test_test_images_only_measure(residual, tiny):
+def test_test_images_only_measure(teacher, tiny):
     test = (networks.images(20), torch.arange(20) % 5)
-    with_test = gdfq.quantize(residual, networks.images(1), "w4a4", tiny, test=test)
-    without = gdfq.quantize(residual, networks.images(1), "w4a4", tiny)
+    with_test = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, test=test)
+    without = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     assert same(state(with_test), state(without))
     assert 0 <= with_test.metrics["teacher"]["top1"] <= 100
     assert "student" not in without.metrics
 
 
-def test_pixels_are_normalised(tmp_path, residual, tiny):
+def test_pixels_are_normalised(tmp_path, teacher, tiny):
     """uint8 images with mean and std give what normalised floats give."""
     pixels = torch.randint(0, 256, (30, *networks.SHAPE), dtype=torch.uint8)
     labels = torch.arange(30) % 5
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    result = gdfq.quantize(residual, networks.images(1), "w8a8", tiny, mean=mean, std=std)
+    result = gdfq.quantize(teacher, networks.images(1), "w8a8", tiny, mean=mean, std=std)
     column = (1, 3, 1, 1)
     floats = (pixels / 255 - torch.tensor(mean).view(column)) / torch.tensor(std).view(column)
     np.savez(tmp_path / "d.npz", images=pixels.numpy(), labels=labels.numpy())
     assert result.evaluate(tmp_path / "d.npz") == result.evaluate((floats, labels))
 
 
-def test_generate_gives_the_last_images(residual, tiny):
-    images, labels = gdfq.generate(residual, networks.images(1), 12, tiny, seed=1)
+def test_generate_gives_the_last_images(teacher, tiny):
+    images, labels = gdfq.generate(teacher, networks.images(1), 12, tiny, seed=1)
     assert images.shape == (12, *networks.SHAPE)
     assert labels.shape == (12,)
     assert int(labels.max()) < networks.CLASSES
-    again, _ = gdfq.generate(residual, networks.images(1), 12, tiny, seed=1)
+    again, _ = gdfq.generate(teacher, networks.images(1), 12, tiny, seed=1)
     assert torch.equal(images, again)
-    many, _ = gdfq.generate(residual, networks.images(1), 100, tiny)  # more than its steps give
+    many, _ = gdfq.generate(teacher, networks.images(1), 100, tiny)  # more than its steps give
     assert len(many) == 100
 
 
@@ -208,9 +208,9 @@ def test_generate_gives_the_last_images(residual, tiny):
         ({"test": torch.zeros(2, 3, 8, 8)}, "need labels"),
     ],
 )
-def test_bad_options_are_refused(residual, options, message):
+def test_bad_options_are_refused(teacher, options, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
-        gdfq.quantize(residual, networks.images(1), **options)
+        gdfq.quantize(teacher, networks.images(1), **options)
 
 
 def test_image_folders(tmp_path):

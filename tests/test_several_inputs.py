@@ -240,6 +240,6 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
 
 
 def test_a_network_of_one_image_is_as_before():
-    captured = capture(networks.make("Residual"), networks.images(1))
+    captured = networks.captured("Residual")
     assert captured.inputs == (InputSpec("images", networks.SHAPE),)
     assert captured.input_shape == networks.SHAPE

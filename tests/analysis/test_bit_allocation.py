@@ -167,12 +167,12 @@ def test_file_fits_in_the_size(name, size, near):
     assert {text.rpartition("=")[0] for text in result.card.layer_bits} == named
 
 
-def test_error_of_a_small_size_gives_the_smallest_size(residual, tmp_path):
+def test_error_of_a_small_size_gives_the_smallest_size(teacher, tmp_path):
     options = {"recipe": SMALL, "steps": 4, "layer_bits": ["fc=6"]}
     with pytest.raises(UsageError, match=r"smallest possible size is \d+ bytes; got 2000") as error:
-        gdfq.quantize(residual, networks.images(1), "auto", size=2000, **options)
+        gdfq.quantize(teacher, networks.images(1), "auto", size=2000, **options)
     smallest = int(str(error.value).split(" bytes")[0].split()[-1])
-    result = gdfq.quantize(residual, networks.images(1), "auto", size=smallest, **options)
+    result = gdfq.quantize(teacher, networks.images(1), "auto", size=smallest, **options)
     assert len(file_of(result)) <= result.metrics["allocation"]["bytes"] == smallest
 
     bits = result.metrics["allocation"]["bits"]
@@ -189,10 +189,10 @@ def test_error_of_a_small_size_gives_the_smallest_size(residual, tmp_path):
     assert found == bits | {"fc": 6}
 
 
-def test_impossible_size_is_found_before_images_are_made(residual):
+def test_impossible_size_is_found_before_images_are_made(teacher):
     steps = []
     with pytest.raises(UsageError, match="smallest possible size"):
-        gdfq.quantize(residual, networks.images(1), "auto", SMALL, size=2000, listener=steps.append)
+        gdfq.quantize(teacher, networks.images(1), "auto", SMALL, size=2000, listener=steps.append)
     assert not steps
 
 
@@ -231,9 +231,9 @@ def test_layer_bits_match_exact_names():
         ({"bits": "auto", "size": 4000, "layer_bits": ["nowhere=4"]}, "nowhere"),
     ],
 )
-def test_options_that_allow_no_choice_are_refused(residual, options, message):
+def test_options_that_allow_no_choice_are_refused(teacher, options, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
-        gdfq.quantize(residual, networks.images(1), **{"recipe": SMALL, "steps": 4} | options)
+        gdfq.quantize(teacher, networks.images(1), **{"recipe": SMALL, "steps": 4} | options)
 
 
 def test_command_line_prints_the_chosen_bits(place, capsys):

@@ -323,7 +323,7 @@ def test_gather_gives_the_reason_for_a_missing_section(teacher, quantized, monke
 
 @pytest.mark.parametrize("name", ["Branches", "Shared", "Transposed"])
 def test_gather_measures_other_networks(name, tiny):
-    teacher = capture(networks.make(name), networks.images(1))
+    teacher = networks.captured(name)
     result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, placement="full")
     assert gather(teacher, result).missing == {"test": "no labelled test images were given"}
 

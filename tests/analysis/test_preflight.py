@@ -113,7 +113,7 @@ def test_what_is_on_no_grid_is_float():
 
 
 def test_operators_that_only_shape_outputs_are_float():
-    teacher = capture(networks.make("Detector"), networks.images(1))
+    teacher = networks.captured("Detector")
     found = diagnose(teacher, FULL, find_recipe("fast")).float_operators
     assert FloatOperators("sigmoid", 2, NO_FORM) in found
     assert FloatOperators("cat", 1, "only shapes the outputs") in found
@@ -159,7 +159,7 @@ def test_problems_are_returned_and_not_raised():
 
 
 def test_advice_names_narrow_depthwise_layers():
-    teacher = capture(networks.make("Branches"), networks.images(1))
+    teacher = networks.captured("Branches")
     advice = " ".join(diagnose(teacher, FULL, find_recipe("fast")).advice)
     assert "16 channels or fewer lose most and gain no speed: depthwise." in advice
     eight_bits = diagnose(teacher, Scheme(Bits(8, 8), "full"), find_recipe("fast"))

@@ -39,14 +39,14 @@ def quantized_by_fast(model, bits, placement="full", shape=networks.SHAPE):
 
 @pytest.fixture(scope="module")
 def small():
-    return quantized_by_fast(networks.make("Residual"), "w4a4")
+    return quantized_by_fast(networks.captured("Residual"), "w4a4")
 
 
 @pytest.mark.parametrize("placement", ["full", "relu"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_path):
     quantized = gdfq.quantize(
-        networks.make(name), networks.images(1), "w4a4", tiny, placement=placement
+        networks.captured(name), networks.images(1), "w4a4", tiny, placement=placement
     )
     exported = quantized.export(tmp_path / "q.onnx")
     assert exported.inside.typical_error < 1e-3
@@ -63,7 +63,7 @@ def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_p
 @pytest.mark.parametrize("weights", range(2, 9))
 def test_every_width_keeps_its_codes(weights, tmp_path):
     bits = Bits(weights, 10 - weights)
-    quantized = quantized_by_fast(networks.make("Branches"), bits)
+    quantized = quantized_by_fast(networks.captured("Branches"), bits)
     exported = quantized.export(tmp_path / "q.onnx")
     assert exported.inside.agreement == exported.beyond.agreement == 100
     model = onnx.load(tmp_path / "q.onnx")
@@ -98,7 +98,7 @@ def test_full_placement_runs_in_integer_kernels(small, tmp_path):
 
 
 def test_names_and_metadata_tell_what_the_file_is(tmp_path):
-    quantized = quantized_by_fast(networks.make("Residual"), "w4a8")
+    quantized = quantized_by_fast(networks.captured("Residual"), "w4a8")
     quantized.metrics |= {"teacher": {"top1": 91.5}, "student": {"top1": 90.25}}
     quantized.export(tmp_path / "q.onnx")
     model = onnx.load(tmp_path / "q.onnx")
@@ -132,7 +132,7 @@ def test_pixels_can_be_the_input(small, tmp_path):
 
 
 def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
-    quantized = quantized_by_fast(networks.make("Residual"), "w8a8")
+    quantized = quantized_by_fast(networks.captured("Residual"), "w8a8")
     risky = layers_that_may_overflow(quantized.network)
     assert risky == [f"quantized.{name}.codes" for name in ("conv1", "conv2", "fc")]
     quantized.export(tmp_path / "risky.onnx")
@@ -152,12 +152,13 @@ def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
     error = (network(x) - quantized(x)).norm() / quantized(x).norm()
     assert float(error) < 0.05
     assert (
-        layers_that_may_overflow(quantized_by_fast(networks.make("Residual"), "w4a4").network) == []
+        layers_that_may_overflow(quantized_by_fast(networks.captured("Residual"), "w4a4").network)
+        == []
     )
 
 
 def test_t1_says_what_stays_float(tiny, tmp_path):
-    quantized = gdfq.quantize(networks.make("Residual"), networks.images(1), "w4a4", tiny)
+    quantized = gdfq.quantize(networks.captured("Residual"), networks.images(1), "w4a4", tiny)
     (note,) = quantized.export(tmp_path / "q.onnx").notes
     assert note == "computed in float: conv1, conv2, fc, 1 add, 1 average pool"
 
@@ -288,7 +289,7 @@ def test_openvino_gives_the_same_answers(small, tmp_path):
 
 @pytest.mark.parametrize("name", ["Residual", "Borders", "Tokens", "Transposed"])
 def test_pt2_takes_images_of_any_memory_order(name, tiny, tmp_path):
-    quantized = gdfq.quantize(networks.make(name), networks.images(1), "w4a4", tiny)
+    quantized = gdfq.quantize(networks.captured(name), networks.images(1), "w4a4", tiny)
     assert quantized.export(tmp_path / "q.pt2").inside.relative_error < 1e-5
 
 
@@ -323,7 +324,7 @@ def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkey
 
 def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
     quantized = gdfq.quantize(
-        networks.make("Branches"),
+        networks.captured("Branches"),
         networks.images(1),
         "w4a4",
         tiny,
@@ -354,7 +355,7 @@ def _saturating(monkeypatch, also_precise=False):
 
 @pytest.fixture(scope="module")
 def wide():
-    return quantized_by_fast(networks.make("Residual"), "w8a8")
+    return quantized_by_fast(networks.captured("Residual"), "w8a8")
 
 
 def test_a_file_that_saturates_here_alone_is_kept_and_says_so(wide, tmp_path, monkeypatch):
@@ -432,7 +433,7 @@ _MORE_WIDTHS = [
 
 @pytest.mark.parametrize(("bits", "name", "placement"), _MORE_WIDTHS)
 def test_the_narrowest_and_the_widest_run_equally(bits, name, placement, tmp_path):
-    quantized = quantized_by_fast(networks.make(name), bits, placement)
+    quantized = quantized_by_fast(networks.captured(name), bits, placement)
     exported = quantized.export(tmp_path / "q.onnx")
     assert exported.inside.relative_error < 1e-3
     assert exported.beyond.relative_error < 1e-3
@@ -494,7 +495,7 @@ def test_zero_points_of_signed_and_unsigned_activations(small, tmp_path):
 
 def test_channels_split_in_integers(tmp_path):
     """Each value of an operator with several has a name, and codes are what is split."""
-    quantized = quantized_by_fast(networks.make("Shuffled"), "w4a4")
+    quantized = quantized_by_fast(networks.captured("Shuffled"), "w4a4")
     exported = quantized.export(tmp_path / "q.onnx")
     assert not any("float" in note for note in exported.notes)
     splits = [n for n in onnx.load(tmp_path / "q.onnx").graph.node if n.op_type == "Split"]
@@ -537,7 +538,7 @@ def test_one_step_for_a_whole_weight(small, tmp_path):
 
 
 def test_what_is_computed_in_float_is_told(tiny, tmp_path):
-    quantized = gdfq.quantize(networks.make("Preactivation"), networks.images(1), "w4a4", tiny)
+    quantized = gdfq.quantize(networks.captured("Preactivation"), networks.images(1), "w4a4", tiny)
     (note,) = quantized.export(tmp_path / "q.onnx").notes
     _, _, listed = note.partition("computed in float: ")
     assert {"conv", "squeeze", "fc1", "1 silu", "2 average pool"} <= set(listed.split(", "))

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from gdfq import UsageError
 from gdfq.deploy.graph_json import graph_from_json, graph_to_json
 from gdfq.deploy.safetensors import STUDENT_FILE, digest, pack, unpack
 from gdfq.graph import operators
-from gdfq.graph.capture import capture
 from gdfq.graph.tensors import tensors_of
 
 
@@ -34,12 +34,12 @@ def test_packing_by_hand():
     assert pack(torch.tensor([-8, 7, 0], dtype=torch.int8), 4).tolist() == [0xF0, 0x08]
 
 
-def test_graphs_round_trip_through_json(any_network):
-    captured = capture(any_network, networks.images(1))
-    text = json.dumps(graph_to_json(captured.network.graph), allow_nan=False)
-    again = graph_from_json(json.loads(text), tensors_of(captured.network))
+def test_graphs_round_trip_through_json(any_teacher):
+    network = any_teacher.network
+    text = json.dumps(graph_to_json(network.graph), allow_nan=False)
+    again = graph_from_json(json.loads(text), tensors_of(network))
     x = networks.images(3)
-    assert torch.equal(again(x), captured.network(x))
+    assert torch.equal(again(x), network(x))
 
 
 def test_every_allowed_operator_exists():
@@ -47,10 +47,19 @@ def test_every_allowed_operator_exists():
         assert callable(operators.resolve(name))
 
 
+@pytest.fixture(scope="module")
+def saved_once(teacher, tiny, tmp_path_factory):
+    quantized = gdfq.quantize(teacher, networks.images(1), "w3a5", tiny, placement="full")
+    folder = tmp_path_factory.mktemp("saved")
+    quantized.save(folder)
+    return quantized, folder
+
+
 @pytest.fixture
-def saved(residual, tiny, tmp_path):
-    quantized = gdfq.quantize(residual, networks.images(1), "w3a5", tiny, placement="full")
-    quantized.save(tmp_path / "out")
+def saved(saved_once, tmp_path):
+    """A quantized network, and a folder with its files that a test may change."""
+    quantized, folder = saved_once
+    shutil.copytree(folder, tmp_path / "out")
     return quantized, tmp_path / "out"
 
 
@@ -65,7 +74,7 @@ def test_what_is_loaded_is_what_was_saved(saved):
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_survives_the_round_trip(name, tiny, tmp_path):
-    quantized = gdfq.quantize(networks.make(name), networks.images(1), "w4a4", tiny)
+    quantized = gdfq.quantize(networks.captured(name), networks.images(1), "w4a4", tiny)
     quantized.save(tmp_path)
     x = networks.images(5)
     assert torch.equal(gdfq.load(tmp_path)(x), quantized(x))

@@ -135,7 +135,7 @@ def test_fast_on_batch_norms_that_do_not_fold_and_a_layer_used_twice(placement):
 
 
 def test_block_ends_of_a_residual_network():
-    folded = fold_batch_norms(capture(networks.make("Residual"), networks.images(2)))
+    folded = fold_batch_norms(networks.captured("Residual"))
     ends = block_ends(folded.network.graph)
     # Not the branch inside the block, not the pooled tensor.
     assert [node.name for node in ends] == ["relu", "relu_1"]
@@ -147,7 +147,7 @@ def test_block_ends_of_a_residual_network():
 
 
 def test_the_students_features_are_its_quantized_values():
-    teacher = capture(networks.make("Residual"), networks.images(2))
+    teacher = networks.captured("Residual")
     student = build_student(teacher, Scheme(Bits(4, 2), "relu"), quantizers=LSQ)
     student.eval()
     for quantizer in student.activations:
@@ -160,7 +160,7 @@ def test_the_students_features_are_its_quantized_values():
 
 
 def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
-    teacher = capture(networks.make("Residual"), networks.images(2))
+    teacher = networks.captured("Residual")
     student = build_student(teacher, Scheme(Bits(4, 3), "relu"), quantizers=LSQ).eval()
     batch = Batch((networks.images(8),), None, None)
     calibrate_(student, [batch], steps=1)

@@ -126,7 +126,7 @@ def test_sources_need_no_classes(name, tiny):
     recipe = {"paper": tiny, "zeroq": find_recipe("zeroq")}[name]
     if name == "zeroq":
         recipe = replace(recipe, source=replace(recipe.source, batch=4, iterations=2))
-    teacher = capture(networks.make("Segmenter"), networks.images(1))
+    teacher = networks.captured("Segmenter")
     for batch in recipe.source.stream(teacher, steps=2):
         assert batch.labels is None
         assert batch.teacher_logits is None

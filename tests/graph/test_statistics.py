@@ -34,8 +34,8 @@ def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(layers).mean()
 
 
-def test_loss_and_gradient_against_hooks(any_network):
-    network = StatisticsNetwork(capture(any_network, networks.images(1)))
+def test_loss_and_gradient_against_hooks(any_network, any_teacher):
+    network = StatisticsNetwork(any_teacher)
     x = networks.images(6).requires_grad_()
     logits, seen = network(x)
     assert torch.allclose(logits, any_network(x), atol=1e-5)

@@ -139,7 +139,7 @@ def test_patches_of_attentions_and_of_feature_maps(small):
     assert [operators.name_of(node) for node in nodes] == ["aten.matmul.default"] * 2
     value = torch.randn(2, 4, 17, 8)
     assert torch.equal(patches(nodes[0], value), value.flatten(0, 1))
-    residual = capture(networks.make("Residual"), networks.images(1))
+    residual = networks.captured("Residual")
     (node, *_) = patch_nodes(residual.network.graph)
     value = torch.randn(2, 8, 16, 16)
     taken = patches(node, value)

@@ -72,7 +72,7 @@ def test_channels_are_as_alike_as_asked():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return capture(networks.make("Residual"), networks.images(2))
+    return networks.captured("Residual")
 
 
 def test_the_images_come_near_the_statistics(teacher):

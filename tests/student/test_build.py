@@ -5,7 +5,7 @@ from torch import nn
 
 from gdfq.errors import GdfqError, UsageError
 from gdfq.functional.grid import Bits, dequantize
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.base import QuantizedTensor
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import LearnedWeight
@@ -18,8 +18,7 @@ from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 
-def calibrated(model: nn.Module, bits: str, placement: str) -> Student:
-    teacher = capture(model, networks.images(1))
+def calibrated(teacher: Captured, bits: str, placement: str) -> Student:
     student = build_student(teacher, Scheme(Bits.parse(bits), placement))
     images = networks.images(64)
     logits = teacher.network(images)
@@ -28,7 +27,7 @@ def calibrated(model: nn.Module, bits: str, placement: str) -> Student:
 
 
 def widths(name: str, placement: str) -> dict[str, int]:
-    teacher = capture(networks.make(name), networks.images(1))
+    teacher = networks.captured(name)
     chosen = activation_bits(teacher, Scheme(Bits(3, 4), placement))
     return {node.name: bits for node, bits in chosen.items()}
 
@@ -79,8 +78,10 @@ def test_full_placement_with_squeeze_and_excitation():
 
 
 @pytest.mark.parametrize("placement", ["relu", "full"])
-def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(any_network, placement):
-    student = calibrated(any_network, "w8a8", placement)
+def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(
+    any_network, any_teacher, placement
+):
+    student = calibrated(any_teacher, "w8a8", placement)
     x = networks.images(64)
     expected, got = any_network(x).detach(), student(x).detach()
     assert float((got - expected).norm() / expected.norm()) < 0.05
@@ -90,8 +91,8 @@ def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(any_networ
 
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a5", "w4a4"])
-def test_frozen_weights_are_the_students_weights(any_network, bits):
-    student = calibrated(any_network, bits, "relu")
+def test_frozen_weights_are_the_students_weights(any_teacher, bits):
+    student = calibrated(any_teacher, bits, "relu")
     # With activations exact, folding must agree to float rounding.
     for quantizer in student.activations:
         quantizer.bits = 8
@@ -134,7 +135,7 @@ def test_rescaling_keeps_codes_exact():
 
 
 def test_a_shared_convolution_gets_a_fold_for_each_norm():
-    frozen = freeze(calibrated(networks.make("Shared"), "w4a4", "relu"))
+    frozen = freeze(calibrated(networks.captured("Shared"), "w4a4", "relu"))
     names = [name for name, _ in frozen.named_buffers() if name.endswith(".codes")]
     assert len(names) == 4  # stem, conv twice, fc
 
@@ -165,7 +166,7 @@ def test_ranges_contain_zero():
 
 
 def test_ranges_stay_once_calibration_is_over():
-    student = calibrated(networks.make("Residual"), "w4a4", "full")
+    student = calibrated(networks.captured("Residual"), "w4a4", "full")
     before = [float(q.scale) for q in student.activations]
     student(networks.images(8) * 100)
     assert [float(q.scale) for q in student.activations] == before
@@ -213,20 +214,16 @@ def test_a_network_that_normalises_inside_keeps_eight_bits_to_its_first_layer():
 
 
 def test_bare_matrices_are_quantized_as_the_linear_layers_that_they_are():
-    frozen = freeze(calibrated(networks.make("Awkward"), "w2a8", "relu"))
+    frozen = freeze(calibrated(networks.captured("Awkward"), "w2a8", "relu"))
     codes = [name for name, _ in frozen.named_buffers() if name.endswith("codes")]
     assert len(codes) == 4  # convolution, product, linear with the same matrix, fc
 
 
 def test_a_norm_without_affine_parameters_gets_none_to_train():
-    student = build_student(
-        capture(networks.make("Awkward"), networks.images(1)), Scheme(Bits(4, 4), "relu")
-    )
+    student = build_student(networks.captured("Awkward"), Scheme(Bits(4, 4), "relu"))
     (norm,) = (m for m in student.modules() if isinstance(m, StudentBatchNorm))
     assert not list(norm.parameters())
-    other = build_student(
-        capture(networks.make("Residual"), networks.images(1)), Scheme(Bits(4, 4), "relu")
-    )
+    other = build_student(networks.captured("Residual"), Scheme(Bits(4, 4), "relu"))
     assert all(p.requires_grad for p in other.parameters())
 
 
@@ -275,7 +272,7 @@ def test_a_bias_that_depends_on_the_input_is_refused_at_once():
 
 
 def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
-    teacher = capture(networks.make("Residual"), networks.images(1))
+    teacher = networks.captured("Residual")
 
     def widths(placement, *keep):
         scheme = Scheme(Bits(4, 4), placement, tuple(map(LayerBits.parse, keep)))
@@ -293,7 +290,7 @@ def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
 
 
 def test_kept_layers_weights():
-    teacher = capture(networks.make("Branches"), networks.images(1))
+    teacher = networks.captured("Branches")
     keep = tuple(map(LayerBits.parse, ("first=float", "fc=8", "*=3")))
     student = build_student(teacher, Scheme(Bits(4, 4), "full", keep), quantizers=LSQ)
     bits = {
@@ -315,6 +312,6 @@ def test_kept_layers_weights():
     ],
 )
 def test_what_cannot_be_kept(keep, message):
-    teacher = capture(networks.make("Residual"), networks.images(1))
+    teacher = networks.captured("Residual")
     with pytest.raises(UsageError, match=message):
         build_student(teacher, Scheme(Bits(4, 4), "full", (LayerBits.parse(keep),)))

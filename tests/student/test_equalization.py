@@ -187,7 +187,7 @@ def test_only_what_keeps_channels_lets_factors_pass(modules, shape, scaled):
 
 
 def test_a_weight_that_is_used_twice_stays_one():
-    teacher = capture(networks.make("Shared"), networks.images(2))
+    teacher = networks.captured("Shared")
     equalized = equalize(teacher, T1, networks.images(16, seed=1))
     assert not {name for name in changed(teacher, equalized) if name.startswith("conv.weight")}
 
@@ -245,7 +245,7 @@ def test_a_scheme_that_fits_no_layer_is_told_before_images_are_made():
     heard = []
     with pytest.raises(UsageError, match="nosuchlayer"):
         gdfq.quantize(
-            networks.make("Residual"),
+            networks.captured("Residual"),
             networks.images(1),
             recipe="quick",
             layer_bits=["nosuchlayer=8"],

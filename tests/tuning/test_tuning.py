@@ -101,12 +101,12 @@ def test_labels_are_uniform(teacher):
     assert counts.sum() == 1000
 
 
-def test_a_longer_warm_up_leaves_the_student_alone(residual, tiny):
+def test_a_longer_warm_up_leaves_the_student_alone(teacher, tiny):
     import gdfq
 
     heard = []
     recipe = replace(tiny, calibration=2, warmup=6)
-    gdfq.quantize(residual, networks.images(1), "w4a4", recipe, listener=heard.append)
+    gdfq.quantize(teacher, networks.images(1), "w4a4", recipe, listener=heard.append)
     stages = [(step.stage, step.index) for step in heard]
     assert stages == [
         *(("calibrate", i) for i in (1, 2)),
