@@ -172,7 +172,8 @@ def test_what_has_no_patches_is_refused():
 def test_a_transformer_keeps_its_accuracy_at_eight_bits(tmp_path):
     training, held_out = demo.load_digits()
     recipe = find_recipe("patches").with_steps(60)
-    recipe = replace(recipe, source=replace(recipe.source, images=128))
+    source = replace(recipe.source.source, iterations=20)
+    recipe = replace(recipe, source=replace(recipe.source, source=source, images=64))
     quantized = gdfq.quantize(
         networks.trained_transformer(demo.PREPROCESSING(training.images), training.labels),
         ZEROS,

@@ -302,8 +302,9 @@ def test_a_feed_shows_its_first_batch_before_it_hands_it_out():
     feed = Feed(numbered(5), torch.device("cpu"))
     feed.begin()
     assert feed.taken == 0
-    assert feed.examples.shape == (32, 1)
-    assert feed.examples.eq(0).all()
+    (examples,) = feed.examples
+    assert examples.shape == (32, 1)
+    assert examples.eq(0).all()
     stopped = feed.state_dict()
     resumed = Feed(numbered(5), torch.device("cpu"))
     without_state = Feed(iter(list(numbered(5))), torch.device("cpu"))
