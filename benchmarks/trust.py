@@ -1,12 +1,12 @@
-"""Does the loss that is expected without data come true? Measured over many students.
+"""Compares the expected accuracy drop with the measured drop of many students.
 
-    python -m benchmarks.trust                     # every run that is not there yet, then the law
+    python -m benchmarks.trust                     # the missing runs, then the fit of the law
     python -m benchmarks.trust --networks digits   # only some networks' runs
 
-Students of several networks, widths, recipes and seeds are made, their drop of accuracy is
-measured on real test images, and beside it what `gdfq.analysis.accuracy_drop` sees without them. Nothing but this
-validation uses the test images. Each run is saved to benchmarks/results/trust.json as soon as it is
-done and is skipped when it is there; students are kept under benchmarks/cache.
+Students of several networks, bits, recipes and seeds are made. Their accuracy drop is measured on
+real test images, and the inputs of `gdfq.analysis.accuracy_drop` are measured without them. The
+test images are used for nothing else. Each run is saved to benchmarks/results/trust.json as soon as
+it has finished, and is skipped if it is there. Students are stored under benchmarks/cache.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The report in a real browser: what it shows a person at a desk and on a phone."""
+"""Report and comparison in a real browser, at the widths of a desktop and of a phone."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from gdfq.report.compare import compare
 
 pytestmark = pytest.mark.check
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-WIDTHS = (1280, 390)
+WIDTHS_PIXELS = (1280, 390)
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +34,31 @@ def pages(finished, tmp_path_factory):
     return {"report": gdfq.write_report(run), "comparison": place / "comparison.html"}
 
 
-@pytest.fixture(params=[(name, width) for name in ("report", "comparison") for width in WIDTHS])
+@pytest.fixture(
+    params=[(name, width) for name in ("report", "comparison") for width in WIDTHS_PIXELS]
+)
 def page(request, browser, pages):
-    """A page that is open, with what it said and asked for."""
+    """An open page, with its console messages and the URLs that it requested."""
     name, width = request.param
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
     opened = context.new_page()
-    opened.said, opened.asked = [], []
-    opened.on("console", lambda message: opened.said.append(message.text))
-    opened.on("pageerror", lambda error: opened.said.append(str(error)))
-    opened.on("request", lambda request: opened.asked.append(request.url))
+    opened.messages, opened.requests = [], []
+    opened.on("console", lambda message: opened.messages.append(message.text))
+    opened.on("pageerror", lambda error: opened.messages.append(str(error)))
+    opened.on("request", lambda request: opened.requests.append(request.url))
     opened.goto(pages[name].resolve().as_uri())
     yield opened
     context.close()
 
 
-def test_it_is_quiet_and_asks_for_nothing(page):
+def test_page_has_no_messages_and_no_requests(page):
     page.wait_for_load_state("networkidle")
-    assert page.said == []
-    asked = [url for url in page.asked if not url.startswith("data:")]
-    assert asked == [page.url]
+    assert page.messages == []
+    requests = [url for url in page.requests if not url.startswith("data:")]
+    assert requests == [page.url]
 
 
-def test_nothing_scrolls_sideways(page):
+def test_page_does_not_scroll_sideways(page):
     width, needed = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
     assert needed <= width
 
@@ -136,7 +138,7 @@ def test_dark_mode_changes_page_and_figures(page):
     assert not light(page.evaluate(colours)[0][0])
 
 
-def test_it_prints_light_on_few_pages(page, tmp_path):
+def test_page_prints_in_light_mode(page, tmp_path):
     page.locator("#theme").click()
     page.emulate_media(media="print")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
