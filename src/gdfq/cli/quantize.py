@@ -99,8 +99,7 @@ def quantize(
         }
         quantized = quantize_into(folder, config, plan, context, Outputs(onnx, report, tensorboard))
     if allocation := quantized.metrics.get("allocation"):
-        # Runs of version 0.1 that are resumed have "widths".
-        print_bits(allocation.get("bits") or allocation["widths"])
+        print_bits(allocation["bits"])
     print_run(read_run(out))
     if report:
         report_after(out)
