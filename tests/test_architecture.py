@@ -71,6 +71,12 @@ def test_every_module_has_a_layer() -> None:
     assert {layer_of(module) for module in MODULES} - {"__main__"} == set(LAYERS)
 
 
+def test_the_page_has_all_layers_in_order() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    table = page.partition("| layer |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.M) == LAYERS
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module: str) -> None:
     if layer_of(module) == "__main__":
