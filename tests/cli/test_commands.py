@@ -300,7 +300,7 @@ def test_export_and_bench(place, capsys):
     assert main(["export", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{out / 'student.onnx'}, " in printed
-    assert "100.0 % same answers on 32 extreme images" in printed
+    assert "100.0 % same predictions on 32 extreme images" in printed
     assert main(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
     assert main(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
     assert main(["bench", str(out), "--seconds", "0.01"]) == 0

@@ -232,7 +232,7 @@ def test_a_sweep_that_was_ended_goes_on(place):
     sweep.send_signal(signal.SIGTERM)
     _, said = sweep.communicate(timeout=300)
     assert sweep.returncode == 130
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     rows = json.loads((place / "sweep" / "sweep.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["waiting"]
     (place / "go").touch()

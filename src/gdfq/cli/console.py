@@ -16,7 +16,7 @@ from gdfq.report.wording import lost_or_gained, size_words, smaller
 def print_run(run: Run) -> None:
     """What a run gave, before and after, and its verdict in one sentence."""
     metrics = run.metrics
-    table = Table("", "before", "now", "")
+    table = Table("", "before", "after", "")
     before = number(metrics.get("float_bytes"))
     if run.file is not None and before is not None:
         _, size = run.file

@@ -32,7 +32,7 @@ def print_export(exported: Exported) -> None:
     """Say which file was written, how it compared with the network, and what to know of it."""
     click.echo(f"{'file':10}{exported.path}, {exported.bytes / 1024:.0f} KiB")
     for kind, parity in (("usual", exported.inside), ("extreme", exported.beyond)):
-        same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same answers "
+        same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same predictions "
         click.echo(
             f"{'parity':10}{same}on {parity.images} {kind} images; outputs differ by "
             f"{parity.max_difference:.2g} at most ({100 * parity.relative_error:.2g} %)"

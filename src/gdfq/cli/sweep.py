@@ -25,7 +25,7 @@ def sweep(file: Path, *, out: Path | None, jobs: int | None, threads: int) -> in
     try:
         rows = run_sweep(grid, out, home=file.parent, jobs=jobs, threads=threads, tell=tell)
     except KeyboardInterrupt:
-        click.secho(f"stopped; the same command goes on with {out}.", fg="yellow", err=True)
+        click.secho(f"stopped; the same command resumes {out}.", fg="yellow", err=True)
         return 130
     click.echo(f"\n{table(rows)}\n\n{'table':10}{out / TABLE_JSON}, {out / TABLE_CSV}")
     failed = [f"\n  {row.folder}: {row.error}" for row in rows if row.status != "finished"]

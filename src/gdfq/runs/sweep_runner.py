@@ -75,7 +75,7 @@ def run_sweep(
     cells = sweep.cells()
     rows = [_row(cell, out) for cell in cells]
     _write(sweep, rows, out)
-    # Those that began go on first.
+    # Runs that have started are resumed first.
     waiting = [i for i, row in enumerate(rows) if row.status != "finished"]
     waiting.sort(key=lambda i: not (out / cells[i].folder).exists())
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
