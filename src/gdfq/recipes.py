@@ -231,7 +231,7 @@ SYNQ = Recipe(
     placement="relu",
 )
 
-_EPOCH = 200  # iterations, in all published schedules
+_STEPS_PER_EPOCH = 200  # iterations, in all published schedules
 
 _GENERATOR = GeneratorSource(batch=200)
 _DISTILLATION = Distillation(SgdConfig(lr=1e-4))
@@ -240,9 +240,9 @@ PAPER = Recipe(
     name="paper",
     summary="GDFQ as published for CIFAR",
     source=_GENERATOR,
-    steps=400 * _EPOCH,
-    calibration=4 * _EPOCH,
-    warmup=4 * _EPOCH,
+    steps=400 * _STEPS_PER_EPOCH,
+    calibration=4 * _STEPS_PER_EPOCH,
+    warmup=4 * _STEPS_PER_EPOCH,
     tuning=_DISTILLATION,
     placement="relu",
 )
@@ -252,7 +252,7 @@ PAPER_IMAGENET = replace(
     name="paper-imagenet",
     summary="GDFQ as published for ImageNet",
     source=GeneratorSource(batch=16, conditioning="conditional-batch-norm"),
-    warmup=50 * _EPOCH,
+    warmup=50 * _STEPS_PER_EPOCH,
     tuning=Distillation(SgdConfig(lr=1e-6)),
 )
 

@@ -338,7 +338,7 @@ def test_recent_holds_the_last_images(monkeypatch):
     assert len(seen) == len(labels) == 256
     assert seen[0].unique().tolist() == [8]  # the newest first
     assert seen[:, 0, 0, 0].unique().tolist() == [6, 7, 8]
-    monkeypatch.setattr("gdfq.sources.recent._MAX_NUMBERS", 5 * 3 * 8 * 8)
+    monkeypatch.setattr("gdfq.sources.recent._MAX_ELEMENTS", 5 * 3 * 8 * 8)
     (few,), _ = recent.inputs()
     assert len(few) == 5  # fewer where images are large
 

@@ -8,7 +8,7 @@ from gdfq.functional.losses import batch_norm_statistics_loss
 from gdfq.functional.moments import moments
 from gdfq.graph.capture import capture
 from gdfq.graph.statistics import StatisticsNetwork
-from gdfq.sources.input_scale import remembered_input
+from gdfq.sources.input_scale import estimate_input_statistics
 
 
 def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_the_first_batch_norm_remembers_its_inputs():
     seen = mean.view(3, 1, 1) + 25 * noise
     torch.manual_seed(0)
     network = trained_on(seen, nn.Conv2d(3, 12, 3, padding=1))
-    found, deviation = remembered_input(capture(network, seen[:1]), noise)
+    found, deviation = estimate_input_statistics(capture(network, seen[:1]), noise)
     assert float(deviation) == pytest.approx(25, rel=0.01)
     assert torch.allclose(found, mean, atol=1.0)
 
@@ -93,7 +93,7 @@ def test_filters_of_zero_sum_say_nothing_of_the_mean():
         conv.weight -= conv.weight.mean((1, 2, 3), keepdim=True)
         conv.weight -= conv.weight.mean((2, 3), keepdim=True)
     network = trained_on(7 + 0.5 * noise, conv)
-    found, deviation = remembered_input(capture(network, noise[:1]), noise)
+    found, deviation = estimate_input_statistics(capture(network, noise[:1]), noise)
     assert float(deviation) == pytest.approx(0.5, rel=0.01)
     assert found.abs().max() < 1e-3
 
@@ -102,7 +102,7 @@ def test_a_network_that_remembers_nothing_gets_unit_inputs():
     noise = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     conv = nn.Conv2d(3, 12, 3, bias=False)
     nn.init.zeros_(conv.weight)
-    found, deviation = remembered_input(capture(trained_on(noise, conv), noise[:1]), noise)
+    found, deviation = estimate_input_statistics(capture(trained_on(noise, conv), noise[:1]), noise)
     assert found.tolist() == [0, 0, 0]
     assert float(deviation) == 1
 
@@ -118,7 +118,7 @@ def test_what_is_far_from_affine_is_not_trusted():
     torch.manual_seed(0)
     network = trained_on(noise, Squared(3, 12, 3))
     teacher = capture(network, noise[:1])
-    found, deviation = remembered_input(teacher, noise)
+    found, deviation = estimate_input_statistics(teacher, noise)
     assert found.tolist() == [0, 0, 0]
     assert float(deviation) == 1
 
@@ -131,5 +131,5 @@ def test_filters_that_are_nearly_dead_do_not_mislead(factor):
     with torch.no_grad():
         conv.weight[:9] *= factor
     network = trained_on(0.5 * noise, conv)
-    _, deviation = remembered_input(capture(network, noise[:1]), noise)
+    _, deviation = estimate_input_statistics(capture(network, noise[:1]), noise)
     assert float(deviation) == pytest.approx(0.5, rel=0.01)

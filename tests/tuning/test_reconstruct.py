@@ -132,7 +132,7 @@ def test_large_images_pass_in_parts_with_the_same_gradient(teacher, images, monk
     config = replace(FAST.tuning, features=0.0, optimizer=SgdConfig(lr=0.0))
     gradients, losses = [], []
     for number in (1000, at_once):
-        monkeypatch.setattr("gdfq.tuning.distill._FEATURE_BYTES", 4 * 8 * 64 * number)
+        monkeypatch.setattr("gdfq.tuning.distill._MAX_FEATURE_BYTES", 4 * 8 * 64 * number)
         student = student_of(teacher, images)
         tune_(student, teacher, [batch], config, first_step=0, total_steps=1, context=Context(listener=losses.append))  # fmt: skip
         gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.analysis.knapsack import allocate, check_budget
-from gdfq.deploy.onnx.sizes import WIDTHS, weight_sizes
+from gdfq.deploy.onnx.sizes import WEIGHT_BITS, weight_sizes
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Listener, Step, silent
@@ -208,7 +208,7 @@ def sensitivities(
         listener: Receives progress.
 
     Returns:
-        The loss by layer name and bits (`gdfq.deploy.onnx.sizes.WIDTHS`). With fewer bits it is
+        The loss by layer name and bits (`sizes.WEIGHT_BITS`). With fewer bits it is
         never smaller: a decrease is noise and is raised to the loss of more bits.
     """
     network = copy.deepcopy(teacher.network)
@@ -219,7 +219,7 @@ def sensitivities(
         weights = {queries.weight_name(node): queries.weight_layout(node) for node in nodes}
         originals = {weight: tensors[weight].clone() for weight in weights}
         costs[name], worst = {}, 0.0
-        for bits in sorted(WIDTHS, reverse=True):
+        for bits in sorted(WEIGHT_BITS, reverse=True):
             for weight, layout in weights.items():
                 grid = best_weight_grid(originals[weight], bits, *layout)
                 tensors[weight].copy_(fake_quantize(originals[weight], *grid, bits))
@@ -258,12 +258,12 @@ def onnx_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     nodes = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     bytes_by_node = dict(zip(nodes, weight_sizes(network, data), strict=True))
     sizes = {
-        name: {bits: sum(bytes_by_node[node][bits] for node in layer) for bits in WIDTHS}
+        name: {bits: sum(bytes_by_node[node][bits] for node in layer) for bits in WEIGHT_BITS}
         for name, layer in layers.items()
     }
     fixed = len(data) - sum(layer[scheme.bits.weights] for layer in sizes.values())
     for name, layer in sizes.items():
-        for bits in set(WIDTHS) - {scheme.bits.weights}:
+        for bits in set(WEIGHT_BITS) - {scheme.bits.weights}:
             layer[bits] += len(f" {LayerBits.exactly(name, bits)}".encode())
     return Sizes(fixed + _EXTRA_BYTES, sizes)
 

@@ -20,7 +20,7 @@ from gdfq.graph.blocks import with_features
 from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_images
 from gdfq.graph.statistics import StatisticsNetwork
-from gdfq.sources.input_scale import remembered_input
+from gdfq.sources.input_scale import estimate_input_statistics
 from gdfq.sources.spectral import SpectralSource, natural_noise
 
 _MAX_CLASSES, _IMAGES_PER_CLASS = 10, 4
@@ -43,7 +43,7 @@ class Distance:
     Attributes:
         name: The batch norm.
         synthetic: Distance of the synthetic (or given) images.
-        white: Distance of white noise with the network's input statistics (`remembered_input`).
+        white: Distance of white noise with the scale of `estimate_input_statistics`.
         natural: Distance of noise with these input statistics and the spectrum of natural images,
             1/f^1.5.
     """
@@ -249,7 +249,7 @@ def _noise(count: int, teacher: Captured) -> dict[str, Tensor]:
     noises = {"white": white.to(teacher.device), "natural": natural.to(teacher.device)}
     if not teacher.batch_norms:
         return noises
-    mean, deviation = remembered_input(teacher, noises["natural"][:_SCALE_IMAGES])
+    mean, deviation = estimate_input_statistics(teacher, noises["natural"][:_SCALE_IMAGES])
     mean = mean.view(-1, *[1] * (len(shape) - 1))
     return {kind: torch.addcmul(mean, noise, deviation) for kind, noise in noises.items()}
 

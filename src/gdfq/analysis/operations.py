@@ -14,7 +14,7 @@ def layer_operations(node: fx.Node, weight: Tensor) -> int:
     # Each output of a layer, and each input of a transposed convolution, is multiplied by the
     # other dimensions of the weight.
     counted = node if layout is Layout.ROWS else queries.input_of(node)
-    return queries.numbers_per_image(counted) * math.prod(weight.shape[1:])
+    return queries.elements_per_image(counted) * math.prod(weight.shape[1:])
 
 
 def product_operations(node: fx.Node) -> int:
@@ -22,4 +22,4 @@ def product_operations(node: fx.Node) -> int:
     if operators.name_of(node) not in operators.PRODUCTS:
         return 0
     left = queries.input_of(node)
-    return queries.numbers_per_image(node) * int(left.meta["val"].shape[-1])
+    return queries.elements_per_image(node) * int(left.meta["val"].shape[-1])

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from gdfq.analysis.float_operators import FloatOperators, find_float_operators
 from gdfq.analysis.operations import layer_operations, product_operations
 from gdfq.analysis.preflight_advice import MAX_NARROW_CHANNELS, preflight_advice
-from gdfq.deploy.onnx.sizes import WIDTHS
+from gdfq.deploy.onnx.sizes import WEIGHT_BITS
 from gdfq.errors import GdfqError
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -190,5 +190,5 @@ def _stored_bytes(layer: Layer) -> int:
     count = math.prod(layer.weight)
     if layer.bits is None:
         return 4 * count
-    container = min(bits for bits in WIDTHS if bits >= layer.bits)
+    container = min(bits for bits in WEIGHT_BITS if bits >= layer.bits)
     return -(-count * container // 8) + 9 * layer.weight[0]

@@ -15,7 +15,7 @@ from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import within
 
 BATCHES, THREADS = (1, 32), (1, 2)
-_FEWEST = 11
+_MIN_ROUNDS = 11
 """Rounds of every measurement, however long they take."""
 
 
@@ -77,10 +77,13 @@ def side_by_side(
         sessions = [onnx_session(file, count) for file in files]
         for batch in batches:
             feeds = [_feed(session, (batch, *shape)) for session in sessions]
-            yield [Timing(batch, count, *spread) for spread in _measured(sessions, feeds, seconds)]
+            yield [
+                Timing(batch, count, *spread)
+                for spread in _latency_quartiles(sessions, feeds, seconds)
+            ]
 
 
-_TYPES = ("tensor(float)", "tensor(uint8)")
+_INPUT_TYPES = ("tensor(float)", "tensor(uint8)")
 
 
 def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
@@ -95,7 +98,12 @@ def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any
             "Export it again."
         ) from error
     type, (batch, *rest) = found[0] if found and found[0][1] else ("nothing", (0,))
-    if len(found) != 1 or type not in _TYPES or isinstance(batch, int) or rest != [*shape[1:]]:
+    if (
+        len(found) != 1
+        or type not in _INPUT_TYPES
+        or isinstance(batch, int)
+        or rest != [*shape[1:]]
+    ):
         wanted = "x".join(map(str, ("N", *shape[1:])))
         raise UsageError(
             f"files that are compared must take one batch of images {wanted} of any size N, floats "
@@ -108,7 +116,7 @@ def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any
     return {names[0]: draw.standard_normal(shape, dtype=np.float32)}
 
 
-def _measured(
+def _latency_quartiles(
     sessions: Sequence[Any], feeds: Sequence[Mapping[str, Any]], seconds: float
 ) -> list[tuple[float, float, float]]:
     """Median, first and third quartile of each session's milliseconds, taken in turn."""
@@ -116,7 +124,7 @@ def _measured(
     for session, feed in zip(sessions, feeds, strict=True):
         run_once(session, None, feed)  # the first call allocates
     until = time.perf_counter() + seconds * len(sessions)
-    while time.perf_counter() < until or len(times[0]) < _FEWEST:
+    while time.perf_counter() < until or len(times[0]) < _MIN_ROUNDS:
         for session, feed, found in zip(sessions, feeds, times, strict=True):
             started = time.perf_counter()
             session.run(None, feed)

@@ -22,16 +22,16 @@ Sums in another order round some activations the other way, which moves the logi
 by a few percent; a lost clamp moves those of all (by 20 to 60 % where it was measured). Networks
 that are more sensitive are measured against themselves: see `is_equal`.
 """
-_NEAREST = 0.5 + 0.05
+_MAX_CODE_ERROR = 0.5 + 0.05
 """A code this far at most from the number that it stands for is the nearest, but for rounding.
 
 Sums in another order, and steps that were multiplied before, move it by less than 0.001.
 """
-_ROUNDED_SHARE, _ROUNDED = 0.01, 4
+_MAX_ROUNDED_SHARE, _MAX_ROUNDED_CODES = 0.01, 4
 """Of an activation's codes, this share and number may be others than the nearest."""
 FROM_EQUAL_CODES = 1e-3
 """Relative error of the outputs that floats can have from equal codes (1e-7 is usual)."""
-_TINY = 1e-12
+_MIN_NORM = 1e-12
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Parity:
             theirs = theirs.double().flatten(1)
             distance = ours.double().flatten(1) - theirs
             differences.append(float(distance.abs().max()))
-            overall.append(float(distance.norm() / theirs.norm().clamp_min(_TINY)))
-            by_image = distance.norm(dim=1) / theirs.norm(dim=1).clamp_min(_TINY)
+            overall.append(float(distance.norm() / theirs.norm().clamp_min(_MIN_NORM)))
+            by_image = distance.norm(dim=1) / theirs.norm(dim=1).clamp_min(_MIN_NORM)
             typical.append(float(by_image.median()))
         agreement = None
         if classes:
@@ -111,7 +111,7 @@ class CodesParity:
     @property
     def only_rounded(self) -> bool:
         """Whether rounding can explain what differs."""
-        return self.wrong <= _ROUNDED_SHARE or self.wrong * self.count <= _ROUNDED
+        return self.wrong <= _MAX_ROUNDED_SHARE or self.wrong * self.count <= _MAX_ROUNDED_CODES
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ class _OnGivenCodes(fx.Interpreter):
         codes = unsigned.reshape(x.shape) + lowest  # the file may flatten behind the quantizer
         differ = codes != grid.quantize(x, scale, zero_point, bits)
         unrounded = (x / scale + zero_point).clamp(lowest, highest)
-        wrong = differ & ~((codes - unrounded).abs() <= _NEAREST)
+        wrong = differ & ~((codes - unrounded).abs() <= _MAX_CODE_ERROR)
         shares = [float(mask.double().mean()) for mask in (differ, wrong)]
         self.parities.append(CodesParity(name, shares[0], shares[1], codes.numel()))
         return (codes - zero_point) * scale

@@ -85,7 +85,7 @@ def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
     session = onnx_session(data, precise=precise)
 
     def run(*inputs: Tensor) -> list[Tensor]:
-        return list(map(torch.from_numpy, run_once(session, None, _fed(session, inputs))))
+        return list(map(torch.from_numpy, run_once(session, None, _named_inputs(session, inputs))))
 
     return run
 
@@ -109,11 +109,11 @@ def onnx_values(
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
     session = onnx_session(model.SerializeToString(), precise=precise)
-    found = run_once(session, names, _fed(session, inputs))
+    found = run_once(session, names, _named_inputs(session, inputs))
     return dict(zip(names, found, strict=True))
 
 
-def _fed(session: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+def _named_inputs(session: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs in order, by the names that a session has for them."""
     names = [value.name for value in session.get_inputs()]
     return {name: tensor.contiguous().numpy() for name, tensor in zip(names, inputs, strict=True)}

@@ -128,14 +128,14 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[IntegerNetwor
             tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"])
         values, graph = document["card"], document["graph"]
         card = _card(_from_version_4(values) if version == 4 else values)
-    except (*_NOT_OURS, RecursionError) as error:
+    except (*_READ_ERRORS, RecursionError) as error:
         raise _damaged(name) from error
     network = IntegerNetwork(graph_from_json(graph, tensors))
     rehearse(network, card)
     return network, card
 
 
-_NOT_OURS = (LookupError, ValueError, TypeError, AttributeError, OverflowError)
+_READ_ERRORS = (LookupError, ValueError, TypeError, AttributeError, OverflowError)
 
 
 def digest(document: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ from gdfq.graph import operators
 from gdfq.graph.outputs import count_of, in_order
 from gdfq.student.integer_network import IntegerNetwork, check_quantizer
 
-_IMAGES = 2
+_BATCH_SIZE = 2
 """A batch of one could be taken for a dimension that is not there."""
 
 
@@ -28,7 +28,7 @@ def rehearse(network: IntegerNetwork, card: Card) -> None:
     """
     try:
         with torch.no_grad():
-            inputs = [spec.zeros(_IMAGES, "meta") for spec in card.inputs]
+            inputs = [spec.zeros(_BATCH_SIZE, "meta") for spec in card.inputs]
             outputs = in_order(_Rehearsal(network.module).run(*inputs))
             fits = all(isinstance(output, Tensor) and output.ndim for output in outputs)
             shapes = [list(output.shape) for output in outputs] if fits else []
@@ -36,9 +36,9 @@ def rehearse(network: IntegerNetwork, card: Card) -> None:
         raise _refused(first_line(error)) from error
     if not fits or len(outputs) != count_of(card.outputs):
         raise _refused(f"it has {len(outputs)} outputs, of which its card says others")
-    if any(shape[0] != _IMAGES for shape in shapes):
-        raise _refused(f"of {_IMAGES} images it makes {shapes}")
-    if card.classes is not None and shapes != [[_IMAGES, card.classes]]:
+    if any(shape[0] != _BATCH_SIZE for shape in shapes):
+        raise _refused(f"of {_BATCH_SIZE} images it makes {shapes}")
+    if card.classes is not None and shapes != [[_BATCH_SIZE, card.classes]]:
         raise _refused(f"it makes {shapes} for {card.classes} classes")
 
 
@@ -59,7 +59,7 @@ class _Rehearsal(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         check_quantizer(n)
         value = super().run_node(n)
-        if isinstance(value, Tensor) and math.prod(value.shape) > _IMAGES * TENSOR:
+        if isinstance(value, Tensor) and math.prod(value.shape) > _BATCH_SIZE * TENSOR:
             raise ValueError(f"{n.name!r} would have {list(value.shape)} numbers")
         if isinstance(value, Tensor) and n.op != "get_attr":
             n.meta["val"] = value  # what the memory budget asks for

@@ -23,7 +23,7 @@ from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
 
 MIN_BITS, MAX_BITS = 2, 8
-_INT8 = 127
+_MAX_INT8_CODE = 127
 """The largest magnitude of a symmetric code of 8 signed bits."""
 _MAX_BIAS_CODE = 2**30
 """Half the range of 32 signed bits: the other half is left for the sum of the products."""
@@ -106,13 +106,13 @@ def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     is widened: to contain 0, and at 8 bits, where only z = 0 leaves room, to [−m, m].
     """
     lowest, highest = code_bounds(bits)
-    if highest - lowest > _INT8:
+    if highest - lowest > _MAX_INT8_CODE:
         reach = torch.maximum(high.abs(), low.abs())
-        scale = reach / _INT8
+        scale = reach / _MAX_INT8_CODE
         scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
         return scale, torch.zeros_like(scale)
     scale, zero_point = affine_grid(low, high, bits)
-    fits = (lowest - zero_point >= -_INT8) & (highest - zero_point <= _INT8)
+    fits = (lowest - zero_point >= -_MAX_INT8_CODE) & (highest - zero_point <= _MAX_INT8_CODE)
     wide_scale, wide_zero_point = affine_grid(low.clamp(max=0), high.clamp(min=0), bits)
     return torch.where(fits, scale, wide_scale), torch.where(fits, zero_point, wide_zero_point)
 

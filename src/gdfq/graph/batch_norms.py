@@ -67,7 +67,7 @@ def is_batch_norm(node: fx.Node) -> bool:
     return operators.name_of(node) == operators.BATCH_NORM
 
 
-def batch_norm_behind(
+def batch_norm_after(
     node: fx.Node, is_norm: Callable[[fx.Node], bool] = is_batch_norm
 ) -> fx.Node | None:
     """The batch norm that folds into a layer: its only user, along the channels of its output.
@@ -94,7 +94,7 @@ def fold_batch_norms(teacher: Captured) -> Captured:
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         if is_batch_norm(node):
             layer = queries.input_of(node)
-            if batch_norm_behind(layer) is not node or not _is_constant(layer):
+            if batch_norm_after(layer) is not node or not _is_constant(layer):
                 return None
             scale, shift = batch_norm_of(teacher, node).scale_and_shift()
             _rescale_(copy[layer], scale, shift, tensors)

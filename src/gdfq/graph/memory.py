@@ -23,7 +23,7 @@ def tensor_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
             found[node] = max((found.get(source, 0) for source in node.all_input_nodes), default=0)
         elif node.op in {"placeholder", "call_function"} and isinstance(value, Tensor):
             count = math.prod(map(int, value.shape))
-            found[node] = count * _bytes_per_number(value.dtype) // images
+            found[node] = count * _bytes_per_element(value.dtype) // images
     return found
 
 
@@ -95,5 +95,5 @@ def _batch_size(graph: fx.Graph) -> int:
     return sizes[0] if sizes else 1
 
 
-def _bytes_per_number(dtype: torch.dtype) -> int:
+def _bytes_per_element(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()

@@ -16,7 +16,7 @@ from gdfq.graph import operators
 from gdfq.graph.operators import name_of
 from gdfq.graph.tensors import tensors_of
 
-_MAX_NUMBERS = 2**24
+_MAX_ELEMENTS = 2**24
 """Numbers in a tensor of 64 MiB."""
 
 
@@ -138,7 +138,7 @@ def is_batch_size(node: fx.Node) -> bool:
     return name_of(node) == operators.BATCH_SIZE and bool(node.args[1] == 0)
 
 
-def numbers_per_image(node: fx.Node) -> int:
+def elements_per_image(node: fx.Node) -> int:
     """How many numbers a tensor holds for one entry of the batch, wherever that dimension is."""
     first = inputs(node.graph)[0]
     count = math.prod(map(int, node.meta["val"].shape))
@@ -148,7 +148,7 @@ def numbers_per_image(node: fx.Node) -> int:
 def images_at_once(network: fx.GraphModule) -> int:
     """How many images pass a teacher's network with no tensor of more than 64 MiB."""
     activations = filter(is_activation, network.graph.nodes)
-    return max(1, _MAX_NUMBERS // max(map(numbers_per_image, activations)))
+    return max(1, _MAX_ELEMENTS // max(map(elements_per_image, activations)))
 
 
 def is_rectifier(node: fx.Node) -> bool:

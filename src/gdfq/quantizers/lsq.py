@@ -25,12 +25,12 @@ from gdfq.functional.losses import inner
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.quantizers.recompute import mark_recomputable
 
-_SHRINKS, _COARSE = 80, 5
+_CANDIDATE_COUNT, _COARSE_STRIDE = 80, 5
 """Number of candidate ranges: the full one times 1, 0.99, 0.98, ...; and the stride of the coarse
 search, which comes first for weights."""
-_CHUNK = 2**16
+_CHUNK_ELEMENTS = 2**16
 """Numbers that are rounded together: they stay in the cache."""
-_SAMPLE, _CHANNEL_SAMPLE = 2**17, 2**12
+_SAMPLE_ELEMENTS, _CHANNEL_SAMPLE_ELEMENTS = 2**17, 2**12
 """Values of an activation, and of one of its channels, that a range search uses."""
 
 
@@ -134,7 +134,7 @@ def best_weight_grid(
             best = torch.where(better, ends[0], best[0]), torch.where(better, ends[1], best[1])
         return best
 
-    shrinks = [1 - i / 100 for i in range(0, _SHRINKS, _COARSE)]
+    shrinks = [1 - i / 100 for i in range(0, _CANDIDATE_COUNT, _COARSE_STRIDE)]
     coarse = best_of(
         (a * low, b * high)
         for shrink in shrinks
@@ -145,7 +145,8 @@ def best_weight_grid(
     low_share = torch.where((coarse[0] != low) | whole, low / 100, 0)
     high_share = torch.where((coarse[1] != high) | whole, high / 100, 0)
     fine = best_of(
-        (coarse[0] + i * low_share, coarse[1] + i * high_share) for i in range(1 - _COARSE, _COARSE)
+        (coarse[0] + i * low_share, coarse[1] + i * high_share)
+        for i in range(1 - _COARSE_STRIDE, _COARSE_STRIDE)
     )
     return weight_grid(*fine, bits)
 
@@ -169,7 +170,7 @@ def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def best_range_of_parts(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
     """`best_range` of a batch in parts [n, ...]: the same numbers, without the whole batch."""
-    stride = _stride(sum(part.numel() for part in parts), _SAMPLE)
+    stride = _stride(sum(part.numel() for part in parts), _SAMPLE_ELEMENTS)
     samples, lows, highs, passed = [], [], [], 0
     for part in parts:
         flat = part.flatten()
@@ -186,9 +187,9 @@ def best_range_of_parts(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Ten
 def scales_of_channels(x: Tensor, bits: int) -> Tensor:
     """Return the scale of `best_range` for each channel of x [N, C, *] alone, within 5 %: [C]."""
     rows = x.transpose(0, 1).flatten(1)
-    sample = rows[:, :: _stride(rows.shape[1], _CHANNEL_SAMPLE)]
+    sample = rows[:, :: _stride(rows.shape[1], _CHANNEL_SAMPLE_ELEMENTS)]
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    return _best_ranges(sample, low, high, bits, every=_COARSE)[0].view(-1)
+    return _best_ranges(sample, low, high, bits, every=_COARSE_STRIDE)[0].view(-1)
 
 
 def _stride(numbers: int, most: int) -> int:
@@ -209,7 +210,7 @@ def _best_ranges(
     low, high = low.clamp(max=0), high.clamp(min=0)
     least = torch.full_like(low, torch.inf)
     best = affine_grid(low, high, bits)
-    for i in range(0, _SHRINKS, every):
+    for i in range(0, _CANDIDATE_COUNT, every):
         grid = affine_grid(low * (1 - i / 100), high * (1 - i / 100), bits)
         errors = (fake_quantize(sample, *grid, bits) - sample).square().mean(1, keepdim=True)
         better = errors < least
@@ -252,7 +253,7 @@ def _on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     parts = [(x, quantized)]
     if x.device.type == "cpu" and x.permute(order).is_contiguous():
-        whole = (tensor.permute(order).view(-1).split(_CHUNK) for tensor in (x, quantized))
+        whole = (tensor.permute(order).view(-1).split(_CHUNK_ELEMENTS) for tensor in (x, quantized))
         parts = list(zip(*whole, strict=True))
     for old, new in parts:
         torch.div(old, scale, out=new).round_().clamp_(low, high).mul_(scale)

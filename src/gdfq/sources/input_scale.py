@@ -37,7 +37,7 @@ for instance because they sum to 0."""
 
 
 @torch.no_grad()
-def remembered_input(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
+def estimate_input_statistics(teacher: Captured, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the inputs that the first batch norm learned from.
 
     Normalised inputs need not have mean 0 and deviation 1: with mean and std 0.5 they have about

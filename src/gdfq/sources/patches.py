@@ -27,7 +27,7 @@ from gdfq.sources.input_scale import InputStatistics
 from gdfq.sources.spectral import spectral_batches
 from gdfq.sources.stream import Stream
 
-_PATCHES = 64
+_MAX_PATCHES = 64
 """Patches that are compared: an even choice of them, where there are more."""
 
 
@@ -120,4 +120,4 @@ def patches(node: fx.Node, feature: Tensor) -> Tensor:
     """
     is_map = feature.ndim > 3 and operators.name_of(node) not in operators.PRODUCTS
     found = feature.flatten(2).transpose(1, 2) if is_map else feature.flatten(0, -3)
-    return found[:, :: -(-found.shape[1] // _PATCHES)]
+    return found[:, :: -(-found.shape[1] // _MAX_PATCHES)]

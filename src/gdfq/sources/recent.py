@@ -11,7 +11,7 @@ from torch import Tensor
 from gdfq.files.states import Frozen
 from gdfq.sources.base import Batch, first_inputs
 
-IMAGES, _MAX_NUMBERS = 256, 2**24
+IMAGES, _MAX_ELEMENTS = 256, 2**24
 """Images that are kept, and the numbers that they may have in all (64 MiB: 111 images of
 3x224x224)."""
 
@@ -26,7 +26,7 @@ class Recent:
     def see_(self, batch: Batch) -> None:
         """Keep a batch, and drop those that are no longer needed."""
         self._batches.append(batch)
-        while sum(len(kept) for kept in self._batches) - len(self._batches[0]) >= _enough(
+        while sum(len(kept) for kept in self._batches) - len(self._batches[0]) >= _max_images(
             batch.inputs
         ):
             self._batches.popleft()
@@ -38,7 +38,7 @@ class Recent:
         """
         if not self._batches:
             return None
-        return first_inputs(_enough(self._batches[-1].inputs), reversed(self._batches))
+        return first_inputs(_max_images(self._batches[-1].inputs), reversed(self._batches))
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": [vars(batch) for batch in self._batches]}
@@ -48,6 +48,6 @@ class Recent:
         self._batches = deque(Batch(**values) for values in found)
 
 
-def _enough(inputs: Sequence[Tensor]) -> int:
+def _max_images(inputs: Sequence[Tensor]) -> int:
     numbers = sum(prod(tensor.shape[1:]) for tensor in inputs)
-    return max(1, min(IMAGES, _MAX_NUMBERS // numbers))
+    return max(1, min(IMAGES, _MAX_ELEMENTS // numbers))

@@ -26,7 +26,7 @@ from gdfq.graph.capture import Captured
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig, Cosine, set_rate_
 from gdfq.sources.base import Batch, Source, labels_in_turn
-from gdfq.sources.input_scale import InputStatistics, remembered_input
+from gdfq.sources.input_scale import InputStatistics, estimate_input_statistics
 from gdfq.sources.stream import InTurn, Stream
 
 
@@ -36,7 +36,7 @@ class SpectralSource(Source):
     """Images whose spectra are optimised against the batch-norm statistics of the teacher.
 
     Each batch follows Adam on `relative_statistics_loss` over all batch norms and the input, whose
-    target is `remembered_input`, plus, for a network with classes, `class_weight` times
+    target is `estimate_input_statistics`, plus, for a network with classes, `class_weight` times
     `focal_loss` to labels that cover the classes in turn.
 
     Attributes:
@@ -100,7 +100,7 @@ class SpectralSource(Source):
         """Return the statistics that all images should have: those that the teacher remembers."""
         draw = random_stream(seed, "spectral.input")
         noise = natural_noise(_NOISE_IMAGES, teacher.input_shape, self, draw).to(teacher.device)
-        return InputStatistics(*remembered_input(teacher, noise), self.contrast)
+        return InputStatistics(*estimate_input_statistics(teacher, noise), self.contrast)
 
 
 _NOISE_IMAGES = 32

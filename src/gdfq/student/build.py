@@ -147,9 +147,9 @@ def build_student(
         UsageError: The scheme finds no weight or no activation to quantize.
     """
     teacher = quantizers.prepared(teacher)
-    widths = activation_bits(teacher, scheme)
+    bits_of = activation_bits(teacher, scheme)
     weights = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
-    _check_quantizable(teacher, scheme, weights, widths)
+    _check_quantizable(teacher, scheme, weights, bits_of)
     teacher_tensors = tensors_of(teacher.network)
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
     learned: dict[int, WeightQuantizer] = {}
@@ -192,9 +192,9 @@ def build_student(
             new = batch_norm(copy, node)
         else:
             new = layer(copy, node) if node in weights else copy.of(node)
-        if node not in widths:
+        if node not in bits_of:
             return new
-        activation = quantizers.activation(widths[node])
+        activation = quantizers.activation(bits_of[node])
         unquantized[node] = new
         return call(copy, ACTIVATION, node.name, activation, new)
 
@@ -215,14 +215,14 @@ def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily)
 
 
 def _check_quantizable(
-    teacher: Captured, scheme: Scheme, weights: dict[fx.Node, int], widths: dict[fx.Node, int]
+    teacher: Captured, scheme: Scheme, weights: dict[fx.Node, int], bits_of: dict[fx.Node, int]
 ) -> None:
     if not weights:
         raise UsageError(
             "there must be a convolution or linear layer to quantize; this network has none"
             f"{' but those that stay float' if scheme.layer_bits else ''}."
         )
-    if not widths:
+    if not bits_of:
         raise UsageError(
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, of which this network "
             "has none to quantize: its activations would stay float. Use placement 'full'."

@@ -25,9 +25,9 @@ from gdfq.quantizers.lsq import best_range, scales_of_channels
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
-_SHARE = 0.5
+_NEXT_WEIGHT_SHARE = 0.5
 """Of the differences between channels, as logarithms, that go into the next weights."""
-_LIMIT = 8.0
+_MAX_FACTOR = 8.0
 """Greatest factor: channels that hardly ever speak would ask for any."""
 
 
@@ -44,9 +44,9 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
     """
     teacher = fold_batch_norms(teacher)
     ties = _ties(teacher.network.graph)
-    asked = _Asked(teacher.network, activation_bits(teacher, scheme), ties)
-    asked.run(*inputs)
-    return {node.name: asked.scale(top) for node, top in ties.items() if top in asked.found}
+    recorder = _ChannelRatios(teacher.network, activation_bits(teacher, scheme), ties)
+    recorder.run(*inputs)
+    return {node.name: recorder.scale(top) for node, top in ties.items() if top in recorder.found}
 
 
 @torch.no_grad()
@@ -74,23 +74,23 @@ def rescaled(teacher: Captured, scales: Mapping[str, Tensor]) -> Captured:
     return replace(teacher, network=flat_module(graph, tensors))
 
 
-class _Asked(fx.Interpreter):
+class _ChannelRatios(fx.Interpreter):
     """Runs a network and notes by how much, as logarithms, channels differ from their tensor."""
 
     def __init__(
         self,
         network: fx.GraphModule,
-        widths: Mapping[fx.Node, int],
+        bits_of: Mapping[fx.Node, int],
         ties: Mapping[fx.Node, fx.Node],
     ) -> None:
         super().__init__(network)
-        self.widths, self.ties = widths, ties
+        self.bits_of, self.ties = bits_of, ties
         self.found: dict[fx.Node, list[Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.widths and n in self.ties:
-            bits = self.widths[n]
+        if n in self.bits_of and n in self.ties:
+            bits = self.bits_of[n]
             apart = (scales_of_channels(value, bits) / best_range(value, bits)[0]).log()
             silent = value.transpose(0, 1).flatten(1).abs().amax(1) == 0
             apart.masked_fill_(silent, 0.0)
@@ -99,8 +99,8 @@ class _Asked(fx.Interpreter):
 
     def scale(self, top: fx.Node) -> Tensor:
         """What each channel [C] is divided by."""
-        apart = _SHARE * torch.stack(self.found[top]).mean(0)
-        return apart.clamp(-math.log(_LIMIT), math.log(_LIMIT)).exp()
+        apart = _NEXT_WEIGHT_SHARE * torch.stack(self.found[top]).mean(0)
+        return apart.clamp(-math.log(_MAX_FACTOR), math.log(_MAX_FACTOR)).exp()
 
 
 def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

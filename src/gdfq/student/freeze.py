@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from gdfq.errors import GdfqError
 from gdfq.functional.grid import Layout, quantize_bias, room_for_bias
 from gdfq.graph import operators, queries
-from gdfq.graph.batch_norms import batch_norm_behind
+from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.student.build import ACTIVATION, Student, StudentBatchNorm
@@ -56,16 +56,16 @@ class _Freezer:
                 self.new[node] = self._activation(node, module)
             elif isinstance(module, StudentBatchNorm):
                 (x,) = node.all_input_nodes
-                folded = self._norm_behind(x) is module
+                folded = self._norm_after(x) is module
                 self.new[node] = self.new[x] if folded else self._norm(node, module)
             elif self._weight_quantizer(node) is not None:
                 self.new[node] = self._layer(node)
             else:
-                self.new[node] = self.graph.node_copy(node, self._get)
+                self.new[node] = self.graph.node_copy(node, self._mapped)
         self.graph.eliminate_dead_code()
         return flat_module(self.graph, self.tensors)
 
-    def _get(self, node: fx.Node) -> fx.Node:
+    def _mapped(self, node: fx.Node) -> fx.Node:
         """The frozen graph's node for a node of the student's."""
         if node not in self.new and node.op == "get_attr":
             name = str(node.target)
@@ -94,11 +94,11 @@ class _Freezer:
         module = self._module(node.args[1]) if len(node.args) > 1 else None
         return module if isinstance(module, WeightQuantizer) else None
 
-    def _norm_behind(self, node: fx.Node) -> StudentBatchNorm | None:
+    def _norm_after(self, node: fx.Node) -> StudentBatchNorm | None:
         """The batch norm that folds into a layer: its only user."""
         if self._weight_quantizer(node) is None:
             return None
-        norm = batch_norm_behind(node, lambda n: isinstance(self._module(n), StudentBatchNorm))
+        norm = batch_norm_after(node, lambda n: isinstance(self._module(n), StudentBatchNorm))
         module = self._module(norm)
         return module if isinstance(module, StudentBatchNorm) else None
 
@@ -135,12 +135,12 @@ class _Freezer:
         name = str(weight_node.args[0].target)
         weight = quantizer.quantized(self.source_tensors[name])
         bias = None if bias_node is None else self.source_tensors[str(bias_node.target)]
-        norm = self._norm_behind(node)
+        norm = self._norm_after(node)
         if norm is not None:
             scale, shift = norm.current().scale_and_shift()
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
-        x = self._get(x)
+        x = self._mapped(x)
         input_scale = self._input_scale(x, quantizer)
         if input_scale is not None and bias is not None:
             room = room_for_bias(bias, self.tensors[str(input_scale.target)], weight.scale)
@@ -160,7 +160,7 @@ class _Freezer:
             )
         elif bias is not None:
             new_bias = self._constant(f"{base}.bias", bias)
-        rest, keywords = fx.node.map_arg((rest, node.kwargs), self._get)
+        rest, keywords = fx.node.map_arg((rest, node.kwargs), self._mapped)
         function: Any = node.target
         return self.graph.call_function(function, (x, dequantized, new_bias, *rest), keywords)
 

@@ -3,7 +3,7 @@
 from torch import fx
 
 from gdfq.graph import operators, queries
-from gdfq.graph.batch_norms import batch_norm_behind
+from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.capture import Captured
 from gdfq.student.scheme import Scheme
 
@@ -17,8 +17,8 @@ def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     nodes = list(teacher.network.graph.nodes)
     layers = list(filter(queries.has_weight, nodes))
     weight_bits = scheme.weight_bits(layers)
-    widths = dict.fromkeys(layers, None) | weight_bits
-    kept = {layer: bits for layer, bits in widths.items() if bits != scheme.bits.weights}
+    bits_of = dict.fromkeys(layers, None) | weight_bits
+    kept = {layer: bits for layer, bits in bits_of.items() if bits != scheme.bits.weights}
     if scheme.placement == "relu":
         found = {n: scheme.bits.activations for n in nodes if queries.is_rectifier(n)}
     else:
@@ -26,11 +26,11 @@ def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     for node in list(found):
         entered = _entered(node)
         if entered and all(layer in kept for layer in entered):
-            wanted = [kept[layer] for layer in entered]
-            if all(bits is None for bits in wanted):
+            reader_bits = [kept[layer] for layer in entered]
+            if all(bits is None for bits in reader_bits):
                 del found[node]
-            elif None not in wanted:
-                found[node] = max(found[node], *(bits for bits in wanted if bits is not None))
+            elif None not in reader_bits:
+                found[node] = max(found[node], *(bits for bits in reader_bits if bits is not None))
     return found
 
 
@@ -38,7 +38,7 @@ def _full_placement(
     nodes: list[fx.Node], scheme: Scheme, floats: set[fx.Node]
 ) -> dict[fx.Node, int]:
     tail = shapes_outputs(nodes)
-    wanted = {
+    quantized = {
         queries.grid_source(source)
         for node in nodes
         if operators.name_of(node) in operators.INTEGER_CONSUMERS
@@ -48,7 +48,7 @@ def _full_placement(
         if queries.is_activation(source)
     }
     weighted = [node for node in nodes if operators.name_of(node) in operators.WEIGHTED]
-    wanted |= {
+    quantized |= {
         _after_batch_norm(node)
         for node in weighted
         if node not in floats
@@ -63,7 +63,7 @@ def _full_placement(
     return {
         node: _SIGNAL_BITS if node in signals else scheme.bits.activations
         for node in nodes
-        if node in wanted
+        if node in quantized
     }
 
 
@@ -96,7 +96,7 @@ def _entered(node: fx.Node) -> list[fx.Node | None]:
 
 def _after_batch_norm(node: fx.Node) -> fx.Node:
     """The batch norm that alone follows the node and will be folded into it, or the node."""
-    return batch_norm_behind(node) or node
+    return batch_norm_after(node) or node
 
 
 def _feeds_rectifier_only(node: fx.Node) -> bool:

@@ -209,22 +209,22 @@ def tune_(
     student.eval()
 
 
-_FEATURE_BYTES = 2**24
+_MAX_FEATURE_BYTES = 2**24
 """A feature map of at most this size: larger ones leave the cache, and cost fresh memory."""
 
 
-_NETWORKS = 2
+_NETWORK_COUNT = 2
 """Whose activations are held: the student saves its own, rounded and not, beside the teacher's."""
 
 
 def _images_at_once(teacher: Captured, memory: MemoryBudget) -> int:
     """How many images go through the networks together; gradients add up over the rest."""
-    fits = memory.images(_NETWORKS * training_bytes(teacher.network.graph), teacher.device)
+    fits = memory.images(_NETWORK_COUNT * training_bytes(teacher.network.graph), teacher.device)
     if teacher.device.type != "cpu":
         return fits
     activations = filter(queries.is_activation, teacher.network.graph.nodes)
-    largest = max(map(queries.numbers_per_image, activations))
-    return min(fits, max(1, _FEATURE_BYTES // (4 * largest)))
+    largest = max(map(queries.elements_per_image, activations))
+    return min(fits, max(1, _MAX_FEATURE_BYTES // (4 * largest)))
 
 
 def _predictors(

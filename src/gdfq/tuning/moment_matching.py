@@ -43,7 +43,7 @@ def match_moments_(
             for the rounding of sums.
     """
     numbers = sum(math.prod(tensor.shape[1:]) for tensor in inputs)
-    used = tuple(tensor[: max(1, _MAX_NUMBERS // numbers)] for tensor in inputs)
+    used = tuple(tensor[: max(1, _MAX_ELEMENTS // numbers)] for tensor in inputs)
     network = fold_batch_norms(teacher).network
     at_once = part_images(network.graph, len(used[0]), memory, used[0].device)
     parts = split_inputs(used, at_once)
@@ -52,7 +52,7 @@ def match_moments_(
     _MatchMoments(student.network, targets.moments).run_parts(parts)
 
 
-_MAX_NUMBERS = 2**24
+_MAX_ELEMENTS = 2**24
 """Of the images whose moments are matched."""
 _MIN_SAMPLES = 32
 """Values of a channel that a standard deviation needs."""

@@ -141,7 +141,7 @@ def reconstruct_(
     total = updates * len(student_blocks)
     at_once = min(_MAX_IMAGES, forward_images(network.graph, context.memory, teacher.device))
     place = context.checkpointer.register(
-        "reconstruction", _Place(random_stream(context.seed, "reconstruct.draw"))
+        "reconstruction", _Progress(random_stream(context.seed, "reconstruct.draw"))
     )
     finished: set[nn.Parameter] = set()
     for index, (block, goal) in enumerate(zip(student_blocks, blocks(network, ends), strict=True)):
@@ -160,7 +160,7 @@ def reconstruct_(
     student.requires_grad_(True)
 
 
-class _Place:
+class _Progress:
     """Progress of a reconstruction: block, update and optimizer."""
 
     def __init__(self, draw: torch.Generator) -> None:
@@ -198,7 +198,7 @@ def _updates(
     config: Reconstruction,
     updates: int,
     optimizer: torch.optim.Optimizer,
-    place: _Place,
+    place: _Progress,
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Train one block from its place on.
 

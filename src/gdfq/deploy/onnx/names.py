@@ -8,8 +8,8 @@ import onnx_ir as ir
 from gdfq.functional.grid import MAX_BITS
 from gdfq.student.integer_network import ActivationGrid
 
-_OF_CONSTANTS = re.compile(r"\.(weight|bias)\.")
-_OWN = ("codes.", "float.", "val_", "min_val", "max_val")
+_CONSTANT_NAME = re.compile(r"\.(weight|bias)\.")
+_GENERATED_PREFIXES = ("codes.", "float.", "val_", "min_val", "max_val")
 """Constants that say nothing about the nodes they enter: ours, and the exporter's."""
 _SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq"}
 
@@ -32,7 +32,7 @@ def rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
             unique = f"{name}_{count}"
         names = [unique] if len(node.outputs) == 1 else _numbered(unique, len(node.outputs))
         taken |= {unique, *names}
-        node.name = None if _OF_CONSTANTS.search(name) else unique
+        node.name = None if _CONSTANT_NAME.search(name) else unique
         for value, new in zip(node.outputs, names, strict=True):
             if not value.is_graph_output():
                 value.name = new
@@ -63,7 +63,11 @@ def _title(node: ir.Node) -> str:
     if of_weight:
         return layer
     for value in node.inputs:
-        if value is not None and value.is_initializer() and not str(value.name).startswith(_OWN):
+        if (
+            value is not None
+            and value.is_initializer()
+            and not str(value.name).startswith(_GENERATED_PREFIXES)
+        ):
             return re.sub(r"[._](scale|zero|zero_point)$", "", str(value.name)) + f".{kind}"
     if names and names[0].endswith(".q"):
         return names[0].removesuffix("q") + kind

@@ -27,7 +27,7 @@ def pool_globally(graph: ir.Graph) -> None:
         rank = None if x.shape is None else x.shape.rank()
         if rank is None or rank < 3:
             continue
-        averaged = {axis % rank for axis in numbers_of(axes).reshape(-1).tolist()}
+        averaged = {axis % rank for axis in constant_values(axes).reshape(-1).tolist()}
         if averaged != {*range(2, rank)}:
             continue
         pooled = ir.node("GlobalAveragePool", [x])
@@ -54,7 +54,7 @@ def _flatten(node: ir.Node) -> ir.Node:
     return ir.node("Flatten", [node.outputs[0]], {"axis": 1})
 
 
-_MOVES_NUMBERS = frozenset(
+_GRID_PRESERVING = frozenset(
     {
         *("Expand", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze"),
         *("Transpose", "Unsqueeze"),
@@ -65,18 +65,18 @@ _MOVES_NUMBERS = frozenset(
 def keep_codes(graph: ir.Graph) -> None:
     """Let operators that only move numbers move codes: what follows then reads integers."""
     for node in list(graph):
-        if node.op_type not in _MOVES_NUMBERS:
+        if node.op_type not in _GRID_PRESERVING:
             continue
         first, *others = inputs_of(node)
         dequantize = first.producer()
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
         codes, scale, *zero_points = inputs_of(dequantize)
-        if not zero_points or numbers_of(zero_points[0]).dtype != np.uint8:
+        if not zero_points or constant_values(zero_points[0]).dtype != np.uint8:
             continue  # a weight
         (zero_point,) = zero_points
         if node.op_type == "Pad" and _mode(node) == "constant":
-            if len(others) > 1 and others[1] is not None and numbers_of(others[1]).any():
+            if len(others) > 1 and others[1] is not None and constant_values(others[1]).any():
                 continue  # what it pads with need not lie on the grid
             others[1:2] = [zero_point]
         count = len(node.outputs)
@@ -107,7 +107,7 @@ def keep_float(graph: ir.Graph) -> None:
         ):
             low, high = (
                 ir.Value(name=name, const_value=ir.tensor(bound, name=name))
-                for name, bound in zip(("float.low", "float.high"), _FLOATS, strict=True)
+                for name, bound in zip(("float.low", "float.high"), _FLOAT32_RANGE, strict=True)
             )
             for value in (low, high):
                 if value.name not in graph.initializers:
@@ -119,7 +119,7 @@ def keep_float(graph: ir.Graph) -> None:
 
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_FLOATS = (np.finfo(np.float32).min, np.finfo(np.float32).max)
+_FLOAT32_RANGE = (np.finfo(np.float32).min, np.finfo(np.float32).max)
 
 
 def _mode(pad: ir.Node) -> str:
@@ -164,7 +164,7 @@ def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> No
     graph.remove(node, safe=True)
 
 
-def numbers_of(value: ir.Value | None) -> np.ndarray[Any, Any]:
+def constant_values(value: ir.Value | None) -> np.ndarray[Any, Any]:
     """The numbers of a constant."""
     if value is None or value.const_value is None:
         raise GdfqError("the quantization constants must be known at export; one is computed.")

@@ -12,12 +12,12 @@ PACKED = {
     4: (ir.DataType.INT4, ml_dtypes.int4),
 }
 """Types of weights' codes on disk, by bits; the others are INT8."""
-WIDTHS = (2, 4, 8)
+WEIGHT_BITS = (2, 4, 8)
 """The widths that fill their type: any other takes as much of a file as the next one of these."""
 
 
 def weight_sizes(network: IntegerNetwork, data: bytes) -> list[dict[int, int]]:
-    """Bytes of the file that each weight takes at each of WIDTHS, for weights of 4 bits.
+    """Bytes of the file that each weight takes at each of WEIGHT_BITS, for weights of 4 bits.
 
     network: the frozen network that `to_onnx` made `data` of; weights in its order. Codes, scales,
     zero points and the nodes that dequantize them count. At 8 bits codes are as they multiply:
@@ -44,7 +44,7 @@ def weight_sizes(network: IntegerNetwork, data: bytes) -> list[dict[int, int]]:
         sizes.append(
             {
                 bits: always + -(-count * bits // 8) + (narrow if bits in PACKED else wide)
-                for bits in WIDTHS
+                for bits in WEIGHT_BITS
             }
         )
     return sizes

@@ -21,11 +21,11 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.onnx.names import kind_of, rename, strip
 from gdfq.deploy.onnx.passes import (
     DOMAIN,
+    constant_values,
     inputs_of,
     keep_codes,
     keep_float,
     normalise_pixels,
-    numbers_of,
     pool_globally,
     replace_node,
 )
@@ -40,7 +40,7 @@ from gdfq.graph.tensors import flat_module
 from gdfq.student.integer_network import IntegerNetwork, stem
 
 _OPSET, _OPSET_OF_INT2 = 21, 25
-_ALWAYS_SAFE = 63
+_MAX_SAFE_CODE = 63
 """Weights up to here cannot overflow the kernels of processors without VNNI."""
 
 
@@ -170,7 +170,7 @@ def _opaque(network: IntegerNetwork) -> fx.GraphModule:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def _only_errors(name: str) -> Iterator[None]:
     """Let a logger say errors alone."""
     logger = logging.getLogger(name)
     level = logger.level
@@ -186,7 +186,7 @@ def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
     examples = tuple(spec.zeros(2) for spec in inputs)  # one would be taken for a constant
     batch = torch.export.Dim("batch")
     try:
-        with quiet_tracing(), _quiet("torch.onnx"):
+        with quiet_tracing(), _only_errors("torch.onnx"):
             program = torch.onnx.export(
                 network,
                 examples,
@@ -232,12 +232,12 @@ class _Writer:
         x, scale, zero_point = inputs_of(node)
         bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
         lowest, highest = code_bounds(bits)
-        unsigned = (numbers_of(zero_point) - lowest).astype(np.uint8)
+        unsigned = (constant_values(zero_point) - lowest).astype(np.uint8)
         maker = x.producer()
-        bounds = (np.array([_bounds(maker)]) / numbers_of(scale)).round() + unsigned
+        bounds = (np.array([_bounds(maker)]) / constant_values(scale)).round() + unsigned
         if bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest - lowest:
             x = maker.inputs[0]  # what it cuts off is lost to the quantizer as well
-        step = self._constant(f"{base}.scale", numbers_of(scale))
+        step = self._constant(f"{base}.scale", constant_values(scale))
         new_zero_point = self._constant(f"{base}.zero_point", unsigned)
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
         nodes = [quantized]
@@ -254,7 +254,11 @@ class _Writer:
         codes, scale, zero_point = inputs_of(node)
         bits = node.attributes["bits"].as_int()
         base = f"{stem(str(codes.name))}.weight"
-        values, steps, offsets = numbers_of(codes), numbers_of(scale), numbers_of(zero_point)
+        values, steps, offsets = (
+            constant_values(codes),
+            constant_values(scale),
+            constant_values(zero_point),
+        )
         nodes: list[ir.Node] = []
         if bits in PACKED:
             kind, numbers = PACKED[bits]
@@ -278,7 +282,7 @@ class _Writer:
         attributes = {"axis": axes[0]} if axes else {}
         factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
         inputs = [current, factor]
-        wide = int(np.abs(values - offsets).max(initial=0)) > _ALWAYS_SAFE
+        wide = int(np.abs(values - offsets).max(initial=0)) > _MAX_SAFE_CODE
         if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
             # ONNX Runtime fuses a Gemm only with a zero point that is written down, and where it
             # makes wide weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
@@ -289,8 +293,8 @@ class _Writer:
     def _bias(self, node: ir.Node) -> list[ir.Node]:
         codes, activation_scale, weight_scale = inputs_of(node)
         base = f"{stem(str(codes.name))}.bias"
-        stored = self._constant(base, numbers_of(codes))
-        steps = numbers_of(activation_scale) * numbers_of(weight_scale).reshape(-1)
+        stored = self._constant(base, constant_values(codes))
+        steps = constant_values(activation_scale) * constant_values(weight_scale).reshape(-1)
         if steps.size == 1:  # of a weight that has one step for all channels
             factor = self._constant(f"{base}_scale", steps.reshape(()))
             return [ir.node("DequantizeLinear", [stored, factor])]
@@ -305,7 +309,7 @@ class _Writer:
         while (known := self.graph.initializers.get(name)) is not None:
             old = known.const_value
             same_type = old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape)
-            if same_type and np.array_equal(numbers_of(known), array):
+            if same_type and np.array_equal(constant_values(known), array):
                 return known
             name += "_"
             tensor.name = name
@@ -321,5 +325,5 @@ def _bounds(node: ir.Node | None) -> tuple[float, float]:
     if node is not None and node.op_type == "Clip" and len(node.inputs) == 3:
         low, high = node.inputs[1:]
         if all(value is not None and value.const_value is not None for value in (low, high)):
-            return float(numbers_of(low)), float(numbers_of(high))
+            return float(constant_values(low)), float(constant_values(high))
     return np.nan, np.nan
