@@ -1,4 +1,4 @@
-"""Size and speed of an exported network beside full precision, in ONNX Runtime on the CPU."""
+"""Size and latency of ONNX files, measured in ONNX Runtime on the CPU."""
 
 import os
 import statistics
@@ -16,20 +16,20 @@ from gdfq.files.untrusted import within
 
 BATCHES, THREADS = (1, 32), (1, 2)
 _MIN_ROUNDS = 11
-"""Rounds of every measurement, however long they take."""
+"""Minimum number of calls per measurement, also if they exceed the given time."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call of one file, at one batch size and number of threads."""
+    """Milliseconds per call of one file, at one batch size and number of threads."""
 
     batch: int
     threads: int
     median: float
     low: float
-    """First quartile."""
+    """First quartile, in milliseconds."""
     high: float
-    """Third quartile."""
+    """Third quartile, in milliseconds."""
 
     @property
     def images_per_second(self) -> float:
@@ -37,9 +37,10 @@ class Timing:
 
 
 def size_of(file: bytes | Path) -> int:
-    """Bytes of an ONNX file, with those that it keeps its weights in.
+    """Return the bytes of an ONNX file and of its external weights.
 
-    Raises UsageError for a file that is not there, or is no ONNX model.
+    Raises:
+        UsageError: The file does not exist, or is not an ONNX model.
     """
     if isinstance(file, bytes):
         return len(file)
@@ -53,8 +54,8 @@ def size_of(file: bytes | Path) -> int:
         return sum(path.stat().st_size for path in (file, *beside))
     except Exception as error:  # protobuf's own has no public name
         raise UsageError(
-            f"{file} must be an ONNX model, with its weights beside it if they are in files of "
-            f"their own; reading it failed with: {first_line(error)}."
+            f"{file} must be an ONNX model, with its external weights, if any, in the same "
+            f"folder; reading it failed with: {first_line(error)}."
         ) from error
 
 
@@ -66,11 +67,20 @@ def side_by_side(
     batches: Sequence[int] = BATCHES,
     threads: Sequence[int] = THREADS,
 ) -> Iterator[list[Timing]]:
-    """Time ONNX files in turn, so that what disturbs one disturbs all: one list a setting.
+    """Measure the latency of ONNX files in turn, so that other load affects all equally.
 
-    Files take images [N, *shape], any N.
-    Settings are each batch size with each number of threads that the machine has. Every setting
-    takes about `seconds` for each file. Raises UsageError for a file that takes anything else.
+    Args:
+        files: Files that take images [N, *shape], any N.
+        shape: Shape of one image.
+        seconds: Approximate time for each file in each setting.
+        batches: Batch sizes.
+        threads: Numbers of threads; those above the number of cores are left out.
+
+    Yields:
+        For each setting (a batch size and a number of threads), the timings of all files.
+
+    Raises:
+        UsageError: A file takes other inputs.
     """
     cores = os.cpu_count() or 1
     for count in (n for n in threads if n <= cores):
@@ -87,7 +97,11 @@ _INPUT_TYPES = ("tensor(float)", "tensor(uint8)")
 
 
 def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
-    """Noise [N, ...] for the one input of a session; raises UsageError when it is another."""
+    """Return noise [N, ...] for the one input of a session.
+
+    Raises:
+        UsageError: The session takes other inputs.
+    """
     inputs = session.get_inputs()
     try:
         found = [(value.type, tuple(value.shape)) for value in inputs]
@@ -104,11 +118,11 @@ def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any
         or isinstance(batch, int)
         or rest != [*shape[1:]]
     ):
-        wanted = "x".join(map(str, ("N", *shape[1:])))
+        expected = "x".join(map(str, ("N", *shape[1:])))
         raise UsageError(
-            f"files that are compared must take one batch of images {wanted} of any size N, floats "
-            f"or uint8; one takes {', '.join(f'{t} {list(s)}' for t, s in found)}. Export it with "
-            "a dynamic batch dimension and sizes that are known."
+            f"files that are compared must take one batch of images {expected} of any size N, "
+            f"floats or uint8; one takes {', '.join(f'{t} {list(s)}' for t, s in found)}. Export "
+            "it with a dynamic batch dimension and sizes that are known."
         )
     draw = np.random.default_rng(0)
     if type == "tensor(uint8)":
@@ -119,7 +133,7 @@ def _feed(session: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any
 def _latency_quartiles(
     sessions: Sequence[Any], feeds: Sequence[Mapping[str, Any]], seconds: float
 ) -> list[tuple[float, float, float]]:
-    """Median, first and third quartile of each session's milliseconds, taken in turn."""
+    """Return median, first and third quartile of each session's milliseconds."""
     times: list[list[float]] = [[] for _ in sessions]
     for session, feed in zip(sessions, feeds, strict=True):
         run_once(session, None, feed)  # the first call allocates

@@ -14,12 +14,12 @@ from gdfq.version import __version__
 @tagged("Card", renamed={"layer_bits": "keep"}, spellings={"relu": "t1"})
 @dataclass(frozen=True)
 class Card:
-    """What a user of the network must know to use it."""
+    """What a user must know to use the network."""
 
     inputs: tuple[InputSpec, ...]
-    """What the network takes, in order."""
+    """The network's inputs, in order."""
     classes: int | None
-    """Of a classifier; None for a network whose outputs are not classes."""
+    """Number of classes; None for a network whose outputs are not classes."""
     outputs: Structure
     preprocessing: Preprocessing
     bits: Bits
@@ -31,7 +31,7 @@ class Card:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one image, of a network that takes images alone.
+        """Return the shape of one image, for a network that only takes images.
 
         Raises:
             UsageError: The network takes several inputs, or integers.

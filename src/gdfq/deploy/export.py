@@ -1,4 +1,4 @@
-"""Export: a file is kept only when its own runtime gives what the student gives."""
+"""Export: a file is kept only if its runtime reproduces the student's outputs."""
 
 import copy
 import hashlib
@@ -38,7 +38,7 @@ TARGETS: Mapping[str, Target] = {
             "runs in PyTorch without gdfq",
             lambda job: to_program(job.network, job.card.inputs),
             prove_by(program_runner),
-            lambda *_: ["needs torch alone; weights take one byte a code"],
+            lambda *_: ["needs only torch; weights take one byte per code"],
         ),
         Target(
             "safetensors",
@@ -57,7 +57,7 @@ TARGETS: Mapping[str, Target] = {
 
 @dataclass(frozen=True)
 class Exported(Proof):
-    """What was written, and how it compares with the student."""
+    """A written file, and its parity with the student."""
 
     path: Path = field(kw_only=True)
     target: str = field(kw_only=True)
@@ -67,7 +67,7 @@ class Exported(Proof):
     notes: tuple[str, ...] = field(kw_only=True)
 
     def as_values(self) -> dict[str, object]:
-        """The same as plain values, for JSON."""
+        """Return the fields as plain values, for JSON."""
         return {**asdict(self), "path": self.path.name}
 
 
@@ -87,14 +87,14 @@ def export(
     safe_x86: bool = False,
     accuracy: Mapping[str, float] | None = None,
 ) -> Exported:
-    """Write a frozen network as a file, load it where it will run, and keep it if it is equal.
+    """Write an integer network as a file, and keep it if its runtime gives equal outputs.
 
     Args:
-        network: The frozen network.
+        network: The integer network.
         card: Its card.
-        path: The file; its folder is made.
-        examples: A tensor [n, *shape] for each input of the network, to compare on: the first of
-            them where they are large.
+        path: The file; its folder is created.
+        examples: A tensor [n, *shape] for each input of the network, to compare on. If images are
+            large, only the first are used.
         target: The kind of file: a name in `TARGETS` or a `Target`. By the suffix if None.
         raw_input: A file that takes uint8 pixels and normalises them itself.
         safe_x86: Weights of 8 bits become 7 where sums could overflow on x86 processors without
@@ -103,7 +103,7 @@ def export(
 
     Raises:
         UsageError: The target cannot hold the network.
-        GdfqError: The file is not equal; then nothing is written, and a file that was there stays.
+        GdfqError: The outputs differ. Nothing is written; an existing file is kept.
     """
     kind = find_target(target, path)
     if raw_input and not kind.raw_input:
@@ -137,7 +137,7 @@ def export(
 
 
 def find_target(target: str | Target | None, path: Path) -> Target:
-    """The target that was asked for, or that of the path's suffix.
+    """Return the given target, or the one of the path's suffix.
 
     Raises:
         UsageError: There is no such target, or the path is a folder.

@@ -1,4 +1,4 @@
-"""A graph as JSON: nodes by name, operators from an allow-list, nothing that runs when read."""
+"""Graphs as JSON: nodes by name, operators from an allow-list, and no code."""
 
 import math
 import re
@@ -29,15 +29,16 @@ _TORCH_VALUES: dict[str, Any] = {
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
-    """The graph's nodes in order; tensors are referred to by name."""
+    """Return the graph's nodes in order; they refer to tensors by name."""
     return [_node_to_json(node) for node in graph.nodes]
 
 
 def graph_from_json(nodes: object, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Build the graph again over the given tensors.
+    """Build a graph from its nodes and the given tensors.
 
-    Raises UsageError for an operator outside `operators.ALLOWED`, a tensor that is not there, a
-    node that is used before it is defined, or anything else that `graph_to_json` does not write.
+    Raises:
+        UsageError: There is an operator outside `operators.ALLOWED`, a missing tensor, a node that
+            is used before its definition, or anything else that `graph_to_json` does not write.
     """
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
@@ -96,7 +97,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
 
 
 def _to_json(value: object) -> Any:
-    """Numbers, strings, None and lists as they are; the rest as an object with one key."""
+    """Return numbers, strings, None and lists as they are, others as an object with one key."""
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, float) and not math.isfinite(value):

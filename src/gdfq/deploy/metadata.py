@@ -1,4 +1,4 @@
-"""What an exported file says about itself."""
+"""The metadata of an exported file."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +8,12 @@ from gdfq.graph.inputs import takes_images
 
 
 def metadata_of(card: Card, accuracy: Mapping[str, float], *, safe: bool) -> dict[str, str]:
-    """What an ONNX file says about itself.
+    """Return the metadata of an ONNX file.
 
     Args:
-        card: That of the network.
+        card: The card of the network.
         accuracy: Top-1 in percent, by name.
-        safe: Whether no sum can overflow on x86 processors without VNNI.
+        safe: Whether no 16-bit sum can overflow on x86 processors without VNNI.
     """
 
     return {
@@ -33,7 +33,7 @@ def metadata_of(card: Card, accuracy: Mapping[str, float], *, safe: bool) -> dic
 
 
 def _input_values(card: Card) -> dict[str, str]:
-    """What the network takes: images and their normalisation, or its inputs."""
+    """Return the description of images and their normalisation, or of several inputs."""
     if not takes_images(card.inputs):
         return {"inputs": ", ".join(map(str, card.inputs))}
     return {

@@ -1,4 +1,4 @@
-"""How near a runtime comes to the student: outputs, and activations code by code."""
+"""Parity of a runtime with the student: outputs, and activations code by code."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -16,43 +16,43 @@ from gdfq.graph.outputs import in_order
 from gdfq.student.integer_network import IntegerNetwork
 
 TOLERANCE, TOLERANCE_OVERALL = 0.05, 0.25
-"""Relative errors of the outputs that always pass: half of the images', and overall.
+"""Relative errors of the outputs that always pass: the median of images, and overall.
 
-Sums in another order round some activations the other way, which moves the logits of some images
-by a few percent; a lost clamp moves those of all (by 20 to 60 % where it was measured). Networks
+Another order of summation rounds some activations differently, which moves some images' logits
+by a few percent; a missing clamp moves those of all (measured: by 20 to 60 %). Networks
 that are more sensitive are measured against themselves: see `is_equal`.
 """
 _MAX_CODE_ERROR = 0.5 + 0.05
-"""A code this far at most from the number that it stands for is the nearest, but for rounding.
+"""Distance in codes up to which a code is the nearest one to a number, apart from rounding.
 
-Sums in another order, and steps that were multiplied before, move it by less than 0.001.
+Another order of summation, and products of scales, change it by less than 0.001.
 """
 _MAX_ROUNDED_SHARE, _MAX_ROUNDED_CODES = 0.01, 4
-"""Of an activation's codes, this share and number may be others than the nearest."""
+"""Share and number of an activation's codes that may differ from the nearest code."""
 FROM_EQUAL_CODES = 1e-3
-"""Relative error of the outputs that floats can have from equal codes (1e-7 is usual)."""
+"""Largest relative error of the outputs from equal codes, by float rounding (1e-7 is usual)."""
 _MIN_NORM = 1e-12
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How near a runtime comes to the student on some images.
+    """Errors of a runtime's outputs against the student's on some images.
 
-    Of several outputs the worst counts.
+    With several outputs, each error is that of the worst.
     """
 
     images: int
     max_difference: float
-    """Of a number in an output."""
+    """Largest absolute difference of an output element."""
     relative_error: float
     """‖z − y‖ / ‖y‖ over all numbers of an output y of the student and z of the runtime."""
     typical_error: float
-    """The median over the images of the same."""
+    """The median over the images of the relative error."""
     agreement: float | None
-    """Images with the same highest logit, in percent; None where outputs are not classes."""
+    """Images with the same predicted class, in percent; None if outputs are not classes."""
 
     def within(self, typical: float, overall: float) -> bool:
-        """Whether both errors are at most as given; NaN is not."""
+        """Return whether both errors are within these limits; NaN is not."""
         return self.typical_error <= typical and self.relative_error <= overall
 
     @classmethod
@@ -80,9 +80,9 @@ class Parity:
 
 @torch.no_grad()
 def is_equal(network: IntegerNetwork, inputs: Sequence[Tensor], parity: Parity) -> bool:
-    """Whether a runtime that comes this near to the student on some inputs computes the same.
+    """Return whether a runtime with this parity on some inputs is equal but for rounding.
 
-    What rounding alone can do is how far the student is from itself in double precision.
+    The effect of rounding is the distance of the student from itself in double precision.
     """
     if parity.within(TOLERANCE, TOLERANCE_OVERALL):
         return True
@@ -98,19 +98,19 @@ def is_equal(network: IntegerNetwork, inputs: Sequence[Tensor], parity: Parity) 
 
 @dataclass(frozen=True)
 class CodesParity:
-    """How near a runtime's codes of one activation come to the student's, from equal inputs."""
+    """Differences of a runtime's codes of one activation from the student's, from equal inputs."""
 
     name: str
     differ: float
-    """The share of the codes that are others than the student's."""
+    """Share of the codes that differ from the student's."""
     wrong: float
-    """The share of those that are not the nearest to the number that was rounded either."""
+    """Share of the codes that also are not the nearest to the unrounded number."""
     count: int
-    """Of codes."""
+    """Number of codes."""
 
     @property
     def only_rounded(self) -> bool:
-        """Whether rounding can explain what differs."""
+        """Return whether rounding can explain the differences."""
         return self.wrong <= _MAX_ROUNDED_SHARE or self.wrong * self.count <= _MAX_ROUNDED_CODES
 
 
@@ -120,9 +120,9 @@ def compare_codes(
 ) -> tuple[list[CodesParity], list[Tensor]]:
     """Compare a runtime's codes, by `codes_name`, with the student's, in the student's order.
 
-    The student goes on with the runtime's codes behind each quantizer: all activations are compared
-    from equal inputs, so one that differs is no consequence of another. Returns the student's
-    outputs from the runtime's codes as well.
+    After each quantizer the student continues with the runtime's codes. So all activations are
+    compared from equal inputs, and no difference is a consequence of another. The student's
+    outputs from the runtime's codes are returned too.
     """
     walk = _OnGivenCodes(network, found)
     outputs = in_order(walk.run(*inputs))
@@ -142,7 +142,7 @@ class _OnGivenCodes(fx.Interpreter):
         (x, scale, zero_point, bits), _ = self.fetch_args_kwargs_from_env(n)
         name, (lowest, highest) = self.names[n], code_bounds(bits)
         unsigned = torch.from_numpy(self.found[name]).to(x.dtype)
-        codes = unsigned.reshape(x.shape) + lowest  # the file may flatten behind the quantizer
+        codes = unsigned.reshape(x.shape) + lowest  # the file may flatten after the quantizer
         differ = codes != grid.quantize(x, scale, zero_point, bits)
         unrounded = (x / scale + zero_point).clamp(lowest, highest)
         wrong = differ & ~((codes - unrounded).abs() <= _MAX_CODE_ERROR)

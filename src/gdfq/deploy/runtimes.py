@@ -1,4 +1,4 @@
-"""Running exported files where they will run: ONNX Runtime, and torch alone for .pt2."""
+"""Runtimes of exported files: ONNX Runtime, and PyTorch for .pt2."""
 
 import io
 import tempfile
@@ -18,17 +18,22 @@ Run = Callable[..., list[Tensor]]
 """One tensor [N, *shape] for each input -> the network's outputs in order, all on the CPU."""
 
 PRECISE = ("session.x64quantprecision", "1")
-"""The entry in a session's configuration with which sums of 8-bit weights do not saturate on x86
-processors without VNNI, where ONNX Runtime then takes slower kernels; others ignore it."""
+"""Session option that prevents saturation of 8-bit sums on x86 processors without VNNI. ONNX
+Runtime then uses slower kernels there; other processors ignore it."""
 
 _PROVIDERS = ["CPUExecutionProvider"]
 
 
 def onnx_session(file: bytes | Path, threads: int = 0, *, precise: bool = False) -> Any:
-    """A session of ONNX Runtime on the CPU; 0 threads are as many as it finds cores.
+    """Return a session of ONNX Runtime on the CPU.
 
-    file: its contents, or its path where it keeps weights in other files. precise: see `PRECISE`.
-    Raises UsageError for a file that it cannot load.
+    Args:
+        file: Its contents, or its path if it has external weights.
+        threads: Number of threads; 0 is the number of cores.
+        precise: Whether 8-bit sums must not saturate (see `PRECISE`).
+
+    Raises:
+        UsageError: ONNX Runtime cannot load the file.
     """
     options = _options()
     options.intra_op_num_threads = threads
@@ -41,7 +46,7 @@ def _options() -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, and said there
+    options.log_severity_level = 4  # errors are raised instead
     return options
 
 
@@ -59,7 +64,7 @@ def _loaded(file: bytes | Path, options: Any) -> Any:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises; the types have no public name."""
+    """Return the exceptions of ONNX Runtime, whose types have no public name."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = (
@@ -70,7 +75,11 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, object]) -> list[Any]:
-    """The named outputs of a session, or all. Raises UsageError when the model does not run."""
+    """Return the named outputs of a session, or all.
+
+    Raises:
+        UsageError: The model does not run.
+    """
     try:
         return list(session.run(names, feed))
     except _errors() as error:
@@ -81,7 +90,11 @@ def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, objec
 
 
 def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
-    """An ONNX file's contents, ready to run. Raises UsageError as `onnx_session` does."""
+    """Return a function that runs an ONNX file.
+
+    Raises:
+        UsageError: ONNX Runtime cannot load the file.
+    """
     session = onnx_session(data, precise=precise)
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -93,9 +106,10 @@ def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
 def onnx_values(
     data: bytes, names: Sequence[str], inputs: Sequence[Tensor], *, precise: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """What the named values of an ONNX file are for some inputs.
+    """Return the named values of an ONNX file for some inputs.
 
-    Raises GdfqError for names that the file does not have.
+    Raises:
+        GdfqError: The file lacks a name.
     """
     import onnx
 
@@ -114,7 +128,7 @@ def onnx_values(
 
 
 def _named_inputs(session: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs in order, by the names that a session has for them."""
+    """Return inputs by the names of a session's inputs, in order."""
     names = [value.name for value in session.get_inputs()]
     return {name: tensor.contiguous().numpy() for name, tensor in zip(names, inputs, strict=True)}
 
@@ -137,13 +151,13 @@ _NO_SUMS = _MAKE_INTEGERS | {
     ),
     *("Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
-"""Operators that make integers, or make floats of them, or only move or bound numbers."""
+"""Operators that convert between integers and floats, or only move or clip values."""
 
 
 def computed_in_float(data: bytes) -> list[tuple[str, str]]:
-    """Names and types of the operators of an ONNX file that ONNX Runtime computes in float.
+    """Return names and types of the operators that ONNX Runtime computes in float, in order.
 
-    They are those that its own optimization leaves or makes, in order.
+    They are the operators after its graph optimization.
     """
     import onnx
     import onnxruntime
@@ -151,7 +165,7 @@ def computed_in_float(data: bytes) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         options, path = _options(), Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)
-        # All beyond this is about the memory layout of this processor.
+        # Higher levels change the memory layout for this processor.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         _loaded(data, options)
         graph = onnx.load(path).graph
@@ -172,9 +186,10 @@ def computed_in_float(data: bytes) -> list[tuple[str, str]]:
 
 
 def program_runner(data: bytes) -> Run:
-    """A .pt2 file's contents, ready to run; only for files that this process has written.
+    """Return a function that runs a .pt2 file, which this process must have written.
 
-    Raises GdfqError for a file that torch cannot load.
+    Raises:
+        GdfqError: PyTorch cannot load the file.
     """
     try:
         with quiet_tracing():

@@ -1,7 +1,7 @@
-"""The saved student: one safetensors file, codes packed at their true width.
+"""The saved student: one safetensors file with codes packed to their number of bits.
 
 Its metadata has one entry, `gdfq`: a JSON document with the format's version, the card, the graph
-(see `graphs.py`), the shape and width of each packed tensor, and a hash of all that and of the
+(see `graph_json.py`), the shape and bits of each packed tensor, and a hash of these and of the
 tensors.
 """
 
@@ -32,14 +32,14 @@ from gdfq.student.scheme import parse_placement
 FORMAT, VERSION = "gdfq-student", 5
 _READABLE = (4, 5)
 STUDENT_FILE, EXAMPLES_FILE = "student.safetensors", "examples.npz"
-"""The files of a saved network: itself, and a few images that exports are compared on."""
+"""The files of a saved network: the network, and a few images to compare exports on."""
 _KEY = "gdfq"
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes of `bits` bits, any shape -> uint8 [ceil(numel · bits / 8)].
+    """Pack signed codes of `bits` bits, any shape, into uint8 [ceil(numel · bits / 8)].
 
-    Codes are shifted to start at 0 and laid one after another, least significant bit first.
+    Codes are shifted to start at 0 and concatenated, least significant bit first.
     """
     unsigned = (codes.cpu().numpy().reshape(-1).astype(np.int16) - code_bounds(bits)[0]).astype(
         np.uint8
@@ -49,10 +49,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
-    """The inverse of `pack`: int8 codes of the given shape.
+    """Unpack int8 codes of the given shape; the inverse of `pack`.
 
-    Raises ValueError when there are more or fewer bytes than the shape needs, and TypeError when
-    that is no shape.
+    Raises:
+        ValueError: There are more or fewer bytes than the shape needs.
+        TypeError: The shape is not one.
     """
     count = math.prod(map(operator.index, shape))
     if bits not in range(MIN_BITS, MAX_BITS + 1):
@@ -66,7 +67,7 @@ def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
 
 
 def to_safetensors(network: IntegerNetwork, card: Card) -> bytes:
-    """A frozen network and its card as the contents of a file."""
+    """Return the contents of a file with an integer network and its card."""
     from safetensors.torch import save
 
     bits = network.code_bits()
@@ -87,12 +88,16 @@ def to_safetensors(network: IntegerNetwork, card: Card) -> bytes:
         "graph": graph_to_json(network.graph),
     }
     document["sha256"] = digest(document, packed)
-    # One key of metadata: with more, safetensors' order, and so the file, is a matter of chance.
+    # One key of metadata: with more, their order in the file would be random.
     return bytes(save(packed, {_KEY: json.dumps(document, separators=(",", ":"))}))
 
 
 def read(path: Path) -> tuple[IntegerNetwork, Card]:
-    """Read what `to_safetensors` made. Raises UsageError as `gdfq.load` says."""
+    """Read a file of `to_safetensors`.
+
+    Raises:
+        UsageError: The file cannot be read, is damaged, or is of another version.
+    """
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
@@ -105,7 +110,7 @@ def read(path: Path) -> tuple[IntegerNetwork, Card]:
 
 
 def from_safetensors(data: bytes, name: str = "the file") -> tuple[IntegerNetwork, Card]:
-    """The network and card of a file's contents; `name` is for errors."""
+    """Return the network and card of a file's contents; `name` is for errors."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -139,7 +144,7 @@ _READ_ERRORS = (LookupError, ValueError, TypeError, AttributeError, OverflowErro
 
 
 def digest(document: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """The hash of a document, but for the one that it holds, and of tensors and their names."""
+    """Return the hash of a document (without its own hash) and of tensors with their names."""
     rest = {key: value for key, value in document.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     hashed = hashlib.sha256(text.encode())
@@ -151,7 +156,7 @@ def digest(document: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _card_values(card: Card) -> dict[str, Any]:
-    """The card as plain values."""
+    """Return the card as plain values."""
     inputs = [
         {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype)}
         for spec in card.inputs
@@ -160,7 +165,7 @@ def _card_values(card: Card) -> dict[str, Any]:
 
 
 def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a card of version 4, as the present version writes them."""
+    """Convert the values of a version 4 card to the current version."""
     shape, keep, placement = (values[name] for name in ("input_shape", "keep", "placement"))
     rest = {n: value for n, value in values.items() if n not in {"input_shape", "keep"}}
     inputs = [{"name": IMAGES, "shape": shape, "dtype": str(torch.float32)}]
@@ -169,7 +174,7 @@ def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _card(values: dict[str, Any]) -> Card:
-    """The card of a document. Raises ValueError and others for what `save` does not write."""
+    """Read the card of a document; raises `_READ_ERRORS` for anything that is not written here."""
     inputs = tuple(map(_input, values["inputs"]))
     if not inputs or len({spec.name for spec in inputs}) < len(inputs):
         raise ValueError("inputs must have names that differ")
@@ -201,7 +206,7 @@ _INPUT_DTYPES = {
 
 
 def _input(values: dict[str, Any]) -> InputSpec:
-    """One input of a card. Raises ValueError and others for what no network takes."""
+    """Read one input of a card; raises `_READ_ERRORS` for one that no network takes."""
     shape = tuple(map(operator.index, values["shape"]))
     spec = InputSpec(str(values["name"]), shape, _INPUT_DTYPES[values["dtype"]])
     if not spec.name.isidentifier():

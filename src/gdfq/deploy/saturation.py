@@ -1,15 +1,15 @@
-"""Which sums of a frozen network may overflow the kernels of integer runtimes."""
+"""Saturation: layers whose 16-bit sums may overflow in kernels of integer runtimes."""
 
 from gdfq.student.integer_network import IntegerNetwork
 
 _SAFE_PRODUCT = 2**15 - 1
-"""What two neighbouring products may add up to in 16 bits, on processors without VNNI."""
+"""Largest 16-bit sum of two adjacent products, on processors without VNNI."""
 
 
 def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
-    """Layers whose kernels may saturate on x86 processors without VNNI, by their codes' names.
+    """Return layers that may saturate on x86 processors without VNNI, by their codes' names.
 
-    Those add two products of unsigned activations and signed weights in 16 bits.
+    Kernels there add two products of unsigned activations and signed weights in 16 bits.
     """
     found = []
     for layer in network.layers:
@@ -23,6 +23,6 @@ def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
 
 
 def without_overflow(network: IntegerNetwork) -> IntegerNetwork:
-    """The network with one bit less for the weights of `layers_that_may_overflow`."""
+    """Return the network with one bit less for the weights of `layers_that_may_overflow`."""
     bits = network.code_bits()
     return network.with_bits({name: bits[name] - 1 for name in layers_that_may_overflow(network)})

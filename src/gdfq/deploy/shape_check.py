@@ -1,6 +1,6 @@
-"""A stored network is rehearsed before it runs: with shapes alone, so that nothing is allocated.
+"""A check of stored networks before they run, with shapes only, so that nothing is allocated.
 
-What a file says about itself may be false, and its operators may ask for more memory than there is.
+An untrusted file may have a wrong card, and operators that need more memory than there is.
 """
 
 import math
@@ -17,14 +17,17 @@ from gdfq.graph.outputs import count_of, in_order
 from gdfq.student.integer_network import IntegerNetwork, check_quantizer
 
 _BATCH_SIZE = 2
-"""A batch of one could be taken for a dimension that is not there."""
+"""Images per check; a batch of one could hide a missing dimension."""
 
 
 def rehearse(network: IntegerNetwork, card: Card) -> None:
-    """Raise UsageError unless a stored network takes images and gives what its card says.
+    """Check that a stored network takes the inputs and gives the outputs of its card.
 
-    Its quantizers must have the form that freezing writes, and no tensor more than `TENSOR` numbers
-    for one image.
+    Its quantizers must have the form that freezing writes, and no tensor may have more than
+    `TENSOR` elements for one image.
+
+    Raises:
+        UsageError: A check fails.
     """
     try:
         with torch.no_grad():
@@ -32,7 +35,7 @@ def rehearse(network: IntegerNetwork, card: Card) -> None:
             outputs = in_order(_Rehearsal(network.module).run(*inputs))
             fits = all(isinstance(output, Tensor) and output.ndim for output in outputs)
             shapes = [list(output.shape) for output in outputs] if fits else []
-    except Exception as error:  # whatever an operator says of arguments that nobody traced
+    except Exception as error:  # any exception, because the arguments are untrusted
         raise _refused(first_line(error)) from error
     if not fits or len(outputs) != count_of(card.outputs):
         raise _refused(f"it has {len(outputs)} outputs, of which its card says others")
@@ -46,7 +49,7 @@ _CREATIONS = frozenset(map(operators.resolve, operators.CREATIONS))
 
 
 class _Rehearsal(fx.Interpreter):
-    """Runs a graph on torch's meta device, whose tensors are shapes alone, and looks at each."""
+    """Runs a graph on PyTorch's meta device, whose tensors only have shapes, and checks each."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().get_attr(target, args, kwargs).to("meta")
@@ -62,7 +65,7 @@ class _Rehearsal(fx.Interpreter):
         if isinstance(value, Tensor) and math.prod(value.shape) > _BATCH_SIZE * TENSOR:
             raise ValueError(f"{n.name!r} would have {list(value.shape)} numbers")
         if isinstance(value, Tensor) and n.op != "get_attr":
-            n.meta["val"] = value  # what the memory budget asks for
+            n.meta["val"] = value  # the memory budget reads it
         return value
 
 

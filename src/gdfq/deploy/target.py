@@ -1,6 +1,6 @@
-"""A target: one kind of file that a frozen network is written as, and how the file is proved equal.
+"""Targets: kinds of files that an integer network is written as, each with its parity check.
 
-A target is a frozen value. User code adds one by making it, for instance
+A target is a frozen value. User code can define its own, for instance
 
     def write(job):
         return my_format(job.network, job.card)      # -> bytes
@@ -27,9 +27,9 @@ from gdfq.execution.seeding import stream
 from gdfq.student.integer_network import IntegerNetwork
 
 RANGE_FACTOR = 3.0
-"""Float inputs are also compared at this multiple, where activations must saturate alike."""
+"""Float inputs are also compared at this multiple, where activations are clipped."""
 MAX_NAMED = 3
-"""Activations that are named when codes differ."""
+"""Maximum number of activations that an error names when codes differ."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,11 @@ class Proof:
     """How a written file compares with the student."""
 
     inside: Parity
-    """On inputs as they come."""
+    """Parity on the example inputs."""
     beyond: Parity
-    """On float inputs three times as large; for a file that takes pixels, on black, white and
-    random."""
+    """Parity on float inputs three times as large, or on black, white and random pixels."""
     differs_first: tuple[tuple[str, float], ...] = ()
-    """ONNX: the first activations of which some codes differ, and the share that does."""
+    """ONNX: the first activations with codes that differ, and the share of these codes."""
     saturates_here: bool = False
     """ONNX: equal only in a session without saturation (`runtimes.PRECISE`) on this processor."""
 
@@ -57,12 +56,12 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is exported, and how.
+    """An export: the network, its examples and its options.
 
     Attributes:
         network: The frozen student, on the CPU.
-        card: What a user of the network must know.
-        path: Where the file is to lie.
+        card: The card of the network.
+        path: Path of the file.
         examples: A tensor [n, *shape] for each input of the network, to compare on.
         raw_input: Whether the file takes uint8 pixels and normalises them itself.
         accuracy: Top-1 in percent, by name, for the file's metadata.
@@ -76,7 +75,7 @@ class Job:
     accuracy: Mapping[str, float] | None = None
 
     def inputs(self) -> tuple[Examples, Examples]:
-        """Inputs as they come, and extreme ones."""
+        """Return the example inputs, and extreme ones."""
         if not self.raw_input:
             beyond = tuple(RANGE_FACTOR * x if x.is_floating_point() else x for x in self.examples)
             return Examples(self.examples, self.examples), Examples(beyond, beyond)
@@ -99,16 +98,16 @@ def _no_notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of file that deploys.
+    """A kind of file for deployment.
 
     Attributes:
-        name: How users call it.
-        suffix: How names of its files end, `.onnx`.
-        summary: What it is for, in a few words.
-        write: The contents of the file. Raises UsageError for what it cannot hold.
+        name: Name of the target in options.
+        suffix: Suffix of its files, such as `.onnx`.
+        summary: Purpose, in a few words.
+        write: Returns the contents of the file. Raises UsageError for an unsupported network.
         prove: Loads the written file in its own runtime and compares it with the student. Raises
-            GdfqError when it is not equal.
-        notes: What a user should know of the written file.
+            GdfqError if they differ.
+        notes: Returns remarks about the written file for the user.
         raw_input: Whether its files can take uint8 pixels.
     """
 
@@ -122,10 +121,10 @@ class Target:
 
 
 def prove_by(load: Callable[[bytes], Run]) -> Callable[[Job, Path], Proof]:
-    """The proof of a target whose files run as a function.
+    """Return the `prove` of a target whose files run as a function.
 
     Args:
-        load: Contents of a file -> a function that takes one tensor for each input and returns the
+        load: Returns, for the contents of a file, a function from one tensor per input to the
             outputs in order.
     """
 
@@ -139,7 +138,7 @@ def prove_by(load: Callable[[bytes], Run]) -> Callable[[Job, Path], Proof]:
 
 @torch.no_grad()
 def compare(job: Job, run: Run, examples: Examples, codes: Sequence[CodesParity] = ()) -> Parity:
-    """The parity of a runtime with the student on some inputs.
+    """Return the parity of a runtime with the student on some inputs.
 
     Raises:
         GdfqError: The outputs differ by more than rounding does, or codes do.

@@ -1,4 +1,4 @@
-"""A frozen network as a `torch.export` program (.pt2), which runs without gdfq."""
+"""An integer network as a `torch.export` program (.pt2), which runs without gdfq."""
 
 import io
 from collections.abc import Sequence
@@ -13,12 +13,14 @@ from gdfq.student.integer_network import IntegerNetwork
 
 
 def to_program(network: IntegerNetwork, inputs: Sequence[InputSpec]) -> bytes:
-    """A frozen network as the contents of a .pt2 file; it takes batches of any length.
+    """Return the contents of a .pt2 file, which takes batches of any length.
 
-    It consists of PyTorch's own operators alone; weights are stored as one byte a code. Raises
-    UsageError when the network cannot be exported for any batch size.
+    It only has PyTorch's own operators; weights are stored as one byte per code.
+
+    Raises:
+        UsageError: The network cannot be exported for any batch size.
     """
-    examples = tuple(spec.zeros(2) for spec in inputs)  # one would be taken for a constant
+    examples = tuple(spec.zeros(2) for spec in inputs)  # a batch of one would become a constant
     # A plain module: export would keep a GraphModule's calls of gdfq's functions by name.
     module = flat_module(network.graph, network.tensors).eval()
     buffer = io.BytesIO()

@@ -26,7 +26,7 @@ MIN_BITS, MAX_BITS = 2, 8
 _MAX_INT8_CODE = 127
 """The largest magnitude of a symmetric code of 8 signed bits."""
 _MAX_BIAS_CODE = 2**30
-"""Half the range of 32 signed bits: the other half is left for the sum of the products."""
+"""Half the range of 32 signed bits: the other half is reserved for the sum of the products."""
 
 
 @tagged("Bits")
@@ -50,7 +50,7 @@ class Bits:
         """Read text such as `w4a8`.
 
         Raises:
-            UsageError: The text is none such, or the bits are out of range.
+            UsageError: The text has another form, or the bits are out of range.
         """
         match = re.fullmatch(r"w([0-9]{1,2})a([0-9]{1,2})", text.strip().lower())
         if match is None:
@@ -155,7 +155,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Return the numbers x_q of codes (Q1), in the dtype of the scale.
 
-    `bits` does not enter the value; it tells writers of files how many bits a code needs.
+    `bits` does not enter the value; writers of files read from it how many bits a code needs.
     """
     return (codes.to(scale.dtype) - zero_point) * scale
 

@@ -51,8 +51,8 @@ def relative_statistics_loss(observed: Statistics, target: Statistics) -> Tensor
     """Return 1/L Σ_l mean_c [((μ̂ − μ)/σ)² + (σ̂/σ − 1)²],
     both errors in units of the channel's own σ.
 
-    A channel counts by how far it is off, not by how large its values are. A floor of 10⁻³ on the
-    unit keeps channels that are almost constant from ruling the rest.
+    A channel's weight does not depend on the size of its values. A floor of 10⁻³ on σ prevents
+    that channels that are almost constant dominate the loss.
     """
     units = [deviation.clamp_min(1e-3) for _, deviation in _deviations(target)]
 
@@ -64,7 +64,7 @@ def relative_statistics_loss(observed: Statistics, target: Statistics) -> Tensor
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """Return E[(1 − p_y)^γ · (−log p_y)] (arXiv 1708.02002), which weighs easy images less.
+    """Return E[(1 − p_y)^γ · (−log p_y)] (arXiv 1708.02002), which gives easy images less weight.
 
     Args:
         logits: [N, C].

@@ -1,7 +1,7 @@
 """Nearest-neighbour upsampling followed by a 3×3 convolution, as one exact operator.
 
-Each output pixel (2i+a, 2j+b) sees only a 2×2 window of the small input, because neighbours of
-the enlarged image repeat. Summing the kernel's taps that meet the same input pixel gives one 2×2
+Each output pixel (2i+a, 2j+b) depends on a 2×2 window of the small input, because neighbours of
+the enlarged image repeat. Summing the kernel's taps of the same input pixel gives one 2×2
 kernel for each of the four phases (a, b): 4/9 of the multiplications, and the enlarged tensor is
 never stored. The generator spends most of its time here.
 """

@@ -1,6 +1,6 @@
-"""Batch norms: their values, and how they fold into the layers in front of them.
+"""Batch norms: their values, and how they are folded into the layers before them.
 
-A batch norm with fixed statistics is y = s x + t for each channel, so behind a convolution or
+A batch norm with fixed statistics is y = s x + t for each channel, so after a convolution or
 linear layer it only scales the output channels of the weight and shifts the bias. A student that
 does not train the batch norms is smaller and faster without them, and so is its teacher.
 """
@@ -32,13 +32,13 @@ class BatchNorm:
     """Whether weight and bias are the network's own; otherwise they are 1 and 0."""
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """s and t of y = s x + t, each [channels]."""
+        """Return s and t of y = s x + t, each [channels]."""
         scale = self.weight * (self.variance + self.eps).rsqrt()
         return scale, self.bias - self.mean * scale
 
 
 def batch_norm_of(teacher: Captured, node: fx.Node) -> BatchNorm:
-    """The values of a batch-norm node (absent affine parameters are 1 and 0)."""
+    """Return the values of a batch-norm node (absent affine parameters are 1 and 0)."""
     tensors: dict[Any, Any] = {None: None, **tensors_of(teacher.network)}
     _, weight, bias, mean, variance, _training, _momentum, eps, _cudnn = node.args
     assert isinstance(eps, float)
@@ -56,25 +56,27 @@ def batch_norm_of(teacher: Captured, node: fx.Node) -> BatchNorm:
 
 
 def batch_norm_name(node: fx.Node) -> str:
-    """The name of the module a batch norm's running mean belongs to, `layer1.0.bn1`."""
+    """Return the name of the module that holds a batch norm, such as `layer1.0.bn1`."""
     mean = node.args[3]
     assert isinstance(mean, fx.Node)
     return str(mean.target).rpartition(".")[0] or str(mean.target)
 
 
 def is_batch_norm(node: fx.Node) -> bool:
-    """Whether the node is a batch norm of a captured graph."""
+    """Return whether the node is a batch norm of a captured graph."""
     return operators.name_of(node) == operators.BATCH_NORM
 
 
 def batch_norm_after(
     node: fx.Node, is_norm: Callable[[fx.Node], bool] = is_batch_norm
 ) -> fx.Node | None:
-    """The batch norm that folds into a layer: its only user, along the channels of its output.
+    """Return the batch norm that folds into a layer, or None.
+
+    It is the only user of the layer and normalises the channels of the layer's output.
 
     Args:
         node: A layer, whose weight and bias must be constants for the folding itself.
-        is_norm: How the graph writes batch norms, where not as the captured one does.
+        is_norm: Decides whether a node is a batch norm. The default suits captured graphs.
     """
     if len(node.users) != 1 or not queries.has_channels_second(node):
         return None
@@ -84,10 +86,10 @@ def batch_norm_after(
 
 @torch.no_grad()
 def fold_batch_norms(teacher: Captured) -> Captured:
-    """The same function with each batch norm that folds into a layer made part of it.
+    """Return an equal teacher whose batch norms are part of the layers before them.
 
-    Batch norms elsewhere (before a convolution, behind a shared output) stay as they are. Every
-    layer has a bias afterwards, if only of zeros.
+    Batch norms elsewhere (before a convolution, after a shared output) stay as they are. Each
+    layer then has a bias, which may be zeros.
     """
     tensors = tensors_of(teacher.network)
 
@@ -111,7 +113,7 @@ def fold_batch_norms(teacher: Captured) -> Captured:
 
 
 def _is_constant(layer: fx.Node) -> bool:
-    """Whether a node is a layer with constant weight and bias."""
+    """Return whether a node is a layer with constant weight and bias."""
     if not queries.has_weight(layer):
         return False
     bias = queries.bias_of(layer)

@@ -1,8 +1,8 @@
-"""Where a network's blocks end, and its features there beside its outputs.
+"""The ends of a network's blocks, and networks that also return the features there.
 
-A feature is a tensor that everything behind it depends on alone: all paths from the input to the
-outputs lead through it. Between two of them lies a block (of a ResNet the residual block, of a
-plain network a layer), so a student whose features are the teacher's computes as it does.
+A feature is a tensor that all paths from the input to the outputs pass through. A block lies
+between two features: the residual block of a ResNet, a layer of a plain network. A student with the
+teacher's features computes the same function as the teacher.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ from gdfq.graph import operators, queries
 from gdfq.graph.rewrite import Copy, rewrite
 
 WithFeatures = Callable[..., tuple[Any, Sequence[Tensor]]]
-"""A tensor for each input -> what the network returns, and the features, one a block."""
+"""A tensor for each input -> what the network returns, and one feature per block."""
 
 
 def block_ends(graph: fx.Graph) -> list[fx.Node]:
-    """The features of a graph in order: each block's last tensor before pooling or reshaping."""
+    """Return a graph's features in order: each block's last tensor before pooling or reshape."""
     # Numbers such as a batch size do not count: every image has the same.
     nodes = [node for node in graph.nodes if queries.depends_on_inputs(node)]
     outputs = set(queries.outputs(graph))
@@ -48,7 +48,7 @@ def _may_end(node: fx.Node) -> bool:
 
 
 def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
-    """The network that also returns the values of some of its nodes; it shares all tensors."""
+    """Return a network that also returns the values of some nodes; it shares all tensors."""
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         if node.op != "output":
@@ -59,10 +59,12 @@ def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.Graph
 
 
 def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphModule]:
-    """The network cut at features: called one after the other, its parts compute what it does.
+    """Cut a network at features; its parts, called in order, compute the same function.
 
-    They share its tensors and modules. There is one part more than there are ends. Raises
-    UsageError for a network with several inputs or outputs.
+    The parts share its tensors and modules. There is one more part than there are ends.
+
+    Raises:
+        UsageError: The network has several inputs or outputs.
     """
     outputs = queries.outputs(network.graph)
     if len(outputs) > 1:
@@ -83,7 +85,7 @@ def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphMod
 
 
 def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:
-    """The part of a network that computes one node from another, or from the input."""
+    """Return the part of a network that computes one node from another, or from the input."""
     needed = {end}
     for node in reversed(network.graph.nodes):
         if node in needed and node is not start and not queries.is_batch_size(node):

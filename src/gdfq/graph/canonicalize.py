@@ -1,4 +1,4 @@
-"""Canonical form: one spelling for each thing that an exported graph can say in several ways."""
+"""The canonical graph: one form for operations that an exported graph writes in several ways."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from gdfq.graph.tensors import attribute, flat_module, tensors_of
 
 
 def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph of an exported program in the form that the package works on.
+    """Return the canonical graph of an exported program.
 
-    Batch norms, reshapes and products with weight matrices have one spelling each, what depends on
-    tensors of the network alone is a constant, and operators are named in order.
+    Batch norms, reshapes and products with weight matrices have one form each. What depends only on
+    tensors of the network is a constant. Operators are named in order.
     """
     _simplify(module)
     _fold_constants(module)  # a weight may be written transposed
@@ -56,11 +56,11 @@ def _attention(
 
 
 DECOMPOSED = {operators.aten_function(operators.ATTENTION): _attention}
-"""What export writes as simpler operators; everything else takes functional form alone."""
+"""Operators that export decomposes; all others are only made functional."""
 
 
 def _simplify(module: fx.GraphModule) -> None:
-    """Bring equivalent spellings to one: batch norms, views, and operators that do nothing."""
+    """Write batch norms and views in one form, and remove operators that do nothing."""
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
     returned = output.args[0]
@@ -87,7 +87,7 @@ def _simplify(module: fx.GraphModule) -> None:
         elif name in operators.IDENTITIES:
             node.replace_all_uses_with(node.args[0])
         elif name in operators.FILLS and all(type(side) is int for side in node.meta["val"].shape):
-            # Of the image it takes the device alone, and the mask that it begins can be folded.
+            # Only the device of the image matters, and the mask that is made from it can be folded.
             value = node.meta["val"]
             fill = operators.FILLS[name] if operators.FILLS[name] is not None else node.args[-1]
             with graph.inserting_before(node):
@@ -102,7 +102,7 @@ def _simplify(module: fx.GraphModule) -> None:
 
 
 def _products_to_linear(graph: fx.Graph) -> None:
-    """Write the product with a weight matrix, x @ W (+ b), as the linear layer that it is."""
+    """Write the product with a weight matrix, x @ W (+ b), as a linear layer."""
     transpose, linear = map(operators.resolve, (operators.TRANSPOSE, operators.LINEAR))
     for node in list(graph.nodes):
         name = operators.name_of(node)
@@ -127,9 +127,9 @@ def _products_to_linear(graph: fx.Graph) -> None:
 
 
 def _fold_constants(module: fx.GraphModule) -> None:
-    """Replace what depends on tensors of the network alone (weight standardisation, say).
+    """Replace what depends only on tensors of the network, for instance weight standardisation.
 
-    A constant that is made from parameters is one, and lies beside the largest of them.
+    A constant that is made from parameters is a parameter; it lies in the module of the largest.
     """
     graph = module.graph
     known: dict[fx.Node, Any] = {
@@ -163,7 +163,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
 
 
 def _attach(module: nn.Module, beside: fx.Node | None, value: Tensor, default: str) -> str:
-    """Give a new tensor a name in the module that holds another, and return its whole path."""
+    """Add a tensor to the module that holds another one, and return its full path."""
     path, _, leaf = ("" if beside is None else str(beside.target)).rpartition(".")
     holder, name = module.get_submodule(path), f"folded_{leaf or default}"
     while hasattr(holder, name):
@@ -173,7 +173,7 @@ def _attach(module: nn.Module, beside: fx.Node | None, value: Tensor, default: s
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:
-    """The same graph with its operators named in order: conv2d, conv2d_1, ..."""
+    """Return the same graph with its operators named in order: conv2d, conv2d_1 and so on."""
     new_graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -1,7 +1,7 @@
 """Capture: any `nn.Module` becomes one flat graph of ATen operators.
 
-`torch.export` is the tracer: it follows control flow that depends on shapes, sees functional
-and module calls alike (a functional ReLU is a ReLU), gives one node per call of a shared module,
+`torch.export` is the tracer: it follows control flow that depends on shapes, treats functional
+and module calls equally (a functional ReLU is a ReLU), gives one node per call of a shared module,
 and keeps parameter names. Nothing after capture looks at the user's module again.
 """
 
@@ -55,11 +55,11 @@ class Captured:
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def to(self, device: torch.device) -> "Captured":
-        """The same teacher on a device."""
+        """Return the same teacher on a device."""
         return replace(self, network=self.network.to(device))
 
     def logits(self, *inputs: Tensor) -> Tensor | None:
-        """The logits [N, classes]; None for a network whose outputs are not classes."""
+        """Return the logits [N, classes], or None for a network whose outputs are not classes."""
         return None if self.classes is None else self.network(*inputs)
 
     @property
@@ -138,7 +138,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _by_name(model: nn.Module, given: ExampleInputs) -> dict[str, Tensor]:
-    """Example inputs by name, in the order of the arguments of the network's forward.
+    """Return example inputs by name, in the order of the arguments of the network's forward.
 
     The one input of a network that takes images is called `images`, whatever its argument is.
     """
@@ -179,11 +179,11 @@ def _by_name(model: nn.Module, given: ExampleInputs) -> dict[str, Tensor]:
 
 
 def _probes(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs to trace and compare with: the examples, and as many of noise behind them.
+    """Return inputs to trace and compare with: the examples, followed by as many of noise.
 
-    Examples may be all zeros and then would compare biases alone. Integers, which may name
-    entries of tables, are repeated. It also makes batches of two or more: export takes a batch of
-    one for a constant.
+    Examples that are all zeros would only compare biases. Integers, which may be indices of a
+    table, are repeated. The batch has at least two entries, because export treats a batch of one
+    as a constant.
     """
     draw = random_stream(0, "capture.probe")
     probes = {}
@@ -219,7 +219,7 @@ def _run_once(
 
 
 def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int | None:
-    """The number of classes, or None for outputs that are no logits."""
+    """Return the number of classes, or None for outputs that are not logits."""
     shapes = ", ".join(str(list(output.shape)) for output in outputs)
     fits = all(
         output.is_floating_point() and output.ndim and len(output) == images for output in outputs
@@ -233,14 +233,14 @@ def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int
         raise UsageError(
             "each output must be a tensor of floats with one entry for each image; for "
             f"{images} images the network returned {shapes or 'no tensor'}. "
-            "Wrap it so that it returns such tensors alone."
+            "Wrap it so that it returns only such tensors."
         )
     (first, *others) = outputs
     has_classes = not others and first.ndim == 2 and first.shape[1] >= 2
     if classifier and not has_classes:
         raise UsageError(
             "a classifier returns one tensor of logits [batch, classes], with two classes or "
-            f"more; for {images} images this network returned {shapes}. Leave classifier away."
+            f"more; for {images} images this network returned {shapes}. Remove classifier."
         )
     return first.shape[1] if has_classes and classifier is not False else None
 
@@ -251,7 +251,7 @@ def _dynamic(
     kwargs: Mapping[str, Tensor],
     dynamic: Mapping[int, Any],
 ) -> Any:
-    """Which dimensions of the inputs are dynamic, in the form that export wants."""
+    """Return which dimensions of the inputs are dynamic, in the form that export expects."""
     if not kwargs:
         parameters = inspect.signature(model.forward).parameters.values()
         if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):

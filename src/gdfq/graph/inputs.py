@@ -39,15 +39,15 @@ class InputSpec:
 
     @classmethod
     def of(cls, name: str, example: Tensor) -> "InputSpec":
-        """The specification of an example input [N, *shape]."""
+        """Return the specification of an example input [N, *shape]."""
         return cls(name, tuple(example.shape[1:]), example.dtype)
 
     def zeros(self, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """A batch [count, *shape] of zeros."""
+        """Return a batch [count, *shape] of zeros."""
         return torch.zeros(count, *self.shape, dtype=self.dtype, device=device)
 
     def noise(self, count: int, draw: torch.Generator) -> Tensor:
-        """A batch [count, *shape] of white noise; integers are zeros, and masks let all pass."""
+        """Return a batch [count, *shape] of white noise; integers are 0 and boolean masks True."""
         if self.dtype == torch.bool:
             return self.zeros(count).logical_not()
         if not self.dtype.is_floating_point:
@@ -59,7 +59,7 @@ class InputSpec:
 
 
 def image_shape(inputs: Sequence[InputSpec]) -> tuple[int, ...]:
-    """The shape of one image, of a network that takes images alone.
+    """Return the shape of one image, for a network that only takes images.
 
     Raises:
         UsageError: The network takes several inputs, or integers.
@@ -73,5 +73,5 @@ def image_shape(inputs: Sequence[InputSpec]) -> tuple[int, ...]:
 
 
 def takes_images(inputs: Sequence[InputSpec]) -> bool:
-    """Whether a network takes images, signals or vectors alone, as one tensor of floats."""
+    """Return whether the only input of a network is one tensor of floats."""
     return len(inputs) == 1 and inputs[0].dtype.is_floating_point and bool(inputs[0].shape)

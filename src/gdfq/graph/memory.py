@@ -1,4 +1,4 @@
-"""What the activations of a graph take for one image: the unit of a `MemoryBudget`."""
+"""The bytes that a graph's activations take per image, from which batches fit a `MemoryBudget`."""
 
 import math
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from gdfq.execution.budget import MemoryBudget
 
 
 def tensor_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Return the bytes that each node's tensor has for one image.
+    """Return the bytes of each node's tensor for one image.
 
-    Weights and numbers have none. A node whose shape is not known has those of its largest input,
-    as a quantizer has.
+    Weights and numbers have none. A node of unknown shape, such as a quantizer, has the bytes of
+    its largest input.
     """
     found: dict[fx.Node, int] = {}
     images = max(1, _batch_size(graph))
@@ -28,7 +28,7 @@ def tensor_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def forward_bytes(graph: fx.Graph) -> int:
-    """Return the most that is alive at once for an image while the graph runs without gradients.
+    """Return the peak bytes of activations for one image while the graph runs without gradients.
 
     A tensor is alive from the node that makes it to the last node that reads it. Work space is
     added: a quantizer has two more tensors of its size while it computes.
@@ -50,7 +50,7 @@ def forward_bytes(graph: fx.Graph) -> int:
 
 
 def training_bytes(graph: fx.Graph) -> int:
-    """Return what an image takes in a pass forward and backward.
+    """Return the bytes that one image takes in a forward and backward pass.
 
     Autograd saves all activations at most; the backward pass adds a gradient of the largest one
     and of its input.

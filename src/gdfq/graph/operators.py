@@ -1,8 +1,8 @@
-"""The operators a network may consist of, and what each is to a quantizer.
+"""The operators that a network may consist of, and how quantizers treat each of them.
 
-Names and sets of names alone; `gdfq.graph.queries` has the questions about nodes. No other module
-spells the name of an operator. A captured or stored graph may call nothing else: the safety of the
-file format rests on it (`gdfq.deploy.graph_json`).
+This module has names and sets of names; `gdfq.graph.queries` has the questions about nodes. No
+other module contains the name of an operator. A captured or stored graph may call nothing else: the
+safety of the file format rests on it (`gdfq.deploy.graph_json`).
 """
 
 import operator
@@ -310,7 +310,7 @@ ALLOWED = frozenset(
 
 
 def name_of(node: fx.Node) -> str:
-    """The name of the operator that a call node calls ("" for nodes that call none)."""
+    """Return the name of the operator that a node calls ("" for nodes that call none)."""
     if node.op != "call_function":
         return ""
     target: Any = node.target
@@ -318,19 +318,23 @@ def name_of(node: fx.Node) -> str:
 
 
 def resolve(name: str) -> Callable[..., Any]:
-    """The function behind an allowed operator's name. Raises KeyError for any other name."""
+    """Return the function of an allowed operator.
+
+    Raises:
+        KeyError: The operator is not allowed.
+    """
     if name not in ALLOWED:
         raise KeyError(name)
     return _PYTHON.get(name) or aten_function(name)
 
 
 def aten_function(name: str) -> Any:
-    """The operator of PyTorch behind a name, `torch.ops.aten.relu.default`."""
+    """Return PyTorch's operator of a name, such as `torch.ops.aten.relu.default`."""
     _, packet, overload = name.split(".")
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
 def short_name(node: fx.Node) -> str:
-    """The name of a call node's operator without its package and overload: `conv2d`, or ""."""
+    """Return the name of a node's operator without its package and overload: `conv2d`, or ""."""
     _, *packet = name_of(node).split(".")
     return packet[0] if packet else ""

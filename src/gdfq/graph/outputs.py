@@ -1,7 +1,7 @@
 """What a network returns: one tensor, or tensors in tuples, lists and dictionaries.
 
 Inside the package a network's graph returns its tensors in order: the tensor itself where there is
-one, else a tuple. `Structure` remembers what the user's network made of them.
+one, else a tuple. `Structure` describes the form in which the user's network returned them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +18,10 @@ None is where a network returns None: auxiliary outputs that are for training, s
 
 
 def flattened(value: object) -> list[Tensor]:
-    """All tensors of a network's output, in order.
+    """Return all tensors of a network's output, in order.
 
-    Raises UsageError for anything else that is in it.
+    Raises:
+        UsageError: The output contains anything else.
     """
     if value is None:
         return []
@@ -37,7 +38,7 @@ def flattened(value: object) -> list[Tensor]:
 
 
 def structure_of(value: object) -> Structure:
-    """What holds the tensors of a network's output, which `flattened` accepts."""
+    """Return the structure of a network's output, which `flattened` accepts."""
     places = iter(range(len(flattened(value))))
 
     def structure(part: object) -> Structure:
@@ -59,7 +60,7 @@ def structure_of(value: object) -> Structure:
 
 
 def built(structure: Structure, tensors: Sequence[Tensor]) -> Any:
-    """The tensors as the user's network returned them (a list comes back as a tuple)."""
+    """Return the tensors in the form of the user's network (a list becomes a tuple)."""
     if structure is None:
         return None
     if isinstance(structure, int):
@@ -70,12 +71,12 @@ def built(structure: Structure, tensors: Sequence[Tensor]) -> Any:
 
 
 def in_order(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that a graph inside the package returns."""
+    """Return the tensors that a graph of the package returned, in order."""
     return [value] if isinstance(value, Tensor) else list(value)
 
 
 def names_of(structure: Structure, single: str) -> list[str]:
-    """A name for each tensor: its keys and places, `boxes` or `levels.0`; `single` if it is one."""
+    """Return each tensor's name, such as `boxes` or `levels.0`; `single` for a lone tensor."""
 
     def walk(part: Structure, path: tuple[str, ...]) -> Iterator[tuple[int, str]]:
         if part is None:
@@ -92,7 +93,7 @@ def names_of(structure: Structure, single: str) -> list[str]:
         return [single]
     names: list[str] = []
     for path in paths:
-        # Numbers are no names, and the input has a name of its own.
+        # Numbers are not valid names, and the input has a name of its own.
         name = f"output.{path}" if path[0].isdigit() or path == "images" else path
         while name in names:
             name += "_"
@@ -101,7 +102,7 @@ def names_of(structure: Structure, single: str) -> list[str]:
 
 
 class HasOutputs(Protocol):
-    """A network, or what is known of it."""
+    """A network or a description of it, with its classes and outputs."""
 
     @property
     def classes(self) -> int | None: ...
@@ -111,12 +112,12 @@ class HasOutputs(Protocol):
 
 
 def output_names(network: HasOutputs) -> list[str]:
-    """The names of a network's outputs in files: `logits` of a classifier."""
+    """Return the names of a network's outputs in files: `logits` for a classifier."""
     return names_of(network.outputs, "output" if network.classes is None else "logits")
 
 
 def count_of(structure: Structure) -> int:
-    """How many tensors a structure places."""
+    """Return the number of tensors in a structure."""
     if structure is None:
         return 0
     if isinstance(structure, int):
@@ -125,7 +126,11 @@ def count_of(structure: Structure) -> int:
 
 
 def read_structure(value: object) -> Structure:
-    """A structure from a file. Raises ValueError unless it places tensors in order."""
+    """Read a structure from a file.
+
+    Raises:
+        ValueError: It does not place each tensor once, in order.
+    """
     places: list[int] = []
 
     def read(part: object, depth: int) -> Structure:

@@ -1,7 +1,7 @@
-"""Questions about nodes: what a layer is, what a tensor depends on, whose grid it has.
+"""Questions about nodes: what a layer is, what a tensor depends on, which grid it lies on.
 
-They hold for the teacher's graph, the student's and the frozen one. `meta["val"]` of a node is the
-tensor that capture saw there, with a batch of a few entries.
+They apply to the graphs of the teacher, the student and the integer network. `meta["val"]` of a
+node is the tensor that capture recorded there, with a batch of a few entries.
 """
 
 import math
@@ -17,16 +17,16 @@ from gdfq.graph.operators import name_of
 from gdfq.graph.tensors import tensors_of
 
 _MAX_ELEMENTS = 2**24
-"""Numbers in a tensor of 64 MiB."""
+"""Elements of a float32 tensor of 64 MiB."""
 
 
 def inputs(graph: fx.Graph) -> list[fx.Node]:
-    """The placeholders of a graph, in the order of the network's inputs."""
+    """Return the placeholders of a graph, in the order of the network's inputs."""
     return list(graph.find_nodes(op="placeholder"))
 
 
 def outputs(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes whose values a graph returns, in order; what is returned twice is there twice."""
+    """Return the nodes whose values a graph returns, in order, with repetitions."""
     (output,) = graph.find_nodes(op="output")
     returned: Any = output.args[0]
     return list(returned) if isinstance(returned, tuple | list) else [returned]
@@ -36,61 +36,65 @@ def outputs(graph: fx.Graph) -> list[fx.Node]:
 
 
 def is_layer(node: fx.Node) -> bool:
-    """Whether the node is a convolution or linear layer, its weight constant or computed."""
+    """Return whether the node is a convolution or linear layer, its weight constant or computed."""
     return name_of(node) in operators.WEIGHTED
 
 
 def has_weight(node: fx.Node) -> bool:
-    """Whether the node is a convolution or linear layer with a weight of its own."""
+    """Return whether the node is a convolution or linear layer with a weight of its own."""
     return is_layer(node) and weight_of(node).op == "get_attr"
 
 
 def layers_of(network: fx.GraphModule) -> list[fx.Node]:
-    """All convolutions and linear layers in order, of the teacher's graph or the student's."""
+    """Return all convolutions and linear layers of a teacher or student, in order."""
     return [node for node in network.graph.nodes if is_layer(node)]
 
 
 def weights_of(network: fx.GraphModule) -> dict[fx.Node, Tensor]:
-    """The weight of each layer of a teacher; of a weight that is computed, a LookupError."""
+    """Return the weight of each layer of a teacher.
+
+    Raises:
+        LookupError: A weight is computed from an input.
+    """
     tensors = tensors_of(network)
     return {node: tensors[weight_name(node)] for node in layers_of(network)}
 
 
 def input_of(layer: fx.Node) -> fx.Node:
-    """What enters a layer or a batch norm."""
+    """Return the input of a layer or batch norm."""
     x = layer.args[0]
     assert isinstance(x, fx.Node)
     return x
 
 
 def weight_of(layer: fx.Node) -> fx.Node:
-    """The node of a layer's weight."""
+    """Return the node of a layer's weight."""
     weight = layer.args[1]
     assert isinstance(weight, fx.Node)
     return weight
 
 
 def weight_name(layer: fx.Node) -> str:
-    """The name of the tensor that is a layer's weight."""
+    """Return the name of the tensor that is a layer's weight."""
     return str(weight_of(layer).target)
 
 
 def bias_of(layer: fx.Node) -> fx.Node | None:
-    """The node of a layer's bias, or None."""
+    """Return the node of a layer's bias, or None."""
     bias = layer.args[2] if len(layer.args) > 2 else None
     assert bias is None or isinstance(bias, fx.Node)
     return bias
 
 
 def options_of(layer: fx.Node) -> tuple[Any, ...]:
-    """The arguments of a layer behind input, weight and bias: stride, padding, ..."""
+    """Return the arguments of a layer after input, weight and bias, such as stride and padding."""
     return layer.args[3:]
 
 
 def layer_name(node: fx.Node) -> str:
-    """The name of the module a layer's weight belongs to, `layer1.0.conv1`.
+    """Return the name of the module that holds a layer's weight, such as `layer1.0.conv1`.
 
-    Of a module that holds several weights, as attention does, with which of them: `in_proj`.
+    For a module with several weights, such as attention, the weight is part of it: `in_proj`.
     """
     path, _, leaf = weight_name(node).rpartition(".")
     which = re.sub(r"_?weight_*$", "", re.sub(r"^(folded_)+", "", leaf))
@@ -98,20 +102,21 @@ def layer_name(node: fx.Node) -> str:
 
 
 def has_channels_second(node: fx.Node) -> bool:
-    """Whether a layer's output channels are dimension 1, as those of a batch norm behind it are.
+    """Return whether a layer's output channels are dimension 1, as a batch norm expects.
 
-    A linear layer's are the last dimension: they differ on inputs of three dimensions and more.
+    The channels of a linear layer are the last dimension, which is another one if the input has
+    three or more dimensions.
     """
     return name_of(node) not in operators.LINEARS or node.meta["val"].ndim == 2
 
 
 def channel_dim(layer: fx.Node) -> int:
-    """The dimension of a layer's output that holds its channels."""
+    """Return the dimension of a layer's output that holds its channels."""
     return -1 if name_of(layer) in operators.LINEARS else 1
 
 
 def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
-    """Where a layer's weight keeps its output channels, and the number of its groups."""
+    """Return the layout of a layer's weight, and the number of its groups."""
     if name_of(node) in operators.TRANSPOSED_CONVOLUTIONS:
         groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
         assert isinstance(groups, int)
@@ -123,36 +128,36 @@ def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
 
 
 def is_activation(node: fx.Node) -> bool:
-    """Whether the node is a floating-point tensor that depends on an input."""
+    """Return whether the node is a floating-point tensor that depends on an input."""
     value = node.meta.get("val")
     return node.op != "get_attr" and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def depends_on_inputs(node: fx.Node) -> bool:
-    """Whether the node is a tensor of any kind that depends on an input."""
+    """Return whether the node is a tensor of any kind that depends on an input."""
     return node.op not in {"get_attr", "output"} and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def is_batch_size(node: fx.Node) -> bool:
-    """Whether the node is the length of the batch."""
+    """Return whether the node is the length of the batch."""
     return name_of(node) == operators.BATCH_SIZE and bool(node.args[1] == 0)
 
 
 def elements_per_image(node: fx.Node) -> int:
-    """How many numbers a tensor holds for one entry of the batch, wherever that dimension is."""
+    """Return the elements of a node's tensor for one entry of the batch."""
     first = inputs(node.graph)[0]
     count = math.prod(map(int, node.meta["val"].shape))
     return count // int(first.meta["val"].shape[0])
 
 
 def images_at_once(network: fx.GraphModule) -> int:
-    """How many images pass a teacher's network with no tensor of more than 64 MiB."""
+    """Return how many images pass through a teacher at once with no tensor above 64 MiB."""
     activations = filter(is_activation, network.graph.nodes)
     return max(1, _MAX_ELEMENTS // max(map(elements_per_image, activations)))
 
 
 def is_rectifier(node: fx.Node) -> bool:
-    """Whether the node is a ReLU or a ReLU with a ceiling (ReLU6, hardtanh or clamp from 0)."""
+    """Return whether the node is a ReLU or a bounded ReLU (ReLU6, hardtanh or clamp from 0)."""
     name = name_of(node)
     if name in operators.RECTIFIERS:
         return True
@@ -163,7 +168,7 @@ def is_rectifier(node: fx.Node) -> bool:
 
 
 def keeps_grid(node: fx.Node) -> bool:
-    """Whether the node only moves numbers: its output lies on the grid of its (first) input."""
+    """Return whether the node only moves values: its output lies on the grid of its first input."""
     name = name_of(node)
     if name == operators.GETITEM:  # one of several outputs
         return keeps_grid(node.all_input_nodes[0])
@@ -175,7 +180,7 @@ def keeps_grid(node: fx.Node) -> bool:
 
 
 def grid_source(node: fx.Node) -> fx.Node:
-    """The node whose numbers the given node merely moves; not a constant, which has no grid."""
+    """Return the node whose values the given node only moves; never a constant."""
     while keeps_grid(node):
         (source, *_) = node.all_input_nodes
         if source.op == "get_attr":

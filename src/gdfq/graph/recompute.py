@@ -1,8 +1,8 @@
 """A graph in segments, of which some are computed again in the backward pass (arXiv 1604.06174).
 
-Autograd saves what enters such a segment instead of all that is inside, and makes the inside again
-when the gradient reaches it. The numbers are the same to the bit: the operators, their inputs and
-the order in which gradients add up are.
+Autograd saves the inputs of such a segment instead of all tensors inside, and the backward pass
+computes these again. The results are identical to the bit: the operators, their inputs and the
+order in which gradients are summed do not change.
 """
 
 import operator
@@ -26,7 +26,7 @@ class Segment:
     Attributes:
         nodes: Its nodes, of the graph that was cut.
         inputs: The nodes before it that it reads.
-        outputs: Its nodes that are read behind it.
+        outputs: Its nodes that later nodes read.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -39,7 +39,7 @@ class Segment:
         new = {node: graph.placeholder(node.name) for node in self.inputs}
         for node in self.nodes:
             for source in node.all_input_nodes:
-                if source not in new:  # a weight: a node of any place
+                if source not in new:  # a weight may be a node of any segment
                     new[source] = graph.node_copy(source)
             new[node] = graph.node_copy(node, new.__getitem__)
         graph.output(tuple(new[node] for node in self.outputs))
@@ -47,7 +47,7 @@ class Segment:
 
 
 def segments(graph: fx.Graph, ends: Collection[fx.Node]) -> list[Segment]:
-    """Cut a graph behind each of the given nodes."""
+    """Cut a graph after each of the given nodes."""
     parts: list[list[fx.Node]] = [[]]
     ended = False
     for node in graph.nodes:
@@ -149,7 +149,7 @@ class BudgetedNetwork:
 
     Args:
         network: Takes images and returns any structure of tensors.
-        ends: Nodes of its graph behind which it may be cut; behind its layers where there are none.
+        ends: Nodes of its graph after which it may be cut; if empty, it is cut after layers.
         budget: The memory budget.
         device: Where the network is.
     """

@@ -1,4 +1,4 @@
-"""The teacher with the moments of its batch norms' inputs beside its outputs."""
+"""The teacher, returning its outputs and the moments of its batch norms' inputs."""
 
 import operator
 from collections.abc import Callable
@@ -21,14 +21,15 @@ from gdfq.graph.tensors import tensors_of
 
 
 class StatisticsNetwork:
-    """The teacher with the moments of its batch norms' inputs beside its outputs.
+    """The teacher, returning its outputs and the moments of its batch norms' inputs.
 
     Calling it with images [N, *input_shape] returns (what the teacher returns, statistics), where
     the statistics are tied to the batch-norm nodes themselves, not to hooks or an order of modules.
     `stored` holds the running statistics to compare with, in the same order. With `of_input` (mean
     and variance, [C] each) the images' own statistics come first, to be compared with these.
 
-    Raises UsageError when the network has no batch norm.
+    Raises:
+        UsageError: The network has no batch norm.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class StatisticsNetwork:
 
 
 def unit_input(teacher: Captured) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1 of each channel [C]: what normalised inputs are supposed to have."""
+    """Return mean 0 and variance 1 of each channel [C], the statistics of normalised inputs."""
     zero = torch.zeros(teacher.input_shape[0], device=teacher.device)
     return zero, torch.ones_like(zero)
 
@@ -69,9 +70,9 @@ def unit_input(teacher: Captured) -> tuple[Tensor, Tensor]:
 def _with_moments(
     teacher: Captured, norms: list[BatchNorm]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The teacher's graph returning (outputs, [(mean, variance) of each batch norm's input]).
+    """Return a graph with outputs (outputs, [(mean, variance) of each batch norm's input]).
 
-    With it come its nodes at which the teacher's blocks end.
+    Its nodes at the ends of the teacher's blocks are returned too.
     """
     tensors = tensors_of(teacher.network)
     values = dict(zip(teacher.batch_norms, norms, strict=True))

@@ -1,11 +1,11 @@
-"""The tensors of graph modules, and modules that hold only the tensors their graph names."""
+"""The tensors of graph modules, and modules with only the tensors that their graph refers to."""
 
 import torch
 from torch import Tensor, fx, nn
 
 
 def flat_module(graph: fx.Graph, tensors: dict[str, Tensor]) -> fx.GraphModule:
-    """A graph module over copies of `tensors`, in channels_last order, that need no gradient."""
+    """Return a graph module with copies of `tensors`, channels_last and without gradients."""
 
     def prepared(tensor: Tensor) -> Tensor:
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
@@ -19,13 +19,13 @@ def flat_module(graph: fx.Graph, tensors: dict[str, Tensor]) -> fx.GraphModule:
 
 
 def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors that a graph refers to, by the name it uses."""
+    """Return the tensors that a graph refers to, by name."""
     names = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
     return {name: attribute(module, name) for name in names}
 
 
 def attribute(module: nn.Module, name: str) -> Tensor:
-    """The tensor at a dotted path of a module."""
+    """Return the tensor at a dotted path of a module."""
     value: object = module
     for part in name.split("."):
         value = getattr(value, part)

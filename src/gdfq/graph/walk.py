@@ -1,4 +1,4 @@
-"""A network run node by node, so that what is measured on the way need not be kept."""
+"""Networks that run node by node, so that tensors can be measured and then freed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 @dataclass(frozen=True)
 class Visit:
-    """A node that has just run: the values that entered it, and its own."""
+    """A node that has just run, with its inputs and its value."""
 
     node: fx.Node
     inputs: tuple[Any, ...]
@@ -18,10 +18,10 @@ class Visit:
 
 
 class Walk(fx.Interpreter):
-    """Runs a graph step by step; what nothing needs any more is dropped."""
+    """Runs a graph node by node and frees values after their last use."""
 
     def visits(self, *inputs: Tensor) -> Iterator[Visit]:
-        """Each operator in order, once, for a tensor for each input of the network."""
+        """Yield each operator once, in order, for one tensor per input of the network."""
         self.env = {}
         self.args_iter = iter(inputs)
         for node in self.graph.nodes:
@@ -37,8 +37,8 @@ class Walk(fx.Interpreter):
 class PartsInterpreter(fx.Interpreter):
     """Runs a graph on a batch in parts: all parts pass a node before the first passes the next.
 
-    So what is computed from a tensor of the whole batch can change the nodes behind it, while only
-    what those still read is held, and work space is that of one part.
+    A value computed from the whole batch can therefore change later nodes. Only tensors that later
+    nodes read stay in memory, with the work space of one part.
     """
 
     def run_parts(self, parts: Sequence[Sequence[Tensor]]) -> None:
@@ -57,7 +57,7 @@ class PartsInterpreter(fx.Interpreter):
             self.after(node, envs)
 
     def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
-        """Look at what enters a node, by part, or change the node's module."""
+        """Read the inputs of a node in each part, or change the node's module."""
 
     def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
-        """Look at what a node has made, by part, or put something else in its place."""
+        """Read the value of a node in each part, or replace it."""

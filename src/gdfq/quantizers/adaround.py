@@ -49,7 +49,7 @@ class RoundedWeight(WeightQuantizer):
         self.settled = True
 
     def rounding_penalty(self, sharpness: float) -> Tensor:
-        """Return Σ 1 − |2h − 1|^β, a scalar: 0 when every weight has decided."""
+        """Return Σ 1 − |2h − 1|^β, a scalar: 0 when all rounding is decided."""
         return (1 - (2 * self.rounding() - 1).abs().pow(sharpness)).sum()
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it was read at construction)

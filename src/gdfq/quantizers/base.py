@@ -44,7 +44,7 @@ class WeightQuantizer(nn.Module, ABC):
     def rescale_(self, factor: Tensor) -> None:
         """Multiply each output channel by its factor [O] > 0; the codes stay.
 
-        Families that rescale have this.
+        Only families with `rescales` implement it.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be rescaled")
 
@@ -54,7 +54,7 @@ class WeightQuantizer(nn.Module, ABC):
         return None
 
     def settle_(self) -> None:
-        """Decide what is learned softly, such as rounding, for good."""
+        """Fix learned parameters that are still soft, such as rounding."""
 
     def along_channels(self, values: Tensor, weight: Tensor) -> Tensor:
         """Return values of the output channels [O], shaped to broadcast against the weight."""

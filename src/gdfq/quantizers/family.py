@@ -1,4 +1,4 @@
-"""Families of quantizers: which fake quantizers a student has, and what follows from that.
+"""Families of quantizers: matching fake quantizers for weights and activations, and their needs.
 
 A recipe names a family. A new kind of quantizer is a new value of `QuantizerFamily`.
 """
@@ -19,7 +19,7 @@ from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
 
 @dataclass(frozen=True)
 class QuantizerFamily:
-    """The quantizers of a student, and how they want its teacher.
+    """The quantizers of a student, and what they require of its teacher.
 
     Attributes:
         name: Identifies the family in configurations; never change it.
@@ -42,7 +42,7 @@ class QuantizerFamily:
     learns_rounding: bool = False
 
     def prepared(self, teacher: Captured) -> Captured:
-        """Return the teacher as a student of this family begins from it."""
+        """Return the teacher in the form that students of this family start from."""
         return fold_batch_norms(teacher) if self.folds else teacher
 
     def plain_value(self) -> str:
@@ -51,7 +51,7 @@ class QuantizerFamily:
 
 
 def _min_max_weight(weight: Tensor, bits: int, layout: Layout, groups: int) -> WeightQuantizer:
-    del weight  # the grid follows the current weight
+    del weight  # the grid is that of the current weight
     return MinMaxWeight(bits, layout, groups)
 
 

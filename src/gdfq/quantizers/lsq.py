@@ -1,8 +1,8 @@
 """Quantizers whose grids are learned with the network (LSQ, arXiv 1902.08153).
 
-Both start where a search finds the least error and are then trained in units of their own grid:
-a weight as latent codes, a scale by its logarithm. One learning rate so means the same in every
-layer of every network.
+Both start at the grid of least error, which a search finds, and are then trained in units of their
+grid: a weight as latent codes, a scale by its logarithm. So a learning rate has the same effect in
+every layer of every network.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,9 +29,9 @@ _CANDIDATE_COUNT, _COARSE_STRIDE = 80, 5
 """Number of candidate ranges: the full one times 1, 0.99, 0.98, ...; and the stride of the coarse
 search, which comes first for weights."""
 _CHUNK_ELEMENTS = 2**16
-"""Numbers that are rounded together: they stay in the cache."""
+"""Elements that are rounded together, so that they stay in the cache."""
 _SAMPLE_ELEMENTS, _CHANNEL_SAMPLE_ELEMENTS = 2**17, 2**12
-"""Values of an activation, and of one of its channels, that a range search uses."""
+"""Elements of an activation, and of one of its channels, that a range search uses."""
 
 
 class LearnedWeight(WeightQuantizer):
@@ -140,7 +140,7 @@ def best_weight_grid(
         for shrink in shrinks
         for a, b in ((shrink, shrink), (1, shrink), (shrink, 1))
     )
-    # Of a range that was shrunk from one end, only that end moves on.
+    # Of a range that was shrunk from one end, only that end is refined.
     whole = (coarse[0] == low) & (coarse[1] == high)
     low_share = torch.where((coarse[0] != low) | whole, low / 100, 0)
     high_share = torch.where((coarse[1] != high) | whole, high / 100, 0)
@@ -169,7 +169,7 @@ def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def best_range_of_parts(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
-    """`best_range` of a batch in parts [n, ...]: the same numbers, without the whole batch."""
+    """Return `best_range` of a batch in parts [n, ...]: the same values without the whole batch."""
     stride = _stride(sum(part.numel() for part in parts), _SAMPLE_ELEMENTS)
     samples, lows, highs, passed = [], [], [], 0
     for part in parts:
@@ -193,9 +193,9 @@ def scales_of_channels(x: Tensor, bits: int) -> Tensor:
 
 
 def _stride(numbers: int, most: int) -> int:
-    """The stride with which about `most` of some numbers are looked at.
+    """Return the stride of a sample with about `most` of `numbers` elements.
 
-    It is odd: an even one may visit the same columns of an image's rows, the border say.
+    It is odd: an even one may visit the same columns of each row of an image, such as the border.
     """
     return numbers // most | 1
 
@@ -205,7 +205,12 @@ def _best_ranges(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point, [R, 1], that suit each row of a sample [R, M] best.
 
-    low, high: the least and greatest of all numbers of each row, [R, 1].
+    Args:
+        sample: [R, M].
+        low: Minimum of all elements of each row, [R, 1].
+        high: Maximum of all elements of each row, [R, 1].
+        bits: Bits of a code.
+        every: Stride over the candidate ranges.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     least = torch.full_like(low, torch.inf)

@@ -40,7 +40,7 @@ class _Recipe:
 
 @dataclass(frozen=True)
 class _View:
-    """What autograd saves in the place of a tensor that can be recomputed."""
+    """What autograd saves instead of a tensor that can be recomputed."""
 
     made: _Recipe
     size: tuple[int, ...]

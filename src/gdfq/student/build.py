@@ -1,4 +1,4 @@
-"""The student: a trainable copy of the teacher's graph with fake quantizers in it."""
+"""The student: a trainable copy of the teacher's graph with fake quantizers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,7 +46,7 @@ class StudentBatchNorm(nn.Module):
         )
 
     def current(self) -> BatchNorm:
-        """Its present values, detached."""
+        """Return its present values, detached."""
         weight, bias = self.weight.detach(), self.bias.detach()
         affine = isinstance(self.weight, nn.Parameter)
         return BatchNorm(weight, bias, self.mean, self.variance, self.eps, affine)
@@ -68,7 +68,7 @@ class Student(nn.Module):
             return self.network(*inputs)
 
     def named(self, names: Sequence[str]) -> list[fx.Node]:
-        """The student's nodes whose values stand for the teacher's nodes of these names."""
+        """Return the student's nodes for the teacher's nodes of these names."""
         nodes = {node.name: node for node in self.network.graph.nodes}
         modules = {str(node.target): node for node in nodes.values() if node.op == "call_module"}
         found = nodes | {
@@ -80,10 +80,10 @@ class Student(nn.Module):
         return [found[name] for name in names]
 
     def with_features(self, names: Sequence[str]) -> WithFeatures:
-        """The student with its values, as quantized, of the teacher's nodes of these names.
+        """Return the student that also returns its quantized values for the teacher's nodes.
 
-        For tuning, when the ranges are known: ReLUs in front of grids that clamp as they do are
-        left out, which saves passes over memory and changes nothing.
+        It is for tuning, when the ranges are known: a ReLU before a grid that clamps in the same
+        way is removed, which saves memory traffic and changes no value.
         """
         network = with_features(self.network, self.named(names))
         _leave_out_rectifiers_(network)
@@ -97,11 +97,11 @@ class Student(nn.Module):
 
     @property
     def activations(self) -> Iterator[ActivationQuantizer]:
-        """All activation quantizers."""
+        """Return all activation quantizers."""
         return (module for module in self.modules() if isinstance(module, ActivationQuantizer))
 
     def ranges(self) -> dict[str, float]:
-        """How much the grid of each quantized activation spans, by the name of its node."""
+        """Return the extent of each activation's grid, by the name of its node."""
         return {
             name.rpartition(".")[2]: float(module.grid()[0]) * (2**module.bits - 1)
             for name, module in self.named_modules()
@@ -110,7 +110,7 @@ class Student(nn.Module):
 
 
 def _leave_out_rectifiers_(network: fx.GraphModule) -> None:
-    """Let each grid that starts at zero, and passes no gradient below it, stand for its ReLU."""
+    """Remove each ReLU before a grid that starts at 0 and passes no gradient below it."""
     for node in network.graph.nodes:
         quantizer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(quantizer, ActivationQuantizer) or not quantizer.clips_gradient:
@@ -134,7 +134,7 @@ def build_student(
     quantizers: QuantizerFamily = MINMAX,
     fixed_statistics: bool = True,
 ) -> Student:
-    """A trainable copy of the teacher with the scheme's quantizers; ranges are not yet known.
+    """Return a trainable copy of the teacher with quantizers whose ranges are not yet known.
 
     Args:
         teacher: The trained network.
@@ -183,7 +183,7 @@ def build_student(
         return call(copy, BATCH_NORM, node.name, norms[key], copy[queries.input_of(node)])
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
-        if node.op == "output":  # a feature map that is returned is returned as it was
+        if node.op == "output":  # an output is returned unquantized
             returned = fx.node.map_arg(
                 node.args[0], lambda source: unquantized.get(source, copy[source])
             )
@@ -206,7 +206,7 @@ def build_student(
 
 
 def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily) -> None:
-    """Raise what `build_student` would, without searching grids for it."""
+    """Raise the errors of `build_student`, without a search for grids."""
     teacher = quantizers.prepared(teacher)
     layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
     _check_quantizable(
@@ -237,7 +237,7 @@ def _check_quantizable(
 
 
 def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
-    """Copies of the teacher's tensors; its parameters train, and shared ones stay shared."""
+    """Return copies of the teacher's tensors; parameters train, and shared ones stay shared."""
     copies = {
         id(tensor): nn.Parameter(tensor.detach().clone())
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()

@@ -1,10 +1,10 @@
-"""Channels brought to alike scales, exactly, while the network is still float.
+"""Equalization of channels in the full-precision network; it does not change the function.
 
 A positive factor passes through a ReLU, a sum or a pooling unchanged: relu(x / s) = relu(x) / s.
-So what the output channels of one layer are divided by can be multiplied into the input channels
-of the next (cross-layer equalization, arXiv 1906.04721, section 4.1). An activation has one grid
-for all of its channels, which then suits each of them better. That paper takes ranges of weights;
-here it is the steps that the grids themselves would have.
+So a layer's output channels can be divided by factors if the input channels of the next layer are
+multiplied by them (cross-layer equalization, arXiv 1906.04721, section 4.1). An activation has one
+grid for all channels, which then suits each of them better. The paper derives the factors from
+ranges of weights; here they follow from the scales of the grids.
 """
 
 import math
@@ -26,21 +26,26 @@ from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 _NEXT_WEIGHT_SHARE = 0.5
-"""Of the differences between channels, as logarithms, that go into the next weights."""
+"""Share of the logarithmic differences between channels that moves into the next weights."""
 _MAX_FACTOR = 8.0
-"""Greatest factor: channels that hardly ever speak would ask for any."""
+"""Channels that are almost always 0 would get arbitrary factors without this limit."""
 
 
 @torch.no_grad()
 def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[str, Tensor]:
-    """What the channels [C] of activations should be divided by, by the names of their nodes.
+    """Return the divisors of channels [C] of activations, by the names of their nodes.
 
-    For each channel c of each activation that the scheme quantizes, the step Δ_c of the grid that
-    would suit it alone is found on `inputs`, [N, *shape] for each, and the step Δ of the
-    grid that suits all: the channel's scale is (Δ_c / Δ)^½, because the next layer's weights,
-    which are multiplied by it, share grids too. Activations that cannot differ, such as the parts
-    of a sum, share the mean of their logarithms. There is no scale where something else than
-    convolutions, linear layers, ReLUs, sums, poolings and zeros around them sees the channels.
+    For each channel c of each activation that the scheme quantizes, Δ_c is the scale of the best
+    grid for this channel, and Δ that of the best grid for all channels. The channel's divisor is
+    (Δ_c / Δ)^½, because the weights of the next layer, which are multiplied by it, share grids
+    too. Activations that must agree, such as the terms of a sum, share the mean of their
+    logarithms. Channels have no divisor if any operator reads them other than convolutions,
+    linear layers, ReLUs, sums, poolings and padding with zeros.
+
+    Args:
+        teacher: The trained network.
+        scheme: What is quantized, and to how many bits.
+        *inputs: [N, *shape] for each input of the network.
     """
     teacher = fold_batch_norms(teacher)
     ties = _ties(teacher.network.graph)
@@ -51,7 +56,7 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
 
 @torch.no_grad()
 def rescaled(teacher: Captured, scales: Mapping[str, Tensor]) -> Captured:
-    """The same function with batch norms folded and channels divided by their `channel_scales`."""
+    """Return an equal teacher, batch norms folded, channels divided by their `channel_scales`."""
     teacher = fold_batch_norms(teacher)
     graph = teacher.network.graph
     tensors = tensors_of(teacher.network)
@@ -75,7 +80,7 @@ def rescaled(teacher: Captured, scales: Mapping[str, Tensor]) -> Captured:
 
 
 class _ChannelRatios(fx.Interpreter):
-    """Runs a network and notes by how much, as logarithms, channels differ from their tensor."""
+    """Runs a network and records log(Δ_c / Δ) of the channels of its activations."""
 
     def __init__(
         self,
@@ -98,13 +103,13 @@ class _ChannelRatios(fx.Interpreter):
         return value
 
     def scale(self, top: fx.Node) -> Tensor:
-        """What each channel [C] is divided by."""
+        """Return the divisor of each channel, [C]."""
         apart = _NEXT_WEIGHT_SHARE * torch.stack(self.found[top]).mean(0)
         return apart.clamp(-math.log(_MAX_FACTOR), math.log(_MAX_FACTOR)).exp()
 
 
 def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For each activation whose channels may be scaled, the one whose scales it has."""
+    """Return, for each activation that may be scaled, the activation whose divisors it has."""
     above: dict[fx.Node, fx.Node] = {}
 
     def top(node: fx.Node) -> fx.Node:
@@ -131,7 +136,7 @@ def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def _is_plain(layer: fx.Node, uses: Counter[str]) -> bool:
-    """Whether a layer's channels are second, and weight and bias constants of its own."""
+    """Return whether channels are dimension 1, and only this layer uses its weight and bias."""
     constants: Any = layer.args[1:3]
     return queries.has_channels_second(layer) and all(
         node.op == "get_attr" and uses[str(node.target)] == 1 for node in constants
@@ -139,7 +144,7 @@ def _is_plain(layer: fx.Node, uses: Counter[str]) -> bool:
 
 
 def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
-    """Whether a node's channels are positive factors of their own times what enters them."""
+    """Return whether a positive factor on an input channel is one on the output channel."""
     name = operators.name_of(node)
     if not inputs or not queries.is_activation(node):
         return False
@@ -154,13 +159,13 @@ def _passes(node: fx.Node, inputs: list[fx.Node]) -> bool:
         return queries.keeps_grid(node) and not of_channels
     if name in operators.RESHAPES:
         return bool(shape[:2] == shapes[0][:2])
-    if name in operators.WINDOW_POOLING:  # of fewer dimensions, channels are pooled as well
+    if name in operators.WINDOW_POOLING:  # with fewer dimensions it also pools over channels
         return len(shape) == operators.WINDOW_POOLING[name] + 2
     return name in operators.SCALE_EQUIVARIANT
 
 
 def _along_inputs(values: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """One value for each input channel [I], shaped to broadcast against `weight`."""
+    """Return values of the input channels [I], shaped to broadcast against `weight`."""
     ones = [1] * (weight.ndim - 2)
     if layout is Layout.TRANSPOSED:
         return values.view(-1, 1, *ones)

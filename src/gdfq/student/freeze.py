@@ -17,20 +17,21 @@ from gdfq.student.integer_network import IntegerNetwork, coarser, scale_of
 
 @torch.no_grad()
 def freeze(student: Student) -> IntegerNetwork:
-    """The student's integer form: codes, scales and zero points, batch norms folded.
+    """Return the integer network of a student: codes, scales and zero points, batch norms folded.
 
-    A batch norm y = s x + t that alone follows a convolution or linear layer becomes part of it:
-    s multiplies the channel's scale (a negative s mirrors its codes), t joins the bias. The
-    result consists of tensors and of operators in `operators.ALLOWED` alone, so that it can be
-    stored as data.
+    A batch norm y = s x + t that is the only user of a convolution or linear layer becomes part of
+    it: s multiplies the channel's scale (a negative s mirrors its codes), t is added to the bias.
+    The result consists of tensors and operators in `operators.ALLOWED`, so that it can be stored
+    as data.
 
-    Raises GdfqError when an activation quantizer has never seen a batch.
+    Raises:
+        GdfqError: An activation quantizer was never calibrated.
     """
     return IntegerNetwork(_Freezer(student).run())
 
 
 class _Freezer:
-    """One walk over the student's graph that writes the frozen one."""
+    """Writes the graph of the integer network from the student's graph."""
 
     def __init__(self, student: Student) -> None:
         self.source = student.network
@@ -39,7 +40,7 @@ class _Freezer:
             student.network.named_modules(remove_duplicate=False)
         )
         self.source_tensors = tensors_of(student.network)
-        # What freezing makes has a namespace apart from the network's own tensors.
+        # New constants have a namespace apart from the network's own tensors.
         self.ours = "quantized"
         while any(name.split(".")[0] == self.ours for name in self.source_tensors):
             self.ours += "_"
@@ -66,7 +67,7 @@ class _Freezer:
         return flat_module(self.graph, self.tensors)
 
     def _mapped(self, node: fx.Node) -> fx.Node:
-        """The frozen graph's node for a node of the student's."""
+        """Return the frozen graph's node for a node of the student."""
         if node not in self.new and node.op == "get_attr":
             name = str(node.target)
             self.tensors[name] = self.source_tensors[name].detach()
@@ -79,7 +80,7 @@ class _Freezer:
         return self.graph.get_attr(name)
 
     def _base(self, name: str) -> str:
-        """A name for constants of ours: layers may be shared, or be named as operators are."""
+        """Return an unused name for constants: layers may be shared, or named like operators."""
         base = f"{self.ours}.{name}"
         while any(taken.rpartition(".")[0] == base for taken in self.tensors):
             base += "_"
@@ -95,7 +96,7 @@ class _Freezer:
         return module if isinstance(module, WeightQuantizer) else None
 
     def _norm_after(self, node: fx.Node) -> StudentBatchNorm | None:
-        """The batch norm that folds into a layer: its only user."""
+        """Return the batch norm that folds into a layer, its only user, or None."""
         if self._weight_quantizer(node) is None:
             return None
         norm = batch_norm_after(node, lambda n: isinstance(self._module(n), StudentBatchNorm))
@@ -127,7 +128,7 @@ class _Freezer:
         return self.graph.call_function(operators.resolve(operators.BATCH_NORM), arguments)
 
     def _layer(self, node: fx.Node) -> fx.Node:
-        """A convolution or linear layer, with the batch norm behind it folded in."""
+        """Write a convolution or linear layer, with the batch norm after it folded in."""
         arguments: tuple[Any, ...] = node.args if len(node.args) > 2 else (*node.args, None)
         x, weight_node, bias_node, *rest = arguments
         quantizer = self._weight_quantizer(node)
@@ -165,7 +166,7 @@ class _Freezer:
         return self.graph.call_function(function, (x, dequantized, new_bias, *rest), keywords)
 
     def _input_scale(self, x: fx.Node, quantizer: WeightQuantizer) -> fx.Node | None:
-        """The scale of a layer's input, if an integer runtime can add the bias to its products.
+        """Return the scale of a layer's input if an integer runtime can add the bias.
 
         Grouped transposed convolutions have no scales by channel, and keep their bias as it is.
         """
@@ -177,7 +178,7 @@ class _Freezer:
 
 
 def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
-    """The quantized tensor times `factor`, which broadcasts as its scale does; codes stay exact.
+    """Return the quantized tensor times `factor`, which broadcasts as its scale; codes are exact.
 
     −(q − z) = (−1−q) − (−1−z): a negative factor mirrors the codes within their bounds.
     """

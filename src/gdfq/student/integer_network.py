@@ -1,4 +1,4 @@
-"""The frozen student: integer codes, scales and zero points, and every question about them.
+"""The integer network (the frozen student): codes, scales, zero points, and questions about them.
 
 Its graph calls three operators for what is quantized (`gdfq.functional.grid`): `dequantize` makes a
 layer's weight of its codes, `dequantize_bias` the bias, and `fake_quantize` rounds an activation.
@@ -26,14 +26,14 @@ class ActivationGrid:
 
     node: fx.Node
     name: str
-    """`layer1.relu`: that of the activation, which no other has."""
+    """Unique name of the activation, such as `layer1.relu`."""
     scale: Tensor
     zero_point: Tensor
     bits: int
 
     @property
     def grid(self) -> tuple[Tensor, Tensor, int]:
-        """The arguments behind x of `gdfq.functional.grid.fake_quantize`."""
+        """Return the arguments after x of `gdfq.functional.grid.fake_quantize`."""
         return self.scale, self.zero_point, self.bits
 
 
@@ -52,7 +52,7 @@ class IntegerWeight:
 
     @property
     def name(self) -> str:
-        """`layer1.conv1`: the layer that the weight belongs to, which no other has."""
+        """Unique name of the weight's layer, such as `layer1.conv1`."""
         return stem(self.codes_name)
 
     @property
@@ -70,16 +70,16 @@ class IntegerLayer:
     bias: Tensor | None
     """Codes int32 where the layer's input is quantized, else floats; None without a bias."""
     input: ActivationGrid | None
-    """The quantizer of what enters the layer; None where that stays float."""
+    """The quantizer of the layer's input; None if the input stays float."""
 
     @property
     def bits(self) -> int | None:
-        """Of the weight; None for a layer that stays float."""
+        """Bits of the weight; None for a layer that stays float."""
         return None if self.weight is None else self.weight.bits
 
 
 class IntegerNetwork(nn.Module):
-    """The student in its integer form; calling it computes as the student does.
+    """The student in its integer form; a call computes the student's function.
 
     Attributes:
         module: The graph, of tensors and of operators in `operators.ALLOWED` alone. It takes one
@@ -102,41 +102,41 @@ class IntegerNetwork(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, by the names that the graph uses."""
+        """Return all tensors, by the names that the graph uses."""
         return tensors_of(self.module)
 
     def outputs(self, *inputs: Tensor) -> list[Tensor]:
-        """The outputs in order, for one tensor for each input."""
+        """Return the outputs in order, given one tensor for each input."""
         return in_order(self(*inputs))
 
     @property
     def activations(self) -> list[ActivationGrid]:
-        """The quantizers of activations, in order of execution."""
+        """Return the quantizers of activations, in order of execution."""
         tensors = self.tensors
         return [_grid(node, tensors) for node in self._calls(operators.FAKE_QUANTIZE)]
 
     @property
     def weights(self) -> list[IntegerWeight]:
-        """The quantized weights, in order of execution."""
+        """Return the quantized weights, in order of execution."""
         tensors = self.tensors
         return [_weight(node, tensors) for node in self._calls(operators.DEQUANTIZE)]
 
     @property
     def layers(self) -> list[IntegerLayer]:
-        """All convolutions and linear layers, in order of execution."""
+        """Return all convolutions and linear layers, in order of execution."""
         tensors = self.tensors
         return [_layer(node, tensors) for node in queries.layers_of(self.module)]
 
     def code_bits(self) -> dict[str, int]:
-        """The bits of each tensor of codes of a weight, by the tensor's name."""
+        """Return the bits of each weight, by the name of its tensor of codes."""
         return {weight.codes_name: weight.bits for weight in self.weights}
 
     @torch.no_grad()
     def with_bits(self, bits: Mapping[str, int]) -> "IntegerNetwork":
-        """The same network with fewer bits for some weights.
+        """Return the same network with fewer bits for some weights.
 
         Args:
-            bits: By the names of tensors of codes; at most the present ones.
+            bits: New bits by the names of tensors of codes, at most the present bits.
         """
         tensors = self.tensors
         changed = dict(tensors)
@@ -165,7 +165,7 @@ class IntegerNetwork(nn.Module):
 
     @torch.no_grad()
     def as_float(self) -> "IntegerNetwork":
-        """The same network without rounding: its quantized weights, written as floats."""
+        """Return the network without rounding, its quantized weights written as floats."""
         tensors = self.tensors
 
         def change(copy: Copy, node: fx.Node) -> fx.Node | None:
@@ -190,13 +190,17 @@ class IntegerNetwork(nn.Module):
 
 
 _BITS = 3
-"""The place of the bits among the arguments of `fake_quantize` and `dequantize`."""
+"""Index of the bits among the arguments of `fake_quantize` and `dequantize`."""
 _STORED = {operators.FAKE_QUANTIZE: 2, operators.DEQUANTIZE: 3, operators.DEQUANTIZE_BIAS: 3}
-"""How many of an operator's last tensors are constants of the network."""
+"""Number of an operator's last tensor arguments that are constants of the network."""
 
 
 def check_quantizer(node: fx.Node) -> None:
-    """Raise ValueError for a quantization operator in another form than freezing writes."""
+    """Check the form of a quantization operator.
+
+    Raises:
+        ValueError: Freezing does not write this form.
+    """
     name = operators.name_of(node)
     if name not in operators.QUANTIZATION:
         return
@@ -209,26 +213,26 @@ def check_quantizer(node: fx.Node) -> None:
 
 
 def activation_grid(node: fx.Node, tensors: Mapping[str, Tensor]) -> ActivationGrid | None:
-    """The quantizer whose grid a tensor of a frozen graph lies on; None for a float tensor."""
+    """Return the quantizer of the grid that a tensor lies on, or None for a float tensor."""
     source = queries.grid_source(node)
     is_quantizer = operators.name_of(source) == operators.FAKE_QUANTIZE
     return _grid(source, tensors) if is_quantizer else None
 
 
 def scale_of(node: fx.Node) -> fx.Node:
-    """The constant that is the scale of a quantizer of activations or of a weight."""
+    """Return the constant that is the scale of an activation or a weight."""
     scale = node.args[1]
     assert isinstance(scale, fx.Node)
     return scale
 
 
 def stem(constant: str) -> str:
-    """`layer1.conv1` for the constant `quantized.layer1.conv1.codes`."""
+    """Return `layer1.conv1` for the constant `quantized.layer1.conv1.codes`."""
     return constant.rpartition(".")[0].partition(".")[2]
 
 
 def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
-    """The quantized tensor with `factor` >= 1 times the scale; where it is 1, the same codes."""
+    """Return a tensor requantized to `factor` >= 1 times its scale; 1 keeps its codes."""
     zero_point = (tensor.zero_point / factor).round()
     codes = ((tensor.codes - tensor.zero_point) / factor).round() + zero_point
     codes = codes.clamp(*code_bounds(tensor.bits)).to(tensor.codes.dtype)
@@ -236,7 +240,7 @@ def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
 
 
 def _names(node: fx.Node) -> list[str]:
-    """The names of the constants that enter a node."""
+    """Return the names of the constants that a node reads."""
     return [str(argument.target) for argument in node.all_input_nodes if argument.op == "get_attr"]
 
 

@@ -1,4 +1,4 @@
-"""Which tensors of a network a scheme quantizes: where the quantizers of activations stand."""
+"""Which activations of a network a scheme quantizes."""
 
 from torch import fx
 
@@ -8,12 +8,12 @@ from gdfq.graph.capture import Captured
 from gdfq.student.scheme import Scheme
 
 _SIGNAL_BITS = 8
-"""Width, in `full` placement, of the network's input, of the outputs of layers without a ReLU, and
-of sums that are only added to: what a residual path carries."""
+"""Bits, in `full` placement, of the network's input, of the outputs of layers without a ReLU, and
+of residual paths (sums that only enter other sums)."""
 
 
 def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
-    """The nodes of the teacher's graph whose outputs are quantized, and to how many bits."""
+    """Return the nodes of the teacher whose outputs are quantized, and to how many bits."""
     nodes = list(teacher.network.graph.nodes)
     layers = list(filter(queries.has_weight, nodes))
     weight_bits = scheme.weight_bits(layers)
@@ -68,9 +68,9 @@ def _full_placement(
 
 
 def shapes_outputs(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes that only shape the network's outputs, behind the last layers: they stay float.
+    """Return the nodes after the last layers, which stay float, up to the outputs.
 
-    A sigmoid of scores or the arithmetic of boxes, say, up to the outputs themselves.
+    Examples are a sigmoid of scores and the arithmetic of boxes.
     """
     computes = operators.WEIGHTED | operators.POOLING | operators.MAX_POOLING | operators.PRODUCTS
     tail: set[fx.Node] = set()
@@ -83,7 +83,7 @@ def shapes_outputs(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _entered(node: fx.Node) -> list[fx.Node | None]:
-    """What uses the node's output, perhaps reshaped: layers, and None for anything else."""
+    """Return the layers that read the node's output, also reshaped; None for any other reader."""
     found: list[fx.Node | None] = []
     for user in node.users:
         if queries.keeps_grid(user):
@@ -95,12 +95,12 @@ def _entered(node: fx.Node) -> list[fx.Node | None]:
 
 
 def _after_batch_norm(node: fx.Node) -> fx.Node:
-    """The batch norm that alone follows the node and will be folded into it, or the node."""
+    """Return the batch norm that will be folded into the node, or the node itself."""
     return batch_norm_after(node) or node
 
 
 def _feeds_rectifier_only(node: fx.Node) -> bool:
-    """Whether ReLUs alone use the node's output, perhaps reshaped."""
+    """Return whether only ReLUs use the node's output, also reshaped."""
     return all(
         queries.is_rectifier(user)
         or (queries.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
@@ -109,9 +109,9 @@ def _feeds_rectifier_only(node: fx.Node) -> bool:
 
 
 def feeds_softmax_only(node: fx.Node) -> bool:
-    """Whether a node scales, masks or moves attention scores, on the way to their softmax alone.
+    """Return whether a node scales, masks or moves attention scores that only a softmax reads.
 
-    Between a matrix product and a softmax a runtime computes in float.
+    A runtime computes in float between a matrix product and a softmax.
     """
     if operators.name_of(node) not in operators.AFFINE and not queries.keeps_grid(node):
         return False
@@ -124,7 +124,7 @@ def feeds_softmax_only(node: fx.Node) -> bool:
 
 
 def _carries_on(node: fx.Node) -> bool:
-    """Whether a node is on a residual path: a sum, or parts joined, that enters sums alone.
+    """Return whether a node is on a residual path: a sum or concatenation that only enters sums.
 
     No layer or product reads it; a norm may.
     """
@@ -139,7 +139,7 @@ def _carries_on(node: fx.Node) -> bool:
 
 
 def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The network's input, and what scaling and shifting by constants makes of it."""
+    """Return the network's inputs, and nodes that scale or shift them by constants."""
     signals = {node for node in nodes if node.op == "placeholder"}
     for node in nodes:
         sources = [

@@ -1,4 +1,4 @@
-"""What is quantized, and to how many bits: a value that a user writes."""
+"""Schemes: what is quantized, and to how many bits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,10 +37,10 @@ def parse_placement(text: str) -> Placement:
 
 @dataclass(frozen=True)
 class LayerBits:
-    """The bits of some layers, and of the activations that enter them alone.
+    """The bits of some layers, and of the activations that only enter these.
 
     Attributes:
-        pattern: Of the names of layers' modules, as `fnmatch` has it, or `first` or `last`.
+        pattern: An `fnmatch` pattern for the names of layers' modules, or `first` or `last`.
         bits: 2..8, or None for float.
     """
 
@@ -49,7 +49,11 @@ class LayerBits:
 
     @classmethod
     def parse(cls, text: str) -> "LayerBits":
-        """Read `stage1.*=8` or `last=float`. Raises UsageError for anything else."""
+        """Read text such as `stage1.*=8` or `last=float`.
+
+        Raises:
+            UsageError: The text has another form.
+        """
         pattern, _, bits = text.rpartition("=")
         if pattern and bits == "float":
             return cls(pattern, None)
@@ -62,7 +66,7 @@ class LayerBits:
 
     @classmethod
     def exactly(cls, name: str, bits: int) -> "LayerBits":
-        """That layer alone, whatever its name is."""
+        """Return the bits of the one layer of this name, which may contain wildcard characters."""
         pattern = escape(name)
         return cls(f"[{name[0]}]{name[1:]}" if name in _POSITIONS else pattern, bits)
 
@@ -70,7 +74,7 @@ class LayerBits:
         return f"{self.pattern}={'float' if self.bits is None else self.bits}"
 
     def matches(self, name: str, index: int, count: int) -> bool:
-        """Whether a layer is meant: its name, and which of how many it is."""
+        """Return whether the pattern matches layer number `index` of `count`."""
         if self.pattern in _POSITIONS:
             return index == (0 if self.pattern == "first" else count - 1)
         return fnmatchcase(name, self.pattern)
@@ -81,7 +85,7 @@ class Scheme:
     """What is quantized, and to how many bits.
 
     Attributes:
-        bits: Of weights and activations.
+        bits: Bits of weights and activations.
         placement: "relu" (the protocol of the published tables): all weights; of the activations
             only the outputs of ReLUs. "full" (deployable): all weights, and every tensor that
             enters a convolution, linear layer, addition, multiplication, concatenation or pooling,
@@ -94,9 +98,10 @@ class Scheme:
     layer_bits: tuple[LayerBits, ...] = ()
 
     def overridden(self, layers: Sequence[fx.Node]) -> dict[fx.Node, LayerBits]:
-        """The layers with other bits, and what says so.
+        """Return the layers with other bits, and these bits.
 
-        Raises UsageError for a pattern that matches no layer.
+        Raises:
+            UsageError: A pattern matches no layer.
         """
         names = [queries.layer_name(layer) for layer in layers]
         for override in self.layer_bits:
@@ -113,9 +118,10 @@ class Scheme:
         return chosen
 
     def weight_bits(self, layers: Sequence[fx.Node]) -> dict[fx.Node, int]:
-        """The bits of each layer's weight; layers that stay float have none.
+        """Return the bits of each layer's weight; layers that stay float are left out.
 
-        Raises UsageError for a pattern that matches no layer.
+        Raises:
+            UsageError: A pattern matches no layer.
         """
         overridden = self.overridden(layers)
         found = {

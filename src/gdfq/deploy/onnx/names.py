@@ -1,4 +1,4 @@
-"""Names in an ONNX file that a person recognises, and nothing that says where it was made."""
+"""Readable names in an ONNX file, and removal of what depends on the machine that wrote it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,19 @@ from gdfq.student.integer_network import ActivationGrid
 
 _CONSTANT_NAME = re.compile(r"\.(weight|bias)\.")
 _GENERATED_PREFIXES = ("codes.", "float.", "val_", "min_val", "max_val")
-"""Constants that say nothing about the nodes they enter: ours, and the exporter's."""
+"""Prefixes of generated names of constants, which do not name a layer."""
 _SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq"}
 
 
 def rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
-    """Short names that a person recognises: each node has that of its value.
+    """Give values and their nodes short readable names.
 
-    titles: those of some nodes, which no other gets. Of several values each has its number behind.
+    Each of several values of a node ends with its number. Nodes that dequantize constants get no
+    name, which saves a few percent of a small file.
 
-    What dequantizes constants stays without a node name; that saves a few percent of a small file.
+    Args:
+        graph: The graph, changed in place.
+        titles: Reserved names of some nodes.
     """
     outputs = {value.name for value in graph.outputs}
     inputs = {value.name for value in graph.inputs}
@@ -39,7 +42,7 @@ def rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
 
 
 def codes_name(grid: ActivationGrid) -> str:
-    """The name, in the ONNX graph, of the codes of an activation."""
+    """Return the name of an activation's codes in the ONNX graph."""
     return f"{grid.name}.{'clip' if grid.bits != MAX_BITS else 'q'}"
 
 
@@ -52,9 +55,9 @@ def kind_of(node: ir.Node) -> str:
 
 
 def _title(node: ir.Node) -> str:
-    """`layer1.conv1` for a layer, `relu.q` for what quantizes a ReLU's output, else the operator.
+    """Return `layer1.conv1` for a layer, `relu.q` for a ReLU's quantizer, else the operator.
 
-    Where constants enter they say what the node is about.
+    If the node reads named constants, the title comes from their names.
     """
     kind = kind_of(node)
     names = ["" if value is None else str(value.name) for value in node.inputs]
@@ -75,7 +78,7 @@ def _title(node: ir.Node) -> str:
 
 
 def _each(value: int) -> list[tuple[int, ...]]:
-    """`value` for each of one, two and three dimensions, and for both ends of them."""
+    """Return `value` repeated for 1, 2 and 3 dimensions, and for both ends of each."""
     return [(value,) * count for count in (1, 2, 3, 4, 6)]
 
 
@@ -86,11 +89,11 @@ _DEFAULTS: tuple[tuple[str, Sequence[object]], ...] = (
     ("strides", _each(1)),
     ("pads", _each(0)),
 )
-"""Attributes of convolutions that need not be written down."""
+"""Default attributes of convolutions, which are left out."""
 
 
 def strip(model: ir.Model) -> None:
-    """Remove what the export notes about the code that it ran."""
+    """Remove the metadata that the exporter adds about the traced code."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name, model.graph.doc_string = "gdfq", None

@@ -1,4 +1,4 @@
-"""Passes over an ONNX graph: how integer kernels get to see integers, and others floats."""
+"""Passes over an ONNX graph that let integer kernels read integers, and other kernels floats."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import GdfqError
 
 DOMAIN = "gdfq"
-"""That of the three quantization operators until they are written in standard ones."""
+"""Domain of the three quantization operators before they become standard operators."""
 PIXELS = "pixels."
-"""How names begin of what normalises pixels in the file."""
+"""Prefix of the names of nodes that normalise pixels."""
 
 
 def pool_globally(graph: ir.Graph) -> None:
-    """Means over all spatial dimensions as GlobalAveragePool, which has integer kernels.
+    """Write means over all spatial dimensions as GlobalAveragePool, which has integer kernels.
 
-    Kernels fuse it with the quantization behind it, which so comes before the Flatten.
+    Kernels fuse it with the quantization after it, which therefore precedes the Flatten.
     """
     for node in list(graph):
         if node.op_type != "ReduceMean" or len(node.inputs) < 2:
@@ -63,7 +63,7 @@ _GRID_PRESERVING = frozenset(
 
 
 def keep_codes(graph: ir.Graph) -> None:
-    """Let operators that only move numbers move codes: what follows then reads integers."""
+    """Let operators that only move values move codes, so that the next operators read integers."""
     for node in list(graph):
         if node.op_type not in _GRID_PRESERVING:
             continue
@@ -88,11 +88,11 @@ def keep_codes(graph: ir.Graph) -> None:
 
 
 def keep_float(graph: ir.Graph) -> None:
-    """Let layers with float weights, and poolings with borders, be computed in float.
+    """Make ONNX Runtime compute layers with float weights, and padded poolings, in float.
 
-    Between DequantizeLinear and QuantizeLinear ONNX Runtime would round such weights to 8 bits by
-    itself, and its integer pooling counts the cells of borders otherwise. A Clip that clips nothing
-    hides the first from it.
+    Between DequantizeLinear and QuantizeLinear it would round such weights to 8 bits, and its
+    integer pooling treats padding differently. A Clip to the range of float32 hides
+    the DequantizeLinear from ONNX Runtime.
     """
     for node in list(graph):
         first = node.inputs[0] if node.inputs else None
@@ -128,7 +128,7 @@ def _mode(pad: ir.Node) -> str:
 
 
 def normalise_pixels(graph: ir.Graph, preprocessing: Preprocessing) -> None:
-    """Let the graph begin with uint8 pixels: (x / 255 − mean) / std as one factor and one shift."""
+    """Make the graph take uint8 pixels: (x / 255 − mean) / std as one factor and one shift."""
     old = graph.inputs[0]
     assert old.shape is not None
     mean, std = (np.array(v, dtype=np.float32) for v in (preprocessing.mean, preprocessing.std))
@@ -155,7 +155,7 @@ def inputs_of(node: ir.Node) -> tuple[Any, ...]:
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put nodes in the place of one; the last of them make its values, each one."""
+    """Replace a node by others; the last of them produce its values, one each."""
     graph.insert_before(node, nodes)
     makers = nodes[-len(node.outputs) :]
     for old, (new,) in zip(node.outputs, (maker.outputs for maker in makers), strict=True):
@@ -165,7 +165,7 @@ def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> No
 
 
 def constant_values(value: ir.Value | None) -> np.ndarray[Any, Any]:
-    """The numbers of a constant."""
+    """Return the values of a constant."""
     if value is None or value.const_value is None:
         raise GdfqError("the quantization constants must be known at export; one is computed.")
     return value.const_value.numpy()

@@ -1,4 +1,4 @@
-"""How much of an ONNX file each weight takes, at each number of bits."""
+"""The bytes of an ONNX file that each weight takes, at each number of bits."""
 
 import ml_dtypes
 import numpy as np
@@ -13,15 +13,21 @@ PACKED = {
 }
 """Types of weights' codes on disk, by bits; the others are INT8."""
 WEIGHT_BITS = (2, 4, 8)
-"""The widths that fill their type: any other takes as much of a file as the next one of these."""
+"""Bits that fill their type on disk: other bits take as many bytes as the next larger of these."""
 
 
 def weight_sizes(network: IntegerNetwork, data: bytes) -> list[dict[int, int]]:
-    """Bytes of the file that each weight takes at each of WEIGHT_BITS, for weights of 4 bits.
+    """Return the bytes of a file that each weight would take at each of WEIGHT_BITS.
 
-    network: the frozen network that `to_onnx` made `data` of; weights in its order. Codes, scales,
-    zero points and the nodes that dequantize them count. At 8 bits codes are as they multiply:
-    without zero point, and nothing is cast.
+    These are the bytes of codes, scales, zero points and the nodes that dequantize them. Weights of
+    8 bits have no zero point and need no cast.
+
+    Args:
+        network: The integer network, with weights of 4 bits.
+        data: What `to_onnx` returned for it.
+
+    Returns:
+        For each weight, in the order of the network, the bytes by number of bits.
     """
     import onnx
 
@@ -32,18 +38,22 @@ def weight_sizes(network: IntegerNetwork, data: bytes) -> list[dict[int, int]]:
     for weight in network.weights:
         base = f"{weight.name}.weight"
         count = weight.codes.numel()
-        narrow = sum(parts.get(base + part, 0) for part in (".cast", "_zero", ".sub"))
-        always = sum(parts.get(base + part, 0) for part in ("", "_scale", "_zeros", ".dq", ".mul"))
-        always -= -(-count // 2)
+        packed_extra = sum(parts.get(base + part, 0) for part in (".cast", "_zero", ".sub"))
+        common = sum(parts.get(base + part, 0) for part in ("", "_scale", "_zeros", ".dq", ".mul"))
+        common -= -(-count // 2)
         # A grouped transposed convolution's nodes are named after its weight at 8 bits alone.
-        wide = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
-        if not wide and f"{base}_zeros" not in parts:  # which wide weights have, others need not
+        int8_extra = 2 * (len(base) + 4) if f"{base}.mul" in parts else 0
+        if (
+            not int8_extra and f"{base}_zeros" not in parts
+        ):  # which 8-bit weights have, others may lack
             channels = weight.scale.numel()
             zeros = onnx.numpy_helper.from_array(np.zeros(channels, np.int8), f"{base}_zeros")
-            wide = _entry(zeros.ByteSize()) + 3 + len(zeros.name)
+            int8_extra = _entry(zeros.ByteSize()) + 3 + len(zeros.name)
         sizes.append(
             {
-                bits: always + -(-count * bits // 8) + (narrow if bits in PACKED else wide)
+                bits: common
+                + -(-count * bits // 8)
+                + (packed_extra if bits in PACKED else int8_extra)
                 for bits in WEIGHT_BITS
             }
         )
@@ -51,5 +61,5 @@ def weight_sizes(network: IntegerNetwork, data: bytes) -> list[dict[int, int]]:
 
 
 def _entry(size: int) -> int:
-    """Bytes of a message of `size` bytes in a list of a file: its kind, its length and itself."""
+    """Return the bytes of a protobuf list entry of `size` bytes, with its tag and length."""
     return 1 + max(1, -(-size.bit_length() // 7)) + size

@@ -1,4 +1,4 @@
-"""The target `onnx`: written by `writer`, proved in ONNX Runtime code by code."""
+"""The target `onnx`: files of `writer`, compared with the student in ONNX Runtime code by code."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _write(job: Job) -> bytes:
 
 
 def _prove(job: Job, written: Path) -> Proof:
-    """In the session that users get by default; where its sums saturate, in one without."""
+    """Compare in a default session, or, if its sums saturate, in one without saturation."""
     data = written.read_bytes()
     try:
         return _compare(job, data, precise=False)
@@ -85,7 +85,7 @@ def _notes(job: Job, data: bytes, proof: Proof) -> list[str]:
 
 
 def _summary(nodes: Sequence[tuple[str, str]]) -> str:
-    """Layers by name, other operators by kind: `fc, 2 add, 1 silu`."""
+    """Return layers by name and other operators by kind: `fc, 2 add, 1 silu`."""
     nodes = [(name, kind) for name, kind in nodes if not name.startswith(PIXELS)]
     layers = [name for name, kind in nodes if kind in _LAYERS]
     others = Counter(_COMMON.get(kind, kind.lower()) for _, kind in nodes if kind not in _LAYERS)

@@ -1,10 +1,10 @@
-"""A frozen network as one ONNX file: codes at 4 bits on disk, integer kernels when it runs.
+"""The ONNX file of an integer network: packed codes on disk, integer kernels when it runs.
 
 `torch.onnx.export` writes the graph, in which the three quantization operators stay opaque; a pass
-over the result then writes each of them in standard operators. Weights of 4 bits and below are
-packed INT4 (INT2 at 2 bits) behind a `Cast` to INT8, which a runtime folds when it loads the file:
-small on disk, and the kernels see 8-bit integers. Activations are unsigned 8-bit codes that an
-integer `Clip` keeps within their true width.
+over the result then replaces each by standard operators. Weights of 4 bits and below are
+packed INT4 (INT2 at 2 bits), followed by a `Cast` to INT8 that a runtime folds when it loads the
+file: small on disk, and kernels read 8-bit integers. Activations are unsigned 8-bit codes that an
+integer `Clip` limits to their number of bits.
 """
 
 import logging
@@ -41,7 +41,7 @@ from gdfq.student.integer_network import IntegerNetwork, stem
 
 _OPSET, _OPSET_OF_INT2 = 21, 25
 _MAX_SAFE_CODE = 63
-"""Weights up to here cannot overflow the kernels of processors without VNNI."""
+"""Largest magnitude of weight codes that cannot overflow the kernels of processors without VNNI."""
 
 
 def to_onnx(
@@ -51,11 +51,18 @@ def to_onnx(
     raw_input: Preprocessing | None = None,
     outputs: Sequence[str] = ("logits",),
 ) -> bytes:
-    """A frozen network as an ONNX model, which takes batches of any length.
+    """Return an integer network as an ONNX model, which takes batches of any length.
 
-    metadata: written into the file. outputs: their names. With raw_input the model takes uint8
-    pixels and normalises them itself. Raises UsageError for an operator that ONNX has no form for,
-    and GdfqError when what was written for it is no valid model.
+    Args:
+        network: The integer network.
+        inputs: Specifications of its inputs.
+        metadata: Metadata of the file.
+        raw_input: Normalisation in the model, which then takes uint8 pixels.
+        outputs: Names of the outputs.
+
+    Raises:
+        UsageError: ONNX has no form for an operator.
+        GdfqError: The result is not a valid model.
     """
     model = _exported(_opaque(network), inputs)
     try:
@@ -77,7 +84,7 @@ def _rewrite(
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> None:
-    """Turn what the exporter wrote into standard operators, with names and metadata of ours."""
+    """Turn the exported graph into standard operators, with readable names and metadata."""
     graph = model.graph
     for i, value in enumerate(graph.outputs):
         if any(value is other for other in graph.outputs[:i]):  # returned twice
@@ -111,7 +118,7 @@ def _serialised(model: ir.Model) -> bytes:
     import onnx
 
     proto = ir.to_proto(model)
-    del proto.graph.value_info[:]  # readers infer shapes; written down they cost space
+    del proto.graph.value_info[:]  # readers infer shapes; stored shapes cost space
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString(deterministic=True))
 
@@ -119,7 +126,7 @@ def _serialised(model: ir.Model) -> bytes:
 def _symbol(
     name: str, value: Tensor, inputs: tuple[Tensor, ...], **attributes: int | str
 ) -> Tensor:
-    """An operator of our own domain for the exporter, with the shape and type of `value`."""
+    """Return an operator of the domain `gdfq`, with the shape and type of `value`."""
     made: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{name}",
         inputs,
@@ -153,7 +160,7 @@ _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 def _opaque(network: IntegerNetwork) -> fx.GraphModule:
-    """The network with its quantization operators as ones that tracing does not look into."""
+    """Return the network with quantization operators that tracing does not enter."""
     titles = {grid.node: grid.name for grid in network.activations}
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
@@ -171,7 +178,7 @@ def _opaque(network: IntegerNetwork) -> fx.GraphModule:
 
 @contextmanager
 def _only_errors(name: str) -> Iterator[None]:
-    """Let a logger say errors alone."""
+    """Return a context in which a logger only reports errors."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -182,8 +189,8 @@ def _only_errors(name: str) -> Iterator[None]:
 
 
 def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
-    """The network in ONNX, the quantization operators in a domain of their own."""
-    examples = tuple(spec.zeros(2) for spec in inputs)  # one would be taken for a constant
+    """Return the network in ONNX, its quantization operators in a domain of their own."""
+    examples = tuple(spec.zeros(2) for spec in inputs)  # a batch of one would become a constant
     batch = torch.export.Dim("batch")
     try:
         with quiet_tracing(), _only_errors("torch.onnx"):
@@ -205,7 +212,7 @@ def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
 
 
 class _Writer:
-    """Writes the quantization operators of a graph in standard ones."""
+    """Replaces the quantization operators of a graph by standard ones."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -228,7 +235,7 @@ class _Writer:
                 del self.graph.initializers[value.name]
 
     def _activation(self, node: ir.Node) -> list[ir.Node]:
-        """Signed codes of k bits become unsigned ones: q + 2^(k−1), and so their zero point."""
+        """Write signed codes of k bits as unsigned ones, q + 2^(k−1), with the same shift of z."""
         x, scale, zero_point = inputs_of(node)
         bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
         lowest, highest = code_bounds(bits)
@@ -236,7 +243,7 @@ class _Writer:
         maker = x.producer()
         bounds = (np.array([_bounds(maker)]) / constant_values(scale)).round() + unsigned
         if bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest - lowest:
-            x = maker.inputs[0]  # what it cuts off is lost to the quantizer as well
+            x = maker.inputs[0]  # the quantizer clips the same values
         step = self._constant(f"{base}.scale", constant_values(scale))
         new_zero_point = self._constant(f"{base}.zero_point", unsigned)
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
@@ -284,8 +291,8 @@ class _Writer:
         inputs = [current, factor]
         wide = int(np.abs(values - offsets).max(initial=0)) > _MAX_SAFE_CODE
         if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
-            # ONNX Runtime fuses a Gemm only with a zero point that is written down, and where it
-            # makes wide weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
+            # ONNX Runtime fuses a Gemm only with an explicit zero point, and where it
+            # makes 8-bit weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
             zeros = np.zeros(steps.reshape(-1).shape if axes else (), dtype=np.int8)
             inputs.append(self._constant(f"{base}_zeros", zeros))
         return [*nodes, ir.node("DequantizeLinear", inputs, attributes)]
@@ -295,7 +302,7 @@ class _Writer:
         base = f"{stem(str(codes.name))}.bias"
         stored = self._constant(base, constant_values(codes))
         steps = constant_values(activation_scale) * constant_values(weight_scale).reshape(-1)
-        if steps.size == 1:  # of a weight that has one step for all channels
+        if steps.size == 1:  # of a weight with one scale for all channels
             factor = self._constant(f"{base}_scale", steps.reshape(()))
             return [ir.node("DequantizeLinear", [stored, factor])]
         factor = self._constant(f"{base}_scale", steps)
@@ -304,7 +311,7 @@ class _Writer:
     def _constant(
         self, name: str, array: np.ndarray[Any, Any], kind: ir.DataType | None = None
     ) -> ir.Value:
-        """An initializer of this name and value, new if there is none."""
+        """Return the initializer of this name and value; create it if needed."""
         tensor = ir.tensor(array, dtype=kind, name=name)
         while (known := self.graph.initializers.get(name)) is not None:
             old = known.const_value
@@ -319,7 +326,7 @@ class _Writer:
 
 
 def _bounds(node: ir.Node | None) -> tuple[float, float]:
-    """Below and above which an operator that cuts numbers off does so; NaN for any other."""
+    """Return the bounds of an operator that clips, or NaN for any other."""
     if node is not None and node.op_type == "Relu":
         return 0.0, np.inf
     if node is not None and node.op_type == "Clip" and len(node.inputs) == 3:
