@@ -1,4 +1,4 @@
-"""The verbs of the Python API: `quantize`, `generate`, `load`."""
+"""The functions of the Python API: `quantize`, `generate`, `load`."""
 
 from collections.abc import Sequence
 from pathlib import Path

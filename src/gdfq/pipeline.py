@@ -1,4 +1,4 @@
-"""The whole method, in one screen."""
+"""The whole method: what a run does, from a plan to a quantized network."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,9 +9,9 @@ from gdfq import stages
 from gdfq.analysis.observations import Observations
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
-from gdfq.execution.guards import suggesting_less
-from gdfq.execution.stopwatch import Clock
-from gdfq.execution.tracing import beside_no_tracing, giving_way
+from gdfq.execution.guards import smaller_budget_suggested
+from gdfq.execution.stopwatch import Stopwatch
+from gdfq.execution.tracing import allowing_tracing, without_concurrent_tracing
 from gdfq.files.states import Results
 from gdfq.graph.capture import Captured
 from gdfq.graph.tensors import tensors_of
@@ -21,7 +21,7 @@ from gdfq.recipes import Recipe
 from gdfq.student.freeze import freeze
 
 
-@beside_no_tracing
+@without_concurrent_tracing
 def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
     """Quantize: source -> bits -> equalize -> student -> calibrate -> tune -> freeze -> measure.
 
@@ -33,7 +33,7 @@ def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
             cannot make images for this network, or the checkpoint belongs to another run.
         GdfqError: The run fails: a loss is not finite, memory is short, or a process died.
     """
-    listener = giving_way(context.checkpointer.listening(context.listener))
+    listener = allowing_tracing(context.checkpointer.listening(context.listener))
     context = replace(context, listener=listener)
     with context.checkpointer:
         clock = stages.begin(plan, context)
@@ -44,10 +44,10 @@ def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
         return quantized
 
 
-def _quantize(plan: Plan, clock: Clock, seed: int, context: Context) -> QuantizedNetwork:
+def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> QuantizedNetwork:
     """Quantize from the context's seed, which after a restart is not the run's `seed`."""
     feed = stages.open_feed(plan, context)
-    with stages.shortage_explained(plan):
+    with stages.memory_errors_explained(plan):
         scheme, allocation = stages.allocate_bits(plan, feed, context, clock)
         teacher = stages.equalize(plan, scheme, feed, context)
         student = stages.build(plan, scheme, teacher, context)
@@ -57,7 +57,9 @@ def _quantize(plan: Plan, clock: Clock, seed: int, context: Context) -> Quantize
         stages.tune(plan, student, teacher, feed, context, marks)
         network = freeze(student)
         clock.lap("freeze")
-    with suggesting_less("measuring on the test images", context.memory.room(plan.teacher.device)):
+    with smaller_budget_suggested(
+        "measuring on the test images", context.memory.room(plan.teacher.device)
+    ):
         tested, measured = stages.measure(plan, network, context)
     metrics = {
         "seconds": clock.seconds(),
@@ -72,7 +74,7 @@ def _quantize(plan: Plan, clock: Clock, seed: int, context: Context) -> Quantize
     return QuantizedNetwork(network, card, metrics, feed.examples, observed)
 
 
-@beside_no_tracing
+@without_concurrent_tracing
 def make_images(
     teacher: Captured, recipe: Recipe, count: int, context: Context, *, steps: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -92,8 +94,8 @@ def make_images(
     """
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
-    context = replace(context, listener=giving_way(context.listener))
-    with suggesting_less("making images", context.memory.room(teacher.device)):
+    context = replace(context, listener=allowing_tracing(context.listener))
+    with smaller_budget_suggested("making images", context.memory.room(teacher.device)):
         images, labels = recipe.source.make_images(
             teacher, count, steps=steps, planned=recipe.steps, context=context
         )

@@ -1,8 +1,8 @@
 """The plan of a run: every option parsed and checked once.
 
 The command line, `gdfq.quantize`, `gdfq.generate`, `doctor` and the benchmarks resolve their
-options here and pass the values on. Nothing behind a plan parses an option or loads a network
-again.
+options here and pass the values on. After a plan is made, nothing parses an option or loads a
+network again.
 """
 
 import time
@@ -106,7 +106,7 @@ class Network:
     Attributes:
         teacher: The captured network.
         preprocessing: From pixels to its inputs.
-        assumed: The parts of the normalisation ("mean", "std") that nobody gave or knows, so that
+        assumed: The parts of the normalisation ("mean", "std") that are neither given nor known:
             0 and 1 were taken.
         seconds: How long loading and capturing took.
     """
@@ -206,7 +206,7 @@ def resolve(
         example_input: An input of the network [N, ...], for a `model` that is a module.
         bits: Bits of weights and activations, 2..8 each, as "w4a4"; or "auto".
         recipe: A name in `gdfq.RECIPES`, or a recipe.
-        data: Real images in the place of synthetic ones.
+        data: Real images instead of synthetic ones.
         test: Images to measure on.
         **options: See `PlanOptions`.
 

@@ -17,7 +17,7 @@ from gdfq.deploy.safetensors import EXAMPLES_FILE, STUDENT_FILE
 from gdfq.deploy.target import Target
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.execution.budget import MemoryBudget
-from gdfq.execution.guards import suggesting_less
+from gdfq.execution.guards import smaller_budget_suggested
 from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
@@ -92,7 +92,7 @@ class QuantizedNetwork(nn.Module):
         preprocessing = self.card.preprocessing
         images = load_given(data, self.card.inputs, self.card.classes, preprocessing.resize)
         budget = MemoryBudget.of(memory)
-        with suggesting_less("evaluating", budget.room(self.device)):
+        with smaller_budget_suggested("evaluating", budget.room(self.device)):
             return top1(
                 self.network,
                 images,
@@ -152,7 +152,7 @@ class QuantizedNetwork(nn.Module):
         raw_input: bool = False,
         safe_x86: bool = False,
     ) -> Exported:
-        """Write one file that deploys, and keep it only if its runtime gives the same answers.
+        """Write one file that deploys, and keep it only if its runtime gives the same outputs.
 
         path: ends with .onnx, .pt2 or .safetensors, which is the target unless that is given.
         target: a name in `gdfq.deploy.export.TARGETS`, or a `Target` of your own. format: its old

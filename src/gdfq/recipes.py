@@ -29,7 +29,7 @@ from gdfq.tuning.reconstruct import Reconstruction
 @tagged("Recipe", spellings={"relu": "t1"}, ignored=("summary",))
 @dataclass(frozen=True)
 class Recipe:
-    """A method, whole. A step is a batch that is taken from the source.
+    """A complete method. A step is a batch that is taken from the source.
 
     Attributes:
         name: Name of the recipe.
@@ -76,7 +76,7 @@ class Recipe:
             tuning.learns_rounding and not updates
         ):
             raise UsageError(
-                "rounding is learned by reconstruction, in at least one step behind the warm-up; "
+                "rounding is learned by reconstruction, in at least one step after the warm-up; "
                 f"recipe {self.name!r} has quantizers {family.name!r}, tuning by "
                 f"{type(tuning).__name__}, and {updates} such steps."
             )

@@ -19,11 +19,11 @@ from gdfq.data.tensors import summary_of
 from gdfq.deploy.metadata import metadata_of
 from gdfq.errors import GdfqWarning
 from gdfq.execution.context import Context
-from gdfq.execution.guards import told_of_shortage
+from gdfq.execution.guards import batch_that_fits_suggested
 from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
-from gdfq.execution.stopwatch import Clock
+from gdfq.execution.stopwatch import Stopwatch
 from gdfq.files.plain_values import frozen_values
 from gdfq.files.states import Results, name_of
 from gdfq.graph.capture import Captured
@@ -52,7 +52,7 @@ class Marks:
     """Marks the stages that are over, and takes their time."""
 
     done: Results
-    clock: Clock
+    clock: Stopwatch
     context: Context
 
     def end(self, stage: str) -> None:
@@ -63,7 +63,7 @@ class Marks:
         release_freed_memory()
 
 
-def begin(plan: Plan, context: Context) -> Clock:
+def begin(plan: Plan, context: Context) -> Stopwatch:
     """Read the checkpoint of the run, if there is one, and start the clock.
 
     Raises:
@@ -71,7 +71,7 @@ def begin(plan: Plan, context: Context) -> Clock:
     """
     context.checkpointer.begin(identity_of(plan, context), environment_of(plan, context))
     context.group.wait()  # nothing is written before all processes have read
-    return context.checkpointer.register("clock", Clock({"capture": plan.seconds}))
+    return context.checkpointer.register("clock", Stopwatch({"capture": plan.seconds}))
 
 
 def restarting_once(
@@ -109,7 +109,7 @@ def open_feed(plan: Plan, context: Context) -> Feed:
 
 
 def allocate_bits(
-    plan: Plan, feed: Feed, context: Context, clock: Clock
+    plan: Plan, feed: Feed, context: Context, clock: Stopwatch
 ) -> tuple[Scheme, dict[str, Any] | None]:
     """The scheme, with each layer's bits chosen where the plan says a size instead of bits.
 
@@ -164,7 +164,7 @@ def equalize(plan: Plan, scheme: Scheme, feed: Feed, context: Context) -> Captur
         feed.begin()
         scales.update(channel_scales(teacher, scheme, *feed.examples))
         # A search ends elsewhere where devices round differently.
-        context.group.same_(scales.values())
+        context.group.broadcast_(scales.values())
     return rescaled(teacher, {name: s.to(teacher.device) for name, s in scales.items()})
 
 
@@ -197,7 +197,7 @@ def calibrate(
         release_freed_memory()
         match_moments_(student, teacher, joined_inputs(feed.held), context.memory)
     # All processes saw the same batches: they differ at most by the rounding of their devices.
-    context.group.same_(student.state_dict().values())
+    context.group.broadcast_(student.state_dict().values())
     marks.end("calibrate")
 
 
@@ -225,9 +225,11 @@ def tune(
 
 
 @contextmanager
-def shortage_explained(plan: Plan) -> Iterator[None]:
+def memory_errors_explained(plan: Plan) -> Iterator[None]:
     """Convert a shortage of memory into an error that says what fits."""
-    with told_of_shortage(plan.source.most_at_once, partial(_forward_and_backward, plan.teacher)):
+    with batch_that_fits_suggested(
+        plan.source.most_at_once, partial(_forward_and_backward, plan.teacher)
+    ):
         yield
 
 

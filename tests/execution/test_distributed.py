@@ -117,7 +117,7 @@ def test_steps_of_a_student_without_quantizers_are_those_of_one_process(alone, t
 
 def test_a_process_that_is_alone_has_the_whole():
     x = torch.arange(6.0).view(3, 2)
-    assert ALONE.mean(x) is ALONE.gather(x) is ALONE.part(x) is ALONE.shared_from(0, x) is x
+    assert ALONE.mean(x) is ALONE.gather(x) is ALONE.shard(x) is ALONE.broadcast(0, x) is x
     ALONE.check_batch(7, "it")
     with joined(torch.device("cpu")) as group:
         assert (group.rank, group.size) == (0, 1)
@@ -131,8 +131,8 @@ def some(rank: int, size: int) -> Processes:
 
 def test_parts_are_even_or_whole():
     x = torch.arange(6)
-    assert [some(rank, 3).part(x).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    assert some(1, 4).part(x) is x
+    assert [some(rank, 3).shard(x).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert some(1, 4).shard(x) is x
     with pytest.raises(UsageError, match=r"6 images per batch.* 4 processes.*1, 2, 3, 6"):
         some(0, 4).check_batch(6, "recipe x")
 

@@ -16,7 +16,7 @@ from gdfq import RECIPES, GdfqError
 from gdfq.cli import main
 from gdfq.errors import GdfqWarning
 from gdfq.execution.checkpoints import Checkpoints
-from gdfq.execution.guards import suggesting_less, told_of_shortage
+from gdfq.execution.guards import batch_that_fits_suggested, smaller_budget_suggested
 from gdfq.execution.listeners import History
 from gdfq.sources.collapse import CollapsedError, CollapseWatch, symptom_of
 from gdfq.sources.generator import GeneratorSource
@@ -44,7 +44,7 @@ def test_a_shortage_names_a_batch_that_fits(error, room, advice):
             raise error
 
     with pytest.raises(GdfqError, match=f"(?s)a step on 200 images must fit.*{advice}"):  # noqa: SIM117
-        with told_of_shortage(200, ask):
+        with batch_that_fits_suggested(200, ask):
             raise error
     assert asked[:2] == [200, 100]
 
@@ -52,9 +52,9 @@ def test_a_shortage_names_a_batch_that_fits(error, room, advice):
 @pytest.mark.parametrize("error", SHORTAGES, ids=["python", "gpu", "cpu"])
 def test_a_shortage_of_any_stage_names_a_smaller_budget(error):
     with pytest.raises(GdfqError, match=r"making images must fit.*--memory 512MiB "):  # noqa: SIM117
-        with suggesting_less("making images", 2**30):
+        with smaller_budget_suggested("making images", 2**30):
             raise error
-    with pytest.raises(RuntimeError, match="shapes"), suggesting_less("evaluating", 1):
+    with pytest.raises(RuntimeError, match="shapes"), smaller_budget_suggested("evaluating", 1):
         raise RuntimeError("shapes cannot be multiplied")
 
 
@@ -72,7 +72,7 @@ def test_evaluating_that_is_short_of_memory_says_so(teacher, tiny, monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_a_shortage():
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), told_of_shortage(8, print):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), batch_that_fits_suggested(8, print):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 

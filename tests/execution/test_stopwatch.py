@@ -3,19 +3,19 @@
 import pytest
 
 from gdfq.execution import stopwatch as clock
-from gdfq.execution.stopwatch import Clock
+from gdfq.execution.stopwatch import Stopwatch
 
 
 def test_what_passed_before_a_stop_counts(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
-    first = Clock()
+    first = Stopwatch()
     now[0] += 3
     first.lap("images")
     now[0] += 2  # of a stage that is not over yet
     state = first.state_dict()
     now[0] += 1000  # stopped
-    second = Clock()
+    second = Stopwatch()
     second.load_state_dict(state)
     now[0] += 4
     second.lap("tune")

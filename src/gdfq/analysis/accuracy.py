@@ -12,7 +12,7 @@ from gdfq.data.tensors import Data, network_inputs
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener, Step, silent
-from gdfq.execution.tracing import beside_no_tracing
+from gdfq.execution.tracing import without_concurrent_tracing
 from gdfq.graph.memory import forward_images
 from gdfq.graph.outputs import in_order
 
@@ -44,7 +44,7 @@ class Predictions:
         return 100 * float((self.classes == labels).double().mean())
 
 
-@beside_no_tracing
+@without_concurrent_tracing
 @torch.no_grad()
 def logits_of(
     network: Callable[..., Tensor],
@@ -104,7 +104,7 @@ def top1(
     return Predictions.of(logits).top1(data.labels)
 
 
-@beside_no_tracing
+@without_concurrent_tracing
 @torch.no_grad()
 def output_errors(
     student: Callable[..., Any],

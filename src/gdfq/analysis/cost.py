@@ -73,7 +73,7 @@ class _StopError(Exception):
     """Raised by a stopwatch to end the stage after the measured step."""
 
 
-class _Stopwatch:
+class _StepTimer:
     """A listener that times the second step and notes the total number of steps."""
 
     def __init__(self, device: torch.device) -> None:
@@ -92,7 +92,7 @@ class _Stopwatch:
 def _source_seconds(source: Source, teacher: Captured, steps: int, memory: MemoryBudget) -> float:
     """Seconds of a stream: those of its second iteration, or else batch, times their number."""
     source, steps = source.bulk(steps)
-    watch = _Stopwatch(teacher.device)
+    watch = _StepTimer(teacher.device)
     context = Context(listener=watch, memory=memory)
     stream = source.stream(teacher, steps=max(2, steps), context=context)
     try:

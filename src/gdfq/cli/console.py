@@ -73,7 +73,7 @@ def warn(message: str) -> None:
 
 
 def warn_about_normalisation(assumed: Sequence[str]) -> None:
-    """Warn about parts of the input normalisation ("mean", "std") that nobody gave or knows."""
+    """Warn about parts of the input normalisation ("mean", "std") that are assumed."""
     if assumed:
         missing = " and ".join(f"--{name}" for name in assumed)
         warn(

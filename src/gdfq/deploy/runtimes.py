@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdfq.errors import GdfqError, UsageError, first_line
-from gdfq.execution.tracing import quiet_tracing
+from gdfq.execution.tracing import exclusive_tracing
 from gdfq.graph.outputs import in_order
 
 Run = Callable[..., list[Tensor]]
@@ -192,7 +192,7 @@ def program_runner(data: bytes) -> Run:
         GdfqError: PyTorch cannot load the file.
     """
     try:
-        with quiet_tracing():
+        with exclusive_tracing():
             module = torch.export.load(io.BytesIO(data)).module(check_guards=False)
     except Exception as error:
         raise GdfqError(

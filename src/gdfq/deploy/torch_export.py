@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from gdfq.errors import UsageError, first_line
-from gdfq.execution.tracing import quiet_tracing
+from gdfq.execution.tracing import exclusive_tracing
 from gdfq.graph.inputs import InputSpec
 from gdfq.graph.tensors import flat_module
 from gdfq.student.integer_network import IntegerNetwork
@@ -25,7 +25,7 @@ def to_program(network: IntegerNetwork, inputs: Sequence[InputSpec]) -> bytes:
     module = flat_module(network.graph, network.tensors).eval()
     buffer = io.BytesIO()
     try:
-        with quiet_tracing(), torch.no_grad():
+        with exclusive_tracing(), torch.no_grad():
             shapes = ({0: torch.export.Dim.DYNAMIC},) * len(examples)
             program = torch.export.export(module, examples, dynamic_shapes=shapes)
             torch.export.save(program, buffer)

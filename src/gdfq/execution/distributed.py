@@ -45,23 +45,23 @@ class Group:
         """Concatenate x [n, ...] of all processes to [size n, ...]. No gradient."""
         return x
 
-    def shared_from(self, rank: int, x: Tensor) -> Tensor:  # noqa: ARG002
+    def broadcast(self, rank: int, x: Tensor) -> Tensor:  # noqa: ARG002
         """Return the x of one process. All x have the same shape. No gradient."""
         return x
 
-    def same_(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by that of the first process."""
 
     def wait(self) -> None:
         """Wait until all processes have arrived here."""
 
-    def splits(self, count: int) -> bool:
+    def divides(self, count: int) -> bool:
         """Return whether `count` images divide evenly. If not, every process takes all of them."""
         return count % self.size == 0
 
-    def part(self, x: Tensor) -> Tensor:
+    def shard(self, x: Tensor) -> Tensor:
         """Return this process's shard of x [N, ...]: its rows."""
-        if self.size == 1 or not self.splits(len(x)):
+        if self.size == 1 or not self.divides(len(x)):
             return x
         return x.tensor_split(self.size)[self.rank]
 
@@ -81,7 +81,7 @@ class Group:
         Raises:
             UsageError: They cannot; the message says which numbers of processes can.
         """
-        if not self.splits(batch):
+        if not self.divides(batch):
             fitting = [str(n) for n in range(1, batch + 1) if batch % n == 0]
             raise UsageError(
                 f"{what} has {batch} images per batch, which {self.size} processes cannot divide "
@@ -120,14 +120,14 @@ class Processes(Group):
         return _like(torch.cat(parts), x)
 
     @torch.no_grad()
-    def shared_from(self, rank: int, x: Tensor) -> Tensor:
+    def broadcast(self, rank: int, x: Tensor) -> Tensor:
         shared = x.clone(memory_format=torch.contiguous_format)
         _together(dist.broadcast, shared, rank)
         return _like(shared, x)
 
-    def same_(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            tensor.copy_(self.shared_from(0, tensor))
+            tensor.copy_(self.broadcast(0, tensor))
 
     def wait(self) -> None:
         _together(dist.barrier)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gdfq.errors import GdfqError, first_line
 
 
-def stay_finite(losses: Mapping[str, Tensor], *, whose: str, when: str, advice: str) -> None:
+def check_finite(losses: Mapping[str, Tensor], *, whose: str, when: str, advice: str) -> None:
     """Check that a loss is finite.
 
     Args:
@@ -29,9 +29,9 @@ def stay_finite(losses: Mapping[str, Tensor], *, whose: str, when: str, advice: 
         )
 
 
-def images_stay_finite(losses: Mapping[str, Tensor], batch: int, iteration: int) -> None:
-    """Check the losses of images that are optimised, as `stay_finite` does."""
-    stay_finite(
+def check_images_finite(losses: Mapping[str, Tensor], batch: int, iteration: int) -> None:
+    """Check the losses of images that are optimised, as `check_finite` does."""
+    check_finite(
         losses,
         whose="image",
         when=f"iteration {iteration} of batch {batch}",
@@ -39,14 +39,14 @@ def images_stay_finite(losses: Mapping[str, Tensor], batch: int, iteration: int)
     )
 
 
-def is_shortage(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out."""
     by_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return by_type or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 @contextmanager
-def told_of_shortage(batch: int, ask: Callable[[int], object]) -> Iterator[None]:
+def batch_that_fits_suggested(batch: int, ask: Callable[[int], object]) -> Iterator[None]:
     """Convert an out-of-memory error into a GdfqError that suggests a batch size that fits.
 
     Args:
@@ -60,7 +60,7 @@ def told_of_shortage(batch: int, ask: Callable[[int], object]) -> Iterator[None]
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
         fits = next((n for n in _halves(batch) if _has_room(ask, 2 * n)), None)
@@ -77,7 +77,7 @@ def told_of_shortage(batch: int, ask: Callable[[int], object]) -> Iterator[None]
 
 
 @contextmanager
-def suggesting_less(stage: str, room: int) -> Iterator[None]:
+def smaller_budget_suggested(stage: str, room: int) -> Iterator[None]:
     """Convert an out-of-memory error into a GdfqError that suggests a smaller budget.
 
     Args:
@@ -90,7 +90,7 @@ def suggesting_less(stage: str, room: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         half = f"{max(1, room // 2**21)}MiB"
         raise GdfqError(
@@ -111,7 +111,7 @@ def _has_room(ask: Callable[[int], object], images: int) -> bool:
     try:
         ask(images)
     except (MemoryError, RuntimeError) as error:
-        if is_shortage(error):
+        if is_out_of_memory(error):
             return False
         raise
     return True

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Clock:
+class Stopwatch:
     """Seconds of each stage, and their total. Time before a stop counts too.
 
     Args:

@@ -88,17 +88,17 @@ _TURNS = _Turns()
 
 
 @contextmanager
-def quiet_tracing() -> Iterator[None]:
+def exclusive_tracing() -> Iterator[None]:
     """Within this context this thread alone traces. Warnings of torch are not shown."""
     with _TURNS.tracing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def beside_no_tracing(function: Callable[Given, Result]) -> Callable[Given, Result]:
+def without_concurrent_tracing(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Return the function such that no other thread traces while it runs.
 
-    A listener made by `giving_way` pauses this.
+    A listener made by `allowing_tracing` pauses this.
     """
 
     @wraps(function)
@@ -109,7 +109,7 @@ def beside_no_tracing(function: Callable[Given, Result]) -> Callable[Given, Resu
     return run
 
 
-def giving_way(listener: Listener) -> Listener:
+def allowing_tracing(listener: Listener) -> Listener:
     """Return the listener such that other threads may trace while it runs, after a step."""
 
     def receive(step: Step) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError, first_line
 from gdfq.execution.seeding import stream as random_stream
-from gdfq.execution.tracing import quiet_tracing
+from gdfq.execution.tracing import exclusive_tracing
 from gdfq.graph import operators
 from gdfq.graph.canonicalize import DECOMPOSED, canonicalize
 from gdfq.graph.inputs import IMAGES, InputSpec, image_shape, takes_images
@@ -99,7 +99,7 @@ def capture(
         raise UsageError(f"capture needs an nn.Module; got a {type(model).__name__}.")
     given = _by_name(model, example_inputs)
     _check_weights(model)
-    with quiet_tracing():  # a copy of a .pt2 file's program warns
+    with exclusive_tracing():  # a copy of a .pt2 file's program warns
         model = copy.deepcopy(model).cpu().float().eval()
     examples = _probes(given)
     specs = tuple(InputSpec.of(name, example) for name, example in examples.items())
@@ -263,7 +263,7 @@ def _dynamic(
 def _export(
     model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
 ) -> fx.GraphModule:
-    with quiet_tracing():
+    with exclusive_tracing():
         try:
             dynamic = {0: torch.export.Dim.DYNAMIC}
             program = torch.export.export(

@@ -42,13 +42,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs[0])
 
-    def part(self, group: Group) -> "Batch":
+    def shard(self, group: Group) -> "Batch":
         """Return the shard of this process."""
 
         def rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else group.part(x)
+            return None if x is None else group.shard(x)
 
-        inputs = tuple(map(group.part, self.inputs))
+        inputs = tuple(map(group.shard, self.inputs))
         return Batch(inputs, rows(self.labels), rows(self.teacher_logits), self.losses)
 
     def split(self, size: int) -> list["Batch"]:
@@ -173,7 +173,7 @@ class Source(Protocol):
         return self
 
     def on(self, given: "Source", count: int) -> "Source":
-        """Return a source of given images in the place of those that this one would make.
+        """Return a source of given images instead of those that this one would make.
 
         Args:
             given: A source of given images.

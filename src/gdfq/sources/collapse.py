@@ -38,7 +38,7 @@ def symptom_of(images: Tensor, logits: Tensor | None, labels: Tensor) -> str | N
         most = int(predicted.bincount().argmax())
         share = float((predicted == most).double().mean())
         if share >= _MAX_CLASS_SHARE:
-            return f"{100 * share:.0f} % of the images in class {most}, whatever was asked for"
+            return f"{100 * share:.0f} % of the images in class {most}, whatever their labels"
     return None
 
 

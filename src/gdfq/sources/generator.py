@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
-from gdfq.execution.guards import stay_finite
+from gdfq.execution.guards import check_finite
 from gdfq.execution.precision import to_float32
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
@@ -206,8 +206,8 @@ class GeneratorSource(Source):
             labels = labels.to(teacher.device)
             # The consumer's gradient mode must not reach in here, nor ours reach out.
             with torch.set_grad_enabled(step < last):
-                own = group.part(labels)
-                images = generator(group.part(z), own, group)
+                own = group.shard(labels)
+                images = generator(group.shard(z), own, group)
                 outputs, losses = loss(images, own)
                 if step < last:
                     set_rate_(optimizer, self.decay.factor(step, planned))
@@ -216,7 +216,7 @@ class GeneratorSource(Source):
                     group.average_(parameter.grad for parameter in generator.parameters())
                     optimizer.step()
             detached = {name: group.mean(value.detach()) for name, value in losses.items()}
-            stay_finite(
+            check_finite(
                 detached,
                 whose="generator",
                 when=f"step {step}",

@@ -71,7 +71,7 @@ def load_given(
 
 
 def on_images(source: Source, data: Data, preprocessing: Preprocessing) -> Source:
-    """Return a source of given images in the place of those that `source` would make."""
+    """Return a source of given images instead of those that `source` would make."""
     return source.on(ImageSource(data, preprocessing, source.batch), len(data))
 
 

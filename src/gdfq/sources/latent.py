@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
-from gdfq.execution.guards import images_stay_finite
+from gdfq.execution.guards import check_images_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
@@ -90,7 +90,7 @@ class LatentSource(Source):
                     for optimizer in optimizers:
                         set_rate_(optimizer, Cosine().factor(iteration, self.iterations))
                         optimizer.zero_grad()
-                    images_stay_finite({"bns": loss.detach()}, step, iteration)
+                    check_images_finite({"bns": loss.detach()}, step, iteration)
                     loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()

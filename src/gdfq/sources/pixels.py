@@ -9,7 +9,7 @@ import torch
 
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
-from gdfq.execution.guards import images_stay_finite
+from gdfq.execution.guards import check_images_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
@@ -93,7 +93,7 @@ class OptimisedSource(Source):
                     loss = bns
                     if self.class_weight and labels is not None:
                         loss = loss + self.class_weight * focal_loss(outputs, labels, self.focus)
-                    images_stay_finite(
+                    check_images_finite(
                         {"total": loss.detach(), "bns": bns.detach()}, step, iteration
                     )
                     (images.grad,) = torch.autograd.grad(loss, images)

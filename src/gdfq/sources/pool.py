@@ -196,7 +196,7 @@ class PoolStream(Stream):
                 consistency = prediction_consistency(
                     teacher, images, random_stream(context.seed, "pool.moved")
                 )
-                context.group.same_(
+                context.group.broadcast_(
                     [consistency]
                 )  # devices round differently; processes must agree
                 moves["them"] = bool(consistency >= CONSISTENT_SHARE)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
-from gdfq.execution.guards import images_stay_finite
+from gdfq.execution.guards import check_images_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
@@ -178,7 +178,7 @@ def spectral_batches(
                     boundary = focal_loss(outputs, labels, config.focus)
                     loss = loss + config.class_weight * boundary
                     losses["boundary"] = boundary.detach()
-                images_stay_finite({"total": loss.detach(), **losses}, step, iteration)
+                check_images_finite({"total": loss.detach(), **losses}, step, iteration)
                 (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
             optimizer.step()
             done = step * config.iterations + iteration + 1

@@ -125,7 +125,7 @@ class InTurn(Generic[Start]):
             starts = [self._draw() for _ in range(min(self._group.size, self._steps - step))]
             own = min(self._group.rank, len(starts) - 1)  # spare processes make the last one too
             images = self._make(step + own, starts[own])
-            self._ready = [self._group.shared_from(rank, images) for rank in range(len(starts))]
+            self._ready = [self._group.broadcast(rank, images) for rank in range(len(starts))]
         return self._ready.pop(0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Tuning(Protocol):
             student: A student with known activation ranges.
             teacher: The network that it learns from.
             feed: The batches; `feed.taken` of them were taken before.
-            first_step: Step of the first update, behind the warm-up.
+            first_step: Step of the first update, after the warm-up.
             total_steps: Steps of the whole run.
             batch: Images per batch of the feed.
             context: Context of the run; its listener receives each update as a step of "tune".

@@ -11,7 +11,7 @@ from torch import Tensor
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
-from gdfq.execution.guards import stay_finite
+from gdfq.execution.guards import check_finite
 from gdfq.execution.precision import to_float32
 from gdfq.execution.progress import RANGES, Step, is_due
 from gdfq.files.plain_values import tagged
@@ -178,7 +178,7 @@ def tune_(
     in_parts = config.fixed_statistics
     images_at_once = _images_at_once(teacher, context.memory) if in_parts else None
     for step, whole in enumerate(batches, start=first_step):
-        batch = whole.part(own)
+        batch = whole.shard(own)
         rate = config.schedule.factor(step, total_steps)
         set_rate_(optimizer, rate)
         optimizer.zero_grad()
@@ -195,7 +195,7 @@ def tune_(
                 losses[name] = share * loss.detach() + losses.get(name, 0)
         group.average_(parameter.grad for parameter in student.parameters())
         group.average_(losses.values())
-        stay_finite(
+        check_finite(
             losses,
             whose="student",
             when=f"step {step}",

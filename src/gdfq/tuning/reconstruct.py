@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
-from gdfq.execution.guards import stay_finite
+from gdfq.execution.guards import check_finite
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
@@ -240,7 +240,7 @@ def _updates(
                     loss = loss + config.rounding * sum(learned)
             loss.backward()
         losses = {"student": loss.detach(), "error": error.detach()}
-        stay_finite(
+        check_finite(
             losses,
             whose="block",
             when=f"update {update} of block {place.block}",

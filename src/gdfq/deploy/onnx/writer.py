@@ -31,7 +31,7 @@ from gdfq.deploy.onnx.passes import (
 )
 from gdfq.deploy.onnx.sizes import PACKED
 from gdfq.errors import GdfqError, UsageError, first_line
-from gdfq.execution.tracing import quiet_tracing
+from gdfq.execution.tracing import exclusive_tracing
 from gdfq.functional import grid
 from gdfq.functional.grid import code_bounds
 from gdfq.graph.inputs import InputSpec
@@ -193,7 +193,7 @@ def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
     examples = tuple(spec.zeros(2) for spec in inputs)  # a batch of one would become a constant
     batch = torch.export.Dim("batch")
     try:
-        with quiet_tracing(), _only_errors("torch.onnx"):
+        with exclusive_tracing(), _only_errors("torch.onnx"):
             program = torch.onnx.export(
                 network,
                 examples,
