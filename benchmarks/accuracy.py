@@ -250,9 +250,7 @@ def run_row(row: Row) -> dict[str, object]:
 def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, Facts, int]:
     """The student of one of our recipes, what the run was, and the batch it tuned on."""
     recipe = find_recipe(row.recipe).with_steps(row.steps)
-    recipe = replace(recipe, placement={"t1": "relu"}.get(row.placement, row.placement)).fitted(
-        teacher.input_shape
-    )  # type: ignore[arg-type]
+    recipe = replace(recipe, placement=row.placement).fitted(teacher.input_shape)  # type: ignore[arg-type]
     with Terminal() as listener:
         recipe, made = stored(recipe, teacher, row, listener)
         source = recipe.source
@@ -281,23 +279,23 @@ def run_peer(row: Row, network: Network, model: torch.nn.Module) -> tuple[Module
 
 R20, R32, R56, MOBILE = NETWORKS
 TARGETS = [
-    (R20, "w4a4", "t1"), (R20, "w3a3", "t1"), (R20, "w4a4", "full"), (R20, "w8a8", "t1"),
-    (MOBILE, "w4a4", "t1"), (R56, "w4a4", "t1"), (R56, "w3a3", "t1"), (MOBILE, "w8a8", "t1"),
-    (R20, "w2a2", "t1"), (R32, "w4a4", "t1"), (R32, "w3a3", "t1"),
+    (R20, "w4a4", "relu"), (R20, "w3a3", "relu"), (R20, "w4a4", "full"), (R20, "w8a8", "relu"),
+    (MOBILE, "w4a4", "relu"), (R56, "w4a4", "relu"), (R56, "w3a3", "relu"), (MOBILE, "w8a8", "relu"),
+    (R20, "w2a2", "relu"), (R32, "w4a4", "relu"), (R32, "w3a3", "relu"),
 ]  # fmt: skip
 """Network, widths and placement of the tables."""
 SEEDS = (0, 1, 2)
-RIVALS = [(R20, "w4a4", "t1"), (R20, "w3a3", "t1")]
+RIVALS = [(R20, "w4a4", "relu"), (R20, "w3a3", "relu")]
 """Where the rivals run too."""
 PAPER_STEPS = 200
 """Of `paper`, whose own 80,000 take more than a day on two cores."""
 PLAN = (
     [Row(*target, "fast", seed) for seed in SEEDS for target in TARGETS]
-    + [Row(R20, "w4a4", "t1", "quick", seed) for seed in SEEDS]
+    + [Row(R20, "w4a4", "relu", "quick", seed) for seed in SEEDS]
     + [Row(*target, "real", seed) for seed in SEEDS for target in TARGETS if target[0] != MOBILE]
     + [Row(*target, "paper", seed, PAPER_STEPS) for seed in SEEDS for target in RIVALS]
     + [Row(*target, recipe, seed) for seed in SEEDS for recipe in ("genie", "synq", PEER) for target in RIVALS]
-    + [Row(R20, "w4a4", "t1", "fast", 0, steps) for steps in (50, 100, 200, 400, 800)]
+    + [Row(R20, "w4a4", "relu", "fast", 0, steps) for steps in (50, 100, 200, 400, 800)]
     + [Row(*target, recipe, seed) for recipe in ("zeroq", "round") for seed in SEEDS for target in TARGETS]
 )  # fmt: skip
 """All rows in the order in which they are to be measured."""
@@ -309,7 +307,7 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--bits", nargs="+")
-    parser.add_argument("--placements", nargs="+", choices=("t1", "full"))
+    parser.add_argument("--placements", nargs="+", choices=("relu", "full"))
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+")
     options = parser.parse_args()

@@ -8,7 +8,7 @@ An optional extra in a folder of its own, because its matplotlib is older than o
         "mct-quantizers~=1.7.0" "edge-mdt-cl~=1.1.0" torchvision
     PYTHONPATH=DIR python -m benchmarks.accuracy --recipes mct
 
-The bits are placed as in `t1`: all weights for each output channel, of the activations the
+The bits are placed as in `relu`: all weights for each output channel, of the activations the
 outputs of ReLUs alone.
 """
 
@@ -70,7 +70,7 @@ def quantized(
 
 
 def _capabilities(weights: int, activations: int):
-    """`t1` in the toolkit's words."""
+    """`relu` in the toolkit's words."""
     import model_compression_toolkit.target_platform_capabilities.schema.mct_current_schema as schema
     from mct_quantizers import QuantizationMethod
     from model_compression_toolkit.target_platform_capabilities.constants import (
@@ -115,11 +115,11 @@ def _capabilities(weights: int, activations: int):
         default_qco=options(8, False, False),
         tpc_minor_version=1,
         tpc_patch_version=0,
-        tpc_platform_type="t1",
+        tpc_platform_type="relu",
         operator_set=tuple(sets),
         fusing_patterns=(),
         add_metadata=False,
-        name="t1",
+        name="relu",
     )
 
 

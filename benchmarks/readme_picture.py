@@ -16,7 +16,7 @@ from support.places import RESULTS, ROOT
 
 PICTURE = ROOT / "docs" / "results.svg"
 STEPS = 2400  # of `fast` in full; shorter runs are other rows
-PLACEMENTS = ("relu", "t1")  # new and old name of weights and ReLU outputs
+PLACEMENT = "relu"
 BITS = ("w8a8", "w4a4", "w3a3", "w2a2")
 TITLES = {
     "cifar10_resnet20": "CIFAR-10, ResNet-20",
@@ -55,7 +55,7 @@ def bars(rows: Sequence[dict], network: str) -> list[Bar]:
         row
         for row in rows
         if (row["network"], row["recipe"], row["steps"]) == (network, "fast", STEPS)
-        and row["placement"] in PLACEMENTS
+        and row["placement"] == PLACEMENT
     ]
     full = chosen[0]["teacher"]["all"]
     found = [Bar("full precision", full)]

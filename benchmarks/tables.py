@@ -52,7 +52,7 @@ script, which recorded no interval, agreement or float steps.
 """
 
 PUBLISHED = """
-Published drops, on *other* networks (the same placement as `t1`, best test epoch): CIFAR-10 ResNet-20
+Published drops, on *other* networks (the same placement as `relu`, best test epoch): CIFAR-10 ResNet-20
 w4a4: GDFQ 3.78 (of 94.03), SynQ 1.13 (of 93.89); w3a3: HAST 5.55 (of 93.89). CIFAR-100
 ResNet-20 (70.33) w4a4: SynQ 2.99; w3a3: SynQ 13.05. ImageNet MobileNetV1 (73.39) w4a4: PLF 15.69.
 Drops on different networks prove little: they are here for orientation.
@@ -204,7 +204,7 @@ def rival_table() -> str:
 def time_table() -> str:
     """Accuracy over time of all recipes on one network, the quickest first."""
     runs = defaultdict(list)
-    for path in RESULTS.glob("cifar10_resnet20-w4a4-t1-*-s*.json"):
+    for path in RESULTS.glob("cifar10_resnet20-w4a4-relu-*-s*.json"):
         run = json.loads(path.read_text())
         if "float_steps" in run:
             runs[run["recipe"], run["steps"], run.get("settings")].append(run)
@@ -220,7 +220,7 @@ def time_table() -> str:
     )
     lines = [
         "\n## Accuracy over time\n",
-        "CIFAR-10 ResNet-20, w4a4, t1: each point is a run of its own (or the mean of its seeds), its "
+        "CIFAR-10 ResNet-20, w4a4, relu: each point is a run of its own (or the mean of its seeds), its "
         "schedule scaled to its length, and the whole time counts, images included. A float step is of the row's "
         "own batch (64 of `fast`, 100 of `quick`), so compare like with like only.\n",
         "| seconds | float steps | recipe, steps | top-1 |",

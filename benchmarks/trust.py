@@ -123,7 +123,7 @@ def _runs(network: str, *lines: str) -> list[Run]:
                 Run(
                     network,
                     bits,
-                    placement or "t1",
+                    placement or "relu",
                     recipe,
                     int(seed),
                     int(steps) if steps else None,
@@ -210,7 +210,7 @@ def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
         if isinstance(pool, ImagePool) and (count := POOLS.get(run.network)):
             made = replace(pool.source, batch=count)  # type: ignore[type-var]
             recipe = replace(recipe, source=replace(pool, images=count, batch=count, source=made))
-        recipe = replace(recipe, placement={"t1": "relu"}.get(run.placement, run.placement))  # type: ignore[arg-type]
+        recipe = replace(recipe, placement=run.placement)  # type: ignore[arg-type]
         scheme = Scheme(Bits.parse(run.bits), recipe.placement)
         with Terminal() as listener:
             recipe, _ = stored(recipe, teacher, run, listener)  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def limit_time() -> None:
 def table(rows: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| network | input | parameters | layers | batch norms | outputs | t1 | full |",
+        "| network | input | parameters | layers | batch norms | outputs | relu | full |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(rows.values(), key=lambda row: str(row["network"])):
@@ -55,7 +55,7 @@ def table(rows: dict[str, Any]) -> str:
             continue
         ends = [
             part.get("error") or f"{part['kib']} KiB, {part['typical_error']:.0e}"
-            for part in (row["t1"], row["full"])
+            for part in (row["relu"], row["full"])
         ]
         facts = (row["parameters"], row["layers"], row["batch_norms"], row["outputs"])
         cells = [row["network"], row["input"], *(f"{fact:,}" for fact in facts), *ends]

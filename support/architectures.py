@@ -104,17 +104,17 @@ def passed(entry: Entry) -> dict[str, Any]:
         "capture_seconds": round(time.perf_counter() - started, 1),
     }
     recipe = recipe_for(teacher)
-    for name, placement in (("t1", "relu"), ("full", "full")):
+    for placement in ("relu", "full"):
         try:
             quantized = gdfq.quantize(teacher, example, "w4a4", recipe, placement=placement)
             quantized(torch.randn(2, *entry.shape))
             with tempfile.TemporaryDirectory() as folder:
                 exported = quantized.export(Path(folder) / "student.onnx")
-            row[name] = {
+            row[placement] = {
                 "kib": exported.bytes // 1024,
                 "typical_error": exported.inside.typical_error,
                 "beyond": None if exported.beyond is None else exported.beyond.typical_error,
             }
         except GdfqError as error:
-            row[name] = {"error": str(error)}
+            row[placement] = {"error": str(error)}
     return {**row, "seconds": round(time.perf_counter() - started, 1)}

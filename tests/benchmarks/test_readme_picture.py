@@ -6,7 +6,7 @@ from benchmarks import readme_picture
 
 def row(bits, top1, interval, **others):
     return {
-        "network": "net", "recipe": "fast", "steps": 2400, "placement": "t1", "bits": bits,
+        "network": "net", "recipe": "fast", "steps": 2400, "placement": "relu", "bits": bits,
         "teacher": {"all": 90.0}, "student": {"all": top1}, "drop_interval": interval, **others,
     }  # fmt: skip
 
