@@ -1,6 +1,6 @@
 """Writes src/gdfq/analysis/measured.json, what `gdfq doctor` tells to expect, from benchmarks/results.
 
-python -m benchmarks.measured
+    python -m benchmarks.measured
 
 The rows are those of `fast` in full, in the placement of published tables, one for each network and
 number of bits.
@@ -22,7 +22,7 @@ NETWORKS = {
     "imagenet_mobilenetv1_025": "MobileNetV1 x0.25 (ImageNet)",
 }
 STEPS = 2400  # of `fast` in full
-PLACEMENTS = ("relu", "t1")  # new and old name
+PLACEMENT = "relu"
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def measured(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         weights, activations = row["bits"][1:].split("a")
         in_full = row["recipe"] == "fast" and row.get("steps") == STEPS
-        if in_full and row["placement"] in PLACEMENTS and weights == activations:
+        if in_full and row["placement"] == PLACEMENT and weights == activations:
             drop = row["teacher"]["all"] - row["student"]["all"]
             drops.setdefault((row["network"], int(weights)), []).append(drop)
     return [
@@ -54,7 +54,7 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.measured", description=__doc__.partition("\n")[0]
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
     FILE.write_text(json.dumps(measured(rows()), indent=1) + "\n")

@@ -15,6 +15,8 @@ from support.places import RESULTS, ROOT
 
 from gdfq.recipes import find_recipe
 
+PAGE = ROOT / "docs" / "benchmarks.md"
+
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks.tables` from the files under `benchmarks/results`; do not edit.
@@ -374,12 +376,9 @@ def scale_table() -> str:
     return "\n".join([SCALE.format_map(scale), *first, TO_FLOAT, *second, SCALE_READING])
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    target = ROOT / "docs" / "benchmarks.md"
-    target.write_text(
+def page() -> str:
+    """The whole of docs/benchmarks.md."""
+    return (
         INTRODUCTION
         + accuracy_tables()
         + rival_table()
@@ -388,7 +387,14 @@ def main() -> None:
         + speed_table()
         + scale_table()
     )
-    print(f"wrote {target.relative_to(ROOT)}")
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

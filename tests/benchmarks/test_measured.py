@@ -8,7 +8,7 @@ from gdfq.analysis.measured import measured_drops
 
 
 def row(network: str, bits: str, drop: float, **values: object) -> dict[str, object]:
-    found = {"network": network, "bits": bits, "placement": "t1", "recipe": "fast", "steps": 2400}
+    found = {"network": network, "bits": bits, "placement": "relu", "recipe": "fast", "steps": 2400}
     return {**found, "teacher": {"all": 90.0}, "student": {"all": 90.0 - drop}, **values}
 
 

@@ -32,6 +32,6 @@ def test_the_whole_line_runs(name):
         warnings.simplefilter("ignore")  # the libraries' own
         row = architectures.passed(entry)
     assert row["full"]["typical_error"] < 1e-3
-    # Networks without ReLUs have nothing that t1 would quantize, and are told so.
+    # Networks without ReLUs have nothing that relu would quantize, and are told so.
     assert row["relu"].get("typical_error", 0) < 0.1
     assert "Use placement 'full'" in row["relu"].get("error", "Use placement 'full'")

@@ -1,0 +1,14 @@
+"""The pages and figures that are written from the result files say what these say."""
+
+import json
+
+from benchmarks import tables, zoo
+
+
+def test_page_of_benchmarks_is_that_of_the_results():
+    assert tables.PAGE.read_text() == tables.page()
+
+
+def test_table_of_networks_is_that_of_the_results():
+    written = zoo.PAGE.read_text().partition(zoo.MARK)[2]
+    assert written.strip() == zoo.table(json.loads(zoo.FILE.read_text()))
