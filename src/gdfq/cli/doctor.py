@@ -90,8 +90,9 @@ def _facts(diagnosis: Diagnosis) -> dict[str, str]:
         "network": diagnosis.summary(),
         "in float": _in_float(diagnosis) or "no operator",
     }
-    if diagnosis.seconds is not None and diagnosis.peak_bytes is not None:
+    if diagnosis.seconds is not None:
         parts = ", ".join(f"{name} {value:.0f} s" for name, value in diagnosis.seconds.items())
         facts["time"] = f"about {parts} on this device, measured on one step of each"
+    if diagnosis.peak_bytes is not None:
         facts["memory"] = f"about {diagnosis.peak_bytes / 2**30:.1f} GiB at most"
     return facts
