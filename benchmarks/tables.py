@@ -19,45 +19,45 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks.tables` from the files under `benchmarks/results`; do not edit.
-Accuracies are top-1 in percent at the *last* step; no run selects anything by them. The even half
-of the development networks' test images is what the design of `fast` looked at
-([research](research/index.md)); the odd half is not.
+`python -m benchmarks.tables` writes this page from the files under `benchmarks/results`; do not edit it.
+Accuracies are top-1 in percent at the *last* step; no run selects anything by accuracy. The design of `fast` looked at
+the even half of the test images of the development networks ([research](research/index.md)), and never at the odd half.
 """
 
 READING = """
-*Development networks* are marked with an asterisk: hyper-parameters were chosen on their
-even-indexed images (with seed 100), so read the odd half. ResNet-56 showed mistakes of the images, and
-MobileNetV1 (both with seed 100) how many images of how many iterations it needs, when not to shift them, that channels are worth
-equalizing, and that images should be optimised further ([research](research/index.md)): `fast` is one recipe for all, but MobileNetV1 does not confirm it independently.
-Seconds are the whole run, capture to frozen student, on one thread of a machine whose other core
-was also busy, but for the runs on two threads with nothing else running, which are named; the images' share is
-charged to every row that uses them. How busy it was differed, and so did the
-machines: rows of one network and recipe differ by up to one and a half times. A *float step* is a plain training step of the same network on
-the row's own batch (100 for `mct`), measured in the same process (batch norms in evaluation form). Peak
-memory is the process's. Rows with † are of an earlier form of the script, which noted no
-settings.
+*Development networks* are marked with an asterisk: hyper-parameters were chosen on their even-indexed images (with seed
+100), so read the odd half. ResNet-56 showed mistakes of the images, and MobileNetV1 (both with seed 100) showed how many images of how
+many iterations it needs, when not to shift them, that equalizing channels helps, and that images should be optimised
+further ([research](research/index.md)). `fast` is one recipe for all networks, but MobileNetV1 does not confirm it independently.
+The rows of MobileNetV1 are of version 0.1, which made large images 128 at a time; the present version makes 32 of 224x224 at a
+time.
 
-`genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time
-of `fast`, far less than their published schedules (`synq` without its activation maps); `mct` is
-Sony's model-compression-toolkit 2.6.1 with its own generated images and gradient-based quantization:
-512 images of 200 iterations and 40 epochs (its "steps"), chosen here to fit the time, the rest its defaults.
+Seconds are of the whole run, from capture to the frozen student, on one thread of a machine whose other core was also busy.
+Runs on two threads with nothing else running are named above. The time of the images is charged to every row that uses
+them. The load differed, and so did the machines: rows of one network and recipe differ by a factor of up to one and a half. A
+*float step* is a plain training step of the same network on the row's own batch (100 for `mct`), measured in the same
+process (batch norms in evaluation form). Peak memory is that of the process. Rows with † are of an earlier form of
+the script, which recorded no settings.
+
+`genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time of `fast`,
+far less than their published schedules (`synq` without its activation maps). `mct` is Sony's
+model-compression-toolkit 2.6.1 with its own generated images and gradient-based quantization: 512 images of 200
+iterations and 40 epochs (its "steps"), chosen here to fit the time; the rest are its defaults.
 """
 
 PAPER_READING = """
-`paper` and `paper-real` at 2,000 steps are a fortieth
-of the published 80,000. With the published learning rate (1e-4, cut tenfold at a quarter, a half
-and three quarters) the updates that follow the warm-up move the student little: it is the schedule
-that limits at this length, not the images. The full 80,000 steps have not been run here: on two
-cores they take about a day and a half. Those rows of seed 0 were made by an earlier form of the
-script, which recorded no interval, agreement or float steps.
+`paper` and `paper-real` at 2,000 steps are a fortieth of the published 80,000. With the published learning rate (1e-4, cut
+tenfold at a quarter, a half and three quarters) the updates after the warm-up move the student little: at this length the
+schedule is the limit, not the images. The full 80,000 steps have not been run here: on two cores they take about a day and a
+half. These rows of seed 0 were made by an earlier form of the script, which recorded no interval, agreement or
+float steps.
 """
 
 PUBLISHED = """
 Published drops, on *other* networks (the same placement as `relu`, best test epoch): CIFAR-10 ResNet-20
 w4a4: GDFQ 3.78 (of 94.03), SynQ 1.13 (of 93.89); w3a3: HAST 5.55 (of 93.89). CIFAR-100
 ResNet-20 (70.33) w4a4: SynQ 2.99; w3a3: SynQ 13.05. ImageNet MobileNetV1 (73.39) w4a4: PLF 15.69.
-Drops on different networks prove little: they are here for orientation.
+Drops on different networks prove little; they are here for orientation.
 """
 
 DEVELOPMENT = {"cifar10_resnet20", "cifar10_resnet32"}
@@ -139,7 +139,9 @@ def accuracy_tables() -> str:
             what += f", {row.steps} steps" if row.steps else ""
             missing[what].append(str(row.seed))
     if missing:
-        lines.append("\nRows not yet run with the present recipe (seeds in brackets):\n")
+        lines.append(
+            "\nPlanned rows that have not been run with the present recipe (seeds in brackets):\n"
+        )
         lines += [f"- {what} ({', '.join(seeds)})" for what, seeds in missing.items()]
     lines.append(
         "\nMade by `OMP_NUM_THREADS=1 python -m benchmarks.accuracy`, row by row; `real` is "
@@ -153,7 +155,7 @@ def accuracy_tables() -> str:
         for run in group:
             if run.get("along"):
                 lines.append(
-                    f"\n### Along the way: {network} {bits} {placement} {recipe}, seed {run['seed']}\n\n"
+                    f"\n### Accuracy during the run: {network} {bits} {placement} {recipe}, seed {run['seed']}\n\n"
                     "| step | seconds | top-1 (measured, never used) |\n| --- | --- | --- |"
                 )
                 lines += [
@@ -170,10 +172,10 @@ def rival_table() -> str:
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s*.json"))]
     kept = [run for run in runs if "right" in run and not is_stale(run)]
     lines = [
-        "\n## `fast` against the others, image by image\n",
-        "Points by which `fast` answers more of the same test images rightly than the other recipe with the same "
-        "seed, and their paired 95 % bootstrap interval over test images (not over seeds), for the rows that kept "
-        "which images were right.\n",
+        "\n## `fast` compared with the others, image by image\n",
+        "Points by which `fast` is correct on more of the same test images than the other recipe with the same "
+        "seed, and their paired 95 % bootstrap interval over test images (not over seeds), for the rows that recorded "
+        "which images were correct.\n",
         "| network | placement | bits | seed | other recipe, steps | `fast` better by, all images | odd half "
         "| seconds: `fast`, other |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -222,9 +224,9 @@ def time_table() -> str:
     )
     lines = [
         "\n## Accuracy over time\n",
-        "CIFAR-10 ResNet-20, w4a4, relu: each point is a run of its own (or the mean of its seeds), its "
-        "schedule scaled to its length, and the whole time counts, images included. A float step is of the row's "
-        "own batch (64 of `fast`, 100 of `quick`), so compare like with like only.\n",
+        "CIFAR-10 ResNet-20, w4a4, relu: each point is a separate run (or the mean of its seeds) with its "
+        "schedule scaled to its length. The whole time counts, images included. A float step is of the row's "
+        "own batch (64 of `fast`, 100 of `quick`), so compare float steps of equal batches only.\n",
         "| seconds | float steps | recipe, steps | top-1 |",
         "| --- | --- | --- | --- |",
     ]
@@ -238,19 +240,18 @@ def time_table() -> str:
 RUNTIME = """
 ## Exported files
 
-`python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick` in an earlier form; all files of a
-network are timed in turn in one process of ONNX Runtime, 1.5 seconds for each file and setting;
-median [first, third quartile] milliseconds a call. `quantize_static` is ONNX Runtime's own
-quantization of the same float32 file with the same images (uint8 activations, int8 weights for each
-channel, QDQ). Parity is that of the file with the simulation on all test images. ResNet-18 has
-random weights. *Kept stem*: `--layer-bits stage1.0.0=float --layer-bits stage1.1.0=float`, the layers of 3 and 8 channels.
+`python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick` in an earlier form. All files of
+a network are timed in turn in one process of ONNX Runtime 1.32 on a CPU with VNNI, 1.5 seconds for each file and setting. Times are
+median [first, third quartile] milliseconds per call. `quantize_static` is ONNX Runtime's own quantization of the same
+float32 file with the same images (uint8 activations, int8 weights per channel, QDQ). Parity is the agreement of
+the file with the simulation on all test images. ResNet-18 has random weights. *Stem kept* means
+`--layer-bits stage1.0.0=float --layer-bits stage1.1.0=float`: the layers of 3 and 8 channels stay float.
 
-What the times are made of (medians of ONNX Runtime's own profile, microseconds, with other work on
-the machine): MobileNetV1's first two layers have 3 and 8 channels, for which there is no fast integer kernel: 335 and
-233 of 1,352, against 111 and 49 in float, whose kernel works on 16 channels at once. Kept float, with
-nothing quantized between them, the file is faster than float32. ResNet-18 spends 6,400 of 6,900 in
-QLinearConv, 1,150 of them in the first layer (3 channels), as `quantize_static`'s file does; its
-own kernels, not the graph around them, decide its time.
+Where the time goes (medians of ONNX Runtime's own profile, microseconds, with other work on the machine): the first two
+layers of MobileNetV1 have 3 and 8 channels, for which there is no fast integer kernel. They take 335 and 233 of 1,352,
+against 111 and 49 in float, whose kernel works on 16 channels at once. If they stay float, with nothing quantized between them,
+the file is faster than float32. ResNet-18 spends 6,400 of 6,900 in QLinearConv, 1,150 of them in the first layer (3
+channels), as the file of `quantize_static` does: the kernels decide its time, not the graph around them.
 """
 
 
@@ -264,7 +265,7 @@ def runtime_table() -> str:
     lines = [
         RUNTIME,
         f"| network | file | KiB | smaller | {' | '.join(heads)} | faster (first setting) | top-1 "
-        "| parity: same answers, top-1 of the simulation | OpenVINO ms, same answers as ONNX Runtime |",
+        "| parity: same predictions, top-1 of the simulation | OpenVINO ms, same predictions as ONNX Runtime |",
         "| --- |" + " --- |" * (7 + len(heads)),
     ]
     full: dict = {}
@@ -316,31 +317,31 @@ SCALE = """
 ## Scale
 
 `python -m benchmarks.speed --scale`: random weights, {batch} images of 224x224, one thread, float32, torch
-{torch}, on a machine that was busy with other work: read the ratios, and their spread. *Float* is a plain training
-step of the user's own eager module (training mode, cross-entropy, backward, Adam; nothing of gdfq). *Student* is
-the same step of the captured student alone (w4a4, `full`, learned grids, batch norms folded), all images at once.
-*Parts* is the student's step as tuning always runs it, large images in parts. *Tuning* is a whole step of `fast`,
-in parts too: the student, the teacher without gradient, and the losses of features and outputs. The last two are
-one call of `tune_` for each step, so making it ready is included.
+{torch}, on a machine that was busy with other work: read the ratios and their spread. *Float* is a plain training step
+of the user's own eager module (training mode, cross-entropy, backward, Adam; nothing of gdfq). *Student* is the same
+step of the captured student alone (w4a4, `full`, learned grids, batch norms folded), all images at once. *Parts* is the
+student's step as tuning always runs it, with large images in parts. *Tuning* is a whole step of `fast`, also in parts:
+the student, the teacher without gradient, and the losses of features and outputs. The last two are one call of the tuning
+for each step, so their set-up is included.
 
-Seconds: medians of {rounds} rounds, the four in turn in one process. MiB: the bytes of the networks' tensors + the
-rise of the peak of a child process of its own over two steps (activations, gradients, the optimizer's state).
+Seconds are medians of {rounds} rounds, the four in turn in one process. MiB are the bytes of the networks' tensors + the rise of
+the peak of a separate child process over two steps (activations, gradients, the state of the optimizer).
 """
 TO_FLOAT = """
-The same as multiples of the float step. Times: the median of the rounds' ratios [least, greatest]; the bar is 1.6
-for the student. Memory: the sums, in brackets the rises alone; the bar is 2 for the student.
+The same as multiples of the float step. Times: the median of the rounds' ratios [least, greatest]; the limit for the
+student is 1.6. Memory: the sums, in brackets the rises alone; the limit for the student is 2.
 """
 SCALE_READING = """
-ViT-S, all images at once, is above the bar for memory. Attention is two products in the student, so that softmax
-can be quantized; the float step's fused attention never holds the scores. And each tensor that is quantized is held
-twice for the backward pass, before its quantizer (for the gradient of the step) and behind it (by the layer that
-takes it): that costs nothing behind a ReLU, which holds the former anyway, but GELU, LayerNorm and linear layers
-do not hold their outputs. In parts the student's step is below the bar; with the teacher beside it the whole
-tuning step is just above. Times of ViT-S in single rounds are above 1.6, too.
+ViT-S with all images at once exceeds the limit for memory. Attention is two products in the student, so that softmax can
+be quantized; the fused attention of the float step never stores the scores. And each quantized tensor is stored twice for
+the backward pass, before its quantizer (for the gradient of the scale) and after it (by the next layer). After a ReLU this
+costs nothing, because a ReLU stores its output anyway, but GELU, LayerNorm and linear layers do not store their
+outputs. In parts the student's step is below the limit; with the teacher the whole tuning step is just above it. Times of
+ViT-S in single rounds exceed 1.6, too.
 
 For these rows the search for the student's first grids, which no step repeats, was cut to its first candidate. An
 earlier run with the whole search, of all but ResNet-50, gave the student 1.11 to 1.32 in time and 1.07 to 2.69 in
-memory; peaks of one and the same step differed by up to 13 % between the runs.
+memory; peaks of the same step differed by up to 13 % between the runs.
 """
 STEPS = ("float", "student", "parts", "tuning")
 
