@@ -2,7 +2,7 @@
 
 python -m benchmarks.readme_picture
 
-It shows top-1 of the recipe `fast` without data beside full precision, for every shared network and
+It shows top-1 of the recipe `fast` without data and full precision, for every shared network and
 bit width. A bit width without a row is shown as not measured.
 """
 
@@ -95,7 +95,7 @@ def picture(rows: Sequence[dict]) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" font-family="Helvetica, Arial, sans-serif">\n'
-        "<title>Accuracy without data beside full precision</title>\n"
+        "<title>Accuracy without data and in full precision</title>\n"
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
     )
     return "\n".join([head, *parts, "</svg>"]) + "\n"

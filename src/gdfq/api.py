@@ -81,15 +81,16 @@ def quantize(
             bytes. The default is 1.5 GiB on a CPU and half of the free memory of a GPU.
         **options: Further options, by name:
 
-            size: With bits "auto": the size of the ONNX file in bytes, at most.
-            placement: "full" (deployable) or "relu" (the protocol of the published tables).
-            layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
-            steps: Batches in total. batch: Images in a batch.
-            mean, std: Input normalisation per channel, for pixels in 0..1.
-            resize: How the files of an image folder get the network's size.
-            classifier: Whether the output is the logits of classes.
-            weights, input_shape: Weights file and shape of one input, of a model that is a name.
-            device: "cpu", "cuda" or "auto".
+            - size: With bits "auto": the size of the ONNX file in bytes, at most.
+            - placement: "full" (deployable) or "relu" (the protocol of the published tables).
+            - layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
+            - steps: Batches in total.
+            - batch: Images in a batch.
+            - mean, std: Input normalisation per channel, for pixels in 0..1.
+            - resize: How the files of an image folder get the network's size.
+            - classifier: Whether the output is the logits of classes.
+            - weights, input_shape: Weights file and shape of one input, of a model that is a name.
+            - device: "cpu", "cuda" or "auto".
 
     Returns:
         The quantized network, which runs as a module, and can be evaluated, saved and exported.
