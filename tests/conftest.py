@@ -1,8 +1,11 @@
 """Fixtures that tests of several packages use; `support/networks.py` has the networks."""
 
+import functools
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +47,17 @@ class TrainedDigits:
     network: demo.DigitsNetwork
     training: demo.Digits
     held_out: demo.Digits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _onnx_operators_are_listed_once() -> Iterator[None]:
+    """Keep the list of 500 operators that torch.onnx builds for each export, a third of its time."""
+    exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
+    apis = getattr(exporter, "onnxscript_apis", None)
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(apis, "get_torchlib_ops"):  # private: another torch may build it elsewhere
+            patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(params=networks.NETWORKS)
