@@ -85,6 +85,17 @@ def figures(group: Group) -> dict[str, Any]:
     }
 
 
+def difference(a: Any, b: Any) -> float:
+    """The difference of two trees of tensors, relative to the norm of each."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max(difference(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        return max(map(difference, a, b))
+    return float((a - b).norm() / a.norm())
+
+
 def _distillation(recipe: Recipe) -> Distillation:
     assert isinstance(recipe.tuning, Distillation)
     return recipe.tuning

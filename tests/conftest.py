@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from support import networks
 from support.places import SHARED
 
+import gdfq
 from gdfq import demo
 from gdfq.cli import main
 from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
 
@@ -106,6 +108,24 @@ def digits(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> TrainedD
 def tiny() -> Recipe:
     """The published method at a size for tests."""
     return replace(PAPER, source=GeneratorSource(batch=8)).with_steps(8)
+
+
+@pytest.fixture(scope="session")
+def labelled() -> tuple[torch.Tensor, torch.Tensor]:
+    """Random pixels and labels."""
+    draw = np.random.default_rng(0)
+    pixels = torch.from_numpy(draw.integers(0, 256, (40, *networks.SHAPE), np.uint8))
+    return pixels, torch.arange(40) % networks.CLASSES
+
+
+@pytest.fixture(scope="session")
+def quantized(
+    teacher: Captured, tiny: Recipe, labelled: tuple[torch.Tensor, torch.Tensor]
+) -> QuantizedNetwork:
+    """A small quantized network that was tested; not to be changed."""
+    return gdfq.quantize(
+        teacher, networks.images(1), "w3a4", tiny, test=labelled, layer_bits=["fc=8"]
+    )
 
 
 @pytest.fixture(scope="session")

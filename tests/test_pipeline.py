@@ -1,3 +1,5 @@
+"""None"""
+
 import copy
 from dataclasses import replace
 
@@ -9,9 +11,7 @@ from support.small_runs import same, small, state
 
 import gdfq
 from gdfq import RECIPES, UsageError
-from gdfq.data.datasets import ArrayData, load_data
 from gdfq.recipes import PAPER
-from gdfq.tuning.distill import Distillation
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -85,50 +85,6 @@ def test_tuning_moves_the_student_towards_its_labels(teacher, tiny):
     assert [step.index for step in tuned][:2] == [3, 4]
     assert set(tuned[0].losses) == {"generator", "bns", "boundary", "student", "ce", "kd"}
     assert float(tuned[-1].losses["ce"]) < float(tuned[0].losses["ce"])
-
-
-def test_a_short_run_scales_the_published_schedule():
-    assert (PAPER.steps, PAPER.calibration, PAPER.warmup) == (80_000, 800, 800)
-    imagenet = RECIPES["paper-imagenet"]
-    assert (imagenet.calibration, imagenet.warmup) == (800, 10_000)
-    short = imagenet.with_steps(2000)
-    assert (short.steps, short.calibration, short.warmup) == (2000, 500, 500)
-    long = imagenet.with_steps(100_000)
-    assert (long.calibration, long.warmup) == (800, 10_000)
-    assert RECIPES["round"].with_steps(60).calibration == 60
-
-
-def test_the_published_values():
-    generator, tuning = PAPER.source, PAPER.tuning
-    assert (generator.batch, generator.latent, generator.statistics) == (200, 100, 0.1)
-    assert (generator.optimizer.lr, generator.optimizer.betas) == (1e-3, (0.5, 0.999))
-    assert (tuning.temperature, tuning.reduction, tuning.fixed_statistics) == (20, "element", True)
-    assert tuning.optimizer.lr == 1e-4
-    assert RECIPES["paper-imagenet"].tuning.optimizer.lr == 1e-6
-    assert RECIPES["paper-imagenet"].source.batch == 16
-    assert RECIPES["paper-imagenet"].source.conditioning == "conditional-batch-norm"
-
-
-def test_the_student_loss_by_hand():
-    from gdfq.optim import SgdConfig
-
-    student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
-    config = Distillation(SgdConfig(lr=0.1), temperature=1.0, distillation=3.0)
-    p, q = (logits.double().softmax(1)[0] for logits in (teacher, student))
-    kl = float((p * (p / q).log()).sum()) / 2
-    expected = float(-q[0].log()) + 3 * kl
-    assert float(
-        config.losses((student, ()), (teacher, ()), torch.tensor([0]))["student"]
-    ) == pytest.approx(expected, rel=1e-5)
-
-
-def test_hard_labels_count_for_easy_images_alone():
-    teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # p_y = 0.88 and 0.12
-    student = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
-    labels = torch.tensor([0, 0])
-    config = replace(RECIPES["synq"].tuning, difficulty=0.5)
-    got = config.losses((student, ()), (teacher, ()), labels)["ce"]
-    assert float(got) == pytest.approx(-float(student[0].log_softmax(0)[0]) / 2)
 
 
 def test_few_real_images_take_the_place_of_the_source(teacher, tiny):
@@ -211,63 +167,3 @@ def test_generate_gives_the_last_images(teacher, tiny):
 def test_bad_options_are_refused(teacher, options, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
         gdfq.quantize(teacher, networks.images(1), **options)
-
-
-def test_image_folders(tmp_path):
-    from PIL import Image
-
-    for name, colour in (("b", (255, 0, 0)), ("a", (0, 255, 0))):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (20, 16), colour).save(tmp_path / name / "x.png")
-    (tmp_path / "a" / "notes.txt").write_text("not an image")
-    data = load_data(tmp_path, (3, 8, 8), 2)
-    assert data.labels.tolist() == [0, 1]  # a before b
-    images = data.images(torch.tensor([0, 1]))
-    assert images.shape == (2, 3, 8, 8)
-    assert images[:, :, 3, 3].tolist() == [[0, 255, 0], [255, 0, 0]]
-    assert load_data(tmp_path, (1, 8, 8), 2).images(torch.tensor([0])).shape == (1, 1, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: p.write_bytes(b"not a zip"), "neither"),
-        (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8)), labels=[0]), "uint8"),
-        (
-            lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8), labels=[0.5]),
-            "integers",
-        ),
-        (
-            lambda p: np.savez(p, images=np.array([None], object), labels=[0]),
-            "neither",  # an object array would need pickle
-        ),
-        (lambda p: p.mkdir(), "at least one image"),
-    ],
-)
-def test_unreadable_data_is_refused(tmp_path, make, message):
-    path = tmp_path / "data.npz"
-    make(path)
-    with pytest.raises(UsageError, match=message):
-        load_data(path, (3, 8, 8), 5)
-
-
-def test_a_broken_image_is_named(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "bad.png").write_bytes(b"\x89PNG")
-    with pytest.raises(UsageError, match=r"bad\.png"):
-        load_data(tmp_path, (3, 8, 8), 5)
-
-
-def test_data_can_be_an_object_of_ones_own():
-    data = ArrayData(networks.images(2), None)
-    assert load_data(data, networks.SHAPE, 5) is data
-
-
-def test_images_need_no_labels_unless_they_test(tmp_path):
-    np.savez(tmp_path / "data.npz", images=np.zeros((2, 3, 8, 8), np.uint8))
-    data = load_data(tmp_path / "data.npz", networks.SHAPE, 5)
-    assert data.labels is None
-    assert len(data) == 2
-    np.savez(tmp_path / "other.npz", labels=[0])
-    with pytest.raises(UsageError, match=r"must hold 'images'.*has labels"):
-        load_data(tmp_path / "other.npz", networks.SHAPE, 5)

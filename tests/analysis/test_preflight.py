@@ -1,26 +1,22 @@
 """The preflight diagnosis, against independent counts and against the run itself."""
 
-import itertools
-import json
-
 import pytest
 import torch
 from support import networks
 from torch import nn
 
 import gdfq
-from gdfq.analysis.cost import now, peak_bytes, with_costs
+from gdfq.analysis.cost import with_costs
 from gdfq.analysis.float_operators import FloatOperators
 from gdfq.analysis.preflight import diagnose
-from gdfq.cli.app import main
 from gdfq.functional.grid import Bits
-from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.blocks import block_ends, blocks
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
 from gdfq.student.scheme import LayerBits, Scheme
 
 FULL = Scheme(Bits(4, 4), "full")
+
+
 NO_FORM = "no integer form"
 
 
@@ -171,55 +167,3 @@ def test_advice_does_not_take_a_layer_of_one_input_channel_for_depthwise():
     model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
     diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))
     assert "depthwise" not in " ".join(diagnosis.advice)
-
-
-def test_seconds_of_reconstruction_are_those_of_the_second_update_of_each_block(
-    teacher, monkeypatch
-):
-    """The clock advances by 1 at each reading: one second for each block and update."""
-    ticks = itertools.count()
-    monkeypatch.setattr("gdfq.analysis.cost.now", lambda _: float(next(ticks)))
-    recipe = find_recipe("genie").with_steps(8)
-    found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
-    folded = fold_batch_norms(teacher).network
-    assert found.seconds["tuning"] == 7 * len(blocks(folded, block_ends(folded.graph)))
-
-
-@pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
-def test_measuring_costs_leaves_the_teacher_unchanged(name, teacher):
-    before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
-    recipe = find_recipe(name).with_steps(8)
-    found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
-    assert found.seconds is not None
-    assert found.seconds["images"] > 0
-    assert (found.seconds["tuning"] > 0) == (name != "round")
-    assert found.peak_bytes is not None
-    assert found.peak_bytes > 2**26
-    assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
-
-
-def test_costs_on_a_gpu_synchronize_and_read_its_memory(monkeypatch):
-    """Without a GPU: the calls, their device, and the use of their results."""
-    device, devices = torch.device("cuda", 1), []
-    monkeypatch.setattr(torch.cuda, "synchronize", devices.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: devices.append(d) or 12345)
-    assert now(device) <= now(torch.device("cpu"))
-    assert peak_bytes(device) == 12345
-    assert devices == [device, device]
-
-
-def test_doctor_prints_json_or_a_table(capsys, tmp_path):
-    file = tmp_path / "net.py"
-    source = (networks.__file__, networks.__name__)
-    file.write_text(f"import sys\nsys.path.insert(0, {str(source[0].rpartition('/')[0])!r})\n"
-                    "import networks\ndef net(): return networks.make('Residual')\n")  # fmt: skip
-    arguments = ["doctor", f"{file}:net", "--input", "3x8x8", "--steps", "8"]
-    assert main([*arguments, "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert [layer["name"] for layer in facts["layers"]] == ["conv1", "conv2", "fc"]
-    assert facts["seconds"].keys() == {"images", "tuning"}
-    assert main([*arguments, "--recipe", "zeroq", "--placement", "relu"]) == 0
-    printed = capsys.readouterr().out
-    assert "2 of 2 batch norms fold" in printed
-    assert "1 conv2d, 1 add, 1 linear (its input is not the output of a ReLU" in printed
-    assert "measured on one step of each" in printed

@@ -4,11 +4,72 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import torchvision_shim
+from support import networks, torchvision_shim
 
-from gdfq.data.datasets import load_data
+from gdfq.data.datasets import ArrayData, load_data
 from gdfq.data.preprocessing import Resize
 from gdfq.errors import UsageError
+
+
+def test_image_folders(tmp_path):
+    from PIL import Image
+
+    for name, colour in (("b", (255, 0, 0)), ("a", (0, 255, 0))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 16), colour).save(tmp_path / name / "x.png")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    data = load_data(tmp_path, (3, 8, 8), 2)
+    assert data.labels.tolist() == [0, 1]  # a before b
+    images = data.images(torch.tensor([0, 1]))
+    assert images.shape == (2, 3, 8, 8)
+    assert images[:, :, 3, 3].tolist() == [[0, 255, 0], [255, 0, 0]]
+    assert load_data(tmp_path, (1, 8, 8), 2).images(torch.tensor([0])).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(b"not a zip"), "neither"),
+        (lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8)), labels=[0]), "uint8"),
+        (
+            lambda p: np.savez(p, images=np.zeros((1, 3, 8, 8), np.uint8), labels=[0.5]),
+            "integers",
+        ),
+        (
+            lambda p: np.savez(p, images=np.array([None], object), labels=[0]),
+            "neither",  # an object array would need pickle
+        ),
+        (lambda p: p.mkdir(), "at least one image"),
+    ],
+)
+def test_unreadable_data_is_refused(tmp_path, make, message):
+    path = tmp_path / "data.npz"
+    make(path)
+    with pytest.raises(UsageError, match=message):
+        load_data(path, (3, 8, 8), 5)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bad.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UsageError, match=r"bad\.png"):
+        load_data(tmp_path, (3, 8, 8), 5)
+
+
+def test_data_can_be_an_object_of_ones_own():
+    data = ArrayData(networks.images(2), None)
+    assert load_data(data, networks.SHAPE, 5) is data
+
+
+def test_images_need_no_labels_unless_they_test(tmp_path):
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 3, 8, 8), np.uint8))
+    data = load_data(tmp_path / "data.npz", networks.SHAPE, 5)
+    assert data.labels is None
+    assert len(data) == 2
+    np.savez(tmp_path / "other.npz", labels=[0])
+    with pytest.raises(UsageError, match=r"must hold 'images'.*has labels"):
+        load_data(tmp_path / "other.npz", networks.SHAPE, 5)
+
 
 _OPERATORS = torchvision_shim.define_missing_operators()
 
@@ -20,46 +81,6 @@ def ramp(width, height):
     return Image.fromarray(pixels)
 
 
-def noise(width, height):
-    draw = np.random.default_rng(width)
-    return Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8))
-
-
-def test_the_crop_is_the_middle_of_the_resized_image():
-    """10 x 6 covers 6 x 6 as it is; columns 2..7 of it are the middle, and 4 x 4 of 6 x 6 too."""
-    pixels = np.array(Resize()(ramp(10, 6), (6, 6)))
-    assert pixels[0, :, 0].tolist() == [2, 3, 4, 5, 6, 7]
-    assert pixels[:, 0, 1].tolist() == [0, 1, 2, 3, 4, 5]
-    pixels = np.array(Resize(crop=4 / 6)(ramp(10, 6), (4, 4)))
-    assert pixels[0, :, 0].tolist() == [3, 4, 5, 6]
-    assert pixels[:, 0, 1].tolist() == [1, 2, 3, 4]
-
-
-def test_squashing_keeps_the_whole_image():
-    """Nearest of 8 columns in 4: the second of each pair; rows stay."""
-    resize = Resize(squash=True, interpolation="nearest")
-    pixels = np.array(resize(ramp(8, 4), (4, 4)))
-    assert pixels[0, :, 0].tolist() == [1, 3, 5, 7]
-    assert pixels[:, 0, 1].tolist() == [0, 1, 2, 3]
-    pixels = np.array(Resize(0.5, True, "nearest")(ramp(8, 4), (2, 2)))
-    assert pixels[0, :, 0].tolist() == [3, 5]
-
-
-@pytest.mark.needs("torchvision")
-@pytest.mark.parametrize("size", [(300, 200), (224, 224), (231, 500), (97, 61)])
-@pytest.mark.parametrize("short", [224, 232, 235, 256])
-def test_an_independent_reference_gives_the_same_pixels(size, short):
-    from torchvision import transforms
-
-    image = noise(*size)
-    mode = transforms.InterpolationMode.BICUBIC
-    expected = transforms.Compose(
-        [transforms.Resize(short, interpolation=mode), transforms.CenterCrop(224)]
-    )(image)
-    found = Resize(224 / short, interpolation="bicubic")(image, (224, 224))
-    assert np.array_equal(np.array(found), np.array(expected))
-
-
 def test_image_folders_are_resized_as_told(tmp_path):
     (tmp_path / "a").mkdir()
     ramp(8, 4).save(tmp_path / "a" / "x.png")
@@ -67,10 +88,3 @@ def test_image_folders_are_resized_as_told(tmp_path):
     assert data.images(torch.tensor([0]))[0, 0, 0].tolist() == [1, 3, 5, 7]
     data = load_data(tmp_path, (3, 4, 4), 2)
     assert data.images(torch.tensor([0]))[0, 0, 0].tolist() == [2, 3, 4, 5]
-
-
-def test_resizing_that_has_no_meaning_is_refused():
-    with pytest.raises(UsageError, match="crop must lie in"):
-        Resize(crop=1.5)
-    with pytest.raises(UsageError, match=r"one of nearest, .*; got 'random'"):
-        Resize(interpolation="random")

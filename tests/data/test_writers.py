@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import networks
 
-from gdfq.cli import main
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.writers import ImageFiles
@@ -70,15 +68,3 @@ def test_what_has_no_png(tmp_path, shape):
         ImageFiles(tmp_path / "x", png=True).prepare(shape)
     assert not (tmp_path / "x").exists()
     ImageFiles(tmp_path / "x").prepare(shape)
-
-
-def test_the_command_writes_a_folder_that_tunes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(networks.__file__.rpartition("/")[0])
-    network = ["networks:Residual", "--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"]
-    made = ["generate", *network, "--recipe", "zeroq", "--count", "5", "--png", "--out", "fakes"]
-    assert main(made) == 0
-    assert len(list((tmp_path / "fakes" / "png").iterdir())) == networks.CLASSES
-    assert len(list((tmp_path / "fakes" / "png").glob("*/*.png"))) == 5
-    tuned = ["quantize", *network, "--recipe", "real", "--steps", "4", "--data", "fakes/png"]
-    assert main([*tuned, "--no-onnx", "--out", "run"]) == 0

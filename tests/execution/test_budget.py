@@ -5,18 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from support import networks
-from torch import nn
 
 import gdfq
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget, parse_bytes
 from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits
-from gdfq.functional.losses import relative_statistics_loss
-from gdfq.graph.capture import capture
-from gdfq.graph.memory import forward_bytes, forward_images, tensor_bytes, training_bytes
-from gdfq.graph.recompute import BudgetedNetwork, recomputed_segments, segments
-from gdfq.graph.statistics import StatisticsNetwork, unit_input
+from gdfq.graph.memory import forward_images
 from gdfq.quantizers.lsq import LearnedRange
 from gdfq.quantizers.minmax import MovingRange
 from gdfq.recipes import QUICK
@@ -61,64 +56,6 @@ def test_a_budget_refuses_what_is_no_size(memory):
 def test_at_least_one_image_fits():
     assert [MemoryBudget(100).images(size, CPU) for size in (30, 100, 101)] == [3, 1, 1]
     assert MemoryBudget().room(CPU) == 3 * 2**29
-
-
-class Chain(nn.Module):
-    """[N, 1, 4] -> relu -> linear to 8 numbers -> sum with itself doubled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 8)
-
-    def forward(self, x):
-        y = self.linear(torch.relu(x))
-        return torch.sigmoid(y) + y
-
-
-def test_bytes_of_a_graph_by_hand():
-    # Input and ReLU have 4 numbers, linear, sigmoid and sum 8: 16, 16, 32, 32, 32 bytes. The most
-    # is alive at the sum: linear, sigmoid and the sum itself. Work space is twice the largest.
-    graph = capture(Chain(), torch.zeros(1, 1, 4)).network.graph
-    assert sorted(tensor_bytes(graph).values()) == [16, 16, 32, 32, 32]
-    assert forward_bytes(graph) == 96 + 64
-    assert training_bytes(graph) == 128 + 64
-    assert forward_images(graph, MemoryBudget(4 * 500), CPU) == 3
-
-
-def gradient_of(network, images):
-    images = images.clone().requires_grad_()
-    _, observed = network(images)
-    stored = network.stored
-    (grad,) = torch.autograd.grad(relative_statistics_loss(observed, stored), images)
-    return grad
-
-
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
-def test_recomputed_statistics_have_the_same_gradient_to_the_bit(teacher, share):
-    images = networks.images(6)
-    unit = unit_input(teacher)
-    plain = StatisticsNetwork(teacher, of_input=unit)
-    needed = training_bytes(teacher.network.graph) * len(images)
-    budget = MemoryBudget(int(share * needed))
-    budgeted = StatisticsNetwork(teacher, of_input=unit, memory=budget)
-    assert torch.equal(gradient_of(plain, images), gradient_of(budgeted, images))
-    assert budgeted._module._by_count  # it was indeed computed in segments
-
-
-def test_a_batch_that_fits_passes_whole(teacher):
-    network = BudgetedNetwork(teacher.network, [], MemoryBudget(), CPU)
-    assert torch.equal(network(networks.images(3)), teacher.network(networks.images(3)))
-    assert not network._by_count
-
-
-def test_segments_hold_every_node_once(teacher):
-    graph = teacher.network.graph
-    computed = [node for node in graph.nodes if node.op == "call_function"]
-    parts = segments(graph, computed[::3])
-    assert [node for part in parts for node in part.nodes] == computed
-    sizes = tensor_bytes(graph)
-    assert recomputed_segments(parts, sizes, 2.0**40) == frozenset()
-    assert recomputed_segments(parts, sizes, 0) == frozenset(range(len(parts)))
 
 
 QUICKEST = replace(

@@ -1,21 +1,19 @@
 """Checkpoints: written whole, read whole, and only by the run that they belong to."""
 
 import errno
-import json
 import os
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.checkpoints import Checkpoints
-from gdfq.execution.listeners import History
 from gdfq.execution.progress import Step
-from gdfq.files.states import Frozen, Results, differences, from_bytes, to_bytes
+from gdfq.files.states import Frozen, Results, differences
 
 RUN, AROUND = {"bits": "w4a4", "recipe": {"steps": 4}}, {"threads": 1}
+
+
 STEP = Step("tune", 1, 2, {})
 
 
@@ -38,74 +36,6 @@ def opened(folder, part=None, clock=None, run=RUN, **options):
 
 def names(folder, kind="checkpoint"):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(kind))
-
-
-def unequal(a, b):
-    """Whether two trees differ, tensors by value, type and strides."""
-    if isinstance(a, torch.Tensor):
-        return (
-            a.dtype != b.dtype
-            or a.shape != b.shape
-            or a.stride() != b.stride()
-            or not torch.equal(a, b)
-        )
-    if isinstance(a, dict):
-        return a.keys() != b.keys() or any(unequal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) != len(b) or any(map(unequal, a, b))
-    return type(a) is not type(b) or a != b
-
-
-def test_states_keep_numbers_keys_types_and_strides():
-    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    state = {
-        "images": images,
-        "one image": images[:1],
-        "part": images[:, 1],
-        "flipped": images.transpose(0, 3)[1:],
-        "random": torch.Generator().manual_seed(3).get_state(),
-        "nothing": None,
-        "groups": [{"lr": 0.1 + 0.2, "params": [0, 1]}],
-        "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
-        "yes": True,
-        "counts": torch.arange(3),
-    }
-    dense = {**state, "part": images[:, 1].clone(), "flipped": state["flipped"].clone()}
-    assert not unequal(dense, from_bytes(to_bytes(state, str), Frozen))
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-        lambda inside: st.lists(inside) | st.dictionaries(st.text() | st.integers(), inside),
-        max_leaves=12,
-    )
-)
-def test_any_plain_state_comes_back(state):
-    assert not unequal(state, from_bytes(to_bytes(state, str), Frozen))
-
-
-def test_an_optimizer_goes_on_as_if_nothing_had_been():
-    def make():
-        weight = torch.nn.Parameter(torch.ones(3))
-        return weight, torch.optim.Adam([{"params": [weight], "lr": 0.1}], betas=(0.8, 0.95))
-
-    def update(weight, optimizer):
-        optimizer.zero_grad()
-        (weight.square().sum() * weight[0]).backward()
-        optimizer.step()
-
-    weight, optimizer = make()
-    update(weight, optimizer)
-    data = to_bytes({"w": weight, "o": optimizer.state_dict()}, str)
-    other, restored = make()
-    state = from_bytes(data, Frozen)
-    other.data.copy_(state["w"])
-    restored.load_state_dict(state["o"])
-    for pair in ((weight, optimizer), (other, restored)):
-        update(*pair)
-    assert torch.equal(weight, other)
 
 
 def test_it_is_written_when_it_is_time(tmp_path):
@@ -309,41 +239,6 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     checkpoints.save()
     checkpoints.remove()
     assert not tmp_path.exists()
-
-
-def test_the_history_is_cut_where_the_checkpoint_was(tmp_path):
-    path = tmp_path / "history.jsonl"
-    with History(path) as history:
-        history(Step("tune", 1, 3, {"loss": torch.tensor(0.5)}))
-        state = history.state_dict()
-        whole = path.read_text()
-        history(Step("tune", 2, 3, {"loss": torch.tensor(0.25)}))
-    path.write_text(path.read_text() + '{"stage": "tu')  # killed while it wrote
-    with History(path) as history:
-        history.load_state_dict(state)
-        assert path.read_text() == whole
-        history(Step("tune", 2, 3, {"loss": torch.tensor(0.25)}))
-    assert path.read_text() == whole + '{"stage": "tune", "step": 2, "loss": 0.25}\n'
-
-
-def test_a_batch_that_is_made_again_is_told_once(tmp_path):
-    """Stopped in the second batch of images, which begins with step 3."""
-    path = tmp_path / "history.jsonl"
-
-    def tell(history, steps):
-        for stage, step in steps:
-            history(Step(stage, step, 4, {"loss": torch.tensor(float(step))}))
-
-    with History(path) as history:
-        tell(history, [("images", 1), ("images", 2), ("images", 3)])
-        state = from_bytes(to_bytes(history.state_dict(), str), Frozen)
-        tell(history, [("images", 4)])
-    with History(path) as history:
-        history.load_state_dict(state)
-        tell(history, [("images", 3), ("images", 4), ("tune", 1)])
-    told = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [("images", 1), ("images", 2), ("images", 3), ("images", 4), ("tune", 1)]
-    assert [(row["stage"], row["step"]) for row in told] == steps
 
 
 def test_a_folder_in_use_is_refused_and_free_again_behind_an_error(tmp_path):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,21 +13,13 @@ import numpy as np
 import pytest
 import torch
 from support import group_figures, networks
+from support.group_figures import difference
 from support.places import ROOT
 
 from gdfq import demo
 from gdfq.cli import main
 from gdfq.errors import UsageError
-from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Processes, joined
-from gdfq.functional.grid import Bits
-from gdfq.quantizers.family import LSQ
-from gdfq.recipes import FAST
-from gdfq.sources.generator import GeneratorSource
-from gdfq.student.build import build_student
-from gdfq.student.scheme import Scheme
-from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}"
                f"{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
@@ -66,17 +57,6 @@ def groups(tmp_path_factory):
 def together(request, groups):
     """What each of several processes computed."""
     return groups[request.param]
-
-
-def difference(a, b) -> float:
-    """The difference of two trees of tensors, relative to the norm of each."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        return max(difference(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        assert len(a) == len(b)
-        return max(map(difference, a, b))
-    return float((a - b).norm() / a.norm())
 
 
 def test_all_processes_have_the_same(together):
@@ -230,31 +210,3 @@ def test_two_processes_tune_as_well_as_one(tuned_by_two, tmp_path):
     )
     # Rounding alone may part them: at 3 bits by up to 3.7, no less than two seeds.
     assert two == pytest.approx(one, abs=2.0)
-
-
-def test_lower_precision_is_in_the_layers_alone(teacher):
-    """bfloat16: statistics and losses within its rounding of float32's, all in float32."""
-    found = {}
-    for precision in ("float32", "bfloat16"):
-        source = GeneratorSource(batch=16)
-        context = Context(seed=1, precision=precision)
-        (batch,) = source.stream(teacher, steps=1, context=context)
-        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=LSQ)
-        calibrate_(student, [batch], steps=1)
-        ranges = [m.log_scale for m in student.activations]
-        config, steps = replace(FAST.tuning, cross_entropy=0.5), []
-        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, context=replace(context, listener=steps.append))  # fmt: skip
-        losses = {**batch.losses, **steps[0].losses}
-        tensors = [*losses.values(), batch.teacher_logits, *student.state_dict().values()]
-        assert {tensor.dtype for tensor in tensors} == {torch.float32}
-        found[precision] = losses, torch.stack([step.grad for step in ranges])
-    (full, steps), (low, low_steps) = found["float32"], found["bfloat16"]
-    assert (
-        full.keys()
-        == low.keys()
-        == {"generator", "bns", "boundary", "student", "ce", "kd", "features"}
-    )
-    for name, value in full.items():
-        assert float(low[name]) == pytest.approx(float(value), rel=0.03), name
-    assert any(low[name] != full[name] for name in full)
-    assert difference(steps, low_steps) < 0.1

@@ -1,3 +1,5 @@
+"""Losses, against values computed by hand."""
+
 import math
 
 import numpy as np
@@ -24,6 +26,8 @@ def test_class_boundary_by_hand():
 
 
 SEEN = [(tensor([1.0, 2.0]), tensor([4.0, 1.0])), (tensor([0.0]), tensor([9.0]))]
+
+
 STORED = [(tensor([0.0, 0.0]), tensor([1.0, 1.0])), (tensor([2.0]), tensor([4.0]))]
 
 
@@ -89,3 +93,12 @@ def test_a_channel_that_hardly_moves_is_asked_for_nothing_else():
     assert float(relative_statistics_loss(still, still)) == 0
     moved = [(tensor([5.001]), tensor([0.002**2]))]
     assert float(relative_statistics_loss(moved, still)) == pytest.approx(1 + 4, rel=1e-3)
+
+
+def test_feature_errors_have_the_right_gradient():
+    for shape in ((4, 5), (3, 4, 5), (2, 3, 4, 5)):
+        seen, wanted = torch.randn(2, *shape, dtype=torch.double)
+        if len(shape) == 4:
+            seen = seen.contiguous(memory_format=torch.channels_last)
+        seen.requires_grad_()
+        assert torch.autograd.gradcheck(lambda a, b=wanted: feature_loss([a, a], [b, b + 1]), seen)

@@ -1,137 +1,21 @@
 """Folding of batch norms and the ends of blocks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
 from torch import nn
 
-import gdfq
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.blocks import block_ends, with_features
+from gdfq.graph.blocks import block_ends, blocks, with_features
 from gdfq.graph.capture import capture
 from gdfq.graph.operators import name_of
-from gdfq.quantizers.family import LSQ, MINMAX
-from gdfq.recipes import FAST
+from gdfq.quantizers.family import LSQ
 from gdfq.sources.base import Batch
-from gdfq.sources.pool import ImagePool
-from gdfq.sources.spectral import SpectralSource
 from gdfq.student.build import build_student
-from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
-
-
-class Awkward(nn.Module):
-    """A shared convolution behind two batch norms, one before a layer, one transposed layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.BatchNorm2d(3)
-        self.shared = nn.Conv2d(3, 3, 3, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
-        self.up = nn.ConvTranspose2d(3, 6, 2, stride=2, groups=3, bias=False)
-        self.up_norm = nn.BatchNorm2d(6)
-        self.head = nn.Linear(6, 4)
-        self.head_norm = nn.BatchNorm1d(4, affine=False)
-
-    def forward(self, x):
-        x = self.shared(self.first(x))
-        x = F.relu(self.norms[0](x)) + x  # the layer's output is used twice: it must not fold
-        x = F.relu(self.norms[1](self.shared(x)))
-        x = F.relu(self.norms[2](self.shared(x)))
-        x = F.relu(self.up_norm(self.up(x)))
-        return self.head_norm(self.head(x.mean((2, 3))))
-
-
-@pytest.fixture(scope="module")
-def awkward():
-    torch.manual_seed(0)
-    network = Awkward()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            if module.affine:
-                module.weight.data.normal_()  # negative scales too
-                module.bias.data.normal_()
-    return capture(network.eval(), torch.randn(2, 3, 8, 8))
-
-
-def test_folding_keeps_the_function_and_leaves_what_cannot_fold(awkward):
-    folded = fold_batch_norms(awkward)
-    x = torch.randn(5, 3, 8, 8)
-    assert torch.allclose(folded.network(x), awkward.network(x), atol=1e-4)
-    assert len(awkward.batch_norms) == 6
-    assert len(folded.batch_norms) == 2  # before a layer, and behind a shared output
-    assert len(awkward.batch_norms) == 6  # the teacher itself is left alone
-
-
-def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
-    x = torch.randn(64, 3, 8, 8)
-    student = build_student(awkward, Scheme(Bits(8, 8), "relu"), quantizers=LSQ)
-    calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
-    wanted = awkward.network(x)
-    for network in (student, freeze(student)):
-        with torch.no_grad():
-            assert float((network(x) - wanted).norm() / wanted.norm()) < 0.05
-    with torch.no_grad():
-        assert torch.allclose(student(x), freeze(student)(x), atol=1e-4)
-
-
-def test_a_batch_norm_over_tokens_does_not_fold():
-    """BatchNorm1d normalises dimension 1, a linear layer's channels are the last: 6 and 6 here."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
-    )
-    network[1].running_mean.normal_()
-    network[1].weight.data.uniform_(0.5, 3)
-    teacher = capture(network.eval(), torch.randn(2, 6, 4))
-    folded = fold_batch_norms(teacher)
-    x = torch.randn(5, 6, 4)
-    assert len(folded.batch_norms) == 1
-    assert torch.allclose(folded.network(x), network(x), atol=1e-5)
-    for quantizers in (MINMAX, LSQ):
-        student = build_student(teacher, Scheme(Bits(8, 8), "relu"), quantizers=quantizers)
-        calibrate_(student, [Batch((x,), torch.zeros(5), None)], steps=1)
-        with torch.no_grad():
-            assert torch.allclose(student(x), freeze(student)(x), atol=1e-5)
-
-
-class Keras(nn.Module):
-    """Batch norms behind ReLUs, which cannot fold, and one convolution used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.twice = nn.Conv2d(4, 4, 3, padding=1)
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x):
-        x = self.norm(F.relu(self.stem(x)))
-        x = F.relu(self.twice(F.relu(self.twice(x))))
-        return self.head(x.mean((2, 3)))
-
-
-@pytest.mark.parametrize("placement", ["relu", "full"])
-def test_fast_on_batch_norms_that_do_not_fold_and_a_layer_used_twice(placement):
-    torch.manual_seed(0)
-    network = Keras().eval()
-    pool = ImagePool(SpectralSource(batch=8, iterations=3), images=16, batch=8)
-    recipe = replace(FAST, source=pool)
-    result = gdfq.quantize(
-        network, torch.zeros(1, 3, 8, 8), "w8a8", recipe, steps=5, placement=placement
-    )
-    x = torch.randn(6, 3, 8, 8)
-    with torch.no_grad():
-        wanted = network(x)
-        assert float((result(x) - wanted).norm() / wanted.norm()) < 0.3
-    assert torch.is_grad_enabled()
 
 
 def test_block_ends_of_a_residual_network():
@@ -146,80 +30,60 @@ def test_block_ends_of_a_residual_network():
     assert torch.allclose(F.linear(pooled, *head), logits, atol=1e-5)
 
 
-def test_the_students_features_are_its_quantized_values():
-    teacher = networks.captured("Residual")
-    student = build_student(teacher, Scheme(Bits(4, 2), "relu"), quantizers=LSQ)
-    student.eval()
-    for quantizer in student.activations:
-        quantizer.observing = True
-    student(networks.images(8))
-    for quantizer in student.activations:
-        quantizer.observing = False
-    _, features = student.with_features(["relu", "relu_1"])(networks.images(8))
-    assert [len(feature.unique()) <= 4 for feature in features] == [True, True]
-
-
-def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
-    teacher = networks.captured("Residual")
-    student = build_student(teacher, Scheme(Bits(4, 3), "relu"), quantizers=LSQ).eval()
-    batch = Batch((networks.images(8),), None, None)
-    calibrate_(student, [batch], steps=1)
-    lean = student.with_features(["relu", "relu_1"])
-
-    def answer_and_gradients(ask):
-        student.zero_grad()
-        with torch.enable_grad():
-            logits = ask(batch.images)
-            logits.square().sum().backward()
-        return logits, [p.grad.clone() for p in student.parameters() if p.grad is not None]
-
-    logits, gradients = answer_and_gradients(student)
-    lean_logits, lean_gradients = answer_and_gradients(lambda x: lean(x)[0])
-    assert torch.equal(logits, lean_logits)
-    assert len(gradients) == len(lean_gradients) > 5
-    assert all(map(torch.equal, gradients, lean_gradients))
-
-    counted = {"relu": 0}
-
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            counted["relu"] += "relu" in str(function)
-            return function(*args, **(kwargs or {}))
-
-    with Count():
-        lean(batch.images)
-    assert counted == {"relu": 0}
-    # A grid that begins elsewhere does not clamp as a ReLU does.
-    first = next(iter(student.activations))
-    first.zero_point += 1
-    with Count():
-        student.with_features([])(batch.images)
-    assert counted == {"relu": 1}
-
-
-def test_a_rectifier_that_others_read_too_stays():
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, x):
-            h = self.first(x).relu()
-            return self.second(h), h
-
-    torch.manual_seed(0)
-    teacher = capture(Both().eval(), torch.randn(2, 6))
-    student = build_student(teacher, Scheme(Bits(4, 2), "relu"), quantizers=LSQ).eval()
-    batch = Batch((torch.randn(8, 6, generator=torch.Generator().manual_seed(0)),), None, None)
-    calibrate_(student, [batch], steps=1)
-    lean, _ = student.with_features([])(batch.images)
-    plain = student(batch.images)
-    assert all(map(torch.equal, lean, plain))
-    assert bool((lean[1] >= 0).all())
-
-
 def test_a_network_of_one_layer_has_no_block_ends():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
     graph = capture(network, torch.randn(2, 3, 2, 2)).network.graph
     assert block_ends(graph) == []
     assert any(name_of(node) == "aten.linear.default" for node in graph.nodes)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
+    student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
+    calibrate_(student, [Batch((images,), None, None)], steps=1)
+    return student
+
+
+def test_blocks_one_after_the_other_are_the_network(teacher, images):
+    student = student_of(teacher, images)
+    folded = fold_batch_norms(teacher).network
+    ends = block_ends(folded.graph)
+    for network, nodes in (
+        (folded, ends),
+        (student.network, student.named([end.name for end in ends])),
+    ):
+        parts = blocks(network, nodes)
+        assert len(parts) == len(ends) + 1 > 2
+        x = images
+        for part in parts:
+            x = part(x)
+        assert torch.equal(x, network(images))
+    owned = {id(p) for part in blocks(student.network, nodes) for p in part.parameters()}
+    assert owned == {id(p) for p in student.parameters()}  # shared, none lost
+
+
+class Masked(nn.Module):
+    """A mask of the input that is used behind the first block."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x):
+        mask = x > 0
+        y = F.relu(self.second(F.relu(self.first(x))))
+        return self.head(torch.where(mask, y, torch.zeros_like(y)).mean((2, 3)))
+
+
+def test_no_block_ends_while_anything_else_is_alive(images):
+    torch.manual_seed(0)
+    network = capture(Masked().eval(), images[:2]).network
+    x = images
+    for part in blocks(network, block_ends(network.graph)):
+        x = part(x)
+    assert torch.equal(x, network(images))

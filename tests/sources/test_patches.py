@@ -6,21 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from support import networks
 from torch import nn
 
 import gdfq
 from gdfq import UsageError, demo
 from gdfq.execution.context import Context
-from gdfq.functional.grid import Bits
 from gdfq.functional.losses import patch_entropy
 from gdfq.graph import operators
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
 from gdfq.sources.patches import PatchSource, patch_nodes, patches
-from gdfq.student.placement import activation_bits
-from gdfq.student.scheme import Scheme
 
 
 def transformer():
@@ -63,75 +59,6 @@ def test_patches_that_look_alike_have_the_entropy_of_one_kernel():
     one_kernel = math.log(0.1 * math.sqrt(2 * math.pi * math.e))
     assert float(patch_entropy(alike)) == pytest.approx(one_kernel, abs=0.03)
     assert patch_entropy(torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))) > 0
-
-
-class Masked(nn.Module):
-    """Attention in all the forms that the functional one has."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.options = options
-        self.project = nn.Linear(4, 8)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = self.project(x.flatten(2).transpose(1, 2)).unflatten(2, (2, 4)).transpose(1, 2)
-        options = dict(self.options)
-        key = x[:, :1] if options.get("enable_gqa") else x
-        return self.head(F.scaled_dot_product_attention(x, key, key, **options).mean((1, 2)))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"scale": 0.3},
-        {"is_causal": True},
-        {"attn_mask": torch.linspace(-1, 1, 36).view(6, 6)},
-        {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu()},
-        {"enable_gqa": True},
-    ],
-)
-def test_attention_is_written_as_two_products(options):
-    model = Masked(**options).eval()
-    x = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0))
-    captured = capture(model, x[:1])
-    with torch.no_grad():
-        assert torch.allclose(captured.network(x), model(x), atol=1e-6)
-    products = [
-        n for n in captured.network.graph.nodes if operators.name_of(n) in operators.PRODUCTS
-    ]
-    assert len(products) == 2
-
-
-def test_what_is_quantized_in_a_transformer(small):
-    widths = activation_bits(small, Scheme(Bits(4, 4), "full"))
-    names = {node.name: bits for node, bits in widths.items()}
-    # Per block: queries, keys and values (one layer's output) 8; the attention's weights, its
-    # output, what enters the layers, and GELU 4; what the residual path carries 8. Scores, norms
-    # and logits stay float.
-    assert {name: bits for name, bits in names.items() if "softmax" in name} == {
-        "softmax": 4,
-        "softmax_1": 4,
-    }
-    by_kind = {}
-    for name, bits in names.items():
-        by_kind.setdefault(name.rstrip("0123456789").rstrip("_"), set()).add(bits)
-    assert by_kind == {
-        "x": {8},
-        "conv2d": {8},
-        "linear": {8},
-        "expand": {8},
-        "cat": {8},
-        "add": {8},
-        "softmax": {4},
-        "matmul": {4},
-        "layer_norm": {4},
-        "gelu": {4},
-    }
-    products = [n for n in small.network.graph.nodes if operators.name_of(n) in operators.PRODUCTS]
-    scores = products[0::2]
-    assert not any(node in widths for node in scores)
 
 
 def test_patches_of_attentions_and_of_feature_maps(small):

@@ -7,14 +7,12 @@ import torch
 from support import networks
 from torch import nn
 
-import gdfq
-from gdfq.errors import UsageError
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture
 from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.family import LSQ
-from gdfq.quantizers.lsq import best_range, scales_of_channels
+from gdfq.quantizers.lsq import best_range
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.equalization import channel_scales, rescaled
@@ -22,6 +20,8 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 T1 = Scheme(Bits(4, 4), "relu")
+
+
 FULL = Scheme(Bits(4, 4), "full")
 
 
@@ -239,22 +239,3 @@ def test_networks_of_unlike_channels_lose_less():
         teacher = capture(network, images[:2])
         ratios.append(error(equalize(teacher, T1, images), wanted) / error(teacher, wanted))
     assert sorted(ratios)[4] < 0.6
-
-
-def test_a_scheme_that_fits_no_layer_is_told_before_images_are_made():
-    heard = []
-    with pytest.raises(UsageError, match="nosuchlayer"):
-        gdfq.quantize(
-            networks.captured("Residual"),
-            networks.images(1),
-            recipe="quick",
-            layer_bits=["nosuchlayer=8"],
-            listener=heard.append,
-        )
-    assert not heard
-
-
-def test_steps_of_channels_are_those_of_each_alone():
-    x = networks.images(16, seed=3) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1)
-    alone = torch.stack([best_range(x[:, c], 4)[0] for c in range(3)])
-    torch.testing.assert_close(scales_of_channels(x, 4), alone, rtol=0.06, atol=0)

@@ -1,4 +1,4 @@
-"""Where networks come from: specs, weights, what a source says of its images, errors."""
+"""Networks of libraries: weights, configurations, errors."""
 
 import json
 import sys
@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import networks, torchvision_shim
-from torch import nn
 
 import gdfq
 from gdfq.cli import main
@@ -16,31 +15,12 @@ from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import UsageError
 from gdfq.graph.capture import capture
 from gdfq.models import hubs
-from gdfq.models.registry import Loaded, load_model
+from gdfq.models.registry import load_model
 
 _OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-# --- what is given, else what is known
-
-
-def test_what_is_given_wins_over_what_is_known():
-    own = Preprocessing((0.1,) * 3, (0.2,) * 3, Resize(0.9, interpolation="bicubic"))
-    loaded = Loaded(nn.Identity(), (3, 8, 8), own)
-    assert loaded.input() == ((3, 8, 8), own)
-    shape, preprocessing = loaded.input((3, 9, 9), std=(0.5,) * 3)
-    assert shape == (3, 9, 9)
-    assert preprocessing == Preprocessing((0.1,) * 3, (0.5,) * 3, own.resize)
-    assert Loaded(nn.Identity()).input((1, 4, 4))[1] == Preprocessing((0.0,), (1.0,))
-    with pytest.raises(UsageError, match="--input 3x32x32"):
-        Loaded(nn.Identity()).input()
-    with pytest.raises(UsageError, match="each of the 1 input channels"):
-        loaded.input((1, 8, 8))
-
-
-# --- libraries: their answers, without them
 
 
 @pytest.fixture
@@ -132,17 +112,6 @@ def test_the_quantized_network_keeps_what_the_source_said(fake_timm, tmp_path, c
     assert card.preprocessing == load_model("timm:residual", "random").preprocessing
 
 
-def test_the_shape_must_be_given_when_nobody_knows_it(tmp_path, capsys):
-    (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
-    for command in ("quantize", "generate"):
-        call = [command, f"{tmp_path}/net.py:factory", "--out", str(tmp_path / command)]
-        assert main(call) == 2
-        assert "--input 3x32x32" in capsys.readouterr().err
-
-
-# --- what the libraries say, as they write it
-
-
 @pytest.mark.parametrize(
     ("values", "shape", "resize"),
     [
@@ -213,9 +182,6 @@ def test_torchvision_presets():
     assert shape == (3, 224, 224)
     assert preprocessing == Preprocessing(*IMAGENET, Resize(224 / 232))
     assert hubs._of_torchvision(SimpleNamespace()) == (None, None)  # detection
-
-
-# --- the libraries themselves, with random weights
 
 
 @pytest.mark.parametrize(
@@ -356,55 +322,3 @@ def test_cached_timm_weights_are_found_without_network(tmp_path, monkeypatch):
     assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
     with pytest.raises(UsageError, match=f"(?s){tmp_path}.*--weights FILE"):
         load_model("timm:resnet18")
-
-
-# --- programs and files that are none
-
-
-def _program(path, network, batch=torch.export.Dim.DYNAMIC):
-    shapes = ({0: batch},) if batch else None
-    example = torch.zeros(2, *networks.SHAPE)
-    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
-    return str(path)
-
-
-def test_a_program_is_the_network_it_was(tmp_path, residual):
-    loaded = load_model(_program(tmp_path / "net.pt2", residual))
-    assert (loaded.input_shape, loaded.preprocessing) == (networks.SHAPE, None)
-    images = networks.images(3)
-    captured = capture(loaded.module, images[:1])
-    assert len(captured.batch_norms) == 2
-    with torch.no_grad():
-        torch.testing.assert_close(captured.network(images), residual(images))
-
-
-def test_a_program_with_a_dictionary_of_outputs_keeps_it(tmp_path, residual):
-    class Two(nn.Module):
-        def forward(self, x):
-            return {"logits": residual(x), "twice": 2 * x}
-
-    images = networks.images(2)
-    output = load_model(_program(tmp_path / "net.pt2", Two().eval())).module(images)
-    assert torch.equal(output["twice"], 2 * images)
-
-
-def test_programs_that_cannot_be_used(tmp_path, residual):
-    with pytest.raises(UsageError, match="takes 2 alone"):
-        load_model(_program(tmp_path / "fixed.pt2", residual, batch=None))
-    with pytest.raises(UsageError, match=r"model\.eval\(\)"):
-        load_model(_program(tmp_path / "training.pt2", networks.Residual().train()))
-    (tmp_path / "not.pt2").write_bytes(b"no zip")
-    with pytest.raises(UsageError, match=r"torch\.export\.save"):
-        load_model(str(tmp_path / "not.pt2"))
-    with pytest.raises(UsageError, match=r"there is none at absent\.pt2"):
-        load_model("absent.pt2")
-
-
-def test_specs_that_name_no_network(tmp_path):
-    with pytest.raises(UsageError, match=r"ONNX files cannot be read.*\.pt2 file"):
-        load_model("net.onnx")
-    with pytest.raises(UsageError, match="timm:NAME"):
-        load_model("resnet18")
-    (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
-    with pytest.raises(UsageError, match="Remove --weights"):
-        load_model(f"{tmp_path}/net.py:factory", "random")

@@ -1,9 +1,10 @@
-"""The learned quantizers: gradients by hand, searches against brute force."""
+"""Learned scales and the search for the first grid."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import networks
 
 from gdfq.functional.grid import Layout, affine_grid, channel_range, fake_quantize
 from gdfq.quantizers.lsq import (
@@ -12,6 +13,7 @@ from gdfq.quantizers.lsq import (
     best_range,
     best_weight_grid,
     learned_scale,
+    scales_of_channels,
 )
 
 
@@ -141,3 +143,9 @@ def test_a_learned_range_averages_its_batches():
     scale, zero_point = quantizer.grid()
     assert float(scale) == pytest.approx(sum(steps) / 2, rel=1e-5)
     assert float(zero_point) == -8
+
+
+def test_steps_of_channels_are_those_of_each_alone():
+    x = networks.images(16, seed=3) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1)
+    alone = torch.stack([best_range(x[:, c], 4)[0] for c in range(3)])
+    torch.testing.assert_close(scales_of_channels(x, 4), alone, rtol=0.06, atol=0)

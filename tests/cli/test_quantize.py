@@ -1,4 +1,4 @@
-"""The command line is a contract: options, files, exit codes, clear errors."""
+"""`gdfq quantize`: options, files, exit codes, clear errors."""
 
 import json
 import signal
@@ -6,8 +6,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -79,20 +77,6 @@ def test_every_form_of_weights_gives_the_same_network(place, weights):
     assert a == b
 
 
-def test_generate_writes_images_that_can_be_given_back(place):
-    made = [*arguments(place, out="fakes", command="generate"), "--count", "10"]
-    assert main(made) == 0
-    floats = np.load(place / "fakes" / "images.npy")
-    assert floats.shape == (10, *networks.SHAPE)
-    with np.load(place / "fakes" / "images.npz") as file:
-        expected = ((floats * 0.3 + 0.5) * 255).round().clip(0, 255)
-        assert np.array_equal(file["images"], expected)
-        assert file["labels"].shape == (10,)
-    data = ["--recipe", "real", "--data", f"{place}/fakes/images.npz"]
-    assert main(arguments(place, *data)) == 0
-    assert main(made) == 2  # already there
-
-
 def test_absent_mean_and_std_are_said_loudly(place, capsys):
     call = arguments(place)
     for option in ("--mean", "--std"):
@@ -141,13 +125,6 @@ def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message)
     assert message in error
     assert "Traceback" not in error
     assert not (place / "out").is_dir()  # not even an empty folder stays
-
-
-def test_images_of_an_absent_network_leave_no_folder(place, capsys):
-    call = ["generate", f"{place}/net.py:absent", "--input", "3x8x8", "--out", f"{place}/made"]
-    assert main(call) == 2
-    assert "'absent' is not there" in capsys.readouterr().err
-    assert not (place / "made").exists()
 
 
 @pytest.mark.parametrize(
@@ -256,17 +233,6 @@ def test_control_c_stops_cleanly(place):
     assert not (place / "out" / "metrics.json").exists()
 
 
-def test_help_and_version_do_not_import_torch(capsys):
-    probe = "import sys, gdfq.cli; sys.exit('torch' in sys.modules or gdfq.cli.main(['-h']))"
-    assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out.strip() == f"gdfq, version {gdfq.__version__}"
-    for command in ("quantize", "evaluate", "report", "compare", "generate", "demo", "recipes"):
-        assert main([command, "--help"]) == 0
-    assert main(["recipes"]) == 0
-    assert "GDFQ as published for CIFAR" in capsys.readouterr().out
-
-
 def test_files_of_others_are_not_touched(place, capsys):
     folder = place / "project"
     folder.mkdir()
@@ -289,83 +255,6 @@ def test_files_that_are_no_weights(place, capsys, content):
     (place / "bad.pt").write_bytes(content)
     assert main(arguments(place, weights="bad.pt")) == 2
     assert "without pickled code" in capsys.readouterr().err
-
-
-def test_export_and_bench(place, capsys):
-    assert main(arguments(place, "--no-onnx")) == 0
-    out = place / "out"
-    assert not (out / "student.onnx").exists()
-    assert main(["bench", str(out)]) == 2
-    assert f"Make it with: gdfq export {out}" in capsys.readouterr().err
-    assert main(["export", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert f"{out / 'student.onnx'}, " in printed
-    assert "100.0 % same predictions on 32 extreme images" in printed
-    assert main(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
-    assert main(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
-    assert main(["bench", str(out), "--seconds", "0.01"]) == 0
-    table = capsys.readouterr().out
-    assert "times smaller" in table
-    assert table.count("full precision") == table.count("w4a4") == 5
-    before = (out / "student.safetensors").read_bytes()
-    assert main(["export", str(out), "--format", "safetensors"]) == 2
-    assert "is the network itself" in capsys.readouterr().err
-    assert (out / "student.safetensors").read_bytes() == before
-    assert main(["bench", f"{place}/new/net.safetensors"]) == 2
-    assert "the folder of a run, with student.onnx in it" in capsys.readouterr().err
-    options = ["--raw-input", "--safe-x86"]
-    assert main(["export", str(out), *options]) == 0
-    assert "32 usual images" in capsys.readouterr().out
-    assert main(["bench", str(out), "--seconds", "0.01"]) == 0
-    model = onnx.load(out / "student.onnx")
-    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    model.doc_string = "changed"
-    onnx.save(model, out / "student.onnx")
-    assert main(["bench", str(out)]) == 2
-    assert "changed afterwards. Export it again" in capsys.readouterr().err
-
-
-def _network(inputs, folder, outside=False):
-    """An ONNX file that sums its inputs, with a constant that may be in a file of its own."""
-    values = [
-        onnx.helper.make_tensor_value_info(f"x{i}", onnx.TensorProto.FLOAT, shape)
-        for i, shape in enumerate(inputs)
-    ]
-    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
-    names = [value.name for value in values]
-    constant = onnx.numpy_helper.from_array(
-        np.ones((1, 3, 8, 8) if outside else (1,), np.float32), "one"
-    )
-    node = onnx.helper.make_node("Sum", [*names, "one"], ["y"])
-    graph = onnx.helper.make_graph([node], "g", values, [result], [constant])
-    opset = [onnx.helper.make_opsetid("", 21)]
-    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
-    path = folder / "against.onnx"
-    onnx.save(model, path, save_as_external_data=outside, location="against.data", size_threshold=0)
-    return str(path)
-
-
-def test_bench_against_files_of_others(place, capsys):
-    out = str(place / "out")
-    assert main(arguments(place)) == 0
-    file = _network([["N", 3, 8, 8]], place, outside=True)
-    assert (place / "against.data").stat().st_size >= 4 * 3 * 64
-    assert main(["bench", out, "--against", file, "--seconds", "0.01"]) == 0
-    size = sum((place / name).stat().st_size for name in ("against.onnx", "against.data"))
-    assert f"size      {size / 1024:.1f} KiB full precision" in capsys.readouterr().out
-    for inputs in (
-        [[1, 3, 8, 8]],
-        [["N", 3, 8, 8], ["N", 3, 8, 8]],
-        [["N", "C", 8, 8]],
-        [["N", 3, 4, 4]],
-    ):
-        call = ["bench", out, "--against", _network(inputs, place), "--seconds", "0.01"]
-        assert main(call) == 2
-        error = capsys.readouterr().err
-        assert "must take one batch of images Nx3x8x8 of any size N" in error
-    (place / "against.onnx").write_bytes(b"hello")
-    assert main(["bench", out, "--against", str(place / "against.onnx")]) == 2
-    assert "must be an ONNX model" in capsys.readouterr().err
 
 
 def test_a_run_says_what_its_export_was(place, capsys):

@@ -1,0 +1,50 @@
+"""Sensitivity of layers."""
+
+import pytest
+import torch
+from support import networks
+
+import gdfq
+from gdfq.analysis import sensitivity
+from gdfq.analysis.layers import measure_layers
+from gdfq.functional import grid
+from gdfq.graph.batch_norms import fold_batch_norms
+
+
+def test_sensitivity_is_higher_with_fewer_bits(teacher, tiny):
+    batch = networks.images(8)
+    folded = fold_batch_norms(teacher)
+
+    def of(bits):
+        network = gdfq.quantize(teacher, networks.images(1), bits, tiny).network
+        return sensitivity.measure_sensitivity(folded, network, batch)
+
+    coarse, fine = of("w2a2"), of("w8a8")
+    assert coarse.kind == fine.kind == "divergence"
+    assert coarse.by_layer.keys() == fine.by_layer.keys()
+    assert all(coarse.by_layer[name] > 10 * fine.by_layer[name] for name in fine.by_layer)
+
+
+def test_sensitivity_of_a_large_network_is_the_error_of_the_layer(teacher, quantized, monkeypatch):
+    monkeypatch.setattr(sensitivity, "_MAX_OPERATIONS", 1)
+    batch = networks.images(8)
+    folded = fold_batch_norms(teacher)
+    found = sensitivity.measure_sensitivity(folded, quantized.network, batch)
+    assert found.kind == "error"
+    # The first layer's input is float, so its error is that of its weight alone.
+    weight = folded.network.get_parameter("conv1.folded_weight")
+    bias = folded.network.get_parameter("conv1.folded_bias")
+    ends = sensitivity.best_weight_grid(weight, 3, grid.Layout.ROWS)
+    rounded = grid.fake_quantize(weight, *ends, 3)
+    exact, other = (torch.conv2d(batch, w, bias, padding=1) for w in (weight, rounded))
+    expected = float((exact - other).square().sum() / exact.square().sum())
+    assert found.by_layer["conv2d"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_sensitivity_of_a_float_layer_is_none(teacher, tiny):
+    result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, layer_bits=["conv2=float"])
+    found = {
+        layer.name: layer
+        for layer in measure_layers(teacher, result.network, networks.images(4)).layers
+    }
+    assert found["conv2"].bits is found["conv2"].sensitivity is found["conv2"].weight_sqnr is None

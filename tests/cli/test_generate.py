@@ -1,0 +1,40 @@
+"""`gdfq generate` writes images that tuning accepts."""
+
+import numpy as np
+from support import networks
+from support.command_line import arguments
+
+from gdfq.cli import main
+
+
+def test_generate_writes_images_that_can_be_given_back(place):
+    made = [*arguments(place, out="fakes", command="generate"), "--count", "10"]
+    assert main(made) == 0
+    floats = np.load(place / "fakes" / "images.npy")
+    assert floats.shape == (10, *networks.SHAPE)
+    with np.load(place / "fakes" / "images.npz") as file:
+        expected = ((floats * 0.3 + 0.5) * 255).round().clip(0, 255)
+        assert np.array_equal(file["images"], expected)
+        assert file["labels"].shape == (10,)
+    data = ["--recipe", "real", "--data", f"{place}/fakes/images.npz"]
+    assert main(arguments(place, *data)) == 0
+    assert main(made) == 2  # already there
+
+
+def test_images_of_an_absent_network_leave_no_folder(place, capsys):
+    call = ["generate", f"{place}/net.py:absent", "--input", "3x8x8", "--out", f"{place}/made"]
+    assert main(call) == 2
+    assert "'absent' is not there" in capsys.readouterr().err
+    assert not (place / "made").exists()
+
+
+def test_the_command_writes_a_folder_that_tunes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(networks.__file__.rpartition("/")[0])
+    network = ["networks:Residual", "--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"]
+    made = ["generate", *network, "--recipe", "zeroq", "--count", "5", "--png", "--out", "fakes"]
+    assert main(made) == 0
+    assert len(list((tmp_path / "fakes" / "png").iterdir())) == networks.CLASSES
+    assert len(list((tmp_path / "fakes" / "png").glob("*/*.png"))) == 5
+    tuned = ["quantize", *network, "--recipe", "real", "--steps", "4", "--data", "fakes/png"]
+    assert main([*tuned, "--no-onnx", "--out", "run"]) == 0

@@ -1,0 +1,285 @@
+"""ONNX files against the student, in ONNX Runtime."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support import networks
+from support.small_runs import quantized_by_fast
+
+import gdfq
+from gdfq import GdfqError, UsageError
+from gdfq.deploy.runtimes import onnx_runner, onnx_session
+from gdfq.functional.grid import Bits
+from gdfq.recipes import find_recipe
+from gdfq.sources.given import GivenImages
+from gdfq.sources.pool import ImagePool
+
+
+@pytest.mark.parametrize("placement", ["full", "relu"])
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_path):
+    quantized = gdfq.quantize(
+        networks.captured(name), networks.images(1), "w4a4", tiny, placement=placement
+    )
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.typical_error < 1e-3
+    assert exported.beyond.typical_error < 1e-3
+    model = onnx.load(tmp_path / "q.onnx")
+    assert {node.domain for node in model.graph.node} == {""}  # standard operators alone
+    run = onnx_runner((tmp_path / "q.onnx").read_bytes())
+    for count in (1, 3):  # the batch is dynamic
+        (logits,) = run(networks.images(count))
+        assert logits.shape == (count, networks.CLASSES)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.onnx"]
+
+
+@pytest.mark.parametrize("weights", range(2, 9))
+def test_every_width_keeps_its_codes(weights, tmp_path):
+    bits = Bits(weights, 10 - weights)
+    quantized = quantized_by_fast(networks.captured("Branches"), bits)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.agreement == exported.beyond.agreement == 100
+    model = onnx.load(tmp_path / "q.onnx")
+    stored = {i.name: i for i in model.graph.initializer}
+    kinds = {i.data_type for name, i in stored.items() if name.endswith(".weight")}
+    wanted = {2: onnx.TensorProto.INT2, 3: onnx.TensorProto.INT4, 4: onnx.TensorProto.INT4}
+    assert kinds == {wanted.get(weights, onnx.TensorProto.INT8)}
+    assert model.opset_import[0].version == (25 if weights == 2 else 21)
+    for name, tensor in stored.items():
+        if name.endswith(".weight"):
+            codes = quantized.network.module.get_buffer(f"quantized.{name[:-7]}.codes")
+            values = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+            assert np.array_equal(values, codes.numpy())
+    clips = [n for n in model.graph.node if n.name.endswith(".clip") and n.input[0].endswith(".q")]
+    assert bool(clips) == (bits.activations < 8)
+
+
+def test_full_placement_runs_in_integer_kernels(small, tmp_path):
+    """What ONNX Runtime makes of the file: no float convolution, addition or product is left."""
+    small.export(tmp_path / "q.onnx")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "seen.onnx")
+    onnxruntime.InferenceSession(tmp_path / "q.onnx", options, providers=["CPUExecutionProvider"])
+    seen = [node.op_type for node in onnx.load(tmp_path / "seen.onnx").graph.node]
+    assert seen.count("QLinearConv") == 2
+    assert seen.count("QLinearAdd") == 1
+    assert seen.count("QGemm") == 1
+    assert not {"Conv", "Add", "Gemm", "DequantizeLinear", "Relu"} & set(seen)
+
+
+def test_names_and_metadata_tell_what_the_file_is(tmp_path):
+    quantized = quantized_by_fast(networks.captured("Residual"), "w4a8")
+    quantized.metrics |= {"teacher": {"top1": 91.5}, "student": {"top1": 90.25}}
+    quantized.export(tmp_path / "q.onnx")
+    model = onnx.load(tmp_path / "q.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts["bits"] == "w4a8"
+    assert facts["classes"] == str(networks.CLASSES)
+    assert facts["input_shape"] == "3x8x8"
+    assert facts["top1_student"] == "90.2500"
+    assert (facts["mean"], facts["std"]) == ("0,0,0", "1,1,1")
+    assert (facts["gdfq"], facts["recipe"]) == (gdfq.__version__, "fast")
+    assert [i.name for i in model.graph.input] == ["images"]
+    assert [o.name for o in model.graph.output] == ["logits"]
+    layers = [n.name for n in model.graph.node if n.op_type in {"Conv", "Gemm"}]
+    assert layers == ["conv1", "conv2", "fc"]
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    text = (tmp_path / "q.onnx").read_bytes()
+    assert b"/" not in text.replace(b"7-bit", b"") or b".py" not in text  # no paths of ours
+
+
+def test_pixels_can_be_the_input(small, tmp_path):
+    exported = small.export(tmp_path / "q.onnx", raw_input=True)
+    assert exported.beyond.images == exported.inside.images + 2  # black and white
+    assert exported.beyond.relative_error < 1e-3
+    session = onnx_session((tmp_path / "q.onnx").read_bytes())
+    (first,) = session.get_inputs()
+    assert first.type == "tensor(uint8)"
+    pixels = torch.randint(256, (5, *networks.SHAPE), dtype=torch.uint8)
+    got = session.run(None, {"images": pixels.numpy()})[0]
+    wanted = small(small.card.preprocessing(pixels))
+    torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_an_operator_without_a_form_in_onnx_is_named(small, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no ONNX function found for aten.weird")
+
+    monkeypatch.setattr("torch.onnx.export", refuse)
+    with pytest.raises(UsageError, match=r"aten\.weird.*safetensors or pt2"):
+        small.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.needs("openvino")
+def test_openvino_gives_the_same_answers(small, tmp_path):
+    """A second runtime, written independently."""
+    import openvino
+
+    small.export(tmp_path / "q.onnx")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(tmp_path / "q.onnx"), "CPU")
+    x = networks.images(16)
+    got = torch.from_numpy(compiled(x.numpy())[0])
+    assert float((got - small(x)).norm() / small(x).norm()) < 0.05
+
+
+def test_kept_layers_between_quantized_ones_are_not_rounded_by_the_runtime(tmp_path):
+    """Channels of very different size: 8 bits for all of them together would show."""
+    model = networks.make("Residual")
+    with torch.no_grad():
+        model.conv2.weight[0] *= 60
+    recipe = dataclasses.replace(
+        find_recipe("fast").with_steps(5), source=ImagePool(GivenImages(batch=16), 32, 16)
+    )
+    quantized = gdfq.quantize(
+        model, networks.images(1), "w4a4", recipe, data=networks.images(32),
+        layer_bits=["conv2=float"], placement="full",
+    )  # fmt: skip
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    assert exported.beyond.relative_error < 1e-3
+
+
+def test_what_is_no_valid_model_is_a_clear_error(small, tmp_path, monkeypatch):
+    def refuse(model):
+        raise onnx.checker.ValidationError("Graph must be in single static assignment form")
+
+    monkeypatch.setattr("onnx.checker.check_model", refuse)
+    with pytest.raises(GdfqError, match=r"valid ONNX model.*single static assignment"):
+        small.export(tmp_path / "q.onnx")
+    session = onnx_session(_identity())
+    with pytest.raises(UsageError, match="run the file on these images"):
+        gdfq.deploy.runtimes.run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
+
+
+def _identity():
+    """A model that takes exactly three numbers."""
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+
+
+_MORE_WIDTHS = [
+    ("w2a2", "Shuffled", "full"),
+    ("w8a8", "Branches", "full"),
+    ("w8a8", "Tokens", "relu"),
+]
+
+
+@pytest.mark.parametrize(("bits", "name", "placement"), _MORE_WIDTHS)
+def test_the_narrowest_and_the_widest_run_equally(bits, name, placement, tmp_path):
+    quantized = quantized_by_fast(networks.captured(name), bits, placement)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    assert exported.beyond.relative_error < 1e-3
+
+
+def _with_statistics(network, shape):
+    """The network in evaluation mode, its batch norms with statistics of noise."""
+    with torch.no_grad():
+        network.train()(torch.randn(64, *shape, generator=torch.Generator().manual_seed(3)))
+    return network.eval()
+
+
+def _of_dimensions(dimensions):
+    """A convolution, its transpose, pooling, a residual path, in 1 to 3 dimensions."""
+    nn = torch.nn
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1]
+    torch.manual_seed(dimensions)
+    return nn.Sequential(
+        *(convolution(2, 4, 3, padding=1, bias=False), norm(4), nn.ReLU()),
+        # Depthwise and dilated.
+        *(transposed(4, 4, 3, padding=2, dilation=2, groups=4), norm(4), nn.ReLU()),
+        *(pool(1), nn.Flatten(), nn.Linear(4, 5)),
+    )
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_any_number_of_dimensions(dimensions, tmp_path):
+    shape = (2, *[6] * dimensions)
+    network = _with_statistics(_of_dimensions(dimensions), shape)
+    quantized = quantized_by_fast(network, "w4a4", shape=shape)
+    for name in ("q.onnx", "q.pt2"):
+        exported = quantized.export(tmp_path / name)
+        assert exported.inside.relative_error < 1e-3
+        assert exported.beyond.relative_error < 1e-3
+
+
+def test_zero_points_of_signed_and_unsigned_activations(small, tmp_path):
+    """Behind a ReLU 0 is the lowest code; the input and the residual path have codes on both sides."""
+    small.export(tmp_path / "q.onnx")
+    graph = onnx.load(tmp_path / "q.onnx").graph
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    found = {n.name: values[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+    assert {value.dtype for value in found.values()} == {np.dtype(np.uint8)}
+    assert found["relu.q"] == 0
+    assert 0 < found["x.q"] < 255
+    assert 0 < found["conv2d_1.q"] < 255
+
+
+def test_channels_split_in_integers(tmp_path):
+    """Each value of an operator with several has a name, and codes are what is split."""
+    quantized = quantized_by_fast(networks.captured("Shuffled"), "w4a4")
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert not any("float" in note for note in exported.notes)
+    splits = [n for n in onnx.load(tmp_path / "q.onnx").graph.node if n.op_type == "Split"]
+    assert [list(n.output) for n in splits] == [["split.0", "split.1"], ["split_1.0", "split_1.1"]]
+    assert splits[0].input[0] == "relu.clip"
+
+
+def test_a_ceiling_is_left_to_the_codes(tmp_path):
+    """A ReLU6 whose range the codes cover would keep the runtime from integer kernels."""
+    model = networks.make("Branches")
+    quantized = quantized_by_fast(model, "w4a4")
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert not any("float" in note for note in exported.notes)
+    with torch.no_grad():  # codes that reach further than 6: the ceiling counts
+        for name, buffer in quantized.network.named_buffers():
+            if "quantized.hardtanh" in name and name.endswith("scale"):
+                buffer.fill_(1.0)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    (note,) = exported.notes
+    assert note.startswith("computed in float: ")
+
+
+def test_one_step_for_a_whole_weight(small, tmp_path):
+    """No quantizer of ours makes such weights; the format and the kernels have them."""
+    network = copy.deepcopy(small.network)
+    for name, buffer in list(network.named_buffers()):
+        if name.endswith(".codes"):
+            base = name.removesuffix("codes")
+            for part in ("scale", "zero_point"):
+                owner, _, leaf = f"{base}{part}".rpartition(".")
+                old = network.get_buffer(f"{base}{part}")
+                one = old.reshape(-1)[0].reshape([1] * buffer.ndim).clone()
+                setattr(network.get_submodule(owner), leaf, one)
+    quantized = gdfq.QuantizedNetwork(network, small.card, examples=small.examples)
+    exported = quantized.export(tmp_path / "q.onnx")
+    assert exported.inside.relative_error < 1e-3
+    values = {i.name: i.dims for i in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert list(values["conv1.weight_scale"]) == list(values["conv1.bias_scale"]) == []
+
+
+def test_normalisation_is_written_in_full(small, tmp_path):
+    from gdfq.data.preprocessing import Preprocessing
+
+    third = Preprocessing((1 / 3,) * 3, (0.229000001,) * 3)
+    card = dataclasses.replace(small.card, preprocessing=third)
+    gdfq.QuantizedNetwork(small.network, card, examples=small.examples).export(tmp_path / "q.onnx")
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "q.onnx").metadata_props}
+    assert [float(value) for value in facts["mean"].split(",")] == pytest.approx([1 / 3] * 3, 1e-8)
+    assert facts["std"].split(",")[0] == "0.229000001"

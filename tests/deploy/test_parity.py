@@ -1,0 +1,86 @@
+"""Files that differ from the student are found and not kept."""
+
+import json
+
+import onnx
+import pytest
+import torch
+from support import networks
+
+from gdfq import GdfqError
+from gdfq.deploy.onnx.names import codes_name
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.deploy.parity import CodesParity, compare_codes
+from gdfq.deploy.runtimes import onnx_values
+
+
+def test_a_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
+    """A lost clamp shows beyond the calibrated range, and the file that was there stays."""
+    path = tmp_path / "q.onnx"
+    path.write_bytes(b"before")
+    real = to_onnx
+
+    def without_clips(*arguments):
+        model = onnx.load_from_string(real(*arguments))
+        for node in model.graph.node:
+            if node.op_type == "Clip":
+                node.op_type = "Identity"
+                del node.input[1:]
+        return model.SerializeToString()
+
+    monkeypatch.setattr("gdfq.deploy.onnx.target.to_onnx", without_clips)
+    with pytest.raises(GdfqError, match=r"not kept"):
+        small.export(path)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
+
+
+def test_what_differs_first_is_named(small, tmp_path, monkeypatch):
+    exported = small.export(tmp_path / "q.onnx")
+    assert exported.differs_first == ()
+    json.dumps(exported.as_values())
+    real = onnx_values
+
+    def shifted(*arguments, **options):
+        found = real(*arguments, **options)
+        found["relu.clip"].reshape(-1)[0] += 1
+        return found
+
+    monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_values", shifted)
+    ((name, share), *_) = small.export(tmp_path / "q.onnx").differs_first
+    assert (name, share) == ("relu.clip", pytest.approx(1 / (16 * 8 * 64)))
+
+
+def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkeypatch):
+    real = onnx_values
+
+    def shifted(*arguments, **options):
+        return {n: v + (n == "relu.clip") for n, v in real(*arguments, **options).items()}
+
+    monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_values", shifted)
+    with pytest.raises(GdfqError, match=r"at most.*from equal inputs: 100.00% of 'relu.clip', "):
+        small.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_are_compared_from_equal_inputs(small):
+    """By hand: one code of the first activation is moved, and what follows from it is right."""
+    data = to_onnx(small.network, small.card.inputs, {})
+    names = list(map(codes_name, small.network.activations))
+    x = networks.images(4)
+    found = onnx_values(data, names, [x], precise=True)
+    assert all(one.differ == 0 for one in compare_codes(small.network, [x], found)[0])
+    changed = dict(found)
+    changed[names[0]] = 255 - found[names[0]]
+    (first, second, *_), outputs = compare_codes(small.network, [x], changed)
+    torch.testing.assert_close(outputs[0], small(x))  # from codes that were not changed
+    assert (first.name, first.differ, first.only_rounded) == (names[0], 1, False)
+    assert second.differ > 0.2  # its inputs are now others than the runtime had
+    assert CodesParity("few", 0.02, 0.02, 100).only_rounded
+    assert not CodesParity("many", 0.02, 0.02, 1000).only_rounded
+
+
+def test_an_activation_that_the_file_lacks_is_an_error(small):
+    data = to_onnx(small.network, small.card.inputs, {})
+    with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
+        onnx_values(data, ["relu.clip", "elsewhere.q"], [networks.images(1)])

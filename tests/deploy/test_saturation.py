@@ -1,0 +1,76 @@
+"""8-bit sums that saturate on some processors."""
+
+import onnx
+import pytest
+import torch
+from support import networks
+from support.small_runs import quantized_by_fast
+
+from gdfq import GdfqError
+from gdfq.deploy.runtimes import PRECISE, onnx_runner
+from gdfq.deploy.saturation import layers_that_may_overflow, without_overflow
+
+
+def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
+    quantized = quantized_by_fast(networks.captured("Residual"), "w8a8")
+    risky = layers_that_may_overflow(quantized.network)
+    assert risky == [f"quantized.{name}.codes" for name in ("conv1", "conv2", "fc")]
+    quantized.export(tmp_path / "risky.onnx")
+    exported = quantized.export(tmp_path / "safe.onnx", safe_x86=True)
+    assert exported.inside.relative_error < 0.01
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "safe.onnx").metadata_props}
+    assert facts["x86_without_vnni"] == "safe"
+    facts = {e.key: e.value for e in onnx.load(tmp_path / "risky.onnx").metadata_props}
+    assert "--safe-x86" in facts["x86_without_vnni"]
+    assert "=".join(PRECISE) in facts["x86_without_vnni"]
+    run = onnx_runner((tmp_path / "risky.onnx").read_bytes(), precise=True)
+    (logits,) = run(networks.images(8))
+    torch.testing.assert_close(logits, quantized(networks.images(8)), rtol=1e-3, atol=1e-3)
+    network = without_overflow(quantized.network)
+    assert layers_that_may_overflow(network) == []
+    x = networks.images(8)
+    error = (network(x) - quantized(x)).norm() / quantized(x).norm()
+    assert float(error) < 0.05
+    assert (
+        layers_that_may_overflow(quantized_by_fast(networks.captured("Residual"), "w4a4").network)
+        == []
+    )
+
+
+def _saturating(monkeypatch, also_precise=False):
+    """Let sessions double the outputs, as a processor without VNNI changes them."""
+    real = onnx_runner
+
+    def runner(data, *, precise=False):
+        run = real(data, precise=precise)
+        factor = 1 if precise and not also_precise else 2
+        return lambda images: [factor * output for output in run(images)]
+
+    monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_runner", runner)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return quantized_by_fast(networks.captured("Residual"), "w8a8")
+
+
+def test_a_file_that_saturates_here_alone_is_kept_and_says_so(wide, tmp_path, monkeypatch):
+    _saturating(monkeypatch)
+    exported = wide.export(tmp_path / "q.onnx")
+    assert exported.saturates_here
+    (loud,) = (note for note in exported.notes if "SATURATE" in note)
+    assert "--safe-x86" in loud
+    assert "session.x64quantprecision=1" in loud
+    assert exported.as_values()["saturates_here"] is True
+
+
+def test_saturation_is_no_excuse_where_there_can_be_none(small, wide, tmp_path, monkeypatch):
+    _saturating(monkeypatch)
+    with pytest.raises(GdfqError, match="not kept"):
+        small.export(tmp_path / "q.onnx")
+    with pytest.raises(GdfqError, match="not kept"):
+        wide.export(tmp_path / "q.onnx", safe_x86=True)
+    _saturating(monkeypatch, also_precise=True)
+    with pytest.raises(GdfqError, match="not kept"):
+        wide.export(tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []

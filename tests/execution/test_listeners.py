@@ -1,0 +1,44 @@
+"""The history of a run that is stopped and resumed."""
+
+import json
+
+import torch
+
+from gdfq.execution.listeners import History
+from gdfq.execution.progress import Step
+from gdfq.files.states import Frozen, from_bytes, to_bytes
+
+
+def test_the_history_is_cut_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / "history.jsonl"
+    with History(path) as history:
+        history(Step("tune", 1, 3, {"loss": torch.tensor(0.5)}))
+        state = history.state_dict()
+        whole = path.read_text()
+        history(Step("tune", 2, 3, {"loss": torch.tensor(0.25)}))
+    path.write_text(path.read_text() + '{"stage": "tu')  # killed while it wrote
+    with History(path) as history:
+        history.load_state_dict(state)
+        assert path.read_text() == whole
+        history(Step("tune", 2, 3, {"loss": torch.tensor(0.25)}))
+    assert path.read_text() == whole + '{"stage": "tune", "step": 2, "loss": 0.25}\n'
+
+
+def test_a_batch_that_is_made_again_is_told_once(tmp_path):
+    """Stopped in the second batch of images, which begins with step 3."""
+    path = tmp_path / "history.jsonl"
+
+    def tell(history, steps):
+        for stage, step in steps:
+            history(Step(stage, step, 4, {"loss": torch.tensor(float(step))}))
+
+    with History(path) as history:
+        tell(history, [("images", 1), ("images", 2), ("images", 3)])
+        state = from_bytes(to_bytes(history.state_dict(), str), Frozen)
+        tell(history, [("images", 4)])
+    with History(path) as history:
+        history.load_state_dict(state)
+        tell(history, [("images", 3), ("images", 4), ("tune", 1)])
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [("images", 1), ("images", 2), ("images", 3), ("images", 4), ("tune", 1)]
+    assert [(row["stage"], row["step"]) for row in told] == steps

@@ -1,0 +1,45 @@
+"""bfloat16 in layers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.group_figures import difference
+
+from gdfq.execution.context import Context
+from gdfq.functional.grid import Bits
+from gdfq.quantizers.family import LSQ
+from gdfq.recipes import FAST
+from gdfq.sources.generator import GeneratorSource
+from gdfq.student.build import build_student
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.distill import tune_
+
+
+def test_lower_precision_is_in_the_layers_alone(teacher):
+    """bfloat16: statistics and losses within its rounding of float32's, all in float32."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        source = GeneratorSource(batch=16)
+        context = Context(seed=1, precision=precision)
+        (batch,) = source.stream(teacher, steps=1, context=context)
+        student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=LSQ)
+        calibrate_(student, [batch], steps=1)
+        ranges = [m.log_scale for m in student.activations]
+        config, steps = replace(FAST.tuning, cross_entropy=0.5), []
+        tune_(student, teacher, [batch], config, first_step=0, total_steps=1, context=replace(context, listener=steps.append))  # fmt: skip
+        losses = {**batch.losses, **steps[0].losses}
+        tensors = [*losses.values(), batch.teacher_logits, *student.state_dict().values()]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        found[precision] = losses, torch.stack([step.grad for step in ranges])
+    (full, steps), (low, low_steps) = found["float32"], found["bfloat16"]
+    assert (
+        full.keys()
+        == low.keys()
+        == {"generator", "bns", "boundary", "student", "ce", "kd", "features"}
+    )
+    for name, value in full.items():
+        assert float(low[name]) == pytest.approx(float(value), rel=0.03), name
+    assert any(low[name] != full[name] for name in full)
+    assert difference(steps, low_steps) < 0.1

@@ -1,0 +1,75 @@
+"""States of parts of a run as bytes."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdfq.files.states import Frozen, from_bytes, to_bytes
+
+
+def unequal(a, b):
+    """Whether two trees differ, tensors by value, type and strides."""
+    if isinstance(a, torch.Tensor):
+        return (
+            a.dtype != b.dtype
+            or a.shape != b.shape
+            or a.stride() != b.stride()
+            or not torch.equal(a, b)
+        )
+    if isinstance(a, dict):
+        return a.keys() != b.keys() or any(unequal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) != len(b) or any(map(unequal, a, b))
+    return type(a) is not type(b) or a != b
+
+
+def test_states_keep_numbers_keys_types_and_strides():
+    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    state = {
+        "images": images,
+        "one image": images[:1],
+        "part": images[:, 1],
+        "flipped": images.transpose(0, 3)[1:],
+        "random": torch.Generator().manual_seed(3).get_state(),
+        "nothing": None,
+        "groups": [{"lr": 0.1 + 0.2, "params": [0, 1]}],
+        "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+        "yes": True,
+        "counts": torch.arange(3),
+    }
+    dense = {**state, "part": images[:, 1].clone(), "flipped": state["flipped"].clone()}
+    assert not unequal(dense, from_bytes(to_bytes(state, str), Frozen))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inside: st.lists(inside) | st.dictionaries(st.text() | st.integers(), inside),
+        max_leaves=12,
+    )
+)
+def test_any_plain_state_comes_back(state):
+    assert not unequal(state, from_bytes(to_bytes(state, str), Frozen))
+
+
+def test_an_optimizer_goes_on_as_if_nothing_had_been():
+    def make():
+        weight = torch.nn.Parameter(torch.ones(3))
+        return weight, torch.optim.Adam([{"params": [weight], "lr": 0.1}], betas=(0.8, 0.95))
+
+    def update(weight, optimizer):
+        optimizer.zero_grad()
+        (weight.square().sum() * weight[0]).backward()
+        optimizer.step()
+
+    weight, optimizer = make()
+    update(weight, optimizer)
+    data = to_bytes({"w": weight, "o": optimizer.state_dict()}, str)
+    other, restored = make()
+    state = from_bytes(data, Frozen)
+    other.data.copy_(state["w"])
+    restored.load_state_dict(state["o"])
+    for pair in ((weight, optimizer), (other, restored)):
+        update(*pair)
+    assert torch.equal(weight, other)

@@ -1,0 +1,49 @@
+"""Networks whose activations are recomputed segment by segment."""
+
+import pytest
+import torch
+from support import networks
+
+from gdfq.execution.budget import MemoryBudget
+from gdfq.functional.losses import relative_statistics_loss
+from gdfq.graph.memory import tensor_bytes, training_bytes
+from gdfq.graph.recompute import BudgetedNetwork, recomputed_segments, segments
+from gdfq.graph.statistics import StatisticsNetwork, unit_input
+
+CPU = torch.device("cpu")
+
+
+def gradient_of(network, images):
+    images = images.clone().requires_grad_()
+    _, observed = network(images)
+    stored = network.stored
+    (grad,) = torch.autograd.grad(relative_statistics_loss(observed, stored), images)
+    return grad
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+def test_recomputed_statistics_have_the_same_gradient_to_the_bit(teacher, share):
+    images = networks.images(6)
+    unit = unit_input(teacher)
+    plain = StatisticsNetwork(teacher, of_input=unit)
+    needed = training_bytes(teacher.network.graph) * len(images)
+    budget = MemoryBudget(int(share * needed))
+    budgeted = StatisticsNetwork(teacher, of_input=unit, memory=budget)
+    assert torch.equal(gradient_of(plain, images), gradient_of(budgeted, images))
+    assert budgeted._module._by_count  # it was indeed computed in segments
+
+
+def test_a_batch_that_fits_passes_whole(teacher):
+    network = BudgetedNetwork(teacher.network, [], MemoryBudget(), CPU)
+    assert torch.equal(network(networks.images(3)), teacher.network(networks.images(3)))
+    assert not network._by_count
+
+
+def test_segments_hold_every_node_once(teacher):
+    graph = teacher.network.graph
+    computed = [node for node in graph.nodes if node.op == "call_function"]
+    parts = segments(graph, computed[::3])
+    assert [node for part in parts for node in part.nodes] == computed
+    sizes = tensor_bytes(graph)
+    assert recomputed_segments(parts, sizes, 2.0**40) == frozenset()
+    assert recomputed_segments(parts, sizes, 0) == frozenset(range(len(parts)))

@@ -1,0 +1,51 @@
+"""Networks from programs of torch.export."""
+
+import pytest
+import torch
+from support import networks, torchvision_shim
+from torch import nn
+
+from gdfq.errors import UsageError
+from gdfq.graph.capture import capture
+from gdfq.models.registry import load_model
+
+_OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
+
+
+def _program(path, network, batch=torch.export.Dim.DYNAMIC):
+    shapes = ({0: batch},) if batch else None
+    example = torch.zeros(2, *networks.SHAPE)
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
+    return str(path)
+
+
+def test_a_program_is_the_network_it_was(tmp_path, residual):
+    loaded = load_model(_program(tmp_path / "net.pt2", residual))
+    assert (loaded.input_shape, loaded.preprocessing) == (networks.SHAPE, None)
+    images = networks.images(3)
+    captured = capture(loaded.module, images[:1])
+    assert len(captured.batch_norms) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(captured.network(images), residual(images))
+
+
+def test_a_program_with_a_dictionary_of_outputs_keeps_it(tmp_path, residual):
+    class Two(nn.Module):
+        def forward(self, x):
+            return {"logits": residual(x), "twice": 2 * x}
+
+    images = networks.images(2)
+    output = load_model(_program(tmp_path / "net.pt2", Two().eval())).module(images)
+    assert torch.equal(output["twice"], 2 * images)
+
+
+def test_programs_that_cannot_be_used(tmp_path, residual):
+    with pytest.raises(UsageError, match="takes 2 alone"):
+        load_model(_program(tmp_path / "fixed.pt2", residual, batch=None))
+    with pytest.raises(UsageError, match=r"model\.eval\(\)"):
+        load_model(_program(tmp_path / "training.pt2", networks.Residual().train()))
+    (tmp_path / "not.pt2").write_bytes(b"no zip")
+    with pytest.raises(UsageError, match=r"torch\.export\.save"):
+        load_model(str(tmp_path / "not.pt2"))
+    with pytest.raises(UsageError, match=r"there is none at absent\.pt2"):
+        load_model("absent.pt2")

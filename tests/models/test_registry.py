@@ -1,0 +1,44 @@
+"""Networks by name, and what is given beside it."""
+
+import pytest
+from support import torchvision_shim
+from torch import nn
+
+from gdfq.cli import main
+from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.errors import UsageError
+from gdfq.models.registry import Loaded, load_model
+
+_OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
+
+
+def test_what_is_given_wins_over_what_is_known():
+    own = Preprocessing((0.1,) * 3, (0.2,) * 3, Resize(0.9, interpolation="bicubic"))
+    loaded = Loaded(nn.Identity(), (3, 8, 8), own)
+    assert loaded.input() == ((3, 8, 8), own)
+    shape, preprocessing = loaded.input((3, 9, 9), std=(0.5,) * 3)
+    assert shape == (3, 9, 9)
+    assert preprocessing == Preprocessing((0.1,) * 3, (0.5,) * 3, own.resize)
+    assert Loaded(nn.Identity()).input((1, 4, 4))[1] == Preprocessing((0.0,), (1.0,))
+    with pytest.raises(UsageError, match="--input 3x32x32"):
+        Loaded(nn.Identity()).input()
+    with pytest.raises(UsageError, match="each of the 1 input channels"):
+        loaded.input((1, 8, 8))
+
+
+def test_the_shape_must_be_given_when_nobody_knows_it(tmp_path, capsys):
+    (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
+    for command in ("quantize", "generate"):
+        call = [command, f"{tmp_path}/net.py:factory", "--out", str(tmp_path / command)]
+        assert main(call) == 2
+        assert "--input 3x32x32" in capsys.readouterr().err
+
+
+def test_specs_that_name_no_network(tmp_path):
+    with pytest.raises(UsageError, match=r"ONNX files cannot be read.*\.pt2 file"):
+        load_model("net.onnx")
+    with pytest.raises(UsageError, match="timm:NAME"):
+        load_model("resnet18")
+    (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
+    with pytest.raises(UsageError, match="Remove --weights"):
+        load_model(f"{tmp_path}/net.py:factory", "random")

@@ -1,0 +1,159 @@
+"""Sweeps run, fail and resume."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gdfq.cli import main
+from gdfq.errors import UsageError
+from gdfq.runs.sweep import Network, Sweep
+from gdfq.runs.sweep_runner import Row, run_sweep, table
+
+NETWORK = """
+from torch import nn
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    ).eval()
+
+def broken():
+    raise RuntimeError("no such weights here")
+"""
+
+
+OPTIONS = "input: 1x8x8, mean: 0.5, std: [0.5], test: test.npz"
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "net.py").write_text(NETWORK)
+    images = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(12) % 3)
+    return tmp_path
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "sweep.yaml"
+    file.write_text(text)
+    return file
+
+
+def silent(*_):
+    pass
+
+
+def test_a_sweep_runs_records_a_failure_and_is_not_run_twice(place, capsys):
+    grid = f"""
+        networks:
+          - {{model: "net.py:broken", name: broken, {OPTIONS}}}
+          - {{model: "net.py:small", {OPTIONS}}}
+        recipes: round
+        steps: 1
+        """
+    file = written(place, grid)
+    assert main(["sweep", str(file), "--jobs", "2"]) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 runs" in said.err
+    assert "no such weights here" in said.err
+    rows = json.loads((place / "sweep" / "sweep.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["failed", "finished"]
+    assert "no such weights here" in rows[0]["error"]
+    for row in rows[1:]:
+        metrics = json.loads((place / "sweep" / row["folder"] / "metrics.json").read_text())
+        assert row["student_top1"] == metrics["student"]["top1"]
+        assert row["bytes"] == (place / "sweep" / row["folder"] / "student.onnx").stat().st_size
+        config = json.loads((place / "sweep" / row["folder"] / "config.json").read_text())
+        assert (config["seed"], config["threads"]) == (row["seed"], 1)
+    with (place / "sweep" / "sweep.csv").open() as text:
+        listed = list(csv.DictReader(text))
+    assert [row["folder"] for row in listed] == [row["folder"] for row in rows]
+
+    stamps = [
+        (place / "sweep" / row["folder"] / "metrics.json").stat().st_mtime for row in rows[1:]
+    ]
+    only_sound = written(place, grid.replace("net.py:broken", "net.py:small"))
+    assert main(["sweep", str(only_sound), "--jobs", "2"]) == 0
+    assert stamps == [
+        (place / "sweep" / row["folder"] / "metrics.json").stat().st_mtime for row in rows[1:]
+    ]
+    assert "net.py:small" in capsys.readouterr().out
+
+
+def test_a_sweep_that_was_ended_goes_on(place):
+    """Its run is stopped with it, and run again."""
+    slow = NETWORK + "\nimport pathlib, time\ndef slow():\n"
+    slow += "    if not pathlib.Path('go').exists():\n"
+    slow += "        pathlib.Path('here').touch(); time.sleep(600)\n    return small()\n"
+    (place / "net.py").write_text(slow)
+    file = written(
+        place,
+        f"networks: [{{model: 'net.py:slow', {OPTIONS}}}]\nrecipes: round\nsteps: 1",
+    )
+    command = [sys.executable, "-m", "gdfq", "sweep", str(file), "--jobs", "1"]
+    sweep = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 300
+    while not (place / "here").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGTERM)
+    _, said = sweep.communicate(timeout=300)
+    assert sweep.returncode == 130
+    assert "the same command resumes" in said
+    rows = json.loads((place / "sweep" / "sweep.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["waiting"]
+    (place / "go").touch()
+    assert main(command[3:]) == 0
+    rows = json.loads((place / "sweep" / "sweep.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["finished"]
+
+
+def test_a_killed_run_is_told_by_its_signal(place):
+    (place / "net.py").write_text("import os\ndef small():\n    os.kill(os.getpid(), 9)\n")
+    sweep = Sweep((Network("net.py:small", input="1x8x8"),))
+    (row,) = run_sweep(sweep, place / "out", home=place, jobs=1, tell=silent)
+    assert row.status == "failed"
+    assert "SIGKILL" in row.error
+
+
+def test_the_table_has_mean_and_deviation_over_seeds():
+    def row(seed: int, top1: float | None, status: str = "finished") -> Row:
+        return Row("net", "w4a4", "fast", None, "", seed, status, 90.0, top1, seconds=1.0)
+
+    heading, line = table([row(0, 80.0), row(1, 82.0), row(2, None, "failed")]).splitlines()
+    assert heading.split() == [
+        "network",
+        "bits",
+        "recipe",
+        "seeds",
+        "float",
+        "quantized",
+        "seconds",
+    ]
+    assert line.split() == [
+        "net", "w4a4", "fast", "2", "90.00", "81.00", "±", "1.41", "1", "1", "failed",
+    ]  # fmt: skip
+
+
+def test_jobs_and_threads_must_be_some(place):
+    with pytest.raises(UsageError, match="at least 1; got 0"):
+        run_sweep(Sweep((Network("a"),)), place / "out", home=place, jobs=0, tell=silent)
+
+
+def test_threads_come_from_the_sweep(place):
+    (place / "net.py").write_text(
+        "import os, pathlib\ndef small():\n"
+        "    pathlib.Path('seen').write_text(os.environ['OMP_NUM_THREADS'])\n"
+    )
+    sweep = Sweep((Network("net.py:small", input="1x8x8"),))
+    run_sweep(sweep, place / "out", home=place, jobs=1, threads=3, tell=silent)
+    assert (place / "seen").read_text() == "3"
+    assert os.environ.get("OMP_NUM_THREADS") != "3"

@@ -1,0 +1,55 @@
+"""Labels and batches."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import networks
+
+from gdfq.sources.base import Batch, labels_in_turn
+from gdfq.sources.generator import GeneratorSource
+
+
+def labels_of(classes, step, batch):
+    knows = SimpleNamespace(classes=classes, device=torch.device("cpu"))
+    return labels_in_turn(knows, step, batch).tolist()
+
+
+def test_labels_come_in_turn_by_hand():
+    assert labels_of(3, 1, 5) == [2, 0, 1, 2, 0]
+    assert labels_of(10, 0, 4) == [0, 3, 6, 9]
+    assert labels_of(10, 1, 4) == [1, 4, 7, 2]
+    assert labels_of(10, 2, 4) == [5, 8, 0, 3]
+    assert labels_in_turn(SimpleNamespace(classes=None), 0, 4) is None
+
+
+@settings(max_examples=50)
+@given(classes=st.integers(2, 2000), share=st.floats(0.05, 2))
+def test_labels_meet_every_class_before_one_again(classes, share):
+    batch = max(1, round(classes * share))
+    steps = range(-(-2 * classes // batch))
+    labels = [label for step in steps for label in labels_of(classes, step, batch)]
+    assert sorted(labels[:classes]) == list(range(classes))
+    assert labels[classes : 2 * classes] == labels[:classes]
+
+
+def test_sources_are_values():
+    assert replace(GeneratorSource(batch=8), batch=9) == GeneratorSource(batch=9)
+    assert hash(GeneratorSource(batch=8)) == hash(GeneratorSource(batch=8))
+
+
+@pytest.fixture
+def images():
+    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@given(images=st.integers(1, 40), size=st.integers(1, 40))
+def test_a_batch_splits_into_all_of_its_images(images, size):
+    batch = Batch((torch.arange(images),), torch.arange(images), torch.arange(images))
+    parts = batch.split(size)
+    assert max(len(part.images) for part in parts) <= size
+    for tensors in zip(*((p.images, p.labels, p.teacher_logits) for p in parts), strict=True):
+        assert torch.cat(tensors).tolist() == list(range(images))

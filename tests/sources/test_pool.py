@@ -1,0 +1,158 @@
+"""Pools of images."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from support import networks
+
+from gdfq.data.datasets import ArrayData
+from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.context import Context
+from gdfq.graph.capture import capture
+from gdfq.recipes import QUICK
+from gdfq.sources.augment import prediction_consistency
+from gdfq.sources.base import Batch, Source
+from gdfq.sources.given import on_images
+from gdfq.sources.pool import ImagePool, collect
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return networks.captured("Residual")
+
+
+@dataclass(frozen=True)
+class Counted(Source):
+    """Images that say which they are, as a source."""
+
+    batch: int = 4
+
+    def stream(self, teacher, *, steps, **_):
+        for step in range(steps):
+            number = torch.arange(float(self.batch)) + self.batch * step
+            images = number.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+            yield Batch((images,), number.long(), None)
+
+
+def test_a_pool_shows_each_image_once_an_epoch(teacher):
+    pool = ImagePool(Counted(), images=10, batch=5)
+    batches = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
+    for first, second in (batches[:2], batches[2:]):
+        labels = torch.cat([first.labels, second.labels])
+        assert labels.sort().values.tolist() == list(range(10))
+        values = torch.cat([first.images, second.images])[:, 0, 0, 0]
+        assert torch.equal(values.long(), labels)  # image and label stay together
+    assert not torch.equal(batches[0].labels, batches[2].labels)
+    same = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(batches, same, strict=True))
+
+
+@dataclass(frozen=True)
+class Textures(Source):
+    """Images of noise, as a source."""
+
+    batch: int = 8
+
+    def stream(self, teacher, *, steps, **_):
+        for step in range(steps):
+            yield Batch((networks.images(8, seed=step),), torch.zeros(8, dtype=torch.long), None)
+
+
+class Brightest(torch.nn.Module):
+    """Tells where an image is brightest, or what its brightest channel is."""
+
+    def __init__(self, where: bool) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.where = where
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x.sum(1).flatten(1) if self.where else x.amax((2, 3))
+
+
+@pytest.mark.parametrize("where", [True, False])
+def test_a_pool_moves_images_that_the_teacher_knows_again(where):
+    teacher = capture(Brightest(where).eval(), networks.images(2))
+    images, _ = collect(Textures(), teacher, 32)
+    known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
+    assert known < 0.2 if where else known > 0.8
+    pool = ImagePool(Textures(), images=32, batch=8)
+    drawn = [batch.images for batch in pool.stream(teacher, steps=12)]
+    as_made = [
+        all(any(torch.equal(image, made) for made in images) for image in batch) for batch in drawn
+    ]
+    assert all(as_made) if where else sum(as_made) < 6
+    never = replace(pool, augmented=False)
+    assert (
+        all(
+            torch.equal(a, b.images)
+            for a, b in zip(drawn, never.stream(teacher, steps=12), strict=True)
+        )
+        == where
+    )
+
+
+def test_the_teacher_is_asked_about_images_from_all_over_the_pool():
+    teacher = capture(Brightest(where=True).eval(), networks.images(2))
+    even = torch.zeros(512, *teacher.input_shape)  # nowhere brighter, wherever it is moved
+    images = torch.cat([even, networks.images(512)])
+    known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
+    assert 0.5 <= known < 0.6
+
+
+def test_a_pool_moves_images_for_a_network_without_classes():
+    shape = networks.shape_of("Volume")
+    teacher = capture(networks.make("Volume"), networks.images(2, shape=shape))
+    assert prediction_consistency(teacher, networks.images(4, shape=shape), torch.Generator()) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "batch", "at_once"),
+    [  # room for 50, 25, 12 and not even one image
+        ((3, 8, 8), 40, 10, 1),
+        ((3, 8, 16), 25, 8, 1),
+        ((3, 16, 16), 12, 4, 1),
+        ((3, 99, 99), 1, 1, 1),
+    ],
+)
+def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(
+    shape, images, batch, at_once
+):
+    pool = ImagePool(Counted(), images=40, batch=10, pixels=3200)
+    fitted = pool.fitted(shape)
+    assert (fitted.images, fitted.batch, fitted.source.batch) == (images, batch, at_once)
+    assert replace(pool, batch=1).fitted(shape).batch == 1
+    same = replace(pool, pixels=None)
+    assert same.fitted(shape) == same
+    assert pool.fitted(shape).fitted(shape) == pool.fitted(shape)
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(32, 128), (128, 128), (129, 64), (224, 32)])
+def test_a_recipe_makes_fewer_large_images_together(side, at_once):
+    fitted = QUICK.fitted((3, side, side)).source
+    assert (fitted.images, fitted.batch, fitted.source.batch) == (256, 100, at_once)
+
+
+def test_a_pool_makes_as_many_as_fit(teacher):
+    pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
+    stream = pool.stream(teacher, steps=1)
+    assert len(stream.images()) == 9
+    assert len(next(stream).images) == 4
+    _, images = pool.made(teacher)
+    assert len(images) == 9
+
+
+def test_collect_takes_the_first(teacher):
+    images, labels = collect(Counted(), teacher, 6)
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert images.shape == (6, 3, 8, 8)
+
+
+def test_given_images_fill_the_pool():
+    images = torch.randint(256, (7, 1, 8, 8)).byte()
+    data = ArrayData(images, torch.arange(7))
+    pool = on_images(ImagePool(Counted(), images=10, batch=5), data, Preprocessing((0.0,), (1.0,)))
+    assert pool.images == 7
+    assert pool.source.data is data

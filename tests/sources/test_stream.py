@@ -1,0 +1,31 @@
+"""The feed of batches."""
+
+import torch
+
+from gdfq.sources.base import Batch
+from gdfq.sources.stream import Feed, Stream
+
+
+def test_a_feed_shows_its_first_batch_before_it_hands_it_out():
+    def numbered(count):
+        def make(step):
+            return Batch((torch.full((40, 1), float(step)),), None, None)
+
+        return Stream(make, count, [])
+
+    feed = Feed(numbered(5), torch.device("cpu"))
+    feed.begin()
+    assert feed.taken == 0
+    (examples,) = feed.examples
+    assert examples.shape == (32, 1)
+    assert examples.eq(0).all()
+    stopped = feed.state_dict()
+    resumed = Feed(numbered(5), torch.device("cpu"))
+    without_state = Feed(iter(list(numbered(5))), torch.device("cpu"))
+    for again in (resumed, without_state):
+        again.load_state_dict(stopped)
+    for again in (feed, resumed, without_state):
+        again.begin()  # nothing is taken twice
+        assert [float(batch.images[0]) for batch in again.until(3)] == [0, 1, 2]
+        assert [float(batch.images[0]) for batch in again.until(9)] == [3, 4]
+        assert again.taken == 5

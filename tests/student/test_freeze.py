@@ -1,0 +1,74 @@
+"""The frozen student computes what the student does."""
+
+import pytest
+import torch
+from support import networks
+from support.small_runs import calibrated
+
+from gdfq.errors import GdfqError
+from gdfq.functional.grid import Bits, dequantize
+from gdfq.quantizers.base import QuantizedTensor
+from gdfq.student.build import build_student
+from gdfq.student.freeze import freeze, rescaled
+from gdfq.student.scheme import Scheme
+
+
+@pytest.mark.parametrize("placement", ["relu", "full"])
+def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(
+    any_network, any_teacher, placement
+):
+    student = calibrated(any_teacher, "w8a8", placement)
+    x = networks.images(64)
+    expected, got = any_network(x).detach(), student(x).detach()
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+    # Folding changes float rounding alone, which may move an activation by a step now and then.
+    frozen = freeze(student)(x)
+    assert float((frozen - got).norm() / got.norm()) < 0.01
+
+
+@pytest.mark.parametrize("bits", ["w2a2", "w3a5", "w4a4"])
+def test_frozen_weights_are_the_students_weights(any_teacher, bits):
+    student = calibrated(any_teacher, bits, "relu")
+    # With activations exact, folding must agree to float rounding.
+    for quantizer in student.activations:
+        quantizer.bits = 8
+        quantizer.scale.fill_(1e-7)  # so fine that biases, too, are exact
+        quantizer.forward = lambda x: x
+    frozen = freeze(student)
+    x = networks.images(16)
+    assert torch.allclose(frozen.as_float()(x), student(x), rtol=1e-3, atol=1e-4)
+    low, high = -(2 ** (int(bits[1]) - 1)), 2 ** (int(bits[1]) - 1) - 1
+    codes = [t for n, t in frozen.named_buffers() if n.endswith("codes")]
+    assert codes
+    for tensor in codes:
+        assert tensor.dtype == torch.int8
+        assert low <= int(tensor.min()) <= int(tensor.max()) <= high
+
+
+def test_rescaling_keeps_codes_exact():
+    codes = torch.tensor([[-8, 0, 7], [-8, 0, 7], [-8, 0, 7]], dtype=torch.int8)
+    column = torch.tensor([[0.5], [0.5], [0.5]])
+    tensor = QuantizedTensor(codes, column, torch.tensor([[-3.0], [-3.0], [2.0]]), 4)
+    factor = torch.tensor([[2.0], [-2.0], [0.0]])
+    new = rescaled(tensor, factor)
+    values = dequantize(codes, tensor.scale, tensor.zero_point, 4) * factor
+    assert torch.equal(dequantize(new.codes, new.scale, new.zero_point, 4), values)
+    assert new.codes[1].tolist() == [7, -1, -8]
+    assert (new.scale > 0).all()
+
+
+def test_a_shared_convolution_gets_a_fold_for_each_norm():
+    frozen = freeze(calibrated(networks.captured("Shared"), "w4a4", "relu"))
+    names = [name for name, _ in frozen.named_buffers() if name.endswith(".codes")]
+    assert len(names) == 4  # stem, conv twice, fc
+
+
+def test_freezing_an_uncalibrated_student_is_refused(teacher):
+    with pytest.raises(GdfqError, match="Calibrate"):
+        freeze(build_student(teacher, Scheme(Bits(4, 4), "relu")))
+
+
+def test_bare_matrices_are_quantized_as_the_linear_layers_that_they_are():
+    frozen = freeze(calibrated(networks.captured("Awkward"), "w2a8", "relu"))
+    codes = [name for name, _ in frozen.named_buffers() if name.endswith("codes")]
+    assert len(codes) == 4  # convolution, product, linear with the same matrix, fc

@@ -1,0 +1,111 @@
+"""Which tensors each placement quantizes."""
+
+import pytest
+import torch
+from support import networks
+
+from gdfq.functional.grid import Bits
+from gdfq.graph import operators
+from gdfq.graph.capture import capture
+from gdfq.student.placement import activation_bits
+from gdfq.student.scheme import Scheme
+
+
+def transformer():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return networks.Transformer().eval()
+
+
+ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return capture(transformer(), ZEROS)
+
+
+def test_what_is_quantized_in_a_transformer(small):
+    widths = activation_bits(small, Scheme(Bits(4, 4), "full"))
+    names = {node.name: bits for node, bits in widths.items()}
+    # Per block: queries, keys and values (one layer's output) 8; the attention's weights, its
+    # output, what enters the layers, and GELU 4; what the residual path carries 8. Scores, norms
+    # and logits stay float.
+    assert {name: bits for name, bits in names.items() if "softmax" in name} == {
+        "softmax": 4,
+        "softmax_1": 4,
+    }
+    by_kind = {}
+    for name, bits in names.items():
+        by_kind.setdefault(name.rstrip("0123456789").rstrip("_"), set()).add(bits)
+    assert by_kind == {
+        "x": {8},
+        "conv2d": {8},
+        "linear": {8},
+        "expand": {8},
+        "cat": {8},
+        "add": {8},
+        "softmax": {4},
+        "matmul": {4},
+        "layer_norm": {4},
+        "gelu": {4},
+    }
+    products = [n for n in small.network.graph.nodes if operators.name_of(n) in operators.PRODUCTS]
+    scores = products[0::2]
+    assert not any(node in widths for node in scores)
+
+
+def widths(name: str, placement: str) -> dict[str, int]:
+    teacher = networks.captured(name)
+    chosen = activation_bits(teacher, Scheme(Bits(3, 4), placement))
+    return {node.name: bits for node, bits in chosen.items()}
+
+
+def test_t1_quantizes_the_outputs_of_relus_only():
+    assert widths("Residual", "relu") == {"relu": 4, "relu_1": 4}
+    assert widths("Branches", "relu") == {"hardtanh": 4, "hardtanh_1": 4, "relu": 4}
+
+
+def test_full_placement_of_a_residual_network():
+    # Input 8; first ReLU 4; the second convolution's output, through its norm, 8 (it enters the
+    # addition without a ReLU); the sum's ReLU 4 (it enters pooling); pooled features 4; no logits.
+    assert widths("Residual", "full") == {
+        "x": 8,
+        "relu": 4,
+        "batch_norm_1": 8,
+        "relu_1": 4,
+        "avg_pool2d": 4,
+    }
+
+
+def test_full_placement_of_branches():
+    # Max pooling and padding keep the grid of what they move, so nothing follows them; the
+    # concatenation joins two grids and is quantized again; "same" convolution feeds a ReLU.
+    assert widths("Branches", "full") == {
+        "x": 8,
+        "hardtanh": 4,
+        "hardtanh_1": 4,
+        "batch_norm_1": 8,
+        "cat": 4,
+        "relu": 4,
+        "adaptive_avg_pool2d": 4,
+    }
+
+
+def test_full_placement_with_squeeze_and_excitation():
+    assert widths("Preactivation", "full") == {
+        "relu": 4,  # the norm before it has no convolution to be folded into
+        "batch_norm_1": 8,  # convolution → norm → SiLU: quantized before the SiLU
+        "silu": 4,
+        "mean": 4,
+        "conv2d_1": 8,
+        "sigmoid": 4,
+        "mul": 4,
+        "mean_1": 4,
+        "relu_1": 4,
+    }
+
+
+def test_a_network_that_normalises_inside_keeps_eight_bits_to_its_first_layer():
+    chosen = widths("Awkward", "full")
+    assert (chosen["x"], chosen["sub"], chosen["div"]) == (8, 8, 8)

@@ -1,0 +1,70 @@
+"""Recipes: published values, schedules and what may be combined."""
+
+from dataclasses import replace
+
+import pytest
+from support import networks
+from support.small_runs import small
+
+import gdfq
+from gdfq import RECIPES, UsageError
+from gdfq.quantizers.family import MINMAX
+from gdfq.recipes import FAST, GENIE, PAPER
+
+
+def test_a_short_run_scales_the_published_schedule():
+    assert (PAPER.steps, PAPER.calibration, PAPER.warmup) == (80_000, 800, 800)
+    imagenet = RECIPES["paper-imagenet"]
+    assert (imagenet.calibration, imagenet.warmup) == (800, 10_000)
+    short = imagenet.with_steps(2000)
+    assert (short.steps, short.calibration, short.warmup) == (2000, 500, 500)
+    long = imagenet.with_steps(100_000)
+    assert (long.calibration, long.warmup) == (800, 10_000)
+    assert RECIPES["round"].with_steps(60).calibration == 60
+
+
+def test_the_published_values():
+    generator, tuning = PAPER.source, PAPER.tuning
+    assert (generator.batch, generator.latent, generator.statistics) == (200, 100, 0.1)
+    assert (generator.optimizer.lr, generator.optimizer.betas) == (1e-3, (0.5, 0.999))
+    assert (tuning.temperature, tuning.reduction, tuning.fixed_statistics) == (20, "element", True)
+    assert tuning.optimizer.lr == 1e-4
+    assert RECIPES["paper-imagenet"].tuning.optimizer.lr == 1e-6
+    assert RECIPES["paper-imagenet"].source.batch == 16
+    assert RECIPES["paper-imagenet"].source.conditioning == "conditional-batch-norm"
+
+
+def test_the_batch_can_be_chosen(teacher, tiny):
+    recipe = small(RECIPES["fast"]).with_batch(4)
+    assert (recipe.source.batch, recipe.source.source.batch) == (4, 4)
+    assert tiny.with_batch(3).source.batch == 3
+    assert tiny.with_batch(None) is tiny
+    with pytest.raises(gdfq.UsageError, match="at least 1; got 0"):
+        tiny.with_batch(0)
+    result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, batch=5)
+    assert len(result.examples[0]) == 5
+
+
+def test_what_a_recipe_may_combine():
+    for change in ({"quantizers": MINMAX}, {"tuning": FAST.tuning}, {"warmup": 700}):
+        with pytest.raises(UsageError, match="learned by reconstruction"):
+            replace(GENIE, **change)
+    with pytest.raises(UsageError, match="learned weights"):
+        replace(GENIE, match_moments=True)
+
+
+def test_features_need_folded_batch_norms(tiny):
+    with pytest.raises(ValueError, match="learned"):
+        replace(tiny, tuning=replace(tiny.tuning, features=1.0))
+
+
+def test_learned_quantizers_need_fixed_statistics():
+    with pytest.raises(ValueError, match="fixed_statistics"):
+        replace(FAST, tuning=replace(FAST.tuning, fixed_statistics=False))
+    with pytest.raises(ValueError, match="MINMAX, LSQ or ADAROUND"):
+        replace(FAST, quantizers="learnt")
+
+
+def test_a_recipe_must_be_in_order(tiny):
+    with pytest.raises(ValueError, match="calibration <= warmup"):
+        replace(tiny, calibration=5, warmup=2)

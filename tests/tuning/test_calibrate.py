@@ -1,0 +1,21 @@
+"""Calibration of a student."""
+
+import pytest
+import torch
+from support import networks
+
+from gdfq.errors import GdfqError
+from gdfq.functional.grid import Bits
+from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
+
+
+def test_images_that_are_not_finite_are_refused(teacher):
+    student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
+    images = networks.images(4)
+    images[0, 0, 0, 0] = torch.nan
+    batch = Batch((images,), torch.zeros(4, dtype=torch.long), torch.zeros(4, networks.CLASSES))
+    with pytest.raises(GdfqError, match="must be finite"):
+        calibrate_(student, [batch], steps=1)

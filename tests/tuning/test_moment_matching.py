@@ -1,0 +1,91 @@
+"""Moments of the student are matched to those of the teacher."""
+
+import pytest
+import torch
+from support import networks
+from torch import fx
+
+from gdfq.functional.grid import Bits
+from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import capture
+from gdfq.quantizers.family import LSQ
+from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
+from gdfq.student.freeze import freeze
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
+from gdfq.tuning.moment_matching import match_moments_
+
+
+@pytest.fixture
+def images():
+    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
+    student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
+    calibrate_(student, [Batch((images,), None, None)], steps=1)
+    return student
+
+
+def test_matched_moments_are_the_teachers_at_every_layer(teacher, images):
+    student = student_of(teacher, images)
+    before = layer_moments(student.network, images)
+    match_moments_(student, teacher, (images,))
+    after = layer_moments(student.network, images)
+    wanted = layer_moments(fold_batch_norms(teacher).network, images)
+    assert len(wanted) == 3
+    for name, goal in wanted.items():
+        torch.testing.assert_close(after[name], goal, rtol=1e-3, atol=1e-4)
+        error, old = (float((m[name] - goal).abs().max()) for m in (after, before))
+        assert old > 10 * error  # there was something to do
+    # What was corrected is what is frozen.
+    assert distance(freeze(student)(images), student(images)) < 0.03
+
+
+def distance(got, wanted):
+    """Of logits, relative: freezing rounds the biases, which moves some activations by a step."""
+    return float((got - wanted).detach().norm() / wanted.detach().norm())
+
+
+def layer_moments(network, images):
+    """Mean and deviation of each layer's output channels, by the layer's name."""
+    found = {}
+
+    class Look(fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            if n.op == "call_function" and ("conv" in str(n.target) or "linear" in str(n.target)):
+                others = [d for d in range(value.ndim) if d != 1]
+                found[n.name] = torch.stack([value.mean(others), value.std(others, correction=0)])
+            return value
+
+    with torch.no_grad():
+        Look(network).run(images)
+    return found
+
+
+def test_channels_that_do_not_vary_keep_their_scale(teacher, images):
+    """One image has no deviation at the logits: only the mean can be matched there."""
+    one = images[:1]
+    student = student_of(teacher, one, "w8a8")
+    steps = student.network.fake_weight.linear.scale.clone()
+    match_moments_(student, teacher, (one,))
+    assert torch.equal(student.network.fake_weight.linear.scale, steps)
+    torch.testing.assert_close(student(one), teacher.network(one), rtol=1e-3, atol=1e-3)
+
+
+def test_moments_by_hand():
+    """One linear layer: the channel's scale and shift follow from the two moments."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))
+    teacher = capture(model.eval(), torch.zeros(2, 1, 2, 2))
+    x = torch.randn(50, 1, 2, 2)
+    student = build_student(teacher, Scheme(Bits(2, 8), "full"), quantizers=LSQ)
+    calibrate_(student, [Batch((x,), None, None)], steps=1)
+    q, wanted = student(x).detach(), teacher.network(x)
+    match_moments_(student, teacher, (x,))
+    factor = wanted.std(0) / q.std(0)
+    assert bool((factor > 0.5).all() and (factor < 2).all())
+    expected = (q - q.mean(0)) * factor + wanted.mean(0)
+    torch.testing.assert_close(student(x).detach(), expected, rtol=1e-4, atol=1e-5)
