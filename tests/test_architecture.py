@@ -67,18 +67,18 @@ def strings_of(module: str) -> Iterator[str]:
             yield node.value
 
 
-def test_every_module_has_a_layer() -> None:
+def test_module_has_a_layer() -> None:
     assert {layer_of(module) for module in MODULES} - {"__main__"} == set(LAYERS)
 
 
-def test_the_page_has_all_layers_in_order() -> None:
+def test_architecture_page_has_all_layers_in_order() -> None:
     page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
     table = page.partition("| layer |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)`", table, re.M) == LAYERS
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way(module: str) -> None:
+def test_module_imports_from_earlier_layers_only(module: str) -> None:
     if layer_of(module) == "__main__":
         return
     allowed = LAYERS[: LAYERS.index(layer_of(module)) + 1]
@@ -86,7 +86,7 @@ def test_imports_go_one_way(module: str) -> None:
     assert not wrong, f"{module} imports from a later layer: {wrong}"
 
 
-def test_no_import_is_circular() -> None:
+def test_imports_have_no_circle() -> None:
     TopologicalSorter({module: modules_imported_by(module) for module in MODULES}).prepare()
 
 
@@ -101,7 +101,7 @@ def test_no_import_is_circular() -> None:
         ("sklearn", "demo"),
     ],
 )
-def test_a_library_is_known_in_one_layer(libraries: str, layers: str) -> None:
+def test_library_is_imported_in_its_layers_only(libraries: str, layers: str) -> None:
     users = {
         module
         for module in MODULES
@@ -111,12 +111,12 @@ def test_a_library_is_known_in_one_layer(libraries: str, layers: str) -> None:
     assert {layer_of(module) for module in users} <= set(layers.split()), sorted(users)
 
 
-def test_a_report_is_made_without_torch() -> None:
+def test_report_does_not_import_torch() -> None:
     users = [m for m in MODULES if any(name.split(".")[0] == "torch" for name in imports_of(m))]
     assert not [module for module in users if layer_of(module) == "report"]
 
 
-def test_operators_are_spelled_in_one_module() -> None:
+def test_operator_names_are_in_one_module() -> None:
     spelled = re.compile(r"(aten|gdfq)\.[a-z_0-9]+\.?[A-Za-z_]*")
     operators = {"gdfq.fake_quantize", "gdfq.dequantize", "gdfq.dequantize_bias"}
     for module in MODULES:
@@ -130,7 +130,7 @@ def test_operators_are_spelled_in_one_module() -> None:
         assert not found, f"{module} spells {found}"
 
 
-def test_the_command_line_alone_prints() -> None:
+def test_only_the_command_line_prints() -> None:
     """Progress is printed by a listener, on the stream that it was given."""
     printing = {
         module
@@ -143,13 +143,13 @@ def test_the_command_line_alone_prints() -> None:
     assert {m for m in printing if layer_of(m) != "cli"} <= {"gdfq.execution.listeners"}
 
 
-def test_file_names_of_runs_are_known_where_runs_are() -> None:
+def test_only_run_modules_know_file_names() -> None:
     for module in MODULES:
         if layer_of(module) not in {"runs", "report", "cli"}:
             assert not set(RUN_FILES) & set(strings_of(module)), module
 
 
-def test_no_module_asks_of_which_kind_a_method_is() -> None:
+def test_module_does_not_test_the_kind_of_a_method() -> None:
     """Sources, tunings and quantizer families have behaviour; nobody asks for their types."""
     methods = {
         node.name

@@ -47,7 +47,7 @@ def accuracies(teacher, digits):
 @pytest.mark.parametrize(
     "steps", [300, pytest.param(demo.RECIPE.steps, marks=pytest.mark.check, id="demo")]
 )
-def test_gdfq_beats_direct_rounding_on_real_digits(accuracies, steps):
+def test_paper_beats_direct_rounding_on_real_digits(accuracies, steps):
     """Most of what 4-bit rounding loses comes back without data; `make demo` takes 1,000 steps."""
     recipe = demo.RECIPE.with_steps(steps)
     _, rounded = accuracies("w4a4", demo.ROUNDING.with_steps(recipe.calibration))
@@ -57,7 +57,7 @@ def test_gdfq_beats_direct_rounding_on_real_digits(accuracies, steps):
     assert tuned > teacher - 8
 
 
-def test_fast_beats_direct_rounding_by_far_at_three_bits(accuracies):
+def test_fast_beats_direct_rounding_at_three_bits(accuracies):
     """Six points at least, in fifty updates on a quarter of the recipe's images."""
     fast = find_recipe("fast").with_steps(60)
     fast = replace(fast, source=replace(fast.source, images=1024))
@@ -113,12 +113,12 @@ def test_expected_drop_contains_the_measured_drop(digits, teacher):
     assert expected[0] < 1 < expected[-1]
 
 
-def test_eight_bits_cost_next_to_nothing(accuracies):
+def test_eight_bits_lose_less_than_one_point(accuracies):
     teacher, student = accuracies("w8a8", find_recipe("zeroq"))
     assert abs(student - teacher) < 1
 
 
-def test_real_images_tune_at_least_as_well(accuracies, digits):
+def test_paper_real_loses_less_than_eight_points(accuracies, digits):
     recipe = find_recipe("paper-real").with_steps(200)
     data = (digits.training.images, digits.training.labels)
     teacher, student = accuracies("w4a4", recipe, data=data)
@@ -128,7 +128,7 @@ def test_real_images_tune_at_least_as_well(accuracies, digits):
 @pytest.mark.parametrize(
     ("images", "top1"), [(2000, 91.70), pytest.param(10000, 91.73, marks=pytest.mark.check)]
 )
-def test_cifar10_resnet20_at_eight_bits(shared, images, top1):
+def test_cifar10_resnet20_keeps_its_accuracy_at_eight_bits(shared, images, top1):
     """The weights' published accuracy, of all test images and of the first of them."""
     loaded = load_model(
         f"{ROOT}/support/real_networks.py:cifar10_resnet20",

@@ -29,10 +29,10 @@ def compare(only: set[str] | None) -> None:
     assert values == {name: EXPECTED[name] for name in values}
 
 
-def test_a_few_runs_give_the_recorded_values() -> None:
+def test_a_few_golden_values_are_the_recorded_ones() -> None:
     compare(QUICK)
 
 
 @pytest.mark.check
-def test_all_runs_give_the_recorded_values() -> None:
+def test_all_golden_values_are_the_recorded_ones() -> None:
     compare(None)

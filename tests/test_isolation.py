@@ -41,7 +41,7 @@ def changed(before, after):
 
 @pytest.mark.parametrize("name", ["quick", "paper", "genie"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_nothing_of_the_process_is_changed(name, grad, residual, tmp_path):
+def test_quantize_leaves_the_state_of_the_process_unchanged(name, grad, residual, tmp_path):
     capture(residual, networks.images(1))  # what torch sets when it first traces is torch's own
     with torch.set_grad_enabled(grad):
         before = surroundings()
@@ -54,7 +54,7 @@ def test_nothing_of_the_process_is_changed(name, grad, residual, tmp_path):
         assert changed(before, surroundings()) == []
 
 
-def test_no_warnings_leak(residual, tmp_path):
+def test_quantize_and_export_show_no_foreign_warnings(residual, tmp_path):
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         result = gdfq.quantize(
@@ -65,7 +65,7 @@ def test_no_warnings_leak(residual, tmp_path):
     assert [str(warning.message) for warning in heard] == []
 
 
-def test_two_threads_give_what_they_give_alone(residual):
+def test_two_threads_give_the_results_of_one(residual):
     """Capture, tuning and all, at the same time."""
     names = ("quick", "paper")
     jobs = {name: small(RECIPES[name]) for name in names}

@@ -6,7 +6,7 @@ import torch
 from gdfq.optim import SgdConfig, StepDecay, set_rate_
 
 
-def test_published_learning_rate_steps():
+def test_learning_rate_follows_the_published_steps():
     optimizer = SgdConfig(lr=1e-4).build(torch.nn.Linear(1, 1))
     rates = []
     for epoch in (0, 99, 100, 199, 200, 300, 399):

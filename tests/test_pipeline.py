@@ -15,7 +15,7 @@ from gdfq.recipes import PAPER
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs(name, teacher):
+def test_recipe_gives_a_working_student(name, teacher):
     data = (networks.images(24), torch.arange(24) % 5) if "real" in name else None
     result = gdfq.quantize(
         teacher, networks.images(1), "w4a4", small(RECIPES[name]), data=data, steps=8
@@ -27,12 +27,12 @@ def test_every_recipe_runs(name, teacher):
     assert {"total", "capture", "calibrate"} <= result.metrics["seconds"].keys()
 
 
-def test_generate_refuses_steps_that_would_do_nothing(teacher):
+def test_generate_refuses_too_few_steps(teacher):
     with pytest.raises(UsageError, match="steps=3"):
         gdfq.generate(teacher, networks.images(1), 4, "fast", steps=3)
 
 
-def test_fast_is_reproducible_to_the_bit(teacher):
+def test_fast_gives_the_same_bits_for_one_seed(teacher):
     recipe = small(RECIPES["fast"])
     runs = [
         gdfq.quantize(teacher, networks.images(1), "w3a3", recipe, steps=8, seed=seed)
@@ -43,7 +43,7 @@ def test_fast_is_reproducible_to_the_bit(teacher):
     assert not same(first, other)
 
 
-def test_the_teacher_is_unchanged_to_the_bit_and_so_is_the_random_state(tiny):
+def test_quantize_leaves_the_module_and_the_random_state_unchanged(tiny):
     model = networks.make("Residual").train()
     before = copy.deepcopy(model.state_dict())
     random = torch.random.get_rng_state()
@@ -54,7 +54,7 @@ def test_the_teacher_is_unchanged_to_the_bit_and_so_is_the_random_state(tiny):
     assert torch.is_grad_enabled()
 
 
-def test_one_seed_gives_the_same_bits(teacher, tiny):
+def test_quantize_gives_the_same_bits_for_one_seed(teacher, tiny):
     a, b, other = (
         state(gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, seed=seed))
         for seed in (3, 3, 4)
@@ -65,7 +65,7 @@ def test_one_seed_gives_the_same_bits(teacher, tiny):
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a8", "w8a4", "w5a6", "w7a7"])
 @pytest.mark.parametrize("placement", ["relu", "full"])
-def test_widths_and_placements(teacher, tiny, bits, placement):
+def test_codes_fit_in_the_bits_at_every_placement(teacher, tiny, bits, placement):
     result = gdfq.quantize(teacher, networks.images(1), bits, tiny, placement=placement)
     codes = [t for n, t in result.network.named_buffers() if n.endswith("codes")]
     assert max(len(t.unique()) for t in codes) <= 2 ** int(bits[1])
@@ -73,7 +73,7 @@ def test_widths_and_placements(teacher, tiny, bits, placement):
     assert str(result.card.bits) == bits
 
 
-def test_tuning_moves_the_student_towards_its_labels(teacher, tiny):
+def test_tuning_reduces_the_cross_entropy(teacher, tiny):
     """Cross-entropy on the stream falls when the student may learn."""
     heard = []
     recipe = replace(
@@ -87,14 +87,14 @@ def test_tuning_moves_the_student_towards_its_labels(teacher, tiny):
     assert float(tuned[-1].losses["ce"]) < float(tuned[0].losses["ce"])
 
 
-def test_few_real_images_take_the_place_of_the_source(teacher, tiny):
+def test_data_replaces_the_source(teacher, tiny):
     data = (networks.images(20), torch.arange(20) % 5)
     few = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, data=data)
     none = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     assert not same(state(few), state(none))
 
 
-def test_evaluation_counts_right_answers(teacher, tiny):
+def test_evaluate_counts_correct_predictions(teacher, tiny):
     result = gdfq.quantize(teacher, networks.images(1), "w8a8", tiny)
     images = networks.images(40)
     answers = result(images).argmax(1)
@@ -104,7 +104,7 @@ def test_evaluation_counts_right_answers(teacher, tiny):
     assert result.evaluate((images, wrong)) == 75
 
 
-def test_test_images_only_measure(teacher, tiny):
+def test_test_images_do_not_change_the_student(teacher, tiny):
     test = (networks.images(20), torch.arange(20) % 5)
     with_test = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, test=test)
     without = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
@@ -113,7 +113,7 @@ def test_test_images_only_measure(teacher, tiny):
     assert "student" not in without.metrics
 
 
-def test_pixels_are_normalised(tmp_path, teacher, tiny):
+def test_evaluate_normalises_pixels(tmp_path, teacher, tiny):
     """uint8 images with mean and std give what normalised floats give."""
     pixels = torch.randint(0, 256, (30, *networks.SHAPE), dtype=torch.uint8)
     labels = torch.arange(30) % 5
@@ -125,7 +125,7 @@ def test_pixels_are_normalised(tmp_path, teacher, tiny):
     assert result.evaluate(tmp_path / "d.npz") == result.evaluate((floats, labels))
 
 
-def test_generate_gives_the_last_images(teacher, tiny):
+def test_generate_returns_the_last_images(teacher, tiny):
     images, labels = gdfq.generate(teacher, networks.images(1), 12, tiny, seed=1)
     assert images.shape == (12, *networks.SHAPE)
     assert labels.shape == (12,)
@@ -164,6 +164,6 @@ def test_generate_gives_the_last_images(teacher, tiny):
         ({"test": torch.zeros(2, 3, 8, 8)}, "need labels"),
     ],
 )
-def test_bad_options_are_refused(teacher, options, message):
+def test_quantize_refuses_invalid_options(teacher, options, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
         gdfq.quantize(teacher, networks.images(1), **options)

@@ -12,7 +12,7 @@ from gdfq.quantizers.family import MINMAX
 from gdfq.recipes import FAST, GENIE, PAPER
 
 
-def test_a_short_run_scales_the_published_schedule():
+def test_with_steps_scales_the_published_schedule():
     assert (PAPER.steps, PAPER.calibration, PAPER.warmup) == (80_000, 800, 800)
     imagenet = RECIPES["paper-imagenet"]
     assert (imagenet.calibration, imagenet.warmup) == (800, 10_000)
@@ -23,7 +23,7 @@ def test_a_short_run_scales_the_published_schedule():
     assert RECIPES["round"].with_steps(60).calibration == 60
 
 
-def test_the_published_values():
+def test_paper_has_the_published_values():
     generator, tuning = PAPER.source, PAPER.tuning
     assert (generator.batch, generator.latent, generator.statistics) == (200, 100, 0.1)
     assert (generator.optimizer.lr, generator.optimizer.betas) == (1e-3, (0.5, 0.999))
@@ -34,7 +34,7 @@ def test_the_published_values():
     assert RECIPES["paper-imagenet"].source.conditioning == "conditional-batch-norm"
 
 
-def test_the_batch_can_be_chosen(teacher, tiny):
+def test_with_batch_sets_the_batch(teacher, tiny):
     recipe = small(RECIPES["fast"]).with_batch(4)
     assert (recipe.source.batch, recipe.source.source.batch) == (4, 4)
     assert tiny.with_batch(3).source.batch == 3
@@ -45,7 +45,7 @@ def test_the_batch_can_be_chosen(teacher, tiny):
     assert len(result.examples[0]) == 5
 
 
-def test_what_a_recipe_may_combine():
+def test_recipe_refuses_parts_that_do_not_fit():
     for change in ({"quantizers": MINMAX}, {"tuning": FAST.tuning}, {"warmup": 700}):
         with pytest.raises(UsageError, match="learned by reconstruction"):
             replace(GENIE, **change)
@@ -53,7 +53,7 @@ def test_what_a_recipe_may_combine():
         replace(GENIE, match_moments=True)
 
 
-def test_features_need_folded_batch_norms(tiny):
+def test_feature_loss_needs_folded_batch_norms(tiny):
     with pytest.raises(ValueError, match="learned"):
         replace(tiny, tuning=replace(tiny.tuning, features=1.0))
 
@@ -65,6 +65,6 @@ def test_learned_quantizers_need_fixed_statistics():
         replace(FAST, quantizers="learnt")
 
 
-def test_a_recipe_must_be_in_order(tiny):
+def test_recipe_refuses_calibration_after_warmup(tiny):
     with pytest.raises(ValueError, match="calibration <= warmup"):
         replace(tiny, calibration=5, warmup=2)

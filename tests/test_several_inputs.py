@@ -44,7 +44,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inputs_have_the_names_of_the_forward_however_they_are_given(name):
+def test_inputs_are_named_as_in_the_forward_method(name):
     model, data = network_and_data(name, 3)
     captured = capture(model, data)
     assert [spec.name for spec in captured.inputs] == list(data)
@@ -63,7 +63,7 @@ def test_inputs_have_the_names_of_the_forward_however_they_are_given(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_specification_of_an_input_says_its_kind():
+def test_input_spec_gives_its_kind():
     captured = capture(*network_and_data("integer time", 2))
     assert captured.inputs == (IMAGE, InputSpec("time", (), torch.int64))
     assert [spec.kind for spec in captured.inputs] == ["image", "integers"]
@@ -81,13 +81,13 @@ def test_the_specification_of_an_input_says_its_kind():
         (lambda d: {**d, "image": d["image"][..., :4, 0]}, "the network must accept inputs image"),
     ],
 )
-def test_example_inputs_that_do_not_fit_are_refused(change, message):
+def test_capture_refuses_example_inputs_that_do_not_fit(change, message):
     model, data = network_and_data("float time", 3)
     with pytest.raises(UsageError, match=message):
         capture(model, change(data))
 
 
-def test_quantized_networks_take_inputs_in_order_and_by_name(case):
+def test_quantized_network_takes_inputs_in_order_and_by_name(case):
     model, result, inputs, _ = case
     expected = model(**inputs)
     found = result(**inputs)
@@ -106,7 +106,7 @@ def test_quantized_networks_take_inputs_in_order_and_by_name(case):
         result(first)
 
 
-def test_the_test_data_is_measured(case):
+def test_quantize_measures_test_data_of_several_inputs(case):
     _, result, _, held_out = case
     if "labels" in held_out:
         assert result.metrics["teacher"]["top1"] == 100
@@ -118,7 +118,7 @@ def test_the_test_data_is_measured(case):
         assert all(0 < error < 15 for error in errors.values())
 
 
-def test_saved_networks_are_the_same_when_loaded(case, tmp_path):
+def test_load_gives_the_saved_network(case, tmp_path):
     _, result, inputs, _ = case
     result.save(tmp_path)
     loaded = gdfq.load(tmp_path)
@@ -129,7 +129,7 @@ def test_saved_networks_are_the_same_when_loaded(case, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["onnx", "pt2", "safetensors"])
-def test_exported_files_give_the_students_outputs(case, target, tmp_path):
+def test_exported_file_gives_the_outputs_of_the_student(case, target, tmp_path):
     _, result, inputs, _ = case
     path = tmp_path / f"student.{target}"
     exported = result.export(path)
@@ -148,7 +148,7 @@ def test_exported_files_give_the_students_outputs(case, target, tmp_path):
             assert np.linalg.norm(a - b.numpy()) < 0.02 * np.linalg.norm(b.numpy())
 
 
-def test_evidence_says_what_is_missing_and_why(case):
+def test_evidence_names_missing_sections_with_their_reason(case):
     model, result, inputs, _ = case
     evidence = gather(capture(model, inputs), result)
     assert "layers" in evidence.sections
@@ -158,7 +158,7 @@ def test_evidence_says_what_is_missing_and_why(case):
         assert "a network that takes images alone" in evidence.missing[section]
 
 
-def test_a_stored_network_says_what_it_takes(case, tmp_path):
+def test_stored_network_names_its_inputs_in_errors(case, tmp_path):
     _, result, inputs, _ = case
     result.export(tmp_path / "student.safetensors")
     from safetensors import safe_open
@@ -169,7 +169,7 @@ def test_a_stored_network_says_what_it_takes(case, tmp_path):
     assert [entry["name"] for entry in document["card"]["inputs"]] == list(inputs)
 
 
-def test_recipes_that_pool_and_learn_take_given_inputs():
+def test_pool_recipe_takes_given_inputs():
     model, data = network_and_data("tokens")
     recipe = dataclasses.replace(gdfq.RECIPES["fast"].with_steps(10), placement="full")
     result = gdfq.quantize(model, data, "w8a8", recipe, data=data)
@@ -179,13 +179,13 @@ def test_recipes_that_pool_and_learn_take_given_inputs():
 
 
 @pytest.mark.parametrize("recipe", ["fast", "quick", "paper", "zeroq"])
-def test_sources_that_make_images_alone_say_so(recipe):
+def test_image_source_refuses_networks_of_other_inputs(recipe):
     model, data = network_and_data("tokens", 4)
     with pytest.raises(UsageError, match=r"takes images alone.*ids: 6 integers.*Give real inputs"):
         gdfq.quantize(model, data, "w8a8", recipe)
 
 
-def test_blocks_and_automatic_bits_are_for_images():
+def test_reconstruction_and_automatic_bits_refuse_several_inputs():
     model, data = network_and_data("tokens")
     recipe = dataclasses.replace(gdfq.RECIPES["genie"], placement="full")
     with pytest.raises(UsageError, match="from its one input"):
@@ -194,7 +194,7 @@ def test_blocks_and_automatic_bits_are_for_images():
         gdfq.quantize(model, data, "auto", "fast", size=60_000, data=data)
 
 
-def test_pixels_cannot_be_the_input(case, tmp_path):
+def test_raw_input_refuses_several_inputs(case, tmp_path):
     with pytest.raises(UsageError, match="takes images alone"):
         case[1].export(tmp_path / "q.onnx", raw_input=True)
 
@@ -202,7 +202,7 @@ def test_pixels_cannot_be_the_input(case, tmp_path):
 SPECS = {"ids": ((6,), torch.int64), "mask": ((6,), torch.bool)}
 
 
-def test_tensors_are_read_from_files_and_pairs(tmp_path):
+def test_load_tensors_reads_files_and_pairs(tmp_path):
     data = multi_input.token_inputs(5)
     np.savez(
         tmp_path / "x.npz",
@@ -234,12 +234,12 @@ def test_tensors_are_read_from_files_and_pairs(tmp_path):
         (lambda d: "nowhere.npz", "readable .npz file"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(change, message):
+def test_load_tensors_refuses_tensors_that_do_not_fit(change, message):
     with pytest.raises(UsageError, match=message):
         load_tensors(change(multi_input.token_inputs(5)), SPECS, 4)
 
 
-def test_a_network_of_one_image_is_as_before():
+def test_network_of_one_image_has_one_input_spec():
     captured = networks.captured("Residual")
     assert captured.inputs == (InputSpec("images", networks.SHAPE),)
     assert captured.input_shape == networks.SHAPE

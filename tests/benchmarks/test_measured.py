@@ -25,7 +25,7 @@ def test_measured_drops_are_means_over_the_seeds_of_full_runs() -> None:
     assert measured.measured(rows) == [expected]
 
 
-def test_the_file_of_the_package_is_that_of_the_results() -> None:
+def test_file_of_the_package_is_that_of_the_results() -> None:
     assert json.loads(measured.FILE.read_text()) == measured.measured(measured.rows())
 
 

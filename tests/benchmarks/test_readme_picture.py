@@ -11,11 +11,11 @@ def row(bits, top1, interval, **others):
     }  # fmt: skip
 
 
-def test_the_picture_is_that_of_the_results():
+def test_picture_is_that_of_the_results():
     assert readme_picture.PICTURE.read_text() == readme_picture.picture(readme_picture.read_rows())
 
 
-def test_bars_are_means_over_seeds_by_hand():
+def test_bars_are_means_over_seeds():
     rows = [
         row("w4a4", 88.0, [1.0, 3.0]),
         row("w4a4", 89.0, [0.0, 2.0], placement="relu"),
@@ -33,7 +33,7 @@ def test_bars_are_means_over_seeds_by_hand():
     ]
 
 
-def test_a_bar_is_as_long_as_its_accuracy():
+def test_length_of_a_bar_is_its_accuracy():
     assert readme_picture._x(50.0) - readme_picture._x(0.0) == pytest.approx(
         readme_picture._x(100.0) - readme_picture._x(50.0)
     )

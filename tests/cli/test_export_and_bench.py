@@ -7,7 +7,7 @@ from support.command_line import arguments
 from gdfq.cli import main
 
 
-def test_export_and_bench(place, capsys):
+def test_export_writes_files_that_bench_measures(place, capsys):
     assert main(arguments(place, "--no-onnx")) == 0
     out = place / "out"
     assert not (out / "student.onnx").exists()
@@ -61,7 +61,7 @@ def _network(inputs, folder, outside=False):
     return str(path)
 
 
-def test_bench_against_files_of_others(place, capsys):
+def test_bench_compares_with_other_files(place, capsys):
     out = str(place / "out")
     assert main(arguments(place)) == 0
     file = _network([["N", 3, 8, 8]], place, outside=True)

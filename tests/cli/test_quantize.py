@@ -16,7 +16,7 @@ import gdfq
 from gdfq.cli import main
 
 
-def test_the_default_is_fast_and_deployable(place):
+def test_default_recipe_is_fast_with_placement_full(place):
     words = arguments(place)
     at = words.index("--recipe")
     assert main(words[:at] + words[at + 2 :]) == 0
@@ -28,7 +28,7 @@ def test_the_default_is_fast_and_deployable(place):
     assert stages[-3:] == ["tune"] * 3
 
 
-def test_the_whole_run(place, capsys):
+def test_run_writes_all_files_and_can_be_evaluated(place, capsys):
     test = ["--test", f"{place}/test.npz"]
     assert main(arguments(place, "--bits", "w4a6", "--seed", "5", *test)) == 0
     out = place / "out"
@@ -70,14 +70,14 @@ def test_the_whole_run(place, capsys):
 
 
 @pytest.mark.parametrize("weights", ["w.pt", "nested.pt"])
-def test_every_form_of_weights_gives_the_same_network(place, weights):
+def test_all_weight_formats_give_the_same_network(place, weights):
     assert main(arguments(place, out="a")) == 0
     assert main(arguments(place, weights=weights, out="b")) == 0
     a, b = ((place / run / "student.safetensors").read_bytes() for run in "ab")
     assert a == b
 
 
-def test_absent_mean_and_std_are_said_loudly(place, capsys):
+def test_missing_mean_and_std_give_a_warning(place, capsys):
     call = arguments(place)
     for option in ("--mean", "--std"):
         del call[call.index(option) : call.index(option) + 2]
@@ -117,7 +117,7 @@ def broken_weights(place, change):
         (lambda p: (p / "net.py").write_text("1/0"), {}, "must be importable"),
     ],
 )
-def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message):
+def test_invalid_networks_weights_and_folders_are_refused(place, capsys, prepare, call, message):
     if prepare is not None:
         prepare(place)
     assert main(arguments(place, **call)) == 2
@@ -152,7 +152,7 @@ def test_bad_networks_weights_and_folders(place, capsys, prepare, call, message)
         (["--test", "{place}/net.py"], "is neither"),
     ],
 )
-def test_bad_options(place, capsys, more, message):
+def test_invalid_options_are_refused(place, capsys, more, message):
     if "cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     more = [part.format(place=place) for part in more]
@@ -163,7 +163,7 @@ def test_bad_options(place, capsys, more, message):
     assert not (place / "out").exists()
 
 
-def test_files_of_others_are_no_run(place, capsys):
+def test_folder_with_a_foreign_file_is_refused(place, capsys):
     (place / "out").mkdir()
     (place / "out" / "metrics.json").write_text("{}")
     assert main(arguments(place)) == 2
@@ -171,7 +171,7 @@ def test_files_of_others_are_no_run(place, capsys):
     assert [path.name for path in (place / "out").iterdir()] == ["metrics.json"]
 
 
-def test_a_finished_run_is_never_overwritten(place, capsys):
+def test_finished_run_is_not_overwritten(place, capsys):
     assert main(arguments(place)) == 0
     before = (place / "out" / "student.safetensors").read_bytes()
     assert main(arguments(place, "--seed", "1")) == 2
@@ -179,7 +179,7 @@ def test_a_finished_run_is_never_overwritten(place, capsys):
     assert (place / "out" / "student.safetensors").read_bytes() == before
 
 
-def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
+def test_unfinished_run_does_not_load_and_can_be_repeated(place, capsys):
     folder = place / "out"
     assert main(arguments(place)) == 0
     (folder / "metrics.json").unlink()
@@ -196,7 +196,7 @@ def test_an_unfinished_run_does_not_load_and_may_be_repeated(place, capsys):
     assert main(arguments(place)) == 0
 
 
-def test_a_run_that_diverges_fails_without_a_result(place, capsys, monkeypatch):
+def test_diverging_run_fails_without_a_result(place, capsys, monkeypatch):
     def diverge(self, student, *_):
         return {"student": student[0].sum() * torch.nan}
 
@@ -217,7 +217,7 @@ def gdfq_process(*call):
     )
 
 
-def test_control_c_stops_cleanly(place):
+def test_control_c_stops_the_run_with_exit_code_130(place):
     process = gdfq_process(*arguments(place, "--steps", "100000"))
     history = place / "out" / "history.jsonl"
     for _ in range(600):
@@ -233,7 +233,7 @@ def test_control_c_stops_cleanly(place):
     assert not (place / "out" / "metrics.json").exists()
 
 
-def test_files_of_others_are_not_touched(place, capsys):
+def test_foreign_files_are_not_changed(place, capsys):
     folder = place / "project"
     folder.mkdir()
     for name in ("config.json", "student.onnx"):
@@ -243,7 +243,7 @@ def test_files_of_others_are_not_touched(place, capsys):
     assert (folder / "student.onnx").read_text() == '{"mine": 1}'
 
 
-def test_a_factory_may_import_its_neighbours_late(place):
+def test_factory_imports_modules_beside_it(place):
     (place / "late.py").write_text("def factory():\n    import net\n    return net.factory()\n")
     call = arguments(place)
     call[1] = f"{place}/late.py:factory"
@@ -251,13 +251,13 @@ def test_a_factory_may_import_its_neighbours_late(place):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world"])
-def test_files_that_are_no_weights(place, capsys, content):
+def test_files_without_weights_are_refused(place, capsys, content):
     (place / "bad.pt").write_bytes(content)
     assert main(arguments(place, weights="bad.pt")) == 2
     assert "without pickled code" in capsys.readouterr().err
 
 
-def test_a_run_says_what_its_export_was(place, capsys):
+def test_metrics_describe_the_export(place, capsys):
     assert main(arguments(place)) == 0
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     export = metrics["export"]
@@ -274,7 +274,7 @@ def test_a_run_says_what_its_export_was(place, capsys):
         ("gdfq.deploy.onnx.target.computed_in_float", KeyError("of a bug")),
     ],
 )
-def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, error):
+def test_failed_export_does_not_fail_the_run(place, capsys, monkeypatch, where, error):
     def refuse(*_, **__):
         raise error
 
@@ -286,7 +286,7 @@ def test_a_run_survives_an_export_that_fails(place, capsys, monkeypatch, where, 
     assert (place / "out" / "metrics.json").exists()
 
 
-def test_a_run_that_cannot_be_leaves_no_folder(place, capsys):
+def test_invalid_layer_bits_leave_no_folder(place, capsys):
     assert main(arguments(place, "--layer-bits", "nowhere=8")) == 2
     shown = capsys.readouterr()
     assert "nowhere" in shown.err
@@ -295,6 +295,6 @@ def test_a_run_that_cannot_be_leaves_no_folder(place, capsys):
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
-def test_seconds_are_numbers(seconds, place, capsys):
+def test_checkpoint_interval_must_be_a_finite_number(seconds, place, capsys):
     assert main(arguments(place, "--checkpoint-every", seconds)) == 2
     assert "--checkpoint-every" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def metrics(folder):
     return found
 
 
-def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):
+def test_stopped_run_resumes_and_writes_the_same_files(place, capsys, monkeypatch):
     more = ["--steps", "8", "--test", f"{place}/test.npz"]
     assert main(arguments(place, *more, out="whole")) == 0
     call, out = arguments(place, *more), place / "out"
@@ -58,7 +58,7 @@ def test_it_goes_on_and_ends_with_the_same_files(place, capsys, monkeypatch):
     assert sorted(os.listdir(out)) == sorted(os.listdir(place / "whole"))
 
 
-def test_the_command_that_is_said_goes_on(place, capsys, monkeypatch):
+def test_printed_command_resumes_the_run(place, capsys, monkeypatch):
     """As a sweep writes it, with the model behind `--`."""
     command, model, *options = arguments(place)
     assert stopped(monkeypatch, [command, *options, "--", model], signal.SIGTERM, 2) == 143
@@ -68,14 +68,14 @@ def test_the_command_that_is_said_goes_on(place, capsys, monkeypatch):
     assert "resumes from its checkpoint" in capsys.readouterr().out
 
 
-def test_the_configuration_is_that_of_the_end(place, monkeypatch):
+def test_configuration_of_a_resumed_run_has_the_last_options(place, monkeypatch):
     assert stopped(monkeypatch, arguments(place), signal.SIGTERM, 2) == 143
     assert main(arguments(place, "--test", f"{place}/test.npz")) == 0
     config = json.loads((place / "out" / "config.json").read_text())
     assert config["test"] == f"{place}/test.npz"
 
 
-def test_a_signal_during_the_export_is_not_lost(place, monkeypatch):
+def test_signal_during_the_export_stops_the_run(place, monkeypatch):
     def export(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -85,7 +85,7 @@ def test_a_signal_during_the_export_is_not_lost(place, monkeypatch):
     assert not (place / "out" / "metrics.json").exists()
 
 
-def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):
+def test_other_options_do_not_resume_the_run(place, capsys, monkeypatch):
     call = arguments(place)
     assert stopped(monkeypatch, call, signal.SIGTERM, 2) == 143
     before = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
@@ -101,12 +101,12 @@ def test_another_command_does_not_go_on_with_it(place, capsys, monkeypatch):
     assert after == before
 
 
-def test_there_must_be_something_to_go_on_with(place, capsys):
+def test_resume_fails_without_a_checkpoint(place, capsys):
     assert main(arguments(place, "--resume")) == 2
     assert "out has none. Remove --resume" in capsys.readouterr().err
 
 
-def test_a_folder_in_use_is_refused(place, capsys):
+def test_folder_in_use_is_refused(place, capsys):
     with RunFolder(place / "out"):
         assert main(arguments(place)) == 2
     assert "another one is using" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from gdfq.data.preprocessing import Resize
 from gdfq.errors import UsageError
 
 
-def test_image_folders(tmp_path):
+def test_load_data_reads_image_folders(tmp_path):
     from PIL import Image
 
     for name, colour in (("b", (255, 0, 0)), ("a", (0, 255, 0))):
@@ -42,26 +42,26 @@ def test_image_folders(tmp_path):
         (lambda p: p.mkdir(), "at least one image"),
     ],
 )
-def test_unreadable_data_is_refused(tmp_path, make, message):
+def test_load_data_refuses_unreadable_data(tmp_path, make, message):
     path = tmp_path / "data.npz"
     make(path)
     with pytest.raises(UsageError, match=message):
         load_data(path, (3, 8, 8), 5)
 
 
-def test_a_broken_image_is_named(tmp_path):
+def test_load_data_names_a_broken_image(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "bad.png").write_bytes(b"\x89PNG")
     with pytest.raises(UsageError, match=r"bad\.png"):
         load_data(tmp_path, (3, 8, 8), 5)
 
 
-def test_data_can_be_an_object_of_ones_own():
+def test_load_data_accepts_an_object_of_the_user():
     data = ArrayData(networks.images(2), None)
     assert load_data(data, networks.SHAPE, 5) is data
 
 
-def test_images_need_no_labels_unless_they_test(tmp_path):
+def test_load_data_needs_labels_for_a_test_only(tmp_path):
     np.savez(tmp_path / "data.npz", images=np.zeros((2, 3, 8, 8), np.uint8))
     data = load_data(tmp_path / "data.npz", networks.SHAPE, 5)
     assert data.labels is None
@@ -81,7 +81,7 @@ def ramp(width, height):
     return Image.fromarray(pixels)
 
 
-def test_image_folders_are_resized_as_told(tmp_path):
+def test_load_data_resizes_image_folders(tmp_path):
     (tmp_path / "a").mkdir()
     ramp(8, 4).save(tmp_path / "a" / "x.png")
     data = load_data(tmp_path, (3, 4, 4), 2, Resize(squash=True, interpolation="nearest"))

@@ -23,7 +23,7 @@ def noise(width, height):
     return Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_the_crop_is_the_middle_of_the_resized_image():
+def test_crop_is_the_centre_of_the_resized_image():
     """10 x 6 covers 6 x 6 as it is; columns 2..7 of it are the middle, and 4 x 4 of 6 x 6 too."""
     pixels = np.array(Resize()(ramp(10, 6), (6, 6)))
     assert pixels[0, :, 0].tolist() == [2, 3, 4, 5, 6, 7]
@@ -33,7 +33,7 @@ def test_the_crop_is_the_middle_of_the_resized_image():
     assert pixels[:, 0, 1].tolist() == [1, 2, 3, 4]
 
 
-def test_squashing_keeps_the_whole_image():
+def test_squash_keeps_the_whole_image():
     """Nearest of 8 columns in 4: the second of each pair; rows stay."""
     resize = Resize(squash=True, interpolation="nearest")
     pixels = np.array(resize(ramp(8, 4), (4, 4)))
@@ -46,7 +46,7 @@ def test_squashing_keeps_the_whole_image():
 @pytest.mark.needs("torchvision")
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (231, 500), (97, 61)])
 @pytest.mark.parametrize("short", [224, 232, 235, 256])
-def test_an_independent_reference_gives_the_same_pixels(size, short):
+def test_resize_matches_an_independent_reference(size, short):
     from torchvision import transforms
 
     image = noise(*size)
@@ -58,7 +58,7 @@ def test_an_independent_reference_gives_the_same_pixels(size, short):
     assert np.array_equal(np.array(found), np.array(expected))
 
 
-def test_resizing_that_has_no_meaning_is_refused():
+def test_resize_refuses_invalid_values():
     with pytest.raises(UsageError, match="crop must lie in"):
         Resize(crop=1.5)
     with pytest.raises(UsageError, match=r"one of nearest, .*; got 'random'"):

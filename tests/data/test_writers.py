@@ -18,7 +18,7 @@ def some(count, *shape):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_all_forms_hold_the_same_pixels(tmp_path, channels):
+def test_image_files_of_all_forms_hold_the_same_pixels(tmp_path, channels):
     pixels, preprocessing = some(12, channels, 5, 7)
     labels = torch.tensor([11, 0, 3, 0, 11, 5, 5, 2, 1, 0, 4, 9])  # 6, 7, 8 and 10 have none
     files = ImageFiles(tmp_path / "fakes", png=True)
@@ -35,7 +35,7 @@ def test_all_forms_hold_the_same_pixels(tmp_path, channels):
     assert torch.equal(preprocessing.pixels(floats), pixels)
 
 
-def test_names_sort_as_numbers_do(tmp_path):
+def test_image_files_have_names_in_numerical_order(tmp_path):
     pixels, preprocessing = some(11, 3, 2, 2)
     files = ImageFiles(tmp_path, png=True)
     files.write(preprocessing(pixels), torch.full((11,), 99), preprocessing, 101)
@@ -45,7 +45,7 @@ def test_names_sort_as_numbers_do(tmp_path):
     assert (names[0], names[-1]) == ("00.png", "10.png")
 
 
-def test_colours_keep_their_places(tmp_path):
+def test_image_files_keep_the_order_of_channels(tmp_path):
     red = torch.zeros(1, 3, 2, 2)
     red[:, 0] = 1
     ImageFiles(tmp_path, png=True).write(red, None, Preprocessing.of(3, None, None), 1)
@@ -56,14 +56,14 @@ def test_colours_keep_their_places(tmp_path):
 
 
 @pytest.mark.parametrize("there", ["images.npz", "images.npy", "png"])
-def test_images_that_are_there_stay(tmp_path, there):
+def test_image_files_do_not_overwrite_images(tmp_path, there):
     (tmp_path / there).touch()
     with pytest.raises(UsageError, match="already holds images"):
         ImageFiles(tmp_path).prepare((3, 8, 8))
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (4, 8, 8), (1, 4, 4, 4)])
-def test_what_has_no_png(tmp_path, shape):
+def test_image_files_refuse_png_for_other_shapes(tmp_path, shape):
     with pytest.raises(UsageError, match="Remove --png"):
         ImageFiles(tmp_path / "x", png=True).prepare(shape)
     assert not (tmp_path / "x").exists()

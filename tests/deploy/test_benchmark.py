@@ -7,7 +7,7 @@ from gdfq.deploy.benchmark import side_by_side
 from gdfq.deploy.onnx.writer import to_onnx
 
 
-def test_full_precision_beside_it_has_the_same_function_without_rounding(small):
+def test_full_precision_file_has_the_function_without_rounding(small):
     network = small.network.as_float()
     names = [str(node.target) for node in network.graph.nodes]
     assert not any("quantize" in name and "float" not in name for name in names)

@@ -8,20 +8,20 @@ import gdfq
 from gdfq import UsageError
 
 
-def test_t1_says_what_stays_float(tiny, tmp_path):
+def test_notes_name_float_operators_of_placement_relu(tiny, tmp_path):
     quantized = gdfq.quantize(networks.captured("Residual"), networks.images(1), "w4a4", tiny)
     (note,) = quantized.export(tmp_path / "q.onnx").notes
     assert note == "computed in float: conv1, conv2, fc, 1 add, 1 average pool"
 
 
-def test_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_file(small, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         small.export(tmp_path / "q.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_formats_follow_names_and_errors_say_what_to_do(small, tmp_path):
+def test_target_follows_the_file_name(small, tmp_path):
     with pytest.raises(UsageError, match=r"must end with \.onnx, \.pt2, \.safetensors"):
         small.export(tmp_path / "q.tflite")
     with pytest.raises(UsageError, match=r"one of onnx, pt2, safetensors; got 'tflite'"):
@@ -36,7 +36,7 @@ def test_formats_follow_names_and_errors_say_what_to_do(small, tmp_path):
         small.export(tmp_path / "file" / "q.onnx")
 
 
-def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
+def test_float_layers_are_float_in_the_file(tiny, tmp_path):
     quantized = gdfq.quantize(
         networks.captured("Branches"),
         networks.images(1),
@@ -55,14 +55,14 @@ def test_kept_layers_are_float_in_the_file_too(tiny, tmp_path):
     assert gdfq.load(tmp_path / "q.safetensors").card.layer_bits == ("stem.*=float", "fc=8")
 
 
-def test_what_is_computed_in_float_is_told(tiny, tmp_path):
+def test_notes_name_operators_that_run_in_float(tiny, tmp_path):
     quantized = gdfq.quantize(networks.captured("Preactivation"), networks.images(1), "w4a4", tiny)
     (note,) = quantized.export(tmp_path / "q.onnx").notes
     _, _, listed = note.partition("computed in float: ")
     assert {"conv", "squeeze", "fc1", "1 silu", "2 average pool"} <= set(listed.split(", "))
 
 
-def test_writers_of_one_path_do_not_meet(tmp_path):
+def test_two_writers_of_one_path_do_not_collide(tmp_path):
     """A second export of the same name, while the first one's file is checked."""
     from gdfq.files.atomic import write_atomically, write_checked
 

@@ -9,7 +9,7 @@ from gdfq.deploy.graph_json import graph_from_json, graph_to_json
 from gdfq.graph.tensors import tensors_of
 
 
-def test_graphs_round_trip_through_json(any_teacher):
+def test_graph_round_trips_through_json(any_teacher):
     network = any_teacher.network
     text = json.dumps(graph_to_json(network.graph), allow_nan=False)
     again = graph_from_json(json.loads(text), tensors_of(network))

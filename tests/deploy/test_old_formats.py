@@ -10,7 +10,7 @@ import gdfq
 FOLDER = Path(__file__).parents[1] / "format4"
 
 
-def test_format_4_is_read() -> None:
+def test_load_reads_format_4() -> None:
     """3-bit weights, 8 in the first layer, placement t1; outputs as version 0.1.0 computed them."""
     student = gdfq.load(FOLDER)
     assert (str(student.card.bits), student.card.placement) == ("w3a4", "relu")
@@ -21,7 +21,7 @@ def test_format_4_is_read() -> None:
         torch.testing.assert_close(logits, torch.from_numpy(expected["logits"]))
 
 
-def test_format_4_is_saved_as_the_present_one(tmp_path: Path) -> None:
+def test_save_writes_the_present_format(tmp_path: Path) -> None:
     student = gdfq.load(FOLDER)
     student.save(tmp_path)
     images = student.examples[0]

@@ -21,7 +21,7 @@ from gdfq.sources.pool import ImagePool
 
 @pytest.mark.parametrize("placement", ["full", "relu"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_path):
+def test_onnx_file_matches_the_student_for_every_network(name, placement, tiny, tmp_path):
     quantized = gdfq.quantize(
         networks.captured(name), networks.images(1), "w4a4", tiny, placement=placement
     )
@@ -38,7 +38,7 @@ def test_every_network_runs_equally_in_onnx_runtime(name, placement, tiny, tmp_p
 
 
 @pytest.mark.parametrize("weights", range(2, 9))
-def test_every_width_keeps_its_codes(weights, tmp_path):
+def test_onnx_file_keeps_the_codes_of_all_bits(weights, tmp_path):
     bits = Bits(weights, 10 - weights)
     quantized = quantized_by_fast(networks.captured("Branches"), bits)
     exported = quantized.export(tmp_path / "q.onnx")
@@ -74,7 +74,7 @@ def test_full_placement_runs_in_integer_kernels(small, tmp_path):
     assert not {"Conv", "Add", "Gemm", "DequantizeLinear", "Relu"} & set(seen)
 
 
-def test_names_and_metadata_tell_what_the_file_is(tmp_path):
+def test_onnx_file_has_names_and_metadata(tmp_path):
     quantized = quantized_by_fast(networks.captured("Residual"), "w4a8")
     quantized.metrics |= {"teacher": {"top1": 91.5}, "student": {"top1": 90.25}}
     quantized.export(tmp_path / "q.onnx")
@@ -95,7 +95,7 @@ def test_names_and_metadata_tell_what_the_file_is(tmp_path):
     assert b"/" not in text.replace(b"7-bit", b"") or b".py" not in text  # no paths of ours
 
 
-def test_pixels_can_be_the_input(small, tmp_path):
+def test_raw_input_takes_pixels(small, tmp_path):
     exported = small.export(tmp_path / "q.onnx", raw_input=True)
     assert exported.beyond.images == exported.inside.images + 2  # black and white
     assert exported.beyond.relative_error < 1e-3
@@ -108,7 +108,7 @@ def test_pixels_can_be_the_input(small, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_an_operator_without_a_form_in_onnx_is_named(small, tmp_path, monkeypatch):
+def test_operator_without_an_onnx_form_is_named(small, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no ONNX function found for aten.weird")
 
@@ -119,7 +119,7 @@ def test_an_operator_without_a_form_in_onnx_is_named(small, tmp_path, monkeypatc
 
 
 @pytest.mark.needs("openvino")
-def test_openvino_gives_the_same_answers(small, tmp_path):
+def test_openvino_gives_the_same_predictions(small, tmp_path):
     """A second runtime, written independently."""
     import openvino
 
@@ -131,7 +131,7 @@ def test_openvino_gives_the_same_answers(small, tmp_path):
     assert float((got - small(x)).norm() / small(x).norm()) < 0.05
 
 
-def test_kept_layers_between_quantized_ones_are_not_rounded_by_the_runtime(tmp_path):
+def test_runtime_does_not_round_float_layers_between_quantized_ones(tmp_path):
     """Channels of very different size: 8 bits for all of them together would show."""
     model = networks.make("Residual")
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_kept_layers_between_quantized_ones_are_not_rounded_by_the_runtime(tmp_p
     assert exported.beyond.relative_error < 1e-3
 
 
-def test_what_is_no_valid_model_is_a_clear_error(small, tmp_path, monkeypatch):
+def test_invalid_model_is_a_clear_error(small, tmp_path, monkeypatch):
     def refuse(model):
         raise onnx.checker.ValidationError("Graph must be in single static assignment form")
 
@@ -177,7 +177,7 @@ _MORE_WIDTHS = [
 
 
 @pytest.mark.parametrize(("bits", "name", "placement"), _MORE_WIDTHS)
-def test_the_narrowest_and_the_widest_run_equally(bits, name, placement, tmp_path):
+def test_fewest_and_most_bits_match_the_student(bits, name, placement, tmp_path):
     quantized = quantized_by_fast(networks.captured(name), bits, placement)
     exported = quantized.export(tmp_path / "q.onnx")
     assert exported.inside.relative_error < 1e-3
@@ -208,7 +208,7 @@ def _of_dimensions(dimensions):
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_any_number_of_dimensions(dimensions, tmp_path):
+def test_networks_of_one_to_three_dimensions_match_the_student(dimensions, tmp_path):
     shape = (2, *[6] * dimensions)
     network = _with_statistics(_of_dimensions(dimensions), shape)
     quantized = quantized_by_fast(network, "w4a4", shape=shape)
@@ -218,7 +218,7 @@ def test_any_number_of_dimensions(dimensions, tmp_path):
         assert exported.beyond.relative_error < 1e-3
 
 
-def test_zero_points_of_signed_and_unsigned_activations(small, tmp_path):
+def test_zero_points_suit_signed_and_unsigned_activations(small, tmp_path):
     """Behind a ReLU 0 is the lowest code; the input and the residual path have codes on both sides."""
     small.export(tmp_path / "q.onnx")
     graph = onnx.load(tmp_path / "q.onnx").graph
@@ -230,7 +230,7 @@ def test_zero_points_of_signed_and_unsigned_activations(small, tmp_path):
     assert 0 < found["conv2d_1.q"] < 255
 
 
-def test_channels_split_in_integers(tmp_path):
+def test_channels_are_split_in_integers(tmp_path):
     """Each value of an operator with several has a name, and codes are what is split."""
     quantized = quantized_by_fast(networks.captured("Shuffled"), "w4a4")
     exported = quantized.export(tmp_path / "q.onnx")
@@ -240,7 +240,7 @@ def test_channels_split_in_integers(tmp_path):
     assert splits[0].input[0] == "relu.clip"
 
 
-def test_a_ceiling_is_left_to_the_codes(tmp_path):
+def test_ceiling_of_relu6_is_left_to_the_codes(tmp_path):
     """A ReLU6 whose range the codes cover would keep the runtime from integer kernels."""
     model = networks.make("Branches")
     quantized = quantized_by_fast(model, "w4a4")
@@ -256,7 +256,7 @@ def test_a_ceiling_is_left_to_the_codes(tmp_path):
     assert note.startswith("computed in float: ")
 
 
-def test_one_step_for_a_whole_weight(small, tmp_path):
+def test_weight_with_one_scale_matches_the_student(small, tmp_path):
     """No quantizer of ours makes such weights; the format and the kernels have them."""
     network = copy.deepcopy(small.network)
     for name, buffer in list(network.named_buffers()):
@@ -274,7 +274,7 @@ def test_one_step_for_a_whole_weight(small, tmp_path):
     assert list(values["conv1.weight_scale"]) == list(values["conv1.bias_scale"]) == []
 
 
-def test_normalisation_is_written_in_full(small, tmp_path):
+def test_mean_and_std_are_written_at_full_precision(small, tmp_path):
     from gdfq.data.preprocessing import Preprocessing
 
     third = Preprocessing((1 / 3,) * 3, (0.229000001,) * 3)

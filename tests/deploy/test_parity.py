@@ -14,7 +14,7 @@ from gdfq.deploy.parity import CodesParity, compare_codes
 from gdfq.deploy.runtimes import onnx_values
 
 
-def test_a_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
+def test_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
     """A lost clamp shows beyond the calibrated range, and the file that was there stays."""
     path = tmp_path / "q.onnx"
     path.write_bytes(b"before")
@@ -35,7 +35,7 @@ def test_a_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
 
 
-def test_what_differs_first_is_named(small, tmp_path, monkeypatch):
+def test_first_activation_that_differs_is_named(small, tmp_path, monkeypatch):
     exported = small.export(tmp_path / "q.onnx")
     assert exported.differs_first == ()
     json.dumps(exported.as_values())
@@ -80,7 +80,7 @@ def test_codes_are_compared_from_equal_inputs(small):
     assert not CodesParity("many", 0.02, 0.02, 1000).only_rounded
 
 
-def test_an_activation_that_the_file_lacks_is_an_error(small):
+def test_activation_that_the_file_lacks_is_an_error(small):
     data = to_onnx(small.network, small.card.inputs, {})
     with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
         onnx_values(data, ["relu.clip", "elsewhere.q"], [networks.images(1)])

@@ -16,7 +16,7 @@ from gdfq import UsageError
 from gdfq.deploy.safetensors import STUDENT_FILE, digest, pack, unpack
 
 
-def test_safetensors_hold_codes_at_their_true_width(small, tmp_path):
+def test_exported_codes_are_packed_at_their_bits(small, tmp_path):
     exported = small.export(tmp_path / "q.safetensors")
     loaded = gdfq.load(tmp_path / "q.safetensors")
     x = networks.images(4)
@@ -32,7 +32,7 @@ def test_safetensors_hold_codes_at_their_true_width(small, tmp_path):
 
 
 @given(bits=st.integers(2, 8), data=st.data())
-def test_packing_round_trips_at_the_true_width(bits, data):
+def test_packed_codes_round_trip(bits, data):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     count = int(torch.tensor(shape).prod())
@@ -43,7 +43,7 @@ def test_packing_round_trips_at_the_true_width(bits, data):
     assert torch.equal(unpack(packed, bits, shape), codes)
 
 
-def test_packing_by_hand():
+def test_packed_codes_match_hand_computed_bytes():
     # 4 bits: codes -8, 7, 0 are 0, 15, 8 unsigned; the first lies in the low half of its byte.
     assert pack(torch.tensor([-8, 7, 0], dtype=torch.int8), 4).tolist() == [0xF0, 0x08]
 
@@ -64,7 +64,7 @@ def saved(saved_once, tmp_path):
     return quantized, tmp_path / "out"
 
 
-def test_what_is_loaded_is_what_was_saved(saved):
+def test_load_gives_what_was_saved(saved):
     quantized, folder = saved
     loaded = gdfq.load(folder)
     x = networks.images(9)
@@ -74,14 +74,14 @@ def test_what_is_loaded_is_what_was_saved(saved):
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_every_network_survives_the_round_trip(name, tiny, tmp_path):
+def test_every_network_round_trips(name, tiny, tmp_path):
     quantized = gdfq.quantize(networks.captured(name), networks.images(1), "w4a4", tiny)
     quantized.save(tmp_path)
     x = networks.images(5)
     assert torch.equal(gdfq.load(tmp_path)(x), quantized(x))
 
 
-def test_codes_are_packed_on_disk(saved):
+def test_saved_codes_are_packed(saved):
     _, folder = saved
     tensors = load_file(folder / STUDENT_FILE)
     assert tensors["quantized.conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
@@ -103,7 +103,7 @@ def _first(document, kind):
     return next(node for node in document["graph"] if node["kind"] == kind)
 
 
-def test_a_file_from_before_resizing_was_known_loads(saved):
+def test_file_without_resize_values_loads(saved):
     quantized, folder = saved
     _edit(folder, lambda document: document["card"]["preprocessing"].pop("resize"))
     assert gdfq.load(folder).card == quantized.card
@@ -135,7 +135,7 @@ def test_a_file_from_before_resizing_was_known_loads(saved):
         (lambda d: d["graph"].pop(), "must have inputs"),
     ],
 )
-def test_a_changed_file_does_not_load(saved, change, message):
+def test_changed_file_does_not_load(saved, change, message):
     _, folder = saved
     _edit(folder, change)
     with pytest.raises(UsageError, match=message):
@@ -151,14 +151,14 @@ def test_a_changed_file_does_not_load(saved, change, message):
         lambda d: next(iter(d["codes"].values())).update(bits=2),
     ],
 )
-def test_an_altered_header_does_not_load(saved, change):
+def test_header_with_a_wrong_hash_does_not_load(saved, change):
     _, folder = saved
     _edit(folder, change, sign=False)
     with pytest.raises(UsageError, match="damaged, was changed"):
         gdfq.load(folder)
 
 
-def test_altered_tensors_do_not_load(saved):
+def test_changed_tensors_do_not_load(saved):
     _, folder = saved
     path = folder / STUDENT_FILE
     data = bytearray(path.read_bytes())
@@ -169,7 +169,7 @@ def test_altered_tensors_do_not_load(saved):
 
 
 @pytest.mark.parametrize("part", [0, 7, 100, -1])
-def test_half_a_file_does_not_load(saved, part):
+def test_truncated_file_does_not_load(saved, part):
     _, folder = saved
     path = folder / STUDENT_FILE
     path.write_bytes(path.read_bytes()[:part])
@@ -183,7 +183,7 @@ def test_other_safetensors_are_refused(tmp_path):
         gdfq.load(tmp_path / "w.safetensors")
 
 
-def test_examples_and_metrics_are_loaded_with_the_run(saved):
+def test_load_reads_examples_and_metrics(saved):
     quantized, folder = saved
     loaded = gdfq.load(folder)
     assert loaded.examples[0].shape == quantized.examples[0].shape == (8, *networks.SHAPE)
@@ -191,7 +191,7 @@ def test_examples_and_metrics_are_loaded_with_the_run(saved):
     assert torch.equal(loaded.card.preprocessing.pixels(*loaded.examples), pixels)
 
 
-def test_a_write_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(saved, tmp_path, monkeypatch):
     quantized, _ = saved
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):

@@ -11,7 +11,7 @@ from gdfq.deploy.runtimes import PRECISE, onnx_runner
 from gdfq.deploy.saturation import layers_that_may_overflow, without_overflow
 
 
-def test_8_bit_weights_become_7_where_sums_may_overflow(tmp_path):
+def test_safe_x86_writes_7_bit_weights_where_sums_may_saturate(tmp_path):
     quantized = quantized_by_fast(networks.captured("Residual"), "w8a8")
     risky = layers_that_may_overflow(quantized.network)
     assert risky == [f"quantized.{name}.codes" for name in ("conv1", "conv2", "fc")]
@@ -54,7 +54,7 @@ def wide():
     return quantized_by_fast(networks.captured("Residual"), "w8a8")
 
 
-def test_a_file_that_saturates_here_alone_is_kept_and_says_so(wide, tmp_path, monkeypatch):
+def test_file_that_saturates_on_this_processor_is_kept_with_a_note(wide, tmp_path, monkeypatch):
     _saturating(monkeypatch)
     exported = wide.export(tmp_path / "q.onnx")
     assert exported.saturates_here
@@ -64,7 +64,7 @@ def test_a_file_that_saturates_here_alone_is_kept_and_says_so(wide, tmp_path, mo
     assert exported.as_values()["saturates_here"] is True
 
 
-def test_saturation_is_no_excuse_where_there_can_be_none(small, wide, tmp_path, monkeypatch):
+def test_difference_without_possible_saturation_is_refused(small, wide, tmp_path, monkeypatch):
     _saturating(monkeypatch)
     with pytest.raises(GdfqError, match="not kept"):
         small.export(tmp_path / "q.onnx")

@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch):
 # What libraries warn of, a reader would see as well; it is no error of the page.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", with_mark(None), ids=name_of)
-def test_the_code_runs(page, place):
+def test_page_code_runs(page, place):
     """Commands of gdfq alone run in this process; `make check` gives them to a shell."""
     chosen = [block for block in pages.blocks(page) if block.mark is None]
     pages.run(page, chosen, place, shell=False)
@@ -48,7 +48,7 @@ def test_the_code_runs(page, place):
 @pytest.mark.check
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", with_mark(None, "check"), ids=name_of)
-def test_all_code_runs(page, place):
+def test_page_code_runs_in_a_shell(page, place):
     blocks = [block for block in pages.blocks(page) if block.mark != "skip"]
     pages.run(page, [block for block in blocks if not block.absent], place)
     absent = sorted({block.library for block in blocks if block.absent})
@@ -57,7 +57,7 @@ def test_all_code_runs(page, place):
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=name_of)
-def test_no_block_is_overlooked(page):
+def test_page_has_no_unrecognized_block(page):
     text, found = page.read_text(), pages.blocks(page)
     assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(found)
     assert text.count("<!-- test:") == sum(block.mark is not None for block in found)
@@ -65,7 +65,7 @@ def test_no_block_is_overlooked(page):
     assert {block.mark for block in found} <= {None, "check", "skip"}
 
 
-def test_blocks_by_hand(tmp_path):
+def test_blocks_of_a_hand_made_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         'Text\n\n```python title="a.py"\nx = 1\n```\n'
@@ -86,7 +86,7 @@ def test_blocks_by_hand(tmp_path):
         pages.run(page, [command], tmp_path)
 
 
-def test_plain_commands_of_gdfq_are_told_from_others():
+def test_gdfq_commands_recognizes_plain_commands():
     code = "gdfq a 'b c' \\\n  --d e  # a remark\n# another\n\ngdfq f\n"
     assert pages.gdfq_commands(code) == [["a", "b c", "--d", "e"], ["f"]]
     assert pages.gdfq_commands("gdfq a\nmake b\n") is None
@@ -96,12 +96,12 @@ def test_plain_commands_of_gdfq_are_told_from_others():
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(gdfq\.[\w.]+)`", EQUATIONS))
-def test_every_function_of_the_equations_exists(name):
+def test_function_named_in_equations_exists(name):
     module, _, attribute = name.rpartition(".")
     assert hasattr(import_module(module), attribute)
 
 
-def test_every_loss_has_its_equation():
+def test_public_losses_have_an_equation():
     public = {
         name
         for name, value in vars(losses).items()
@@ -112,19 +112,19 @@ def test_every_loss_has_its_equation():
     }
 
 
-def test_every_paper_that_the_code_cites_has_its_equation():
+def test_cited_papers_have_an_equation():
     cited = {number for text in SOURCES for number in re.findall(r"\b\d{4}\.\d{5}\b", text)}
     assert cited <= set(re.findall(r"\b\d{4}\.\d{5}\b", EQUATIONS))
 
 
-def test_the_table_of_recipes_is_complete():
+def test_table_of_recipes_is_complete():
     table = (DOCS / "recipes.md").read_text().split("| recipe |")[1].split("\n\n")[0]
     first_column = [row.split("|")[1] for row in table.splitlines()[2:]]
     named = [name for cell in first_column for name in re.findall(r"`([a-z][a-z-]*)`", cell)]
     assert sorted(named) == sorted(RECIPES)
 
 
-def test_the_readme_names_real_recipes():
+def test_readme_names_existing_recipes():
     text = (pages.ROOT / "README.md").read_text()
     named = set(re.findall(r"recipe(?: `|=\"| )([a-z-]+)[`\"]", text))
     named |= set(re.findall(r"--recipe ([a-z-]+)", text))
@@ -132,7 +132,7 @@ def test_the_readme_names_real_recipes():
     assert named <= set(RECIPES)
 
 
-def test_the_page_on_recipes_says_what_fast_is():
+def test_recipes_page_has_the_numbers_of_fast():
     page = " ".join((DOCS / "recipes.md").read_text().split())
     fast, quick = RECIPES["fast"], RECIPES["quick"]
     large = fast.source.fitted((3, 224, 224))

@@ -22,7 +22,7 @@ def of_build(name):
     return module
 
 
-def test_the_reference_has_every_command_and_option():
+def test_reference_has_every_command_and_option():
     text = of_build("commands").reference()
     for name, command in cli.commands.items():
         _, found, rest = text.partition(f"\n## gdfq {name}\n")
@@ -49,7 +49,7 @@ def site(tmp_path_factory):
 
 @pytest.mark.needs("mkdocs")
 @pytest.mark.needs("mkdocstrings")
-def test_the_site_holds_every_page(site):
+def test_site_has_every_page(site):
     made = {path.relative_to(site).with_suffix(".md") for path in site.rglob("*.html")}
     there = {page.relative_to(pages.ROOT / "docs") for page in pages.PAGES[1:]}
     assert there <= made
@@ -60,7 +60,7 @@ def test_the_site_holds_every_page(site):
 
 @pytest.mark.needs("mkdocs")
 @pytest.mark.needs("mkdocstrings")
-def test_the_site_has_the_public_names_with_what_they_take(site):
+def test_site_documents_public_names_and_parameters(site):
     text = unescape((site / "reference" / "python.html").read_text())
     headings = set(re.findall(r"<h[23][^>]*>\s*([\w.]+)", text))
     assert {f"gdfq.{name}" for name in set(gdfq.__all__) - {"__version__"}} <= headings
@@ -70,7 +70,7 @@ def test_the_site_has_the_public_names_with_what_they_take(site):
 
 @pytest.mark.needs("mkdocs")
 @pytest.mark.needs("mkdocstrings")
-def test_the_site_loads_nothing_from_elsewhere(site):
+def test_site_loads_nothing_from_other_hosts(site):
     for page in site.rglob("*.html"):
         assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//', page.read_text())
         links = re.findall(r'<link[^>]*rel="([^"]*)"[^>]*href="(?:https?:)?//', page.read_text())

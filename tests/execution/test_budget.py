@@ -37,23 +37,23 @@ CPU = torch.device("cpu")
         ("a", None),
     ],
 )
-def test_parse_bytes(text, size):
+def test_parse_bytes_reads_units(text, size):
     assert parse_bytes(text) == size
 
 
-def test_a_budget_is_of_text_bytes_or_nothing():
+def test_budget_accepts_text_bytes_and_none():
     assert MemoryBudget.of("2GiB") == MemoryBudget.of(2**31) == MemoryBudget(2**31)
     assert MemoryBudget.of(None) == MemoryBudget()
     assert MemoryBudget.of(MemoryBudget(7)) == MemoryBudget(7)
 
 
 @pytest.mark.parametrize("memory", ["much", "0", 0, -1, 1.5])
-def test_a_budget_refuses_what_is_no_size(memory):
+def test_budget_refuses_invalid_sizes(memory):
     with pytest.raises(UsageError, match="memory must be a positive number of bytes"):
         MemoryBudget.of(memory)
 
 
-def test_at_least_one_image_fits():
+def test_budget_fits_at_least_one_image():
     assert [MemoryBudget(100).images(size, CPU) for size in (30, 100, 101)] == [3, 1, 1]
     assert MemoryBudget().room(CPU) == 3 * 2**29
 
@@ -64,7 +64,7 @@ QUICKEST = replace(
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "quickest"])
-def test_a_run_does_not_depend_on_its_budget(recipe, tiny):
+def test_run_does_not_depend_on_its_budget(recipe, tiny):
     """Images are the same to the bit; students are equally near to the network.
 
     Batches in parts have the same ranges, but moments are means over parts, and gradients sums over
@@ -86,7 +86,7 @@ def test_a_run_does_not_depend_on_its_budget(recipe, tiny):
 
 @pytest.mark.parametrize("sizes", [(8,), (3, 5), (1, 1, 6)])
 @pytest.mark.parametrize("kind", [LearnedRange, MovingRange])
-def test_ranges_of_a_batch_in_parts_are_those_of_the_whole(sizes, kind):
+def test_ranges_of_parts_are_those_of_the_whole_batch(sizes, kind):
     batch = torch.randn(8, 5, 61, 61, generator=torch.Generator().manual_seed(0))
     batch = batch.contiguous(memory_format=torch.channels_last)
     whole, parts = kind(4), kind(4)
@@ -106,7 +106,7 @@ def student_of(teacher, memory):
 TINY = MemoryBudget(30_000)
 
 
-def test_calibration_in_parts_finds_the_same_ranges(teacher):
+def test_calibration_in_parts_gives_the_same_ranges(teacher):
     assert forward_images(teacher.network.graph, TINY, CPU) < 10
     whole, parts = (student_of(teacher, memory) for memory in (MemoryBudget(), TINY))
     expected = whole.ranges()
@@ -114,7 +114,7 @@ def test_calibration_in_parts_finds_the_same_ranges(teacher):
     assert parts.ranges() == pytest.approx(expected, rel=1e-4)
 
 
-def test_moments_in_parts_are_matched_alike(teacher):
+def test_moments_of_parts_are_those_of_the_whole_batch(teacher):
     images = networks.images(20)
     students = [student_of(teacher, MemoryBudget()) for _ in range(2)]
     before = students[0](images)

@@ -38,7 +38,7 @@ def names(folder, kind="checkpoint"):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(kind))
 
 
-def test_it_is_written_when_it_is_time(tmp_path):
+def test_checkpoint_is_written_after_the_interval(tmp_path):
     clock = Time()
     checkpoints, part = opened(tmp_path, clock=clock, interval=60)
     heard = checkpoints.listening(lambda step: None)
@@ -51,7 +51,7 @@ def test_it_is_written_when_it_is_time(tmp_path):
     assert again == {"x": 1}
 
 
-def test_checkpoints_that_take_long_are_rare(tmp_path):
+def test_checkpoint_that_takes_long_is_written_less_often(tmp_path):
     """Two percent of the time at most: after one of 3 seconds none comes for 150."""
     clock = Time()
 
@@ -70,13 +70,13 @@ def test_checkpoints_that_take_long_are_rare(tmp_path):
         assert clock.now == expected
 
 
-def test_a_clock_that_goes_backwards_is_not_looked_at():
+def test_checkpoint_interval_ignores_the_wall_clock():
     import time
 
     assert Checkpoints.__init__.__kwdefaults__["clock"] is time.monotonic
 
 
-def test_a_listener_that_raises_is_written_down_first(tmp_path):
+def test_checkpoint_is_written_before_a_listener_raises(tmp_path):
     checkpoints, part = opened(tmp_path, interval=1e9)
     part["x"] = 5
 
@@ -88,7 +88,7 @@ def test_a_listener_that_raises_is_written_down_first(tmp_path):
     assert opened(tmp_path)[1] == {"x": 5}
 
 
-def test_what_does_not_change_is_written_once(tmp_path):
+def test_frozen_part_is_written_once(tmp_path):
     checkpoints, part = opened(tmp_path)
     part["images"] = Frozen({"a": torch.arange(1000)})
     checkpoints.save()
@@ -110,7 +110,7 @@ def test_what_does_not_change_is_written_once(tmp_path):
     assert names(tmp_path, "piece") == []
 
 
-def test_parts_that_are_not_held_yet_are_kept(tmp_path):
+def test_parts_that_are_not_registered_yet_stay_in_the_checkpoint(tmp_path):
     checkpoints, part = opened(tmp_path)
     part["x"] = 1
     checkpoints.save()
@@ -134,7 +134,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "altered", "longer"])
 @pytest.mark.parametrize("kind", ["checkpoint", "piece"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, kind):
+def test_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, how, kind):
     checkpoints, part = opened(tmp_path)
     for number in (1, 2):
         part["x"], part["t"] = number, Frozen(torch.tensor([number]))
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, kind):
     assert opened(tmp_path)[1]["x"] == 1  # the damaged one is gone, without another warning
 
 
-def test_without_a_whole_one_nothing_loads(tmp_path):
+def test_damaged_checkpoints_alone_load_nothing(tmp_path):
     checkpoints, _ = opened(tmp_path)
     checkpoints.save()
     checkpoints.save()
@@ -161,7 +161,7 @@ def test_without_a_whole_one_nothing_loads(tmp_path):
         opened(tmp_path)
 
 
-def test_another_run_does_not_go_on_with_it(tmp_path):
+def test_checkpoint_of_another_run_is_refused(tmp_path):
     opened(tmp_path)[0].save()
     for run, message in (
         ({**RUN, "bits": "w3a3"}, "bits was 'w4a4' and is 'w3a3'"),
@@ -174,13 +174,13 @@ def test_another_run_does_not_go_on_with_it(tmp_path):
     assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == {"a.c": (None, 2)}
 
 
-def test_a_state_that_does_not_fit_is_refused(tmp_path):
+def test_state_that_does_not_fit_is_refused(tmp_path):
     opened(tmp_path, torch.nn.Linear(2, 2))[0].save()
     with pytest.raises(UsageError, match="the part does not fit"):
         opened(tmp_path, torch.nn.Linear(3, 2))
 
 
-def test_a_piece_is_a_file_of_the_folder_alone(tmp_path):
+def test_piece_outside_the_folder_is_refused(tmp_path):
     checkpoints, part = opened(tmp_path / "a")
     part["x"] = Frozen(torch.ones(2))
     checkpoints._pieces[part["x"]] = "../" + "0" * 29
@@ -191,7 +191,7 @@ def test_a_piece_is_a_file_of_the_folder_alone(tmp_path):
         opened(tmp_path / "a")
 
 
-def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+def test_full_disk_does_not_stop_the_run(tmp_path, monkeypatch):
     checkpoints, part = opened(tmp_path)
     part["x"] = 1
     checkpoints.save()
@@ -210,7 +210,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
     assert opened(tmp_path)[1] == {"x": 2}
 
 
-def test_a_folder_that_vanished_is_made_again(tmp_path):
+def test_removed_folder_is_created_again(tmp_path):
     import shutil
 
     checkpoints, part = opened(tmp_path / "run")
@@ -221,7 +221,7 @@ def test_a_folder_that_vanished_is_made_again(tmp_path):
     assert opened(tmp_path / "run")[1]["x"].value.tolist() == [1, 1]
 
 
-def test_a_state_that_is_not_finite_is_not_written(tmp_path):
+def test_state_that_is_not_finite_is_not_written(tmp_path):
     layer = torch.nn.Linear(1, 1)
     checkpoints, _ = opened(tmp_path, layer)
     checkpoints.save()
@@ -233,7 +233,7 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path):
     assert opened(tmp_path, torch.nn.Linear(1, 1))[1].weight.item() == good
 
 
-def test_what_a_killed_process_left_half_written_goes(tmp_path):
+def test_incomplete_files_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".checkpoint-000001-x.safetensors.0123abcd.partial").write_bytes(b"half")
     checkpoints, _ = opened(tmp_path)
     checkpoints.save()
@@ -241,7 +241,7 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     assert not tmp_path.exists()
 
 
-def test_a_folder_in_use_is_refused_and_free_again_behind_an_error(tmp_path):
+def test_folder_in_use_is_refused_until_it_is_released(tmp_path):
     first = Checkpoints(tmp_path / "kept")
     with first:
         with pytest.raises(UsageError, match="another one is using"), Checkpoints(first.folder):
@@ -256,7 +256,7 @@ def test_a_folder_in_use_is_refused_and_free_again_behind_an_error(tmp_path):
     assert not first.folder.exists()
 
 
-def test_a_lock_that_is_no_file_is_refused(tmp_path):
+def test_lock_that_is_not_a_file_is_refused(tmp_path):
     (tmp_path / "a" / ".lock").mkdir(parents=True)
     with (
         pytest.raises(UsageError, match=r"\.lock must be a file that can be written"),

@@ -59,22 +59,22 @@ def together(request, groups):
     return groups[request.param]
 
 
-def test_all_processes_have_the_same(together):
+def test_processes_compute_the_same(together):
     for one, other in pairwise(together):
         assert difference(one, other) == 0
 
 
 @pytest.mark.parametrize("source", ["pool", "optimised"])
-def test_images_of_independent_batches_are_those_of_one_process(alone, together, source):
+def test_images_of_several_processes_are_those_of_one(alone, together, source):
     """Three and five batches: the processes make more, or fewer, than there are of them."""
     assert difference(alone[source], together[0][source]) == 0
 
 
-def test_the_generator_starts_as_on_the_whole_batch(alone, together):
+def test_generator_starts_as_on_the_whole_batch(alone, together):
     assert difference(alone["generators"], together[0]["generators"]) < 1e-5
 
 
-def test_the_generator_learns_as_on_the_whole_batch(alone, together):
+def test_generator_learns_as_on_the_whole_batch(alone, together):
     """In double precision: Adam makes a step of the full size of a gradient that is rounding."""
     for one in alone["long"].values():
         assert one["losses"].shape == (group_figures.STEPS, 3)
@@ -83,19 +83,19 @@ def test_the_generator_learns_as_on_the_whole_batch(alone, together):
 
 
 @pytest.mark.parametrize("student", ["float", "quantized", "paper", "moving"])
-def test_the_first_step_of_a_student_is_that_of_one_process(alone, together, student):
+def test_first_step_of_several_processes_is_that_of_one(alone, together, student):
     one, several = alone[student], together[0][student]
     assert difference(one["losses"][0], several["losses"][0]) < 1e-5
     assert difference(one["gradients"], several["gradients"]) < 1e-5
 
 
-def test_steps_of_a_student_without_quantizers_are_those_of_one_process(alone, together):
+def test_float_student_of_several_processes_is_that_of_one(alone, together):
     assert len(alone["float"]["losses"]) == group_figures.STEPS
     assert alone["float"]["losses"][0, 0] > alone["float"]["losses"][-1, 0]
     assert difference(alone["float"], together[0]["float"]) < 1e-5
 
 
-def test_a_process_that_is_alone_has_the_whole():
+def test_single_process_has_the_whole_batch():
     x = torch.arange(6.0).view(3, 2)
     assert ALONE.mean(x) is ALONE.gather(x) is ALONE.shard(x) is ALONE.broadcast(0, x) is x
     ALONE.check_batch(7, "it")
@@ -109,7 +109,7 @@ def some(rank: int, size: int) -> Processes:
     return group
 
 
-def test_parts_are_even_or_whole():
+def test_shards_are_of_equal_size_or_the_whole():
     x = torch.arange(6)
     assert [some(rank, 3).shard(x).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
     assert some(1, 4).shard(x) is x
@@ -142,7 +142,7 @@ def quantize(place: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer(place, capsys):
+def test_killed_process_stops_all_and_the_run_resumes_with_fewer(place, capsys):
     words = quantize(
         place, "--recipe=paper-no-boundary", "--steps=400", "--batch=8", "--checkpoint-every=0.1",
         f"--test={place}/test.npz", "--no-onnx", "--no-report",

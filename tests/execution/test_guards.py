@@ -28,7 +28,7 @@ SHORTAGES = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), CPU_S
     ("room", "advice"),
     [(100, r"50 images fit: .*another folder.*--batch 50 "), (1, "not even one image fits")],
 )
-def test_a_shortage_names_a_batch_that_fits(error, room, advice):
+def test_out_of_memory_error_names_a_batch_that_fits(error, room, advice):
     asked = []
 
     def ask(images):
@@ -43,7 +43,7 @@ def test_a_shortage_names_a_batch_that_fits(error, room, advice):
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=["python", "gpu", "cpu"])
-def test_a_shortage_of_any_stage_names_a_smaller_budget(error):
+def test_out_of_memory_error_names_a_smaller_budget(error):
     with pytest.raises(GdfqError, match=r"making images must fit.*--memory 512MiB "):  # noqa: SIM117
         with smaller_budget_suggested("making images", 2**30):
             raise error
@@ -51,7 +51,7 @@ def test_a_shortage_of_any_stage_names_a_smaller_budget(error):
         raise RuntimeError("shapes cannot be multiplied")
 
 
-def test_evaluating_that_is_short_of_memory_says_so(teacher, tiny, monkeypatch):
+def test_out_of_memory_in_evaluation_suggests_a_smaller_budget(teacher, tiny, monkeypatch):
     def short(*_, **__):
         raise CPU_SHORT
 
@@ -64,12 +64,12 @@ def test_evaluating_that_is_short_of_memory_says_so(teacher, tiny, monkeypatch):
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, test=data, memory="2MiB")
 
 
-def test_other_errors_are_not_taken_for_a_shortage():
+def test_other_errors_are_not_reported_as_out_of_memory():
     with pytest.raises(RuntimeError, match="mat1 and mat2"), batch_that_fits_suggested(8, print):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_a_run_that_is_short_of_memory_says_so(teacher, tiny, monkeypatch):
+def test_out_of_memory_in_tuning_suggests_a_smaller_batch(teacher, tiny, monkeypatch):
     def short(self, *_):
         raise CPU_SHORT
 
@@ -78,7 +78,7 @@ def test_a_run_that_is_short_of_memory_says_so(teacher, tiny, monkeypatch):
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
 
 
-def test_images_of_a_pool_may_be_what_does_not_fit(teacher, monkeypatch):
+def test_out_of_memory_in_a_pool_suggests_a_smaller_batch(teacher, monkeypatch):
     def short(*_):
         raise CPU_SHORT
 
@@ -110,7 +110,7 @@ def test_images_of_a_pool_may_be_what_does_not_fit(teacher, monkeypatch):
         ("fast", "gdfq.tuning.distill.distillation_loss", "student's.*step 2.*kd nan"),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run(name, where, message, teacher, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run(name, where, message, teacher, monkeypatch):
     module, function = where.rsplit(".", 1)
     original = getattr(__import__(module, fromlist=[function]), function)
     monkeypatch.setattr(where, lambda *args: original(*args) * torch.nan)
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(name, where, message, teacher, 
     assert "tune" not in heard
 
 
-def test_the_last_good_state_is_kept(teacher, tiny, monkeypatch, tmp_path):
+def test_run_resumes_from_the_last_finite_state(teacher, tiny, monkeypatch, tmp_path):
     """A loss that becomes NaN late: what was written before it goes on when it is mended."""
     from gdfq.tuning import distill
 

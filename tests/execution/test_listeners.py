@@ -9,7 +9,7 @@ from gdfq.execution.progress import Step
 from gdfq.files.states import Frozen, from_bytes, to_bytes
 
 
-def test_the_history_is_cut_where_the_checkpoint_was(tmp_path):
+def test_history_is_cut_at_the_checkpoint(tmp_path):
     path = tmp_path / "history.jsonl"
     with History(path) as history:
         history(Step("tune", 1, 3, {"loss": torch.tensor(0.5)}))
@@ -24,7 +24,7 @@ def test_the_history_is_cut_where_the_checkpoint_was(tmp_path):
     assert path.read_text() == whole + '{"stage": "tune", "step": 2, "loss": 0.25}\n'
 
 
-def test_a_batch_that_is_made_again_is_told_once(tmp_path):
+def test_history_lists_a_repeated_batch_once(tmp_path):
     """Stopped in the second batch of images, which begins with step 3."""
     path = tmp_path / "history.jsonl"
 

@@ -17,7 +17,7 @@ from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 
 
-def test_lower_precision_is_in_the_layers_alone(teacher):
+def test_bfloat16_is_used_in_layers_only(teacher):
     """bfloat16: statistics and losses within its rounding of float32's, all in float32."""
     found = {}
     for precision in ("float32", "bfloat16"):

@@ -23,7 +23,7 @@ def unequal(a, b):
     return type(a) is not type(b) or a != b
 
 
-def test_states_keep_numbers_keys_types_and_strides():
+def test_state_keeps_numbers_keys_types_and_strides():
     images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     state = {
         "images": images,
@@ -49,11 +49,11 @@ def test_states_keep_numbers_keys_types_and_strides():
         max_leaves=12,
     )
 )
-def test_any_plain_state_comes_back(state):
+def test_state_round_trips_for_any_plain_value(state):
     assert not unequal(state, from_bytes(to_bytes(state, str), Frozen))
 
 
-def test_an_optimizer_goes_on_as_if_nothing_had_been():
+def test_state_of_an_optimizer_continues_its_updates():
     def make():
         weight = torch.nn.Parameter(torch.ones(3))
         return weight, torch.optim.Adam([{"params": [weight], "lr": 0.1}], betas=(0.8, 0.95))

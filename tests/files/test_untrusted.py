@@ -52,7 +52,7 @@ from gdfq.student.scheme import LayerBits
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(random=st.randoms(use_true_random=False))
 @pytest.mark.filterwarnings("ignore")  # decoders warn of damage
-def test_what_is_changed_is_read_or_refused(name, random):
+def test_mutated_input_is_read_or_refused(name, random):
     """The mutations of benchmarks.fuzz, driven and shrunk by hypothesis."""
     loader = LOADERS[name]
     data = loader.change(random.choice(loader.valid), random)
@@ -61,7 +61,7 @@ def test_what_is_changed_is_read_or_refused(name, random):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_what_the_fuzzing_starts_from_is_accepted(name, tmp_path):
+def test_valid_inputs_of_the_fuzzing_are_accepted(name, tmp_path):
     loader = LOADERS[name]
     valid = loader.valid[0] if name != "run folder" else b"config.json\n" + RUN["config.json"]
     loader.read(valid, tmp_path)
@@ -96,12 +96,12 @@ def npy(shape, descr="|u1", content=b""):
         (bytes(2**26 + 1), "would unpack to"),
     ],
 )
-def test_arrays_that_are_not_what_they_say(tmp_path, member, message):
+def test_npz_with_false_headers_is_refused(tmp_path, member, message):
     with pytest.raises(UsageError, match=message):
         load_data(npz(tmp_path / "x.npz", images=member), SHAPE, CLASSES)
 
 
-def test_pickled_arrays_run_nothing(tmp_path, monkeypatch):
+def test_npz_with_pickled_arrays_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = pickle.dumps(valid_files.Trap())
     code += bytes(-len(code) % 8)  # as many bytes as so many objects would have
@@ -111,7 +111,7 @@ def test_pickled_arrays_run_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "trap").exists()
 
 
-def test_members_compressed_in_other_ways_are_refused(tmp_path):
+def test_npz_with_other_compression_is_refused(tmp_path):
     """LZMA asks for as much memory as its header says."""
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("images.npy", npy((1, *SHAPE), content=bytes(192)))
@@ -119,7 +119,7 @@ def test_members_compressed_in_other_ways_are_refused(tmp_path):
         load_data(tmp_path / "x.npz", SHAPE, CLASSES)
 
 
-def test_ordinary_files_that_compress_well_are_read(tmp_path):
+def test_npz_that_compresses_well_is_read(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((10**5, *SHAPE), np.uint8))
     assert len(load_data(tmp_path / "x.npz", SHAPE, None)) == 10**5
 
@@ -140,13 +140,13 @@ def png(path, width, height):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(60000, 60000), (2**31 - 1, 1), (8193, 8193), (9000, 10000)])
-def test_images_of_too_many_pixels(tmp_path, size):
+def test_image_with_too_many_pixels_is_refused(tmp_path, size):
     png(tmp_path / "a" / "x.png", *size)
     with pytest.raises(UsageError, match=r"more than 67,108,864|exceeds limit"):
         load_data(tmp_path, SHAPE, None)
 
 
-def test_a_thin_image_is_not_blown_up(tmp_path):
+def test_thin_image_is_refused_before_it_is_resized(tmp_path):
     """1 x 2,000,000 pixels, resized to cover 224 x 224, would be 224 x 448,000,000."""
     (tmp_path / "a").mkdir()
     Image.new("RGB", (1, 2_000_000)).save(tmp_path / "a" / "x.png")
@@ -156,7 +156,7 @@ def test_a_thin_image_is_not_blown_up(tmp_path):
         Resize(crop=1e-9)(Image.new("RGB", (8, 8)), (8, 8))
 
 
-def test_only_the_decoders_of_the_formats_are_used(tmp_path):
+def test_image_of_another_format_is_refused(tmp_path):
     """Others run programs, as that of PostScript does."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(
@@ -176,7 +176,7 @@ def outside(tmp_path):
     return tmp_path / "outside"
 
 
-def test_image_folders_are_not_left(tmp_path, outside):
+def test_image_folder_with_an_outside_link_is_refused(tmp_path, outside):
     folder = tmp_path / "data"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "x.png").symlink_to(outside / "x.png")
@@ -188,7 +188,7 @@ def test_image_folders_are_not_left(tmp_path, outside):
         load_data(folder, SHAPE, None)
 
 
-def test_links_within_a_folder_and_to_it_are_followed(tmp_path, outside):
+def test_links_within_an_image_folder_are_followed(tmp_path, outside):
     folder = tmp_path / "data"
     (folder / "ä <b>😀").mkdir(parents=True)
     (outside / "x.png").rename(folder / "ä <b>😀" / "x.png")
@@ -197,7 +197,7 @@ def test_links_within_a_folder_and_to_it_are_followed(tmp_path, outside):
     assert len(load_data(tmp_path / "link", SHAPE, 1)) == 2
 
 
-def test_pipes_do_not_hold_a_run_up(tmp_path):
+def test_pipe_in_an_image_folder_does_not_block(tmp_path):
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "a" / "x.png")
     with pytest.raises(UsageError, match="a pipe or a device"):
@@ -205,7 +205,7 @@ def test_pipes_do_not_hold_a_run_up(tmp_path):
 
 
 @pytest.mark.parametrize("name", [STUDENT_FILE, METRICS, "examples.npz", "config.json", ONNX_FILE])
-def test_run_folders_are_not_left(run, tmp_path, name):
+def test_run_folder_with_an_outside_link_is_refused(run, tmp_path, name):
     (tmp_path / "other").write_bytes((run / name).read_bytes())
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "other")
@@ -213,7 +213,7 @@ def test_run_folders_are_not_left(run, tmp_path, name):
         check_export(run) if name == ONNX_FILE else gdfq.load(run)
 
 
-def test_what_is_written_into_a_run_replaces_links(run, tmp_path):
+def test_writing_into_a_run_replaces_links(run, tmp_path):
     (tmp_path / "other").write_text("precious")
     (run / METRICS).unlink()
     for name in ("config.json", STUDENT_FILE):
@@ -246,7 +246,7 @@ def pickled(path, code):
         (b"\x80\x02(X\x0a\x00\x00\x00touch trapios\nsystem\n.", "INST"),
     ],
 )
-def test_pickles_that_take_memory_or_run(tmp_path, monkeypatch, code, message):
+def test_torch_file_with_dangerous_pickle_is_refused(tmp_path, monkeypatch, code, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         read_weights(pickled(tmp_path / "x.pt", code))
@@ -256,7 +256,7 @@ def test_pickles_that_take_memory_or_run(tmp_path, monkeypatch, code, message):
     assert not (tmp_path / "trap").exists()
 
 
-def test_torch_files_hold_their_bytes_as_they_are(tmp_path):
+def test_torch_file_with_compressed_members_is_refused(tmp_path):
     buffer = io.BytesIO()
     torch.save({"w": torch.zeros(10**6)}, buffer)
     with (
@@ -270,7 +270,7 @@ def test_torch_files_hold_their_bytes_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_state_dicts_of_every_type_are_read(tmp_path, legacy):
+def test_state_dict_of_every_dtype_is_read(tmp_path, legacy):
     types = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
     state = {str(dtype): torch.ones(2, 3).to(dtype)[:, 1:] for dtype in types}
     state["parameter"] = torch.nn.Parameter(torch.ones(2))
@@ -303,7 +303,7 @@ def test_state_dicts_of_every_type_are_read(tmp_path, legacy):
         (lambda s: s.update({"é\u202e<b>": torch.zeros(1)}), "surplus: é\u202e<b>"),
     ],
 )
-def test_tensors_that_no_network_takes(tmp_path, change, message):
+def test_unsupported_tensors_are_refused(tmp_path, change, message):
     state = dict(valid_files.network().state_dict())
     change(state)
     torch.save(state, tmp_path / "x.pt")
@@ -311,7 +311,7 @@ def test_tensors_that_no_network_takes(tmp_path, change, message):
         load_weights_(valid_files.network(), tmp_path / "x.pt")
 
 
-def test_shapes_that_overflow(tmp_path):
+def test_overflowing_shape_is_refused(tmp_path):
     entry = {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 0]}
     header = json.dumps({"w": entry}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
@@ -369,7 +369,7 @@ def replaced(operator, target, args):
         (lambda d, t: node(d, "aten.relu.default").update(args=deep(60)), "damaged|must run"),
     ],
 )
-def test_networks_that_lie(change, message):
+def test_network_file_with_false_values_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
         packed.from_safetensors(signed(change))
 
@@ -381,14 +381,14 @@ def deep(levels):
     return value
 
 
-def test_no_codes_of_many_bits():
+def test_codes_of_too_many_bits_are_refused():
     """2 to the power of so many bits would be a number of 125 GB."""
     with pytest.raises(ValueError, match="cannot have 1000000000000 bits"):
         packed.unpack(torch.empty(0, dtype=torch.uint8), 10**12, [0])
 
 
 @pytest.mark.parametrize("name", ["forward", "__class__", "__dict__", "_modules", "graph"])
-def test_tensors_named_as_what_runs(name):
+def test_tensor_with_the_name_of_an_attribute_is_refused(name):
     def change(document, tensors):
         tensors[name] = tensors.pop("fc.weight")
         node(document, "fc.weight").update(target=name)
@@ -397,7 +397,7 @@ def test_tensors_named_as_what_runs(name):
         packed.from_safetensors(signed(change))
 
 
-def test_a_large_operator_is_refused_before_it_runs():
+def test_operator_with_a_large_output_is_refused_before_it_runs():
     """Each step doubles; together they would take 2^40 bytes."""
     steps = [{"name": "big_0", "kind": "operator", "target": "aten.cat.default", "kwargs": {}}]
     steps[0]["args"] = [[{"node": "images"}, {"node": "images"}], -1]
@@ -422,19 +422,19 @@ def test_a_large_operator_is_refused_before_it_runs():
         "\x00",
     ],
 )
-def test_metrics_that_are_none(run, text):
+def test_damaged_metrics_are_refused(run, text):
     (run / METRICS).write_text(text)
     for read in (read_metrics, gdfq.load, check_export):
         with pytest.raises(UsageError, match="damaged or was changed"):
             read(run)
 
 
-def test_the_last_of_two_equal_names_counts(run):
+def test_last_of_two_equal_member_names_is_read(run):
     (run / METRICS).write_text('{"steps": 1, "steps": 2}')
     assert read_metrics(run)["steps"] == 2
 
 
-def test_reports_are_written_into_the_folder_alone(run, tmp_path):
+def test_report_is_written_into_the_folder_only(run, tmp_path):
     (tmp_path / "other").mkdir()
     (run / "report").symlink_to(tmp_path / "other")
     with pytest.raises(UsageError, match="leads out of it"):
@@ -443,14 +443,14 @@ def test_reports_are_written_into_the_folder_alone(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["history.jsonl", "evidence.json", "evidence.npz", METRICS])
-def test_reports_read_the_folder_alone(run, tmp_path, name):
+def test_report_reads_the_folder_only(run, tmp_path, name):
     (tmp_path / "other").write_bytes((run / name).read_bytes())
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "other")
     assert "leads out of it" in read_run(run).problems[name]
 
 
-def test_reports_escape_names(run):
+def test_report_escapes_names(run):
     name = "<script>alert(1)</script>"
     config = {"gdfq": name, "model": name, "command": name, "recipe": {"class": name, "name": name}}
     (run / "config.json").write_text(json.dumps(config))
@@ -458,7 +458,7 @@ def test_reports_escape_names(run):
     assert name not in write_report(run).read_text()
 
 
-def test_evidence_that_costs_too_much_is_named(run):
+def test_report_names_evidence_that_is_too_large(run):
     npz(run / "evidence.npz", counts=bytes(2**26 + 1))
     (run / "evidence.json").write_text('{"version": 1, "deep": ' + "[" * 500 + "]" * 500 + "}")
     (run / METRICS).write_text('{"teacher": {"top1": 1' + "0" * 400 + '}, "student": {"top1": 1}}')
@@ -468,14 +468,14 @@ def test_evidence_that_costs_too_much_is_named(run):
     assert found.drop is None
 
 
-def test_a_configuration_that_is_none_belongs_to_others(run):
+def test_invalid_configuration_is_not_overwritten(run):
     (run / METRICS).unlink()
     (run / "config.json").write_text("[" * 10**5)
     with pytest.raises(UsageError, match="files with the names that a run writes"):
         RunFolder(run)
 
 
-def test_names_are_text_and_nothing_else():
+def test_recipe_name_may_be_any_text():
     name = "<script>alert(1)</script>\u202e"
     _, card = packed.from_safetensors(signed(lambda d, _: d["card"].update(recipe=name)))
     assert card.recipe == name
@@ -485,7 +485,7 @@ def test_names_are_text_and_nothing_else():
 
 
 @pytest.mark.parametrize("name", ["history.jsonl", ".lock", "checkpoints", "config.json"])
-def test_a_run_that_goes_on_writes_into_its_folder_alone(tmp_path, name):
+def test_resumed_run_writes_into_its_folder_only(tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "other").write_text('{"gdfq": 1}')
     (tmp_path / "run" / name).symlink_to(tmp_path / "other")
@@ -526,14 +526,14 @@ def run_of(part, **tensors):
         b"no safetensors",
     ],
 )
-def test_checkpoints_that_are_none(tmp_path, contents):
+def test_invalid_checkpoint_is_refused(tmp_path, contents):
     path = tmp_path / f"checkpoint-000001-{name_of(contents)}.safetensors"
     path.write_bytes(contents)
     with pytest.raises(UsageError, match="must be undamaged"):
         Checkpoints(tmp_path).begin({}, {})
 
 
-def test_checkpoints_elsewhere_are_not_read(tmp_path):
+def test_checkpoint_outside_the_folder_is_not_read(tmp_path):
     contents = run_of(None)
     (tmp_path / "run").mkdir()
     name = f"checkpoint-000001-{name_of(contents)}.safetensors"
@@ -543,7 +543,7 @@ def test_checkpoints_elsewhere_are_not_read(tmp_path):
         Checkpoints(tmp_path / "run").begin({}, {})
 
 
-def test_pieces_that_name_each_other_twice_are_read_once(tmp_path):
+def test_piece_that_is_named_twice_is_read_once(tmp_path):
     """By 40 doublings, 2^40 times."""
     document = None
     for _ in range(40):
@@ -559,7 +559,7 @@ def test_pieces_that_name_each_other_twice_are_read_once(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["../out.bin", "link.bin", "/etc/passwd", "sub/../../out.bin"])
-def test_weights_of_onnx_files_lie_beside_them(tmp_path, place):
+def test_onnx_external_data_must_be_beside_the_file(tmp_path, place):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.bin").write_bytes(bytes(16))
@@ -572,7 +572,7 @@ def test_weights_of_onnx_files_lie_beside_them(tmp_path, place):
             read(folder / "m.onnx")
 
 
-def test_onnx_tensors_have_the_bytes_that_they_say(tmp_path):
+def test_onnx_tensor_with_a_false_size_is_refused(tmp_path):
     model = onnx.load_from_string(valid_files.onnx_file())
     model.graph.initializer[0].dims[:] = [2**31, 2**31]
     with pytest.raises(UsageError, match="ONNX Runtime can load"):
@@ -582,7 +582,7 @@ def test_onnx_tensors_have_the_bytes_that_they_say(tmp_path):
 # --- options, and the network
 
 
-def test_options_of_many_digits():
+def test_option_of_many_digits_is_refused():
     with pytest.raises(UsageError, match="bits are written"):
         Bits.parse("w" + "9" * 5000 + "a4")
     with pytest.raises(UsageError, match="the bits of layers"):
@@ -592,14 +592,14 @@ def test_options_of_many_digits():
             kind.convert(text, None, None)
 
 
-def test_inputs_larger_than_any_image():
+def test_too_large_input_shape_is_refused():
     from gdfq.models.registry import Loaded
 
     with pytest.raises(UsageError, match=r"at most 16,777,216 elements"):
         Loaded(torch.nn.Identity()).input((3, 10**6, 10**6))
 
 
-def test_only_the_names_of_libraries_reach_for_the_network(run, monkeypatch):
+def test_only_library_names_use_the_network(run, monkeypatch):
     def refuse(*_):
         raise AssertionError("reached for the network")
 

@@ -58,7 +58,7 @@ def awkward():
     return capture(network.eval(), torch.randn(2, 3, 8, 8))
 
 
-def test_folding_keeps_the_function_and_leaves_what_cannot_fold(awkward):
+def test_folding_keeps_the_function_and_the_norms_that_cannot_fold(awkward):
     folded = fold_batch_norms(awkward)
     x = torch.randn(5, 3, 8, 8)
     assert torch.allclose(folded.network(x), awkward.network(x), atol=1e-4)
@@ -67,7 +67,7 @@ def test_folding_keeps_the_function_and_leaves_what_cannot_fold(awkward):
     assert len(awkward.batch_norms) == 6  # the teacher itself is left alone
 
 
-def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
+def test_student_with_unfolded_norms_is_close_at_eight_bits(awkward):
     x = torch.randn(64, 3, 8, 8)
     student = build_student(awkward, Scheme(Bits(8, 8), "relu"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
@@ -79,7 +79,7 @@ def test_a_learned_student_of_it_is_near_at_eight_bits(awkward):
         assert torch.allclose(student(x), freeze(student)(x), atol=1e-4)
 
 
-def test_a_batch_norm_over_tokens_does_not_fold():
+def test_batch_norm_over_tokens_does_not_fold():
     """BatchNorm1d normalises dimension 1, a linear layer's channels are the last: 6 and 6 here."""
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -116,7 +116,7 @@ class Keras(nn.Module):
 
 
 @pytest.mark.parametrize("placement", ["relu", "full"])
-def test_fast_on_batch_norms_that_do_not_fold_and_a_layer_used_twice(placement):
+def test_fast_tunes_unfolded_norms_and_shared_layers(placement):
     torch.manual_seed(0)
     network = Keras().eval()
     pool = ImagePool(SpectralSource(batch=8, iterations=3), images=16, batch=8)

@@ -18,7 +18,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 
-def test_block_ends_of_a_residual_network():
+def test_block_ends_are_those_of_a_residual_network():
     folded = fold_batch_norms(networks.captured("Residual"))
     ends = block_ends(folded.network.graph)
     # Not the branch inside the block, not the pooled tensor.
@@ -30,7 +30,7 @@ def test_block_ends_of_a_residual_network():
     assert torch.allclose(F.linear(pooled, *head), logits, atol=1e-5)
 
 
-def test_a_network_of_one_layer_has_no_block_ends():
+def test_network_of_one_layer_has_no_block_ends():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
     graph = capture(network, torch.randn(2, 3, 2, 2)).network.graph
     assert block_ends(graph) == []
@@ -48,7 +48,7 @@ def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
     return student
 
 
-def test_blocks_one_after_the_other_are_the_network(teacher, images):
+def test_blocks_in_sequence_equal_the_network(teacher, images):
     student = student_of(teacher, images)
     folded = fold_batch_norms(teacher).network
     ends = block_ends(folded.graph)
@@ -80,7 +80,7 @@ class Masked(nn.Module):
         return self.head(torch.where(mask, y, torch.zeros_like(y)).mean((2, 3)))
 
 
-def test_no_block_ends_while_anything_else_is_alive(images):
+def test_blocks_do_not_end_while_a_mask_is_alive(images):
     torch.manual_seed(0)
     network = capture(Masked().eval(), images[:2]).network
     x = images

@@ -36,7 +36,7 @@ class Masked(nn.Module):
         {"enable_gqa": True},
     ],
 )
-def test_attention_is_written_as_two_products(options):
+def test_attention_is_captured_as_two_products(options):
     model = Masked(**options).eval()
     x = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0))
     captured = capture(model, x[:1])

@@ -12,7 +12,7 @@ from gdfq.graph.capture import capture
 from gdfq.graph.tensors import tensors_of
 
 
-def test_captured_network_equals_the_module_for_any_batch(any_network):
+def test_captured_network_equals_the_module_for_any_batch_size(any_network):
     captured = capture(any_network, networks.images(1))
     assert captured.classes == networks.CLASSES
     for count in (1, 2, 7):
@@ -20,7 +20,7 @@ def test_captured_network_equals_the_module_for_any_batch(any_network):
         assert torch.allclose(captured.network(x), any_network(x), atol=1e-5)
 
 
-def test_the_module_is_left_as_it_is():
+def test_capture_leaves_the_module_unchanged():
     model = networks.make("Residual").train()
     before = copy.deepcopy(model.state_dict())
     captured = capture(model, networks.images(2))
@@ -34,7 +34,7 @@ def test_the_module_is_left_as_it_is():
         assert torch.equal(value, before[name])
 
 
-def test_batch_norms_of_every_kind_are_found():
+def test_capture_finds_batch_norms_of_every_kind():
     counts = {
         name: len(capture(networks.make(name), networks.images(1)).batch_norms)
         for name in networks.NETWORKS
@@ -53,12 +53,12 @@ def test_batch_norms_of_every_kind_are_found():
     }
 
 
-def test_an_activating_norm_keeps_its_activation():
+def test_capture_keeps_the_activation_of_a_norm():
     captured = capture(networks.make("Standardised"), networks.images(1))
     assert any(queries.is_rectifier(node) for node in captured.network.graph.nodes)
 
 
-def test_weight_standardisation_becomes_a_constant():
+def test_capture_makes_standardised_weights_constant():
     captured = capture(networks.make("Standardised"), networks.images(1))
     (conv,) = (
         n for n in captured.network.graph.nodes if operators.name_of(n) in operators.CONVOLUTIONS
@@ -104,7 +104,7 @@ class BatchOfTwo(Outputs):
         (ByValue(None), "traceable"),
     ],
 )
-def test_what_cannot_be_captured_is_refused(model, message):
+def test_capture_refuses_unsupported_networks(model, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
         capture(model, networks.images(1))
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_captured_is_refused(model, message):
         (lambda y: (y, y), None),
     ],
 )
-def test_one_output_of_two_dimensions_and_two_columns_is_taken_for_logits(give, classes):
+def test_capture_takes_one_output_of_two_or_more_columns_for_logits(give, classes):
     model = Outputs(give)
     assert capture(model, networks.images(1)).classes == classes
     assert capture(model, networks.images(1), classifier=False).classes is None
@@ -129,7 +129,7 @@ def test_one_output_of_two_dimensions_and_two_columns_is_taken_for_logits(give, 
             capture(model, networks.images(1), classifier=True)
 
 
-def test_outputs_come_in_the_order_of_the_network():
+def test_outputs_have_the_order_of_the_network():
     model = Outputs(lambda y: {"b": 2 * y, "a": [y, {"c": y + 1}]})
     captured = capture(model, networks.images(1))
     assert captured.outputs == {"b": 0, "a": [1, {"c": 2}]}
@@ -139,12 +139,12 @@ def test_outputs_come_in_the_order_of_the_network():
         assert torch.allclose(got, wanted, atol=1e-6)
 
 
-def test_wrong_input_shape_is_refused(residual):
+def test_capture_refuses_a_wrong_input_shape(residual):
     with pytest.raises(UsageError, match="must accept an input of 1x8x8"):
         capture(residual, torch.zeros(1, 1, 8, 8))
 
 
-def test_weights_that_are_not_finite_are_refused():
+def test_capture_refuses_weights_that_are_not_finite():
     model = networks.make("Residual")
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, 0] = torch.nan
@@ -166,7 +166,7 @@ class Crossed(nn.Module):
         return self.fc(self.attention(self.query(x), x, x, need_weights=False)[0].mean(1))
 
 
-def test_layers_are_named_by_their_modules():
+def test_layers_have_the_names_of_their_modules():
     """Also where a weight is computed or cut into parts; such parts are parameters as it is."""
     captured = capture(Crossed().eval(), torch.zeros(1, 8, 2, 5))
     layers = [n for n in captured.network.graph.nodes if queries.has_weight(n)]
@@ -201,7 +201,7 @@ class Windows(nn.Module):
         return self.fc((x @ x.transpose(1, 2) + mask).softmax(-1).mean(1))
 
 
-def test_a_mask_of_fixed_size_becomes_a_constant():
+def test_capture_makes_a_mask_of_fixed_size_constant():
     model = Windows().eval()
     captured = capture(model, torch.zeros(1, 3, 4, 4))
     names = {operators.name_of(node) for node in captured.network.graph.nodes}

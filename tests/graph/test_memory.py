@@ -22,7 +22,7 @@ class Chain(nn.Module):
         return torch.sigmoid(y) + y
 
 
-def test_bytes_of_a_graph_by_hand():
+def test_bytes_of_a_graph_match_hand_computed_values():
     # Input and ReLU have 4 numbers, linear, sigmoid and sum 8: 16, 16, 32, 32, 32 bytes. The most
     # is alive at the sum: linear, sigmoid and the sum itself. Work space is twice the largest.
     graph = capture(Chain(), torch.zeros(1, 1, 4)).network.graph

@@ -3,6 +3,6 @@
 from gdfq.graph import operators
 
 
-def test_every_allowed_operator_exists():
+def test_allowed_operators_exist():
     for name in operators.ALLOWED:
         assert callable(operators.resolve(name))

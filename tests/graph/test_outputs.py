@@ -20,7 +20,7 @@ from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 
-def test_structures_by_hand():
+def test_structure_matches_hand_made_outputs():
     a, b, c = (torch.full((1,), float(i)) for i in range(3))
     value = {"x": a, "y": (b, [c])}
     assert [float(t) for t in flattened(value)] == [0, 1, 2]
@@ -51,7 +51,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_structures_survive_a_file(value):
+def test_structure_round_trips_through_a_file(value):
     tensors = [torch.full((1,), float(i)) for i in range(len(flattened(value)))]
     structure = structure_of(value)
     assert read_structure(structure) == structure
@@ -64,7 +64,7 @@ def test_structures_survive_a_file(value):
 @pytest.mark.parametrize(
     "value", [True, "0", None, [], [0, 0], [1, 0], {"x": 2}, {"x": None}, [0, [["a"]]]]
 )
-def test_a_file_must_place_each_output_once(value):
+def test_structure_must_place_each_output_once(value):
     with pytest.raises(ValueError, match="output"):
         read_structure(value)
 
@@ -84,7 +84,7 @@ FEW = replace(
 
 
 @pytest.mark.parametrize("name", networks.TASKS)
-def test_any_output_is_matched_saved_loaded_and_exported(name, tmp_path):
+def test_any_output_is_tuned_saved_loaded_and_exported(name, tmp_path):
     test = networks.images(64, seed=3, shape=networks.shape_of(name))
     model, quantized = tuned(name, FEW, test=test)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_any_output_is_matched_saved_loaded_and_exported(name, tmp_path):
     }[name]
 
 
-def test_a_dictionary_of_outputs_comes_back_as_one():
+def test_dictionary_of_outputs_is_returned_as_a_dictionary():
     _, quantized = tuned("Detector", FEW)
     returned = quantized(networks.images(2))
     assert set(returned) == {"boxes", "scores"}
@@ -122,7 +122,7 @@ def test_a_dictionary_of_outputs_comes_back_as_one():
 
 
 @pytest.mark.parametrize("name", ["paper", "zeroq"])
-def test_sources_need_no_classes(name, tiny):
+def test_source_needs_no_classes(name, tiny):
     recipe = {"paper": tiny, "zeroq": find_recipe("zeroq")}[name]
     if name == "zeroq":
         recipe = replace(recipe, source=replace(recipe.source, batch=4, iterations=2))
@@ -145,7 +145,7 @@ class Returning(networks.Detector):
         return {"conv2d": fine, "boxes": pixels, "again": fine}
 
 
-def test_what_only_shapes_outputs_stays_float(tmp_path):
+def test_operators_that_only_shape_outputs_stay_float(tmp_path):
     model = Returning()
     model.load_state_dict(networks.make("Detector").state_dict())
     model.eval()
@@ -173,7 +173,7 @@ class Auxiliary(networks.Residual):
         return {"auxiliary": None, "logits": super().forward(x)}
 
 
-def test_none_among_the_outputs_comes_back(tmp_path):
+def test_none_among_the_outputs_is_returned(tmp_path):
     model = Auxiliary().eval()
     model.load_state_dict(networks.make("Residual").state_dict())
     quantized = gdfq.quantize(model, networks.images(1), "w8a8", FEW)
@@ -186,7 +186,7 @@ def test_none_among_the_outputs_comes_back(tmp_path):
     assert quantized.export(tmp_path / "q.onnx").inside.typical_error < 1e-3
 
 
-def test_nothing_but_none_is_refused():
+def test_capture_refuses_a_network_that_returns_only_none():
     class Nothing(networks.Residual):
         def forward(self, x):
             return (None,)
@@ -195,13 +195,13 @@ def test_nothing_but_none_is_refused():
         capture(Nothing().eval(), networks.images(1))
 
 
-def test_blocks_are_for_one_output():
+def test_reconstruction_refuses_several_outputs():
     data = networks.images(128)
     with pytest.raises(UsageError, match="towards its one output; this one has 3"):
         tuned("Detector", find_recipe("genie").with_steps(4), data=data)
 
 
-def test_images_without_labels(tmp_path):
+def test_generate_gives_images_without_labels(tmp_path):
     images, labels = gdfq.generate(networks.make("Segmenter"), networks.images(1), 4, FEW)
     assert images.shape == (4, *networks.SHAPE)
     assert labels is None

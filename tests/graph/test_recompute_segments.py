@@ -22,7 +22,7 @@ def gradient_of(network, images):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
-def test_recomputed_statistics_have_the_same_gradient_to_the_bit(teacher, share):
+def test_recomputed_statistics_have_the_same_gradient(teacher, share):
     images = networks.images(6)
     unit = unit_input(teacher)
     plain = StatisticsNetwork(teacher, of_input=unit)
@@ -33,13 +33,13 @@ def test_recomputed_statistics_have_the_same_gradient_to_the_bit(teacher, share)
     assert budgeted._module._by_count  # it was indeed computed in segments
 
 
-def test_a_batch_that_fits_passes_whole(teacher):
+def test_batch_that_fits_is_not_recomputed(teacher):
     network = BudgetedNetwork(teacher.network, [], MemoryBudget(), CPU)
     assert torch.equal(network(networks.images(3)), teacher.network(networks.images(3)))
     assert not network._by_count
 
 
-def test_segments_hold_every_node_once(teacher):
+def test_segments_contain_every_node_once(teacher):
     graph = teacher.network.graph
     computed = [node for node in graph.nodes if node.op == "call_function"]
     parts = segments(graph, computed[::3])

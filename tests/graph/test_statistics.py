@@ -34,7 +34,7 @@ def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(layers).mean()
 
 
-def test_loss_and_gradient_against_hooks(any_network, any_teacher):
+def test_loss_and_gradient_match_hooks(any_network, any_teacher):
     network = StatisticsNetwork(any_teacher)
     x = networks.images(6).requires_grad_()
     logits, seen = network(x)
@@ -50,7 +50,7 @@ def test_loss_and_gradient_against_hooks(any_network, any_teacher):
     assert torch.allclose(grad.double(), expected_grad, rtol=1e-3, atol=1e-5)
 
 
-def test_a_network_without_batch_norm_is_refused():
+def test_network_without_batch_norm_is_refused():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(UsageError, match="this network has none"):
         StatisticsNetwork(capture(plain, networks.images(1)))

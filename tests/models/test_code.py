@@ -19,7 +19,7 @@ def _program(path, network, batch=torch.export.Dim.DYNAMIC):
     return str(path)
 
 
-def test_a_program_is_the_network_it_was(tmp_path, residual):
+def test_program_equals_the_exported_network(tmp_path, residual):
     loaded = load_model(_program(tmp_path / "net.pt2", residual))
     assert (loaded.input_shape, loaded.preprocessing) == (networks.SHAPE, None)
     images = networks.images(3)
@@ -29,7 +29,7 @@ def test_a_program_is_the_network_it_was(tmp_path, residual):
         torch.testing.assert_close(captured.network(images), residual(images))
 
 
-def test_a_program_with_a_dictionary_of_outputs_keeps_it(tmp_path, residual):
+def test_program_keeps_a_dictionary_of_outputs(tmp_path, residual):
     class Two(nn.Module):
         def forward(self, x):
             return {"logits": residual(x), "twice": 2 * x}
@@ -39,7 +39,7 @@ def test_a_program_with_a_dictionary_of_outputs_keeps_it(tmp_path, residual):
     assert torch.equal(output["twice"], 2 * images)
 
 
-def test_programs_that_cannot_be_used(tmp_path, residual):
+def test_unusable_programs_are_refused(tmp_path, residual):
     with pytest.raises(UsageError, match="takes 2 alone"):
         load_model(_program(tmp_path / "fixed.pt2", residual, batch=None))
     with pytest.raises(UsageError, match=r"model\.eval\(\)"):

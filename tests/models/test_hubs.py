@@ -53,7 +53,7 @@ def fake_timm(monkeypatch):
     return package
 
 
-def test_a_library_gives_the_network_and_its_configuration(fake_timm, tmp_path):
+def test_library_gives_the_network_and_its_configuration(fake_timm, tmp_path):
     loaded = load_model("timm:residual", "random")
     assert (loaded.input_shape, loaded.preprocessing) == (
         (3, 8, 8),
@@ -66,14 +66,14 @@ def test_a_library_gives_the_network_and_its_configuration(fake_timm, tmp_path):
     assert fake_timm.asked == [("residual", False)] * 2  # nothing was downloaded
 
 
-def test_random_weights_are_always_the_same_and_leave_the_global_state(fake_timm):
+def test_random_weights_are_reproducible_and_leave_the_global_state(fake_timm):
     before = torch.random.get_rng_state()
     first, second = (load_model("timm:residual", "random").module for _ in range(2))
     assert torch.equal(first.conv1.weight, second.conv1.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_weights_out_of_reach_name_the_cache_and_the_way_out(fake_timm):
+def test_error_of_unreachable_weights_names_the_cache(fake_timm):
     with pytest.raises(UsageError) as caught:
         load_model("timm:residual")
     for part in ("timm:residual", "/cache/hub", "no route to host", "--weights FILE"):
@@ -87,13 +87,13 @@ def test_unknown_names_are_refused(fake_timm):
 
 
 @pytest.mark.parametrize("hub", hubs.HUBS)
-def test_an_absent_library_names_its_extra(hub, monkeypatch):
+def test_error_of_a_missing_library_names_its_extra(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, hubs.HUBS[hub].library, None)
     with pytest.raises(UsageError, match=rf"pip install 'gdfq\[{hub}\]'"):
         load_model(f"{hub}:anything")
 
 
-def test_a_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
+def test_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('no torchvision::nms')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
@@ -102,7 +102,7 @@ def test_a_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
         load_model("torchvision:resnet18")
 
 
-def test_the_quantized_network_keeps_what_the_source_said(fake_timm, tmp_path, capsys):
+def test_quantized_network_keeps_the_preprocessing_of_the_library(fake_timm, tmp_path, capsys):
     """Neither --input, --mean nor --std is needed, and nothing warns of them."""
     call = ["quantize", "timm:residual", "--weights", "random", "--recipe", "paper", "--no-onnx"]
     assert main([*call, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
@@ -142,7 +142,7 @@ def test_the_quantized_network_keeps_what_the_source_said(fake_timm, tmp_path, c
         ),
     ],
 )
-def test_hugging_face_processors(values, shape, resize):
+def test_hugging_face_processors_are_read(values, shape, resize):
     common = {
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -157,7 +157,7 @@ def test_hugging_face_processors(values, shape, resize):
     assert preprocessing.resize == resize
 
 
-def test_a_processor_may_scale_by_itself_or_not_normalise():
+def test_processor_without_scaling_or_normalisation_is_read():
     size = {"size": {"height": 8, "width": 8}, "do_rescale": True}
     # pixels · 2/255, minus 1: as mean 0.5 and std 0.5 of pixels / 255
     half = {"rescale_factor": 2 / 255, "do_normalize": True, "image_mean": [1], "image_std": [1]}
@@ -170,7 +170,7 @@ def test_a_processor_may_scale_by_itself_or_not_normalise():
     assert hubs._of_processor({}, 3) == (None, None)
 
 
-def test_torchvision_presets():
+def test_torchvision_presets_are_read():
     preset = SimpleNamespace(
         crop_size=[224],
         resize_size=[232],
@@ -205,7 +205,7 @@ def test_torchvision_presets():
         ),
     ],
 )
-def test_real_libraries(spec, shape, classes, resize):
+def test_installed_library_gives_the_known_configuration(spec, shape, classes, resize):
     loaded = load_model(spec, "random")
     assert loaded.input_shape == shape
     if resize is None:
@@ -217,14 +217,14 @@ def test_real_libraries(spec, shape, classes, resize):
 
 
 @pytest.mark.needs("pytorchcv")
-def test_a_librarys_network_is_captured():
+def test_network_of_a_library_is_captured():
     loaded = load_model("ptcv:resnet20_cifar10", "random")
     captured = capture(loaded.module, torch.zeros(1, *loaded.input_shape))
     assert (captured.classes, len(captured.batch_norms)) == (10, 21)
 
 
 @pytest.mark.needs("transformers")
-def test_hugging_face_folders(tmp_path):
+def test_hugging_face_folder_is_loaded(tmp_path):
     from transformers import AutoModelForImageClassification, ViTConfig
 
     config = ViTConfig(

@@ -26,7 +26,7 @@ def marked(name):
 
 
 @pytest.mark.parametrize("name", list(map(marked, NETWORKS)))
-def test_the_whole_line_runs(name):
+def test_architecture_passes_the_whole_method(name):
     (entry,) = (entry for entry in architectures.ENTRIES if entry.spec == name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own

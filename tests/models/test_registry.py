@@ -12,7 +12,7 @@ from gdfq.models.registry import Loaded, load_model
 _OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 
 
-def test_what_is_given_wins_over_what_is_known():
+def test_given_values_override_known_ones():
     own = Preprocessing((0.1,) * 3, (0.2,) * 3, Resize(0.9, interpolation="bicubic"))
     loaded = Loaded(nn.Identity(), (3, 8, 8), own)
     assert loaded.input() == ((3, 8, 8), own)
@@ -26,7 +26,7 @@ def test_what_is_given_wins_over_what_is_known():
         loaded.input((1, 8, 8))
 
 
-def test_the_shape_must_be_given_when_nobody_knows_it(tmp_path, capsys):
+def test_unknown_shape_must_be_given(tmp_path, capsys):
     (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
     for command in ("quantize", "generate"):
         call = [command, f"{tmp_path}/net.py:factory", "--out", str(tmp_path / command)]
@@ -34,7 +34,7 @@ def test_the_shape_must_be_given_when_nobody_knows_it(tmp_path, capsys):
         assert "--input 3x32x32" in capsys.readouterr().err
 
 
-def test_specs_that_name_no_network(tmp_path):
+def test_spec_that_names_no_network_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"ONNX files cannot be read.*\.pt2 file"):
         load_model("net.onnx")
     with pytest.raises(UsageError, match="timm:NAME"):

@@ -36,7 +36,7 @@ CONSUMERS = {
 
 @pytest.mark.parametrize("name", CONSUMERS)
 @pytest.mark.parametrize("layout", [(0, 1, 2), (2, 0, 1)])
-def test_gradients_are_the_same_to_the_bit(name, layout):
+def test_recomputed_gradients_are_the_same(name, layout):
     x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
     x = x.permute(layout).contiguous().permute([layout.index(d) for d in range(3)])
     found = []
@@ -48,7 +48,7 @@ def test_gradients_are_the_same_to_the_bit(name, layout):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_graph_may_be_used_twice():
+def test_recomputed_graph_can_be_used_twice():
     x = torch.randn(3, 4, 6, requires_grad=True)
     with recomputing():
         y = F.gelu(quantized(x)).sum()
@@ -57,7 +57,7 @@ def test_a_graph_may_be_used_twice():
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_the_quantized_tensor_is_gone_after_the_forward_pass(again):
+def test_quantized_tensor_is_freed_after_the_forward_pass(again):
     x = torch.randn(3, 4, 6, requires_grad=True)
     with recomputing() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
         q = quantized(x)
@@ -70,7 +70,7 @@ def test_the_quantized_tensor_is_gone_after_the_forward_pass(again):
 
 
 @pytest.mark.parametrize("name", ["Residual", "Branches", "Transformer"])
-def test_a_student_learns_the_same(name):
+def test_recomputing_student_learns_the_same(name):
     shape = networks.shape_of(name)
     teacher = capture(networks.make(name), torch.zeros(1, *shape))
     images = networks.images(6, shape=shape)

@@ -34,13 +34,13 @@ def pinned(name):
             yield requirement.name, version.version
 
 
-def test_the_lock_has_what_is_declared():
+def test_lock_has_every_declared_requirement():
     lock = dict(pinned("test.lock"))
     for name, requirement in declared().items():
         assert requirement.specifier.contains(lock[name]), name
 
 
-def test_the_minimum_is_what_is_declared():
+def test_minimum_versions_are_the_declared_ones():
     for name, requirement in declared().items():
         (bound,) = requirement.specifier
         assert bound.operator == ">="
@@ -49,14 +49,14 @@ def test_the_minimum_is_what_is_declared():
         assert lowest.startswith(bound.version), name
 
 
-def test_no_index_or_path_is_named():
+def test_requirements_name_no_index_or_path():
     for path in (ROOT / "requirements").iterdir():
         lines = path.read_text().splitlines()
         assert all(re.fullmatch(r"#.*|[\w-]+==[\w.]+( ; .*)?", line) for line in lines), path
 
 
 @pytest.mark.check
-def test_no_known_hole():
+def test_locked_versions_have_no_known_vulnerability():
     """Asks the index of Python packages, and so needs a network and pip-audit."""
     if shutil.which("pip-audit", path=Path(sys.executable).parent) is None:
         pytest.skip("needs the optional program pip-audit")

@@ -42,7 +42,7 @@ def test_module_does_not_ask_which_method_it_has(path):
     assert list(questions(ast.parse(path.read_text()))) == []
 
 
-def test_questions_are_found():
+def test_search_finds_tests_of_the_method():
     assert {"ImagePool", "Reconstruction", "RoundedWeight", "LearnedRange"} <= METHODS
     assert {"min-max", "learned", "rounded"} == FAMILIES
     for text in (

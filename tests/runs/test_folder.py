@@ -17,7 +17,7 @@ from gdfq.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
-def test_a_folder_that_fails_can_be_mended(place, capsys, monkeypatch, number):
+def test_failing_folder_stops_the_run_with_advice(place, capsys, monkeypatch, number):
     """The disk is full, or the folder read-only or gone, from one row of history on."""
 
     class Failing(History):
@@ -35,7 +35,7 @@ def test_a_folder_that_fails_can_be_mended(place, capsys, monkeypatch, number):
     assert not (place / "out" / "student.safetensors").exists()
 
 
-def test_a_disk_that_is_full_at_the_end_loses_nothing(place, capsys, monkeypatch):
+def test_full_disk_at_the_end_loses_nothing(place, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -50,7 +50,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(place, capsys, monkeypatch
     assert json.loads((place / "out" / "metrics.json").read_text())["steps"] == 8
 
 
-def test_the_lock_of_a_dead_process_is_free(tmp_path):
+def test_lock_of_a_dead_process_is_released(tmp_path):
     program = (
         "import os, sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); "
         "lock.acquire(); os.kill(os.getpid(), 9)"
@@ -61,6 +61,6 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
         pass
 
 
-def test_a_folder_without_a_run_says_so(tmp_path):
+def test_load_refuses_a_folder_without_a_run(tmp_path):
     with pytest.raises(UsageError, match="a run that has finished"):
         gdfq.load(tmp_path)

@@ -77,7 +77,7 @@ def quantized(network, name, recorder, checkpoints=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stopped_anywhere_it_ends_with_the_same_bits(name, teacher, tmp_path):
+def test_run_stopped_anywhere_ends_with_the_same_bits(name, teacher, tmp_path):
     whole = Recorder()
     expected = quantized(teacher, name, whole)
     rows: list = []

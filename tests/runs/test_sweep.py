@@ -22,7 +22,7 @@ def read(folder: Path, text: str) -> Sweep:
     return read_sweep(written(folder, text))
 
 
-def test_a_grid_has_every_combination_once(tmp_path):
+def test_sweep_has_every_combination_once(tmp_path):
     sweep = read(
         tmp_path,
         """
@@ -49,18 +49,18 @@ def test_a_grid_has_every_combination_once(tmp_path):
     assert cells[-1].folder.startswith("b-w8a8-quick-first=8-last=float-seed1-")
 
 
-def test_a_changed_option_is_another_folder():
+def test_cell_with_another_option_has_another_folder():
     one, other = (Sweep((Network("a.py:n", mean=mean),)).cells()[0] for mean in ("0", "0.5"))
     assert one.folder[:-8] == other.folder[:-8]
     assert one.folder != other.folder
 
 
-def test_a_size_is_given_to_chosen_widths_alone():
+def test_size_is_passed_to_automatic_bits_only():
     cells = Sweep((Network("a.py:n", size="9KB"),), bits=("auto", "w4a4")).cells()
     assert [("--size=9KB" in cell.words()) for cell in cells] == [True, False]
 
 
-def test_a_model_cannot_be_an_option():
+def test_model_is_not_read_as_an_option():
     assert Sweep((Network("--out=/elsewhere"),)).cells()[0].words()[-2:] == [
         "--",
         "--out=/elsewhere",
@@ -106,7 +106,7 @@ def test_a_model_cannot_be_an_option():
         ("networks: [a]\n" + "#" * 2**20, "1048576 bytes at most"),
     ],
 )
-def test_what_no_sweep_can_be_is_said(tmp_path, text, said):
+def test_read_sweep_refuses_invalid_files(tmp_path, text, said):
     with pytest.raises(UsageError) as raised:
         read(tmp_path, text)
     assert said in str(raised.value)
@@ -114,7 +114,7 @@ def test_what_no_sweep_can_be_is_said(tmp_path, text, said):
     assert len(str(raised.value)) < 500
 
 
-def test_a_file_that_cannot_be_read_is_said(tmp_path):
+def test_read_sweep_refuses_unreadable_files(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         read_sweep(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"networks: [\xff]")
@@ -136,7 +136,7 @@ _VALUES = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(_KEYS, _VALUES, max_size=4).map(json.dumps) | st.text(max_size=60))
-def test_any_file_is_a_sweep_or_a_clear_error(tmp_path_factory, text):
+def test_read_sweep_accepts_or_refuses_any_file(tmp_path_factory, text):
     file = tmp_path_factory.getbasetemp() / "any.yaml"  # JSON is YAML
     file.write_text(text, encoding="utf-8", errors="replace")
     with contextlib.suppress(UsageError):

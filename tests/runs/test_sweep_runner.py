@@ -52,7 +52,7 @@ def silent(*_):
     pass
 
 
-def test_a_sweep_runs_records_a_failure_and_is_not_run_twice(place, capsys):
+def test_sweep_records_failures_and_skips_finished_runs(place, capsys):
     grid = f"""
         networks:
           - {{model: "net.py:broken", name: broken, {OPTIONS}}}
@@ -89,7 +89,7 @@ def test_a_sweep_runs_records_a_failure_and_is_not_run_twice(place, capsys):
     assert "net.py:small" in capsys.readouterr().out
 
 
-def test_a_sweep_that_was_ended_goes_on(place):
+def test_stopped_sweep_resumes(place):
     """Its run is stopped with it, and run again."""
     slow = NETWORK + "\nimport pathlib, time\ndef slow():\n"
     slow += "    if not pathlib.Path('go').exists():\n"
@@ -116,7 +116,7 @@ def test_a_sweep_that_was_ended_goes_on(place):
     assert [row["status"] for row in rows] == ["finished"]
 
 
-def test_a_killed_run_is_told_by_its_signal(place):
+def test_killed_run_is_reported_with_its_signal(place):
     (place / "net.py").write_text("import os\ndef small():\n    os.kill(os.getpid(), 9)\n")
     sweep = Sweep((Network("net.py:small", input="1x8x8"),))
     (row,) = run_sweep(sweep, place / "out", home=place, jobs=1, tell=silent)
@@ -124,7 +124,7 @@ def test_a_killed_run_is_told_by_its_signal(place):
     assert "SIGKILL" in row.error
 
 
-def test_the_table_has_mean_and_deviation_over_seeds():
+def test_table_has_mean_and_deviation_over_seeds():
     def row(seed: int, top1: float | None, status: str = "finished") -> Row:
         return Row("net", "w4a4", "fast", None, "", seed, status, 90.0, top1, seconds=1.0)
 
@@ -143,12 +143,12 @@ def test_the_table_has_mean_and_deviation_over_seeds():
     ]  # fmt: skip
 
 
-def test_jobs_and_threads_must_be_some(place):
+def test_run_sweep_refuses_zero_jobs(place):
     with pytest.raises(UsageError, match="at least 1; got 0"):
         run_sweep(Sweep((Network("a"),)), place / "out", home=place, jobs=0, tell=silent)
 
 
-def test_threads_come_from_the_sweep(place):
+def test_runs_have_the_threads_of_the_sweep(place):
     (place / "net.py").write_text(
         "import os, pathlib\ndef small():\n"
         "    pathlib.Path('seen').write_text(os.environ['OMP_NUM_THREADS'])\n"

@@ -18,7 +18,7 @@ def labels_of(classes, step, batch):
     return labels_in_turn(knows, step, batch).tolist()
 
 
-def test_labels_come_in_turn_by_hand():
+def test_labels_in_turn_match_a_hand_made_list():
     assert labels_of(3, 1, 5) == [2, 0, 1, 2, 0]
     assert labels_of(10, 0, 4) == [0, 3, 6, 9]
     assert labels_of(10, 1, 4) == [1, 4, 7, 2]
@@ -28,7 +28,7 @@ def test_labels_come_in_turn_by_hand():
 
 @settings(max_examples=50)
 @given(classes=st.integers(2, 2000), share=st.floats(0.05, 2))
-def test_labels_meet_every_class_before_one_again(classes, share):
+def test_labels_in_turn_cover_every_class_before_repeating(classes, share):
     batch = max(1, round(classes * share))
     steps = range(-(-2 * classes // batch))
     labels = [label for step in steps for label in labels_of(classes, step, batch)]
@@ -47,7 +47,7 @@ def images():
 
 
 @given(images=st.integers(1, 40), size=st.integers(1, 40))
-def test_a_batch_splits_into_all_of_its_images(images, size):
+def test_batch_splits_into_all_of_its_images(images, size):
     batch = Batch((torch.arange(images),), torch.arange(images), torch.arange(images))
     parts = batch.split(size)
     assert max(len(part.images) for part in parts) <= size

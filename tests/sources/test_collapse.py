@@ -13,7 +13,7 @@ from gdfq.sources.collapse import CollapsedError, CollapseWatch, symptom_of
 from gdfq.sources.generator import GeneratorSource
 
 
-def test_symptoms_by_hand():
+def test_symptoms_match_hand_made_batches():
     images, labels = torch.randn(16, 3, 4, 4), torch.arange(16) % 4
     logits = torch.nn.functional.one_hot(labels, 4).float()
     assert symptom_of(images, logits, labels) is None
@@ -27,7 +27,7 @@ def test_symptoms_by_hand():
     assert symptom_of(images[:7], one[:7], labels[:7]) is None
 
 
-def test_a_collapse_is_one_when_it_stays():
+def test_collapse_is_reported_when_it_persists():
     images, labels = torch.randn(16, 3, 4, 4), torch.arange(16) % 4
     alike = images[:1].expand_as(images)
     watch = CollapseWatch()
@@ -54,7 +54,7 @@ def collapsing(monkeypatch, times):
     monkeypatch.setattr("gdfq.sources.collapse.CollapseWatch.check", look)
 
 
-def test_a_collapsed_generator_begins_again_once(teacher, tiny, monkeypatch, tmp_path):
+def test_collapsed_generator_restarts_once(teacher, tiny, monkeypatch, tmp_path):
     usual = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     collapsing(monkeypatch, 1)
     with pytest.warns(GdfqWarning, match="collapsed.*restarts from another seed"):
@@ -65,7 +65,7 @@ def test_a_collapsed_generator_begins_again_once(teacher, tiny, monkeypatch, tmp
     assert same(state(again.network), state(result.network))
 
 
-def test_a_generator_that_collapses_twice_fails_with_the_evidence(teacher, tiny, monkeypatch):
+def test_generator_that_collapses_twice_fails_with_evidence(teacher, tiny, monkeypatch):
     collapsing(monkeypatch, 2)
     with (
         pytest.warns(GdfqWarning, match="restarts"),
@@ -76,7 +76,7 @@ def test_a_generator_that_collapses_twice_fails_with_the_evidence(teacher, tiny,
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
 
 
-def test_a_generator_that_learns_nothing_is_found_out(teacher, monkeypatch):
+def test_generator_that_learns_nothing_is_detected(teacher, monkeypatch):
     """A generator whose images are alike, over as many steps as the watch needs."""
     monkeypatch.setattr("gdfq.sources.collapse._STEPS_BETWEEN_CHECKS", 2)
     monkeypatch.setattr("gdfq.sources.collapse._FIRST_CHECK", 4)

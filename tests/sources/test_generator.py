@@ -17,7 +17,7 @@ FORMS = ("label-embedding", "conditional-batch-norm")
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (4, 10, 13), (3, 5, 4)])
-def test_generated_images_have_the_shape_and_unit_statistics(form, shape):
+def test_generated_images_have_the_input_shape_and_unit_statistics(form, shape):
     classes = 7
     generator = Generator(
         shape, classes, latent=100, conditioning=form, random=stream(0, "generator.init")
@@ -32,7 +32,7 @@ def test_generated_images_have_the_shape_and_unit_statistics(form, shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_class_decides_the_image(form):
+def test_generated_image_depends_on_its_class(form):
     generator = Generator((3, 8, 8), 4, latent=100, conditioning=form, random=stream(0, "i"))
     if form == "conditional-batch-norm":  # all classes start alike, as published
         with torch.no_grad():
@@ -43,7 +43,7 @@ def test_the_class_decides_the_image(form):
     assert not torch.allclose(images[0], images[4], atol=1e-2)
 
 
-def test_the_published_architecture_has_the_published_sizes():
+def test_generator_has_the_published_sizes():
     generator = Generator(
         (3, 32, 32), 10, latent=100, conditioning="label-embedding", random=stream(0, "i")
     )
@@ -56,13 +56,13 @@ def test_the_published_architecture_has_the_published_sizes():
     ("alone", "loss", "share"),
     [({"class_boundary": 0.0}, "bns", 0.5), ({"statistics": 0.0}, "boundary", 0.93)],
 )
-def test_the_generator_learns_each_part_of_the_teachers_knowledge(teacher, alone, loss, share):
+def test_generator_reduces_each_loss_alone(teacher, alone, loss, share):
     stream = GeneratorSource(batch=32, **alone).stream(teacher, steps=150)
     values = [float(batch.losses[loss]) for batch in stream]
     assert sum(values[-10:]) < share * sum(values[:10])
 
 
-def test_batches_are_detached_and_carry_the_teachers_answers(teacher):
+def test_batches_are_detached_and_have_teacher_logits(teacher):
     (batch,) = GeneratorSource(batch=32).stream(teacher, steps=1)
     assert set(batch.losses) == {"generator", "bns", "boundary"}
     assert torch.allclose(batch.teacher_logits, teacher.network(batch.images), atol=1e-4)
@@ -70,13 +70,13 @@ def test_batches_are_detached_and_carry_the_teachers_answers(teacher):
     assert not batch.teacher_logits.requires_grad
 
 
-def test_the_loss_is_the_weighted_sum(teacher):
+def test_generator_loss_is_the_weighted_sum(teacher):
     (batch,) = GeneratorSource(batch=8, class_boundary=2.0, statistics=0.5).stream(teacher, steps=1)
     losses = {name: float(value) for name, value in batch.losses.items()}
     assert losses["generator"] == pytest.approx(2 * losses["boundary"] + 0.5 * losses["bns"])
 
 
-def test_a_consumer_without_gradients_does_not_stop_the_generator(teacher):
+def test_generator_learns_under_no_grad(teacher):
     def run():
         return [b.images for b in GeneratorSource(batch=8).stream(teacher, steps=4)]
 
@@ -87,7 +87,7 @@ def test_a_consumer_without_gradients_does_not_stop_the_generator(teacher):
         assert torch.equal(a, b)
 
 
-def test_alternating_separate_and_stopped(teacher):
+def test_generator_alternates_separates_and_stops(teacher):
     """The published schedule trains at each step; the ablations differ only in when."""
 
     def losses(**changes):
@@ -104,13 +104,13 @@ def test_alternating_separate_and_stopped(teacher):
     assert [float(s.losses["bns"]) for s in heard] == published
 
 
-def test_a_loss_that_is_not_finite_stops_the_generator(teacher):
+def test_generator_stops_when_a_loss_is_not_finite(teacher):
     source = GeneratorSource(batch=8, optimizer=AdamConfig(lr=float("inf")))
     with pytest.raises(GdfqError, match="must stay finite"):
         list(source.stream(teacher, steps=3))
 
 
-def test_the_generator_needs_images_and_batch_norms():
+def test_generator_needs_images_and_batch_norms():
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
     with pytest.raises(UsageError, match="has none"):
         next(GeneratorSource(batch=8).stream(capture(plain, networks.images(1)), steps=1))
@@ -119,7 +119,7 @@ def test_the_generator_needs_images_and_batch_norms():
         next(GeneratorSource(batch=8).stream(flat, steps=1))
 
 
-def test_labels_are_uniform(teacher):
+def test_generated_labels_are_uniform(teacher):
     batches = GeneratorSource(batch=500).stream(teacher, steps=2)
     counts = torch.cat([b.labels for b in batches]).bincount(minlength=networks.CLASSES)
     assert counts.min() > 150  # 200 expected of each of 5 classes, 12.6 the deviation

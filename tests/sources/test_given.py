@@ -11,7 +11,7 @@ from gdfq.execution.context import Context
 from gdfq.sources.given import GivenImages, ImageSource
 
 
-def test_given_images_come_once_an_epoch_in_a_seeded_order(teacher):
+def test_given_images_come_once_per_epoch_in_a_seeded_order(teacher):
     images = networks.images(10)
     data = ArrayData(images, torch.arange(10) % 5)
     source = ImageSource(data, Preprocessing.of(3, None, None), batch=4)
@@ -25,12 +25,12 @@ def test_given_images_come_once_an_epoch_in_a_seeded_order(teacher):
     assert not torch.equal(other.images, batches[0].images)
 
 
-def test_labels_of_given_images_default_to_the_teachers(teacher):
+def test_given_images_without_labels_get_those_of_the_teacher(teacher):
     source = ImageSource(ArrayData(networks.images(4), None), Preprocessing.of(3, None, None), 4)
     (batch,) = source.stream(teacher, steps=1)
     assert torch.equal(batch.labels, batch.teacher_logits.argmax(1))
 
 
-def test_a_recipe_for_real_images_without_them_is_refused(teacher):
+def test_recipe_for_real_images_needs_data(teacher):
     with pytest.raises(UsageError, match="--data"):
         GivenImages(4).stream(teacher, steps=1)

@@ -12,7 +12,7 @@ from gdfq.optim import AdamConfig
 from gdfq.sources.latent import LatentSource, swinging
 
 
-def test_latents_and_their_generator_reach_for_the_statistics(teacher):
+def test_latents_and_generator_reduce_the_statistics_loss(teacher):
     source = LatentSource(batch=16, iterations=30)
     heard = []
     first, second = source.stream(teacher, steps=2, context=Context(listener=heard.append))
@@ -26,7 +26,7 @@ def test_latents_and_their_generator_reach_for_the_statistics(teacher):
     assert torch.equal(first.images, again.images)
 
 
-def test_swinging_moves_the_inputs_of_strided_convolutions_alone():
+def test_swing_shifts_inputs_of_strided_convolutions_only():
     strided = torch.nn.Conv2d(1, 1, 2, stride=2, bias=False)
     plain = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
     strided.weight.data.fill_(1)

@@ -33,7 +33,7 @@ def small():
     return capture(transformer(), ZEROS)
 
 
-def test_entropy_against_numpy():
+def test_patch_entropy_matches_numpy():
     draw = np.random.default_rng(0)
     groups = draw.standard_normal((3, 5, 4))
     entropies = []
@@ -54,14 +54,14 @@ def test_entropy_against_numpy():
     assert float(got) == pytest.approx(np.mean(entropies), rel=1e-6)
 
 
-def test_patches_that_look_alike_have_the_entropy_of_one_kernel():
+def test_equal_patches_have_the_entropy_of_one_kernel():
     alike = torch.ones(2, 6, 3)
     one_kernel = math.log(0.1 * math.sqrt(2 * math.pi * math.e))
     assert float(patch_entropy(alike)) == pytest.approx(one_kernel, abs=0.03)
     assert patch_entropy(torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))) > 0
 
 
-def test_patches_of_attentions_and_of_feature_maps(small):
+def test_patch_nodes_are_attentions_or_feature_maps(small):
     nodes = patch_nodes(small.network.graph)
     assert [operators.name_of(node) for node in nodes] == ["aten.matmul.default"] * 2
     value = torch.randn(2, 4, 17, 8)
@@ -74,7 +74,7 @@ def test_patches_of_attentions_and_of_feature_maps(small):
     assert torch.equal(taken[:, 1], value[:, :, 0, 4])
 
 
-def test_images_gain_entropy_and_keep_their_scale(small):
+def test_patch_images_gain_entropy_and_keep_their_scale(small):
     source = PatchSource(batch=8, iterations=30)
     seen = []
     (batch,) = source.stream(
@@ -88,7 +88,7 @@ def test_images_gain_entropy_and_keep_their_scale(small):
     assert torch.equal(again.images, batch.images)
 
 
-def test_what_has_no_patches_is_refused():
+def test_patch_source_refuses_networks_without_patches():
     vectors = capture(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 6))
     with pytest.raises(UsageError, match="diversity of patches needs"):
         PatchSource().stream(vectors, steps=1)
@@ -96,7 +96,7 @@ def test_what_has_no_patches_is_refused():
         gdfq.quantize(transformer(), ZEROS, recipe="fast")
 
 
-def test_a_transformer_keeps_its_accuracy_at_eight_bits(tmp_path):
+def test_patches_keep_the_accuracy_of_a_transformer_at_eight_bits(tmp_path):
     training, held_out = demo.load_digits()
     recipe = find_recipe("patches").with_steps(60)
     source = replace(recipe.source.source, iterations=20)

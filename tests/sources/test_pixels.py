@@ -25,7 +25,7 @@ def test_optimised_images_match_the_statistics(teacher):
     assert not network.stored[0][0].requires_grad
 
 
-def test_optimised_images_learn_their_labels(teacher):
+def test_optimised_images_have_their_labels(teacher):
     source = OptimisedSource(batch=20, iterations=60, optimizer=AdamConfig(lr=0.1), class_weight=3)
     (batch,) = source.stream(teacher, steps=1)
     assert batch.labels.tolist() == [i % networks.CLASSES for i in range(20)]
@@ -33,7 +33,7 @@ def test_optimised_images_learn_their_labels(teacher):
     assert float(right) > 0.6  # by chance 0.2
 
 
-def test_the_low_pass_filter_by_hand():
+def test_low_pass_filter_matches_hand_computed_values():
     """A wave of k cycles an image comes out exp(−k² / 2 D²) times as high; a constant as it is."""
     x = torch.arange(16) / 16
     for cycles in (0, 1, 5):

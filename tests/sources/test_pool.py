@@ -35,7 +35,7 @@ class Counted(Source):
             yield Batch((images,), number.long(), None)
 
 
-def test_a_pool_shows_each_image_once_an_epoch(teacher):
+def test_pool_gives_each_image_once_per_epoch(teacher):
     pool = ImagePool(Counted(), images=10, batch=5)
     batches = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
     for first, second in (batches[:2], batches[2:]):
@@ -73,7 +73,7 @@ class Brightest(torch.nn.Module):
 
 
 @pytest.mark.parametrize("where", [True, False])
-def test_a_pool_moves_images_that_the_teacher_knows_again(where):
+def test_pool_augments_images_with_consistent_predictions(where):
     teacher = capture(Brightest(where).eval(), networks.images(2))
     images, _ = collect(Textures(), teacher, 32)
     known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
@@ -94,7 +94,7 @@ def test_a_pool_moves_images_that_the_teacher_knows_again(where):
     )
 
 
-def test_the_teacher_is_asked_about_images_from_all_over_the_pool():
+def test_prediction_consistency_uses_images_of_the_whole_pool():
     teacher = capture(Brightest(where=True).eval(), networks.images(2))
     even = torch.zeros(512, *teacher.input_shape)  # nowhere brighter, wherever it is moved
     images = torch.cat([even, networks.images(512)])
@@ -102,7 +102,7 @@ def test_the_teacher_is_asked_about_images_from_all_over_the_pool():
     assert 0.5 <= known < 0.6
 
 
-def test_a_pool_moves_images_for_a_network_without_classes():
+def test_pool_augments_images_of_a_network_without_classes():
     shape = networks.shape_of("Volume")
     teacher = capture(networks.make("Volume"), networks.images(2, shape=shape))
     assert prediction_consistency(teacher, networks.images(4, shape=shape), torch.Generator()) == 1
@@ -117,9 +117,7 @@ def test_a_pool_moves_images_for_a_network_without_classes():
         ((3, 99, 99), 1, 1, 1),
     ],
 )
-def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(
-    shape, images, batch, at_once
-):
+def test_pool_of_large_images_is_smaller(shape, images, batch, at_once):
     pool = ImagePool(Counted(), images=40, batch=10, pixels=3200)
     fitted = pool.fitted(shape)
     assert (fitted.images, fitted.batch, fitted.source.batch) == (images, batch, at_once)
@@ -130,12 +128,12 @@ def test_a_pool_has_fewer_images_and_smaller_batches_when_they_are_large(
 
 
 @pytest.mark.parametrize(("side", "at_once"), [(32, 128), (128, 128), (129, 64), (224, 32)])
-def test_a_recipe_makes_fewer_large_images_together(side, at_once):
+def test_recipe_optimises_fewer_large_images_at_once(side, at_once):
     fitted = QUICK.fitted((3, side, side)).source
     assert (fitted.images, fitted.batch, fitted.source.batch) == (256, 100, at_once)
 
 
-def test_a_pool_makes_as_many_as_fit(teacher):
+def test_pool_makes_as_many_images_at_once_as_fit(teacher):
     pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
     stream = pool.stream(teacher, steps=1)
     assert len(stream.images()) == 9
@@ -144,7 +142,7 @@ def test_a_pool_makes_as_many_as_fit(teacher):
     assert len(images) == 9
 
 
-def test_collect_takes_the_first(teacher):
+def test_collect_takes_the_first_images(teacher):
     images, labels = collect(Counted(), teacher, 6)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5]
     assert images.shape == (6, 3, 8, 8)

@@ -25,7 +25,7 @@ from gdfq.sources.spectral import (
 
 @pytest.mark.parametrize("size", [[32, 32], [9, 12], [64], [5, 6, 7], [1, 8], [1, 1]])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_white_coefficients_make_images_of_variance_one(size, channels):
+def test_white_coefficients_give_images_of_variance_one(size, channels):
     """So much of it as asked is that of the images' means, or all, if there is one pixel."""
     amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def test_white_coefficients_make_images_of_variance_one(size, channels):
     assert float(means.square().mean()) == pytest.approx(share, rel=0.15)
 
 
-def test_the_spectrum_falls_as_asked():
+def test_spectrum_falls_with_the_given_exponent():
     """NumPy's own transform sees 1/f^1.5 in the images: power falls by 4³ from f to 4 f."""
     size = [64, 64]
     amplitude = natural_spectrum(size, 1.5, 0.3)
@@ -49,7 +49,7 @@ def test_the_spectrum_falls_as_asked():
     assert row[4] / row[16] == pytest.approx(4**3, rel=0.3)
 
 
-def test_channels_are_as_alike_as_asked():
+def test_channels_have_the_given_correlation():
     size, channel_correlation = [32, 32], 0.85
     amplitude = natural_spectrum(size, 1.0, 0.3)
     draw = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def teacher():
     return networks.captured("Residual")
 
 
-def test_the_images_come_near_the_statistics(teacher):
+def test_spectral_images_approach_the_statistics(teacher):
     source = SpectralSource(batch=32, iterations=60)
     (batch,) = source.stream(teacher, steps=1)
     network = StatisticsNetwork(teacher)
@@ -85,7 +85,7 @@ def test_the_images_come_near_the_statistics(teacher):
     assert not torch.equal(other, batch.images)
 
 
-def test_images_have_the_networks_own_scale_and_contrasts_of_their_own():
+def test_spectral_images_have_the_input_scale_and_varied_contrast():
     """A network of raw pixels gets images of raw pixels."""
     still = AdamConfig(lr=0.0)
     source = SpectralSource(batch=64, iterations=1, optimizer=still, contrast=0.4)
@@ -107,7 +107,7 @@ def test_images_have_the_networks_own_scale_and_contrasts_of_their_own():
     assert float(wild.images.std()) == pytest.approx(60, rel=0.2)
 
 
-def test_drawing_images_leaves_gradients_as_they_were(teacher):
+def test_drawing_images_leaves_gradients_unchanged(teacher):
     with torch.no_grad():
         batches = SpectralSource(batch=4, iterations=2).stream(teacher, steps=1)
         next(batches)
@@ -115,7 +115,7 @@ def test_drawing_images_leaves_gradients_as_they_were(teacher):
     assert torch.is_grad_enabled()
 
 
-def test_vectors_have_no_spectrum():
+def test_spectral_source_accepts_vectors():
     network = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)).eval()
     vectors = capture(network, torch.randn(2, 16))
     with pytest.raises(UsageError, match="spatial axis"):

@@ -6,7 +6,7 @@ from gdfq.sources.base import Batch
 from gdfq.sources.stream import Feed, Stream
 
 
-def test_a_feed_shows_its_first_batch_before_it_hands_it_out():
+def test_feed_has_examples_before_the_first_batch_is_taken():
     def numbered(count):
         def make(step):
             return Batch((torch.full((40, 1), float(step)),), None, None)

@@ -17,7 +17,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 
-def test_the_students_features_are_its_quantized_values():
+def test_with_features_gives_quantized_values():
     teacher = networks.captured("Residual")
     student = build_student(teacher, Scheme(Bits(4, 2), "relu"), quantizers=LSQ)
     student.eval()
@@ -30,7 +30,7 @@ def test_the_students_features_are_its_quantized_values():
     assert [len(feature.unique()) <= 4 for feature in features] == [True, True]
 
 
-def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
+def test_with_features_drops_relus_that_the_grid_replaces():
     teacher = networks.captured("Residual")
     student = build_student(teacher, Scheme(Bits(4, 3), "relu"), quantizers=LSQ).eval()
     batch = Batch((networks.images(8),), None, None)
@@ -68,7 +68,7 @@ def test_grids_that_clamp_stand_for_their_rectifiers_and_change_nothing():
     assert counted == {"relu": 1}
 
 
-def test_a_rectifier_that_others_read_too_stays():
+def test_with_features_keeps_a_relu_with_other_readers():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -89,7 +89,7 @@ def test_a_rectifier_that_others_read_too_stays():
     assert bool((lean[1] >= 0).all())
 
 
-def test_each_channel_uses_its_whole_grid():
+def test_channels_use_their_whole_grid():
     quantized = MinMaxWeight(3, *_rows()).quantized(networks.make("Residual").conv1.weight)
     for channel in quantized.codes:
         assert int(channel.min()) == -4
@@ -102,7 +102,7 @@ def _rows():
     return (Layout.ROWS, 1)
 
 
-def test_statistics_are_fixed_unless_asked_otherwise(teacher):
+def test_batch_norm_statistics_are_fixed_by_default(teacher):
     for fixed in (True, False):
         student = build_student(teacher, Scheme(Bits(4, 4), "relu"), fixed_statistics=fixed)
         norm = next(m for m in student.modules() if isinstance(m, StudentBatchNorm))
@@ -122,7 +122,7 @@ def test_parameters_train_and_buffers_do_not(teacher):
         assert not tensor.requires_grad
 
 
-def test_there_must_be_something_to_quantize():
+def test_network_without_layers_is_refused():
     smooth = nn.Sequential(nn.Conv2d(3, 5, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     teacher = capture(smooth, networks.images(1))
     with pytest.raises(UsageError, match="Use placement 'full'"):
@@ -133,7 +133,7 @@ def test_there_must_be_something_to_quantize():
         build_student(capture(empty, networks.images(1)), Scheme(Bits(4, 4), "relu"))
 
 
-def test_a_norm_without_affine_parameters_gets_none_to_train():
+def test_norm_without_affine_parameters_has_none_to_train():
     student = build_student(networks.captured("Awkward"), Scheme(Bits(4, 4), "relu"))
     (norm,) = (m for m in student.modules() if isinstance(m, StudentBatchNorm))
     assert not list(norm.parameters())
@@ -141,7 +141,7 @@ def test_a_norm_without_affine_parameters_gets_none_to_train():
     assert all(p.requires_grad for p in other.parameters())
 
 
-def test_every_spelling_of_a_relu_is_one():
+def test_every_form_of_relu_is_recognized():
     spellings = (
         lambda x: x.clip(0, 6),
         lambda x: x.clamp(min=0),
@@ -162,7 +162,7 @@ def test_every_spelling_of_a_relu_is_one():
         assert list(activation_bits(teacher, Scheme(Bits(4, 4), "relu")).values()) == [4]
 
 
-def test_a_bias_that_depends_on_the_input_is_refused_at_once():
+def test_bias_that_depends_on_the_input_is_refused():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

@@ -37,7 +37,7 @@ def changed(teacher, equalized):
 
 
 @pytest.mark.parametrize("name", [*networks.NETWORKS, *networks.TASKS, "Transformer"])
-def test_the_function_stays(name):
+def test_equalization_keeps_the_function(name):
     shape = networks.shape_of(name)
     teacher = capture(networks.make(name), networks.images(2, shape=shape))
     images = networks.images(8, seed=2, shape=shape)
@@ -66,7 +66,7 @@ class Chain(nn.Module):
         return self.last(self.depthwise(self.between(self.first(x).relu()))).mean((2, 3))
 
 
-def test_channels_get_the_roots_of_their_steps():
+def test_channel_factors_are_roots_of_their_scales():
     """The second channel's best step is four times the first's, so it ends twice as far."""
     teacher = capture(Chain(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
     images = networks.images(16, seed=1, shape=(1, 8, 8))
@@ -106,7 +106,7 @@ class Offset(nn.Module):
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_channels_stay_where_factors_do_not_pass(between):
+def test_channels_stay_where_factors_cannot_pass(between):
     if isinstance(between, nn.AdaptiveMaxPool2d):
         between = First(between)
     teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
@@ -130,7 +130,7 @@ class First(nn.Module):
     [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.Dropout(0.5)],
     ids=lambda module: type(module).__name__,
 )
-def test_factors_pass_through(between):
+def test_factors_pass_positively_homogeneous_operators(between):
     teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
     equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
     assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
@@ -176,7 +176,7 @@ def convolution(channels=8):
     ],
     ids=["linear", "average", "greatest", "groups", "transposed", "flat", "mean", "pooled"],
 )
-def test_only_what_keeps_channels_lets_factors_pass(modules, shape, scaled):
+def test_factors_pass_only_operators_that_keep_channels(modules, shape, scaled):
     teacher = capture(unlike(*modules), networks.images(2, shape=shape))
     equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=shape))
     assert bool(changed(teacher, equalized)) == scaled
@@ -186,13 +186,13 @@ def test_only_what_keeps_channels_lets_factors_pass(modules, shape, scaled):
     )
 
 
-def test_a_weight_that_is_used_twice_stays_one():
+def test_weight_that_is_used_twice_stays_one():
     teacher = networks.captured("Shared")
     equalized = equalize(teacher, T1, networks.images(16, seed=1))
     assert not {name for name in changed(teacher, equalized) if name.startswith("conv.weight")}
 
 
-def test_a_weight_that_is_read_elsewhere_stays():
+def test_weight_that_is_read_elsewhere_is_unchanged():
     class Told(Chain):
         def forward(self, x):
             return super().forward(x) + self.depthwise.weight.square().sum()
@@ -204,7 +204,7 @@ def test_a_weight_that_is_read_elsewhere_stays():
 
 
 @pytest.mark.parametrize(("weight", "bias", "scale"), [(1.0, -100.0, 1), (1e-6, 0.0, 1 / 8)])
-def test_dead_channels_stay_and_faint_ones_have_a_bound(weight, bias, scale):
+def test_dead_channels_stay_and_factors_are_bounded(weight, bias, scale):
     chain = Chain(nn.Identity())
     with torch.no_grad():
         chain.first.weight.copy_(torch.tensor([weight, 1.0]).view(2, 1, 1, 1))
@@ -214,7 +214,7 @@ def test_dead_channels_stay_and_faint_ones_have_a_bound(weight, bias, scale):
     assert float(scales["relu"][0]) == pytest.approx(scale, rel=1e-5)
 
 
-def test_networks_of_unlike_channels_lose_less():
+def test_equalization_reduces_the_error_of_unequal_channels():
     """The same functions with channels of scales from 1/30 to 30 are better at 4 bits."""
     unlike, images = torch.logspace(-1.5, 1.5, 8), networks.images(64, seed=1)
 

@@ -14,7 +14,7 @@ from gdfq.student.scheme import Scheme
 
 
 @pytest.mark.parametrize("placement", ["relu", "full"])
-def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(
+def test_frozen_student_equals_the_student_and_is_close_at_eight_bits(
     any_network, any_teacher, placement
 ):
     student = calibrated(any_teacher, "w8a8", placement)
@@ -27,7 +27,7 @@ def test_eight_bits_stay_close_and_the_frozen_form_equals_the_student(
 
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a5", "w4a4"])
-def test_frozen_weights_are_the_students_weights(any_teacher, bits):
+def test_frozen_weights_are_those_of_the_student(any_teacher, bits):
     student = calibrated(any_teacher, bits, "relu")
     # With activations exact, folding must agree to float rounding.
     for quantizer in student.activations:
@@ -57,18 +57,18 @@ def test_rescaling_keeps_codes_exact():
     assert (new.scale > 0).all()
 
 
-def test_a_shared_convolution_gets_a_fold_for_each_norm():
+def test_shared_convolution_gets_a_fold_for_each_norm():
     frozen = freeze(calibrated(networks.captured("Shared"), "w4a4", "relu"))
     names = [name for name, _ in frozen.named_buffers() if name.endswith(".codes")]
     assert len(names) == 4  # stem, conv twice, fc
 
 
-def test_freezing_an_uncalibrated_student_is_refused(teacher):
+def test_freeze_refuses_an_uncalibrated_student(teacher):
     with pytest.raises(GdfqError, match="Calibrate"):
         freeze(build_student(teacher, Scheme(Bits(4, 4), "relu")))
 
 
-def test_bare_matrices_are_quantized_as_the_linear_layers_that_they_are():
+def test_bare_matrices_are_quantized_as_linear_layers():
     frozen = freeze(calibrated(networks.captured("Awkward"), "w2a8", "relu"))
     codes = [name for name, _ in frozen.named_buffers() if name.endswith("codes")]
     assert len(codes) == 4  # convolution, product, linear with the same matrix, fc

@@ -19,7 +19,7 @@ def widths(name: str, placement: str) -> dict[str, int]:
     return {node.name: bits for node, bits in chosen.items()}
 
 
-def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
+def test_layer_bits_apply_to_the_layer_and_to_inputs_of_it_alone():
     teacher = networks.captured("Residual")
 
     def widths(placement, *keep):
@@ -37,7 +37,7 @@ def test_kept_layers_have_their_own_width_and_so_has_what_enters_them_alone():
     assert widths("relu", "conv*=float") == {"relu": 4, "relu_1": 4}
 
 
-def test_kept_layers_weights():
+def test_layer_bits_apply_to_weights():
     teacher = networks.captured("Branches")
     keep = tuple(map(LayerBits.parse, ("first=float", "fc=8", "*=3")))
     student = build_student(teacher, Scheme(Bits(4, 4), "full", keep), quantizers=LSQ)
@@ -59,13 +59,13 @@ def test_kept_layers_weights():
         ("=8", "PATTERN=float"),
     ],
 )
-def test_what_cannot_be_kept(keep, message):
+def test_invalid_layer_bits_are_refused(keep, message):
     teacher = networks.captured("Residual")
     with pytest.raises(UsageError, match=message):
         build_student(teacher, Scheme(Bits(4, 4), "full", (LayerBits.parse(keep),)))
 
 
-def test_a_scheme_that_fits_no_layer_is_told_before_images_are_made():
+def test_scheme_that_fits_no_layer_fails_before_images_are_made():
     heard = []
     with pytest.raises(UsageError, match="nosuchlayer"):
         gdfq.quantize(

@@ -12,7 +12,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 
-def test_images_that_are_not_finite_are_refused(teacher):
+def test_calibration_refuses_images_that_are_not_finite(teacher):
     student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
     images = networks.images(4)
     images[0, 0, 0, 0] = torch.nan

@@ -22,7 +22,7 @@ from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 
 
-def test_the_student_loss_by_hand():
+def test_student_loss_matches_a_hand_computed_value():
     from gdfq.optim import SgdConfig
 
     student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
@@ -35,7 +35,7 @@ def test_the_student_loss_by_hand():
     ) == pytest.approx(expected, rel=1e-5)
 
 
-def test_hard_labels_count_for_easy_images_alone():
+def test_hard_labels_count_for_easy_images_only():
     teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # p_y = 0.88 and 0.12
     student = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
     labels = torch.tensor([0, 0])
@@ -56,7 +56,7 @@ def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
 
 
 @pytest.mark.parametrize("at_once", [10, 33])  # parts of equal and of different length
-def test_large_images_pass_in_parts_with_the_same_gradient(teacher, images, monkeypatch, at_once):
+def test_parts_of_a_batch_give_the_same_gradient(teacher, images, monkeypatch, at_once):
     batch = Batch((images,), torch.zeros(len(images), dtype=torch.long), None)
     # Features are relative to each part's own; the rest is exactly a mean over images.
     config = replace(FAST.tuning, features=0.0, optimizer=SgdConfig(lr=0.0))
@@ -113,7 +113,7 @@ def by_hand(model, parameters, ranges, x):
     return F.linear(y.mean((2, 3)), weight("fc.weight"), parameters["fc.bias"])
 
 
-def test_two_updates_equal_the_textbook(teacher):
+def test_two_updates_match_the_textbook(teacher):
     """Weights are rounded anew at each forward, rates decay, momentum is Nesterov's."""
     model = networks.make("Residual")
     batches = list(GeneratorSource(batch=8).stream(teacher, steps=3))
@@ -146,7 +146,7 @@ def test_two_updates_equal_the_textbook(teacher):
     )
 
 
-def test_a_longer_warm_up_leaves_the_student_alone(teacher, tiny):
+def test_warm_up_leaves_the_student_unchanged(teacher, tiny):
 
     heard = []
     recipe = replace(tiny, calibration=2, warmup=6)

@@ -10,7 +10,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.grid_adam import GridAdam
 
 
-def test_each_kind_of_parameter_has_its_rate(teacher):
+def test_grid_adam_has_a_rate_for_each_kind_of_parameter(teacher):
     student = build_student(teacher, Scheme(Bits(4, 4), "relu"), quantizers=LSQ)
     optimizer = GridAdam(code_lr=0.1, scale_lr=0.2, other_lr=0.3).build(student)
     rates = {

@@ -28,7 +28,7 @@ def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
     return student
 
 
-def test_matched_moments_are_the_teachers_at_every_layer(teacher, images):
+def test_matched_moments_are_those_of_the_teacher(teacher, images):
     student = student_of(teacher, images)
     before = layer_moments(student.network, images)
     match_moments_(student, teacher, (images,))
@@ -65,7 +65,7 @@ def layer_moments(network, images):
     return found
 
 
-def test_channels_that_do_not_vary_keep_their_scale(teacher, images):
+def test_constant_channels_keep_their_scale(teacher, images):
     """One image has no deviation at the logits: only the mean can be matched there."""
     one = images[:1]
     student = student_of(teacher, one, "w8a8")
@@ -75,7 +75,7 @@ def test_channels_that_do_not_vary_keep_their_scale(teacher, images):
     torch.testing.assert_close(student(one), teacher.network(one), rtol=1e-3, atol=1e-3)
 
 
-def test_moments_by_hand():
+def test_matched_moments_match_hand_computed_values():
     """One linear layer: the channel's scale and shift follow from the two moments."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))

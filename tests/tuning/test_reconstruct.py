@@ -38,7 +38,7 @@ def distance(got, wanted):
 
 
 @pytest.mark.parametrize("quantizers", [LSQ, ADAROUND], ids=lambda family: family.name)
-def test_reconstruction_brings_each_block_nearer(teacher, images, quantizers):
+def test_reconstruction_reduces_the_error_of_each_block(teacher, images, quantizers):
     student = student_of(teacher, images, "w2a4", quantizers)
     wanted = teacher.network(images)
     before = F.mse_loss(freeze(student)(images), wanted)
@@ -70,7 +70,7 @@ class Twice(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_what_blocks_share_is_trained_in_the_first(images):
+def test_parameter_shared_by_blocks_is_trained_in_the_first(images):
     torch.manual_seed(0)
     teacher = capture(Twice().eval(), images[:2])
     student = student_of(teacher, images, quantizers=ADAROUND)
@@ -87,7 +87,7 @@ def test_what_blocks_share_is_trained_in_the_first(images):
     assert torch.equal(steps[19], steps[-1])
 
 
-def test_the_regulariser_decides_roundings_and_values_bypass(teacher, images, monkeypatch):
+def test_regulariser_decides_roundings_and_activations_drop(teacher, images, monkeypatch):
     undecided, mixed = {}, []
     settle = QDrop.__call__
     monkeypatch.setattr(QDrop, "__call__", lambda *a: mixed.append(a[1].shape) or settle(*a))
