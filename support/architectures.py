@@ -28,7 +28,7 @@ from gdfq.sources.spectral import SpectralSource
 
 @dataclass(frozen=True)
 class Entry:
-    """An architecture and the input it gets here, smaller than its own where it allows that."""
+    """An architecture and the shape of its input here, smaller than its own where possible."""
 
     spec: str
     shape: tuple[int, ...] = (3, 64, 64)
@@ -67,7 +67,7 @@ ENTRIES = (
 
 
 def own(name: str) -> nn.Module:
-    """One of the small networks of the tests, which between them have what libraries do not."""
+    """One of the small networks of the tests."""
     return networks.make(name)
 
 
@@ -77,7 +77,7 @@ def network(entry: Entry) -> nn.Module:
 
 
 def recipe_for(teacher: Captured) -> Recipe:
-    """`fast` cut to two updates, on a source that this network allows."""
+    """`fast` with two updates, on a source that suits this network."""
     source: Source = GeneratorSource(batch=4)
     if not teacher.batch_norms:
         source = PatchSource(batch=4, iterations=2)
@@ -87,7 +87,7 @@ def recipe_for(teacher: Captured) -> Recipe:
 
 
 def passed(entry: Entry) -> dict[str, Any]:
-    """What the line says of one architecture; an error's text where it ends."""
+    """The results of one architecture, or the error that stopped it."""
     started = time.perf_counter()
     row: dict[str, Any] = {"network": entry.spec, "input": "x".join(map(str, entry.shape))}
     model, example = network(entry), torch.zeros(1, *entry.shape)

@@ -179,7 +179,7 @@ RUN = run_files()
 
 @dataclass(frozen=True)
 class Loader:
-    """What reads files, valid files for it, how they are changed, and how many are tried of 100."""
+    """A function that reads files, valid files, their mutation, and its share of all inputs in percent."""
 
     read: Callable[[bytes, Path], None]
     valid: Sequence[bytes]

@@ -28,7 +28,7 @@ VALUES: tuple[Any, ...] = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**400, -1.5,
 
 
 def scramble(data: bytes, random: Random, others: Sequence[bytes] = ()) -> bytes:
-    """A few blows to bytes that know nothing of what they are."""
+    """Change bytes at random places, without regard to their format."""
     damaged = bytearray(data)
     for _ in range(random.choice((1, 1, 2, 4))):
         at, length = random.randrange(len(damaged) + 1), random.choice((1, 2, 4, 8, 64, 1024))
@@ -102,7 +102,7 @@ def json_text(tree: Any, random: Random) -> bytes:
 
 
 def of_safetensors(data: bytes, random: Random) -> bytes:
-    """Blows, or a header edited as JSON whose length is right."""
+    """Random changes, or a header edited as JSON with the right length."""
     if random.random() < 0.5:
         return scramble(data, random)
     length = int.from_bytes(data[:8], "little")
@@ -111,7 +111,7 @@ def of_safetensors(data: bytes, random: Random) -> bytes:
 
 
 def of_checkpoint(data: bytes, random: Random) -> bytes:
-    """Blows, or a checkpoint whose tree was edited; its name has its hash either way."""
+    """Random changes, or a checkpoint with an edited tree; its name has its hash either way."""
     if random.random() < 0.3:
         return of_safetensors(data, random)
     length = int.from_bytes(data[:8], "little")
@@ -137,7 +137,7 @@ def of_document(data: bytes, random: Random) -> bytes:
 
 
 def of_zip(data: bytes, random: Random) -> bytes:
-    """Blows, or members that are changed inside, left out or doubled in a valid archive."""
+    """Random changes, or a valid archive with members changed, left out or doubled."""
     if random.random() < 0.4:
         return scramble(data, random)
     buffer = io.BytesIO()
@@ -166,7 +166,7 @@ def _npy_header(content: bytes, random: Random) -> bytes:
 
 
 def of_image(data: bytes, random: Random) -> bytes:
-    """Blows; and a PNG of any size, with valid checksums, whose pixels are few or very many."""
+    """Random changes, or a PNG of any size with valid checksums."""
     if random.random() < 0.9 or not data.startswith(b"\x89PNG"):
         head = random.choice((64, 200, len(data)))
         return scramble(data[:head], random) + data[head:]
@@ -186,7 +186,7 @@ def of_image(data: bytes, random: Random) -> bytes:
 
 
 def of_onnx(data: bytes, random: Random) -> bytes:
-    """Blows, or a model that says another thing in a valid file."""
+    """Random changes, or a valid file with an edited model."""
     if random.random() < 0.5:
         return scramble(data, random)
     model = onnx.load_from_string(data)
@@ -225,7 +225,7 @@ def of_onnx(data: bytes, random: Random) -> bytes:
 
 
 def of_run(data: bytes, random: Random) -> bytes:
-    """One of the files of a run, changed: which, and its new content (a link for none)."""
+    """A change of one file of a run: its name and new content (none stands for a link)."""
     files = json.loads(data)
     name = random.choice(list(files))
     content = bytes.fromhex(files[name])
@@ -239,7 +239,7 @@ def of_run(data: bytes, random: Random) -> bytes:
 
 
 def of_text(data: bytes, random: Random) -> bytes:
-    """A word that an option could get."""
+    """A value for an option."""
     if random.random() < 0.3:
         return random.choice(
             (*TEXTS, "1" + "0" * 5000, "w" + "9" * 5000 + "a4", "9x" * 200 + "9")

@@ -1,4 +1,4 @@
-"""Small networks that between them use what capture must understand."""
+"""Small networks that together use everything that capture must support."""
 
 import functools
 
@@ -136,7 +136,7 @@ class Standardised(nn.Module):
 
 
 class Awkward(nn.Module):
-    """Names and tensors that could be confused with ours; products with bare matrices."""
+    """Names and tensors like those of the student; products with bare matrices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -396,7 +396,7 @@ def images(count: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def that_saw(images: Tensor) -> nn.Module:
-    """A network whose batch norm has seen these images [N, 3, 16, 16]; random weights."""
+    """A network with random weights and the batch-norm statistics of images [N, 3, 16, 16]."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 12, 3, bias=False),

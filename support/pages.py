@@ -33,7 +33,7 @@ _FENCE = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code and what its comment says of it."""
+    """A block of code and the marks of its comment."""
 
     language: str
     title: str | None
@@ -110,7 +110,7 @@ def gdfq_commands(code: str) -> list[list[str]] | None:
 
 
 def _bash(code: str, folder: Path, where: str) -> None:
-    """With the `gdfq` of this Python; the first command that fails ends it."""
+    """Run commands with the `gdfq` of this Python until the first one that fails."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],

@@ -1,4 +1,4 @@
-"""Recipes at a size for tests, and the comparison of what runs end with."""
+"""Small recipes and students for tests, and the comparison of results."""
 
 from dataclasses import replace
 
@@ -28,12 +28,12 @@ def state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two states are equal to the bit."""
+    """Whether two states are equal, bit by bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def small(recipe: Recipe) -> Recipe:
-    """A recipe at a size for tests."""
+    """The recipe with few images and iterations."""
     source = recipe.source
     if isinstance(source, GeneratorSource):
         source = replace(source, batch=8)

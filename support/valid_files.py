@@ -34,7 +34,7 @@ def network() -> nn.Module:
 
 
 def student() -> bytes:
-    """A small frozen network, written by hand."""
+    """A small frozen network that is written by hand."""
     graph = fx.Graph()
     tensors = {
         "x.scale": torch.tensor(0.1),

@@ -31,7 +31,7 @@ settings.load_profile("patient")
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs an optional library belongs to `make check`, and is skipped without it."""
+    """Mark tests that need an optional library with `check`, and skip them without it."""
     for item in items:
         for needed in item.iter_markers("needs"):
             (library,) = needed.args

@@ -48,7 +48,7 @@ def accuracies(teacher, digits):
     "steps", [300, pytest.param(demo.RECIPE.steps, marks=pytest.mark.check, id="demo")]
 )
 def test_paper_beats_direct_rounding_on_real_digits(accuracies, steps):
-    """Most of what 4-bit rounding loses comes back without data; `make demo` takes 1,000 steps."""
+    """Tuning without data recovers most of the loss of 4-bit rounding; `make demo` takes 1,000 steps."""
     recipe = demo.RECIPE.with_steps(steps)
     _, rounded = accuracies("w4a4", demo.ROUNDING.with_steps(recipe.calibration))
     teacher, tuned = accuracies("w4a4", recipe)
@@ -58,7 +58,7 @@ def test_paper_beats_direct_rounding_on_real_digits(accuracies, steps):
 
 
 def test_fast_beats_direct_rounding_at_three_bits(accuracies):
-    """Six points at least, in fifty updates on a quarter of the recipe's images."""
+    """By at least six points, with fifty updates on a quarter of the recipe's images."""
     fast = find_recipe("fast").with_steps(60)
     fast = replace(fast, source=replace(fast.source, images=1024))
     _, rounded = accuracies("w3a3", demo.ROUNDING.with_steps(75), placement="relu")

@@ -1,4 +1,4 @@
-"""No number changed: runs give what they gave before the redesign (support/golden.py)."""
+"""Runs give the recorded golden values (support/golden.py)."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A call of the library changes nothing but its result, and two at once do not meet."""
+"""Calls of the library leave the process unchanged and do not influence one another."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ from gdfq.graph.capture import capture
 
 
 def surroundings():
-    """What of the process a call must leave as it is."""
+    """The state of the process that a call must not change."""
     names = ["", "torch", "torch.onnx", "torch.export", *logging.root.manager.loggerDict]
     loggers = {name: logging.getLogger(name) for name in names}
     return {
@@ -66,7 +66,7 @@ def test_quantize_and_export_show_no_foreign_warnings(residual, tmp_path):
 
 
 def test_two_threads_give_the_results_of_one(residual):
-    """Capture, tuning and all, at the same time."""
+    """Both capture, tune and freeze at the same time."""
     names = ("quick", "paper")
     jobs = {name: small(RECIPES[name]) for name in names}
 

@@ -1,4 +1,4 @@
-"""None"""
+"""Whole runs of `quantize` and `generate`: determinism, isolation, options."""
 
 import copy
 from dataclasses import replace
@@ -74,7 +74,7 @@ def test_codes_fit_in_the_bits_at_every_placement(teacher, tiny, bits, placement
 
 
 def test_tuning_reduces_the_cross_entropy(teacher, tiny):
-    """Cross-entropy on the stream falls when the student may learn."""
+    """The cross-entropy on the stream falls."""
     heard = []
     recipe = replace(
         tiny.with_steps(80),
@@ -97,10 +97,10 @@ def test_data_replaces_the_source(teacher, tiny):
 def test_evaluate_counts_correct_predictions(teacher, tiny):
     result = gdfq.quantize(teacher, networks.images(1), "w8a8", tiny)
     images = networks.images(40)
-    answers = result(images).argmax(1)
-    wrong = answers.clone()
+    predictions = result(images).argmax(1)
+    wrong = predictions.clone()
     wrong[:10] = (wrong[:10] + 1) % 5
-    assert result.evaluate((images, answers)) == 100
+    assert result.evaluate((images, predictions)) == 100
     assert result.evaluate((images, wrong)) == 75
 
 

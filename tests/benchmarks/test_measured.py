@@ -1,4 +1,4 @@
-"""What `doctor` tells to expect is what the benchmarks measured."""
+"""The accuracy drops that `doctor` quotes are those of the benchmarks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The measure of privacy recognises copies, and lets strangers pass."""
+"""The privacy measure finds copies of training images and no others."""
 
 import torch
 from benchmarks import privacy

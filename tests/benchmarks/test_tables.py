@@ -1,4 +1,4 @@
-"""The pages and figures that are written from the result files say what these say."""
+"""Pages that are written from the result files agree with them."""
 
 import json
 

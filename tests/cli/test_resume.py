@@ -15,7 +15,7 @@ WHOLE = ("student.safetensors", "student.onnx", "examples.npz", "history.jsonl")
 
 
 def stopped(monkeypatch, call, number, rows):
-    """Run a command to which a signal comes with its n-th row of history."""
+    """Run a command that gets a signal at its n-th row of history."""
 
     class Signals(History):
         def __call__(self, step):
@@ -59,7 +59,7 @@ def test_stopped_run_resumes_and_writes_the_same_files(place, capsys, monkeypatc
 
 
 def test_printed_command_resumes_the_run(place, capsys, monkeypatch):
-    """As a sweep writes it, with the model behind `--`."""
+    """Also for a command as a sweep writes it, with the model behind `--`."""
     command, model, *options = arguments(place)
     assert stopped(monkeypatch, [command, *options, "--", model], signal.SIGTERM, 2) == 143
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Image files get the network's size as its own configuration says."""
+"""Images and labels from files, folders and objects."""
 
 import numpy as np
 import pytest

@@ -12,7 +12,7 @@ _OPERATORS = torchvision_shim.define_missing_operators()
 
 
 def ramp(width, height):
-    """Red counts columns, green counts rows."""
+    """An image whose red is the column and whose green is the row."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
     return Image.fromarray(pixels)

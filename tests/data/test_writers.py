@@ -1,4 +1,4 @@
-"""Synthetic images leave in forms that other tools read, all with the same pixels."""
+"""Synthetic images are written in formats that other tools read, all with the same pixels."""
 
 import numpy as np
 import pytest

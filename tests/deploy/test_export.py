@@ -1,4 +1,4 @@
-"""Exported files against the student, in the runtimes that they are for."""
+"""Export of files: targets, notes, and failures that leave no file."""
 
 import onnx
 import pytest

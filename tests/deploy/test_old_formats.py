@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parents[1] / "format4"
 
 
 def test_load_reads_format_4() -> None:
-    """3-bit weights, 8 in the first layer, placement t1; outputs as version 0.1.0 computed them."""
+    """3-bit weights, 8 in the first layer, placement t1 (now relu); outputs as version 0.1.0 computed them."""
     student = gdfq.load(FOLDER)
     assert (str(student.card.bits), student.card.placement) == ("w3a4", "relu")
     assert student.card.layer_bits == ("first=8",)

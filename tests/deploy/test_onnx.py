@@ -46,8 +46,8 @@ def test_onnx_file_keeps_the_codes_of_all_bits(weights, tmp_path):
     model = onnx.load(tmp_path / "q.onnx")
     stored = {i.name: i for i in model.graph.initializer}
     kinds = {i.data_type for name, i in stored.items() if name.endswith(".weight")}
-    wanted = {2: onnx.TensorProto.INT2, 3: onnx.TensorProto.INT4, 4: onnx.TensorProto.INT4}
-    assert kinds == {wanted.get(weights, onnx.TensorProto.INT8)}
+    expected = {2: onnx.TensorProto.INT2, 3: onnx.TensorProto.INT4, 4: onnx.TensorProto.INT4}
+    assert kinds == {expected.get(weights, onnx.TensorProto.INT8)}
     assert model.opset_import[0].version == (25 if weights == 2 else 21)
     for name, tensor in stored.items():
         if name.endswith(".weight"):
@@ -59,7 +59,7 @@ def test_onnx_file_keeps_the_codes_of_all_bits(weights, tmp_path):
 
 
 def test_full_placement_runs_in_integer_kernels(small, tmp_path):
-    """What ONNX Runtime makes of the file: no float convolution, addition or product is left."""
+    """The graph after ONNX Runtime's optimization has no float convolution, addition or product."""
     small.export(tmp_path / "q.onnx")
     import onnxruntime
 
@@ -103,9 +103,9 @@ def test_raw_input_takes_pixels(small, tmp_path):
     (first,) = session.get_inputs()
     assert first.type == "tensor(uint8)"
     pixels = torch.randint(256, (5, *networks.SHAPE), dtype=torch.uint8)
-    got = session.run(None, {"images": pixels.numpy()})[0]
-    wanted = small(small.card.preprocessing(pixels))
-    torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-3)
+    actual = session.run(None, {"images": pixels.numpy()})[0]
+    expected = small(small.card.preprocessing(pixels))
+    torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_operator_without_an_onnx_form_is_named(small, tmp_path, monkeypatch):
@@ -127,12 +127,12 @@ def test_openvino_gives_the_same_predictions(small, tmp_path):
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(tmp_path / "q.onnx"), "CPU")
     x = networks.images(16)
-    got = torch.from_numpy(compiled(x.numpy())[0])
-    assert float((got - small(x)).norm() / small(x).norm()) < 0.05
+    actual = torch.from_numpy(compiled(x.numpy())[0])
+    assert float((actual - small(x)).norm() / small(x).norm()) < 0.05
 
 
 def test_runtime_does_not_round_float_layers_between_quantized_ones(tmp_path):
-    """Channels of very different size: 8 bits for all of them together would show."""
+    """Channels have very different sizes, so rounding them to 8 bits together would be visible."""
     model = networks.make("Residual")
     with torch.no_grad():
         model.conv2.weight[0] *= 60
@@ -219,7 +219,7 @@ def test_networks_of_one_to_three_dimensions_match_the_student(dimensions, tmp_p
 
 
 def test_zero_points_suit_signed_and_unsigned_activations(small, tmp_path):
-    """Behind a ReLU 0 is the lowest code; the input and the residual path have codes on both sides."""
+    """After a ReLU, 0 is the lowest code; the input and the residual path have codes on both sides."""
     small.export(tmp_path / "q.onnx")
     graph = onnx.load(tmp_path / "q.onnx").graph
     values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
@@ -231,7 +231,7 @@ def test_zero_points_suit_signed_and_unsigned_activations(small, tmp_path):
 
 
 def test_channels_are_split_in_integers(tmp_path):
-    """Each value of an operator with several has a name, and codes are what is split."""
+    """Each output of an operator with several has a name, and codes are split."""
     quantized = quantized_by_fast(networks.captured("Shuffled"), "w4a4")
     exported = quantized.export(tmp_path / "q.onnx")
     assert not any("float" in note for note in exported.notes)
@@ -257,7 +257,7 @@ def test_ceiling_of_relu6_is_left_to_the_codes(tmp_path):
 
 
 def test_weight_with_one_scale_matches_the_student(small, tmp_path):
-    """No quantizer of ours makes such weights; the format and the kernels have them."""
+    """No quantizer of this package makes such weights, but the format allows them."""
     network = copy.deepcopy(small.network)
     for name, buffer in list(network.named_buffers()):
         if name.endswith(".codes"):

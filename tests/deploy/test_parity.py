@@ -15,7 +15,7 @@ from gdfq.deploy.runtimes import onnx_values
 
 
 def test_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
-    """A lost clamp shows beyond the calibrated range, and the file that was there stays."""
+    """A missing clamp is found beyond the calibrated range, and the previous file stays."""
     path = tmp_path / "q.onnx"
     path.write_bytes(b"before")
     real = to_onnx
@@ -64,7 +64,7 @@ def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkey
 
 
 def test_codes_are_compared_from_equal_inputs(small):
-    """By hand: one code of the first activation is moved, and what follows from it is right."""
+    """One code of the first activation is changed by hand; later codes follow from it and are right."""
     data = to_onnx(small.network, small.card.inputs, {})
     names = list(map(codes_name, small.network.activations))
     x = networks.images(4)

@@ -88,7 +88,7 @@ def test_saved_codes_are_packed(saved):
 
 
 def _edit(folder, change, sign=True):
-    """Change the header, and its hash as one would who means harm."""
+    """Change the header, and update its hash as an attacker would."""
     path = folder / STUDENT_FILE
     with safe_open(path, "pt") as file:
         document = json.loads(file.metadata()["gdfq"])

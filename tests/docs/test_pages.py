@@ -1,4 +1,4 @@
-"""README and docs tell the truth: their code runs, and what they name exists."""
+"""Code in README and docs runs, and what the pages name exists."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The site of the docs: complete, without warnings, and nothing in it calls home."""
+"""The documentation site is complete, builds without warnings, and loads nothing from other hosts."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read whole, and only by the run that they belong to."""
+"""Checkpoints are complete, and only the run that wrote them resumes from them."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ def test_checkpoint_is_written_after_the_interval(tmp_path):
 
 
 def test_checkpoint_that_takes_long_is_written_less_often(tmp_path):
-    """Two percent of the time at most: after one of 3 seconds none comes for 150."""
+    """Checkpoints take at most 2 % of the time: after one of 3 seconds, none follows for 150 s."""
     clock = Time()
 
     class Slow(Results):

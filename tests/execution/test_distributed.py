@@ -1,4 +1,4 @@
-"""Several processes compute what one does, end together, and write once."""
+"""Several processes compute what one does, stop together, and write one run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.p
 
 
 def torchrun(processes: int, *words: str, look: float = 0.1) -> list[str]:
-    """look: seconds between two looks for a dead process, at which torchrun ends the others."""
+    """The command line; `look` is the seconds between two checks for a dead process."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--monitor-interval={look}", f"--nproc-per-node={processes}", *words),
@@ -66,7 +66,7 @@ def test_processes_compute_the_same(together):
 
 @pytest.mark.parametrize("source", ["pool", "optimised"])
 def test_images_of_several_processes_are_those_of_one(alone, together, source):
-    """Three and five batches: the processes make more, or fewer, than there are of them."""
+    """Three and five batches: fewer or more than there are processes."""
     assert difference(alone[source], together[0][source]) == 0
 
 
@@ -75,7 +75,7 @@ def test_generator_starts_as_on_the_whole_batch(alone, together):
 
 
 def test_generator_learns_as_on_the_whole_batch(alone, together):
-    """In double precision: Adam makes a step of the full size of a gradient that is rounding."""
+    """In double precision, because Adam turns a gradient that is only rounding into a full step."""
     for one in alone["long"].values():
         assert one["losses"].shape == (group_figures.STEPS, 3)
         assert one["losses"][0, 0] > one["losses"][-1, 0]
@@ -201,7 +201,7 @@ def test_two_processes_write_one_run(tuned_by_two):
 
 
 def test_two_processes_tune_as_well_as_one(tuned_by_two, tmp_path):
-    """Real digits, from the trained network to the accuracy on those that it has not seen."""
+    """Accuracy on the real digits that are held out."""
     words, _, out = tuned_by_two
     assert main([*words, f"--out={tmp_path}/one"]) == 0
     one, two = (

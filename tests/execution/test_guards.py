@@ -1,4 +1,4 @@
-"""What goes wrong is told, and nothing that was finished is lost."""
+"""Errors of a run say what to do, and finished work is kept."""
 
 from dataclasses import replace
 
@@ -124,7 +124,7 @@ def test_loss_that_is_not_finite_stops_the_run(name, where, message, teacher, mo
 
 
 def test_run_resumes_from_the_last_finite_state(teacher, tiny, monkeypatch, tmp_path):
-    """A loss that becomes NaN late: what was written before it goes on when it is mended."""
+    """The loss becomes NaN late; the checkpoint before it resumes once the cause is removed."""
     from gdfq.tuning import distill
 
     expected = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)

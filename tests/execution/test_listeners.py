@@ -25,7 +25,7 @@ def test_history_is_cut_at_the_checkpoint(tmp_path):
 
 
 def test_history_lists_a_repeated_batch_once(tmp_path):
-    """Stopped in the second batch of images, which begins with step 3."""
+    """The run is stopped in the second batch of images, which begins with step 3."""
     path = tmp_path / "history.jsonl"
 
     def tell(history, steps):

@@ -18,7 +18,7 @@ from gdfq.tuning.distill import tune_
 
 
 def test_bfloat16_is_used_in_layers_only(teacher):
-    """bfloat16: statistics and losses within its rounding of float32's, all in float32."""
+    """Statistics and losses are in float32, and differ from those of float32 by bfloat16's rounding."""
     found = {}
     for precision in ("float32", "bfloat16"):
         source = GeneratorSource(batch=16)

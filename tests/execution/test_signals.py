@@ -1,4 +1,4 @@
-"""A command that is stopped says how to go on, and then ends with the same files."""
+"""Signals stop a run."""
 
 import os
 import signal

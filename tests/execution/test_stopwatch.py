@@ -1,4 +1,4 @@
-"""Seconds of stages, over a stop."""
+"""Seconds of stages in a run that was stopped and resumed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Files of strangers are refused in the documented way, at no cost, and touch nothing else."""
+"""Untrusted files are refused with a GdfqError, at little cost and without side effects."""
 
 import contextlib
 import io
@@ -53,7 +53,7 @@ from gdfq.student.scheme import LayerBits
 @given(random=st.randoms(use_true_random=False))
 @pytest.mark.filterwarnings("ignore")  # decoders warn of damage
 def test_mutated_input_is_read_or_refused(name, random):
-    """The mutations of benchmarks.fuzz, driven and shrunk by hypothesis."""
+    """The mutations of benchmarks.fuzz, chosen and minimised by hypothesis."""
     loader = LOADERS[name]
     data = loader.change(random.choice(loader.valid), random)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(GdfqError):
@@ -112,7 +112,7 @@ def test_npz_with_pickled_arrays_runs_no_code(tmp_path, monkeypatch):
 
 
 def test_npz_with_other_compression_is_refused(tmp_path):
-    """LZMA asks for as much memory as its header says."""
+    """LZMA allocates as much memory as its header demands."""
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("images.npy", npy((1, *SHAPE), content=bytes(192)))
     with pytest.raises(UsageError, match="compressed in another way"):
@@ -128,7 +128,7 @@ def test_npz_that_compresses_well_is_read(tmp_path):
 
 
 def png(path, width, height):
-    """An image of any size whose pixels are not there."""
+    """A PNG of any size without its pixels."""
     made = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
@@ -157,7 +157,7 @@ def test_thin_image_is_refused_before_it_is_resized(tmp_path):
 
 
 def test_image_of_another_format_is_refused(tmp_path):
-    """Others run programs, as that of PostScript does."""
+    """Other decoders, such as that of PostScript, run programs."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
@@ -398,7 +398,7 @@ def test_tensor_with_the_name_of_an_attribute_is_refused(name):
 
 
 def test_operator_with_a_large_output_is_refused_before_it_runs():
-    """Each step doubles; together they would take 2^40 bytes."""
+    """Each operator doubles its input; together they would take 2^40 bytes."""
     steps = [{"name": "big_0", "kind": "operator", "target": "aten.cat.default", "kwargs": {}}]
     steps[0]["args"] = [[{"node": "images"}, {"node": "images"}], -1]
     for index in range(1, 40):
@@ -544,7 +544,7 @@ def test_checkpoint_outside_the_folder_is_not_read(tmp_path):
 
 
 def test_piece_that_is_named_twice_is_read_once(tmp_path):
-    """By 40 doublings, 2^40 times."""
+    """Otherwise 40 doublings would read it 2^40 times."""
     document = None
     for _ in range(40):
         contents = state([document, document])

@@ -1,3 +1,5 @@
+"""Grids and fake quantization, against values computed by hand."""
+
 import pytest
 import torch
 from hypothesis import given

@@ -60,8 +60,8 @@ def test_distillation_loss_matches_numpy(reduction, divisor):
 
     p, q = softmax(teacher), softmax(student)
     expected = temperature**2 * (p * np.log(p / q)).sum() / divisor
-    got = distillation_loss(torch.tensor(student), torch.tensor(teacher), temperature, reduction)
-    assert float(got) == pytest.approx(expected)
+    actual = distillation_loss(torch.tensor(student), torch.tensor(teacher), temperature, reduction)
+    assert float(actual) == pytest.approx(expected)
 
 
 def test_relative_statistics_loss_matches_a_hand_computed_value():
@@ -82,13 +82,13 @@ def test_focal_loss_matches_a_hand_computed_value():
 
 def test_feature_loss_matches_a_hand_computed_value():
     seen = [tensor([[1.0, 2.0]]), tensor([[0.0]])]
-    wanted = [tensor([[1.0, 4.0]]), tensor([[2.0]])]
+    expected = [tensor([[1.0, 4.0]]), tensor([[2.0]])]
     # 4/17 of the first block's energy, all of the second's.
-    assert float(feature_loss(seen, wanted)) == pytest.approx((4 / 17 + 1) / 2)
+    assert float(feature_loss(seen, expected)) == pytest.approx((4 / 17 + 1) / 2)
 
 
 def test_nearly_constant_channel_has_a_bounded_loss():
-    """Its unit is 10⁻³, and what it should have is still its own deviation."""
+    """The deviation is divided by at least 10⁻³, and the target is the channel's own deviation."""
     still = [(tensor([5.0]), tensor([0.0]))]
     assert float(relative_statistics_loss(still, still)) == 0
     moved = [(tensor([5.001]), tensor([0.002**2]))]
@@ -97,8 +97,10 @@ def test_nearly_constant_channel_has_a_bounded_loss():
 
 def test_feature_loss_gradient_matches_autograd():
     for shape in ((4, 5), (3, 4, 5), (2, 3, 4, 5)):
-        seen, wanted = torch.randn(2, *shape, dtype=torch.double)
+        seen, expected = torch.randn(2, *shape, dtype=torch.double)
         if len(shape) == 4:
             seen = seen.contiguous(memory_format=torch.channels_last)
         seen.requires_grad_()
-        assert torch.autograd.gradcheck(lambda a, b=wanted: feature_loss([a, a], [b, b + 1]), seen)
+        assert torch.autograd.gradcheck(
+            lambda a, b=expected: feature_loss([a, a], [b, b + 1]), seen
+        )

@@ -17,10 +17,10 @@ def test_upsampled_convolution_is_exact(shape):
     )
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     expected = F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
-    got = upsampled_convolution(x, weight, bias)
-    assert torch.allclose(got, expected)
+    actual = upsampled_convolution(x, weight, bias)
+    assert torch.allclose(actual, expected)
     for a, b in zip(
-        torch.autograd.grad(got, inputs, grad),
+        torch.autograd.grad(actual, inputs, grad),
         torch.autograd.grad(expected, inputs, grad),
         strict=True,
     ):

@@ -71,10 +71,10 @@ def test_student_with_unfolded_norms_is_close_at_eight_bits(awkward):
     x = torch.randn(64, 3, 8, 8)
     student = build_student(awkward, Scheme(Bits(8, 8), "relu"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
-    wanted = awkward.network(x)
+    expected = awkward.network(x)
     for network in (student, freeze(student)):
         with torch.no_grad():
-            assert float((network(x) - wanted).norm() / wanted.norm()) < 0.05
+            assert float((network(x) - expected).norm() / expected.norm()) < 0.05
     with torch.no_grad():
         assert torch.allclose(student(x), freeze(student)(x), atol=1e-4)
 
@@ -126,6 +126,6 @@ def test_fast_tunes_unfolded_norms_and_shared_layers(placement):
     )
     x = torch.randn(6, 3, 8, 8)
     with torch.no_grad():
-        wanted = network(x)
-        assert float((result(x) - wanted).norm() / wanted.norm()) < 0.3
+        expected = network(x)
+        assert float((result(x) - expected).norm() / expected.norm()) < 0.3
     assert torch.is_grad_enabled()

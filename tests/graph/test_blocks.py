@@ -1,4 +1,4 @@
-"""Folding of batch norms and the ends of blocks."""
+"""Blocks of a network and where they end."""
 
 import pytest
 import torch

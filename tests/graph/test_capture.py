@@ -1,3 +1,5 @@
+"""Capture of modules as graphs, and what it refuses."""
+
 import copy
 
 import pytest
@@ -135,8 +137,8 @@ def test_outputs_have_the_order_of_the_network():
     assert captured.outputs == {"b": 0, "a": [1, {"c": 2}]}
     x = networks.images(3)
     y = model.fc(x.flatten(1))
-    for got, wanted in zip(captured.network(x), (2 * y, y, y + 1), strict=True):
-        assert torch.allclose(got, wanted, atol=1e-6)
+    for actual, expected in zip(captured.network(x), (2 * y, y, y + 1), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6)
 
 
 def test_capture_refuses_a_wrong_input_shape(residual):

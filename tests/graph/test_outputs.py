@@ -1,4 +1,4 @@
-"""What networks return, and networks whose outputs are not classes, end to end."""
+"""Structures of outputs, and networks whose outputs are not classes."""
 
 from dataclasses import replace
 
@@ -88,16 +88,16 @@ def test_any_output_is_tuned_saved_loaded_and_exported(name, tmp_path):
     test = networks.images(64, seed=3, shape=networks.shape_of(name))
     model, quantized = tuned(name, FEW, test=test)
     with torch.no_grad():
-        wanted, got = (flattened(network(test)) for network in (model, quantized))
+        expected, actual = (flattened(network(test)) for network in (model, quantized))
     errors = quantized.metrics["student"]["error_percent"]
-    for error, ours, theirs in zip(errors.values(), got, wanted, strict=True):
+    for error, ours, theirs in zip(errors.values(), actual, expected, strict=True):
         by_hand = float(100 * (ours - theirs).norm() / theirs.norm())
         assert error == pytest.approx(by_hand, abs=0.01)
         assert by_hand < 30
     quantized.save(tmp_path)
     loaded = gdfq.load(tmp_path)
     assert loaded.card == quantized.card
-    for ours, theirs in zip(flattened(loaded(test)), got, strict=True):
+    for ours, theirs in zip(flattened(loaded(test)), actual, strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(UsageError, match="accuracy is for classifiers"):
         loaded.evaluate((test, torch.zeros(64)))

@@ -1,4 +1,4 @@
-"""None"""
+"""Batch-norm statistics of images and their loss, against module hooks."""
 
 import pytest
 import torch

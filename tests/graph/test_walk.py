@@ -1,4 +1,4 @@
-"""The walk through a frozen network."""
+"""Node-by-node evaluation of a frozen network."""
 
 from support import networks
 

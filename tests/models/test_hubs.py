@@ -25,7 +25,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @pytest.fixture
 def fake_timm(monkeypatch):
-    """A timm that has one network, and notes how it is asked for it."""
+    """A timm that has one network and records the calls for it."""
 
     def create_model(name, pretrained):
         package.asked.append((name, pretrained))
@@ -103,7 +103,7 @@ def test_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
 
 
 def test_quantized_network_keeps_the_preprocessing_of_the_library(fake_timm, tmp_path, capsys):
-    """Neither --input, --mean nor --std is needed, and nothing warns of them."""
+    """--input, --mean and --std are not needed, and no warning asks for them."""
     call = ["quantize", "timm:residual", "--weights", "random", "--recipe", "paper", "--no-onnx"]
     assert main([*call, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
     assert "warning" not in capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_hugging_face_folder_is_loaded(tmp_path):
 
 
 class _Trap:
-    """Pickled code: a file appears when it is read carelessly."""
+    """Pickled code that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -80,7 +80,7 @@ def test_weight_search_is_never_worse_than_the_full_range(seed, bits):
 
 
 def test_weight_search_clips_an_outlier():
-    """999 weights in ±1 and one of 6: at 2 bits the grid of the many is far better."""
+    """999 weights within ±1 and one of 6: at 2 bits a grid for the majority has a smaller error."""
     weight = torch.linspace(-1, 1, 1000).view(1, -1).clone()
     weight[0, 500] = 6.0
     step, _ = best_weight_grid(weight, 2, Layout.ROWS)

@@ -1,4 +1,4 @@
-"""What the backward pass makes again: the same gradients, without the tensors."""
+"""Activation recomputation: the same gradients with less memory."""
 
 import pytest
 import torch

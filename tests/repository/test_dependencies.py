@@ -1,4 +1,4 @@
-"""Versions: what is pinned is what is declared, and nothing that is pinned has a known hole."""
+"""Locked and minimum versions are the declared ones, and have no known vulnerability."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Tests, benchmarks and their shared support code: who may import whom, and every script starts."""
+"""Tests, benchmarks and their shared support code: allowed imports, and the table of scripts."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ SCRIPTS = [
 
 
 def imports(path):
-    """The first and second part of the name of every module that a file imports."""
+    """The first part of the name of every module that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)

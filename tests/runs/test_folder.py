@@ -18,7 +18,7 @@ from gdfq.runs.folder import RunFolder
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
 def test_failing_folder_stops_the_run_with_advice(place, capsys, monkeypatch, number):
-    """The disk is full, or the folder read-only or gone, from one row of history on."""
+    """The disk is full, or the folder is read-only or removed, from one row of history on."""
 
     class Failing(History):
         def __call__(self, step):

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on and ends with the same bits."""
+"""A run that is stopped anywhere resumes and ends with the same bits."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from gdfq.execution.checkpoints import Checkpoints
 
 
 class StopError(Exception):
-    """Stands for whatever ends a run."""
+    """Stands for anything that stops a run."""
 
 
 class Recorder:
@@ -29,7 +29,7 @@ class Recorder:
 
 
 def told_once(rows):
-    """The rows without those of batches that were made again."""
+    """The rows without those of batches that were repeated."""
     found: list = []
     for row in rows:
         while found and found[-1][0] == row[0] and found[-1][1] >= row[1]:

@@ -1,4 +1,4 @@
-"""Sweeps: what a file may say, which commands come of it, and that they run, fail and go on."""
+"""Sweep files: what they may contain, and the commands that follow."""
 
 import contextlib
 import json

@@ -90,7 +90,7 @@ def test_sweep_records_failures_and_skips_finished_runs(place, capsys):
 
 
 def test_stopped_sweep_resumes(place):
-    """Its run is stopped with it, and run again."""
+    """The sweep stops its run, and runs it again."""
     slow = NETWORK + "\nimport pathlib, time\ndef slow():\n"
     slow += "    if not pathlib.Path('go').exists():\n"
     slow += "        pathlib.Path('here').touch(); time.sleep(600)\n    return small()\n"

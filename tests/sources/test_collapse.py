@@ -43,7 +43,7 @@ def test_collapse_is_reported_when_it_persists():
 
 
 def collapsing(monkeypatch, times):
-    """Generators that find themselves collapsed in their second batch, as often as `times`."""
+    """Let the generator collapse in its second batch, `times` times."""
     left = [times]
 
     def look(self, step, *_):
@@ -77,7 +77,7 @@ def test_generator_that_collapses_twice_fails_with_evidence(teacher, tiny, monke
 
 
 def test_generator_that_learns_nothing_is_detected(teacher, monkeypatch):
-    """A generator whose images are alike, over as many steps as the watch needs."""
+    """All images are alike over as many steps as the check needs."""
     monkeypatch.setattr("gdfq.sources.collapse._STEPS_BETWEEN_CHECKS", 2)
     monkeypatch.setattr("gdfq.sources.collapse._FIRST_CHECK", 4)
     source = GeneratorSource(batch=8, optimizer=replace(GeneratorSource(8).optimizer, lr=0.0))

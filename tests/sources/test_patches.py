@@ -1,4 +1,4 @@
-"""Networks without batch norms: attention in the graph, and images from the diversity of patches."""
+"""Images with diverse patches, for networks without batch norms."""
 
 import math
 from dataclasses import replace
@@ -50,8 +50,8 @@ def test_patch_entropy_matches_numpy():
         )
         assert density.sum() * 0.05 == pytest.approx(1, abs=0.02)  # it is a density
         entropies.append(-(density * np.log(density + 1e-300)).sum() * 0.05)
-    got = patch_entropy(torch.from_numpy(groups))
-    assert float(got) == pytest.approx(np.mean(entropies), rel=1e-6)
+    actual = patch_entropy(torch.from_numpy(groups))
+    assert float(actual) == pytest.approx(np.mean(entropies), rel=1e-6)
 
 
 def test_equal_patches_have_the_entropy_of_one_kernel():

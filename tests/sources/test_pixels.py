@@ -34,7 +34,7 @@ def test_optimised_images_have_their_labels(teacher):
 
 
 def test_low_pass_filter_matches_hand_computed_values():
-    """A wave of k cycles an image comes out exp(−k² / 2 D²) times as high; a constant as it is."""
+    """A wave of k cycles per image is multiplied by exp(−k² / 2 D²); a constant is unchanged."""
     x = torch.arange(16) / 16
     for cycles in (0, 1, 5):
         wave = (2 * torch.pi * cycles * x).cos().expand(1, 1, 16, 16)

@@ -24,7 +24,7 @@ def teacher():
 
 @dataclass(frozen=True)
 class Counted(Source):
-    """Images that say which they are, as a source."""
+    """A source of images that contain their number."""
 
     batch: int = 4
 
@@ -50,7 +50,7 @@ def test_pool_gives_each_image_once_per_epoch(teacher):
 
 @dataclass(frozen=True)
 class Textures(Source):
-    """Images of noise, as a source."""
+    """A source of noise."""
 
     batch: int = 8
 
@@ -60,7 +60,7 @@ class Textures(Source):
 
 
 class Brightest(torch.nn.Module):
-    """Tells where an image is brightest, or what its brightest channel is."""
+    """A network whose class is the brightest position of an image, or its brightest channel."""
 
     def __init__(self, where: bool) -> None:
         super().__init__()

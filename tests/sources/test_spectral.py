@@ -1,4 +1,4 @@
-"""Images in the frequency domain, and the pool that hands them out."""
+"""Images that are optimised in the frequency domain."""
 
 import math
 from dataclasses import replace
@@ -26,7 +26,7 @@ from gdfq.sources.spectral import (
 @pytest.mark.parametrize("size", [[32, 32], [9, 12], [64], [5, 6, 7], [1, 8], [1, 1]])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_white_coefficients_give_images_of_variance_one(size, channels):
-    """So much of it as asked is that of the images' means, or all, if there is one pixel."""
+    """The given share of the variance is that of the image means, or all of it for one pixel."""
     amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)
     white = torch.randn(2000, channels, *amplitude.shape, 2, generator=draw) * math.sqrt(0.5)
@@ -39,7 +39,7 @@ def test_white_coefficients_give_images_of_variance_one(size, channels):
 
 
 def test_spectrum_falls_with_the_given_exponent():
-    """NumPy's own transform sees 1/f^1.5 in the images: power falls by 4³ from f to 4 f."""
+    """NumPy's transform finds 1/f^1.5: the power falls by 4³ from f to 4 f."""
     size = [64, 64]
     amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)

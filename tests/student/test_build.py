@@ -1,4 +1,4 @@
-"""None"""
+"""The student that is built from a captured network."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Channels brought to alike scales: the same function, and grids that suit it better."""
+"""Channel equalization: the same function with channels of similar scale."""
 
 import math
 
@@ -43,14 +43,14 @@ def test_equalization_keeps_the_function(name):
     images = networks.images(8, seed=2, shape=shape)
     for scheme in (T1, FULL):
         equalized = equalize(teacher, scheme, networks.images(16, seed=1, shape=shape))
-        wanted, got = teacher.network(images), equalized.network(images)
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        expected, actual = teacher.network(images), equalized.network(images)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         if name in {"Residual", "Branches"}:
             assert changed(teacher, equalized)
 
 
 class Chain(nn.Module):
-    """Two channels, the second four times the first, on their way through all that lets them."""
+    """Two channels, the second four times the first, with an operator between two layers."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Chain(nn.Module):
 
 
 def test_channel_factors_are_roots_of_their_scales():
-    """The second channel's best step is four times the first's, so it ends twice as far."""
+    """The second channel's best scale is four times the first's, so its factor is twice as large."""
     teacher = capture(Chain(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
     images = networks.images(16, seed=1, shape=(1, 8, 8))
     equalized = equalize(teacher, T1, images)
@@ -88,7 +88,7 @@ def test_channel_factors_are_roots_of_their_scales():
 
 
 class Offset(nn.Module):
-    """Adds a constant to each channel, which no factor passes."""
+    """Adds a constant to each channel, so factors cannot pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,14 +215,14 @@ def test_dead_channels_stay_and_factors_are_bounded(weight, bias, scale):
 
 
 def test_equalization_reduces_the_error_of_unequal_channels():
-    """The same functions with channels of scales from 1/30 to 30 are better at 4 bits."""
+    """Channels have scales from 1/30 to 30; the error at 4 bits falls."""
     unlike, images = torch.logspace(-1.5, 1.5, 8), networks.images(64, seed=1)
 
     @torch.no_grad()
-    def error(teacher, wanted):
+    def error(teacher, expected):
         student = build_student(teacher, T1, quantizers=LSQ)
         calibrate_(student, [Batch((images,), None, None)], steps=1)
-        return float((student(images) - wanted).square().mean() / wanted.square().mean())
+        return float((student(images) - expected).square().mean() / expected.square().mean())
 
     ratios = []
     for seed in range(9):
@@ -235,7 +235,7 @@ def test_equalization_reduces_the_error_of_unequal_channels():
             network[0].weight.normal_().mul_(unlike.view(-1, 1, 1, 1))
             network[0].bias.mul_(unlike)
             network[2].weight.normal_().div_(unlike.view(1, -1, 1, 1))
-            wanted = network(images)
+            expected = network(images)
         teacher = capture(network, images[:2])
-        ratios.append(error(equalize(teacher, T1, images), wanted) / error(teacher, wanted))
+        ratios.append(error(equalize(teacher, T1, images), expected) / error(teacher, expected))
     assert sorted(ratios)[4] < 0.6

@@ -19,11 +19,11 @@ def test_frozen_student_equals_the_student_and_is_close_at_eight_bits(
 ):
     student = calibrated(any_teacher, "w8a8", placement)
     x = networks.images(64)
-    expected, got = any_network(x).detach(), student(x).detach()
-    assert float((got - expected).norm() / expected.norm()) < 0.05
+    expected, actual = any_network(x).detach(), student(x).detach()
+    assert float((actual - expected).norm() / expected.norm()) < 0.05
     # Folding changes float rounding alone, which may move an activation by a step now and then.
     frozen = freeze(student)(x)
-    assert float((frozen - got).norm() / got.norm()) < 0.01
+    assert float((frozen - actual).norm() / actual.norm()) < 0.01
 
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a5", "w4a4"])

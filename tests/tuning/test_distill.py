@@ -40,8 +40,8 @@ def test_hard_labels_count_for_easy_images_only():
     student = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
     labels = torch.tensor([0, 0])
     config = replace(RECIPES["synq"].tuning, difficulty=0.5)
-    got = config.losses((student, ()), (teacher, ()), labels)["ce"]
-    assert float(got) == pytest.approx(-float(student[0].log_softmax(0)[0]) / 2)
+    actual = config.losses((student, ()), (teacher, ()), labels)["ce"]
+    assert float(actual) == pytest.approx(-float(student[0].log_softmax(0)[0]) / 2)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def by_hand(model, parameters, ranges, x):
 
 
 def test_two_updates_match_the_textbook(teacher):
-    """Weights are rounded anew at each forward, rates decay, momentum is Nesterov's."""
+    """Weights are rounded in each forward pass, rates decay, and the momentum is Nesterov's."""
     model = networks.make("Residual")
     batches = list(GeneratorSource(batch=8).stream(teacher, steps=3))
     config = replace(PAPER.tuning, optimizer=SgdConfig(lr=0.05))

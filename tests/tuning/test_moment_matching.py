@@ -33,9 +33,9 @@ def test_matched_moments_are_those_of_the_teacher(teacher, images):
     before = layer_moments(student.network, images)
     match_moments_(student, teacher, (images,))
     after = layer_moments(student.network, images)
-    wanted = layer_moments(fold_batch_norms(teacher).network, images)
-    assert len(wanted) == 3
-    for name, goal in wanted.items():
+    expected = layer_moments(fold_batch_norms(teacher).network, images)
+    assert len(expected) == 3
+    for name, goal in expected.items():
         torch.testing.assert_close(after[name], goal, rtol=1e-3, atol=1e-4)
         error, old = (float((m[name] - goal).abs().max()) for m in (after, before))
         assert old > 10 * error  # there was something to do
@@ -43,9 +43,9 @@ def test_matched_moments_are_those_of_the_teacher(teacher, images):
     assert distance(freeze(student)(images), student(images)) < 0.03
 
 
-def distance(got, wanted):
-    """Of logits, relative: freezing rounds the biases, which moves some activations by a step."""
-    return float((got - wanted).detach().norm() / wanted.detach().norm())
+def distance(actual, expected):
+    """Relative distance of logits: freezing rounds biases, which moves some activations by one code."""
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 def layer_moments(network, images):

@@ -1,4 +1,4 @@
-"""Blocks, their reconstruction, learned rounding, and the correction of channels."""
+"""Block-wise reconstruction."""
 
 import pytest
 import torch
@@ -32,16 +32,16 @@ def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
     return student
 
 
-def distance(got, wanted):
-    """Of logits, relative: freezing rounds the biases, which moves some activations by a step."""
-    return float((got - wanted).detach().norm() / wanted.detach().norm())
+def distance(actual, expected):
+    """Relative distance of logits: freezing rounds biases, which moves some activations by one code."""
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("quantizers", [LSQ, ADAROUND], ids=lambda family: family.name)
 def test_reconstruction_reduces_the_error_of_each_block(teacher, images, quantizers):
     student = student_of(teacher, images, "w2a4", quantizers)
-    wanted = teacher.network(images)
-    before = F.mse_loss(freeze(student)(images), wanted)
+    expected = teacher.network(images)
+    before = F.mse_loss(freeze(student)(images), expected)
     config = Reconstruction(GridAdam(0.02, 1e-3, 1e-3, 0.05), images=64, batch=16, rounding=1e-3)
     seen = []
     batches = Batch((images,), torch.zeros(64, dtype=torch.long), None).split(16)
@@ -49,7 +49,7 @@ def test_reconstruction_reduces_the_error_of_each_block(teacher, images, quantiz
         student, teacher, batches, config, updates=60, context=Context(listener=seen.append)
     )
     frozen = freeze(student)
-    assert float(F.mse_loss(frozen(images), wanted)) < 0.7 * float(before)
+    assert float(F.mse_loss(frozen(images), expected)) < 0.7 * float(before)
     assert distance(frozen(images), student(images)) < 0.03
     assert all(module.dropping is None for module in student.activations)
     assert [step.index for step in seen] == list(range(1, len(seen) + 1))
