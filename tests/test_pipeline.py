@@ -167,3 +167,8 @@ def test_generate_returns_the_last_images(teacher, tiny):
 def test_quantize_refuses_invalid_options(teacher, options, message):
     with pytest.raises(UsageError, match=f"(?s){message}"):
         gdfq.quantize(teacher, networks.images(1), **options)
+
+
+def test_quantize_refuses_an_option_that_it_does_not_have(teacher, tiny):
+    with pytest.raises(TypeError, match=r"options must be among batch, .*; got placment\."):
+        gdfq.quantize(teacher, recipe=tiny, placment="full")

@@ -181,7 +181,9 @@ def test_pool_recipe_takes_given_inputs():
 @pytest.mark.parametrize("recipe", ["fast", "quick", "paper", "zeroq"])
 def test_image_source_refuses_networks_of_other_inputs(recipe):
     model, data = network_and_data("tokens", 4)
-    with pytest.raises(UsageError, match=r"takes images alone.*ids: 6 integers.*Give real inputs"):
+    with pytest.raises(
+        UsageError, match=r"takes images alone.*ids: 6 integers.*give real inputs: data="
+    ):
         gdfq.quantize(model, data, "w8a8", recipe)
 
 

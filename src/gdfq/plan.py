@@ -27,7 +27,7 @@ from gdfq.files.plain_values import as_values
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, ExampleInputs, capture
 from gdfq.graph.inputs import image_shape, takes_images
-from gdfq.models.registry import Loaded, load_model
+from gdfq.models.registry import Loaded, load_model, weights_hash
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.base import Source
 from gdfq.sources.given import load_given, on_images
@@ -108,11 +108,13 @@ class Network:
         preprocessing: From pixels to its inputs.
         assumed: The parts of the normalisation ("mean", "std") that are neither given nor known:
             0 and 1 were taken.
+        weights_sha256: A hash of the weights, as the user's network has them.
         seconds: How long loading and capturing took.
     """
 
     teacher: Captured
     preprocessing: Preprocessing
+    weights_sha256: str
     assumed: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -147,6 +149,8 @@ class Plan:
         size: The size of the ONNX file in bytes, where bits are to be chosen for it.
         given: Real images that the source draws from.
         test: Images that teacher and student are measured on, and that nothing else sees.
+        weights_sha256: A hash of the weights, as the user's network has them; by it, runs of the
+            same network are recognised.
         seconds: How long loading and capturing the network took.
     """
 
@@ -158,6 +162,7 @@ class Plan:
     size: int | None = None
     given: GivenData | None = None
     test: GivenData | None = None
+    weights_sha256: str = ""
     seconds: float = 0.0
 
     def card(self, scheme: Scheme, seed: int) -> Card:
@@ -177,6 +182,7 @@ class Plan:
     def as_values(self) -> dict[str, Any]:
         """The plan's settings as plain values, for the configuration file of a run."""
         return {
+            "weights_sha256": self.weights_sha256,
             "input": _inputs_as_values(self.teacher),
             "normalisation": as_values(self.preprocessing),
             "bits": str(self.scheme.bits) if self.size is None else "auto",
@@ -212,7 +218,13 @@ def resolve(
 
     Raises:
         UsageError: An option, the network or the images cannot be used.
+        TypeError: There is no such option.
     """
+    if unknown := options.keys() - PlanOptions.__annotations__.keys():
+        raise TypeError(
+            f"options must be among {', '.join(sorted(PlanOptions.__annotations__))}; "
+            f"got {', '.join(sorted(unknown))}."
+        )
     method = resolve_method(bits, recipe, **_chosen(options, MethodOptions))
     network = resolve_network(model, example_input, **_chosen(options, NetworkOptions))
     return plan_of(network, method, data=data, test=test)
@@ -280,6 +292,7 @@ def resolve_network(
     return Network(
         captured.to(on),
         preprocessing,
+        weights_hash(_module(model if loaded is None else loaded.module)),
         _assumed(loaded, mean, std),
         time.perf_counter() - started,
     )
@@ -310,6 +323,7 @@ def plan_of(
         method.size,
         given,
         None if test is None else load_test_images(test, teacher, preprocessing),
+        network.weights_sha256,
         network.seconds,
     )
 
@@ -357,6 +371,12 @@ def _inputs_as_values(teacher: Captured) -> Any:
         spec.name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
         for spec in teacher.inputs
     }
+
+
+def _module(model: Model) -> nn.Module:
+    """The module that holds the weights of a network."""
+    assert not isinstance(model, str)
+    return model.network if isinstance(model, Captured) else model
 
 
 def _example(example_input: ExampleInputs | None) -> ExampleInputs:

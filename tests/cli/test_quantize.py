@@ -14,6 +14,7 @@ from support.command_line import arguments
 
 import gdfq
 from gdfq.cli import main
+from gdfq.models.registry import weights_hash
 
 
 def test_default_recipe_is_fast_with_placement_full(place):
@@ -48,7 +49,8 @@ def test_run_writes_all_files_and_can_be_evaluated(place, capsys):
     assert config["recipe"]["source"]["statistics"] == 0.1
     assert config["recipe"]["tuning"]["optimizer"]["lr"] == 1e-4
     assert (config["seed"], config["bits"], config["placement"]) == (5, "w4a6", "relu")
-    assert len(config["weights_sha256"]) == 64
+    model = networks.make("Residual").eval()  # its hash is that of the user's module
+    assert config["weights_sha256"] == weights_hash(model)
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [(h["stage"], h["step"]) for h in history] == [
         ("calibrate", 1),

@@ -121,7 +121,7 @@ network_options = together(
 """Which network it is, and what it takes."""
 
 steps_option = click.option(
-    "--steps", type=int, help="Batches in total.  [default: the recipe's own]"
+    "--steps", type=click.IntRange(min=1), help="Batches in total.  [default: the recipe's own]"
 )
 batch_option = click.option(
     "--batch", type=click.IntRange(min=1), help="Images in a batch.  [default: the recipe's own]"

@@ -27,7 +27,6 @@ from gdfq.execution.precision import Precision, find_device
 from gdfq.execution.progress import Listener, Step
 from gdfq.execution.signals import stoppable
 from gdfq.execution.tensorboard import TensorBoard, require_tensorboard
-from gdfq.models.registry import weights_hash
 from gdfq.pipeline import run
 from gdfq.plan import NetworkOptions, Plan, plan_of, resolve_method, resolve_network
 from gdfq.quantized import QuantizedNetwork
@@ -131,7 +130,6 @@ def config_of(plan: Plan, context: Context) -> dict[str, Any]:
         "precision": context.precision,
         "processes": context.group.size,
         "command": shlex.join(["gdfq", *sys.argv[1:]]),
-        "weights_sha256": weights_hash(plan.teacher.network),
         **plan.as_values(),
         "seed": context.seed,
     }

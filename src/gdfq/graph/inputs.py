@@ -66,8 +66,9 @@ def image_shape(inputs: Sequence[InputSpec]) -> tuple[int, ...]:
     """
     if not takes_images(inputs):
         raise UsageError(
-            "this needs a network that takes images alone, as one tensor of floats; this one "
-            f"takes {', '.join(map(str, inputs))}. Give real inputs (--data, or data=...)."
+            "this step needs a network that takes images alone (one tensor of floats); this one "
+            f"takes {', '.join(map(str, inputs))}. To quantize it, give real inputs: data=, a "
+            "mapping of these names to tensors [N, ...]."
         )
     return inputs[0].shape
 

@@ -99,7 +99,7 @@ def side_by_side(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
     apart = [row for row in rows if row.network != network]
     notes += [
         f"{row.name} is not compared: it is of another network (its weights have the hash "
-        f"{_hash(row.network)}, those of most runs {_hash(network)})."
+        f"{_hash(row.network)}, those of {same[0].name} {_hash(network)})."
         for row in apart
     ]
     test = _most(row.test for row in same if row.accuracy is not None)

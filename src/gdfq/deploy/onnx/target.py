@@ -73,13 +73,14 @@ def _notes(job: Job, data: bytes, proof: Proof) -> list[str]:
     if proof.saturates_here:
         notes.append(
             f"ON THIS PROCESSOR 8-BIT SUMS SATURATE (no VNNI) in up to {len(risky)} layers, "
-            "and predictions differ from the student's: export with --safe-x86, or set the session "
+            "and predictions differ from the student's: use gdfq export --safe-x86, or the session "
             f"option {'='.join(PRECISE)}, with which the file is equal"
         )
     elif risky:
         notes.append(
-            f"{len(risky)} layers may saturate on x86 processors without VNNI: --safe-x86 "
-            f"avoids it, or the session option {'='.join(PRECISE)}"
+            f"8-bit sums may saturate on x86 processors without VNNI, in {len(risky)} of "
+            f"{len(job.network.layers)} layers: gdfq export --safe-x86 avoids it, or the session "
+            f"option {'='.join(PRECISE)}"
         )
     return notes
 
