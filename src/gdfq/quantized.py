@@ -32,13 +32,18 @@ from gdfq.student.integer_network import IntegerNetwork
 class QuantizedNetwork(nn.Module):
     """A frozen low-bit network: normalised images [N, *shape] -> logits [N, classes].
 
-    A network with several inputs takes them in order or by name (`card.inputs`); one whose outputs
-    are not classes returns them as the original did.
-    Weights are integer codes; activations are rounded to their grids while it runs. `metrics`
-    holds the seconds and steps of the run that made it, and the top-1 accuracies of teacher and
-    student if test images were given. `examples` are a few inputs, [n, *shape] each, of those that
-    it was tuned on; exported files are compared on them. `observations` are what the report of its
-    run needs besides; they are not saved.
+    Weights are integer codes; activations are rounded to their grids while it runs. A network with
+    several inputs takes them in order or by name (`card.inputs`). A network whose outputs are not
+    classes returns them as the original network did.
+
+    Attributes:
+        network: The integer network.
+        card: What the network takes and returns, and how it was made.
+        metrics: Seconds and steps of the run that made it, and the top-1 accuracies of teacher and
+            student if test images were given.
+        examples: A few of the inputs that it was tuned on, [n, *shape] each. Exported files are
+            compared on them.
+        observations: What the report of its run also needs; it is not saved.
     """
 
     def __init__(
@@ -78,11 +83,18 @@ class QuantizedNetwork(nn.Module):
     def evaluate(
         self, data: Any, *, listener: Listener = silent, memory: str | int | None = None
     ) -> float:
-        """Top-1 accuracy in percent on labelled images (see `gdfq.sources.given.load_given`).
+        """Measure the top-1 accuracy on labelled images.
 
-        `memory` is that of `gdfq.quantize`.
+        Args:
+            data: Labelled images, as `test` of `gdfq.quantize`.
+            listener: Called with every batch.
+            memory: As in `gdfq.quantize`.
 
-        Raises UsageError for data without labels, and for a network that has no classes.
+        Returns:
+            The accuracy in percent.
+
+        Raises:
+            UsageError: The data have no labels, or the network has no classes.
         """
         if self.card.classes is None:
             raise UsageError(
@@ -154,15 +166,23 @@ class QuantizedNetwork(nn.Module):
     ) -> Exported:
         """Write one file that deploys, and keep it only if its runtime gives the same outputs.
 
-        path: ends with .onnx, .pt2 or .safetensors, which is the target unless that is given.
-        target: a name in `gdfq.deploy.export.TARGETS`, or a `Target` of your own. format: its old
-            spelling.
-        raw_input: an ONNX file that takes uint8 pixels and normalises them itself.
-        safe_x86: weights of 8 bits become 7 where sums could overflow on x86 processors
-            without VNNI.
+        The folder of the path is created if it does not exist.
 
-        Raises UsageError for what the format cannot hold, GdfqError when the file is not equal;
-        then nothing is written, and a file that was there stays. The path's folder is made.
+        Args:
+            path: The file. Its suffix is the target, unless that is given.
+            target: A name in `gdfq.TARGETS` ("onnx", "pt2", "safetensors"), or a `Target` of your
+                own.
+            format: The old spelling of `target`.
+            raw_input: Write an ONNX file that takes uint8 pixels and normalises them itself.
+            safe_x86: Use 7-bit weights in layers whose 8-bit sums could saturate on x86 processors
+                without VNNI.
+
+        Returns:
+            What was written, and how its outputs compare with those of this network.
+
+        Raises:
+            UsageError: The target cannot express the network, or an option does not fit it.
+            GdfqError: The outputs differ. Nothing is written, and an existing file stays.
         """
         if format is not None:
             warn_renamed("format", "target")

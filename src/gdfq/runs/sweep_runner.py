@@ -8,6 +8,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -87,7 +88,8 @@ def run_sweep(
         for name in _STOPPING:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+                with suppress(NotImplementedError):  # only Unix has signal handlers of a loop
+                    asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
         async def run(i: int) -> None:
             async with slots:
