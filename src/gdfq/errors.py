@@ -6,12 +6,15 @@ GdfqWarning                 the user should know it; the run continues
   GdfqDeprecationWarning    an old spelling was used
 """
 
+import re
 import warnings
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error."""
-    lines = str(error).strip().splitlines()
+    """The first line of another library's error, without colours of terminals."""
+    lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

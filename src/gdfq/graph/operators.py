@@ -64,6 +64,15 @@ WINDOW_POOLING: Mapping[str, int] = {
     for d in (1, 2, 3)
 }
 """Poolings, with the number of their spatial dimensions."""
+AVERAGE_POOLING: Mapping[int, str] = {d: f"aten.avg_pool{d}d.default" for d in (1, 2, 3)}
+ADAPTIVE_AVERAGE_POOLING: Mapping[int, str] = {
+    d: f"aten.adaptive_avg_pool{d}d.default" for d in (1, 2, 3)
+}
+ADAPTIVE_MAX_POOLING: Mapping[int, str] = {
+    d: f"aten.adaptive_max_pool{d}d.default" for d in (1, 2, 3)
+}
+NEAREST_UPSAMPLING: Mapping[int, str] = {d: f"aten.upsample_nearest{d}d.vec" for d in (1, 2, 3)}
+"""Operators by the number of their spatial dimensions."""
 IDENTITIES = frozenset(
     {
         "aten.alias.default",

@@ -56,8 +56,18 @@ def _flatten(node: ir.Node) -> ir.Node:
 
 _GRID_PRESERVING = frozenset(
     {
-        *("Expand", "Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze"),
-        *("Transpose", "Unsqueeze"),
+        *(
+            "DepthToSpace",
+            "Expand",
+            "Flatten",
+            "Gather",
+            "MaxPool",
+            "Pad",
+            "ReduceMax",
+            "ReduceMin",
+        ),
+        *("Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose"),
+        "Unsqueeze",
     }
 )
 
@@ -65,16 +75,17 @@ _GRID_PRESERVING = frozenset(
 def keep_codes(graph: ir.Graph) -> None:
     """Let operators that only move values move codes, so that the next operators read integers."""
     for node in list(graph):
+        if node.op_type == "Concat":
+            _join_codes(graph, node)
         if node.op_type not in _GRID_PRESERVING:
             continue
         first, *others = inputs_of(node)
-        dequantize = first.producer()
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        found = _codes_and_grid(first)
+        if found is None:
             continue
-        codes, scale, *zero_points = inputs_of(dequantize)
-        if not zero_points or constant_values(zero_points[0]).dtype != np.uint8:
-            continue  # a weight
-        (zero_point,) = zero_points
+        codes, scale, zero_point = found
+        if node.op_type == "Resize" and _mode(node) != "nearest":
+            continue  # it computes new values
         if node.op_type == "Pad" and _mode(node) == "constant":
             if len(others) > 1 and others[1] is not None and constant_values(others[1]).any():
                 continue  # what it pads with need not lie on the grid
@@ -83,8 +94,45 @@ def keep_codes(graph: ir.Graph) -> None:
         moved = ir.node(node.op_type, [codes, *others], node.attributes, num_outputs=count)
         after = [ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs]
         replace_node(graph, node, [moved, *after])
-        if not first.uses():
-            graph.remove(dequantize, safe=True)
+        _remove_unused(graph, first)
+
+
+def _join_codes(graph: ir.Graph, node: ir.Node) -> None:
+    """Let a concatenation of tensors on one grid, such as the parts of a rolled one, join codes."""
+    values = inputs_of(node)
+    found = [_codes_and_grid(value) for value in values]
+    if None in found:
+        return
+    codes, scales, zero_points = zip(*(part for part in found if part), strict=True)
+    if any(
+        not np.array_equal(constant_values(constant), constant_values(first))
+        for first, *others in (scales, zero_points)
+        for constant in others
+    ):
+        return
+    joined = ir.node("Concat", list(codes), node.attributes)
+    after = ir.node("DequantizeLinear", [joined.outputs[0], scales[0], zero_points[0]])
+    replace_node(graph, node, [joined, after])
+    for value in dict.fromkeys(values):
+        _remove_unused(graph, value)
+
+
+def _codes_and_grid(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Return codes, scale and zero point of an activation on a grid, or None."""
+    dequantize = None if value is None else value.producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    codes, scale, *zero_points = inputs_of(dequantize)
+    if not zero_points or constant_values(zero_points[0]).dtype != np.uint8:
+        return None  # a weight
+    return codes, scale, zero_points[0]
+
+
+def _remove_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove what makes a value if nothing uses it."""
+    maker = value.producer()
+    if maker is not None and not value.uses():
+        graph.remove(maker, safe=True)
 
 
 def keep_float(graph: ir.Graph) -> None:

@@ -8,6 +8,7 @@ integer `Clip` limits to their number of bits.
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.deploy.onnx.equivalents import with_equivalents
 from gdfq.deploy.onnx.names import kind_of, rename, strip
 from gdfq.deploy.onnx.passes import (
     DOMAIN,
@@ -173,7 +175,8 @@ def _opaque(network: IntegerNetwork) -> fx.GraphModule:
             new.update_kwarg("title", titles[node])
         return new
 
-    return flat_module(rewrite(network.graph, change), network.tensors).eval()
+    graph = with_equivalents(rewrite(network.graph, change))
+    return flat_module(graph, network.tensors).eval()
 
 
 @contextmanager
@@ -204,11 +207,43 @@ def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
             )
     except Exception as error:
         raise UsageError(
-            "each operator of the network must have a form in ONNX; the export failed with: "
-            f"{first_line(error)}. Export with --target safetensors or pt2 instead."
+            f"each operator of the network must have a form in ONNX; {_reason(error)}. "
+            "Export with --target safetensors or pt2 instead."
         ) from error
     assert program is not None
+    _register_constants(program.model.graph)
     return program.model
+
+
+def _register_constants(graph: ir.Graph) -> None:
+    """Register constants that the exporter's optimization left out of the graph.
+
+    It does so with the bounds of a tensor that is clamped twice (onnxscript 0.7).
+    """
+    for node in graph:
+        for value in inputs_of(node):
+            if value is None or value.const_value is None or value.is_initializer():
+                continue
+            if value.producer() is None and not value.is_graph_input():
+                while value.name in graph.initializers:
+                    value.name = f"{value.name}_"
+                graph.register_initializer(value)
+
+
+def _reason(error: BaseException) -> str:
+    """Return why an export failed: the node that it stopped at, and the first cause."""
+    node, cause = "", error
+    while True:
+        found = re.search(r"node %(\w+)", str(cause))
+        node = found[1] if found else node
+        if cause.__cause__ is None:
+            break
+        cause = cause.__cause__
+    operator = re.search(r"op='(aten\.\w+)'", str(cause))
+    if node and operator:
+        return f"{operator[1]} of {node!r} has none"
+    where = f" at {node!r}" if node else ""
+    return f"the export failed{where} with: {first_line(cause)}"
 
 
 class _Writer:
