@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gdfq.graph import operators
+from gdfq.graph import operators, queries
+from gdfq.graph.fakes import call
 from gdfq.graph.tensors import attribute, flat_module, tensors_of
+from gdfq.graph.writes import write_functionally_
 
 
 def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
@@ -17,6 +19,7 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     tensors of the network is a constant. Operators are named in order.
     """
     _simplify(module)
+    write_functionally_(module)
     _fold_constants(module)  # a weight may be written transposed
     _products_to_linear(module.graph)
     _fold_constants(module)
@@ -96,6 +99,23 @@ def _simplify(module: fx.GraphModule) -> None:
                 )
             replacement.meta = dict(node.meta)
             node.replace_all_uses_with(replacement)
+        elif name in operators.TYPED_LIKE:
+            x, like = node.args[:2]
+            assert isinstance(like, fx.Node)
+            dtype = like.meta["val"].dtype
+            if x.meta["val"].dtype == dtype:
+                node.replace_all_uses_with(x)
+            else:
+                node.replace_all_uses_with(call(node, operators.CAST, x, kwargs={"dtype": dtype}))
+        elif name == operators.SQUEEZE:  # also for a batch of one, the batch is a dimension
+            x = queries.input_of(node)
+            ones = [
+                i for i, side in enumerate(x.meta["val"].shape) if type(side) is int and side == 1
+            ]
+            node.replace_all_uses_with(call(node, operators.SQUEEZE_DIMS, x, ones) if ones else x)
+        elif name == operators.WRITE:  # the update of a buffer, at the end of the graph
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
         elif node.op == "call_function" and "assert" in name:
             graph.erase_node(node)
     graph.eliminate_dead_code()

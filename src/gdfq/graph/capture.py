@@ -5,7 +5,6 @@ and module calls equally (a functional ReLU is a ReLU), gives one node per call 
 and keeps parameter names. Nothing after capture looks at the user's module again.
 """
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,13 @@ from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError, first_line
 from gdfq.execution.seeding import stream as random_stream
-from gdfq.execution.tracing import exclusive_tracing
 from gdfq.graph import operators
-from gdfq.graph.canonicalize import DECOMPOSED, canonicalize
-from gdfq.graph.inputs import IMAGES, InputSpec, image_shape, takes_images
+from gdfq.graph.canonicalize import canonicalize
+from gdfq.graph.float32 import to_float32_
+from gdfq.graph.inputs import IMAGES, InputSpec, image_shape
 from gdfq.graph.outputs import Structure, flattened, in_order, structure_of
 from gdfq.graph.tensors import tensors_of
+from gdfq.graph.tracing import Arguments, Trial, trace
 
 
 @dataclass(frozen=True)
@@ -99,28 +99,21 @@ def capture(
         raise UsageError(f"capture needs an nn.Module; got a {type(model).__name__}.")
     given = _by_name(model, example_inputs)
     _check_weights(model)
-    with exclusive_tracing():  # a copy of a .pt2 file's program warns
-        model = copy.deepcopy(model).cpu().float().eval()
     examples = _probes(given)
     specs = tuple(InputSpec.of(name, example) for name, example in examples.items())
     inputs = tuple(examples.values())
     # A lone tensor is passed by position: its argument may have any name, or none.
-    arguments = (inputs, {}) if not isinstance(example_inputs, Mapping) else ((), examples)
-    returned = _run_once(model, specs, *arguments)
+    named = isinstance(example_inputs, Mapping)
+    arguments = Arguments((), examples) if named else Arguments(inputs, {})
+    trial = Trial(model)
+    returned = trial.first(arguments, specs)
     expected = flattened(returned)
     classes = _classes(expected, len(inputs[0]), classifier)
-    graph_module = _export(model, *arguments)
-    network = canonicalize(graph_module)
+    traced = trace(model, arguments)
+    precision = to_float32_(traced)
+    network = canonicalize(traced)
     _check_operators(network)
-    with torch.no_grad():
-        got = in_order(network(*inputs))
-    for ours, theirs in zip(got, expected, strict=True):
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
-            raise UsageError(
-                "a network in evaluation mode must give the same output each time; the captured "
-                f"graph differs from the module by {float((ours - theirs).abs().max()):.3g}. "
-                "Remove randomness or state from its forward."
-            )
+    _check_equal(network, trial, arguments, expected, precision)
     return Captured(network, specs, classes, structure_of(returned))
 
 
@@ -131,7 +124,9 @@ def _check_weights(model: nn.Module) -> None:
                 f"weights must be there; {name!r} is not initialised yet (a lazy module). "
                 "Run the network once and load its weights first."
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        # A buffer may be a mask with infinity in it.
+        is_mask = not isinstance(tensor, nn.Parameter) and not bool(tensor.isnan().any())
+        if tensor.is_floating_point() and not is_mask and not bool(tensor.isfinite().all()):
             raise UsageError(
                 f"weights must be finite; {name!r} holds NaN or infinity. Check the weights file."
             )
@@ -198,26 +193,6 @@ def _probes(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return probes
 
 
-def _run_once(
-    model: nn.Module,
-    specs: Sequence[InputSpec],
-    args: tuple[Tensor, ...],
-    kwargs: Mapping[str, Tensor],
-) -> object:
-    try:
-        with torch.no_grad():
-            return model(*args, **kwargs)
-    except Exception as error:
-        if takes_images(specs):
-            taken = f"an input of {'x'.join(map(str, specs[0].shape))}"
-        else:
-            taken = f"inputs {', '.join(map(str, specs))}"
-        raise UsageError(
-            f"the network must accept {taken}; it failed with: {first_line(error)}. "
-            "Give the shape it was trained on (--input CxHxW, or example_input)."
-        ) from error
-
-
 def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int | None:
     """Return the number of classes, or None for outputs that are not logits."""
     shapes = ", ".join(str(list(output.shape)) for output in outputs)
@@ -245,40 +220,90 @@ def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int
     return first.shape[1] if has_classes and classifier is not False else None
 
 
-def _dynamic(
-    model: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: Mapping[str, Tensor],
-    dynamic: Mapping[int, Any],
-) -> Any:
-    """Return which dimensions of the inputs are dynamic, in the form that export expects."""
-    if not kwargs:
-        parameters = inspect.signature(model.forward).parameters.values()
-        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
-            return ((dynamic,) * len(args),) if len(parameters) == 1 else (dynamic,) * len(args)
-        return (dynamic,) * len(args)
-    return dict.fromkeys(kwargs, dynamic)
+_OTHER_COUNTS = (1, 3)
+"""Numbers of entries with which a captured network is compared with the module, too."""
 
 
-def _export(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
-) -> fx.GraphModule:
-    with exclusive_tracing():
+@torch.no_grad()
+def _check_equal(
+    network: fx.GraphModule,
+    trial: Trial,
+    arguments: Arguments,
+    expected: Sequence[Tensor],
+    precision: torch.dtype,
+) -> None:
+    """Compare a captured network with the module for several numbers of entries.
+
+    Args:
+        network: The captured network.
+        trial: The module.
+        arguments: What both are called with.
+        expected: What the module returned for them.
+        precision: The type of the lowest precision in which the module computes.
+
+    Raises:
+        UsageError: The module returned something else this time, or for another number of entries.
+    """
+    apart = _largest_difference(in_order(network(*arguments.tensors)), expected, precision)
+    again = _largest_difference(flattened(trial(arguments)), expected, precision)
+    if apart is not None or again is not None:
+        changed = trial.changed_by(arguments)
+        named = f"; a call changes {', '.join(changed)}, on which its output depends"
+        raise UsageError(
+            "a network in evaluation mode must give the same output each time; the captured graph "
+            f"differs from the module by {apart or again or 0:.3g}{named if changed else ''}. "
+            "Remove randomness or state from its forward."
+        )
+    for count in _OTHER_COUNTS:
+        given = arguments.with_entries(count)
         try:
-            dynamic = {0: torch.export.Dim.DYNAMIC}
-            program = torch.export.export(
-                model, args, dict(kwargs), dynamic_shapes=_dynamic(model, args, kwargs, dynamic)
-            )
-            # Only attention is decomposed; the rest takes functional form: x.add_(y) is x + y.
-            module = program.run_decompositions(DECOMPOSED).module(check_guards=False)
+            ours = in_order(network(*given.tensors))
+            theirs = flattened(trial(given))
         except Exception as error:
-            raise UsageError(
-                "the network must be traceable by torch.export with any batch size; tracing "
-                f"failed with: {first_line(error)}. "
-                "Make its forward independent of the values and of the length of the batch."
-            ) from error
-    assert isinstance(module, fx.GraphModule)
-    return module
+            if count == 1:  # such a module loses a dimension there, which the graph does not
+                continue
+            raise _depends_on_count(count, first_line(error)) from error
+        shapes = [list(tensor.shape) for tensor in theirs]
+        if count == 1:  # squeeze() also removes the dimension of the batch
+            theirs = [
+                theirs_.view(ours_.shape) if theirs_.numel() == ours_.numel() else theirs_
+                for ours_, theirs_ in zip(ours, theirs, strict=True)
+            ]
+        if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+            raise _depends_on_count(count, f"it returns {', '.join(map(str, shapes))}")
+        difference = _largest_difference(ours, theirs, precision)
+        if difference is not None:
+            raise _depends_on_count(count, f"its output differs by {difference:.3g}")
+
+
+_ROUNDINGS = 8
+"""How often a relative error of half and quarter precision may add up inside a network."""
+
+
+def _largest_difference(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], precision: torch.dtype
+) -> float | None:
+    """Return the largest difference of tensors, or None if rounding explains it."""
+
+    def is_close(actual: Tensor, expected: Tensor) -> bool:
+        if precision in (torch.float32, torch.float64):
+            atol = 1e-4 * float(expected.abs().max())
+            return torch.allclose(actual, expected, rtol=1e-3, atol=atol)
+        limit = _ROUNDINGS * torch.finfo(precision).eps
+        return bool((actual - expected).norm() <= limit * expected.norm())
+
+    pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
+    if all(is_close(actual, expected) for actual, expected in pairs):
+        return None
+    return max(float((actual - expected).abs().max()) for actual, expected in pairs)
+
+
+def _depends_on_count(count: int, found: str) -> UsageError:
+    return UsageError(
+        "the output of a network must not depend on the number of entries in the batch; with "
+        f"{count} this one behaves differently: {found}. Make its forward independent of the "
+        "length of the batch."
+    )
 
 
 def _check_operators(module: fx.GraphModule) -> None:

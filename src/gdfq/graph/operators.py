@@ -42,7 +42,29 @@ BATCH_SIZE = "aten.sym_size.int"
 GETITEM = "getitem"
 RESHAPE = "aten.reshape.default"
 FULL = "aten.full.default"
+FULL_LIKE = "aten.full_like.default"
+ZEROS_LIKE = "aten.zeros_like.default"
 TRANSPOSE = "aten.t.default"
+EXPAND, UNSQUEEZE = "aten.expand.default", "aten.unsqueeze.default"
+ADD = "aten.add.Tensor"
+CONCATENATE = "aten.cat.default"
+MASKED_FILL = "aten.masked_fill.Scalar"
+INDEX_SELECT = "aten.index_select.default"
+EMPTY, NEW_EMPTY = "aten.empty.memory_format", "aten.new_empty.default"
+EMPTY_LIKE = "aten.empty_like.default"
+FILL = frozenset({"aten.fill.Tensor", "aten.fill.Scalar"})
+"""(x, value): a tensor of the shape of x."""
+COPY = "aten.copy.default"
+"""(x, y): y in the shape and type of x."""
+WRITE = "aten.copy_.default"
+"""(x, y): how an exported graph updates a buffer x at its end."""
+SLICE, SLICE_SCATTER = "aten.slice.Tensor", "aten.slice_scatter.default"
+SELECT_SCATTER, INDEX_PUT = "aten.select_scatter.default", "aten.index_put.default"
+CAST = "aten._to_copy.default"
+CASTS = frozenset({CAST, "aten.to.dtype"})
+TYPED_LIKE = frozenset({"aten.type_as.default", "aten.to.other"})
+"""(x, y): x in the type of y."""
+SQUEEZE, SQUEEZE_DIMS = "aten.squeeze.default", "aten.squeeze.dims"
 ATTENTION = "aten.scaled_dot_product_attention.default"
 
 RELU = "aten.relu.default"
@@ -81,6 +103,7 @@ IDENTITIES = frozenset(
         "aten.feature_dropout.default",
         "aten.alpha_dropout.default",
         "aten.lift_fresh_copy.default",
+        "aten.lift_fresh.default",
         "aten.contiguous.default",
     }
 )
@@ -97,6 +120,8 @@ CREATIONS = frozenset(
     f"aten.{name}.default" for name in ("arange", "full", "ones", "scalar_tensor", "zeros")
 ) | {"aten.arange.start"}
 """Operators that make a tensor of no other tensor."""
+COPIES = IDENTITIES | {"aten.clone.default"}
+"""Operators that return their input, or a copy of it."""
 MATRIX_PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default"})
 ADDMM = "aten.addmm.default"
 """(bias, x, weight)."""
@@ -326,6 +351,11 @@ def name_of(node: fx.Node) -> str:
     return _PYTHON_NAMES.get(target) or str(target)
 
 
+def function_of(name: str) -> Callable[..., Any]:
+    """Return the function of any operator, as `name_of` writes it."""
+    return _PYTHON.get(name) or aten_function(name)
+
+
 def resolve(name: str) -> Callable[..., Any]:
     """Return the function of an allowed operator.
 
@@ -334,7 +364,7 @@ def resolve(name: str) -> Callable[..., Any]:
     """
     if name not in ALLOWED:
         raise KeyError(name)
-    return _PYTHON.get(name) or aten_function(name)
+    return function_of(name)
 
 
 def aten_function(name: str) -> Any:

@@ -31,3 +31,11 @@ def attribute(module: nn.Module, name: str) -> Tensor:
         value = getattr(value, part)
     assert isinstance(value, Tensor)
     return value
+
+
+def set_attribute_(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the tensor at a dotted path of a module."""
+    path, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(path)
+    delattr(holder, leaf)
+    setattr(holder, leaf, value)

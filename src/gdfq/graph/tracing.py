@@ -1,0 +1,189 @@
+"""Running a private copy of a user's network, and tracing it with `torch.export`."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from gdfq.errors import UsageError, first_line
+from gdfq.execution.tracing import exclusive_tracing
+from gdfq.graph.canonicalize import DECOMPOSED
+from gdfq.graph.inputs import InputSpec, takes_images
+from gdfq.graph.names import safe_paths
+from gdfq.graph.private_copy import private_copy
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """What a network is called with: tensors by position, or by name."""
+
+    positional: tuple[Tensor, ...]
+    named: Mapping[str, Tensor]
+
+    def with_entries(self, count: int) -> "Arguments":
+        """Return arguments with the given number of entries, repeated from the start if needed."""
+
+        def part(tensor: Tensor) -> Tensor:
+            return tensor[torch.arange(count) % len(tensor)]
+
+        return Arguments(
+            tuple(map(part, self.positional)), {name: part(x) for name, x in self.named.items()}
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of the network's inputs."""
+        return (*self.positional, *self.named.values())
+
+
+class Trial:
+    """A private copy of a network that runs, in float32 and without gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        with exclusive_tracing():  # a copy of a .pt2 file's program warns
+            self._network = private_copy(model)
+
+    def __call__(self, arguments: Arguments) -> object:
+        """Return what the network returns; the global random state stays as it is."""
+        with torch.no_grad(), _in_float32():
+            return self._network(*arguments.positional, **arguments.named)
+
+    def first(self, arguments: Arguments, specs: Sequence[InputSpec]) -> object:
+        """Return what the network returns.
+
+        Raises:
+            UsageError: It does not accept the arguments.
+        """
+        try:
+            return self(arguments)
+        except Exception as error:
+            if takes_images(specs):
+                taken = f"an input of {'x'.join(map(str, specs[0].shape))}"
+            else:
+                taken = f"inputs {', '.join(map(str, specs))}"
+            raise UsageError(
+                f"the network must accept {taken}; it failed with: {first_line(error)}. "
+                "Give the shape it was trained on (--input CxHxW, or example_input)."
+            ) from error
+
+    def changed_by(self, arguments: Arguments) -> list[str]:
+        """Return the names of the tensors that a call changes."""
+        named = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
+        before = {name: tensor.clone() for name, tensor in named.items()}
+        self(arguments)
+        after = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
+        return [name for name, tensor in after.items() if not _same(tensor, before.get(name))]
+
+
+def _same(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(tensor, other)
+
+
+_NUMBERS_TRACED = (0, 7)
+"""Numbers of entries to trace with; 0 means as many as there are. The second is for networks that
+remember the shape of their last call, which may have been that of the first."""
+
+
+def trace(model: nn.Module, arguments: Arguments) -> fx.GraphModule:
+    """Export a network as a graph of ATen operators that takes any number of entries.
+
+    Raises:
+        UsageError: `torch.export` cannot trace it.
+    """
+    failed: Exception | None = None
+    for count in _NUMBERS_TRACED:
+        given = arguments.with_entries(count) if count else arguments
+        with exclusive_tracing(), _in_float32():
+            try:
+                # A copy of its own: a network may remember the shapes of its last call.
+                return _exported(private_copy(model), given)
+            except Exception as error:
+                failed = failed or error
+    assert failed is not None
+    raise UsageError(
+        "the network must be traceable by torch.export with any batch size; tracing "
+        f"failed with: {first_line(failed)}. "
+        "Make its forward independent of the values and of the length of the batch."
+    ) from failed
+
+
+def _exported(network: nn.Module, arguments: Arguments) -> fx.GraphModule:
+    program = torch.export.export(
+        network,
+        arguments.positional,
+        dict(arguments.named),
+        dynamic_shapes=_dynamic(network, arguments, {0: torch.export.Dim.DYNAMIC}),
+    )
+    _rename_tensors_(program)
+    # Only attention is decomposed; the rest takes functional form: x.add_(y) is x + y.
+    module = program.run_decompositions(DECOMPOSED).module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _dynamic(network: nn.Module, arguments: Arguments, dynamic: Mapping[int, Any]) -> Any:
+    """Return which dimensions of the inputs are dynamic, in the form that export expects."""
+    if arguments.named:
+        return dict.fromkeys(arguments.named, dynamic)
+    count = len(arguments.positional)
+    parameters = inspect.signature(network.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return ((dynamic,) * count,) if len(parameters) == 1 else (dynamic,) * count
+    return (dynamic,) * count
+
+
+def _rename_tensors_(program: torch.export.ExportedProgram) -> None:
+    """Give the tensors of a program names that a graph can hold."""
+    signature = program.graph_signature
+    specs: list[Any] = [*signature.input_specs, *signature.output_specs]
+    names = [spec.target for spec in signature.input_specs if isinstance(spec.target, str)]
+    safe = safe_paths(dict.fromkeys([*names, *program.state_dict, *program.constants]))
+    if all(old == new for old, new in safe.items()):
+        return
+    for spec in specs:
+        if isinstance(spec.target, str):
+            spec.target = safe.get(spec.target, spec.target)
+    for tensors in (program.state_dict, program.constants):
+        for old in list(tensors):
+            tensors[safe[old]] = tensors.pop(old)
+
+
+_FLOAT32: Mapping[Any, Any] = {
+    torch.float64: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    Tensor.double: Tensor.float,
+    Tensor.half: Tensor.float,
+    Tensor.bfloat16: Tensor.float,
+    "torch.DoubleTensor": "torch.FloatTensor",
+    "torch.HalfTensor": "torch.FloatTensor",
+    "torch.BFloat16Tensor": "torch.FloatTensor",
+}
+
+
+class _Float32Mode(TorchFunctionMode):
+    """Where a network asks for another floating-point type, it gets float32."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        args = tuple(_in_32(value) for value in args)
+        kwargs = {name: _in_32(value) for name, value in (kwargs or {}).items()}
+        return _FLOAT32.get(function, function)(*args, **kwargs)
+
+
+def _in_32(value: Any) -> Any:
+    return _FLOAT32.get(value, value) if isinstance(value, torch.dtype | str) else value
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Within this context networks compute in float32, and global random states are restored."""
+    with torch.random.fork_rng(devices=[]), _Float32Mode():
+        yield
