@@ -24,7 +24,12 @@ def block_ends(graph: fx.Graph) -> list[fx.Node]:
     nodes = [node for node in graph.nodes if queries.depends_on_inputs(node)]
     outputs = set(queries.outputs(graph))
     position = {node: i for i, node in enumerate(nodes)}
-    last_use = [max((position.get(user, -1) for user in node.users), default=-1) for node in nodes]
+    last_use = [
+        max(
+            (position[u] for u in node.users if u in position and not queries.is_new(u)), default=-1
+        )
+        for node in nodes
+    ]
     ends: list[fx.Node] = []
     candidate: fx.Node | None = None
     has_layer, alive_until = False, -1
@@ -88,8 +93,10 @@ def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx
     """Return the part of a network that computes one node from another, or from the input."""
     needed = {end}
     for node in reversed(network.graph.nodes):
-        if node in needed and node is not start and not queries.is_batch_size(node):
-            needed.update(node.all_input_nodes)
+        if node not in needed or node is start or queries.is_batch_size(node):
+            continue
+        # What takes the device from the network's input may take it from the part's.
+        needed.update(node.all_input_nodes[1 if queries.is_new(node) else 0 :])
     graph = fx.Graph()
     x = graph.placeholder("x")
     new: dict[fx.Node, fx.Node] = {}
@@ -98,6 +105,8 @@ def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx
             new[node] = x
         elif node in needed and queries.is_batch_size(node):  # of any tensor the same
             new[node] = graph.call_function(node.target, (x, 0))
+        elif node in needed and queries.is_new(node):
+            new[node] = graph.node_copy(node, lambda source: new.get(source, x))
         elif node in needed:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(new[end])

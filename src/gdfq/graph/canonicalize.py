@@ -1,13 +1,13 @@
 """The canonical graph: one form for operations that an exported graph writes in several ways."""
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from gdfq.graph import operators, queries
+from gdfq.graph.constants import constants_of
 from gdfq.graph.fakes import call
+from gdfq.graph.frozen_norms import recognise_batch_norms_
 from gdfq.graph.tensors import attribute, flat_module, tensors_of
 from gdfq.graph.writes import write_functionally_
 
@@ -20,46 +20,14 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     """
     _simplify(module)
     write_functionally_(module)
+    recognise_batch_norms_(module)
     _fold_constants(module)  # a weight may be written transposed
     _products_to_linear(module.graph)
     _fold_constants(module)
+    _number_powers(module)
+    _create_on_device_of_input(module.graph)
     module.graph.eliminate_dead_code()
     return flat_module(_renamed(module.graph), tensors_of(module))
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    _dropout: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """softmax(Q Kᵀ s + mask) V (arXiv 1706.03762): two products with quantizable inputs.
-
-    Q [*, T, d], K [*, S, d], V [*, S, e] -> [*, T, e]; s is d^−½ unless given. The signature is
-    that of `torch.nn.functional.scaled_dot_product_attention`.
-    """
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (torch.stack([tensor] * groups, -3).flatten(-4, -3) for tensor in (key, value))
-    scores = query @ key.transpose(-2, -1)
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1) @ value
-
-
-DECOMPOSED = {operators.aten_function(operators.ATTENTION): _attention}
-"""Operators that export decomposes; all others are only made functional."""
 
 
 def _simplify(module: fx.GraphModule) -> None:
@@ -85,6 +53,9 @@ def _simplify(module: fx.GraphModule) -> None:
                 replacement = graph.call_function(batch_norm, args)
             replacement.meta = dict(first.meta)
             first.replace_all_uses_with(replacement)
+        elif name in operators.BATCH_STATISTICS_NORMS:
+            (first,) = (user for user in node.users if user.args[1] == 0)
+            first.replace_all_uses_with(_normalised_over_batch(node))
         elif name in operators.VIEWS:
             node.target = reshape  # a view fails on channels_last tensors
         elif name in operators.IDENTITIES:
@@ -121,6 +92,54 @@ def _simplify(module: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
 
 
+def _normalised_over_batch(node: fx.Node) -> fx.Node:
+    """Write a batch norm of the batch's own statistics as a group norm with a channel per group.
+
+    Images and positions are one dimension: [N, C, *size] -> [1, C, N size] -> [N, C, *size].
+    """
+    x, weight, bias = node.args[:3]
+    eps = node.args[-1]
+    assert isinstance(x, fx.Node)
+    channels, *size = x.meta["val"].shape[1:]
+    swapped = call(node, operators.SWAP, x, 0, 1)
+    joined = call(node, operators.RESHAPE, swapped, [1, channels, -1])
+    normalised = call(node, operators.GROUP_NORM, joined, channels, weight, bias, eps)
+    apart = call(node, operators.RESHAPE, normalised, [channels, -1, *size])
+    return call(node, operators.SWAP, apart, 0, 1)
+
+
+def _number_powers(module: fx.GraphModule) -> None:
+    """Write x ** p with one constant number p, perhaps a parameter, as a power with that number."""
+    power = operators.resolve(operators.POWER)
+    for node in list(module.graph.nodes):
+        if operators.name_of(node) != operators.POWER_OF_TENSOR:
+            continue
+        x, exponent = node.args
+        assert isinstance(exponent, fx.Node)
+        if exponent.op != "get_attr" or exponent.meta["val"].numel() != 1:
+            continue
+        number = attribute(module, str(exponent.target)).item()
+        if isinstance(x, fx.Node) and x.meta["val"].shape == node.meta["val"].shape:
+            node.target, node.args = power, (x, number)
+
+
+def _create_on_device_of_input(graph: fx.Graph) -> None:
+    """Make tensors whose size depends on the batch on the device of the input."""
+    (first, *_) = graph.find_nodes(op="placeholder")
+    for node in list(graph.nodes):
+        name = operators.name_of(node)
+        kwargs = {"dtype": node.meta["val"].dtype} if name in operators.CREATIONS else {}
+        if name in operators.LIKE_INPUT:
+            made = call(node, operators.LIKE_INPUT[name], first, *node.args, kwargs=kwargs)
+        elif name == operators.ARANGE:
+            ones = call(node, operators.NEW_ONES, first, list(node.args), kwargs=kwargs)
+            made = call(node, operators.SUBTRACT_NUMBER, call(node, operators.CUMSUM, ones, 0), 1)
+        else:
+            continue
+        node.replace_all_uses_with(made)
+    graph.eliminate_dead_code()
+
+
 def _products_to_linear(graph: fx.Graph) -> None:
     """Write the product with a weight matrix, x @ W (+ b), as a linear layer."""
     transpose, linear = map(operators.resolve, (operators.TRANSPOSE, operators.LINEAR))
@@ -152,28 +171,15 @@ def _fold_constants(module: fx.GraphModule) -> None:
     A constant that is made from parameters is a parameter; it lies in the module of the largest.
     """
     graph = module.graph
-    known: dict[fx.Node, Any] = {
-        node: attribute(module, str(node.target)) for node in graph.find_nodes(op="get_attr")
-    }
-    parameters: dict[fx.Node, list[fx.Node]] = {
-        node: [node] for node, value in known.items() if isinstance(value, nn.Parameter)
-    }
-    for node in graph.nodes:
-        inputs = node.all_input_nodes
-        function: Any = node.target
-        is_random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
-        if node.op != "call_function" or is_random or not all(n in known for n in inputs):
-            continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-        with torch.no_grad():
-            known[node] = function(*args, **kwargs)
-        parameters[node] = [source for n in inputs for source in parameters.get(n, ())]
+    known = constants_of(module)
     for node in [n for n in known if n.op != "get_attr" and not all(u in known for u in n.users)]:
-        value = known[node]
+        value = known[node].value
         if not isinstance(value, Tensor):
             continue  # numbers, and tuples of tensors: what is taken out of those folds
-        sources = parameters[node] if value.is_floating_point() else []
-        largest = max(sources, key=lambda source: known[source].numel(), default=None)
+        tensors = {source: known[source].value for source in known[node].sources}
+        sources = [source for source, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+        sources = sources if value.is_floating_point() else []
+        largest = max(sources, key=lambda source: tensors[source].numel(), default=None)
         kept = nn.Buffer(value) if largest is None else nn.Parameter(value)
         with graph.inserting_before(node):
             constant = graph.get_attr(_attach(module, largest, kept, default=node.name))

@@ -27,6 +27,13 @@ WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
 """Operators (input, weight, bias, ...) whose weight is quantized."""
 
 BATCH_NORM = "aten.batch_norm.default"
+GROUP_NORM = "aten.group_norm.default"
+"""(input, groups, weight, bias, eps)."""
+BATCH_STATISTICS_NORMS = frozenset(
+    f"aten._native_batch_norm_legit{form}"
+    for form in (".no_stats", ".default", "_functional.default")
+)
+"""Batch norms of the batch's own statistics: (input, weight, bias, ..., momentum, eps)."""
 INFERENCE_BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 """How `torch.export` may write a batch norm in evaluation mode."""
 
@@ -45,6 +52,7 @@ FULL = "aten.full.default"
 FULL_LIKE = "aten.full_like.default"
 ZEROS_LIKE = "aten.zeros_like.default"
 TRANSPOSE = "aten.t.default"
+SWAP = "aten.transpose.int"
 EXPAND, UNSQUEEZE = "aten.expand.default", "aten.unsqueeze.default"
 ADD = "aten.add.Tensor"
 CONCATENATE = "aten.cat.default"
@@ -66,6 +74,12 @@ TYPED_LIKE = frozenset({"aten.type_as.default", "aten.to.other"})
 """(x, y): x in the type of y."""
 SQUEEZE, SQUEEZE_DIMS = "aten.squeeze.default", "aten.squeeze.dims"
 ATTENTION = "aten.scaled_dot_product_attention.default"
+
+LSTM_CELL, GRU_CELL = "aten.lstm_cell.default", "aten.gru_cell.default"
+RNN_TANH_CELL, RNN_RELU_CELL = "aten.rnn_tanh_cell.default", "aten.rnn_relu_cell.default"
+RRELU = "aten.rrelu.default"
+RECURRENT = frozenset(f"aten.{name}.input" for name in ("gru", "lstm", "rnn_relu", "rnn_tanh"))
+"""Layers that read a sequence: (input, state or states, weights, ...). They stay float."""
 
 RELU = "aten.relu.default"
 RECTIFIERS = frozenset({RELU, "aten.relu6.default"})
@@ -120,6 +134,18 @@ CREATIONS = frozenset(
     f"aten.{name}.default" for name in ("arange", "full", "ones", "scalar_tensor", "zeros")
 ) | {"aten.arange.start"}
 """Operators that make a tensor of no other tensor."""
+LIKE_INPUT: Mapping[str, str] = {
+    "aten.full.default": "aten.new_full.default",
+    "aten.ones.default": "aten.new_ones.default",
+    "aten.zeros.default": "aten.new_zeros.default",
+}
+"""Operators of `CREATIONS`, with those that take the device from a tensor."""
+NEW = frozenset(LIKE_INPUT.values())
+"""Operators (x, size, ...) that take only the device from x."""
+ARANGE, NEW_ONES, CUMSUM = "aten.arange.default", "aten.new_ones.default", "aten.cumsum.default"
+POWER, POWER_OF_TENSOR = "aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor"
+POWERS = frozenset({POWER, POWER_OF_TENSOR})
+SUBTRACT_NUMBER = "aten.sub.Scalar"
 COPIES = IDENTITIES | {"aten.clone.default"}
 """Operators that return their input, or a copy of it."""
 MATRIX_PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default"})
@@ -207,7 +233,12 @@ JOINS = frozenset({"aten.cat.default", "aten.stack.default"})
 SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 SOFTMAX = frozenset({"aten.softmax.int"})
 
-AFFINE = frozenset(f"aten.{name}.Tensor" for name in ("add", "sub", "mul", "div"))
+MULTIPLY, DIVIDE = "aten.mul.Tensor", "aten.div.Tensor"
+AFFINE = frozenset({ADD, MULTIPLY, DIVIDE, "aten.sub.Tensor"})
+ADDCMUL = "aten.addcmul.default"
+"""(t, x, y): t + x y."""
+ROOTS = frozenset({"aten.rsqrt.default", "aten.sqrt.default", "aten.pow.Tensor_Scalar"})
+"""Operators that make a standard deviation of a variance."""
 
 INTEGER_CONSUMERS = WEIGHTED | POOLING | MERGING | MAX_POOLING
 """Operators that an integer runtime computes from quantized inputs: the `full` placement."""
@@ -216,20 +247,27 @@ _OTHERS = frozenset(
     f"aten.{name}"
     for name in [
         "_to_copy.default",
+        "_upsample_bicubic2d_aa.vec",
+        "_upsample_bilinear2d_aa.vec",
+        "_upsample_nearest_exact1d.vec",
+        "_upsample_nearest_exact2d.vec",
         "abs.default",
         "adaptive_max_pool1d.default",
         "adaptive_max_pool3d.default",
         "add.Scalar",
         "addcmul.default",
+        "affine_grid_generator.default",
         "arange.default",
         "arange.start",
         "baddbmm.default",
+        "bitwise_not.default",
         "broadcast_to.default",
         "celu.default",
         "clamp.default",
         "clamp_max.default",
         "clamp_min.default",
         "clip.default",
+        "col2im.default",
         "cos.default",
         "cumsum.default",
         "div.Scalar",
@@ -246,12 +284,15 @@ _OTHERS = frozenset(
         "ge.Scalar",
         "gelu.default",
         "glu.default",
+        "grid_sampler.default",
         "group_norm.default",
         "gt.Scalar",
         "hardsigmoid.default",
         "hardswish.default",
         "hardtanh.default",
+        "im2col.default",
         "index.Tensor",
+        "index_put.default",
         "index_select.default",
         "instance_norm.default",
         "layer_norm.default",
@@ -262,12 +303,13 @@ _OTHERS = frozenset(
         "log1p.default",
         "log_sigmoid.default",
         "log_softmax.int",
-        "bitwise_not.default",
         "logical_not.default",
         "logsumexp.default",
         "lt.Scalar",
         "masked_fill.Scalar",
         "max.other",
+        "max_pool2d_with_indices.default",
+        "max_unpool2d.default",
         "maximum.default",
         "min.other",
         "minimum.default",
@@ -275,11 +317,14 @@ _OTHERS = frozenset(
         "mul.Scalar",
         "native_layer_norm.default",
         "neg.default",
+        "new_full.default",
         "new_ones.default",
         "new_zeros.default",
         "ones.default",
         "ones_like.default",
+        "pow.Scalar",
         "pow.Tensor_Scalar",
+        "pow.Tensor_Tensor",
         "prelu.default",
         "reciprocal.default",
         "relu.default",
@@ -294,10 +339,10 @@ _OTHERS = frozenset(
         "sign.default",
         "silu.default",
         "sin.default",
+        "slice_scatter.default",
         "softplus.default",
         "sqrt.default",
         "square.default",
-        "slice_scatter.default",
         "std.correction",
         "std.dim",
         "sub.Scalar",
@@ -317,6 +362,9 @@ _OTHERS = frozenset(
         "var.dim",
         "var_mean.correction",
         "var_mean.dim",
+        "where.Scalar",
+        "where.ScalarOther",
+        "where.ScalarSelf",
         "where.self",
         "zeros.default",
         "zeros_like.default",
@@ -339,7 +387,16 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 
 ALLOWED = frozenset(
-    {*WEIGHTED, *INTEGER_CONSUMERS, *GRID_PRESERVING, *SOFTMAX, *_OTHERS, BATCH_NORM, *_PYTHON}
+    {
+        *WEIGHTED,
+        *INTEGER_CONSUMERS,
+        *GRID_PRESERVING,
+        *SOFTMAX,
+        *RECURRENT,
+        *_OTHERS,
+        BATCH_NORM,
+        *_PYTHON,
+    }
 )
 
 

@@ -33,7 +33,23 @@ def private_copy(model: nn.Module) -> nn.Module:
     for module in modules:
         copier.fill(module)
     copied: nn.Module = copier.copy(model)
+    for module in copied.modules():
+        _rename_hidden_(module)
     return copied.eval()
+
+
+def _rename_hidden_(module: nn.Module) -> None:
+    """Rename submodules with the name of a method, which only a loop over the submodules finds."""
+    hidden = [name for name in module._modules if hasattr(type(module), name)]
+    if not hidden:
+        return
+    names = {name: name for name in module._modules}
+    for name in hidden:
+        while names[name] in module._modules or hasattr(module, names[name]):
+            names[name] += "_"
+    parts = {names[name]: part for name, part in module._modules.items()}
+    module._modules.clear()
+    module._modules.update(parts)
 
 
 _COMPILED = (fx.GraphModule, torch.jit.ScriptModule)
@@ -175,7 +191,8 @@ class _Copier:
 
 def _is_plain(kind: type) -> bool:
     """Return whether objects of a class consist of their attributes alone."""
-    return kind.__new__ is object.__new__ and kind.__module__ not in {"threading", "_thread"}
+    own = getattr(kind, "__new__", None)
+    return own is object.__new__ and kind.__module__ not in {"threading", "_thread"}
 
 
 def _prepared(tensor: Tensor) -> Tensor:

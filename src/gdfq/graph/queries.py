@@ -97,8 +97,10 @@ def layer_name(node: fx.Node) -> str:
     For a module with several weights, such as attention, the weight is part of it: `in_proj`.
     """
     path, _, leaf = weight_name(node).rpartition(".")
-    which = re.sub(r"_?weight_*$", "", re.sub(r"^(folded_)+", "", leaf))
-    return ".".join(filter(None, (path, which))) or leaf
+    path, parametrized, _ = f"{path}.".partition(".parametrizations.weight.")
+    # Weight norm and pruning keep what they compute the weight from.
+    which = re.sub(r"_?weight(_orig|_v|_g|_bar)?_*$", "", re.sub(r"^(folded_)+", "", leaf))
+    return ".".join(filter(None, (path.rstrip("."), "" if parametrized else which))) or leaf
 
 
 def has_channels_second(node: fx.Node) -> bool:
@@ -141,6 +143,20 @@ def depends_on_inputs(node: fx.Node) -> bool:
 def is_batch_size(node: fx.Node) -> bool:
     """Return whether the node is the length of the batch."""
     return name_of(node) == operators.BATCH_SIZE and bool(node.args[1] == 0)
+
+
+def is_new(node: fx.Node) -> bool:
+    """Return whether the node is a tensor of one number, which takes its device from another."""
+    return name_of(node) in operators.NEW
+
+
+def pools_powers(node: fx.Node) -> bool:
+    """Return whether the node is a mean or sum of powers, as generalized mean pooling has it.
+
+    Their range is too wide for a grid, and the root that follows has no derivative at 0.
+    """
+    is_pooling = name_of(node) in operators.POOLING
+    return is_pooling and name_of(grid_source(input_of(node))) in operators.POWERS
 
 
 def elements_per_image(node: fx.Node) -> int:

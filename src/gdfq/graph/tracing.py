@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from gdfq.errors import UsageError, first_line
 from gdfq.execution.tracing import exclusive_tracing
-from gdfq.graph.canonicalize import DECOMPOSED
+from gdfq.graph.decompositions import DECOMPOSED
 from gdfq.graph.inputs import InputSpec, takes_images
 from gdfq.graph.names import safe_paths
 from gdfq.graph.private_copy import private_copy
@@ -98,7 +98,7 @@ def trace(model: nn.Module, arguments: Arguments) -> fx.GraphModule:
     failed: Exception | None = None
     for count in _NUMBERS_TRACED:
         given = arguments.with_entries(count) if count else arguments
-        with exclusive_tracing(), _in_float32():
+        with exclusive_tracing():
             try:
                 # A copy of its own: a network may remember the shapes of its last call.
                 return _exported(private_copy(model), given)
@@ -113,15 +113,16 @@ def trace(model: nn.Module, arguments: Arguments) -> fx.GraphModule:
 
 
 def _exported(network: nn.Module, arguments: Arguments) -> fx.GraphModule:
-    program = torch.export.export(
-        network,
-        arguments.positional,
-        dict(arguments.named),
-        dynamic_shapes=_dynamic(network, arguments, {0: torch.export.Dim.DYNAMIC}),
-    )
+    with _in_float32():
+        program = torch.export.export(
+            network,
+            arguments.positional,
+            dict(arguments.named),
+            dynamic_shapes=_dynamic(network, arguments, {0: torch.export.Dim.DYNAMIC}),
+        )
     _rename_tensors_(program)
-    # Only attention is decomposed; the rest takes functional form: x.add_(y) is x + y.
-    module = program.run_decompositions(DECOMPOSED).module(check_guards=False)
+    # Few operators are decomposed; the rest takes functional form: x.add_(y) is x + y.
+    module = program.run_decompositions(dict(DECOMPOSED)).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
 

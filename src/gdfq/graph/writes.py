@@ -157,8 +157,9 @@ def _range(node: fx.Node, arguments: Any = None) -> tuple[fx.Node, int, Any, Any
     """Return the tensor, dimension, start, end and step of a slice."""
     x, *rest = node.args
     assert isinstance(x, fx.Node)
-    given = list(rest if arguments is None else arguments)
-    dim, start, end, step = (*given, *(0, None, None, 1)[len(given) :])
+    given: list[Any] = list(rest if arguments is None else arguments)
+    absent: list[Any] = [0, None, None, 1]
+    dim, start, end, step = given + absent[len(given) :]
     return x, int(dim) % value_of(x).ndim, start or 0, end, step
 
 

@@ -152,7 +152,7 @@ def build_student(
     _check_quantizable(teacher, scheme, weights, bits_of)
     teacher_tensors = tensors_of(teacher.network)
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
-    learned: dict[int, WeightQuantizer] = {}
+    learned: dict[tuple[object, ...], WeightQuantizer] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
     unquantized: dict[fx.Node, fx.Node] = {}
 
@@ -164,9 +164,11 @@ def build_student(
     def weight_quantizer(node: fx.Node) -> WeightQuantizer:
         layout, bits = queries.weight_layout(node), weights[node]
         weight = teacher_tensors[queries.weight_name(node)]
-        if id(weight) not in learned:  # a weight that is used twice is one
-            learned[id(weight)] = quantizers.weight(weight, bits, *layout)
-        return learned[id(weight)]
+        # A weight that is used twice is one, unless its channels lie along another dimension.
+        key = (id(weight), bits, *layout)
+        if key not in learned:
+            learned[key] = quantizers.weight(weight, bits, *layout)
+        return learned[key]
 
     def layer(copy: Copy, node: fx.Node) -> fx.Node:
         new = copy.of(node)

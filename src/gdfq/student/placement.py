@@ -43,6 +43,7 @@ def _full_placement(
         for node in nodes
         if operators.name_of(node) in operators.INTEGER_CONSUMERS
         and not feeds_softmax_only(node)
+        and not queries.pools_powers(node)
         and node not in tail
         for source in node.all_input_nodes
         if queries.is_activation(source)
