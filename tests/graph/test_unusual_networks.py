@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gdfq import UsageError
 from gdfq.graph import operators, queries
 from gdfq.graph.capture import Captured, capture
+from gdfq.graph.statistics import StatisticsNetwork
 
 EXAMPLE = torch.zeros(1, *unusual.SHAPE)
 ROUNDING = {"half inside": 2e-3, "bfloat16 inside": 1e-2, "autocast": 1e-2}
@@ -113,3 +114,47 @@ def test_layers_of_parametrized_weights_have_the_names_of_their_modules() -> Non
         captured = capture(unusual.make(name), EXAMPLE)
         layers = filter(queries.has_weight, captured.network.graph.nodes)
         assert [queries.layer_name(layer) for layer in layers] == ["conv", "head"], name
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_projected_lstm_is_refused_by_the_name_of_its_module() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = nn.LSTM(3, 8, 2, batch_first=True, bidirectional=True, proj_size=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reads(x.mean(2).transpose(1, 2))[0].mean(1)
+
+    with pytest.raises(UsageError, match=r"must not project its state.*module 'reads' does"):
+        capture(Reads().eval(), EXAMPLE)
+
+
+def test_unknown_operator_is_refused_by_the_name_of_its_module() -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    network = unusual.ready(unusual.Network(lambda n, x: n.act(x), act=nn.Sequential(Bessel())))
+    with pytest.raises(UsageError, match=r"special_bessel_j0.default in module 'act\.0'"):
+        capture(network, EXAMPLE)
+
+
+def test_images_for_batch_norms_without_statistics_are_refused_by_their_reason() -> None:
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    teacher = capture(network.eval(), EXAMPLE)
+    with pytest.raises(UsageError, match=r"keep none .track_running_stats=False"):
+        StatisticsNetwork(teacher)
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_batch_norm_without_statistics_normalises_the_batch(batch: int) -> None:
+    for norm in (
+        nn.BatchNorm1d(6, track_running_stats=False),
+        nn.BatchNorm1d(6, track_running_stats=False, affine=False),
+    ):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), norm).eval()
+        captured = capture(network, EXAMPLE)
+        x = networks.images(batch, shape=unusual.SHAPE)
+        torch.testing.assert_close(captured.network(x), network(x), rtol=1e-4, atol=1e-5)

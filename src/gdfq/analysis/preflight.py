@@ -150,7 +150,13 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         float_bytes=sum(t.nbytes for t in tensors_of(fold_batch_norms(teacher).network).values()),
         quantized_bytes=sum(map(_stored_bytes, found)),
         problems=tuple(problems),
-        advice=tuple(preflight_advice(scheme.bits, _narrow_depthwise(found, layers))),
+        advice=tuple(
+            preflight_advice(
+                scheme.bits,
+                _narrow_depthwise(found, layers),
+                normalises_batches=any(map(queries.normalises_batch, nodes)),
+            )
+        ),
     )
 
 

@@ -9,8 +9,21 @@ MAX_NARROW_CHANNELS = 16
 """Depthwise layers of so few channels lose the most accuracy and are slow in integer kernels."""
 
 
-def preflight_advice(bits: Bits, narrow: Sequence[str]) -> Iterator[str]:
-    """Yield what to expect at these bits; `narrow` are the names of narrow depthwise layers."""
+def preflight_advice(
+    bits: Bits, narrow: Sequence[str], *, normalises_batches: bool = False
+) -> Iterator[str]:
+    """Yield what to expect of a network at these bits.
+
+    Args:
+        bits: Bits of weights and activations.
+        narrow: Names of narrow depthwise layers.
+        normalises_batches: Whether it has batch norms without running statistics.
+    """
+    if normalises_batches:
+        yield (
+            "batch norms without running statistics stay float, and the outputs of an image depend "
+            "on the other images of its batch."
+        )
     smallest = min(bits.weights, bits.activations)
     if narrow and smallest < MAX_BITS:
         yield (

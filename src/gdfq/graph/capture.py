@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from gdfq.errors import UsageError, first_line
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph import operators
+from gdfq.graph.allowed import check_operators
 from gdfq.graph.canonicalize import canonicalize
 from gdfq.graph.float32 import to_float32_
 from gdfq.graph.inputs import IMAGES, InputSpec, image_shape
@@ -112,7 +113,7 @@ def capture(
     traced = trace(model, arguments)
     precision = to_float32_(traced)
     network = canonicalize(traced)
-    _check_operators(network)
+    check_operators(network)
     _check_equal(network, trial, arguments, expected, precision)
     return Captured(network, specs, classes, structure_of(returned))
 
@@ -304,19 +305,3 @@ def _depends_on_count(count: int, found: str) -> UsageError:
         f"{count} this one behaves differently: {found}. Make its forward independent of the "
         "length of the batch."
     )
-
-
-def _check_operators(module: fx.GraphModule) -> None:
-    unknown = sorted(
-        {
-            operators.name_of(node)
-            for node in module.graph.nodes
-            if node.op == "call_function" and operators.name_of(node) not in operators.ALLOWED
-        }
-    )
-    if unknown:
-        raise UsageError(
-            "a network may use the operators of gdfq.graph.operators.ALLOWED; "
-            f"this one also uses {', '.join(unknown)}. Replace them by equivalent ones, "
-            "or report the network so that they can be added."
-        )

@@ -150,6 +150,15 @@ def is_new(node: fx.Node) -> bool:
     return name_of(node) in operators.NEW
 
 
+def normalises_batch(node: fx.Node) -> bool:
+    """Return whether the node normalises over the images of a batch, as one group.
+
+    So capture writes a batch norm without running statistics.
+    """
+    is_group_norm = name_of(node) == operators.GROUP_NORM
+    return is_group_norm and input_of(node).meta["val"].shape[0] == 1
+
+
 def pools_powers(node: fx.Node) -> bool:
     """Return whether the node is a mean or sum of powers, as generalized mean pooling has it.
 

@@ -40,6 +40,12 @@ class StatisticsNetwork:
         memory: MemoryBudget | None = None,
     ) -> None:
         if not teacher.batch_norms:
+            if any(map(queries.normalises_batch, teacher.network.graph.nodes)):
+                raise UsageError(
+                    "images are made from the running statistics of batch norms; those of this "
+                    "network keep none (track_running_stats=False). "
+                    "Give real images (--data, or data=...), or use recipe 'patches'."
+                )
             raise UsageError(
                 "the batch-norm statistics loss needs batch norms; this network has none. "
                 "Use recipe 'patches', or give real images (--data, or data=...)."
