@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from support import networks
 from support.places import SHARED
+from support.trained_digits import TrainedDigits
 
 import gdfq
 from gdfq import demo
@@ -39,16 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             skip = pytest.mark.skipif(absent, reason=f"needs the optional library {library}")
             item.add_marker(skip)
             item.add_marker(pytest.mark.check)
-
-
-@dataclass(frozen=True)
-class TrainedDigits:
-    """A network that reads digits, the file of its weights, and the halves of the images."""
-
-    weights: Path
-    network: demo.DigitsNetwork
-    training: demo.Digits
-    held_out: demo.Digits
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -152,7 +143,7 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path: Path) -> Path:
     """A folder with a factory, its weights in several forms, and labelled images."""
     (tmp_path / "net.py").write_text(
         "from networks import Residual\n"

@@ -1,11 +1,15 @@
 """Real images: the digits that scikit-learn ships, and the CIFAR-10 network of ../shared."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.places import ROOT
+from support.trained_digits import TrainedDigits
+from torch import Tensor
 
 import gdfq
 from gdfq import demo
@@ -13,22 +17,22 @@ from gdfq.analysis.accuracy import logits_of
 from gdfq.analysis.accuracy_drop import measure_expected_drop
 from gdfq.analysis.predictions import paired_drop
 from gdfq.data.datasets import ArrayData
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_model
 from gdfq.recipes import find_recipe
 from gdfq.tuning.base import NO_TUNING
 
 
 @pytest.fixture(scope="module")
-def teacher(digits):
+def teacher(digits: TrainedDigits) -> Any:
     return capture(digits.network, torch.zeros(1, *demo.INPUT_SHAPE))
 
 
 @pytest.fixture(scope="module")
-def accuracies(teacher, digits):
+def accuracies(teacher: Captured, digits: TrainedDigits) -> Any:
     """Top-1 of the teacher and of its student on the half of the digits that is held out."""
 
-    def measured(bits, recipe, **more):
+    def measured(bits: str, recipe: Any, **more: Any) -> Any:
         metrics = gdfq.quantize(
             teacher,
             torch.zeros(1, *demo.INPUT_SHAPE),
@@ -47,7 +51,7 @@ def accuracies(teacher, digits):
 @pytest.mark.parametrize(
     "steps", [300, pytest.param(demo.RECIPE.steps, marks=pytest.mark.check, id="demo")]
 )
-def test_paper_beats_direct_rounding_on_real_digits(accuracies, steps):
+def test_paper_beats_direct_rounding_on_real_digits(accuracies: Any, steps: int) -> None:
     """Tuning without data recovers most of the loss of 4-bit rounding; `make demo` takes 1,000 steps."""
     recipe = demo.RECIPE.with_steps(steps)
     _, rounded = accuracies("w4a4", demo.ROUNDING.with_steps(recipe.calibration))
@@ -57,7 +61,7 @@ def test_paper_beats_direct_rounding_on_real_digits(accuracies, steps):
     assert tuned > teacher - 8
 
 
-def test_fast_beats_direct_rounding_at_three_bits(accuracies):
+def test_fast_beats_direct_rounding_at_three_bits(accuracies: Any) -> None:
     """By at least six points, with fifty updates on a quarter of the recipe's images."""
     fast = find_recipe("fast").with_steps(60)
     fast = replace(fast, source=replace(fast.source, images=1024))
@@ -66,7 +70,7 @@ def test_fast_beats_direct_rounding_at_three_bits(accuracies):
     assert tuned > rounded + 6
 
 
-def test_expected_drop_contains_the_measured_drop(digits, teacher):
+def test_expected_drop_contains_the_measured_drop(digits: TrainedDigits, teacher: Captured) -> None:
     """Students from harmless to poor come in their order, each drop lies about in its interval.
 
     As far as a few hundred images tell the drop, that is: within two of its standard errors. Two
@@ -77,14 +81,14 @@ def test_expected_drop_contains_the_measured_drop(digits, teacher):
     images, labels = digits.held_out.images, digits.held_out.labels
     recipe = replace(find_recipe("quick"), tuning=NO_TUNING, steps=2, calibration=2, warmup=2)
 
-    def right(module):
+    def right(module: Any) -> Any:
         data = ArrayData(images, labels)
         logits = logits_of(module, data, demo.PREPROCESSING, device=torch.device("cpu"))
         return logits.argmax(1) == labels
 
     was_right = right(teacher.network)
 
-    def seen(bits, seed):
+    def seen(bits: str, seed: int) -> Any:
         student = gdfq.quantize(
             teacher,
             torch.zeros(1, *demo.INPUT_SHAPE),
@@ -113,12 +117,12 @@ def test_expected_drop_contains_the_measured_drop(digits, teacher):
     assert expected[0] < 1 < expected[-1]
 
 
-def test_eight_bits_lose_less_than_one_point(accuracies):
+def test_eight_bits_lose_less_than_one_point(accuracies: Any) -> None:
     teacher, student = accuracies("w8a8", find_recipe("zeroq"))
     assert abs(student - teacher) < 1
 
 
-def test_paper_real_loses_less_than_eight_points(accuracies, digits):
+def test_paper_real_loses_less_than_eight_points(accuracies: Any, digits: TrainedDigits) -> None:
     recipe = find_recipe("paper-real").with_steps(200)
     data = (digits.training.images, digits.training.labels)
     teacher, student = accuracies("w4a4", recipe, data=data)
@@ -128,7 +132,9 @@ def test_paper_real_loses_less_than_eight_points(accuracies, digits):
 @pytest.mark.parametrize(
     ("images", "top1"), [(2000, 91.70), pytest.param(10000, 91.73, marks=pytest.mark.check)]
 )
-def test_cifar10_resnet20_keeps_its_accuracy_at_eight_bits(shared, images, top1):
+def test_cifar10_resnet20_keeps_its_accuracy_at_eight_bits(
+    shared: Path, images: Tensor, top1: Any
+) -> None:
     """The weights' published accuracy, of all test images and of the first of them."""
     loaded = load_model(
         f"{ROOT}/support/real_networks.py:cifar10_resnet20",

@@ -3,18 +3,21 @@
 import logging
 import threading
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import networks
 from support.small_runs import same, small, state
+from torch import nn
 
 import gdfq
 from gdfq import RECIPES
 from gdfq.graph.capture import capture
 
 
-def surroundings():
+def surroundings() -> dict[str, Any]:
     """The state of the process that a call must not change."""
     names = ["", "torch", "torch.onnx", "torch.export", *logging.root.manager.loggerDict]
     loggers = {name: logging.getLogger(name) for name in names}
@@ -33,7 +36,7 @@ def surroundings():
     }
 
 
-def changed(before, after):
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[Any]:
     known = before["loggers"]
     after = {**after, "loggers": {name: after["loggers"][name] for name in known}}
     return [name for name in before if before[name] != after[name]]
@@ -41,7 +44,9 @@ def changed(before, after):
 
 @pytest.mark.parametrize("name", ["quick", "paper", "genie"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_quantize_leaves_the_state_of_the_process_unchanged(name, grad, residual, tmp_path):
+def test_quantize_leaves_the_state_of_the_process_unchanged(
+    name: str, grad: Any, residual: nn.Module, tmp_path: Path
+) -> None:
     capture(residual, networks.images(1))  # what torch sets when it first traces is torch's own
     with torch.set_grad_enabled(grad):
         before = surroundings()
@@ -54,7 +59,7 @@ def test_quantize_leaves_the_state_of_the_process_unchanged(name, grad, residual
         assert changed(before, surroundings()) == []
 
 
-def test_quantize_and_export_show_no_foreign_warnings(residual, tmp_path):
+def test_quantize_and_export_show_no_foreign_warnings(residual: nn.Module, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         result = gdfq.quantize(
@@ -65,19 +70,19 @@ def test_quantize_and_export_show_no_foreign_warnings(residual, tmp_path):
     assert [str(warning.message) for warning in heard] == []
 
 
-def test_two_threads_give_the_results_of_one(residual):
+def test_two_threads_give_the_results_of_one(residual: nn.Module) -> None:
     """Both capture, tune and freeze at the same time."""
     names = ("quick", "paper")
     jobs = {name: small(RECIPES[name]) for name in names}
 
-    def quantized(name):
+    def quantized(name: str) -> Any:
         return gdfq.quantize(residual, networks.images(1), "w4a4", jobs[name], steps=8)
 
     alone = {name: quantized(name) for name in names}
     together, errors = {}, []
     meeting = threading.Barrier(len(names))
 
-    def work(name):
+    def work(name: str) -> None:
         meeting.wait()
         try:
             together[name] = quantized(name)

@@ -6,7 +6,7 @@ import torch
 from gdfq.optim import SgdConfig, StepDecay, set_rate_
 
 
-def test_learning_rate_follows_the_published_steps():
+def test_learning_rate_follows_the_published_steps() -> None:
     optimizer = SgdConfig(lr=1e-4).build(torch.nn.Linear(1, 1))
     rates = []
     for epoch in (0, 99, 100, 199, 200, 300, 399):

@@ -2,6 +2,8 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ from support.small_runs import same, small, state
 
 import gdfq
 from gdfq import RECIPES, UsageError
-from gdfq.recipes import PAPER
+from gdfq.graph.capture import Captured
+from gdfq.recipes import PAPER, Recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_gives_a_working_student(name, teacher):
+def test_recipe_gives_a_working_student(name: str, teacher: Captured) -> None:
     data = (networks.images(24), torch.arange(24) % 5) if "real" in name else None
     result = gdfq.quantize(
         teacher, networks.images(1), "w4a4", small(RECIPES[name]), data=data, steps=8
@@ -27,12 +30,12 @@ def test_recipe_gives_a_working_student(name, teacher):
     assert {"total", "capture", "calibrate"} <= result.metrics["seconds"].keys()
 
 
-def test_generate_refuses_too_few_steps(teacher):
+def test_generate_refuses_too_few_steps(teacher: Captured) -> None:
     with pytest.raises(UsageError, match="steps=3"):
         gdfq.generate(teacher, networks.images(1), 4, "fast", steps=3)
 
 
-def test_fast_gives_the_same_bits_for_one_seed(teacher):
+def test_fast_gives_the_same_bits_for_one_seed(teacher: Captured) -> None:
     recipe = small(RECIPES["fast"])
     runs = [
         gdfq.quantize(teacher, networks.images(1), "w3a3", recipe, steps=8, seed=seed)
@@ -43,7 +46,7 @@ def test_fast_gives_the_same_bits_for_one_seed(teacher):
     assert not same(first, other)
 
 
-def test_quantize_leaves_the_module_and_the_random_state_unchanged(tiny):
+def test_quantize_leaves_the_module_and_the_random_state_unchanged(tiny: Recipe) -> None:
     model = networks.make("Residual").train()
     before = copy.deepcopy(model.state_dict())
     random = torch.random.get_rng_state()
@@ -54,7 +57,7 @@ def test_quantize_leaves_the_module_and_the_random_state_unchanged(tiny):
     assert torch.is_grad_enabled()
 
 
-def test_quantize_gives_the_same_bits_for_one_seed(teacher, tiny):
+def test_quantize_gives_the_same_bits_for_one_seed(teacher: Captured, tiny: Recipe) -> None:
     a, b, other = (
         state(gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, seed=seed))
         for seed in (3, 3, 4)
@@ -65,7 +68,9 @@ def test_quantize_gives_the_same_bits_for_one_seed(teacher, tiny):
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a8", "w8a4", "w5a6", "w7a7"])
 @pytest.mark.parametrize("placement", ["relu", "full"])
-def test_codes_fit_in_the_bits_at_every_placement(teacher, tiny, bits, placement):
+def test_codes_fit_in_the_bits_at_every_placement(
+    teacher: Captured, tiny: Recipe, bits: str, placement: str
+) -> None:
     result = gdfq.quantize(teacher, networks.images(1), bits, tiny, placement=placement)
     codes = [t for n, t in result.network.named_buffers() if n.endswith("codes")]
     assert max(len(t.unique()) for t in codes) <= 2 ** int(bits[1])
@@ -73,7 +78,7 @@ def test_codes_fit_in_the_bits_at_every_placement(teacher, tiny, bits, placement
     assert str(result.card.bits) == bits
 
 
-def test_tuning_reduces_the_cross_entropy(teacher, tiny):
+def test_tuning_reduces_the_cross_entropy(teacher: Captured, tiny: Recipe) -> None:
     """The cross-entropy on the stream falls."""
     heard = []
     recipe = replace(
@@ -87,14 +92,14 @@ def test_tuning_reduces_the_cross_entropy(teacher, tiny):
     assert float(tuned[-1].losses["ce"]) < float(tuned[0].losses["ce"])
 
 
-def test_data_replaces_the_source(teacher, tiny):
+def test_data_replaces_the_source(teacher: Captured, tiny: Recipe) -> None:
     data = (networks.images(20), torch.arange(20) % 5)
     few = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, data=data)
     none = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     assert not same(state(few), state(none))
 
 
-def test_evaluate_counts_correct_predictions(teacher, tiny):
+def test_evaluate_counts_correct_predictions(teacher: Captured, tiny: Recipe) -> None:
     result = gdfq.quantize(teacher, networks.images(1), "w8a8", tiny)
     images = networks.images(40)
     predictions = result(images).argmax(1)
@@ -104,7 +109,7 @@ def test_evaluate_counts_correct_predictions(teacher, tiny):
     assert result.evaluate((images, wrong)) == 75
 
 
-def test_test_images_do_not_change_the_student(teacher, tiny):
+def test_test_images_do_not_change_the_student(teacher: Captured, tiny: Recipe) -> None:
     test = (networks.images(20), torch.arange(20) % 5)
     with_test = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, test=test)
     without = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
@@ -113,7 +118,7 @@ def test_test_images_do_not_change_the_student(teacher, tiny):
     assert "student" not in without.metrics
 
 
-def test_evaluate_normalises_pixels(tmp_path, teacher, tiny):
+def test_evaluate_normalises_pixels(tmp_path: Path, teacher: Captured, tiny: Recipe) -> None:
     """uint8 images with mean and std give what normalised floats give."""
     pixels = torch.randint(0, 256, (30, *networks.SHAPE), dtype=torch.uint8)
     labels = torch.arange(30) % 5
@@ -125,7 +130,7 @@ def test_evaluate_normalises_pixels(tmp_path, teacher, tiny):
     assert result.evaluate(tmp_path / "d.npz") == result.evaluate((floats, labels))
 
 
-def test_generate_returns_the_last_images(teacher, tiny):
+def test_generate_returns_the_last_images(teacher: Captured, tiny: Recipe) -> None:
     images, labels = gdfq.generate(teacher, networks.images(1), 12, tiny, seed=1)
     assert images.shape == (12, *networks.SHAPE)
     assert labels.shape == (12,)
@@ -164,11 +169,11 @@ def test_generate_returns_the_last_images(teacher, tiny):
         ({"test": torch.zeros(2, 3, 8, 8)}, "need labels"),
     ],
 )
-def test_quantize_refuses_invalid_options(teacher, options, message):
+def test_quantize_refuses_invalid_options(teacher: Captured, options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=f"(?s){message}"):
         gdfq.quantize(teacher, networks.images(1), **options)
 
 
-def test_quantize_refuses_an_option_that_it_does_not_have(teacher, tiny):
+def test_quantize_refuses_an_option_that_it_does_not_have(teacher: Captured, tiny: Recipe) -> None:
     with pytest.raises(TypeError, match=r"options must be among batch, .*; got placment\."):
         gdfq.quantize(teacher, recipe=tiny, placment="full")

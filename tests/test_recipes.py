@@ -8,11 +8,12 @@ from support.small_runs import small
 
 import gdfq
 from gdfq import RECIPES, UsageError
+from gdfq.graph.capture import Captured
 from gdfq.quantizers.family import MINMAX
-from gdfq.recipes import FAST, GENIE, PAPER
+from gdfq.recipes import FAST, GENIE, PAPER, Recipe
 
 
-def test_with_steps_scales_the_published_schedule():
+def test_with_steps_scales_the_published_schedule() -> None:
     assert (PAPER.steps, PAPER.calibration, PAPER.warmup) == (80_000, 800, 800)
     imagenet = RECIPES["paper-imagenet"]
     assert (imagenet.calibration, imagenet.warmup) == (800, 10_000)
@@ -23,7 +24,7 @@ def test_with_steps_scales_the_published_schedule():
     assert RECIPES["round"].with_steps(60).calibration == 60
 
 
-def test_paper_has_the_published_values():
+def test_paper_has_the_published_values() -> None:
     generator, tuning = PAPER.source, PAPER.tuning
     assert (generator.batch, generator.latent, generator.statistics) == (200, 100, 0.1)
     assert (generator.optimizer.lr, generator.optimizer.betas) == (1e-3, (0.5, 0.999))
@@ -34,7 +35,7 @@ def test_paper_has_the_published_values():
     assert RECIPES["paper-imagenet"].source.conditioning == "conditional-batch-norm"
 
 
-def test_with_batch_sets_the_batch(teacher, tiny):
+def test_with_batch_sets_the_batch(teacher: Captured, tiny: Recipe) -> None:
     recipe = small(RECIPES["fast"]).with_batch(4)
     assert (recipe.source.batch, recipe.source.source.batch) == (4, 4)
     assert tiny.with_batch(3).source.batch == 3
@@ -45,7 +46,7 @@ def test_with_batch_sets_the_batch(teacher, tiny):
     assert len(result.examples[0]) == 5
 
 
-def test_recipe_refuses_parts_that_do_not_fit():
+def test_recipe_refuses_parts_that_do_not_fit() -> None:
     for change in ({"quantizers": MINMAX}, {"tuning": FAST.tuning}, {"warmup": 700}):
         with pytest.raises(UsageError, match="learned by reconstruction"):
             replace(GENIE, **change)
@@ -53,18 +54,18 @@ def test_recipe_refuses_parts_that_do_not_fit():
         replace(GENIE, match_moments=True)
 
 
-def test_feature_loss_needs_folded_batch_norms(tiny):
+def test_feature_loss_needs_folded_batch_norms(tiny: Recipe) -> None:
     with pytest.raises(ValueError, match="learned"):
         replace(tiny, tuning=replace(tiny.tuning, features=1.0))
 
 
-def test_learned_quantizers_need_fixed_statistics():
+def test_learned_quantizers_need_fixed_statistics() -> None:
     with pytest.raises(ValueError, match="fixed_statistics"):
         replace(FAST, tuning=replace(FAST.tuning, fixed_statistics=False))
     with pytest.raises(ValueError, match="MINMAX, LSQ or ADAROUND"):
         replace(FAST, quantizers="learnt")
 
 
-def test_recipe_refuses_calibration_after_warmup(tiny):
+def test_recipe_refuses_calibration_after_warmup(tiny: Recipe) -> None:
     with pytest.raises(ValueError, match="calibration <= warmup"):
         replace(tiny, calibration=5, warmup=2)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from gdfq.runs.diagnostics import gather
 IMAGE = InputSpec("image", (3, 8, 8))
 
 
-def network_and_data(name, count=64, seed=1):
+def network_and_data(name: str, count: int = 64, seed: int = 1) -> Any:
     if name == "tokens":
         return multi_input.tokens(), multi_input.token_inputs(count, seed)
     integers = name == "integer time"
@@ -31,7 +33,7 @@ NAMES = ["float time", "integer time", "tokens"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def case(request):
+def case(request: pytest.FixtureRequest) -> Any:
     model, data = network_and_data(request.param)
     _, held_out = network_and_data(request.param, 40, seed=2)
     if request.param == "tokens":
@@ -44,7 +46,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inputs_are_named_as_in_the_forward_method(name):
+def test_inputs_are_named_as_in_the_forward_method(name: str) -> None:
     model, data = network_and_data(name, 3)
     captured = capture(model, data)
     assert [spec.name for spec in captured.inputs] == list(data)
@@ -63,7 +65,7 @@ def test_inputs_are_named_as_in_the_forward_method(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_input_spec_gives_its_kind():
+def test_input_spec_gives_its_kind() -> None:
     captured = capture(*network_and_data("integer time", 2))
     assert captured.inputs == (IMAGE, InputSpec("time", (), torch.int64))
     assert [spec.kind for spec in captured.inputs] == ["image", "integers"]
@@ -81,13 +83,13 @@ def test_input_spec_gives_its_kind():
         (lambda d: {**d, "image": d["image"][..., :4, 0]}, "the network must accept inputs image"),
     ],
 )
-def test_capture_refuses_example_inputs_that_do_not_fit(change, message):
+def test_capture_refuses_example_inputs_that_do_not_fit(change: Any, message: str) -> None:
     model, data = network_and_data("float time", 3)
     with pytest.raises(UsageError, match=message):
         capture(model, change(data))
 
 
-def test_quantized_network_takes_inputs_in_order_and_by_name(case):
+def test_quantized_network_takes_inputs_in_order_and_by_name(case: Any) -> None:
     model, result, inputs, _ = case
     expected = model(**inputs)
     found = result(**inputs)
@@ -106,7 +108,7 @@ def test_quantized_network_takes_inputs_in_order_and_by_name(case):
         result(first)
 
 
-def test_quantize_measures_test_data_of_several_inputs(case):
+def test_quantize_measures_test_data_of_several_inputs(case: Any) -> None:
     _, result, _, held_out = case
     if "labels" in held_out:
         assert result.metrics["teacher"]["top1"] == 100
@@ -118,7 +120,7 @@ def test_quantize_measures_test_data_of_several_inputs(case):
         assert all(0 < error < 15 for error in errors.values())
 
 
-def test_load_gives_the_saved_network(case, tmp_path):
+def test_load_gives_the_saved_network(case: Any, tmp_path: Path) -> None:
     _, result, inputs, _ = case
     result.save(tmp_path)
     loaded = gdfq.load(tmp_path)
@@ -129,7 +131,9 @@ def test_load_gives_the_saved_network(case, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["onnx", "pt2", "safetensors"])
-def test_exported_file_gives_the_outputs_of_the_student(case, target, tmp_path):
+def test_exported_file_gives_the_outputs_of_the_student(
+    case: Any, target: Any, tmp_path: Path
+) -> None:
     _, result, inputs, _ = case
     path = tmp_path / f"student.{target}"
     exported = result.export(path)
@@ -148,7 +152,7 @@ def test_exported_file_gives_the_outputs_of_the_student(case, target, tmp_path):
             assert np.linalg.norm(a - b.numpy()) < 0.02 * np.linalg.norm(b.numpy())
 
 
-def test_evidence_names_missing_sections_with_their_reason(case):
+def test_evidence_names_missing_sections_with_their_reason(case: Any) -> None:
     model, result, inputs, _ = case
     evidence = gather(capture(model, inputs), result)
     assert "layers" in evidence.sections
@@ -158,7 +162,7 @@ def test_evidence_names_missing_sections_with_their_reason(case):
         assert "a network that takes images alone" in evidence.missing[section]
 
 
-def test_stored_network_names_its_inputs_in_errors(case, tmp_path):
+def test_stored_network_names_its_inputs_in_errors(case: Any, tmp_path: Path) -> None:
     _, result, inputs, _ = case
     result.export(tmp_path / "student.safetensors")
     from safetensors import safe_open
@@ -169,7 +173,7 @@ def test_stored_network_names_its_inputs_in_errors(case, tmp_path):
     assert [entry["name"] for entry in document["card"]["inputs"]] == list(inputs)
 
 
-def test_pool_recipe_takes_given_inputs():
+def test_pool_recipe_takes_given_inputs() -> None:
     model, data = network_and_data("tokens")
     recipe = dataclasses.replace(gdfq.RECIPES["fast"].with_steps(10), placement="full")
     result = gdfq.quantize(model, data, "w8a8", recipe, data=data)
@@ -179,7 +183,7 @@ def test_pool_recipe_takes_given_inputs():
 
 
 @pytest.mark.parametrize("recipe", ["fast", "quick", "paper", "zeroq"])
-def test_image_source_refuses_networks_of_other_inputs(recipe):
+def test_image_source_refuses_networks_of_other_inputs(recipe: Any) -> None:
     model, data = network_and_data("tokens", 4)
     with pytest.raises(
         UsageError, match=r"takes images alone.*ids: 6 integers.*give real inputs: data="
@@ -187,7 +191,7 @@ def test_image_source_refuses_networks_of_other_inputs(recipe):
         gdfq.quantize(model, data, "w8a8", recipe)
 
 
-def test_reconstruction_and_automatic_bits_refuse_several_inputs():
+def test_reconstruction_and_automatic_bits_refuse_several_inputs() -> None:
     model, data = network_and_data("tokens")
     recipe = dataclasses.replace(gdfq.RECIPES["genie"], placement="full")
     with pytest.raises(UsageError, match="from its one input"):
@@ -196,7 +200,7 @@ def test_reconstruction_and_automatic_bits_refuse_several_inputs():
         gdfq.quantize(model, data, "auto", "fast", size=60_000, data=data)
 
 
-def test_raw_input_refuses_several_inputs(case, tmp_path):
+def test_raw_input_refuses_several_inputs(case: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes images alone"):
         case[1].export(tmp_path / "q.onnx", raw_input=True)
 
@@ -204,7 +208,7 @@ def test_raw_input_refuses_several_inputs(case, tmp_path):
 SPECS = {"ids": ((6,), torch.int64), "mask": ((6,), torch.bool)}
 
 
-def test_load_tensors_reads_files_and_pairs(tmp_path):
+def test_load_tensors_reads_files_and_pairs(tmp_path: Path) -> None:
     data = multi_input.token_inputs(5)
     np.savez(
         tmp_path / "x.npz",
@@ -236,12 +240,12 @@ def test_load_tensors_reads_files_and_pairs(tmp_path):
         (lambda d: "nowhere.npz", "readable .npz file"),
     ],
 )
-def test_load_tensors_refuses_tensors_that_do_not_fit(change, message):
+def test_load_tensors_refuses_tensors_that_do_not_fit(change: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_tensors(change(multi_input.token_inputs(5)), SPECS, 4)
 
 
-def test_network_of_one_image_has_one_input_spec():
+def test_network_of_one_image_has_one_input_spec() -> None:
     captured = networks.captured("Residual")
     assert captured.inputs == (InputSpec("images", networks.SHAPE),)
     assert captured.input_shape == networks.SHAPE

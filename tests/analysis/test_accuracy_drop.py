@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from gdfq.sources.pool import collect
 ERRORS = st.floats(0.0, 2.0)
 
 
-def test_law_matches_a_hand_computed_drop():
+def test_law_matches_a_hand_computed_drop() -> None:
     law = Law(shift=0.0, power=2.0, error=0.0, limit=1.0)
     # An error of 1/3 makes odds of 1/9, which are a share of 1/10.
     assert law.drop(1 / 3) == pytest.approx(10.0)
@@ -37,12 +38,12 @@ def test_law_matches_a_hand_computed_drop():
     assert law.drop(0.0) == 0.0
 
 
-def test_error_among_ten_classes_grows_with_the_number_of_classes():
+def test_error_among_ten_classes_grows_with_the_number_of_classes() -> None:
     assert error_among_ten_classes(0.25, 10) == 0.25
     assert error_among_ten_classes(0.25, 10**4) == pytest.approx(0.5)
 
 
-def test_interval_matches_hand_computed_ends():
+def test_interval_matches_hand_computed_ends() -> None:
     law = Law(shift=0.0, power=1.0, error=0.6931471805599453, limit=1.0)  # log 2
     assert law.interval(9.0) == pytest.approx((4.0, 19.0))
     assert law.interval(0.0) == pytest.approx((0.0, 1.0))
@@ -50,19 +51,19 @@ def test_interval_matches_hand_computed_ends():
 
 
 @given(ERRORS, ERRORS)
-def test_drop_is_monotonic_in_the_error(one: float, other: float):
+def test_drop_is_monotonic_in_the_error(one: float, other: float) -> None:
     less, more = sorted((one, other))
     assert LAW.drop(less) <= LAW.drop(more)
 
 
 @given(ERRORS)
-def test_interval_contains_the_expected_drop(error: float):
+def test_interval_contains_the_expected_drop(error: float) -> None:
     drop = LAW.drop(error)
     low, high = LAW.interval(drop)
     assert 0 <= low <= drop <= high <= 100
 
 
-def test_mixture_lies_between_two_images():
+def test_mixture_lies_between_two_images() -> None:
     images = torch.eye(3)[:, :, None, None]
     mixtures = mix_images(images, 200, torch.Generator().manual_seed(0)).flatten(1)
     assert mixtures.shape == (200, 3)
@@ -72,7 +73,7 @@ def test_mixture_lies_between_two_images():
     assert float(two.amax(1).min()) >= 0.5
 
 
-def test_equal_outputs_have_no_expected_drop():
+def test_equal_outputs_have_no_expected_drop() -> None:
     estimate = estimate_drop([LOGITS], [LOGITS], source="by hand")
     assert (estimate.agreement, estimate.relative_error, estimate.reason) == (100.0, 0.0, "")
     assert (estimate.kl, estimate.expected_drop) == (0.0, 0.0)
@@ -80,10 +81,12 @@ def test_equal_outputs_have_no_expected_drop():
     assert estimate.interval[1] < 2.0
 
 
-def test_images_differ_from_those_of_a_recipe_with_the_same_seed(teacher: Captured, monkeypatch):
+def test_images_differ_from_those_of_a_recipe_with_the_same_seed(
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seeds = []
 
-    def recorded(source: Source, teacher: Captured, count: int, *, context: Context):
+    def recorded(source: Source, teacher: Captured, count: int, *, context: Context) -> Any:
         seeds.append(context.seed)
         return collect(source, teacher, count, context=context)
 
@@ -93,7 +96,7 @@ def test_images_differ_from_those_of_a_recipe_with_the_same_seed(teacher: Captur
     assert len({3, 4, *seeds}) == 4
 
 
-def test_estimate_depends_on_the_seed_alone(teacher: Captured):
+def test_estimate_depends_on_the_seed_alone(teacher: Captured) -> None:
     student = quantize(teacher, networks.images(1), "w4a4", "quick", steps=4, seed=0)
     first = measure_expected_drop(teacher, student.network, seed=1)
     assert measure_expected_drop(teacher, student.network, seed=1) == first
@@ -104,7 +107,7 @@ def test_estimate_depends_on_the_seed_alone(teacher: Captured):
     ("name", "reason"),
     [("Detector", "not classes"), ("Transformer", "batch norms"), ("Audio", "take images")],
 )
-def test_estimate_is_absent_where_the_law_was_not_validated(name: str, reason: str):
+def test_estimate_is_absent_where_the_law_was_not_validated(name: str, reason: str) -> None:
     shape = networks.shape_of(name)
     found = capture(networks.make(name), networks.images(2, shape=shape))
     estimate = measure_expected_drop(found, found.network, seed=0)
@@ -118,7 +121,7 @@ LOGITS = torch.eye(4).repeat(8, 1)
 """Logits of a teacher that predicts four classes in turn."""
 
 
-def test_estimate_matches_hand_computed_numbers():
+def test_estimate_matches_hand_computed_numbers() -> None:
     student = LOGITS.clone()
     student[0] = LOGITS[1]  # one prediction of 32 differs
     estimate = estimate_drop([LOGITS], [student], source="by hand")
@@ -140,7 +143,9 @@ def test_estimate_matches_hand_computed_numbers():
         (LOGITS[:1].expand(8, 4), LOGITS[:1].expand(8, 4), "same class"),
     ],
 )
-def test_estimate_is_absent_for_outputs_out_of_range(teacher, student, reason: str):
+def test_estimate_is_absent_for_outputs_out_of_range(
+    teacher: Captured, student: Any, reason: str
+) -> None:
     estimate = estimate_drop([teacher], [student], source="by hand")
     assert estimate.expected_drop is None
     assert estimate.interval is None
@@ -148,7 +153,7 @@ def test_estimate_is_absent_for_outputs_out_of_range(teacher, student, reason: s
     json.dumps(estimate.as_values(), allow_nan=False)
 
 
-def test_images_have_the_statistics_that_the_law_was_fitted_on():
+def test_images_have_the_statistics_that_the_law_was_fitted_on() -> None:
     """Standard deviation 1 and one contrast, whatever the input statistics of the network are."""
     pixels = 0.3 * torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     images = make_images(capture(networks.that_saw(pixels), pixels[:1]), seed=0)
@@ -156,7 +161,7 @@ def test_images_have_the_statistics_that_the_law_was_fitted_on():
     assert float(images.flatten(1).std(1).log().std()) < 0.3
 
 
-def test_images_of_the_law_do_not_depend_on_the_defaults_of_recipes():
+def test_images_of_the_law_do_not_depend_on_the_defaults_of_recipes() -> None:
     """All settings are written out: with another default the law would not hold."""
     inherited = {field.name for field in fields(_SOURCE)} - set(
         vars(type(_SOURCE))["__annotations__"]

@@ -3,11 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import networks
 from support.command_line import arguments
+from torch import fx
 
 import gdfq
 from gdfq import UsageError
@@ -16,8 +19,10 @@ from gdfq.cli import main
 from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.execution.context import Context
-from gdfq.functional.grid import Bits, fake_quantize
+from gdfq.functional.grid import Bits, Layout, fake_quantize
 from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.recipes import QUICK
 from gdfq.sources.pool import ImagePool
@@ -31,7 +36,7 @@ SMALL = replace(
 )
 
 
-def test_divergence_matches_hand_computed_values(teacher):
+def test_divergence_matches_hand_computed_values(teacher: Captured) -> None:
     student, expected_outputs = torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert float(divergence(teacher)(student, expected_outputs)) == pytest.approx(expected)
@@ -40,7 +45,7 @@ def test_divergence_matches_hand_computed_values(teacher):
     assert float(divergence(replace(teacher, classes=None))(*others)) == pytest.approx(5)
 
 
-def test_sensitivity_is_the_loss_with_one_rounded_layer(teacher):
+def test_sensitivity_is_the_loss_with_one_rounded_layer(teacher: Captured) -> None:
     """Against a network whose weight was rounded directly; the teacher stays unchanged."""
     folded = fold_batch_norms(teacher)
     before = {name: t.clone() for name, t in folded.network.state_dict().items()}
@@ -64,13 +69,13 @@ def test_sensitivity_is_the_loss_with_one_rounded_layer(teacher):
     assert other["fc"][2] == pytest.approx(float((rounded - original).abs().max()), rel=1e-4)
 
 
-def _layout(layer):
+def _layout(layer: fx.Node) -> tuple[Layout, int]:
     from gdfq.graph.queries import weight_layout
 
     return weight_layout(layer)
 
 
-def file_of(result):
+def file_of(result: QuantizedNetwork) -> bytes:
     """The ONNX file that a run with test images would write, without running it."""
     accuracy = {"teacher": 91.2345, "student": 90.0}
     return to_onnx(
@@ -81,7 +86,7 @@ def file_of(result):
 @pytest.mark.parametrize(
     ("name", "size", "near"), [("Shared", 4000, 512), ("Transposed", 4000, 64)]
 )
-def test_file_fits_in_the_size(name, size, near):
+def test_file_fits_in_the_size(name: str, size: Any, near: Any) -> None:
     """Also where a layer is used twice or has one scale; and its size is near the bound."""
     model = networks.make(name)
     result = gdfq.quantize(model, networks.images(1), "auto", SMALL, size=size, steps=4)
@@ -93,7 +98,7 @@ def test_file_fits_in_the_size(name, size, near):
     assert {text.rpartition("=")[0] for text in result.card.layer_bits} == named
 
 
-def test_error_of_a_small_size_gives_the_smallest_size(teacher, tmp_path):
+def test_error_of_a_small_size_gives_the_smallest_size(teacher: Captured, tmp_path: Path) -> None:
     options = {"recipe": SMALL, "steps": 4, "layer_bits": ["fc=6"]}
     with pytest.raises(UsageError, match=r"smallest possible size is \d+ bytes; got 2000") as error:
         gdfq.quantize(teacher, networks.images(1), "auto", size=2000, **options)
@@ -115,14 +120,14 @@ def test_error_of_a_small_size_gives_the_smallest_size(teacher, tmp_path):
     assert found == bits | {"fc": 6}
 
 
-def test_impossible_size_is_found_before_images_are_made(teacher):
+def test_impossible_size_is_found_before_images_are_made(teacher: Captured) -> None:
     steps = []
     with pytest.raises(UsageError, match="smallest possible size"):
         gdfq.quantize(teacher, networks.images(1), "auto", SMALL, size=2000, listener=steps.append)
     assert not steps
 
 
-def test_pool_images_are_made_once_and_are_those_of_the_recipe(teacher):
+def test_pool_images_are_made_once_and_are_those_of_the_recipe(teacher: Captured) -> None:
     pool = SMALL.source
     made, images = pool.made(teacher, context=Context(seed=3))
     assert isinstance(made, ImagePool)
@@ -136,7 +141,7 @@ def test_pool_images_are_made_once_and_are_those_of_the_recipe(teacher):
         assert torch.equal(a.labels, b.labels)
 
 
-def test_layer_bits_match_exact_names():
+def test_layer_bits_match_exact_names() -> None:
     assert LayerBits.exactly("a[0].*b", 2).matches("a[0].*b", 5, 9)
     assert not LayerBits.exactly("a[0].*b", 2).matches("a0.xb", 5, 9)
     assert LayerBits.exactly("first", 8).matches("first", 3, 9)
@@ -157,12 +162,16 @@ def test_layer_bits_match_exact_names():
         ({"bits": "auto", "size": 4000, "layer_bits": ["nowhere=4"]}, "nowhere"),
     ],
 )
-def test_options_that_allow_no_choice_are_refused(teacher, options, message):
+def test_options_that_allow_no_choice_are_refused(
+    teacher: Captured, options: Any, message: str
+) -> None:
     with pytest.raises(UsageError, match=f"(?s){message}"):
         gdfq.quantize(teacher, networks.images(1), **{"recipe": SMALL, "steps": 4} | options)
 
 
-def test_command_line_prints_the_chosen_bits(place, capsys):
+def test_command_line_prints_the_chosen_bits(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = ["--recipe", "quick", "--no-onnx"]
     assert main(arguments(place, *recipe, "--bits", "auto", "--size", "3.7KiB")) == 0
     config, metrics = (
@@ -188,7 +197,9 @@ def test_command_line_prints_the_chosen_bits(place, capsys):
         (["--bits", "auto", "--size", "3IB"], "as 300KB; got '3IB'"),
     ],
 )
-def test_command_line_refuses_invalid_sizes(place, capsys, more, message):
+def test_command_line_refuses_invalid_sizes(
+    place: Path, capsys: pytest.CaptureFixture[str], more: Any, message: str
+) -> None:
     assert main(arguments(place, *more)) == 2
     assert message in capsys.readouterr().err
 
@@ -197,7 +208,7 @@ def test_command_line_refuses_invalid_sizes(place, capsys, more, message):
     ("text", "size"),
     [("300KB", 300_000), ("1.5mib", 1_572_864), ("2 kib", 2048), ("77", 77), ("77B", 77)],
 )
-def test_size_option_parses_units(text, size):
+def test_size_option_parses_units(text: str, size: Any) -> None:
     from gdfq.cli.types import Size
 
     assert Size().convert(text, None, None) == size

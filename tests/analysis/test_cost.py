@@ -10,6 +10,7 @@ from gdfq.analysis.preflight import diagnose
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
+from gdfq.graph.capture import Captured
 from gdfq.recipes import find_recipe
 from gdfq.student.scheme import Scheme
 
@@ -17,8 +18,8 @@ FULL = Scheme(Bits(4, 4), "full")
 
 
 def test_seconds_of_reconstruction_are_those_of_the_second_update_of_each_block(
-    teacher, monkeypatch
-):
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clock advances by 1 at each reading: one second for each block and update."""
     ticks = itertools.count()
     monkeypatch.setattr("gdfq.analysis.cost.now", lambda _: float(next(ticks)))
@@ -29,7 +30,7 @@ def test_seconds_of_reconstruction_are_those_of_the_second_update_of_each_block(
 
 
 @pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
-def test_measuring_costs_leaves_the_teacher_unchanged(name, teacher):
+def test_measuring_costs_leaves_the_teacher_unchanged(name: str, teacher: Captured) -> None:
     before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
     recipe = find_recipe(name).with_steps(8)
     found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
@@ -41,7 +42,7 @@ def test_measuring_costs_leaves_the_teacher_unchanged(name, teacher):
     assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
 
 
-def test_costs_on_a_gpu_synchronize_and_read_its_memory(monkeypatch):
+def test_costs_on_a_gpu_synchronize_and_read_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the calls, their device, and the use of their results."""
     device, devices = torch.device("cuda", 1), []
     monkeypatch.setattr(torch.cuda, "synchronize", devices.append)

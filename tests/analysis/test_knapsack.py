@@ -1,12 +1,14 @@
 """The choice of bits is optimal."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from gdfq import UsageError
@@ -14,7 +16,7 @@ from gdfq.analysis.knapsack import allocate
 
 
 @st.composite
-def choices(draw):
+def choices(draw: DrawFn) -> Any:
     """Costs that decrease with bits, sizes that need not increase, for a few groups; and a budget."""
     groups = draw(st.integers(1, 6))
     costs, sizes = [], []
@@ -28,10 +30,10 @@ def choices(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(choices())
-def test_allocate_matches_brute_force(problem):
+def test_allocate_matches_brute_force(problem: Any) -> None:
     costs, sizes, budget = problem
 
-    def sums(chosen):
+    def sums(chosen: Any) -> Any:
         pairs = [(c[w], s[w]) for c, s, w in zip(costs, sizes, chosen, strict=True)]
         return tuple(map(sum, zip(*pairs, strict=True)))
 
@@ -47,7 +49,7 @@ def test_allocate_matches_brute_force(problem):
     assert cost == min(fitting)
 
 
-def test_allocate_where_everything_fits_or_nothing_does():
+def test_allocate_where_everything_fits_or_nothing_does() -> None:
     costs = [{2: 1.0, 8: 1.0}, {2: 0.0, 8: 0.0}]
     sizes = [{2: 10, 8: 40}, {2: 30, 8: 20}]  # fewer bits can take more bytes in a small layer
     assert allocate(costs, sizes, 60) == [8, 8]
@@ -56,7 +58,7 @@ def test_allocate_where_everything_fits_or_nothing_does():
         allocate(costs, sizes, 29)
 
 
-def test_allocate_matches_an_integer_program_for_many_layers():
+def test_allocate_matches_an_integer_program_for_many_layers() -> None:
     """Costs decrease like rounding errors (to a quarter for each bit); all sizes differ."""
     draw = torch.Generator().manual_seed(0)
     weights = torch.randint(10**3, 10**6, (100,), generator=draw).tolist()
@@ -65,7 +67,7 @@ def test_allocate_matches_an_integer_program_for_many_layers():
     sizes = [{w: n * w // 8 + 7 for w in (2, 4, 8)} for n in weights]
     budget = sum(weights) // 2
 
-    def total(groups, chosen):
+    def total(groups: Any, chosen: Any) -> Any:
         return sum(group[w] for group, w in zip(groups, chosen, strict=True))
 
     chosen = allocate(costs, sizes, budget)

@@ -2,23 +2,27 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from support import networks
+from torch import nn
 
 import gdfq
 from gdfq.analysis.layers import BINS, measure_layers, saturation, sqnr
 from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
 from gdfq.sources.spectral import SpectralSource
 
 
 @pytest.fixture(scope="module")
-def layers(teacher, quantized):
+def layers(teacher: Captured, quantized: QuantizedNetwork) -> Any:
     return measure_layers(teacher, quantized.network, quantized.observations.images)
 
 
-def test_sqnr_is_ten_times_the_logarithm_of_the_power_ratio():
+def test_sqnr_is_ten_times_the_logarithm_of_the_power_ratio() -> None:
     signal = torch.tensor([3.0, 4.0])  # power 25
     assert sqnr(signal, torch.tensor([3.0, 4.5])) == pytest.approx(20)  # error 0.25
     assert sqnr(signal, torch.tensor([0.0, 0.0])) == pytest.approx(0)
@@ -26,13 +30,13 @@ def test_sqnr_is_ten_times_the_logarithm_of_the_power_ratio():
     assert sqnr(torch.zeros(2), torch.ones(2)) == -120
 
 
-def test_saturation_counts_codes_outside_the_grid():
+def test_saturation_counts_codes_outside_the_grid() -> None:
     # 2 bits at scale 1 and zero point -2: codes -2..1 stand for 0..3, and 3.4 rounds to 3.
     x = torch.tensor([-1.0, -0.4, 0.0, 3.0, 3.4, 3.6, 9.0, 1.0])
     assert saturation(x, torch.tensor(1.0), torch.tensor(-2.0), 2) == pytest.approx(100 * 3 / 8)
 
 
-def test_layer_evidence_matches_the_network(layers):
+def test_layer_evidence_matches_the_network(layers: Any) -> None:
     found = {layer.name: layer for layer in layers.layers}
     assert list(found) == ["conv1", "conv2", "fc"]
     assert {name: layer.bits for name, layer in found.items()} == {"conv1": 3, "conv2": 3, "fc": 8}
@@ -44,16 +48,18 @@ def test_layer_evidence_matches_the_network(layers):
     assert all(layer.sensitivity >= 0 for layer in layers.layers)
 
 
-def test_layer_sqnr_matches_recorded_outputs(teacher, quantized, layers):
+def test_layer_sqnr_matches_recorded_outputs(
+    teacher: Captured, quantized: QuantizedNetwork, layers: Any
+) -> None:
     """The same numbers from forward passes that record the outputs of the layers."""
     batch = quantized.observations.images[:32]
     original = fold_batch_norms(teacher).network
 
-    def recorded(network):
+    def recorded(network: nn.Module) -> Any:
         seen = []
 
         class Recorder(torch.fx.Interpreter):
-            def call_function(self, target, args, kwargs):
+            def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
                 value = super().call_function(target, args, kwargs)
                 if "conv2d" in str(target) or "linear" in str(target):
                     seen.append((args[1], value))
@@ -71,7 +77,7 @@ def test_layer_sqnr_matches_recorded_outputs(teacher, quantized, layers):
         assert layer.output_sqnr == pytest.approx(20 * math.log10(ratio), abs=1e-3)
 
 
-def test_layers_are_compared_with_the_channel_scales_of_the_student(teacher):
+def test_layers_are_compared_with_the_channel_scales_of_the_student(teacher: Captured) -> None:
     """At 8 bits the weights are near those of the rescaled teacher and far from others."""
     recipe = gdfq.RECIPES["quick"]
     source = replace(recipe.source, images=32, source=SpectralSource(16, 4), batch=8)
@@ -84,7 +90,7 @@ def test_layers_are_compared_with_the_channel_scales_of_the_student(teacher):
     assert min(layer.weight_sqnr for layer in unscaled) < 20
 
 
-def test_activation_evidence_has_grids_and_counts(layers, quantized):
+def test_activation_evidence_has_grids_and_counts(layers: Any, quantized: QuantizedNetwork) -> None:
     first = layers.activations[0]
     assert (first.name, first.bits, first.low) == ("relu", 4, 0)
     assert first.minimum == 0

@@ -13,7 +13,7 @@ from gdfq.data.preprocessing import Preprocessing
 UNIT = Preprocessing((0.0,), (1.0,))
 
 
-def test_paired_drop_matches_a_hand_computed_error():
+def test_paired_drop_matches_a_hand_computed_error() -> None:
     # 2 points of 1000, 30 - 10; with one more of each 31 and 11 of 1002.
     drop, error = predictions.paired_drop(30, 10, 1000)
     assert drop == pytest.approx(2)
@@ -22,7 +22,7 @@ def test_paired_drop_matches_a_hand_computed_error():
     assert predictions.paired_drop(0, 0, 40) == (0, pytest.approx(100 * math.sqrt(2) / 42))
 
 
-def test_calibration_matches_a_hand_computed_error():
+def test_calibration_matches_a_hand_computed_error() -> None:
     predicted = Predictions(torch.tensor([0, 0, 0, 0]), torch.tensor([0.95, 0.97, 0.5, 0.52]))
     found = predictions.calibration(predicted, torch.tensor([0, 1, 0, 0]))
     # Bins of 1/15: half of {0.95, 0.97} correct; 0.5 and 0.52 both in (7/15, 8/15] and correct.
@@ -32,7 +32,7 @@ def test_calibration_matches_a_hand_computed_error():
     assert predictions.calibration(sure, torch.tensor([1])).ece == 0
 
 
-def test_changes_match_hand_computed_flips_and_confusions():
+def test_changes_match_hand_computed_flips_and_confusions() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     was = torch.tensor([0, 0, 1, 1, 0, 0])
     now = torch.tensor([1, 1, 1, 1, 1, 1])

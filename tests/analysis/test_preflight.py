@@ -1,9 +1,13 @@
 """The preflight diagnosis, against independent counts and against the run itself."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 import gdfq
 from gdfq.analysis.cost import with_costs
@@ -20,12 +24,12 @@ FULL = Scheme(Bits(4, 4), "full")
 NO_FORM = "no integer form"
 
 
-def counted_by_hooks(model, x):
+def counted_by_hooks(model: nn.Module, x: Tensor) -> dict[str, int]:
     """Multiply-accumulates of one image: a module's outputs times what each is made from."""
     counts = {}
 
-    def note(name):
-        def hook(module, inputs, output):
+    def note(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             if isinstance(module, nn.ConvTranspose2d):
                 each = module.weight[0].numel()
                 counts[name] = inputs[0][0].numel() * each
@@ -42,7 +46,7 @@ def counted_by_hooks(model, x):
 
 
 @pytest.mark.parametrize("name", ["Residual", "Branches", "Transposed", "Segmenter"])
-def test_operations_and_parameters_against_hooks(name):
+def test_operations_and_parameters_against_hooks(name: str) -> None:
     model = networks.make(name)
     diagnosis = diagnose(capture(model, networks.images(1)), FULL, find_recipe("fast"))
     counts = counted_by_hooks(model, networks.images(1))
@@ -52,7 +56,7 @@ def test_operations_and_parameters_against_hooks(name):
     assert not diagnosis.problems
 
 
-def test_operations_of_attention_include_its_products():
+def test_operations_of_attention_include_its_products() -> None:
     teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
     diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
     layers = sum(layer.operations for layer in diagnosis.layers)
@@ -66,17 +70,17 @@ def test_operations_of_attention_include_its_products():
 class Sequence(nn.Module):
     """Attention with the sequence first, as in `nn.MultiheadAttention`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2)
         self.fc = nn.Linear(8, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).permute(2, 0, 1)
         return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(0))
 
 
-def test_operations_are_per_image_where_the_batch_is_not_the_first_dimension():
+def test_operations_are_per_image_where_the_batch_is_not_the_first_dimension() -> None:
     teacher = capture(Sequence().eval(), torch.zeros(1, 8, 2, 5))
     diagnosis = diagnose(teacher, FULL, find_recipe("patches"))
     names = [layer.name for layer in diagnosis.layers]
@@ -86,7 +90,7 @@ def test_operations_are_per_image_where_the_batch_is_not_the_first_dimension():
     assert diagnosis.operations == sum(counts) + 2 * 2 * 10 * 10 * 4
 
 
-def test_what_is_on_no_grid_is_float():
+def test_what_is_on_no_grid_is_float() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
     )
@@ -108,14 +112,14 @@ def test_what_is_on_no_grid_is_float():
     )
 
 
-def test_operators_that_only_shape_outputs_are_float():
+def test_operators_that_only_shape_outputs_are_float() -> None:
     teacher = networks.captured("Detector")
     found = diagnose(teacher, FULL, find_recipe("fast")).float_operators
     assert FloatOperators("sigmoid", 2, NO_FORM) in found
     assert FloatOperators("cat", 1, "only shapes the outputs") in found
 
 
-def test_bits_are_those_of_the_run():
+def test_bits_are_those_of_the_run() -> None:
     model = networks.make("Residual")
     scheme = Scheme(Bits(3, 4), "full", (LayerBits("fc", None),))
     diagnosis = diagnose(capture(model, networks.images(1)), scheme, find_recipe("fast"))
@@ -129,7 +133,7 @@ def test_bits_are_those_of_the_run():
     assert "2 of 3 layers quantized" in diagnosis.summary()
 
 
-def test_quantized_bytes_are_near_the_size_of_the_file(tmp_path):
+def test_quantized_bytes_are_near_the_size_of_the_file(tmp_path: Path) -> None:
     model = nn.Sequential(
         *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()) * 4,
         nn.AdaptiveAvgPool2d(1),
@@ -145,7 +149,7 @@ def test_quantized_bytes_are_near_the_size_of_the_file(tmp_path):
     assert 0.75 < diagnosis.quantized_bytes / written < 1.1
 
 
-def test_problems_are_returned_and_not_raised():
+def test_problems_are_returned_and_not_raised() -> None:
     teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
     diagnosis = diagnose(teacher, Scheme(Bits(4, 4), "relu"), find_recipe("fast"))
     assert len(diagnosis.problems) == 2
@@ -154,7 +158,7 @@ def test_problems_are_returned_and_not_raised():
     assert with_costs(diagnosis, teacher, FULL, find_recipe("fast")).seconds is None
 
 
-def test_advice_names_narrow_depthwise_layers():
+def test_advice_names_narrow_depthwise_layers() -> None:
     teacher = networks.captured("Branches")
     advice = " ".join(diagnose(teacher, FULL, find_recipe("fast")).advice)
     assert "16 channels or fewer lose most and gain no speed: depthwise." in advice
@@ -162,7 +166,7 @@ def test_advice_names_narrow_depthwise_layers():
     assert eight_bits.advice == ()
 
 
-def test_advice_does_not_take_a_layer_of_one_input_channel_for_depthwise():
+def test_advice_does_not_take_a_layer_of_one_input_channel_for_depthwise() -> None:
     stem = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
     model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
     diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))

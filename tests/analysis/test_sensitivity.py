@@ -1,5 +1,7 @@
 """Sensitivity of layers."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import networks
@@ -9,13 +11,16 @@ from gdfq.analysis import sensitivity
 from gdfq.analysis.layers import measure_layers
 from gdfq.functional import grid
 from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe
 
 
-def test_sensitivity_is_higher_with_fewer_bits(teacher, tiny):
+def test_sensitivity_is_higher_with_fewer_bits(teacher: Captured, tiny: Recipe) -> None:
     batch = networks.images(8)
     folded = fold_batch_norms(teacher)
 
-    def of(bits):
+    def of(bits: str) -> Any:
         network = gdfq.quantize(teacher, networks.images(1), bits, tiny).network
         return sensitivity.measure_sensitivity(folded, network, batch)
 
@@ -25,7 +30,9 @@ def test_sensitivity_is_higher_with_fewer_bits(teacher, tiny):
     assert all(coarse.by_layer[name] > 10 * fine.by_layer[name] for name in fine.by_layer)
 
 
-def test_sensitivity_of_a_large_network_is_the_error_of_the_layer(teacher, quantized, monkeypatch):
+def test_sensitivity_of_a_large_network_is_the_error_of_the_layer(
+    teacher: Captured, quantized: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sensitivity, "_MAX_OPERATIONS", 1)
     batch = networks.images(8)
     folded = fold_batch_norms(teacher)
@@ -41,7 +48,7 @@ def test_sensitivity_of_a_large_network_is_the_error_of_the_layer(teacher, quant
     assert found.by_layer["conv2d"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_sensitivity_of_a_float_layer_is_none(teacher, tiny):
+def test_sensitivity_of_a_float_layer_is_none(teacher: Captured, tiny: Recipe) -> None:
     result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, layer_bits=["conv2=float"])
     found = {
         layer.name: layer

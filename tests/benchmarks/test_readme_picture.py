@@ -1,21 +1,23 @@
 """The picture of the README shows what the results say."""
 
+from typing import Any
+
 import pytest
 from benchmarks import readme_picture
 
 
-def row(bits, top1, interval, **others):
+def row(bits: str, top1: Any, interval: Any, **others: Any) -> Any:
     return {
         "network": "net", "recipe": "fast", "steps": 2400, "placement": "relu", "bits": bits,
         "teacher": {"all": 90.0}, "student": {"all": top1}, "drop_interval": interval, **others,
     }  # fmt: skip
 
 
-def test_picture_is_that_of_the_results():
+def test_picture_is_that_of_the_results() -> None:
     assert readme_picture.PICTURE.read_text() == readme_picture.picture(readme_picture.read_rows())
 
 
-def test_bars_are_means_over_seeds():
+def test_bars_are_means_over_seeds() -> None:
     rows = [
         row("w4a4", 88.0, [1.0, 3.0]),
         row("w4a4", 89.0, [0.0, 2.0], placement="relu"),
@@ -33,7 +35,7 @@ def test_bars_are_means_over_seeds():
     ]
 
 
-def test_length_of_a_bar_is_its_accuracy():
+def test_length_of_a_bar_is_its_accuracy() -> None:
     assert readme_picture._x(50.0) - readme_picture._x(0.0) == pytest.approx(
         readme_picture._x(100.0) - readme_picture._x(50.0)
     )

@@ -11,7 +11,9 @@ MODULES = [found.name for found in pkgutil.iter_modules([str(ROOT / "benchmarks"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_script_imports_and_answers_help(name, monkeypatch, capsys):
+def test_script_imports_and_answers_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     if 'if __name__ == "__main__"' not in (ROOT / "benchmarks" / f"{name}.py").read_text():
         return  # a part of scripts, no script

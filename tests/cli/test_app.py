@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import pytest
+
 import gdfq
 from gdfq.cli import main
 
 
-def test_help_and_version_do_not_import_torch(capsys):
+def test_help_and_version_do_not_import_torch(capsys: pytest.CaptureFixture[str]) -> None:
     probe = "import sys, gdfq.cli; sys.exit('torch' in sys.modules or gdfq.cli.main(['-h']))"
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
     assert main(["--version"]) == 0

@@ -1,13 +1,15 @@
 """`gdfq doctor`."""
 
 import json
+from pathlib import Path
 
+import pytest
 from support import networks
 
 from gdfq.cli.app import main
 
 
-def test_doctor_prints_json_or_a_table(capsys, tmp_path):
+def test_doctor_prints_json_or_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "net.py"
     source = (networks.__file__, networks.__name__)
     file.write_text(f"import sys\nsys.path.insert(0, {str(source[0].rpartition('/')[0])!r})\n"

@@ -1,13 +1,19 @@
 """`gdfq export` and `gdfq bench`."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
+import pytest
 from support.command_line import arguments
 
 from gdfq.cli import main
 
 
-def test_export_writes_files_that_bench_measures(place, capsys):
+def test_export_writes_files_that_bench_measures(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(place, "--no-onnx")) == 0
     out = place / "out"
     assert not (out / "student.onnx").exists()
@@ -41,7 +47,7 @@ def test_export_writes_files_that_bench_measures(place, capsys):
     assert "changed afterwards. Export it again" in capsys.readouterr().err
 
 
-def _network(inputs, folder, outside=False):
+def _network(inputs: Any, folder: Path, outside: bool = False) -> Any:
     """An ONNX file that sums its inputs, with a constant that may be in a file of its own."""
     values = [
         onnx.helper.make_tensor_value_info(f"x{i}", onnx.TensorProto.FLOAT, shape)
@@ -61,7 +67,7 @@ def _network(inputs, folder, outside=False):
     return str(path)
 
 
-def test_bench_compares_with_other_files(place, capsys):
+def test_bench_compares_with_other_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(place / "out")
     assert main(arguments(place)) == 0
     file = _network([["N", 3, 8, 8]], place, outside=True)

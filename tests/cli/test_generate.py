@@ -1,13 +1,16 @@
 """`gdfq generate` writes images that tuning accepts."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from support import networks
 from support.command_line import arguments
 
 from gdfq.cli import main
 
 
-def test_generated_images_are_accepted_as_data(place):
+def test_generated_images_are_accepted_as_data(place: Path) -> None:
     made = [*arguments(place, out="fakes", command="generate"), "--count", "10"]
     assert main(made) == 0
     floats = np.load(place / "fakes" / "images.npy")
@@ -21,14 +24,14 @@ def test_generated_images_are_accepted_as_data(place):
     assert main(made) == 2  # already there
 
 
-def test_missing_network_leaves_no_folder(place, capsys):
+def test_missing_network_leaves_no_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["generate", f"{place}/net.py:absent", "--input", "3x8x8", "--out", f"{place}/made"]
     assert main(call) == 2
     assert "'absent' is not there" in capsys.readouterr().err
     assert not (place / "made").exists()
 
 
-def test_png_folder_is_accepted_as_data(tmp_path, monkeypatch):
+def test_png_folder_is_accepted_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(networks.__file__.rpartition("/")[0])
     network = ["networks:Residual", "--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 UNIX_ONLY = ("resource", "fcntl", "grp", "pwd", "pty", "termios", "tty", "syslog")
 PROGRAM = f"""
@@ -21,7 +22,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_doctor_and_sweep_run_without_unix_only_modules(tmp_path):
+def test_doctor_and_sweep_run_without_unix_only_modules(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "def net():\n"

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from gdfq.cli import main
 from gdfq.models.registry import weights_hash
 
 
-def test_default_recipe_is_fast_with_placement_full(place):
+def test_default_recipe_is_fast_with_placement_full(place: Path) -> None:
     words = arguments(place)
     at = words.index("--recipe")
     assert main(words[:at] + words[at + 2 :]) == 0
@@ -29,7 +31,9 @@ def test_default_recipe_is_fast_with_placement_full(place):
     assert stages[-3:] == ["tune"] * 3
 
 
-def test_run_writes_all_files_and_can_be_evaluated(place, capsys):
+def test_run_writes_all_files_and_can_be_evaluated(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     test = ["--test", f"{place}/test.npz"]
     assert main(arguments(place, "--bits", "w4a6", "--seed", "5", *test)) == 0
     out = place / "out"
@@ -72,14 +76,16 @@ def test_run_writes_all_files_and_can_be_evaluated(place, capsys):
 
 
 @pytest.mark.parametrize("weights", ["w.pt", "nested.pt"])
-def test_all_weight_formats_give_the_same_network(place, weights):
+def test_all_weight_formats_give_the_same_network(place: Path, weights: Any) -> None:
     assert main(arguments(place, out="a")) == 0
     assert main(arguments(place, weights=weights, out="b")) == 0
     a, b = ((place / run / "student.safetensors").read_bytes() for run in "ab")
     assert a == b
 
 
-def test_missing_mean_and_std_give_a_warning(place, capsys):
+def test_missing_mean_and_std_give_a_warning(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     call = arguments(place)
     for option in ("--mean", "--std"):
         del call[call.index(option) : call.index(option) + 2]
@@ -87,7 +93,7 @@ def test_missing_mean_and_std_give_a_warning(place, capsys):
     assert "warning: no --mean and --std given" in capsys.readouterr().err
 
 
-def broken_weights(place, change):
+def broken_weights(place: Path, change: Any) -> None:
     state = networks.make("Residual").state_dict()
     change(state)
     save_file(state, place / "w.safetensors")
@@ -119,7 +125,9 @@ def broken_weights(place, change):
         (lambda p: (p / "net.py").write_text("1/0"), {}, "must be importable"),
     ],
 )
-def test_invalid_networks_weights_and_folders_are_refused(place, capsys, prepare, call, message):
+def test_invalid_networks_weights_and_folders_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], prepare: Any, call: Any, message: str
+) -> None:
     if prepare is not None:
         prepare(place)
     assert main(arguments(place, **call)) == 2
@@ -154,7 +162,9 @@ def test_invalid_networks_weights_and_folders_are_refused(place, capsys, prepare
         (["--test", "{place}/net.py"], "is neither"),
     ],
 )
-def test_invalid_options_are_refused(place, capsys, more, message):
+def test_invalid_options_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], more: Any, message: str
+) -> None:
     if "cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     more = [part.format(place=place) for part in more]
@@ -165,7 +175,9 @@ def test_invalid_options_are_refused(place, capsys, more, message):
     assert not (place / "out").exists()
 
 
-def test_folder_with_a_foreign_file_is_refused(place, capsys):
+def test_folder_with_a_foreign_file_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "out").mkdir()
     (place / "out" / "metrics.json").write_text("{}")
     assert main(arguments(place)) == 2
@@ -173,7 +185,7 @@ def test_folder_with_a_foreign_file_is_refused(place, capsys):
     assert [path.name for path in (place / "out").iterdir()] == ["metrics.json"]
 
 
-def test_finished_run_is_not_overwritten(place, capsys):
+def test_finished_run_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(place)) == 0
     before = (place / "out" / "student.safetensors").read_bytes()
     assert main(arguments(place, "--seed", "1")) == 2
@@ -181,7 +193,9 @@ def test_finished_run_is_not_overwritten(place, capsys):
     assert (place / "out" / "student.safetensors").read_bytes() == before
 
 
-def test_unfinished_run_does_not_load_and_can_be_repeated(place, capsys):
+def test_unfinished_run_does_not_load_and_can_be_repeated(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = place / "out"
     assert main(arguments(place)) == 0
     (folder / "metrics.json").unlink()
@@ -198,8 +212,10 @@ def test_unfinished_run_does_not_load_and_can_be_repeated(place, capsys):
     assert main(arguments(place)) == 0
 
 
-def test_diverging_run_fails_without_a_result(place, capsys, monkeypatch):
-    def diverge(self, student, *_):
+def test_diverging_run_fails_without_a_result(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(self: Any, student: Any, *_: object) -> Any:
         return {"student": student[0].sum() * torch.nan}
 
     monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", diverge)
@@ -208,7 +224,7 @@ def test_diverging_run_fails_without_a_result(place, capsys, monkeypatch):
     assert not (place / "out" / "student.safetensors").exists()
 
 
-def gdfq_process(*call):
+def gdfq_process(*call: Any) -> Any:
     # A shell's background job ignores SIGINT and so would its child: put the handler back.
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -219,7 +235,7 @@ def gdfq_process(*call):
     )
 
 
-def test_control_c_stops_the_run_with_exit_code_130(place):
+def test_control_c_stops_the_run_with_exit_code_130(place: Path) -> None:
     process = gdfq_process(*arguments(place, "--steps", "100000"))
     history = place / "out" / "history.jsonl"
     for _ in range(600):
@@ -235,7 +251,7 @@ def test_control_c_stops_the_run_with_exit_code_130(place):
     assert not (place / "out" / "metrics.json").exists()
 
 
-def test_foreign_files_are_not_changed(place, capsys):
+def test_foreign_files_are_not_changed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "project"
     folder.mkdir()
     for name in ("config.json", "student.onnx"):
@@ -245,7 +261,7 @@ def test_foreign_files_are_not_changed(place, capsys):
     assert (folder / "student.onnx").read_text() == '{"mine": 1}'
 
 
-def test_factory_imports_modules_beside_it(place):
+def test_factory_imports_modules_beside_it(place: Path) -> None:
     (place / "late.py").write_text("def factory():\n    import net\n    return net.factory()\n")
     call = arguments(place)
     call[1] = f"{place}/late.py:factory"
@@ -253,13 +269,15 @@ def test_factory_imports_modules_beside_it(place):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world"])
-def test_files_without_weights_are_refused(place, capsys, content):
+def test_files_without_weights_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], content: Any
+) -> None:
     (place / "bad.pt").write_bytes(content)
     assert main(arguments(place, weights="bad.pt")) == 2
     assert "without pickled code" in capsys.readouterr().err
 
 
-def test_metrics_describe_the_export(place, capsys):
+def test_metrics_describe_the_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(place)) == 0
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     export = metrics["export"]
@@ -276,8 +294,14 @@ def test_metrics_describe_the_export(place, capsys):
         ("gdfq.deploy.onnx.target.computed_in_float", KeyError("of a bug")),
     ],
 )
-def test_failed_export_does_not_fail_the_run(place, capsys, monkeypatch, where, error):
-    def refuse(*_, **__):
+def test_failed_export_does_not_fail_the_run(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: Any,
+    error: Any,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(where, refuse)
@@ -288,7 +312,9 @@ def test_failed_export_does_not_fail_the_run(place, capsys, monkeypatch, where, 
     assert (place / "out" / "metrics.json").exists()
 
 
-def test_invalid_layer_bits_leave_no_folder(place, capsys):
+def test_invalid_layer_bits_leave_no_folder(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(place, "--layer-bits", "nowhere=8")) == 2
     shown = capsys.readouterr()
     assert "nowhere" in shown.err
@@ -297,6 +323,8 @@ def test_invalid_layer_bits_leave_no_folder(place, capsys):
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
-def test_checkpoint_interval_must_be_a_finite_number(seconds, place, capsys):
+def test_checkpoint_interval_must_be_a_finite_number(
+    seconds: Any, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(place, "--checkpoint-every", seconds)) == 2
     assert "--checkpoint-every" in capsys.readouterr().err

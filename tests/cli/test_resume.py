@@ -4,7 +4,10 @@ import json
 import os
 import shlex
 import signal
+from pathlib import Path
+from typing import Any
 
+import pytest
 from support.command_line import arguments
 
 from gdfq.cli import main
@@ -14,11 +17,11 @@ from gdfq.runs.folder import RunFolder
 WHOLE = ("student.safetensors", "student.onnx", "examples.npz", "history.jsonl")
 
 
-def stopped(monkeypatch, call, number, rows):
+def stopped(monkeypatch: pytest.MonkeyPatch, call: Any, number: Any, rows: Any) -> Any:
     """Run a command that gets a signal at its n-th row of history."""
 
     class Signals(History):
-        def __call__(self, step):
+        def __call__(self, step: Any) -> None:
             super().__call__(step)
             nonlocal rows
             rows -= 1
@@ -30,13 +33,15 @@ def stopped(monkeypatch, call, number, rows):
         return main(call)
 
 
-def metrics(folder):
+def metrics(folder: Path) -> Any:
     found = json.loads((folder / "metrics.json").read_text())
     del found["seconds"], found["export"]["seconds"]
     return found
 
 
-def test_stopped_run_resumes_and_writes_the_same_files(place, capsys, monkeypatch):
+def test_stopped_run_resumes_and_writes_the_same_files(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     more = ["--steps", "8", "--test", f"{place}/test.npz"]
     assert main(arguments(place, *more, out="whole")) == 0
     call, out = arguments(place, *more), place / "out"
@@ -58,7 +63,9 @@ def test_stopped_run_resumes_and_writes_the_same_files(place, capsys, monkeypatc
     assert sorted(os.listdir(out)) == sorted(os.listdir(place / "whole"))
 
 
-def test_printed_command_resumes_the_run(place, capsys, monkeypatch):
+def test_printed_command_resumes_the_run(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also for a command as a sweep writes it, with the model behind `--`."""
     command, model, *options = arguments(place)
     assert stopped(monkeypatch, [command, *options, "--", model], signal.SIGTERM, 2) == 143
@@ -68,15 +75,19 @@ def test_printed_command_resumes_the_run(place, capsys, monkeypatch):
     assert "resumes from its checkpoint" in capsys.readouterr().out
 
 
-def test_configuration_of_a_resumed_run_has_the_last_options(place, monkeypatch):
+def test_configuration_of_a_resumed_run_has_the_last_options(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert stopped(monkeypatch, arguments(place), signal.SIGTERM, 2) == 143
     assert main(arguments(place, "--test", f"{place}/test.npz")) == 0
     config = json.loads((place / "out" / "config.json").read_text())
     assert config["test"] == f"{place}/test.npz"
 
 
-def test_signal_during_the_export_stops_the_run(place, monkeypatch):
-    def export(*_, **__):
+def test_signal_during_the_export_stops_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -85,7 +96,9 @@ def test_signal_during_the_export_stops_the_run(place, monkeypatch):
     assert not (place / "out" / "metrics.json").exists()
 
 
-def test_other_options_do_not_resume_the_run(place, capsys, monkeypatch):
+def test_other_options_do_not_resume_the_run(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = arguments(place)
     assert stopped(monkeypatch, call, signal.SIGTERM, 2) == 143
     before = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
@@ -101,12 +114,12 @@ def test_other_options_do_not_resume_the_run(place, capsys, monkeypatch):
     assert after == before
 
 
-def test_resume_fails_without_a_checkpoint(place, capsys):
+def test_resume_fails_without_a_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(place, "--resume")) == 2
     assert "out has none. Remove --resume" in capsys.readouterr().err
 
 
-def test_folder_in_use_is_refused(place, capsys):
+def test_folder_in_use_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunFolder(place / "out"):
         assert main(arguments(place)) == 2
     assert "another one is using" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """Images and labels from files, folders and objects."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from gdfq.data.preprocessing import Resize
 from gdfq.errors import UsageError
 
 
-def test_load_data_reads_image_folders(tmp_path):
+def test_load_data_reads_image_folders(tmp_path: Path) -> None:
     from PIL import Image
 
     for name, colour in (("b", (255, 0, 0)), ("a", (0, 255, 0))):
@@ -42,26 +45,26 @@ def test_load_data_reads_image_folders(tmp_path):
         (lambda p: p.mkdir(), "at least one image"),
     ],
 )
-def test_load_data_refuses_unreadable_data(tmp_path, make, message):
+def test_load_data_refuses_unreadable_data(tmp_path: Path, make: Any, message: str) -> None:
     path = tmp_path / "data.npz"
     make(path)
     with pytest.raises(UsageError, match=message):
         load_data(path, (3, 8, 8), 5)
 
 
-def test_load_data_names_a_broken_image(tmp_path):
+def test_load_data_names_a_broken_image(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "bad.png").write_bytes(b"\x89PNG")
     with pytest.raises(UsageError, match=r"bad\.png"):
         load_data(tmp_path, (3, 8, 8), 5)
 
 
-def test_load_data_accepts_an_object_of_the_user():
+def test_load_data_accepts_an_object_of_the_user() -> None:
     data = ArrayData(networks.images(2), None)
     assert load_data(data, networks.SHAPE, 5) is data
 
 
-def test_load_data_needs_labels_for_a_test_only(tmp_path):
+def test_load_data_needs_labels_for_a_test_only(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", images=np.zeros((2, 3, 8, 8), np.uint8))
     data = load_data(tmp_path / "data.npz", networks.SHAPE, 5)
     assert data.labels is None
@@ -74,14 +77,14 @@ def test_load_data_needs_labels_for_a_test_only(tmp_path):
 _OPERATORS = torchvision_shim.define_missing_operators()
 
 
-def ramp(width, height):
+def ramp(width: int, height: int) -> Any:
     """Red counts columns, green counts rows."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
     return Image.fromarray(pixels)
 
 
-def test_load_data_resizes_image_folders(tmp_path):
+def test_load_data_resizes_image_folders(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     ramp(8, 4).save(tmp_path / "a" / "x.png")
     data = load_data(tmp_path, (3, 4, 4), 2, Resize(squash=True, interpolation="nearest"))

@@ -1,9 +1,13 @@
 """Synthetic images are written in formats that other tools read, all with the same pixels."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
@@ -11,14 +15,14 @@ from gdfq.data.writers import ImageFiles
 from gdfq.errors import UsageError
 
 
-def some(count, *shape):
+def some(count: int, *shape: int) -> tuple[Tensor, Preprocessing]:
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=draw)
     return pixels, Preprocessing.of(shape[0], None, None)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_image_files_of_all_forms_hold_the_same_pixels(tmp_path, channels):
+def test_image_files_of_all_forms_hold_the_same_pixels(tmp_path: Path, channels: Any) -> None:
     pixels, preprocessing = some(12, channels, 5, 7)
     labels = torch.tensor([11, 0, 3, 0, 11, 5, 5, 2, 1, 0, 4, 9])  # 6, 7, 8 and 10 have none
     files = ImageFiles(tmp_path / "fakes", png=True)
@@ -35,7 +39,7 @@ def test_image_files_of_all_forms_hold_the_same_pixels(tmp_path, channels):
     assert torch.equal(preprocessing.pixels(floats), pixels)
 
 
-def test_image_files_have_names_in_numerical_order(tmp_path):
+def test_image_files_have_names_in_numerical_order(tmp_path: Path) -> None:
     pixels, preprocessing = some(11, 3, 2, 2)
     files = ImageFiles(tmp_path, png=True)
     files.write(preprocessing(pixels), torch.full((11,), 99), preprocessing, 101)
@@ -45,7 +49,7 @@ def test_image_files_have_names_in_numerical_order(tmp_path):
     assert (names[0], names[-1]) == ("00.png", "10.png")
 
 
-def test_image_files_keep_the_order_of_channels(tmp_path):
+def test_image_files_keep_the_order_of_channels(tmp_path: Path) -> None:
     red = torch.zeros(1, 3, 2, 2)
     red[:, 0] = 1
     ImageFiles(tmp_path, png=True).write(red, None, Preprocessing.of(3, None, None), 1)
@@ -56,14 +60,14 @@ def test_image_files_keep_the_order_of_channels(tmp_path):
 
 
 @pytest.mark.parametrize("there", ["images.npz", "images.npy", "png"])
-def test_image_files_do_not_overwrite_images(tmp_path, there):
+def test_image_files_do_not_overwrite_images(tmp_path: Path, there: Any) -> None:
     (tmp_path / there).touch()
     with pytest.raises(UsageError, match="already holds images"):
         ImageFiles(tmp_path).prepare((3, 8, 8))
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (4, 8, 8), (1, 4, 4, 4)])
-def test_image_files_refuse_png_for_other_shapes(tmp_path, shape):
+def test_image_files_refuse_png_for_other_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="Remove --png"):
         ImageFiles(tmp_path / "x", png=True).prepare(shape)
     assert not (tmp_path / "x").exists()

@@ -5,9 +5,10 @@ from support import networks
 
 from gdfq.deploy.benchmark import side_by_side
 from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.quantized import QuantizedNetwork
 
 
-def test_full_precision_file_has_the_function_without_rounding(small):
+def test_full_precision_file_has_the_function_without_rounding(small: QuantizedNetwork) -> None:
     network = small.network.as_float()
     names = [str(node.target) for node in network.graph.nodes]
     assert not any("quantize" in name and "float" not in name for name in names)

@@ -1,27 +1,34 @@
 """Export of files: targets, notes, and failures that leave no file."""
 
+from pathlib import Path
+from typing import Any
+
 import onnx
 import pytest
 from support import networks
 
 import gdfq
 from gdfq import UsageError
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe
 
 
-def test_notes_name_float_operators_of_placement_relu(tiny, tmp_path):
+def test_notes_name_float_operators_of_placement_relu(tiny: Recipe, tmp_path: Path) -> None:
     quantized = gdfq.quantize(networks.captured("Residual"), networks.images(1), "w4a4", tiny)
     (note,) = quantized.export(tmp_path / "q.onnx").notes
     assert note == "computed in float: conv1, conv2, fc, 1 add, 1 average pool"
 
 
-def test_full_disk_leaves_no_file(small, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_file(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         small.export(tmp_path / "q.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_target_follows_the_file_name(small, tmp_path):
+def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end with \.onnx, \.pt2, \.safetensors"):
         small.export(tmp_path / "q.tflite")
     with pytest.raises(UsageError, match=r"one of onnx, pt2, safetensors; got 'tflite'"):
@@ -36,7 +43,7 @@ def test_target_follows_the_file_name(small, tmp_path):
         small.export(tmp_path / "file" / "q.onnx")
 
 
-def test_float_layers_are_float_in_the_file(tiny, tmp_path):
+def test_float_layers_are_float_in_the_file(tiny: Recipe, tmp_path: Path) -> None:
     quantized = gdfq.quantize(
         networks.captured("Branches"),
         networks.images(1),
@@ -55,18 +62,18 @@ def test_float_layers_are_float_in_the_file(tiny, tmp_path):
     assert gdfq.load(tmp_path / "q.safetensors").card.layer_bits == ("stem.*=float", "fc=8")
 
 
-def test_notes_name_operators_that_run_in_float(tiny, tmp_path):
+def test_notes_name_operators_that_run_in_float(tiny: Recipe, tmp_path: Path) -> None:
     quantized = gdfq.quantize(networks.captured("Preactivation"), networks.images(1), "w4a4", tiny)
     (note,) = quantized.export(tmp_path / "q.onnx").notes
     _, _, listed = note.partition("computed in float: ")
     assert {"conv", "squeeze", "fc1", "1 silu", "2 average pool"} <= set(listed.split(", "))
 
 
-def test_two_writers_of_one_path_do_not_collide(tmp_path):
+def test_two_writers_of_one_path_do_not_collide(tmp_path: Path) -> None:
     """A second export of the same name, while the first one's file is checked."""
     from gdfq.files.atomic import write_atomically, write_checked
 
-    def check(written):
+    def check(written: Any) -> Any:
         write_atomically(tmp_path / "a", b"second")
         return written.read_bytes()
 

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,19 +11,23 @@ import pytest
 import torch
 from support import networks
 from support.small_runs import quantized_by_fast
+from torch import nn
 
 import gdfq
 from gdfq import GdfqError, UsageError
 from gdfq.deploy.runtimes import onnx_runner, onnx_session
 from gdfq.functional.grid import Bits
-from gdfq.recipes import find_recipe
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
 
 
 @pytest.mark.parametrize("placement", ["full", "relu"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_onnx_file_matches_the_student_for_every_network(name, placement, tiny, tmp_path):
+def test_onnx_file_matches_the_student_for_every_network(
+    name: str, placement: str, tiny: Recipe, tmp_path: Path
+) -> None:
     quantized = gdfq.quantize(
         networks.captured(name), networks.images(1), "w4a4", tiny, placement=placement
     )
@@ -38,7 +44,7 @@ def test_onnx_file_matches_the_student_for_every_network(name, placement, tiny, 
 
 
 @pytest.mark.parametrize("weights", range(2, 9))
-def test_onnx_file_keeps_the_codes_of_all_bits(weights, tmp_path):
+def test_onnx_file_keeps_the_codes_of_all_bits(weights: Any, tmp_path: Path) -> None:
     bits = Bits(weights, 10 - weights)
     quantized = quantized_by_fast(networks.captured("Branches"), bits)
     exported = quantized.export(tmp_path / "q.onnx")
@@ -58,7 +64,7 @@ def test_onnx_file_keeps_the_codes_of_all_bits(weights, tmp_path):
     assert bool(clips) == (bits.activations < 8)
 
 
-def test_full_placement_runs_in_integer_kernels(small, tmp_path):
+def test_full_placement_runs_in_integer_kernels(small: QuantizedNetwork, tmp_path: Path) -> None:
     """The graph after ONNX Runtime's optimization has no float convolution, addition or product."""
     small.export(tmp_path / "q.onnx")
     import onnxruntime
@@ -74,7 +80,7 @@ def test_full_placement_runs_in_integer_kernels(small, tmp_path):
     assert not {"Conv", "Add", "Gemm", "DequantizeLinear", "Relu"} & set(seen)
 
 
-def test_onnx_file_has_names_and_metadata(tmp_path):
+def test_onnx_file_has_names_and_metadata(tmp_path: Path) -> None:
     quantized = quantized_by_fast(networks.captured("Residual"), "w4a8")
     quantized.metrics |= {"teacher": {"top1": 91.5}, "student": {"top1": 90.25}}
     quantized.export(tmp_path / "q.onnx")
@@ -95,7 +101,7 @@ def test_onnx_file_has_names_and_metadata(tmp_path):
     assert b"/" not in text.replace(b"7-bit", b"") or b".py" not in text  # no paths of ours
 
 
-def test_raw_input_takes_pixels(small, tmp_path):
+def test_raw_input_takes_pixels(small: QuantizedNetwork, tmp_path: Path) -> None:
     exported = small.export(tmp_path / "q.onnx", raw_input=True)
     assert exported.beyond.images == exported.inside.images + 2  # black and white
     assert exported.beyond.relative_error < 1e-3
@@ -108,8 +114,10 @@ def test_raw_input_takes_pixels(small, tmp_path):
     torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_operator_without_an_onnx_form_is_named(small, tmp_path, monkeypatch):
-    def refuse(*_, **__):
+def test_operator_without_an_onnx_form_is_named(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no ONNX function found for aten.weird")
 
     monkeypatch.setattr("torch.onnx.export", refuse)
@@ -119,7 +127,7 @@ def test_operator_without_an_onnx_form_is_named(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.needs("openvino")
-def test_openvino_gives_the_same_predictions(small, tmp_path):
+def test_openvino_gives_the_same_predictions(small: QuantizedNetwork, tmp_path: Path) -> None:
     """A second runtime, written independently."""
     import openvino
 
@@ -131,7 +139,7 @@ def test_openvino_gives_the_same_predictions(small, tmp_path):
     assert float((actual - small(x)).norm() / small(x).norm()) < 0.05
 
 
-def test_runtime_does_not_round_float_layers_between_quantized_ones(tmp_path):
+def test_runtime_does_not_round_float_layers_between_quantized_ones(tmp_path: Path) -> None:
     """Channels have very different sizes, so rounding them to 8 bits together would be visible."""
     model = networks.make("Residual")
     with torch.no_grad():
@@ -148,8 +156,10 @@ def test_runtime_does_not_round_float_layers_between_quantized_ones(tmp_path):
     assert exported.beyond.relative_error < 1e-3
 
 
-def test_invalid_model_is_a_clear_error(small, tmp_path, monkeypatch):
-    def refuse(model):
+def test_invalid_model_is_a_clear_error(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: nn.Module) -> None:
         raise onnx.checker.ValidationError("Graph must be in single static assignment form")
 
     monkeypatch.setattr("onnx.checker.check_model", refuse)
@@ -160,7 +170,7 @@ def test_invalid_model_is_a_clear_error(small, tmp_path, monkeypatch):
         gdfq.deploy.runtimes.run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
 
 
-def _identity():
+def _identity() -> Any:
     """A model that takes exactly three numbers."""
     value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
@@ -177,21 +187,23 @@ _MORE_WIDTHS = [
 
 
 @pytest.mark.parametrize(("bits", "name", "placement"), _MORE_WIDTHS)
-def test_fewest_and_most_bits_match_the_student(bits, name, placement, tmp_path):
+def test_fewest_and_most_bits_match_the_student(
+    bits: str, name: str, placement: str, tmp_path: Path
+) -> None:
     quantized = quantized_by_fast(networks.captured(name), bits, placement)
     exported = quantized.export(tmp_path / "q.onnx")
     assert exported.inside.relative_error < 1e-3
     assert exported.beyond.relative_error < 1e-3
 
 
-def _with_statistics(network, shape):
+def _with_statistics(network: nn.Module, shape: tuple[int, ...]) -> Any:
     """The network in evaluation mode, its batch norms with statistics of noise."""
     with torch.no_grad():
         network.train()(torch.randn(64, *shape, generator=torch.Generator().manual_seed(3)))
     return network.eval()
 
 
-def _of_dimensions(dimensions):
+def _of_dimensions(dimensions: Any) -> Any:
     """A convolution, its transpose, pooling, a residual path, in 1 to 3 dimensions."""
     nn = torch.nn
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
@@ -208,7 +220,9 @@ def _of_dimensions(dimensions):
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_networks_of_one_to_three_dimensions_match_the_student(dimensions, tmp_path):
+def test_networks_of_one_to_three_dimensions_match_the_student(
+    dimensions: Any, tmp_path: Path
+) -> None:
     shape = (2, *[6] * dimensions)
     network = _with_statistics(_of_dimensions(dimensions), shape)
     quantized = quantized_by_fast(network, "w4a4", shape=shape)
@@ -218,7 +232,9 @@ def test_networks_of_one_to_three_dimensions_match_the_student(dimensions, tmp_p
         assert exported.beyond.relative_error < 1e-3
 
 
-def test_zero_points_suit_signed_and_unsigned_activations(small, tmp_path):
+def test_zero_points_suit_signed_and_unsigned_activations(
+    small: QuantizedNetwork, tmp_path: Path
+) -> None:
     """After a ReLU, 0 is the lowest code; the input and the residual path have codes on both sides."""
     small.export(tmp_path / "q.onnx")
     graph = onnx.load(tmp_path / "q.onnx").graph
@@ -230,7 +246,7 @@ def test_zero_points_suit_signed_and_unsigned_activations(small, tmp_path):
     assert 0 < found["conv2d_1.q"] < 255
 
 
-def test_channels_are_split_in_integers(tmp_path):
+def test_channels_are_split_in_integers(tmp_path: Path) -> None:
     """Each output of an operator with several has a name, and codes are split."""
     quantized = quantized_by_fast(networks.captured("Shuffled"), "w4a4")
     exported = quantized.export(tmp_path / "q.onnx")
@@ -240,7 +256,7 @@ def test_channels_are_split_in_integers(tmp_path):
     assert splits[0].input[0] == "relu.clip"
 
 
-def test_ceiling_of_relu6_is_left_to_the_codes(tmp_path):
+def test_ceiling_of_relu6_is_left_to_the_codes(tmp_path: Path) -> None:
     """A ReLU6 whose range the codes cover would keep the runtime from integer kernels."""
     model = networks.make("Branches")
     quantized = quantized_by_fast(model, "w4a4")
@@ -256,7 +272,7 @@ def test_ceiling_of_relu6_is_left_to_the_codes(tmp_path):
     assert note.startswith("computed in float: ")
 
 
-def test_weight_with_one_scale_matches_the_student(small, tmp_path):
+def test_weight_with_one_scale_matches_the_student(small: QuantizedNetwork, tmp_path: Path) -> None:
     """No quantizer of this package makes such weights, but the format allows them."""
     network = copy.deepcopy(small.network)
     for name, buffer in list(network.named_buffers()):
@@ -274,7 +290,9 @@ def test_weight_with_one_scale_matches_the_student(small, tmp_path):
     assert list(values["conv1.weight_scale"]) == list(values["conv1.bias_scale"]) == []
 
 
-def test_mean_and_std_are_written_at_full_precision(small, tmp_path):
+def test_mean_and_std_are_written_at_full_precision(
+    small: QuantizedNetwork, tmp_path: Path
+) -> None:
     from gdfq.data.preprocessing import Preprocessing
 
     third = Preprocessing((1 / 3,) * 3, (0.229000001,) * 3)

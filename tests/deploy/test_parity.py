@@ -1,6 +1,8 @@
 """Files that differ from the student are found and not kept."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -12,15 +14,18 @@ from gdfq.deploy.onnx.names import codes_name
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.parity import CodesParity, compare_codes
 from gdfq.deploy.runtimes import onnx_values
+from gdfq.quantized import QuantizedNetwork
 
 
-def test_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
+def test_file_that_differs_is_not_kept(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A missing clamp is found beyond the calibrated range, and the previous file stays."""
     path = tmp_path / "q.onnx"
     path.write_bytes(b"before")
     real = to_onnx
 
-    def without_clips(*arguments):
+    def without_clips(*arguments: Any) -> Any:
         model = onnx.load_from_string(real(*arguments))
         for node in model.graph.node:
             if node.op_type == "Clip":
@@ -35,13 +40,15 @@ def test_file_that_differs_is_not_kept(small, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
 
 
-def test_first_activation_that_differs_is_named(small, tmp_path, monkeypatch):
+def test_first_activation_that_differs_is_named(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exported = small.export(tmp_path / "q.onnx")
     assert exported.differs_first == ()
     json.dumps(exported.as_values())
     real = onnx_values
 
-    def shifted(*arguments, **options):
+    def shifted(*arguments: Any, **options: Any) -> Any:
         found = real(*arguments, **options)
         found["relu.clip"].reshape(-1)[0] += 1
         return found
@@ -51,10 +58,12 @@ def test_first_activation_that_differs_is_named(small, tmp_path, monkeypatch):
     assert (name, share) == ("relu.clip", pytest.approx(1 / (16 * 8 * 64)))
 
 
-def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkeypatch):
+def test_codes_that_differ_from_equal_inputs_are_refused(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = onnx_values
 
-    def shifted(*arguments, **options):
+    def shifted(*arguments: Any, **options: Any) -> Any:
         return {n: v + (n == "relu.clip") for n, v in real(*arguments, **options).items()}
 
     monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_values", shifted)
@@ -63,7 +72,7 @@ def test_codes_that_differ_from_equal_inputs_are_refused(small, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_codes_are_compared_from_equal_inputs(small):
+def test_codes_are_compared_from_equal_inputs(small: QuantizedNetwork) -> None:
     """One code of the first activation is changed by hand; later codes follow from it and are right."""
     data = to_onnx(small.network, small.card.inputs, {})
     names = list(map(codes_name, small.network.activations))
@@ -80,7 +89,7 @@ def test_codes_are_compared_from_equal_inputs(small):
     assert not CodesParity("many", 0.02, 0.02, 1000).only_rounded
 
 
-def test_activation_that_the_file_lacks_is_an_error(small):
+def test_activation_that_the_file_lacks_is_an_error(small: QuantizedNetwork) -> None:
     data = to_onnx(small.network, small.card.inputs, {})
     with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
         onnx_values(data, ["relu.clip", "elsewhere.q"], [networks.images(1)])

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.strategies import DataObject
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import networks
@@ -14,9 +17,12 @@ from support import networks
 import gdfq
 from gdfq import UsageError
 from gdfq.deploy.safetensors import STUDENT_FILE, digest, pack, unpack
+from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe
 
 
-def test_exported_codes_are_packed_at_their_bits(small, tmp_path):
+def test_exported_codes_are_packed_at_their_bits(small: QuantizedNetwork, tmp_path: Path) -> None:
     exported = small.export(tmp_path / "q.safetensors")
     loaded = gdfq.load(tmp_path / "q.safetensors")
     x = networks.images(4)
@@ -32,7 +38,7 @@ def test_exported_codes_are_packed_at_their_bits(small, tmp_path):
 
 
 @given(bits=st.integers(2, 8), data=st.data())
-def test_packed_codes_round_trip(bits, data):
+def test_packed_codes_round_trip(bits: str, data: DataObject) -> None:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     count = int(torch.tensor(shape).prod())
@@ -43,13 +49,13 @@ def test_packed_codes_round_trip(bits, data):
     assert torch.equal(unpack(packed, bits, shape), codes)
 
 
-def test_packed_codes_match_hand_computed_bytes():
+def test_packed_codes_match_hand_computed_bytes() -> None:
     # 4 bits: codes -8, 7, 0 are 0, 15, 8 unsigned; the first lies in the low half of its byte.
     assert pack(torch.tensor([-8, 7, 0], dtype=torch.int8), 4).tolist() == [0xF0, 0x08]
 
 
 @pytest.fixture(scope="module")
-def saved_once(teacher, tiny, tmp_path_factory):
+def saved_once(teacher: Captured, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Any:
     quantized = gdfq.quantize(teacher, networks.images(1), "w3a5", tiny, placement="full")
     folder = tmp_path_factory.mktemp("saved")
     quantized.save(folder)
@@ -57,14 +63,14 @@ def saved_once(teacher, tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def saved(saved_once, tmp_path):
+def saved(saved_once: Any, tmp_path: Path) -> Any:
     """A quantized network, and a folder with its files that a test may change."""
     quantized, folder = saved_once
     shutil.copytree(folder, tmp_path / "out")
     return quantized, tmp_path / "out"
 
 
-def test_load_gives_what_was_saved(saved):
+def test_load_gives_what_was_saved(saved: Path) -> None:
     quantized, folder = saved
     loaded = gdfq.load(folder)
     x = networks.images(9)
@@ -74,20 +80,20 @@ def test_load_gives_what_was_saved(saved):
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_every_network_round_trips(name, tiny, tmp_path):
+def test_every_network_round_trips(name: str, tiny: Recipe, tmp_path: Path) -> None:
     quantized = gdfq.quantize(networks.captured(name), networks.images(1), "w4a4", tiny)
     quantized.save(tmp_path)
     x = networks.images(5)
     assert torch.equal(gdfq.load(tmp_path)(x), quantized(x))
 
 
-def test_saved_codes_are_packed(saved):
+def test_saved_codes_are_packed(saved: Path) -> None:
     _, folder = saved
     tensors = load_file(folder / STUDENT_FILE)
     assert tensors["quantized.conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
 
 
-def _edit(folder, change, sign=True):
+def _edit(folder: Path, change: Any, sign: bool = True) -> None:
     """Change the header, and update its hash as an attacker would."""
     path = folder / STUDENT_FILE
     with safe_open(path, "pt") as file:
@@ -99,11 +105,11 @@ def _edit(folder, change, sign=True):
     save_file(load_file(path), path, {"gdfq": json.dumps(document)})
 
 
-def _first(document, kind):
+def _first(document: Any, kind: Any) -> Any:
     return next(node for node in document["graph"] if node["kind"] == kind)
 
 
-def test_file_without_resize_values_loads(saved):
+def test_file_without_resize_values_loads(saved: Path) -> None:
     quantized, folder = saved
     _edit(folder, lambda document: document["card"]["preprocessing"].pop("resize"))
     assert gdfq.load(folder).card == quantized.card
@@ -135,7 +141,7 @@ def test_file_without_resize_values_loads(saved):
         (lambda d: d["graph"].pop(), "must have inputs"),
     ],
 )
-def test_changed_file_does_not_load(saved, change, message):
+def test_changed_file_does_not_load(saved: Path, change: Any, message: str) -> None:
     _, folder = saved
     _edit(folder, change)
     with pytest.raises(UsageError, match=message):
@@ -151,14 +157,14 @@ def test_changed_file_does_not_load(saved, change, message):
         lambda d: next(iter(d["codes"].values())).update(bits=2),
     ],
 )
-def test_header_with_a_wrong_hash_does_not_load(saved, change):
+def test_header_with_a_wrong_hash_does_not_load(saved: Path, change: Any) -> None:
     _, folder = saved
     _edit(folder, change, sign=False)
     with pytest.raises(UsageError, match="damaged, was changed"):
         gdfq.load(folder)
 
 
-def test_changed_tensors_do_not_load(saved):
+def test_changed_tensors_do_not_load(saved: Path) -> None:
     _, folder = saved
     path = folder / STUDENT_FILE
     data = bytearray(path.read_bytes())
@@ -169,7 +175,7 @@ def test_changed_tensors_do_not_load(saved):
 
 
 @pytest.mark.parametrize("part", [0, 7, 100, -1])
-def test_truncated_file_does_not_load(saved, part):
+def test_truncated_file_does_not_load(saved: Path, part: Any) -> None:
     _, folder = saved
     path = folder / STUDENT_FILE
     path.write_bytes(path.read_bytes()[:part])
@@ -177,13 +183,13 @@ def test_truncated_file_does_not_load(saved, part):
         gdfq.load(folder)
 
 
-def test_other_safetensors_are_refused(tmp_path):
+def test_other_safetensors_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match="no such file"):
         gdfq.load(tmp_path / "w.safetensors")
 
 
-def test_load_reads_examples_and_metrics(saved):
+def test_load_reads_examples_and_metrics(saved: Path) -> None:
     quantized, folder = saved
     loaded = gdfq.load(folder)
     assert loaded.examples[0].shape == quantized.examples[0].shape == (8, *networks.SHAPE)
@@ -191,7 +197,9 @@ def test_load_reads_examples_and_metrics(saved):
     assert torch.equal(loaded.card.preprocessing.pixels(*loaded.examples), pixels)
 
 
-def test_failed_write_leaves_no_file(saved, tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantized, _ = saved
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):

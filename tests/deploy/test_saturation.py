@@ -1,17 +1,22 @@
 """8-bit sums that saturate on some processors."""
 
+from pathlib import Path
+from typing import Any
+
 import onnx
 import pytest
 import torch
+from hypothesis.strategies import DataObject
 from support import networks
 from support.small_runs import quantized_by_fast
 
 from gdfq import GdfqError
 from gdfq.deploy.runtimes import PRECISE, onnx_runner
 from gdfq.deploy.saturation import layers_that_may_overflow, without_overflow
+from gdfq.quantized import QuantizedNetwork
 
 
-def test_safe_x86_writes_7_bit_weights_where_sums_may_saturate(tmp_path):
+def test_safe_x86_writes_7_bit_weights_where_sums_may_saturate(tmp_path: Path) -> None:
     quantized = quantized_by_fast(networks.captured("Residual"), "w8a8")
     risky = layers_that_may_overflow(quantized.network)
     assert risky == [f"quantized.{name}.codes" for name in ("conv1", "conv2", "fc")]
@@ -37,11 +42,11 @@ def test_safe_x86_writes_7_bit_weights_where_sums_may_saturate(tmp_path):
     )
 
 
-def _saturating(monkeypatch, also_precise=False):
+def _saturating(monkeypatch: pytest.MonkeyPatch, also_precise: bool = False) -> None:
     """Let sessions double the outputs, as a processor without VNNI changes them."""
     real = onnx_runner
 
-    def runner(data, *, precise=False):
+    def runner(data: DataObject, *, precise: bool = False) -> Any:
         run = real(data, precise=precise)
         factor = 1 if precise and not also_precise else 2
         return lambda images: [factor * output for output in run(images)]
@@ -50,11 +55,13 @@ def _saturating(monkeypatch, also_precise=False):
 
 
 @pytest.fixture(scope="module")
-def wide():
+def wide() -> Any:
     return quantized_by_fast(networks.captured("Residual"), "w8a8")
 
 
-def test_file_that_saturates_on_this_processor_is_kept_with_a_note(wide, tmp_path, monkeypatch):
+def test_file_that_saturates_on_this_processor_is_kept_with_a_note(
+    wide: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _saturating(monkeypatch)
     exported = wide.export(tmp_path / "q.onnx")
     assert exported.saturates_here
@@ -64,7 +71,9 @@ def test_file_that_saturates_on_this_processor_is_kept_with_a_note(wide, tmp_pat
     assert exported.as_values()["saturates_here"] is True
 
 
-def test_difference_without_possible_saturation_is_refused(small, wide, tmp_path, monkeypatch):
+def test_difference_without_possible_saturation_is_refused(
+    small: QuantizedNetwork, wide: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _saturating(monkeypatch)
     with pytest.raises(GdfqError, match="not kept"):
         small.export(tmp_path / "q.onnx")

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support import networks
 
 import gdfq
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe
 
 
-def test_program_runs_without_gdfq(small, tmp_path):
+def test_program_runs_without_gdfq(small: QuantizedNetwork, tmp_path: Path) -> None:
     small.export(tmp_path / "q.pt2")
     x = networks.images(4)
     torch.save(x, tmp_path / "x.pt")
@@ -25,12 +28,12 @@ def test_program_runs_without_gdfq(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Residual", "Borders", "Tokens", "Transposed"])
-def test_program_takes_images_of_any_memory_format(name, tiny, tmp_path):
+def test_program_takes_images_of_any_memory_format(name: str, tiny: Recipe, tmp_path: Path) -> None:
     quantized = gdfq.quantize(networks.captured(name), networks.images(1), "w4a4", tiny)
     assert quantized.export(tmp_path / "q.pt2").inside.relative_error < 1e-5
 
 
-def test_program_takes_any_batch_size(small, tmp_path):
+def test_program_takes_any_batch_size(small: QuantizedNetwork, tmp_path: Path) -> None:
     small.export(tmp_path / "q.pt2")
     run = gdfq.deploy.runtimes.program_runner((tmp_path / "q.pt2").read_bytes())
     for count in (1, 5):

@@ -2,8 +2,10 @@
 
 import re
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import pages
@@ -25,7 +27,7 @@ def with_mark(*marks: str | None) -> list[Path]:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty folder to work in, whose modules Python finds and forgets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -39,7 +41,7 @@ def place(tmp_path, monkeypatch):
 # What libraries warn of, a reader would see as well; it is no error of the page.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", with_mark(None), ids=name_of)
-def test_page_code_runs(page, place):
+def test_page_code_runs(page: Path, place: Path) -> None:
     """Commands of gdfq alone run in this process; `make check` gives them to a shell."""
     chosen = [block for block in pages.blocks(page) if block.mark is None]
     pages.run(page, chosen, place, shell=False)
@@ -48,7 +50,7 @@ def test_page_code_runs(page, place):
 @pytest.mark.check
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", with_mark(None, "check"), ids=name_of)
-def test_page_code_runs_in_a_shell(page, place):
+def test_page_code_runs_in_a_shell(page: Path, place: Path) -> None:
     blocks = [block for block in pages.blocks(page) if block.mark != "skip"]
     pages.run(page, [block for block in blocks if not block.absent], place)
     absent = sorted({block.library for block in blocks if block.absent})
@@ -57,7 +59,7 @@ def test_page_code_runs_in_a_shell(page, place):
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=name_of)
-def test_page_has_no_unrecognized_block(page):
+def test_page_has_no_unrecognized_block(page: Path) -> None:
     text, found = page.read_text(), pages.blocks(page)
     assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(found)
     assert text.count("<!-- test:") == sum(block.mark is not None for block in found)
@@ -65,7 +67,7 @@ def test_page_has_no_unrecognized_block(page):
     assert {block.mark for block in found} <= {None, "check", "skip"}
 
 
-def test_blocks_of_a_hand_made_page(tmp_path):
+def test_blocks_of_a_hand_made_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         'Text\n\n```python title="a.py"\nx = 1\n```\n'
@@ -86,7 +88,7 @@ def test_blocks_of_a_hand_made_page(tmp_path):
         pages.run(page, [command], tmp_path)
 
 
-def test_gdfq_commands_recognizes_plain_commands():
+def test_gdfq_commands_recognizes_plain_commands() -> None:
     code = "gdfq a 'b c' \\\n  --d e  # a remark\n# another\n\ngdfq f\n"
     assert pages.gdfq_commands(code) == [["a", "b c", "--d", "e"], ["f"]]
     assert pages.gdfq_commands("gdfq a\nmake b\n") is None
@@ -96,12 +98,12 @@ def test_gdfq_commands_recognizes_plain_commands():
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(gdfq\.[\w.]+)`", EQUATIONS))
-def test_function_named_in_equations_exists(name):
+def test_function_named_in_equations_exists(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     assert hasattr(import_module(module), attribute)
 
 
-def test_public_losses_have_an_equation():
+def test_public_losses_have_an_equation() -> None:
     public = {
         name
         for name, value in vars(losses).items()
@@ -112,19 +114,19 @@ def test_public_losses_have_an_equation():
     }
 
 
-def test_cited_papers_have_an_equation():
+def test_cited_papers_have_an_equation() -> None:
     cited = {number for text in SOURCES for number in re.findall(r"\b\d{4}\.\d{5}\b", text)}
     assert cited <= set(re.findall(r"\b\d{4}\.\d{5}\b", EQUATIONS))
 
 
-def test_table_of_recipes_is_complete():
+def test_table_of_recipes_is_complete() -> None:
     table = (DOCS / "recipes.md").read_text().split("| recipe |")[1].split("\n\n")[0]
     first_column = [row.split("|")[1] for row in table.splitlines()[2:]]
     named = [name for cell in first_column for name in re.findall(r"`([a-z][a-z-]*)`", cell)]
     assert sorted(named) == sorted(RECIPES)
 
 
-def test_readme_names_existing_recipes():
+def test_readme_names_existing_recipes() -> None:
     text = (pages.ROOT / "README.md").read_text()
     named = set(re.findall(r"recipe(?: `|=\"| )([a-z-]+)[`\"]", text))
     named |= set(re.findall(r"--recipe ([a-z-]+)", text))
@@ -132,7 +134,7 @@ def test_readme_names_existing_recipes():
     assert named <= set(RECIPES)
 
 
-def test_recipes_page_has_the_numbers_of_fast():
+def test_recipes_page_has_the_numbers_of_fast() -> None:
     page = " ".join((DOCS / "recipes.md").read_text().split())
     fast, quick = RECIPES["fast"], RECIPES["quick"]
     large = fast.source.fitted((3, 224, 224))

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from html import unescape
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -14,7 +16,7 @@ import gdfq
 from gdfq.cli.app import cli
 
 
-def of_build(name):
+def of_build(name: str) -> Any:
     path = pages.ROOT / "docs" / "build" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"build_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -22,7 +24,7 @@ def of_build(name):
     return module
 
 
-def test_reference_has_every_command_and_option():
+def test_reference_has_every_command_and_option() -> None:
     text = of_build("commands").reference()
     for name, command in cli.commands.items():
         _, found, rest = text.partition(f"\n## gdfq {name}\n")
@@ -39,7 +41,7 @@ def test_reference_has_every_command_and_option():
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     built = subprocess.run(command, cwd=pages.ROOT, capture_output=True, text=True, check=False)
@@ -49,7 +51,7 @@ def site(tmp_path_factory):
 
 @pytest.mark.needs("mkdocs")
 @pytest.mark.needs("mkdocstrings")
-def test_site_has_every_page(site):
+def test_site_has_every_page(site: Path) -> None:
     made = {path.relative_to(site).with_suffix(".md") for path in site.rglob("*.html")}
     there = {page.relative_to(pages.ROOT / "docs") for page in pages.PAGES[1:]}
     assert there <= made
@@ -60,7 +62,7 @@ def test_site_has_every_page(site):
 
 @pytest.mark.needs("mkdocs")
 @pytest.mark.needs("mkdocstrings")
-def test_site_documents_public_names_and_parameters(site):
+def test_site_documents_public_names_and_parameters(site: Path) -> None:
     text = unescape((site / "reference" / "python.html").read_text())
     headings = set(re.findall(r"<h[23][^>]*>\s*([\w.]+)", text))
     assert {f"gdfq.{name}" for name in set(gdfq.__all__) - {"__version__"}} <= headings
@@ -70,7 +72,7 @@ def test_site_documents_public_names_and_parameters(site):
 
 @pytest.mark.needs("mkdocs")
 @pytest.mark.needs("mkdocstrings")
-def test_site_loads_nothing_from_other_hosts(site):
+def test_site_loads_nothing_from_other_hosts(site: Path) -> None:
     for page in site.rglob("*.html"):
         assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//', page.read_text())
         links = re.findall(r'<link[^>]*rel="([^"]*)"[^>]*href="(?:https?:)?//', page.read_text())

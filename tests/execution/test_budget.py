@@ -1,6 +1,7 @@
 """The memory budget, and what activations take."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget, parse_bytes
 from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_images
 from gdfq.quantizers.lsq import LearnedRange
 from gdfq.quantizers.minmax import MovingRange
-from gdfq.recipes import QUICK
+from gdfq.recipes import QUICK, Recipe
 from gdfq.sources.base import Batch
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
@@ -37,23 +39,23 @@ CPU = torch.device("cpu")
         ("a", None),
     ],
 )
-def test_parse_bytes_reads_units(text, size):
+def test_parse_bytes_reads_units(text: str, size: Any) -> None:
     assert parse_bytes(text) == size
 
 
-def test_budget_accepts_text_bytes_and_none():
+def test_budget_accepts_text_bytes_and_none() -> None:
     assert MemoryBudget.of("2GiB") == MemoryBudget.of(2**31) == MemoryBudget(2**31)
     assert MemoryBudget.of(None) == MemoryBudget()
     assert MemoryBudget.of(MemoryBudget(7)) == MemoryBudget(7)
 
 
 @pytest.mark.parametrize("memory", ["much", "0", 0, -1, 1.5])
-def test_budget_refuses_invalid_sizes(memory):
+def test_budget_refuses_invalid_sizes(memory: Any) -> None:
     with pytest.raises(UsageError, match="memory must be a positive number of bytes"):
         MemoryBudget.of(memory)
 
 
-def test_budget_fits_at_least_one_image():
+def test_budget_fits_at_least_one_image() -> None:
     assert [MemoryBudget(100).images(size, CPU) for size in (30, 100, 101)] == [3, 1, 1]
     assert MemoryBudget().room(CPU) == 3 * 2**29
 
@@ -64,7 +66,7 @@ QUICKEST = replace(
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "quickest"])
-def test_run_does_not_depend_on_its_budget(recipe, tiny):
+def test_run_does_not_depend_on_its_budget(recipe: Any, tiny: Recipe) -> None:
     """Images are the same to the bit; students are equally near to the network.
 
     Batches in parts have the same ranges, but moments are means over parts, and gradients sums over
@@ -86,7 +88,7 @@ def test_run_does_not_depend_on_its_budget(recipe, tiny):
 
 @pytest.mark.parametrize("sizes", [(8,), (3, 5), (1, 1, 6)])
 @pytest.mark.parametrize("kind", [LearnedRange, MovingRange])
-def test_ranges_of_parts_are_those_of_the_whole_batch(sizes, kind):
+def test_ranges_of_parts_are_those_of_the_whole_batch(sizes: Any, kind: Any) -> None:
     batch = torch.randn(8, 5, 61, 61, generator=torch.Generator().manual_seed(0))
     batch = batch.contiguous(memory_format=torch.channels_last)
     whole, parts = kind(4), kind(4)
@@ -96,7 +98,7 @@ def test_ranges_of_parts_are_those_of_the_whole_batch(sizes, kind):
     assert [a.item() for a in whole.grid()] == [a.item() for a in parts.grid()]
 
 
-def student_of(teacher, memory):
+def student_of(teacher: Captured, memory: Any) -> Any:
     student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=QUICK.quantizers).eval()
     batches = [Batch((networks.images(10, seed=seed),), None, None) for seed in range(2)]
     calibrate_(student, batches, steps=2, context=Context(memory=memory))
@@ -106,7 +108,7 @@ def student_of(teacher, memory):
 TINY = MemoryBudget(30_000)
 
 
-def test_calibration_in_parts_gives_the_same_ranges(teacher):
+def test_calibration_in_parts_gives_the_same_ranges(teacher: Captured) -> None:
     assert forward_images(teacher.network.graph, TINY, CPU) < 10
     whole, parts = (student_of(teacher, memory) for memory in (MemoryBudget(), TINY))
     expected = whole.ranges()
@@ -114,7 +116,7 @@ def test_calibration_in_parts_gives_the_same_ranges(teacher):
     assert parts.ranges() == pytest.approx(expected, rel=1e-4)
 
 
-def test_moments_of_parts_are_those_of_the_whole_batch(teacher):
+def test_moments_of_parts_are_those_of_the_whole_batch(teacher: Captured) -> None:
     images = networks.images(20)
     students = [student_of(teacher, MemoryBudget()) for _ in range(2)]
     before = students[0](images)

@@ -2,6 +2,8 @@
 
 import errno
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,25 +22,31 @@ STEP = Step("tune", 1, 2, {})
 class Time:
     """A clock that is set by hand."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.now = 0.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now
 
 
-def opened(folder, part=None, clock=None, run=RUN, **options):
+def opened(
+    folder: Path,
+    part: Any = None,
+    clock: Time | None = None,
+    run: dict[str, Any] = RUN,
+    **options: float,
+) -> tuple[Checkpoints, Any]:
     checkpoints = Checkpoints(folder, clock=clock or Time(), **options)
     checkpoints.begin(run, AROUND)
     part = checkpoints.register("part", Results() if part is None else part)
     return checkpoints, part
 
 
-def names(folder, kind="checkpoint"):
+def names(folder: Path, kind: str = "checkpoint") -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(kind))
 
 
-def test_checkpoint_is_written_after_the_interval(tmp_path):
+def test_checkpoint_is_written_after_the_interval(tmp_path: Path) -> None:
     clock = Time()
     checkpoints, part = opened(tmp_path, clock=clock, interval=60)
     heard = checkpoints.listening(lambda step: None)
@@ -51,12 +59,12 @@ def test_checkpoint_is_written_after_the_interval(tmp_path):
     assert again == {"x": 1}
 
 
-def test_checkpoint_that_takes_long_is_written_less_often(tmp_path):
+def test_checkpoint_that_takes_long_is_written_less_often(tmp_path: Path) -> None:
     """Checkpoints take at most 2 % of the time: after one of 3 seconds, none follows for 150 s."""
     clock = Time()
 
     class Slow(Results):
-        def state_dict(self):
+        def state_dict(self) -> Any:
             clock.now += 3
             return {}
 
@@ -70,17 +78,17 @@ def test_checkpoint_that_takes_long_is_written_less_often(tmp_path):
         assert clock.now == expected
 
 
-def test_checkpoint_interval_ignores_the_wall_clock():
+def test_checkpoint_interval_ignores_the_wall_clock() -> None:
     import time
 
     assert Checkpoints.__init__.__kwdefaults__["clock"] is time.monotonic
 
 
-def test_checkpoint_is_written_before_a_listener_raises(tmp_path):
+def test_checkpoint_is_written_before_a_listener_raises(tmp_path: Path) -> None:
     checkpoints, part = opened(tmp_path, interval=1e9)
     part["x"] = 5
 
-    def stop(step):
+    def stop(step: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -88,7 +96,7 @@ def test_checkpoint_is_written_before_a_listener_raises(tmp_path):
     assert opened(tmp_path)[1] == {"x": 5}
 
 
-def test_frozen_part_is_written_once(tmp_path):
+def test_frozen_part_is_written_once(tmp_path: Path) -> None:
     checkpoints, part = opened(tmp_path)
     part["images"] = Frozen({"a": torch.arange(1000)})
     checkpoints.save()
@@ -110,7 +118,7 @@ def test_frozen_part_is_written_once(tmp_path):
     assert names(tmp_path, "piece") == []
 
 
-def test_parts_that_are_not_registered_yet_stay_in_the_checkpoint(tmp_path):
+def test_parts_that_are_not_registered_yet_stay_in_the_checkpoint(tmp_path: Path) -> None:
     checkpoints, part = opened(tmp_path)
     part["x"] = 1
     checkpoints.save()
@@ -121,7 +129,7 @@ def test_parts_that_are_not_registered_yet_stay_in_the_checkpoint(tmp_path):
     assert opened(tmp_path)[1] == {"x": 1}
 
 
-def damage(path, how):
+def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     changed = {
         "truncated": data[: len(data) // 2],
@@ -134,7 +142,9 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "altered", "longer"])
 @pytest.mark.parametrize("kind", ["checkpoint", "piece"])
-def test_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, how, kind):
+def test_damaged_checkpoint_is_replaced_by_the_previous_one(
+    tmp_path: Path, how: Any, kind: Any
+) -> None:
     checkpoints, part = opened(tmp_path)
     for number in (1, 2):
         part["x"], part["t"] = number, Frozen(torch.tensor([number]))
@@ -151,7 +161,7 @@ def test_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, how, kind)
     assert opened(tmp_path)[1]["x"] == 1  # the damaged one is gone, without another warning
 
 
-def test_damaged_checkpoints_alone_load_nothing(tmp_path):
+def test_damaged_checkpoints_alone_load_nothing(tmp_path: Path) -> None:
     checkpoints, _ = opened(tmp_path)
     checkpoints.save()
     checkpoints.save()
@@ -161,7 +171,7 @@ def test_damaged_checkpoints_alone_load_nothing(tmp_path):
         opened(tmp_path)
 
 
-def test_checkpoint_of_another_run_is_refused(tmp_path):
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)[0].save()
     for run, message in (
         ({**RUN, "bits": "w3a3"}, "bits was 'w4a4' and is 'w3a3'"),
@@ -174,13 +184,13 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == {"a.c": (None, 2)}
 
 
-def test_state_that_does_not_fit_is_refused(tmp_path):
+def test_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     opened(tmp_path, torch.nn.Linear(2, 2))[0].save()
     with pytest.raises(UsageError, match="the part does not fit"):
         opened(tmp_path, torch.nn.Linear(3, 2))
 
 
-def test_piece_outside_the_folder_is_refused(tmp_path):
+def test_piece_outside_the_folder_is_refused(tmp_path: Path) -> None:
     checkpoints, part = opened(tmp_path / "a")
     part["x"] = Frozen(torch.ones(2))
     checkpoints._pieces[part["x"]] = "../" + "0" * 29
@@ -191,12 +201,12 @@ def test_piece_outside_the_folder_is_refused(tmp_path):
         opened(tmp_path / "a")
 
 
-def test_full_disk_does_not_stop_the_run(tmp_path, monkeypatch):
+def test_full_disk_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints, part = opened(tmp_path)
     part["x"] = 1
     checkpoints.save()
 
-    def full(descriptor):
+    def full(descriptor: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     part["x"] = 2
@@ -210,7 +220,7 @@ def test_full_disk_does_not_stop_the_run(tmp_path, monkeypatch):
     assert opened(tmp_path)[1] == {"x": 2}
 
 
-def test_removed_folder_is_created_again(tmp_path):
+def test_removed_folder_is_created_again(tmp_path: Path) -> None:
     import shutil
 
     checkpoints, part = opened(tmp_path / "run")
@@ -221,7 +231,7 @@ def test_removed_folder_is_created_again(tmp_path):
     assert opened(tmp_path / "run")[1]["x"].value.tolist() == [1, 1]
 
 
-def test_state_that_is_not_finite_is_not_written(tmp_path):
+def test_state_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     layer = torch.nn.Linear(1, 1)
     checkpoints, _ = opened(tmp_path, layer)
     checkpoints.save()
@@ -233,7 +243,7 @@ def test_state_that_is_not_finite_is_not_written(tmp_path):
     assert opened(tmp_path, torch.nn.Linear(1, 1))[1].weight.item() == good
 
 
-def test_incomplete_files_of_a_killed_process_are_removed(tmp_path):
+def test_incomplete_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-000001-x.safetensors.0123abcd.partial").write_bytes(b"half")
     checkpoints, _ = opened(tmp_path)
     checkpoints.save()
@@ -241,7 +251,7 @@ def test_incomplete_files_of_a_killed_process_are_removed(tmp_path):
     assert not tmp_path.exists()
 
 
-def test_folder_in_use_is_refused_until_it_is_released(tmp_path):
+def test_folder_in_use_is_refused_until_it_is_released(tmp_path: Path) -> None:
     first = Checkpoints(tmp_path / "kept")
     with first:
         with pytest.raises(UsageError, match="another one is using"), Checkpoints(first.folder):
@@ -256,7 +266,7 @@ def test_folder_in_use_is_refused_until_it_is_released(tmp_path):
     assert not first.folder.exists()
 
 
-def test_lock_that_is_not_a_file_is_refused(tmp_path):
+def test_lock_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / ".lock").mkdir(parents=True)
     with (
         pytest.raises(UsageError, match=r"\.lock must be a file that can be written"),

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from support import group_figures, networks
 from support.group_figures import difference
 from support.places import ROOT
+from support.trained_digits import TrainedDigits
 
 from gdfq import demo
 from gdfq.cli import main
@@ -34,7 +37,7 @@ def torchrun(processes: int, *words: str, look: float = 0.1) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone() -> Iterator[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield group_figures.figures(ALONE)
@@ -42,7 +45,7 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory):
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each process of groups of two and of four computed, by the size of the group."""
     out = tmp_path_factory.mktemp("groups")
     command = [sys.executable, "-m", "support.group_figures", str(out), "2", "4"]
@@ -54,27 +57,29 @@ def groups(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def together(request, groups):
+def together(request: pytest.FixtureRequest, groups: Any) -> list[Any]:
     """What each of several processes computed."""
     return groups[request.param]
 
 
-def test_processes_compute_the_same(together):
+def test_processes_compute_the_same(together: list[Any]) -> None:
     for one, other in pairwise(together):
         assert difference(one, other) == 0
 
 
 @pytest.mark.parametrize("source", ["pool", "optimised"])
-def test_images_of_several_processes_are_those_of_one(alone, together, source):
+def test_images_of_several_processes_are_those_of_one(
+    alone: dict[str, Any], together: list[Any], source: Any
+) -> None:
     """Three and five batches: fewer or more than there are processes."""
     assert difference(alone[source], together[0][source]) == 0
 
 
-def test_generator_starts_as_on_the_whole_batch(alone, together):
+def test_generator_starts_as_on_the_whole_batch(alone: dict[str, Any], together: list[Any]) -> None:
     assert difference(alone["generators"], together[0]["generators"]) < 1e-5
 
 
-def test_generator_learns_as_on_the_whole_batch(alone, together):
+def test_generator_learns_as_on_the_whole_batch(alone: dict[str, Any], together: list[Any]) -> None:
     """In double precision, because Adam turns a gradient that is only rounding into a full step."""
     for one in alone["long"].values():
         assert one["losses"].shape == (group_figures.STEPS, 3)
@@ -83,19 +88,23 @@ def test_generator_learns_as_on_the_whole_batch(alone, together):
 
 
 @pytest.mark.parametrize("student", ["float", "quantized", "paper", "moving"])
-def test_first_step_of_several_processes_is_that_of_one(alone, together, student):
+def test_first_step_of_several_processes_is_that_of_one(
+    alone: dict[str, Any], together: list[Any], student: Any
+) -> None:
     one, several = alone[student], together[0][student]
     assert difference(one["losses"][0], several["losses"][0]) < 1e-5
     assert difference(one["gradients"], several["gradients"]) < 1e-5
 
 
-def test_float_student_of_several_processes_is_that_of_one(alone, together):
+def test_float_student_of_several_processes_is_that_of_one(
+    alone: dict[str, Any], together: list[Any]
+) -> None:
     assert len(alone["float"]["losses"]) == group_figures.STEPS
     assert alone["float"]["losses"][0, 0] > alone["float"]["losses"][-1, 0]
     assert difference(alone["float"], together[0]["float"]) < 1e-5
 
 
-def test_single_process_has_the_whole_batch():
+def test_single_process_has_the_whole_batch() -> None:
     x = torch.arange(6.0).view(3, 2)
     assert ALONE.mean(x) is ALONE.gather(x) is ALONE.shard(x) is ALONE.broadcast(0, x) is x
     ALONE.check_batch(7, "it")
@@ -109,7 +118,7 @@ def some(rank: int, size: int) -> Processes:
     return group
 
 
-def test_shards_are_of_equal_size_or_the_whole():
+def test_shards_are_of_equal_size_or_the_whole() -> None:
     x = torch.arange(6)
     assert [some(rank, 3).shard(x).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
     assert some(1, 4).shard(x) is x
@@ -128,7 +137,7 @@ def factory():
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path: Path) -> Path:
     (tmp_path / "net.py").write_text(FACTORY)
     images = np.random.default_rng(0).integers(0, 256, (40, *networks.SHAPE), np.uint8)
     np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % networks.CLASSES)
@@ -142,7 +151,9 @@ def quantize(place: Path, *more: str) -> list[str]:
     ]
 
 
-def test_killed_process_stops_all_and_the_run_resumes_with_fewer(place, capsys):
+def test_killed_process_stops_all_and_the_run_resumes_with_fewer(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = quantize(
         place, "--recipe=paper-no-boundary", "--steps=400", "--batch=8", "--checkpoint-every=0.1",
         f"--test={place}/test.npz", "--no-onnx", "--no-report",
@@ -174,7 +185,7 @@ def test_killed_process_stops_all_and_the_run_resumes_with_fewer(place, capsys):
 
 
 @pytest.fixture(scope="module")
-def tuned_by_two(digits, tmp_path_factory):
+def tuned_by_two(digits: TrainedDigits, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of two processes on the real digits: its command line, output and folder."""
     folder = tmp_path_factory.mktemp("two")
     held_out = digits.held_out
@@ -191,7 +202,7 @@ def tuned_by_two(digits, tmp_path_factory):
     return words, done.stdout, folder / "out"
 
 
-def test_two_processes_write_one_run(tuned_by_two):
+def test_two_processes_write_one_run(tuned_by_two: Any) -> None:
     _, printed, out = tuned_by_two
     assert printed.count("layers quantized") == 1
     history = (out / "history.jsonl").read_text().splitlines()
@@ -200,7 +211,7 @@ def test_two_processes_write_one_run(tuned_by_two):
     assert tuned == sorted(set(tuned))
 
 
-def test_two_processes_tune_as_well_as_one(tuned_by_two, tmp_path):
+def test_two_processes_tune_as_well_as_one(tuned_by_two: Any, tmp_path: Path) -> None:
     """Accuracy on the real digits that are held out."""
     words, _, out = tuned_by_two
     assert main([*words, f"--out={tmp_path}/one"]) == 0

@@ -1,16 +1,21 @@
 """Errors of a run say what to do, and finished work is kept."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import networks
 from support.small_runs import same, small, state
+from torch import Tensor
 
 import gdfq
 from gdfq import RECIPES, GdfqError
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.guards import batch_that_fits_suggested, smaller_budget_suggested
+from gdfq.graph.capture import Captured
+from gdfq.recipes import Recipe
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
 
@@ -28,10 +33,10 @@ SHORTAGES = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), CPU_S
     ("room", "advice"),
     [(100, r"50 images fit: .*another folder.*--batch 50 "), (1, "not even one image fits")],
 )
-def test_out_of_memory_error_names_a_batch_that_fits(error, room, advice):
+def test_out_of_memory_error_names_a_batch_that_fits(error: Any, room: Any, advice: Any) -> None:
     asked = []
 
-    def ask(images):
+    def ask(images: Tensor) -> None:
         asked.append(images)
         if images > room:
             raise error
@@ -43,7 +48,7 @@ def test_out_of_memory_error_names_a_batch_that_fits(error, room, advice):
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=["python", "gpu", "cpu"])
-def test_out_of_memory_error_names_a_smaller_budget(error):
+def test_out_of_memory_error_names_a_smaller_budget(error: Any) -> None:
     with pytest.raises(GdfqError, match=r"making images must fit.*--memory 512MiB "):  # noqa: SIM117
         with smaller_budget_suggested("making images", 2**30):
             raise error
@@ -51,8 +56,10 @@ def test_out_of_memory_error_names_a_smaller_budget(error):
         raise RuntimeError("shapes cannot be multiplied")
 
 
-def test_out_of_memory_in_evaluation_suggests_a_smaller_budget(teacher, tiny, monkeypatch):
-    def short(*_, **__):
+def test_out_of_memory_in_evaluation_suggests_a_smaller_budget(
+    teacher: Captured, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object, **__: object) -> None:
         raise CPU_SHORT
 
     result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
@@ -64,13 +71,15 @@ def test_out_of_memory_in_evaluation_suggests_a_smaller_budget(teacher, tiny, mo
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, test=data, memory="2MiB")
 
 
-def test_other_errors_are_not_reported_as_out_of_memory():
+def test_other_errors_are_not_reported_as_out_of_memory() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"), batch_that_fits_suggested(8, print):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_out_of_memory_in_tuning_suggests_a_smaller_batch(teacher, tiny, monkeypatch):
-    def short(self, *_):
+def test_out_of_memory_in_tuning_suggests_a_smaller_batch(
+    teacher: Captured, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(self: Any, *_: object) -> None:
         raise CPU_SHORT
 
     monkeypatch.setattr("gdfq.tuning.distill.Distillation.losses", short)
@@ -78,8 +87,10 @@ def test_out_of_memory_in_tuning_suggests_a_smaller_batch(teacher, tiny, monkeyp
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
 
 
-def test_out_of_memory_in_a_pool_suggests_a_smaller_batch(teacher, monkeypatch):
-    def short(*_):
+def test_out_of_memory_in_a_pool_suggests_a_smaller_batch(
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
         raise CPU_SHORT
 
     monkeypatch.setattr("gdfq.sources.spectral.focal_loss", short)
@@ -110,7 +121,9 @@ def test_out_of_memory_in_a_pool_suggests_a_smaller_batch(teacher, monkeypatch):
         ("fast", "gdfq.tuning.distill.distillation_loss", "student's.*step 2.*kd nan"),
     ],
 )
-def test_loss_that_is_not_finite_stops_the_run(name, where, message, teacher, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run(
+    name: str, where: Any, message: str, teacher: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, function = where.rsplit(".", 1)
     original = getattr(__import__(module, fromlist=[function]), function)
     monkeypatch.setattr(where, lambda *args: original(*args) * torch.nan)
@@ -123,14 +136,16 @@ def test_loss_that_is_not_finite_stops_the_run(name, where, message, teacher, mo
     assert "tune" not in heard
 
 
-def test_run_resumes_from_the_last_finite_state(teacher, tiny, monkeypatch, tmp_path):
+def test_run_resumes_from_the_last_finite_state(
+    teacher: Captured, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The loss becomes NaN late; the checkpoint before it resumes once the cause is removed."""
     from gdfq.tuning import distill
 
     expected = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     original, calls = distill.distillation_loss, []
 
-    def late(*args):
+    def late(*args: Any) -> Any:
         calls.append(1)
         return original(*args) * (torch.nan if len(calls) == 4 else 1)
 

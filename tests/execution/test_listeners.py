@@ -1,6 +1,8 @@
 """The history of a run that is stopped and resumed."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +11,7 @@ from gdfq.execution.progress import Step
 from gdfq.files.states import Frozen, from_bytes, to_bytes
 
 
-def test_history_is_cut_at_the_checkpoint(tmp_path):
+def test_history_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     with History(path) as history:
         history(Step("tune", 1, 3, {"loss": torch.tensor(0.5)}))
@@ -24,11 +26,11 @@ def test_history_is_cut_at_the_checkpoint(tmp_path):
     assert path.read_text() == whole + '{"stage": "tune", "step": 2, "loss": 0.25}\n'
 
 
-def test_history_lists_a_repeated_batch_once(tmp_path):
+def test_history_lists_a_repeated_batch_once(tmp_path: Path) -> None:
     """The run is stopped in the second batch of images, which begins with step 3."""
     path = tmp_path / "history.jsonl"
 
-    def tell(history, steps):
+    def tell(history: Any, steps: int) -> None:
         for stage, step in steps:
             history(Step(stage, step, 4, {"loss": torch.tensor(float(step))}))
 

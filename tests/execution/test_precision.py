@@ -8,6 +8,7 @@ from support.group_figures import difference
 
 from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured
 from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST
 from gdfq.sources.generator import GeneratorSource
@@ -17,7 +18,7 @@ from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import tune_
 
 
-def test_bfloat16_is_used_in_layers_only(teacher):
+def test_bfloat16_is_used_in_layers_only(teacher: Captured) -> None:
     """Statistics and losses are in float32, and differ from those of float32 by bfloat16's rounding."""
     found = {}
     for precision in ("float32", "bfloat16"):

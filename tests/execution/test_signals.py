@@ -8,7 +8,7 @@ import pytest
 from gdfq.execution.signals import StoppedError, stoppable
 
 
-def test_second_signal_stops_immediately():
+def test_second_signal_stops_immediately() -> None:
     with stoppable() as check:
         check()
         os.kill(os.getpid(), signal.SIGTERM)

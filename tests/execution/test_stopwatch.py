@@ -6,7 +6,7 @@ from gdfq.execution import stopwatch as clock
 from gdfq.execution.stopwatch import Stopwatch
 
 
-def test_stopwatch_counts_time_before_a_stop(monkeypatch):
+def test_stopwatch_counts_time_before_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
     first = Stopwatch()

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,13 @@ from gdfq.recipes import RECIPES
 RECORDED = json.loads((Path(__file__).parent / "fingerprints.json").read_text())
 
 
-def test_fingerprints_of_recipes_are_the_recorded_ones():
+def test_fingerprints_of_recipes_are_the_recorded_ones() -> None:
     # Measured rows and checkpoints are recognised by them. A recipe whose values change gets a new
     # one here, and its rows are measured again; a rename must change none.
     assert {name: fingerprint(recipe) for name, recipe in RECIPES.items()} == RECORDED
 
 
-def test_measured_rows_stay_valid():
+def test_measured_rows_stay_valid() -> None:
     accuracy = import_module("benchmarks.accuracy")
     there = [row for row in accuracy.PLAN if row.path.exists()]
     for row in there:
@@ -29,7 +30,7 @@ def test_measured_rows_stay_valid():
     assert {row.recipe for row in there} >= {"fast", "quick", "genie", "synq", "real", "mct"}
 
 
-def test_rows_of_earlier_recipes_stay_stale():
+def test_rows_of_earlier_recipes_stay_stale() -> None:
     accuracy = import_module("benchmarks.accuracy")
     current = {row.path for row in accuracy.PLAN}
     rows = {
@@ -70,13 +71,13 @@ class RenamedOuter:
     remark: str = ""
 
 
-def test_fingerprint_is_the_hash_of_the_frozen_values():
+def test_fingerprint_is_the_hash_of_the_frozen_values() -> None:
     value = Outer(Inner(0.5), (1, 2), "t1", "a note")
     text = '{"class":"Outer","inner":{"class":"Inner","lr":0.5},"kind":"t1","sizes":[1,2]}'
     assert fingerprint(value) == hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def test_fingerprint_survives_renames_of_classes_fields_spellings_and_notes():
+def test_fingerprint_survives_renames_of_classes_fields_spellings_and_notes() -> None:
     old = Outer(Inner(0.5), (1, 2), "t1", "a note")
     new = RenamedOuter(RenamedInner(0.5), (1, 2), "relu", "another")
     assert fingerprint(old) == fingerprint(new)
@@ -92,12 +93,12 @@ def test_fingerprint_survives_renames_of_classes_fields_spellings_and_notes():
 @pytest.mark.parametrize(
     "changed", [{"sizes": (2, 1)}, {"kind": "full"}, {"inner": Inner(0.25)}, {"inner": None}]
 )
-def test_fingerprint_changes_with_any_value(changed):
+def test_fingerprint_changes_with_any_value(changed: dict[str, Any]) -> None:
     value = Outer(Inner(0.5), (1, 2), "t1")
     assert fingerprint(replace(value, **changed)) != fingerprint(value)
 
 
-def test_subclass_is_not_taken_for_its_parent():
+def test_subclass_is_not_taken_for_its_parent() -> None:
     @dataclass(frozen=True)
     class Other(Inner):
         pass
@@ -110,18 +111,18 @@ def test_subclass_is_not_taken_for_its_parent():
 class Named:
     name: str
 
-    def plain_value(self):
+    def plain_value(self) -> str:
         return self.name
 
 
-def test_value_may_name_its_own_plain_value():
+def test_value_may_name_its_own_plain_value() -> None:
     assert as_values((Named("a"), None, 1.5, True)) == ["a", None, 1.5, True]
 
 
-def test_every_part_of_a_recipe_has_a_tag_and_no_two_share_one():
+def test_every_part_of_a_recipe_has_a_tag_and_no_two_share_one() -> None:
     found = {}
 
-    def visit(value):
+    def visit(value: Any) -> None:
         if isinstance(value, tuple):
             for item in value:
                 visit(item)

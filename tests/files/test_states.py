@@ -1,5 +1,7 @@
 """States of parts of a run as bytes."""
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from gdfq.files.states import Frozen, from_bytes, to_bytes
 
 
-def unequal(a, b):
+def unequal(a: Any, b: Any) -> Any:
     """Whether two trees differ, tensors by value, type and strides."""
     if isinstance(a, torch.Tensor):
         return (
@@ -23,7 +25,7 @@ def unequal(a, b):
     return type(a) is not type(b) or a != b
 
 
-def test_state_keeps_numbers_keys_types_and_strides():
+def test_state_keeps_numbers_keys_types_and_strides() -> None:
     images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     state = {
         "images": images,
@@ -49,16 +51,16 @@ def test_state_keeps_numbers_keys_types_and_strides():
         max_leaves=12,
     )
 )
-def test_state_round_trips_for_any_plain_value(state):
+def test_state_round_trips_for_any_plain_value(state: Any) -> None:
     assert not unequal(state, from_bytes(to_bytes(state, str), Frozen))
 
 
-def test_state_of_an_optimizer_continues_its_updates():
-    def make():
+def test_state_of_an_optimizer_continues_its_updates() -> None:
+    def make() -> Any:
         weight = torch.nn.Parameter(torch.ones(3))
         return weight, torch.optim.Adam([{"params": [weight], "lr": 0.1}], betas=(0.8, 0.95))
 
-    def update(weight, optimizer):
+    def update(weight: Any, optimizer: Any) -> None:
         optimizer.zero_grad()
         (weight.square().sum() * weight[0]).backward()
         optimizer.step()

@@ -10,7 +10,9 @@ import struct
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -24,6 +26,7 @@ from PIL import Image
 from support import valid_files
 from support.loaders import LOADERS, RUN
 from support.valid_files import CLASSES, SHAPE
+from torch import Tensor
 
 import gdfq
 from gdfq.cli.types import Shape, Size
@@ -52,7 +55,7 @@ from gdfq.student.scheme import LayerBits
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(random=st.randoms(use_true_random=False))
 @pytest.mark.filterwarnings("ignore")  # decoders warn of damage
-def test_mutated_input_is_read_or_refused(name, random):
+def test_mutated_input_is_read_or_refused(name: str, random: Any) -> None:
     """The mutations of benchmarks.fuzz, chosen and minimised by hypothesis."""
     loader = LOADERS[name]
     data = loader.change(random.choice(loader.valid), random)
@@ -61,7 +64,7 @@ def test_mutated_input_is_read_or_refused(name, random):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_valid_inputs_of_the_fuzzing_are_accepted(name, tmp_path):
+def test_valid_inputs_of_the_fuzzing_are_accepted(name: str, tmp_path: Path) -> None:
     loader = LOADERS[name]
     valid = loader.valid[0] if name != "run folder" else b"config.json\n" + RUN["config.json"]
     loader.read(valid, tmp_path)
@@ -70,7 +73,7 @@ def test_valid_inputs_of_the_fuzzing_are_accepted(name, tmp_path):
 # --- .npz
 
 
-def npz(path, **members):
+def npz(path: Path, **members: bytes) -> Path:
     """An archive of raw members."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
@@ -78,7 +81,7 @@ def npz(path, **members):
     return path
 
 
-def npy(shape, descr="|u1", content=b""):
+def npy(shape: tuple[int, ...], descr: str = "|u1", content: bytes = b"") -> bytes:
     header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}}}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
 
@@ -96,12 +99,14 @@ def npy(shape, descr="|u1", content=b""):
         (bytes(2**26 + 1), "would unpack to"),
     ],
 )
-def test_npz_with_false_headers_is_refused(tmp_path, member, message):
+def test_npz_with_false_headers_is_refused(tmp_path: Path, member: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_data(npz(tmp_path / "x.npz", images=member), SHAPE, CLASSES)
 
 
-def test_npz_with_pickled_arrays_runs_no_code(tmp_path, monkeypatch):
+def test_npz_with_pickled_arrays_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code = pickle.dumps(valid_files.Trap())
     code += bytes(-len(code) % 8)  # as many bytes as so many objects would have
@@ -111,7 +116,7 @@ def test_npz_with_pickled_arrays_runs_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "trap").exists()
 
 
-def test_npz_with_other_compression_is_refused(tmp_path):
+def test_npz_with_other_compression_is_refused(tmp_path: Path) -> None:
     """LZMA allocates as much memory as its header demands."""
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("images.npy", npy((1, *SHAPE), content=bytes(192)))
@@ -119,7 +124,7 @@ def test_npz_with_other_compression_is_refused(tmp_path):
         load_data(tmp_path / "x.npz", SHAPE, CLASSES)
 
 
-def test_npz_that_compresses_well_is_read(tmp_path):
+def test_npz_that_compresses_well_is_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((10**5, *SHAPE), np.uint8))
     assert len(load_data(tmp_path / "x.npz", SHAPE, None)) == 10**5
 
@@ -127,7 +132,7 @@ def test_npz_that_compresses_well_is_read(tmp_path):
 # --- image folders
 
 
-def png(path, width, height):
+def png(path: Path, width: int, height: int) -> None:
     """A PNG of any size without its pixels."""
     made = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -140,13 +145,13 @@ def png(path, width, height):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(60000, 60000), (2**31 - 1, 1), (8193, 8193), (9000, 10000)])
-def test_image_with_too_many_pixels_is_refused(tmp_path, size):
+def test_image_with_too_many_pixels_is_refused(tmp_path: Path, size: Any) -> None:
     png(tmp_path / "a" / "x.png", *size)
     with pytest.raises(UsageError, match=r"more than 67,108,864|exceeds limit"):
         load_data(tmp_path, SHAPE, None)
 
 
-def test_thin_image_is_refused_before_it_is_resized(tmp_path):
+def test_thin_image_is_refused_before_it_is_resized(tmp_path: Path) -> None:
     """1 x 2,000,000 pixels, resized to cover 224 x 224, would be 224 x 448,000,000."""
     (tmp_path / "a").mkdir()
     Image.new("RGB", (1, 2_000_000)).save(tmp_path / "a" / "x.png")
@@ -156,7 +161,7 @@ def test_thin_image_is_refused_before_it_is_resized(tmp_path):
         Resize(crop=1e-9)(Image.new("RGB", (8, 8)), (8, 8))
 
 
-def test_image_of_another_format_is_refused(tmp_path):
+def test_image_of_another_format_is_refused(tmp_path: Path) -> None:
     """Other decoders, such as that of PostScript, run programs."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(
@@ -170,13 +175,13 @@ def test_image_of_another_format_is_refused(tmp_path):
 
 
 @pytest.fixture
-def outside(tmp_path):
+def outside(tmp_path: Path) -> Path:
     (tmp_path / "outside").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "outside" / "x.png")
     return tmp_path / "outside"
 
 
-def test_image_folder_with_an_outside_link_is_refused(tmp_path, outside):
+def test_image_folder_with_an_outside_link_is_refused(tmp_path: Path, outside: Path) -> None:
     folder = tmp_path / "data"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "x.png").symlink_to(outside / "x.png")
@@ -188,7 +193,7 @@ def test_image_folder_with_an_outside_link_is_refused(tmp_path, outside):
         load_data(folder, SHAPE, None)
 
 
-def test_links_within_an_image_folder_are_followed(tmp_path, outside):
+def test_links_within_an_image_folder_are_followed(tmp_path: Path, outside: Path) -> None:
     folder = tmp_path / "data"
     (folder / "ä <b>😀").mkdir(parents=True)
     (outside / "x.png").rename(folder / "ä <b>😀" / "x.png")
@@ -197,7 +202,7 @@ def test_links_within_an_image_folder_are_followed(tmp_path, outside):
     assert len(load_data(tmp_path / "link", SHAPE, 1)) == 2
 
 
-def test_pipe_in_an_image_folder_does_not_block(tmp_path):
+def test_pipe_in_an_image_folder_does_not_block(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "a" / "x.png")
     with pytest.raises(UsageError, match="a pipe or a device"):
@@ -205,7 +210,7 @@ def test_pipe_in_an_image_folder_does_not_block(tmp_path):
 
 
 @pytest.mark.parametrize("name", [STUDENT_FILE, METRICS, "examples.npz", "config.json", ONNX_FILE])
-def test_run_folder_with_an_outside_link_is_refused(run, tmp_path, name):
+def test_run_folder_with_an_outside_link_is_refused(run: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "other").write_bytes((run / name).read_bytes())
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "other")
@@ -213,7 +218,7 @@ def test_run_folder_with_an_outside_link_is_refused(run, tmp_path, name):
         check_export(run) if name == ONNX_FILE else gdfq.load(run)
 
 
-def test_writing_into_a_run_replaces_links(run, tmp_path):
+def test_writing_into_a_run_replaces_links(run: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_text("precious")
     (run / METRICS).unlink()
     for name in ("config.json", STUDENT_FILE):
@@ -228,7 +233,7 @@ def test_writing_into_a_run_replaces_links(run, tmp_path):
 # --- weights
 
 
-def pickled(path, code):
+def pickled(path: Path, code: bytes) -> Path:
     """A torch file whose pickle is given."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", code)
@@ -246,7 +251,9 @@ def pickled(path, code):
         (b"\x80\x02(X\x0a\x00\x00\x00touch trapios\nsystem\n.", "INST"),
     ],
 )
-def test_torch_file_with_dangerous_pickle_is_refused(tmp_path, monkeypatch, code, message):
+def test_torch_file_with_dangerous_pickle_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Any, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         read_weights(pickled(tmp_path / "x.pt", code))
@@ -256,7 +263,7 @@ def test_torch_file_with_dangerous_pickle_is_refused(tmp_path, monkeypatch, code
     assert not (tmp_path / "trap").exists()
 
 
-def test_torch_file_with_compressed_members_is_refused(tmp_path):
+def test_torch_file_with_compressed_members_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"w": torch.zeros(10**6)}, buffer)
     with (
@@ -270,7 +277,7 @@ def test_torch_file_with_compressed_members_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_state_dict_of_every_dtype_is_read(tmp_path, legacy):
+def test_state_dict_of_every_dtype_is_read(tmp_path: Path, legacy: Any) -> None:
     types = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
     state = {str(dtype): torch.ones(2, 3).to(dtype)[:, 1:] for dtype in types}
     state["parameter"] = torch.nn.Parameter(torch.ones(2))
@@ -303,7 +310,7 @@ def test_state_dict_of_every_dtype_is_read(tmp_path, legacy):
         (lambda s: s.update({"é\u202e<b>": torch.zeros(1)}), "surplus: é\u202e<b>"),
     ],
 )
-def test_unsupported_tensors_are_refused(tmp_path, change, message):
+def test_unsupported_tensors_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     state = dict(valid_files.network().state_dict())
     change(state)
     torch.save(state, tmp_path / "x.pt")
@@ -311,7 +318,7 @@ def test_unsupported_tensors_are_refused(tmp_path, change, message):
         load_weights_(valid_files.network(), tmp_path / "x.pt")
 
 
-def test_overflowing_shape_is_refused(tmp_path):
+def test_overflowing_shape_is_refused(tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 0]}
     header = json.dumps({"w": entry}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
@@ -323,7 +330,7 @@ def test_overflowing_shape_is_refused(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     for name, content in RUN.items():
@@ -331,7 +338,7 @@ def run(tmp_path):
     return folder
 
 
-def signed(change):
+def signed(change: Callable[..., Any]) -> bytes:
     """A stored network whose document was changed and signed again."""
     data = valid_files.student()
     header = json.loads(data[8 : header_bytes(data)])
@@ -342,11 +349,11 @@ def signed(change):
     return safetensors.torch.save(tensors, {"gdfq": json.dumps(document)})
 
 
-def node(document, operator):
+def node(document: dict[str, Any], operator: str) -> dict[str, Any]:
     return next(n for n in document["graph"] if n["target"] == operator)
 
 
-def replaced(operator, target, args):
+def replaced(operator: str, target: str, args: list[Any]) -> Callable[..., Any]:
     return lambda d, _: node(d, operator).update(target=target, args=args)
 
 
@@ -369,27 +376,27 @@ def replaced(operator, target, args):
         (lambda d, t: node(d, "aten.relu.default").update(args=deep(60)), "damaged|must run"),
     ],
 )
-def test_network_file_with_false_values_is_refused(change, message):
+def test_network_file_with_false_values_is_refused(change: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         packed.from_safetensors(signed(change))
 
 
-def deep(levels):
+def deep(levels: Any) -> Any:
     value = []
     for _ in range(levels):
         value = [value]
     return value
 
 
-def test_codes_of_too_many_bits_are_refused():
+def test_codes_of_too_many_bits_are_refused() -> None:
     """2 to the power of so many bits would be a number of 125 GB."""
     with pytest.raises(ValueError, match="cannot have 1000000000000 bits"):
         packed.unpack(torch.empty(0, dtype=torch.uint8), 10**12, [0])
 
 
 @pytest.mark.parametrize("name", ["forward", "__class__", "__dict__", "_modules", "graph"])
-def test_tensor_with_the_name_of_an_attribute_is_refused(name):
-    def change(document, tensors):
+def test_tensor_with_the_name_of_an_attribute_is_refused(name: str) -> None:
+    def change(document: Any, tensors: Any) -> None:
         tensors[name] = tensors.pop("fc.weight")
         node(document, "fc.weight").update(target=name)
 
@@ -397,7 +404,7 @@ def test_tensor_with_the_name_of_an_attribute_is_refused(name):
         packed.from_safetensors(signed(change))
 
 
-def test_operator_with_a_large_output_is_refused_before_it_runs():
+def test_operator_with_a_large_output_is_refused_before_it_runs() -> None:
     """Each operator doubles its input; together they would take 2^40 bytes."""
     steps = [{"name": "big_0", "kind": "operator", "target": "aten.cat.default", "kwargs": {}}]
     steps[0]["args"] = [[{"node": "images"}, {"node": "images"}], -1]
@@ -422,19 +429,19 @@ def test_operator_with_a_large_output_is_refused_before_it_runs():
         "\x00",
     ],
 )
-def test_damaged_metrics_are_refused(run, text):
+def test_damaged_metrics_are_refused(run: Path, text: str) -> None:
     (run / METRICS).write_text(text)
     for read in (read_metrics, gdfq.load, check_export):
         with pytest.raises(UsageError, match="damaged or was changed"):
             read(run)
 
 
-def test_last_of_two_equal_member_names_is_read(run):
+def test_last_of_two_equal_member_names_is_read(run: Path) -> None:
     (run / METRICS).write_text('{"steps": 1, "steps": 2}')
     assert read_metrics(run)["steps"] == 2
 
 
-def test_report_is_written_into_the_folder_only(run, tmp_path):
+def test_report_is_written_into_the_folder_only(run: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (run / "report").symlink_to(tmp_path / "other")
     with pytest.raises(UsageError, match="leads out of it"):
@@ -443,14 +450,14 @@ def test_report_is_written_into_the_folder_only(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["history.jsonl", "evidence.json", "evidence.npz", METRICS])
-def test_report_reads_the_folder_only(run, tmp_path, name):
+def test_report_reads_the_folder_only(run: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "other").write_bytes((run / name).read_bytes())
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / "other")
     assert "leads out of it" in read_run(run).problems[name]
 
 
-def test_report_escapes_names(run):
+def test_report_escapes_names(run: Path) -> None:
     name = "<script>alert(1)</script>"
     config = {"gdfq": name, "model": name, "command": name, "recipe": {"class": name, "name": name}}
     (run / "config.json").write_text(json.dumps(config))
@@ -458,7 +465,7 @@ def test_report_escapes_names(run):
     assert name not in write_report(run).read_text()
 
 
-def test_report_names_evidence_that_is_too_large(run):
+def test_report_names_evidence_that_is_too_large(run: Path) -> None:
     npz(run / "evidence.npz", counts=bytes(2**26 + 1))
     (run / "evidence.json").write_text('{"version": 1, "deep": ' + "[" * 500 + "]" * 500 + "}")
     (run / METRICS).write_text('{"teacher": {"top1": 1' + "0" * 400 + '}, "student": {"top1": 1}}')
@@ -468,14 +475,14 @@ def test_report_names_evidence_that_is_too_large(run):
     assert found.drop is None
 
 
-def test_invalid_configuration_is_not_overwritten(run):
+def test_invalid_configuration_is_not_overwritten(run: Path) -> None:
     (run / METRICS).unlink()
     (run / "config.json").write_text("[" * 10**5)
     with pytest.raises(UsageError, match="files with the names that a run writes"):
         RunFolder(run)
 
 
-def test_recipe_name_may_be_any_text():
+def test_recipe_name_may_be_any_text() -> None:
     name = "<script>alert(1)</script>\u202e"
     _, card = packed.from_safetensors(signed(lambda d, _: d["card"].update(recipe=name)))
     assert card.recipe == name
@@ -485,7 +492,7 @@ def test_recipe_name_may_be_any_text():
 
 
 @pytest.mark.parametrize("name", ["history.jsonl", ".lock", "checkpoints", "config.json"])
-def test_resumed_run_writes_into_its_folder_only(tmp_path, name):
+def test_resumed_run_writes_into_its_folder_only(tmp_path: Path, name: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "other").write_text('{"gdfq": 1}')
     (tmp_path / "run" / name).symlink_to(tmp_path / "other")
@@ -494,18 +501,18 @@ def test_resumed_run_writes_into_its_folder_only(tmp_path, name):
     assert (tmp_path / "other").read_text() == '{"gdfq": 1}'
 
 
-def test_images_are_not_written_through_links(tmp_path):
+def test_images_are_not_written_through_links(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "images.npy").symlink_to(tmp_path / "absent")
     with pytest.raises(UsageError, match="already holds images"):
         ImageFiles(tmp_path / "run").prepare(SHAPE)
 
 
-def state(document, **tensors):
+def state(document: dict[str, Any] | list[Any], **tensors: Tensor) -> bytes:
     return safetensors.torch.save(tensors, {"gdfq-state": json.dumps(document)})
 
 
-def run_of(part, **tensors):
+def run_of(part: dict[str, Any] | None, **tensors: Tensor) -> bytes:
     """A checkpoint with one part."""
     parts = {"pairs": [["part", part]]}
     keys = {"settings": {"pairs": []}, "around": {"pairs": []}, "parts": parts}
@@ -526,14 +533,14 @@ def run_of(part, **tensors):
         b"no safetensors",
     ],
 )
-def test_invalid_checkpoint_is_refused(tmp_path, contents):
+def test_invalid_checkpoint_is_refused(tmp_path: Path, contents: Any) -> None:
     path = tmp_path / f"checkpoint-000001-{name_of(contents)}.safetensors"
     path.write_bytes(contents)
     with pytest.raises(UsageError, match="must be undamaged"):
         Checkpoints(tmp_path).begin({}, {})
 
 
-def test_checkpoint_outside_the_folder_is_not_read(tmp_path):
+def test_checkpoint_outside_the_folder_is_not_read(tmp_path: Path) -> None:
     contents = run_of(None)
     (tmp_path / "run").mkdir()
     name = f"checkpoint-000001-{name_of(contents)}.safetensors"
@@ -543,7 +550,7 @@ def test_checkpoint_outside_the_folder_is_not_read(tmp_path):
         Checkpoints(tmp_path / "run").begin({}, {})
 
 
-def test_piece_that_is_named_twice_is_read_once(tmp_path):
+def test_piece_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
     """Otherwise 40 doublings would read it 2^40 times."""
     document = None
     for _ in range(40):
@@ -559,7 +566,7 @@ def test_piece_that_is_named_twice_is_read_once(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["../out.bin", "link.bin", "/etc/passwd", "sub/../../out.bin"])
-def test_onnx_external_data_must_be_beside_the_file(tmp_path, place):
+def test_onnx_external_data_must_be_beside_the_file(tmp_path: Path, place: Path) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.bin").write_bytes(bytes(16))
@@ -572,7 +579,7 @@ def test_onnx_external_data_must_be_beside_the_file(tmp_path, place):
             read(folder / "m.onnx")
 
 
-def test_onnx_tensor_with_a_false_size_is_refused(tmp_path):
+def test_onnx_tensor_with_a_false_size_is_refused(tmp_path: Path) -> None:
     model = onnx.load_from_string(valid_files.onnx_file())
     model.graph.initializer[0].dims[:] = [2**31, 2**31]
     with pytest.raises(UsageError, match="ONNX Runtime can load"):
@@ -582,7 +589,7 @@ def test_onnx_tensor_with_a_false_size_is_refused(tmp_path):
 # --- options, and the network
 
 
-def test_option_of_many_digits_is_refused():
+def test_option_of_many_digits_is_refused() -> None:
     with pytest.raises(UsageError, match="bits are written"):
         Bits.parse("w" + "9" * 5000 + "a4")
     with pytest.raises(UsageError, match="the bits of layers"):
@@ -592,15 +599,15 @@ def test_option_of_many_digits_is_refused():
             kind.convert(text, None, None)
 
 
-def test_too_large_input_shape_is_refused():
+def test_too_large_input_shape_is_refused() -> None:
     from gdfq.models.registry import Loaded
 
     with pytest.raises(UsageError, match=r"at most 16,777,216 elements"):
         Loaded(torch.nn.Identity()).input((3, 10**6, 10**6))
 
 
-def test_only_library_names_use_the_network(run, monkeypatch):
-    def refuse(*_):
+def test_only_library_names_use_the_network(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("reached for the network")
 
     monkeypatch.setattr(socket, "socket", refuse)

@@ -1,5 +1,7 @@
 """Grids and fake quantization, against values computed by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +22,7 @@ from gdfq.functional.grid import (
 )
 
 
-def test_fake_quantize_matches_hand_computed_values_at_two_bits():
+def test_fake_quantize_matches_hand_computed_values_at_two_bits() -> None:
     # Range [-1, 2], k = 2: Δ = 3/3 = 1; z maps -1 to code -2, so z = -2 + 1 = -1.
     scale, zero_point = affine_grid(tensor(-1.0), tensor(2.0), 2)
     assert scale == 1
@@ -30,13 +32,13 @@ def test_fake_quantize_matches_hand_computed_values_at_two_bits():
     assert fake_quantize(x, scale, zero_point, 2).tolist() == [-1, -1, 0, 1, 2, 2]
 
 
-def test_fake_quantize_rounds_half_to_even_before_the_zero_point():
+def test_fake_quantize_rounds_half_to_even_before_the_zero_point() -> None:
     # Δ = 1 and an odd z: 0.5 -> 0, 1.5 -> 2, 2.5 -> 2, as ONNX's QuantizeLinear.
     x = tensor([0.5, 1.5, 2.5])
     assert (quantize(x, tensor(1.0), tensor(-7.0), 4) + 7).tolist() == [0, 2, 2]
 
 
-def test_affine_grid_is_exact_for_constant_ranges():
+def test_affine_grid_is_exact_for_constant_ranges() -> None:
     for value in (3.0, -0.25, 0.0):
         low = tensor(value)
         grid = affine_grid(low, low, 4)
@@ -50,7 +52,9 @@ def test_affine_grid_is_exact_for_constant_ranges():
     bits=st.integers(2, 8),
     part=st.floats(0, 1),
 )
-def test_error_within_the_range_is_at_most_half_a_scale(low, width, bits, part):
+def test_error_within_the_range_is_at_most_half_a_scale(
+    low: Any, width: Any, bits: str, part: Any
+) -> None:
     low_, high_ = tensor(low, dtype=torch.double), tensor(low + width, dtype=torch.double)
     scale, zero_point = affine_grid(low_, high_, bits)
     x = low_ + part * (high_ - low_)
@@ -63,19 +67,19 @@ def test_error_within_the_range_is_at_most_half_a_scale(low, width, bits, part):
 
 
 @given(low=st.floats(-50, 0), high=st.floats(0, 50), bits=st.integers(2, 8))
-def test_zero_is_exact_if_the_range_contains_it(low, high, bits):
+def test_zero_is_exact_if_the_range_contains_it(low: Any, high: Any, bits: str) -> None:
     grid = affine_grid(tensor(low), tensor(high), bits)
     assert fake_quantize(tensor(0.0), *grid, bits) == 0
 
 
-def test_gradient_passes_where_values_clip():
+def test_gradient_passes_where_values_clip() -> None:
     x = tensor([-9.0, 0.3, 9.0], requires_grad=True)
     grid = affine_grid(tensor(-1.0), tensor(1.0), 3)
     (straight_through(x, *grid, 3) * tensor([1.0, 2.0, 3.0])).sum().backward()
     assert x.grad.tolist() == [1, 2, 3]
 
 
-def test_channel_range_suits_convolutions_and_transposed_convolutions():
+def test_channel_range_suits_convolutions_and_transposed_convolutions() -> None:
     weight = torch.arange(16.0).view(4, 2, 2)
     low, high = channel_range(weight, Layout.ROWS)
     assert low.flatten().tolist() == [0, 4, 8, 12]
@@ -90,11 +94,11 @@ def test_channel_range_suits_convolutions_and_transposed_convolutions():
 
 
 @pytest.mark.parametrize("text", ["w4", "4", "w1a4", "w4a9", "a4w4", "w4a4x", ""])
-def test_bits_refuse_invalid_text(text):
+def test_bits_refuse_invalid_text(text: str) -> None:
     with pytest.raises(UsageError, match="w4a4"):
         Bits.parse(text)
 
 
-def test_bits_round_trip_through_text():
+def test_bits_round_trip_through_text() -> None:
     assert Bits.parse(" W3A8 ") == Bits(3, 8)
     assert str(Bits(3, 8)) == "w3a8"

@@ -8,7 +8,7 @@ from gdfq.functional.upsample_conv import upsampled_convolution
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 1, 1), (3, 2, 7, 2)])
-def test_upsampled_convolution_is_exact(shape):
+def test_upsampled_convolution_is_exact(shape: tuple[int, ...]) -> None:
     random = torch.Generator().manual_seed(0)
     n, i, h, w = shape
     x, weight, bias, grad = (

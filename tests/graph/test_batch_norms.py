@@ -1,11 +1,12 @@
 """Which batch norms fold, and networks where some do not."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import gdfq
 from gdfq.functional.grid import Bits
@@ -35,7 +36,7 @@ class Awkward(nn.Module):
         self.head = nn.Linear(6, 4)
         self.head_norm = nn.BatchNorm1d(4, affine=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.shared(self.first(x))
         x = F.relu(self.norms[0](x)) + x  # the layer's output is used twice: it must not fold
         x = F.relu(self.norms[1](self.shared(x)))
@@ -45,7 +46,7 @@ class Awkward(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def awkward():
+def awkward() -> Any:
     torch.manual_seed(0)
     network = Awkward()
     for module in network.modules():
@@ -58,7 +59,7 @@ def awkward():
     return capture(network.eval(), torch.randn(2, 3, 8, 8))
 
 
-def test_folding_keeps_the_function_and_the_norms_that_cannot_fold(awkward):
+def test_folding_keeps_the_function_and_the_norms_that_cannot_fold(awkward: Any) -> None:
     folded = fold_batch_norms(awkward)
     x = torch.randn(5, 3, 8, 8)
     assert torch.allclose(folded.network(x), awkward.network(x), atol=1e-4)
@@ -67,7 +68,7 @@ def test_folding_keeps_the_function_and_the_norms_that_cannot_fold(awkward):
     assert len(awkward.batch_norms) == 6  # the teacher itself is left alone
 
 
-def test_student_with_unfolded_norms_is_close_at_eight_bits(awkward):
+def test_student_with_unfolded_norms_is_close_at_eight_bits(awkward: Any) -> None:
     x = torch.randn(64, 3, 8, 8)
     student = build_student(awkward, Scheme(Bits(8, 8), "relu"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
@@ -79,7 +80,7 @@ def test_student_with_unfolded_norms_is_close_at_eight_bits(awkward):
         assert torch.allclose(student(x), freeze(student)(x), atol=1e-4)
 
 
-def test_batch_norm_over_tokens_does_not_fold():
+def test_batch_norm_over_tokens_does_not_fold() -> None:
     """BatchNorm1d normalises dimension 1, a linear layer's channels are the last: 6 and 6 here."""
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -109,14 +110,14 @@ class Keras(nn.Module):
         self.twice = nn.Conv2d(4, 4, 3, padding=1)
         self.head = nn.Linear(4, 5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.norm(F.relu(self.stem(x)))
         x = F.relu(self.twice(F.relu(self.twice(x))))
         return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize("placement", ["relu", "full"])
-def test_fast_tunes_unfolded_norms_and_shared_layers(placement):
+def test_fast_tunes_unfolded_norms_and_shared_layers(placement: str) -> None:
     torch.manual_seed(0)
     network = Keras().eval()
     pool = ImagePool(SpectralSource(batch=8, iterations=3), images=16, batch=8)

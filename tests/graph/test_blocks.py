@@ -1,24 +1,26 @@
 """Blocks of a network and where they end."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks, with_features
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.graph.operators import name_of
-from gdfq.quantizers.family import LSQ
+from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 
-def test_block_ends_are_those_of_a_residual_network():
+def test_block_ends_are_those_of_a_residual_network() -> None:
     folded = fold_batch_norms(networks.captured("Residual"))
     ends = block_ends(folded.network.graph)
     # Not the branch inside the block, not the pooled tensor.
@@ -30,7 +32,7 @@ def test_block_ends_are_those_of_a_residual_network():
     assert torch.allclose(F.linear(pooled, *head), logits, atol=1e-5)
 
 
-def test_network_of_one_layer_has_no_block_ends():
+def test_network_of_one_layer_has_no_block_ends() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
     graph = capture(network, torch.randn(2, 3, 2, 2)).network.graph
     assert block_ends(graph) == []
@@ -38,17 +40,19 @@ def test_network_of_one_layer_has_no_block_ends():
 
 
 @pytest.fixture
-def images():
+def images() -> Tensor:
     return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
+def student_of(
+    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
+) -> Any:
     student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
 
 
-def test_blocks_in_sequence_equal_the_network(teacher, images):
+def test_blocks_in_sequence_equal_the_network(teacher: Captured, images: Tensor) -> None:
     student = student_of(teacher, images)
     folded = fold_batch_norms(teacher).network
     ends = block_ends(folded.graph)
@@ -69,18 +73,18 @@ def test_blocks_in_sequence_equal_the_network(teacher, images):
 class Masked(nn.Module):
     """A mask of the input that is used behind the first block."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
         self.head = nn.Linear(3, 5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         mask = x > 0
         y = F.relu(self.second(F.relu(self.first(x))))
         return self.head(torch.where(mask, y, torch.zeros_like(y)).mean((2, 3)))
 
 
-def test_blocks_do_not_end_while_a_mask_is_alive(images):
+def test_blocks_do_not_end_while_a_mask_is_alive(images: Tensor) -> None:
     torch.manual_seed(0)
     network = capture(Masked().eval(), images[:2]).network
     x = images

@@ -1,9 +1,11 @@
 """Attention becomes two matrix products."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.graph import operators
 from gdfq.graph.capture import capture
@@ -12,13 +14,13 @@ from gdfq.graph.capture import capture
 class Masked(nn.Module):
     """Attention in all the forms that the functional one has."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
         self.project = nn.Linear(4, 8)
         self.head = nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.project(x.flatten(2).transpose(1, 2)).unflatten(2, (2, 4)).transpose(1, 2)
         options = dict(self.options)
         key = x[:, :1] if options.get("enable_gqa") else x
@@ -36,7 +38,7 @@ class Masked(nn.Module):
         {"enable_gqa": True},
     ],
 )
-def test_attention_is_captured_as_two_products(options):
+def test_attention_is_captured_as_two_products(options: Any) -> None:
     model = Masked(**options).eval()
     x = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0))
     captured = capture(model, x[:1])

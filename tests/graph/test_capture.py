@@ -1,12 +1,14 @@
 """Capture of modules as graphs, and what it refuses."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq import UsageError
 from gdfq.graph import operators, queries
@@ -14,7 +16,7 @@ from gdfq.graph.capture import capture
 from gdfq.graph.tensors import tensors_of
 
 
-def test_captured_network_equals_the_module_for_any_batch_size(any_network):
+def test_captured_network_equals_the_module_for_any_batch_size(any_network: nn.Module) -> None:
     captured = capture(any_network, networks.images(1))
     assert captured.classes == networks.CLASSES
     for count in (1, 2, 7):
@@ -22,7 +24,7 @@ def test_captured_network_equals_the_module_for_any_batch_size(any_network):
         assert torch.allclose(captured.network(x), any_network(x), atol=1e-5)
 
 
-def test_capture_leaves_the_module_unchanged():
+def test_capture_leaves_the_module_unchanged() -> None:
     model = networks.make("Residual").train()
     before = copy.deepcopy(model.state_dict())
     captured = capture(model, networks.images(2))
@@ -36,7 +38,7 @@ def test_capture_leaves_the_module_unchanged():
         assert torch.equal(value, before[name])
 
 
-def test_capture_finds_batch_norms_of_every_kind():
+def test_capture_finds_batch_norms_of_every_kind() -> None:
     counts = {
         name: len(capture(networks.make(name), networks.images(1)).batch_norms)
         for name in networks.NETWORKS
@@ -55,12 +57,12 @@ def test_capture_finds_batch_norms_of_every_kind():
     }
 
 
-def test_capture_keeps_the_activation_of_a_norm():
+def test_capture_keeps_the_activation_of_a_norm() -> None:
     captured = capture(networks.make("Standardised"), networks.images(1))
     assert any(queries.is_rectifier(node) for node in captured.network.graph.nodes)
 
 
-def test_capture_makes_standardised_weights_constant():
+def test_capture_makes_standardised_weights_constant() -> None:
     captured = capture(networks.make("Standardised"), networks.images(1))
     (conv,) = (
         n for n in captured.network.graph.nodes if operators.name_of(n) in operators.CONVOLUTIONS
@@ -69,22 +71,22 @@ def test_capture_makes_standardised_weights_constant():
 
 
 class Outputs(nn.Module):
-    def __init__(self, give):
+    def __init__(self, give: Callable[..., Any] | None) -> None:
         super().__init__()
         self.fc = nn.Linear(192, 5)
         self.give = give
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Any] | Tensor | tuple[Tensor, str]:
         return self.give(self.fc(x.flatten(1)))
 
 
 class ByValue(Outputs):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc(x.flatten(1)) if x.sum() > 0 else -self.fc(x.flatten(1))
 
 
 class BatchOfTwo(Outputs):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return (
             self.fc(x.reshape(2, -1, 192).flatten(0, 1))
             if x.shape[0] == 2
@@ -106,7 +108,7 @@ class BatchOfTwo(Outputs):
         (ByValue(None), "traceable"),
     ],
 )
-def test_capture_refuses_unsupported_networks(model, message):
+def test_capture_refuses_unsupported_networks(model: nn.Module, message: str) -> None:
     with pytest.raises(UsageError, match=f"(?s){message}"):
         capture(model, networks.images(1))
 
@@ -122,7 +124,9 @@ def test_capture_refuses_unsupported_networks(model, message):
         (lambda y: (y, y), None),
     ],
 )
-def test_capture_takes_one_output_of_two_or_more_columns_for_logits(give, classes):
+def test_capture_takes_one_output_of_two_or_more_columns_for_logits(
+    give: Any, classes: int
+) -> None:
     model = Outputs(give)
     assert capture(model, networks.images(1)).classes == classes
     assert capture(model, networks.images(1), classifier=False).classes is None
@@ -131,7 +135,7 @@ def test_capture_takes_one_output_of_two_or_more_columns_for_logits(give, classe
             capture(model, networks.images(1), classifier=True)
 
 
-def test_outputs_have_the_order_of_the_network():
+def test_outputs_have_the_order_of_the_network() -> None:
     model = Outputs(lambda y: {"b": 2 * y, "a": [y, {"c": y + 1}]})
     captured = capture(model, networks.images(1))
     assert captured.outputs == {"b": 0, "a": [1, {"c": 2}]}
@@ -141,12 +145,12 @@ def test_outputs_have_the_order_of_the_network():
         assert torch.allclose(actual, expected, atol=1e-6)
 
 
-def test_capture_refuses_a_wrong_input_shape(residual):
+def test_capture_refuses_a_wrong_input_shape(residual: nn.Module) -> None:
     with pytest.raises(UsageError, match="must accept an input of 1x8x8"):
         capture(residual, torch.zeros(1, 1, 8, 8))
 
 
-def test_capture_refuses_weights_that_are_not_finite():
+def test_capture_refuses_weights_that_are_not_finite() -> None:
     model = networks.make("Residual")
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, 0] = torch.nan
@@ -157,18 +161,18 @@ def test_capture_refuses_weights_that_are_not_finite():
 class Crossed(nn.Module):
     """Attention between two sequences: its one weight is used in parts."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.query = nn.Linear(8, 8)
         self.fc = nn.Linear(8, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)
         return self.fc(self.attention(self.query(x), x, x, need_weights=False)[0].mean(1))
 
 
-def test_layers_have_the_names_of_their_modules():
+def test_layers_have_the_names_of_their_modules() -> None:
     """Also where a weight is computed or cut into parts; such parts are parameters as it is."""
     captured = capture(Crossed().eval(), torch.zeros(1, 8, 2, 5))
     layers = [n for n in captured.network.graph.nodes if queries.has_weight(n)]
@@ -188,12 +192,12 @@ def test_layers_have_the_names_of_their_modules():
 class Windows(nn.Module):
     """Shifted windows with a mask that is filled in place, as torchvision's Swin has it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
         self.fc = nn.Linear(16, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).flatten(2).transpose(1, 2)
         mask = x.new_zeros((4, 4))
         for i, rows in enumerate(((0, 2), (2, 4))):
@@ -203,7 +207,7 @@ class Windows(nn.Module):
         return self.fc((x @ x.transpose(1, 2) + mask).softmax(-1).mean(1))
 
 
-def test_capture_makes_a_mask_of_fixed_size_constant():
+def test_capture_makes_a_mask_of_fixed_size_constant() -> None:
     model = Windows().eval()
     captured = capture(model, torch.zeros(1, 3, 4, 4))
     names = {operators.name_of(node) for node in captured.network.graph.nodes}

@@ -1,7 +1,7 @@
 """Bytes of activations, counted from the graph."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.execution.budget import MemoryBudget
 from gdfq.graph.capture import capture
@@ -17,12 +17,12 @@ class Chain(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 8)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.linear(torch.relu(x))
         return torch.sigmoid(y) + y
 
 
-def test_bytes_of_a_graph_match_hand_computed_values():
+def test_bytes_of_a_graph_match_hand_computed_values() -> None:
     # Input and ReLU have 4 numbers, linear, sigmoid and sum 8: 16, 16, 32, 32, 32 bytes. The most
     # is alive at the sum: linear, sigmoid and the sum itself. Work space is twice the largest.
     graph = capture(Chain(), torch.zeros(1, 1, 4)).network.graph

@@ -3,6 +3,6 @@
 from gdfq.graph import operators
 
 
-def test_allowed_operators_exist():
+def test_allowed_operators_exist() -> None:
     for name in operators.ALLOWED:
         assert callable(operators.resolve(name))

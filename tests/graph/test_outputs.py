@@ -1,6 +1,8 @@
 """Structures of outputs, and networks whose outputs are not classes."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -8,19 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks
+from torch import Tensor, nn
 
 import gdfq
 from gdfq import UsageError
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
 from gdfq.graph.outputs import built, count_of, flattened, names_of, read_structure, structure_of
-from gdfq.recipes import FAST, find_recipe
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import FAST, Recipe, find_recipe
 from gdfq.sources.spectral import SpectralSource
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 
-def test_structure_matches_hand_made_outputs():
+def test_structure_matches_hand_made_outputs() -> None:
     a, b, c = (torch.full((1,), float(i)) for i in range(3))
     value = {"x": a, "y": (b, [c])}
     assert [float(t) for t in flattened(value)] == [0, 1, 2]
@@ -51,7 +55,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_structure_round_trips_through_a_file(value):
+def test_structure_round_trips_through_a_file(value: Any) -> None:
     tensors = [torch.full((1,), float(i)) for i in range(len(flattened(value)))]
     structure = structure_of(value)
     assert read_structure(structure) == structure
@@ -64,12 +68,12 @@ def test_structure_round_trips_through_a_file(value):
 @pytest.mark.parametrize(
     "value", [True, "0", None, [], [0, 0], [1, 0], {"x": 2}, {"x": None}, [0, [["a"]]]]
 )
-def test_structure_must_place_each_output_once(value):
+def test_structure_must_place_each_output_once(value: Any) -> None:
     with pytest.raises(ValueError, match="output"):
         read_structure(value)
 
 
-def tuned(name, recipe, **options):
+def tuned(name: str, recipe: Recipe, **options: Tensor) -> tuple[nn.Module, QuantizedNetwork]:
     model = networks.make(name)
     example = torch.zeros(1, *networks.shape_of(name))
     # Audio's three numbers look like logits and are none.
@@ -84,7 +88,7 @@ FEW = replace(
 
 
 @pytest.mark.parametrize("name", networks.TASKS)
-def test_any_output_is_tuned_saved_loaded_and_exported(name, tmp_path):
+def test_any_output_is_tuned_saved_loaded_and_exported(name: str, tmp_path: Path) -> None:
     test = networks.images(64, seed=3, shape=networks.shape_of(name))
     model, quantized = tuned(name, FEW, test=test)
     with torch.no_grad():
@@ -114,7 +118,7 @@ def test_any_output_is_tuned_saved_loaded_and_exported(name, tmp_path):
     }[name]
 
 
-def test_dictionary_of_outputs_is_returned_as_a_dictionary():
+def test_dictionary_of_outputs_is_returned_as_a_dictionary() -> None:
     _, quantized = tuned("Detector", FEW)
     returned = quantized(networks.images(2))
     assert set(returned) == {"boxes", "scores"}
@@ -122,7 +126,7 @@ def test_dictionary_of_outputs_is_returned_as_a_dictionary():
 
 
 @pytest.mark.parametrize("name", ["paper", "zeroq"])
-def test_source_needs_no_classes(name, tiny):
+def test_source_needs_no_classes(name: str, tiny: Recipe) -> None:
     recipe = {"paper": tiny, "zeroq": find_recipe("zeroq")}[name]
     if name == "zeroq":
         recipe = replace(recipe, source=replace(recipe.source, batch=4, iterations=2))
@@ -138,14 +142,14 @@ def test_source_needs_no_classes(name, tiny):
 class Returning(networks.Detector):
     """A detector that returns a feature map beside, one map twice, and boxes in pixels."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         found = super().forward(x)
         fine = self.stem(x)
         pixels = (torch.cat(found["boxes"], 2).sigmoid() * 2 - 0.5) * 8
         return {"conv2d": fine, "boxes": pixels, "again": fine}
 
 
-def test_operators_that_only_shape_outputs_stay_float(tmp_path):
+def test_operators_that_only_shape_outputs_stay_float(tmp_path: Path) -> None:
     model = Returning()
     model.load_state_dict(networks.make("Detector").state_dict())
     model.eval()
@@ -169,11 +173,11 @@ def test_operators_that_only_shape_outputs_stay_float(tmp_path):
 class Auxiliary(networks.Residual):
     """A classifier that returns None where its training needs something."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
         return {"auxiliary": None, "logits": super().forward(x)}
 
 
-def test_none_among_the_outputs_is_returned(tmp_path):
+def test_none_among_the_outputs_is_returned(tmp_path: Path) -> None:
     model = Auxiliary().eval()
     model.load_state_dict(networks.make("Residual").state_dict())
     quantized = gdfq.quantize(model, networks.images(1), "w8a8", FEW)
@@ -186,22 +190,22 @@ def test_none_among_the_outputs_is_returned(tmp_path):
     assert quantized.export(tmp_path / "q.onnx").inside.typical_error < 1e-3
 
 
-def test_capture_refuses_a_network_that_returns_only_none():
+def test_capture_refuses_a_network_that_returns_only_none() -> None:
     class Nothing(networks.Residual):
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return (None,)
 
     with pytest.raises(UsageError, match="returned no tensor"):
         capture(Nothing().eval(), networks.images(1))
 
 
-def test_reconstruction_refuses_several_outputs():
+def test_reconstruction_refuses_several_outputs() -> None:
     data = networks.images(128)
     with pytest.raises(UsageError, match="towards its one output; this one has 3"):
         tuned("Detector", find_recipe("genie").with_steps(4), data=data)
 
 
-def test_generate_gives_images_without_labels(tmp_path):
+def test_generate_gives_images_without_labels(tmp_path: Path) -> None:
     images, labels = gdfq.generate(networks.make("Segmenter"), networks.images(1), 4, FEW)
     assert images.shape == (4, *networks.SHAPE)
     assert labels is None

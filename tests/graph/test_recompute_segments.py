@@ -1,11 +1,15 @@
 """Networks whose activations are recomputed segment by segment."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import networks
+from torch import Tensor, nn
 
 from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.losses import relative_statistics_loss
+from gdfq.graph.capture import Captured
 from gdfq.graph.memory import tensor_bytes, training_bytes
 from gdfq.graph.recompute import BudgetedNetwork, recomputed_segments, segments
 from gdfq.graph.statistics import StatisticsNetwork, unit_input
@@ -13,7 +17,7 @@ from gdfq.graph.statistics import StatisticsNetwork, unit_input
 CPU = torch.device("cpu")
 
 
-def gradient_of(network, images):
+def gradient_of(network: nn.Module, images: Tensor) -> Any:
     images = images.clone().requires_grad_()
     _, observed = network(images)
     stored = network.stored
@@ -22,7 +26,7 @@ def gradient_of(network, images):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
-def test_recomputed_statistics_have_the_same_gradient(teacher, share):
+def test_recomputed_statistics_have_the_same_gradient(teacher: Captured, share: Any) -> None:
     images = networks.images(6)
     unit = unit_input(teacher)
     plain = StatisticsNetwork(teacher, of_input=unit)
@@ -33,13 +37,13 @@ def test_recomputed_statistics_have_the_same_gradient(teacher, share):
     assert budgeted._module._by_count  # it was indeed computed in segments
 
 
-def test_batch_that_fits_is_not_recomputed(teacher):
+def test_batch_that_fits_is_not_recomputed(teacher: Captured) -> None:
     network = BudgetedNetwork(teacher.network, [], MemoryBudget(), CPU)
     assert torch.equal(network(networks.images(3)), teacher.network(networks.images(3)))
     assert not network._by_count
 
 
-def test_segments_contain_every_node_once(teacher):
+def test_segments_contain_every_node_once(teacher: Captured) -> None:
     graph = teacher.network.graph
     computed = [node for node in graph.nodes if node.op == "call_function"]
     parts = segments(graph, computed[::3])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq import UsageError
 from gdfq.functional.losses import batch_norm_statistics_loss
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.graph.statistics import StatisticsNetwork
 
 
@@ -15,7 +15,7 @@ def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The statistics loss by hooks and textbook formulas."""
     layers = []
 
-    def hook(module, inputs):
+    def hook(module: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         (value,) = inputs
         dims = [d for d in range(value.ndim) if d != 1]
         mean = value.mean(dims)
@@ -34,7 +34,7 @@ def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(layers).mean()
 
 
-def test_loss_and_gradient_match_hooks(any_network, any_teacher):
+def test_loss_and_gradient_match_hooks(any_network: nn.Module, any_teacher: Captured) -> None:
     network = StatisticsNetwork(any_teacher)
     x = networks.images(6).requires_grad_()
     logits, seen = network(x)
@@ -50,7 +50,7 @@ def test_loss_and_gradient_match_hooks(any_network, any_teacher):
     assert torch.allclose(grad.double(), expected_grad, rtol=1e-3, atol=1e-5)
 
 
-def test_network_without_batch_norm_is_refused():
+def test_network_without_batch_norm_is_refused() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(UsageError, match="this network has none"):
         StatisticsNetwork(capture(plain, networks.images(1)))

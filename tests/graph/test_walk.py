@@ -2,10 +2,11 @@
 
 from support import networks
 
+from gdfq.graph.capture import Captured
 from gdfq.graph.walk import Walk
 
 
-def test_walk_computes_the_network_and_frees_values(teacher):
+def test_walk_computes_the_network_and_frees_values(teacher: Captured) -> None:
     batch = networks.images(3)
     walk = Walk(teacher.network)
     held = []

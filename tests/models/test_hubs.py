@@ -2,7 +2,9 @@
 
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +26,10 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @pytest.fixture
-def fake_timm(monkeypatch):
+def fake_timm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A timm that has one network and records the calls for it."""
 
-    def create_model(name, pretrained):
+    def create_model(name: str, pretrained: Any) -> Any:
         package.asked.append((name, pretrained))
         if pretrained:
             raise OSError("no route to host")
@@ -53,7 +55,9 @@ def fake_timm(monkeypatch):
     return package
 
 
-def test_library_gives_the_network_and_its_configuration(fake_timm, tmp_path):
+def test_library_gives_the_network_and_its_configuration(
+    fake_timm: ModuleType, tmp_path: Path
+) -> None:
     loaded = load_model("timm:residual", "random")
     assert (loaded.input_shape, loaded.preprocessing) == (
         (3, 8, 8),
@@ -66,14 +70,14 @@ def test_library_gives_the_network_and_its_configuration(fake_timm, tmp_path):
     assert fake_timm.asked == [("residual", False)] * 2  # nothing was downloaded
 
 
-def test_random_weights_are_reproducible_and_leave_the_global_state(fake_timm):
+def test_random_weights_are_reproducible_and_leave_the_global_state(fake_timm: ModuleType) -> None:
     before = torch.random.get_rng_state()
     first, second = (load_model("timm:residual", "random").module for _ in range(2))
     assert torch.equal(first.conv1.weight, second.conv1.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_error_of_unreachable_weights_names_the_cache(fake_timm):
+def test_error_of_unreachable_weights_names_the_cache(fake_timm: ModuleType) -> None:
     with pytest.raises(UsageError) as caught:
         load_model("timm:residual")
     for part in ("timm:residual", "/cache/hub", "no route to host", "--weights FILE"):
@@ -81,19 +85,23 @@ def test_error_of_unreachable_weights_names_the_cache(fake_timm):
     assert sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE is False  # as it was
 
 
-def test_unknown_names_are_refused(fake_timm):
+def test_unknown_names_are_refused(fake_timm: ModuleType) -> None:
     with pytest.raises(UsageError, match="timm has no network 'residuum'"):
         load_model("timm:residuum")
 
 
 @pytest.mark.parametrize("hub", hubs.HUBS)
-def test_error_of_a_missing_library_names_its_extra(hub, monkeypatch):
+def test_error_of_a_missing_library_names_its_extra(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, hubs.HUBS[hub].library, None)
     with pytest.raises(UsageError, match=rf"pip install 'gdfq\[{hub}\]'"):
         load_model(f"{hub}:anything")
 
 
-def test_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
+def test_torchvision_of_another_torch_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('no torchvision::nms')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
@@ -102,7 +110,9 @@ def test_torchvision_of_another_torch_is_explained(tmp_path, monkeypatch):
         load_model("torchvision:resnet18")
 
 
-def test_quantized_network_keeps_the_preprocessing_of_the_library(fake_timm, tmp_path, capsys):
+def test_quantized_network_keeps_the_preprocessing_of_the_library(
+    fake_timm: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """--input, --mean and --std are not needed, and no warning asks for them."""
     call = ["quantize", "timm:residual", "--weights", "random", "--recipe", "paper", "--no-onnx"]
     assert main([*call, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
@@ -142,7 +152,7 @@ def test_quantized_network_keeps_the_preprocessing_of_the_library(fake_timm, tmp
         ),
     ],
 )
-def test_hugging_face_processors_are_read(values, shape, resize):
+def test_hugging_face_processors_are_read(values: Any, shape: tuple[int, ...], resize: Any) -> None:
     common = {
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -157,7 +167,7 @@ def test_hugging_face_processors_are_read(values, shape, resize):
     assert preprocessing.resize == resize
 
 
-def test_processor_without_scaling_or_normalisation_is_read():
+def test_processor_without_scaling_or_normalisation_is_read() -> None:
     size = {"size": {"height": 8, "width": 8}, "do_rescale": True}
     # pixels · 2/255, minus 1: as mean 0.5 and std 0.5 of pixels / 255
     half = {"rescale_factor": 2 / 255, "do_normalize": True, "image_mean": [1], "image_std": [1]}
@@ -170,7 +180,7 @@ def test_processor_without_scaling_or_normalisation_is_read():
     assert hubs._of_processor({}, 3) == (None, None)
 
 
-def test_torchvision_presets_are_read():
+def test_torchvision_presets_are_read() -> None:
     preset = SimpleNamespace(
         crop_size=[224],
         resize_size=[232],
@@ -205,7 +215,9 @@ def test_torchvision_presets_are_read():
         ),
     ],
 )
-def test_installed_library_gives_the_known_configuration(spec, shape, classes, resize):
+def test_installed_library_gives_the_known_configuration(
+    spec: Any, shape: tuple[int, ...], classes: int, resize: Any
+) -> None:
     loaded = load_model(spec, "random")
     assert loaded.input_shape == shape
     if resize is None:
@@ -217,14 +229,14 @@ def test_installed_library_gives_the_known_configuration(spec, shape, classes, r
 
 
 @pytest.mark.needs("pytorchcv")
-def test_network_of_a_library_is_captured():
+def test_network_of_a_library_is_captured() -> None:
     loaded = load_model("ptcv:resnet20_cifar10", "random")
     captured = capture(loaded.module, torch.zeros(1, *loaded.input_shape))
     assert (captured.classes, len(captured.batch_norms)) == (10, 21)
 
 
 @pytest.mark.needs("transformers")
-def test_hugging_face_folder_is_loaded(tmp_path):
+def test_hugging_face_folder_is_loaded(tmp_path: Path) -> None:
     from transformers import AutoModelForImageClassification, ViTConfig
 
     config = ViTConfig(
@@ -267,15 +279,17 @@ def test_hugging_face_folder_is_loaded(tmp_path):
 class _Trap:
     """Pickled code that creates a file when it is unpickled."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return (open, (str(self.path), "w"))
 
 
 @pytest.mark.needs("torchvision")
-def test_cached_torchvision_weights_run_no_code(tmp_path, monkeypatch):
+def test_cached_torchvision_weights_run_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torchvision
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -293,7 +307,9 @@ def test_cached_torchvision_weights_run_no_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.needs("pytorchcv")
-def test_cached_pytorchcv_weights_run_no_code(tmp_path, monkeypatch):
+def test_cached_pytorchcv_weights_run_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pytorchcv.models.common import model_store
 
     file = tmp_path / "net.pth"
@@ -305,7 +321,9 @@ def test_cached_pytorchcv_weights_run_no_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.needs("timm")
-def test_cached_timm_weights_are_found_without_network(tmp_path, monkeypatch):
+def test_cached_timm_weights_are_found_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
     import timm
 

@@ -4,6 +4,7 @@ They need the extra `hubs`; those of a library that is absent are skipped. `benc
 """
 
 import warnings
+from typing import Any
 
 import pytest
 from support import architectures, torchvision_shim
@@ -20,13 +21,13 @@ NETWORKS = (
 PACKAGES = {"ptcv": ["pytorchcv"], "timm": ["timm", "torchvision"], "torchvision": ["torchvision"]}
 
 
-def marked(name):
+def marked(name: str) -> Any:
     packages = PACKAGES[name.partition(":")[0]]
     return pytest.param(name, marks=[pytest.mark.needs(package) for package in packages])
 
 
 @pytest.mark.parametrize("name", list(map(marked, NETWORKS)))
-def test_architecture_passes_the_whole_method(name):
+def test_architecture_passes_the_whole_method(name: str) -> None:
     (entry,) = (entry for entry in architectures.ENTRIES if entry.spec == name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own

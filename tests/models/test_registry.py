@@ -1,5 +1,7 @@
 """Networks by name, and what is given beside it."""
 
+from pathlib import Path
+
 import pytest
 from support import torchvision_shim
 from torch import nn
@@ -12,7 +14,7 @@ from gdfq.models.registry import Loaded, load_model
 _OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 
 
-def test_given_values_override_known_ones():
+def test_given_values_override_known_ones() -> None:
     own = Preprocessing((0.1,) * 3, (0.2,) * 3, Resize(0.9, interpolation="bicubic"))
     loaded = Loaded(nn.Identity(), (3, 8, 8), own)
     assert loaded.input() == ((3, 8, 8), own)
@@ -26,7 +28,7 @@ def test_given_values_override_known_ones():
         loaded.input((1, 8, 8))
 
 
-def test_unknown_shape_must_be_given(tmp_path, capsys):
+def test_unknown_shape_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
     for command in ("quantize", "generate"):
         call = [command, f"{tmp_path}/net.py:factory", "--out", str(tmp_path / command)]
@@ -34,7 +36,7 @@ def test_unknown_shape_must_be_given(tmp_path, capsys):
         assert "--input 3x32x32" in capsys.readouterr().err
 
 
-def test_spec_that_names_no_network_is_refused(tmp_path):
+def test_spec_that_names_no_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ONNX files cannot be read.*\.pt2 file"):
         load_model("net.onnx")
     with pytest.raises(UsageError, match="timm:NAME"):

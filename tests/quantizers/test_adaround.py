@@ -11,7 +11,7 @@ from gdfq.quantizers.adaround import RoundedWeight
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**31), bits=st.integers(2, 8))
-def test_rounded_weight_starts_at_the_weight_and_ends_next_to_it(seed, bits):
+def test_rounded_weight_starts_at_the_weight_and_ends_next_to_it(seed: int, bits: str) -> None:
     weight = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
     quantizer = RoundedWeight(weight, bits, Layout.ROWS)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -26,7 +26,7 @@ def test_rounded_weight_starts_at_the_weight_and_ends_next_to_it(seed, bits):
     assert bool(((hard - weight)[inside].abs() <= 0.5001 * quantizer.scale.expand_as(weight)[inside]).all())  # fmt: skip
 
 
-def test_rounding_penalty_matches_hand_computed_values():
+def test_rounding_penalty_matches_hand_computed_values() -> None:
     quantizer = RoundedWeight(torch.tensor([[0.0, 1.0]]), 2, Layout.ROWS)
     quantizer.rounding_logits.data = torch.tensor([[0.0, 100.0]])  # h = 0.5 and 1
     assert quantizer.rounding().tolist() == [[0.5, 1.0]]

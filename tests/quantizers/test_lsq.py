@@ -1,5 +1,7 @@
 """Learned scales and the search for the first grid."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +19,7 @@ from gdfq.quantizers.lsq import (
 )
 
 
-def test_learned_scale_matches_hand_computed_values():
+def test_learned_scale_matches_hand_computed_values() -> None:
     # k = 2, z = −2: codes without zero point are 0..3. Δ = 0.5 and x/Δ = −1, 0.8, 2.4, 5.
     x = torch.tensor([-0.5, 0.4, 1.2, 2.5], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
@@ -35,7 +37,9 @@ def test_learned_scale_matches_hand_computed_values():
     zero=st.floats(0, 1),
     channels_last=st.booleans(),
 )
-def test_learned_scale_equals_fake_quantize(seed, bits, zero, channels_last):
+def test_learned_scale_equals_fake_quantize(
+    seed: int, bits: str, zero: Any, channels_last: bool
+) -> None:
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, 4, 5, generator=draw)
     if channels_last:
@@ -47,7 +51,7 @@ def test_learned_scale_equals_fake_quantize(seed, bits, zero, channels_last):
     )
 
 
-def test_learned_scale_gradient_matches_autograd():
+def test_learned_scale_gradient_matches_autograd() -> None:
     """The same function composed of differentiable operations, rounding detached."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 4, generator=draw).contiguous(memory_format=torch.channels_last)
@@ -68,18 +72,18 @@ def test_learned_scale_gradient_matches_autograd():
 
 
 @given(seed=st.integers(0, 2**31), bits=st.integers(2, 5))
-def test_weight_search_is_never_worse_than_the_full_range(seed, bits):
+def test_weight_search_is_never_worse_than_the_full_range(seed: int, bits: str) -> None:
     weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed)) ** 3
     full = affine_grid(*channel_range(weight, Layout.ROWS), bits)
     best = best_weight_grid(weight, bits, Layout.ROWS)
 
-    def errors(grid):
+    def errors(grid: Any) -> Any:
         return (fake_quantize(weight, *grid, bits) - weight).abs().pow(2.4).flatten(1).sum(1)
 
     assert bool((errors(best) <= errors(full) * (1 + 1e-6)).all())
 
 
-def test_weight_search_clips_an_outlier():
+def test_weight_search_clips_an_outlier() -> None:
     """999 weights within ±1 and one of 6: at 2 bits a grid for the majority has a smaller error."""
     weight = torch.linspace(-1, 1, 1000).view(1, -1).clone()
     weight[0, 500] = 6.0
@@ -89,7 +93,7 @@ def test_weight_search_clips_an_outlier():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_weight_search_uses_the_channels_of_a_transposed_weight(groups):
+def test_weight_search_uses_the_channels_of_a_transposed_weight(groups: Any) -> None:
     rows = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     rows *= torch.tensor([1, 2, 4, 8, 16, 32.0]).view(-1, 1, 1, 1)
     # [O, I/g, *k] -> [I, O/g, *k]
@@ -101,7 +105,7 @@ def test_weight_search_uses_the_channels_of_a_transposed_weight(groups):
     assert torch.allclose(again.transpose(1, 2).reshape(6, 4, 3, 3), wanted, atol=1e-5)
 
 
-def test_range_search_matches_brute_force():
+def test_range_search_matches_brute_force() -> None:
     x = torch.randn(4000, generator=torch.Generator().manual_seed(1)).relu_()
     step, zero_point = best_range(x, 3)
     errors = {
@@ -114,7 +118,7 @@ def test_range_search_matches_brute_force():
     assert float(step) * 7 < 0.9 * float(x.max())  # it clips
 
 
-def test_learned_weight_starts_on_the_searched_grid_and_learns():
+def test_learned_weight_starts_on_the_searched_grid_and_learns() -> None:
     weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     quantizer = LearnedWeight(weight, 3, Layout.ROWS)
     step, zero_point = best_weight_grid(weight, 3, Layout.ROWS)
@@ -132,7 +136,7 @@ def test_learned_weight_starts_on_the_searched_grid_and_learns():
     assert torch.allclose((final.codes - final.zero_point) * final.scale, on_grid.detach())
 
 
-def test_learned_range_averages_its_batches():
+def test_learned_range_averages_its_batches() -> None:
     quantizer = LearnedRange(4)
     quantizer.observing = True
     draw = torch.Generator().manual_seed(0)
@@ -145,7 +149,7 @@ def test_learned_range_averages_its_batches():
     assert float(zero_point) == -8
 
 
-def test_scales_of_channels_are_those_of_each_alone():
+def test_scales_of_channels_are_those_of_each_alone() -> None:
     x = networks.images(16, seed=3) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1)
     alone = torch.stack([best_range(x[:, c], 4)[0] for c in range(3)])
     torch.testing.assert_close(scales_of_channels(x, 4), alone, rtol=0.06, atol=0)

@@ -1,9 +1,12 @@
 """Activation recomputation: the same gradients with less memory."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -20,7 +23,7 @@ from gdfq.tuning.calibrate import calibrate_
 ZERO = torch.tensor(-3.0)
 
 
-def quantized(x):
+def quantized(x: Tensor) -> Tensor:
     return learned_scale(x, torch.tensor(0.25, requires_grad=True), ZERO, 4)
 
 
@@ -36,7 +39,7 @@ CONSUMERS = {
 
 @pytest.mark.parametrize("name", CONSUMERS)
 @pytest.mark.parametrize("layout", [(0, 1, 2), (2, 0, 1)])
-def test_recomputed_gradients_are_the_same(name, layout):
+def test_recomputed_gradients_are_the_same(name: str, layout: Any) -> None:
     x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
     x = x.permute(layout).contiguous().permute([layout.index(d) for d in range(3)])
     found = []
@@ -48,7 +51,7 @@ def test_recomputed_gradients_are_the_same(name, layout):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_recomputed_graph_can_be_used_twice():
+def test_recomputed_graph_can_be_used_twice() -> None:
     x = torch.randn(3, 4, 6, requires_grad=True)
     with recomputing():
         y = F.gelu(quantized(x)).sum()
@@ -57,7 +60,7 @@ def test_recomputed_graph_can_be_used_twice():
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_quantized_tensor_is_freed_after_the_forward_pass(again):
+def test_quantized_tensor_is_freed_after_the_forward_pass(again: Any) -> None:
     x = torch.randn(3, 4, 6, requires_grad=True)
     with recomputing() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
         q = quantized(x)
@@ -70,7 +73,7 @@ def test_quantized_tensor_is_freed_after_the_forward_pass(again):
 
 
 @pytest.mark.parametrize("name", ["Residual", "Branches", "Transformer"])
-def test_recomputing_student_learns_the_same(name):
+def test_recomputing_student_learns_the_same(name: str) -> None:
     shape = networks.shape_of(name)
     teacher = capture(networks.make(name), torch.zeros(1, *shape))
     images = networks.images(6, shape=shape)

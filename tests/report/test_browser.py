@@ -1,6 +1,9 @@
 """Report and comparison in a real browser, at the widths of a desktop and of a phone."""
 
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ WIDTHS_PIXELS = (1280, 390)
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("needs a browser: chromium or chromium-browser in PATH")
     api = pytest.importorskip(
@@ -26,7 +29,7 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def pages(finished, tmp_path_factory):
+def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A report and a comparison."""
     place = tmp_path_factory.mktemp("pages")
     run = shutil.copytree(finished, place / "run")
@@ -37,7 +40,7 @@ def pages(finished, tmp_path_factory):
 @pytest.fixture(
     params=[(name, width) for name in ("report", "comparison") for width in WIDTHS_PIXELS]
 )
-def page(request, browser, pages):
+def page(request: pytest.FixtureRequest, browser: Any, pages: Any) -> Iterator[Any]:
     """An open page, with its console messages and the URLs that it requested."""
     name, width = request.param
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
@@ -51,19 +54,19 @@ def page(request, browser, pages):
     context.close()
 
 
-def test_page_has_no_messages_and_no_requests(page):
+def test_page_has_no_messages_and_no_requests(page: Path) -> None:
     page.wait_for_load_state("networkidle")
     assert page.messages == []
     requests = [url for url in page.requests if not url.startswith("data:")]
     assert requests == [page.url]
 
 
-def test_page_does_not_scroll_sideways(page):
+def test_page_does_not_scroll_sideways(page: Path) -> None:
     width, needed = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
     assert needed <= width
 
 
-def test_figures_have_size_and_stay_inside(page):
+def test_figures_have_size_and_stay_inside(page: Path) -> None:
     width = page.viewport_size["width"]
     figures = page.locator("figure > svg")
     assert figures.count() >= 1
@@ -77,7 +80,7 @@ def test_figures_have_size_and_stay_inside(page):
     assert page.evaluate(broken) == 0
 
 
-def test_labels_are_large_enough(page):
+def test_labels_are_large_enough(page: Path) -> None:
     sizes = page.evaluate(
         """[...document.querySelectorAll('figure > svg text')].map((text) => {
             const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width
@@ -87,17 +90,17 @@ def test_labels_are_large_enough(page):
     assert min(sizes) >= 7.5
 
 
-def test_tables_sort(page):
+def test_tables_sort(page: Path) -> None:
     table = page.locator("table.sortable").first
     head = table.locator("thead th").nth(1)
 
-    def column():
+    def column() -> Any:
         return [
             cell.get_attribute("data-value") or cell.inner_text()
             for cell in table.locator("tbody tr td:nth-child(2)").all()
         ]
 
-    def value(text):
+    def value(text: str) -> Any:
         try:
             return float(text)
         except ValueError:
@@ -113,14 +116,14 @@ def test_tables_sort(page):
     assert sorted(column()) == before
 
 
-def test_dark_mode_changes_page_and_figures(page):
+def test_dark_mode_changes_page_and_figures(page: Path) -> None:
     colours = (
         "() => ['body', 'figure > svg'].map((s) => {"
         " const style = getComputedStyle(document.querySelector(s));"
         " return [style.backgroundColor, style.color]; })"
     )
 
-    def light(colour):
+    def light(colour: Any) -> Any:
         return sum(map(int, colour[colour.index("(") + 1 : -1].split(",")[:3])) > 3 * 128
 
     (paper, ink), (_, line) = page.evaluate(colours)
@@ -138,7 +141,7 @@ def test_dark_mode_changes_page_and_figures(page):
     assert not light(page.evaluate(colours)[0][0])
 
 
-def test_page_prints_in_light_mode(page, tmp_path):
+def test_page_prints_in_light_mode(page: Path, tmp_path: Path) -> None:
     page.locator("#theme").click()
     page.emulate_media(media="print")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")

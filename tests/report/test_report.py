@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,25 +43,27 @@ TITLES = (
 
 
 @pytest.fixture
-def run(finished, tmp_path):
+def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run, to be changed."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def made(**parts):
+def made(**parts: dict[str, Any]) -> Run:
     """A run of the given parts."""
     empty = {"config": {}, "metrics": {}, "history": (), "evidence": {}, "arrays": {}}
     sizes, problems = parts.pop("sizes", {"student.onnx": 250_000}), parts.pop("problems", {})
     return Run(Path("a run"), **{**empty, **parts}, sizes=sizes, problems=problems)
 
 
-def measured(before, after, images=10_000, **more):
+def measured(
+    before: float, after: float, images: int = 10_000, **more: list[dict[str, float | int]]
+) -> dict[str, Any]:
     accuracy = {"teacher": {"top1": before}, "student": {"top1": after}, "test_images": images}
     return {"metrics": {"float_bytes": 1_000_000, **accuracy, **more}}
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without figures, which take the time."""
     monkeypatch.setattr("gdfq.report.page.svg", lambda _: "<svg></svg>")
     monkeypatch.setattr("gdfq.report.page.png", lambda _: b"")
@@ -69,39 +72,39 @@ def undrawn(monkeypatch):
 class Text(HTMLParser):
     """The text of a page, its tags, and whether they close."""
 
-    def __init__(self, page):
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.words, self.tags, self._open = [], [], []
         self.feed(page)
         assert self._open == []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag not in {"meta", "link", "img", "br"}:
             self._open.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if not self._open or self._open[-1] not in {"style", "script"}:
             self.words.append(data)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return " ".join(" ".join(self.words).split())
 
 
-def page_of(folder):
+def page_of(folder: Path) -> Text:
     return Text(gdfq.write_report(folder).read_text())
 
 
 # Warnings
 
 
-def test_collapse_warns_of_images_that_are_alike():
+def test_collapse_warns_of_images_that_are_alike() -> None:
     fine = {"pixels": 0.9, "features": 2.0, "within_class": 0.6}
     assert collapse(fine) is None
     assert collapse({**fine, "within_class": None}) is None
@@ -109,19 +112,19 @@ def test_collapse_warns_of_images_that_are_alike():
     assert "images of a class are alike" in collapse({**fine, "within_class": 0.01})
 
 
-def test_saturated_warns_of_most_pixels_out_of_range():
+def test_saturated_warns_of_most_pixels_out_of_range() -> None:
     assert saturated(20) is None
     assert "80 % of the pixels" in saturated(80)
 
 
-def test_uncovered_warns_of_missing_classes():
+def test_uncovered_warns_of_missing_classes() -> None:
     assert uncovered(None) is None
     assert uncovered({"predicted": 8, "possible": 10}) is None
     assert "only 3 of 10 possible classes" in uncovered({"predicted": 3, "possible": 10})
 
 
-def test_no_better_than_noise_warns_of_statistics_like_noise():
-    def of(*synthetic):
+def test_no_better_than_noise_warns_of_statistics_like_noise() -> None:
+    def of(*synthetic: Any) -> Any:
         return [{"synthetic": s, "white": 5.0, "natural": 1.0} for s in synthetic]
 
     assert no_better_than_noise([]) is None
@@ -129,7 +132,7 @@ def test_no_better_than_noise_warns_of_statistics_like_noise():
     assert "close to that of noise" in no_better_than_noise(of(1.0, 0.9))
 
 
-def test_not_converging_warns_of_a_constant_loss():
+def test_not_converging_warns_of_a_constant_loss() -> None:
     assert not_converging([]) is None
     assert not_converging([3.0] * 9) is None  # too few steps
     assert not_converging([10 - i / 10 for i in range(50)]) is None
@@ -146,17 +149,17 @@ def test_not_converging_warns_of_a_constant_loss():
 @pytest.mark.parametrize(
     ("after", "level"), [(91.5, "good"), (91.09, "good"), (90.0, "fair"), (80.0, "poor")]
 )
-def test_level_is_that_of_the_measured_drop(after, level):
+def test_level_is_that_of_the_measured_drop(after: Any, level: Any) -> None:
     assert verdict(made(**measured(92.0, after))).level == level
 
 
-def test_level_of_few_test_images_is_unknown():
+def test_level_of_few_test_images_is_unknown() -> None:
     found = verdict(made(**measured(90.0, 90.0, images=40)))
     assert found.level == "unknown"
     assert any("more labelled images" in line for line in found.advice)
 
 
-def test_verdict_gives_its_evidence():
+def test_verdict_gives_its_evidence() -> None:
     found = verdict(made(**measured(90.0, 88.0), evidence={"test": {"error": 0.25}}))
     assert found.sentence == (
         "The accuracy is somewhat lower: 244 KiB, 4.0 times smaller, 2.00 points lost "
@@ -166,19 +169,19 @@ def test_verdict_gives_its_evidence():
     assert any("250,000 bytes" in line for line in found.evidence)
 
 
-def test_drop_of_accuracies_alone_has_the_unpaired_error():
+def test_drop_of_accuracies_alone_has_the_unpaired_error() -> None:
     drop = drop_of(made(**measured(90.0, 90.0, images=100)))
     share = 91 / 102
     assert drop.high == pytest.approx(1.96 * 100 * (2 * share * (1 - share) / 102) ** 0.5)
 
 
-def test_interval_of_few_correct_images_is_not_empty():
+def test_interval_of_few_correct_images_is_not_empty() -> None:
     run = made(**measured(100.0, 100.0, images=4))
     assert drop_of(run).high == pytest.approx(1.96 * 100 * (2 * 5 / 6 * 1 / 6 / 6) ** 0.5)
     assert verdict(run).level == "unknown"
 
 
-def test_level_of_an_expected_drop_is_that_of_its_upper_end():
+def test_level_of_an_expected_drop_is_that_of_its_upper_end() -> None:
     trust = {"expected_drop": 0.5, "interval": [0.1, 3.0], "agreement": 97.0, "images": 512}
     found = verdict(made(evidence={"trust": trust}))
     assert found.level == "fair"
@@ -198,18 +201,20 @@ def test_level_of_an_expected_drop_is_that_of_its_upper_end():
         ([1.1, 5.1], "poor", "The accuracy may be much lower"),
     ],
 )
-def test_verdict_on_an_estimate_depends_on_both_ends(interval, level, words):
+def test_verdict_on_an_estimate_depends_on_both_ends(
+    interval: Any, level: Any, words: list[str]
+) -> None:
     trust = {"expected_drop": sum(interval) / 2, "interval": interval, "agreement": 97.0}
     found = verdict(made(evidence={"trust": trust}))
     assert found.level == level
     assert found.sentence.startswith(f"{words}: ")
 
 
-def test_level_of_a_wide_measured_interval_is_unknown():
+def test_level_of_a_wide_measured_interval_is_unknown() -> None:
     assert verdict(made(**measured(90.0, 86.0, images=100))).level == "unknown"
 
 
-def test_verdict_without_estimate_gives_the_reason():
+def test_verdict_without_estimate_gives_the_reason() -> None:
     trust = {
         "expected_drop": None,
         "interval": None,
@@ -226,7 +231,7 @@ def test_verdict_without_estimate_gives_the_reason():
     assert verdict(made()).level == "unknown"
 
 
-def test_verdict_on_outputs_without_classes_gives_their_error():
+def test_verdict_on_outputs_without_classes_gives_their_error() -> None:
     found = verdict(made(metrics={"student": {"error_percent": {"boxes": 3.2, "scores": 1.0}}}))
     assert "relative error of the outputs at most 3.2 % (boxes)" in found.sentence
     assert not any("labelled images" in line for line in found.advice)
@@ -237,7 +242,7 @@ def test_verdict_on_outputs_without_classes_gives_their_error():
     assert not any("labelled images" in line for line in found.advice)
 
 
-def test_advice_names_options_that_help():
+def test_advice_names_options_that_help() -> None:
     layers = [
         {"name": "stem", "sensitivity": 8.0, "bits": 4, "weights": 4096},
         {"name": "head", "sensitivity": 2.0, "bits": 8, "weights": 512},
@@ -263,21 +268,21 @@ def test_advice_names_options_that_help():
     )
 
 
-def test_sensitive_layers_are_none_where_all_are_equal():
+def test_sensitive_layers_are_none_where_all_are_equal() -> None:
     same = [{"name": f"l{i}", "sensitivity": 1.0, "bits": 4, "weights": 9} for i in range(5)]
     assert sensitive_layers(same) == ()
     assert sensitive_layers([]) == ()
     assert sensitive_layers([{"name": "a", "sensitivity": None, "bits": None, "weights": 9}]) == ()
 
 
-def test_option_escapes_names_that_are_patterns():
+def test_option_escapes_names_that_are_patterns() -> None:
     rows = [{"name": "first", "sensitivity": 9.0, "bits": 4, "weights": 8}]
     rows += [{"name": f"l{i}", "sensitivity": 0.1, "bits": 4, "weights": 8} for i in range(5)]
     assert sensitive_layers(rows)[0].option == "--layer-bits '[f]irst=8'"
 
 
-def test_faster_is_for_one_image_on_one_thread():
-    def timing(batch, median):
+def test_faster_is_for_one_image_on_one_thread() -> None:
+    def timing(batch: Any, median: Any) -> Any:
         return {"batch": batch, "threads": 1, "median": median}
 
     timings = [timing(1, 3.0), timing(1, 2.0), timing(32, 9.0), timing(32, 1.0)]
@@ -286,13 +291,13 @@ def test_faster_is_for_one_image_on_one_thread():
     assert "1.5 times as fast" in verdict(made(metrics={"bench": timings})).sentence
 
 
-def test_verdict_says_gained_and_slower():
+def test_verdict_says_gained_and_slower() -> None:
     bench = [{"batch": 1, "threads": 1, "median": median} for median in (1.0, 1.4)]
     sentence = verdict(made(**measured(90.0, 90.56, bench=bench))).sentence
     assert "1.4 times slower, 0.56 points gained (90.00 % before, 90.56 % after)" in sentence
 
 
-def test_size_words_have_units():
+def test_size_words_have_units() -> None:
     assert [size_words(n) for n in (1434, 10 * 1024, 10 * 2**20, 3 * 2**30)] == [
         "1.4 KiB",
         "10 KiB",
@@ -304,7 +309,7 @@ def test_size_words_have_units():
 # Figures
 
 
-def test_svg_has_the_colour_of_the_text():
+def test_svg_has_the_colour_of_the_text() -> None:
     picture = figures.svg(figures.stages({"tune": 3.0, "total": 9.0}))
     assert picture.startswith("<svg")
     assert "currentColor" in picture
@@ -314,7 +319,7 @@ def test_svg_has_the_colour_of_the_text():
     assert picture == figures.svg(figures.stages({"tune": 3.0, "total": 9.0}))
 
 
-def test_figures_of_no_values_are_none():
+def test_figures_of_no_values_are_none() -> None:
     assert figures.losses([], "tune") is None
     assert figures.losses([{"stage": "tune", "step": 1, "kd": 1.0}], "tune") is None
     assert figures.rates([]) is figures.ranges([], "tune") is figures.stages({}) is None
@@ -323,24 +328,24 @@ def test_figures_of_no_values_are_none():
     assert figures.pareto([], "top-1") is figures.pareto([("a", 1.0, 9.0)], "top-1") is None
 
 
-def test_pareto_axis_ends_at_100_percent():
+def test_pareto_axis_ends_at_100_percent() -> None:
     figure = figures.pareto([("a", 1.0, 100.0), ("b", 2.0, 90.0)], "top-1, %")
     assert figure.axes[0].get_ylim()[1] == 100
 
 
-def test_figures_do_not_read_names_as_formulas():
+def test_figures_do_not_read_names_as_formulas() -> None:
     picture = figures.svg(
         figures.sensitivities([{"name": "a$b^2$<i>", "sensitivity": 1.0}], "divergence")
     )
     assert "a$b^2$&lt;i&gt;" in picture
 
 
-def test_frontier_is_what_no_other_point_dominates():
+def test_frontier_is_what_no_other_point_dominates() -> None:
     points = [("a", 10, 90), ("b", 20, 89), ("c", 20, 91), ("d", 5, 70), ("e", 10, 80)]
     assert [name for name, *_ in figures.frontier(points)] == ["d", "a", "c"]
 
 
-def test_histogram_path_fills_its_box():
+def test_histogram_path_fills_its_box() -> None:
     path = histogram_path([0, 4, 1])
     assert path == "M0 24V24.0h32.00V0.0h32.00V12.0h32.00V24z"
     assert histogram_path([0, 0]).startswith("M0 24V24.0")
@@ -348,7 +353,7 @@ def test_histogram_path_fills_its_box():
     assert place(1, (1, 1)) == 48
 
 
-def test_data_uri_is_a_png():
+def test_data_uri_is_a_png() -> None:
     assert data_uri(np.zeros((1, 2, 2), np.uint8)).startswith("data:image/png;base64,")
     assert data_uri(np.zeros((3, 2, 2), np.uint8)).startswith("data:image/png;base64,")
 
@@ -356,7 +361,7 @@ def test_data_uri_is_a_png():
 # The page
 
 
-def test_report_of_a_complete_run_shows_all_sections(run, finished):
+def test_report_of_a_complete_run_shows_all_sections(run: Path, finished: Path) -> None:
     page = page_of(run)
     text = str(page)
     assert all(title in text for title in TITLES)
@@ -379,7 +384,7 @@ def test_report_of_a_complete_run_shows_all_sections(run, finished):
     assert (finished / "report.html").exists()  # quantize has written one
 
 
-def test_page_refers_to_no_other_file(run):
+def test_page_refers_to_no_other_file(run: Path) -> None:
     page = page_of(run)
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href"):
@@ -391,12 +396,12 @@ def test_page_refers_to_no_other_file(run):
     assert re.findall(r"url\((?!#)", text) == []
 
 
-def test_report_is_deterministic(run):
+def test_report_is_deterministic(run: Path) -> None:
     first = gdfq.write_report(run).read_bytes()
     assert gdfq.write_report(run).read_bytes() == first
 
 
-def test_page_escapes_names(run, undrawn):
+def test_page_escapes_names(run: Path, undrawn: None) -> None:
     config = json.loads((run / "config.json").read_text())
     evil = "<script>alert(1)</script>"
     (run / "config.json").write_text(json.dumps({**config, "model": evil, "command": evil}))
@@ -408,7 +413,7 @@ def test_page_escapes_names(run, undrawn):
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1
 
 
-def test_page_of_a_run_without_test_data(run, undrawn):
+def test_page_of_a_run_without_test_data(run: Path, undrawn: None) -> None:
     evidence = json.loads((run / "evidence.json").read_text())
     del evidence["test"]
     (run / "evidence.json").write_text(json.dumps(evidence))
@@ -421,7 +426,7 @@ def test_page_of_a_run_without_test_data(run, undrawn):
     assert "conv2" in text
 
 
-def test_page_shows_an_estimate_with_its_interval(run, undrawn):
+def test_page_shows_an_estimate_with_its_interval(run: Path, undrawn: None) -> None:
     evidence = json.loads((run / "evidence.json").read_text())
     evidence["trust"] = {
         "agreement": 96.5, "kl": 0.04, "images": 512, "source": "spectral", "relative_error": 9.5,
@@ -450,7 +455,9 @@ def test_page_shows_an_estimate_with_its_interval(run, undrawn):
         ("student.onnx", "student.safetensors has"),
     ],
 )
-def test_page_names_a_missing_file_and_shows_the_rest(run, undrawn, name, problem):
+def test_page_names_a_missing_file_and_shows_the_rest(
+    run: Any, undrawn: None, name: str, problem: Any
+) -> None:
     (run / name).unlink()
     text = str(page_of(run))
     assert problem in text
@@ -462,7 +469,9 @@ def test_page_names_a_missing_file_and_shows_the_rest(run, undrawn, name, proble
     "name", ["config.json", "metrics.json", "history.jsonl", "evidence.json", "evidence.npz"]
 )
 @pytest.mark.parametrize("content", [b"", b"\x00\xff garbage", b'[1, 2]\n{"a": 1}\n', b"{}"])
-def test_page_names_a_damaged_file_and_shows_the_rest(run, undrawn, name, content):
+def test_page_names_a_damaged_file_and_shows_the_rest(
+    run: Path, undrawn: None, name: str, content: Any
+) -> None:
     (run / name).write_bytes(content)
     text = str(page_of(run))
     assert all(title in text for title in TITLES)
@@ -471,7 +480,9 @@ def test_page_names_a_damaged_file_and_shows_the_rest(run, undrawn, name, conten
 
 
 @pytest.mark.parametrize("section", ["layers", "images", "test"])
-def test_page_names_unexpected_values_and_shows_the_rest(run, undrawn, section):
+def test_page_names_unexpected_values_and_shows_the_rest(
+    run: Path, undrawn: None, section: Any
+) -> None:
     evidence = json.loads((run / "evidence.json").read_text())
     evidence[section] = {"surprise": [1, 2, 3]}
     (run / "evidence.json").write_text(json.dumps(evidence))
@@ -481,7 +492,7 @@ def test_page_names_unexpected_values_and_shows_the_rest(run, undrawn, section):
     assert "SHA-256 of the weights" in text
 
 
-def test_evidence_of_version_1_is_read(run, undrawn):
+def test_evidence_of_version_1_is_read(run: Path, undrawn: None) -> None:
     """Its old keys, at all depths, give the same values and the same page."""
     path = run / "evidence.json"
     new, page = read_run(run).evidence, str(page_of(run))
@@ -502,7 +513,7 @@ def test_evidence_of_version_1_is_read(run, undrawn):
     assert str(page_of(run)) == page
 
 
-def test_learning_rates_of_version_0_1_are_shown():
+def test_learning_rates_of_version_0_1_are_shown() -> None:
     """Its optimizer of codes and grids named the rates codes, steps, others and roundings."""
     names = {"codes": 1e-2, "steps": 1e-3, "others": 1e-4, "roundings": 0.0}
     run = made(
@@ -524,7 +535,7 @@ def test_learning_rates_of_version_0_1_are_shown():
     ]
 
 
-def test_page_names_a_newer_version(run, undrawn):
+def test_page_names_a_newer_version(run: Path, undrawn: None) -> None:
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "gdfq": "99.1"}))
     assert "made by gdfq 99.1, which is newer" in str(page_of(run))
@@ -533,21 +544,23 @@ def test_page_names_a_newer_version(run, undrawn):
     assert "it has version 99; versions 1 to 2 can be read" in str(page_of(run))
 
 
-def test_history_leaves_out_an_incomplete_last_line(run):
+def test_history_leaves_out_an_incomplete_last_line(run: Path) -> None:
     path = run / "history.jsonl"
     whole = read_run(run).history
     path.write_bytes(path.read_bytes()[:-9])
     assert read_run(run).history == whole[:-1]
 
 
-def test_report_of_a_folder_without_a_run_is_refused(tmp_path, capsys):
+def test_report_of_a_folder_without_a_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError, match="a report needs a run folder"):
         gdfq.write_report(tmp_path)
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "Give a folder that gdfq quantize wrote" in capsys.readouterr().err
 
 
-def test_page_of_a_hundred_layers_is_small(run):
+def test_page_of_a_hundred_layers_is_small(run: Path) -> None:
     """The page of a deep network stays small: histograms are bins."""
     evidence = json.loads((run / "evidence.json").read_text())
     layers = evidence["layers"]
@@ -573,12 +586,12 @@ def test_page_of_a_hundred_layers_is_small(run):
 # Comparison
 
 
-def row(name, **more):
+def row(name: str, **more: float | str) -> Row:
     empty = dict.fromkeys(Row.__dataclass_fields__)
     return Row(**{**empty, "name": name, "network": "n", "bits": "w4a4", "expected": "–", **more})
 
 
-def test_comparison_separates_runs_of_other_networks():
+def test_comparison_separates_runs_of_other_networks() -> None:
     rows = [row("a"), row("other", network="x" * 64), row("b")]
     found = side_by_side(rows)
     assert [r.name for r in found.rows] == ["a", "b"]
@@ -586,7 +599,7 @@ def test_comparison_separates_runs_of_other_networks():
     assert "other is not compared: it is of another network" in found.notes[0]
 
 
-def test_comparison_leaves_out_accuracies_on_other_images():
+def test_comparison_leaves_out_accuracies_on_other_images() -> None:
     rows = [
         row(n, accuracy=90.0, drop=1.0, test=t) for n, t in (("a", "t"), ("b", "t"), ("c", "u"))
     ]
@@ -595,7 +608,7 @@ def test_comparison_leaves_out_accuracies_on_other_images():
     assert "the accuracy of c is not compared: it was tested on other images" in found.notes[0]
 
 
-def test_quality_is_agreement_where_no_run_was_tested():
+def test_quality_is_agreement_where_no_run_was_tested() -> None:
     rows = [row("a", bytes=10, agreement=97.0), row("b", agreement=99.0)]
     words, points = quality(rows)
     assert words == "agreement with the original, %"
@@ -604,7 +617,9 @@ def test_quality_is_agreement_where_no_run_was_tested():
     assert (words, points) == ("top-1, %", [("a", 10.0, 90.0)])
 
 
-def test_compare_names_folders_that_it_cannot_read(run, tmp_path, capsys):
+def test_compare_names_folders_that_it_cannot_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "deep" / "run"
     shutil.copytree(run, other)
     (other / "metrics.json").unlink()
@@ -621,7 +636,7 @@ def test_compare_names_folders_that_it_cannot_read(run, tmp_path, capsys):
         compare([tmp_path / "nowhere"], page)
 
 
-def test_page_names_the_runs_that_the_plot_leaves_out():
+def test_page_names_the_runs_that_the_plot_leaves_out() -> None:
     rows = [row("a", bytes=1, accuracy=90.0), row("b", bytes=2, accuracy=91.0)]
     page = str(Text(_page(side_by_side([*rows, row("untested", bytes=3)]))))
     assert (
@@ -630,14 +645,14 @@ def test_page_names_the_runs_that_the_plot_leaves_out():
     assert "there is no plot" in str(Text(_page(side_by_side(rows[:1]))))
 
 
-def test_unfinished_run_is_the_only_reason_for_missing_evidence(run):
+def test_unfinished_run_is_the_only_reason_for_missing_evidence(run: Path) -> None:
     for name in ("metrics.json", "evidence.json", "evidence.npz"):
         (run / name).unlink()
     (problem,) = set(read_run(run).problems.values())
     assert problem.startswith("the run has not finished")
 
 
-def test_comparison_escapes_names(run, tmp_path):
+def test_comparison_escapes_names(run: Path, tmp_path: Path) -> None:
     evil = run.rename(tmp_path / "<b>bold<")
     compare([evil], tmp_path / "c.html")
     page = Text((tmp_path / "c.html").read_text())
@@ -648,7 +663,9 @@ def test_comparison_escapes_names(run, tmp_path):
 # The terminal
 
 
-def test_print_run_shows_size_drop_and_verdict(run, capsys):
+def test_print_run_shows_size_drop_and_verdict(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from gdfq.cli.console import print_run
 
     found = read_run(run)
@@ -660,7 +677,7 @@ def test_print_run_shows_size_drop_and_verdict(run, capsys):
     print_run(replace(found, evidence={}))
 
 
-def test_bench_adds_its_timings_to_the_run(run, undrawn):
+def test_bench_adds_its_timings_to_the_run(run: Path, undrawn: None) -> None:
     assert main(["bench", str(run), "--seconds", "0.01"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert {t["file"] for t in metrics["bench"]} == {"full precision", "w4a4"}
@@ -670,7 +687,7 @@ def test_bench_adds_its_timings_to_the_run(run, undrawn):
 # TensorBoard
 
 
-def test_tensorboard_files_hold_losses_and_ranges(tmp_path):
+def test_tensorboard_files_hold_losses_and_ranges(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'gdfq[tensorboard]'")
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -687,7 +704,9 @@ def test_tensorboard_files_hold_losses_and_ranges(tmp_path):
     assert [event.value for event in events.Scalars("tune/kd")] == [3.0, 1.5]
 
 
-def test_missing_tensorboard_is_reported_before_the_run(tmp_path, monkeypatch, capsys):
+def test_missing_tensorboard_is_reported_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("gdfq.execution.tensorboard.find_spec", lambda _: None)
     words = ["quantize", "nowhere.py:net", "--out", str(tmp_path / "out"), "--tensorboard"]
     assert main(words) == 2

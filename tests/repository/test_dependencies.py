@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -14,7 +16,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def declared():
+def declared() -> dict[str, Any]:
     """Requirements of the package and its tests by name, but for torch, whose build is chosen."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -23,7 +25,7 @@ def declared():
     return {name: found[name] for name in found if name not in ("torch", "gdfq")}
 
 
-def pinned(name):
+def pinned(name: str) -> Iterator[tuple[str, str]]:
     """Versions of a file of constraints, each where its marker holds."""
     lines = (ROOT / "requirements" / name).read_text().splitlines()
     requirements = [Requirement(line) for line in lines if not line.startswith("#")]
@@ -34,13 +36,13 @@ def pinned(name):
             yield requirement.name, version.version
 
 
-def test_lock_has_every_declared_requirement():
+def test_lock_has_every_declared_requirement() -> None:
     lock = dict(pinned("test.lock"))
     for name, requirement in declared().items():
         assert requirement.specifier.contains(lock[name]), name
 
 
-def test_minimum_versions_are_the_declared_ones():
+def test_minimum_versions_are_the_declared_ones() -> None:
     for name, requirement in declared().items():
         (bound,) = requirement.specifier
         assert bound.operator == ">="
@@ -49,14 +51,14 @@ def test_minimum_versions_are_the_declared_ones():
         assert lowest.startswith(bound.version), name
 
 
-def test_requirements_name_no_index_or_path():
+def test_requirements_name_no_index_or_path() -> None:
     for path in (ROOT / "requirements").iterdir():
         lines = path.read_text().splitlines()
         assert all(re.fullmatch(r"#.*|[\w-]+==[\w.]+( ; .*)?", line) for line in lines), path
 
 
 @pytest.mark.check
-def test_locked_versions_have_no_known_vulnerability():
+def test_locked_versions_have_no_known_vulnerability() -> None:
     """Asks the index of Python packages, and so needs a network and pip-audit."""
     if shutil.which("pip-audit", path=Path(sys.executable).parent) is None:
         pytest.skip("needs the optional program pip-audit")

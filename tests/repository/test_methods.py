@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.places import ROOT
@@ -38,11 +39,11 @@ def questions(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_module_does_not_ask_which_method_it_has(path):
+def test_module_does_not_ask_which_method_it_has(path: Path) -> None:
     assert list(questions(ast.parse(path.read_text()))) == []
 
 
-def test_search_finds_tests_of_the_method():
+def test_search_finds_tests_of_the_method() -> None:
     assert {"ImagePool", "Reconstruction", "RoundedWeight", "LearnedRange"} <= METHODS
     assert {"min-max", "learned", "rounded"} == FAMILIES
     for text in (

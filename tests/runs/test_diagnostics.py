@@ -1,20 +1,28 @@
 """The evidence of a run is gathered and written."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from support import networks
 
 import gdfq
 from gdfq.analysis.layers import measure_layers
+from gdfq.graph.capture import Captured
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe
 from gdfq.runs.diagnostics import gather, write_evidence
 
 
 @pytest.fixture(scope="module")
-def layers(teacher, quantized):
+def layers(teacher: Captured, quantized: QuantizedNetwork) -> Any:
     return measure_layers(teacher, quantized.network, quantized.observations.images)
 
 
-def test_gather_measures_all_sections(teacher, quantized, tmp_path):
+def test_gather_measures_all_sections(
+    teacher: Captured, quantized: QuantizedNetwork, tmp_path: Path
+) -> None:
     evidence = gather(teacher, quantized)
     assert set(evidence.sections) == {"trust", "layers", "images", "test"}
     assert evidence.missing == {}
@@ -27,8 +35,10 @@ def test_gather_measures_all_sections(teacher, quantized, tmp_path):
         assert file["images.grid"].dtype == np.uint8
 
 
-def test_gather_gives_the_reason_for_a_missing_section(teacher, quantized, monkeypatch):
-    def fails(*_):
+def test_gather_gives_the_reason_for_a_missing_section(
+    teacher: Captured, quantized: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
         raise RuntimeError("no memory\nat all")
 
     monkeypatch.setattr(gdfq.runs.diagnostics, "measure_layers", fails)
@@ -40,7 +50,7 @@ def test_gather_gives_the_reason_for_a_missing_section(teacher, quantized, monke
 
 
 @pytest.mark.parametrize("name", ["Branches", "Shared", "Transposed"])
-def test_gather_measures_other_networks(name, tiny):
+def test_gather_measures_other_networks(name: str, tiny: Recipe) -> None:
     teacher = networks.captured(name)
     result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, placement="full")
     assert gather(teacher, result).missing == {"test": "no labelled test images were given"}

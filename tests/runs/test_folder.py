@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from support.command_line import arguments
@@ -17,11 +19,13 @@ from gdfq.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
-def test_failing_folder_stops_the_run_with_advice(place, capsys, monkeypatch, number):
+def test_failing_folder_stops_the_run_with_advice(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: Any
+) -> None:
     """The disk is full, or the folder is read-only or removed, from one row of history on."""
 
     class Failing(History):
-        def __call__(self, step):
+        def __call__(self, step: Any) -> None:
             if step.index == 3:
                 raise OSError(number, os.strerror(number))
             super().__call__(step)
@@ -35,8 +39,10 @@ def test_failing_folder_stops_the_run_with_advice(place, capsys, monkeypatch, nu
     assert not (place / "out" / "student.safetensors").exists()
 
 
-def test_full_disk_at_the_end_loses_nothing(place, capsys, monkeypatch):
-    def full(*_):
+def test_full_disk_at_the_end_loses_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     call = arguments(place, "--steps", "8")
@@ -50,7 +56,7 @@ def test_full_disk_at_the_end_loses_nothing(place, capsys, monkeypatch):
     assert json.loads((place / "out" / "metrics.json").read_text())["steps"] == 8
 
 
-def test_lock_of_a_dead_process_is_released(tmp_path):
+def test_lock_of_a_dead_process_is_released(tmp_path: Path) -> None:
     program = (
         "import os, sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); "
         "lock.acquire(); os.kill(os.getpid(), 9)"
@@ -61,6 +67,6 @@ def test_lock_of_a_dead_process_is_released(tmp_path):
         pass
 
 
-def test_load_refuses_a_folder_without_a_run(tmp_path):
+def test_load_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a run that has finished"):
         gdfq.load(tmp_path)

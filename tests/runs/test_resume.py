@@ -1,13 +1,18 @@
 """A run that is stopped anywhere resumes and ends with the same bits."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from support import networks
 from support.small_runs import same, small, state
+from torch import nn
 
 import gdfq
 from gdfq import RECIPES
 from gdfq.execution.checkpoints import Checkpoints
+from gdfq.graph.capture import Captured
 
 
 class StopError(Exception):
@@ -17,10 +22,10 @@ class StopError(Exception):
 class Recorder:
     """A listener that stops the run at its n-th call."""
 
-    def __init__(self, stop_at=None):
+    def __init__(self, stop_at: Any = None) -> None:
         self.rows, self.calls, self.stop_at = [], 0, stop_at
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> None:
         losses = {name: float(value) for name, value in step.losses.items()}
         self.rows.append((step.stage, step.index, step.total, losses))
         self.calls += 1
@@ -28,7 +33,7 @@ class Recorder:
             raise StopError
 
 
-def told_once(rows):
+def told_once(rows: Any) -> Any:
     """The rows without those of batches that were repeated."""
     found: list = []
     for row in rows:
@@ -56,7 +61,7 @@ CASES = {
 }
 
 
-def quantized(network, name, recorder, checkpoints=None):
+def quantized(network: nn.Module, name: str, recorder: Any, checkpoints: Any = None) -> Any:
     options = dict(CASES[name])
     if name in {"real", "paper-real"}:
         options["data"] = (networks.images(24), torch.arange(24) % 5)
@@ -77,7 +82,9 @@ def quantized(network, name, recorder, checkpoints=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_run_stopped_anywhere_ends_with_the_same_bits(name, teacher, tmp_path):
+def test_run_stopped_anywhere_ends_with_the_same_bits(
+    name: str, teacher: Captured, tmp_path: Path
+) -> None:
     whole = Recorder()
     expected = quantized(teacher, name, whole)
     rows: list = []

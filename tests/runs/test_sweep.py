@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ def read(folder: Path, text: str) -> Sweep:
     return read_sweep(written(folder, text))
 
 
-def test_sweep_has_every_combination_once(tmp_path):
+def test_sweep_has_every_combination_once(tmp_path: Path) -> None:
     sweep = read(
         tmp_path,
         """
@@ -49,18 +50,18 @@ def test_sweep_has_every_combination_once(tmp_path):
     assert cells[-1].folder.startswith("b-w8a8-quick-first=8-last=float-seed1-")
 
 
-def test_cell_with_another_option_has_another_folder():
+def test_cell_with_another_option_has_another_folder() -> None:
     one, other = (Sweep((Network("a.py:n", mean=mean),)).cells()[0] for mean in ("0", "0.5"))
     assert one.folder[:-8] == other.folder[:-8]
     assert one.folder != other.folder
 
 
-def test_size_is_passed_to_automatic_bits_only():
+def test_size_is_passed_to_automatic_bits_only() -> None:
     cells = Sweep((Network("a.py:n", size="9KB"),), bits=("auto", "w4a4")).cells()
     assert [("--size=9KB" in cell.words()) for cell in cells] == [True, False]
 
 
-def test_model_is_not_read_as_an_option():
+def test_model_is_not_read_as_an_option() -> None:
     assert Sweep((Network("--out=/elsewhere"),)).cells()[0].words()[-2:] == [
         "--",
         "--out=/elsewhere",
@@ -106,7 +107,7 @@ def test_model_is_not_read_as_an_option():
         ("networks: [a]\n" + "#" * 2**20, "1048576 bytes at most"),
     ],
 )
-def test_read_sweep_refuses_invalid_files(tmp_path, text, said):
+def test_read_sweep_refuses_invalid_files(tmp_path: Path, text: str, said: Any) -> None:
     with pytest.raises(UsageError) as raised:
         read(tmp_path, text)
     assert said in str(raised.value)
@@ -114,7 +115,7 @@ def test_read_sweep_refuses_invalid_files(tmp_path, text, said):
     assert len(str(raised.value)) < 500
 
 
-def test_read_sweep_refuses_unreadable_files(tmp_path):
+def test_read_sweep_refuses_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read_sweep(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"networks: [\xff]")
@@ -136,7 +137,9 @@ _VALUES = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(_KEYS, _VALUES, max_size=4).map(json.dumps) | st.text(max_size=60))
-def test_read_sweep_accepts_or_refuses_any_file(tmp_path_factory, text):
+def test_read_sweep_accepts_or_refuses_any_file(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     file = tmp_path_factory.getbasetemp() / "any.yaml"  # JSON is YAML
     file.write_text(text, encoding="utf-8", errors="replace")
     with contextlib.suppress(UsageError):

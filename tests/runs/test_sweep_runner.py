@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ OPTIONS = "input: 1x8x8, mean: 0.5, std: [0.5], test: test.npz"
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path: Path) -> Any:
     (tmp_path / "net.py").write_text(NETWORK)
     images = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), np.uint8)
     np.savez(tmp_path / "test.npz", images=images, labels=np.arange(12) % 3)
@@ -48,11 +49,13 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
-def silent(*_):
+def silent(*_: object) -> None:
     pass
 
 
-def test_sweep_records_failures_and_skips_finished_runs(place, capsys):
+def test_sweep_records_failures_and_skips_finished_runs(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid = f"""
         networks:
           - {{model: "net.py:broken", name: broken, {OPTIONS}}}
@@ -89,7 +92,7 @@ def test_sweep_records_failures_and_skips_finished_runs(place, capsys):
     assert "net.py:small" in capsys.readouterr().out
 
 
-def test_stopped_sweep_resumes(place):
+def test_stopped_sweep_resumes(place: Path) -> None:
     """The sweep stops its run, and runs it again."""
     slow = NETWORK + "\nimport pathlib, time\ndef slow():\n"
     slow += "    if not pathlib.Path('go').exists():\n"
@@ -116,7 +119,7 @@ def test_stopped_sweep_resumes(place):
     assert [row["status"] for row in rows] == ["finished"]
 
 
-def test_killed_run_is_reported_with_its_signal(place):
+def test_killed_run_is_reported_with_its_signal(place: Path) -> None:
     (place / "net.py").write_text("import os\ndef small():\n    os.kill(os.getpid(), 9)\n")
     sweep = Sweep((Network("net.py:small", input="1x8x8"),))
     (row,) = run_sweep(sweep, place / "out", home=place, jobs=1, tell=silent)
@@ -124,7 +127,7 @@ def test_killed_run_is_reported_with_its_signal(place):
     assert "SIGKILL" in row.error
 
 
-def test_table_has_mean_and_deviation_over_seeds():
+def test_table_has_mean_and_deviation_over_seeds() -> None:
     def row(seed: int, top1: float | None, status: str = "finished") -> Row:
         return Row("net", "w4a4", "fast", None, "", seed, status, 90.0, top1, seconds=1.0)
 
@@ -143,12 +146,12 @@ def test_table_has_mean_and_deviation_over_seeds():
     ]  # fmt: skip
 
 
-def test_run_sweep_refuses_zero_jobs(place):
+def test_run_sweep_refuses_zero_jobs(place: Path) -> None:
     with pytest.raises(UsageError, match="at least 1; got 0"):
         run_sweep(Sweep((Network("a"),)), place / "out", home=place, jobs=0, tell=silent)
 
 
-def test_runs_have_the_threads_of_the_sweep(place):
+def test_runs_have_the_threads_of_the_sweep(place: Path) -> None:
     (place / "net.py").write_text(
         "import os, pathlib\ndef small():\n"
         "    pathlib.Path('seen').write_text(os.environ['OMP_NUM_THREADS'])\n"

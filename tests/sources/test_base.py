@@ -2,23 +2,25 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import networks
+from torch import Tensor
 
 from gdfq.sources.base import Batch, labels_in_turn
 from gdfq.sources.generator import GeneratorSource
 
 
-def labels_of(classes, step, batch):
+def labels_of(classes: int, step: Any, batch: Any) -> Any:
     knows = SimpleNamespace(classes=classes, device=torch.device("cpu"))
     return labels_in_turn(knows, step, batch).tolist()
 
 
-def test_labels_in_turn_match_a_hand_made_list():
+def test_labels_in_turn_match_a_hand_made_list() -> None:
     assert labels_of(3, 1, 5) == [2, 0, 1, 2, 0]
     assert labels_of(10, 0, 4) == [0, 3, 6, 9]
     assert labels_of(10, 1, 4) == [1, 4, 7, 2]
@@ -28,7 +30,7 @@ def test_labels_in_turn_match_a_hand_made_list():
 
 @settings(max_examples=50)
 @given(classes=st.integers(2, 2000), share=st.floats(0.05, 2))
-def test_labels_in_turn_cover_every_class_before_repeating(classes, share):
+def test_labels_in_turn_cover_every_class_before_repeating(classes: int, share: Any) -> None:
     batch = max(1, round(classes * share))
     steps = range(-(-2 * classes // batch))
     labels = [label for step in steps for label in labels_of(classes, step, batch)]
@@ -36,18 +38,18 @@ def test_labels_in_turn_cover_every_class_before_repeating(classes, share):
     assert labels[classes : 2 * classes] == labels[:classes]
 
 
-def test_sources_are_values():
+def test_sources_are_values() -> None:
     assert replace(GeneratorSource(batch=8), batch=9) == GeneratorSource(batch=9)
     assert hash(GeneratorSource(batch=8)) == hash(GeneratorSource(batch=8))
 
 
 @pytest.fixture
-def images():
+def images() -> Tensor:
     return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
 
 
 @given(images=st.integers(1, 40), size=st.integers(1, 40))
-def test_batch_splits_into_all_of_its_images(images, size):
+def test_batch_splits_into_all_of_its_images(images: Tensor, size: Any) -> None:
     batch = Batch((torch.arange(images),), torch.arange(images), torch.arange(images))
     parts = batch.split(size)
     assert max(len(part.images) for part in parts) <= size

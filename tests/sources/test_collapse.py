@@ -1,6 +1,8 @@
 """The detection of a generator that collapsed."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ from support.small_runs import same, state
 
 import gdfq
 from gdfq.errors import GdfqWarning
+from gdfq.graph.capture import Captured
+from gdfq.recipes import Recipe
 from gdfq.sources.collapse import CollapsedError, CollapseWatch, symptom_of
 from gdfq.sources.generator import GeneratorSource
 
 
-def test_symptoms_match_hand_made_batches():
+def test_symptoms_match_hand_made_batches() -> None:
     images, labels = torch.randn(16, 3, 4, 4), torch.arange(16) % 4
     logits = torch.nn.functional.one_hot(labels, 4).float()
     assert symptom_of(images, logits, labels) is None
@@ -27,7 +31,7 @@ def test_symptoms_match_hand_made_batches():
     assert symptom_of(images[:7], one[:7], labels[:7]) is None
 
 
-def test_collapse_is_reported_when_it_persists():
+def test_collapse_is_reported_when_it_persists() -> None:
     images, labels = torch.randn(16, 3, 4, 4), torch.arange(16) % 4
     alike = images[:1].expand_as(images)
     watch = CollapseWatch()
@@ -42,11 +46,11 @@ def test_collapse_is_reported_when_it_persists():
         other.check(450, alike, None, labels)
 
 
-def collapsing(monkeypatch, times):
+def collapsing(monkeypatch: pytest.MonkeyPatch, times: Any) -> None:
     """Let the generator collapse in its second batch, `times` times."""
     left = [times]
 
-    def look(self, step, *_):
+    def look(self: Any, step: Any, *_: object) -> None:
         if step == 1 and left[0]:
             left[0] -= 1
             raise CollapsedError(f"it has collapsed ({left[0]} to come).")
@@ -54,7 +58,9 @@ def collapsing(monkeypatch, times):
     monkeypatch.setattr("gdfq.sources.collapse.CollapseWatch.check", look)
 
 
-def test_collapsed_generator_restarts_once(teacher, tiny, monkeypatch, tmp_path):
+def test_collapsed_generator_restarts_once(
+    teacher: Captured, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     usual = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     collapsing(monkeypatch, 1)
     with pytest.warns(GdfqWarning, match="collapsed.*restarts from another seed"):
@@ -65,7 +71,9 @@ def test_collapsed_generator_restarts_once(teacher, tiny, monkeypatch, tmp_path)
     assert same(state(again.network), state(result.network))
 
 
-def test_generator_that_collapses_twice_fails_with_evidence(teacher, tiny, monkeypatch):
+def test_generator_that_collapses_twice_fails_with_evidence(
+    teacher: Captured, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     collapsing(monkeypatch, 2)
     with (
         pytest.warns(GdfqWarning, match="restarts"),
@@ -76,7 +84,9 @@ def test_generator_that_collapses_twice_fails_with_evidence(teacher, tiny, monke
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
 
 
-def test_generator_that_learns_nothing_is_detected(teacher, monkeypatch):
+def test_generator_that_learns_nothing_is_detected(
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All images are alike over as many steps as the check needs."""
     monkeypatch.setattr("gdfq.sources.collapse._STEPS_BETWEEN_CHECKS", 2)
     monkeypatch.setattr("gdfq.sources.collapse._FIRST_CHECK", 4)

@@ -1,5 +1,7 @@
 """The conditional generator and its losses."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import networks
@@ -8,7 +10,7 @@ from gdfq import UsageError
 from gdfq.errors import GdfqError
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.optim import AdamConfig
 from gdfq.sources.generator import Generator, GeneratorSource
 
@@ -17,7 +19,9 @@ FORMS = ("label-embedding", "conditional-batch-norm")
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (4, 10, 13), (3, 5, 4)])
-def test_generated_images_have_the_input_shape_and_unit_statistics(form, shape):
+def test_generated_images_have_the_input_shape_and_unit_statistics(
+    form: Any, shape: tuple[int, ...]
+) -> None:
     classes = 7
     generator = Generator(
         shape, classes, latent=100, conditioning=form, random=stream(0, "generator.init")
@@ -32,7 +36,7 @@ def test_generated_images_have_the_input_shape_and_unit_statistics(form, shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_generated_image_depends_on_its_class(form):
+def test_generated_image_depends_on_its_class(form: Any) -> None:
     generator = Generator((3, 8, 8), 4, latent=100, conditioning=form, random=stream(0, "i"))
     if form == "conditional-batch-norm":  # all classes start alike, as published
         with torch.no_grad():
@@ -43,7 +47,7 @@ def test_generated_image_depends_on_its_class(form):
     assert not torch.allclose(images[0], images[4], atol=1e-2)
 
 
-def test_generator_has_the_published_sizes():
+def test_generator_has_the_published_sizes() -> None:
     generator = Generator(
         (3, 32, 32), 10, latent=100, conditioning="label-embedding", random=stream(0, "i")
     )
@@ -56,13 +60,15 @@ def test_generator_has_the_published_sizes():
     ("alone", "loss", "share"),
     [({"class_boundary": 0.0}, "bns", 0.5), ({"statistics": 0.0}, "boundary", 0.93)],
 )
-def test_generator_reduces_each_loss_alone(teacher, alone, loss, share):
+def test_generator_reduces_each_loss_alone(
+    teacher: Captured, alone: Any, loss: Any, share: Any
+) -> None:
     stream = GeneratorSource(batch=32, **alone).stream(teacher, steps=150)
     values = [float(batch.losses[loss]) for batch in stream]
     assert sum(values[-10:]) < share * sum(values[:10])
 
 
-def test_batches_are_detached_and_have_teacher_logits(teacher):
+def test_batches_are_detached_and_have_teacher_logits(teacher: Captured) -> None:
     (batch,) = GeneratorSource(batch=32).stream(teacher, steps=1)
     assert set(batch.losses) == {"generator", "bns", "boundary"}
     assert torch.allclose(batch.teacher_logits, teacher.network(batch.images), atol=1e-4)
@@ -70,14 +76,14 @@ def test_batches_are_detached_and_have_teacher_logits(teacher):
     assert not batch.teacher_logits.requires_grad
 
 
-def test_generator_loss_is_the_weighted_sum(teacher):
+def test_generator_loss_is_the_weighted_sum(teacher: Captured) -> None:
     (batch,) = GeneratorSource(batch=8, class_boundary=2.0, statistics=0.5).stream(teacher, steps=1)
     losses = {name: float(value) for name, value in batch.losses.items()}
     assert losses["generator"] == pytest.approx(2 * losses["boundary"] + 0.5 * losses["bns"])
 
 
-def test_generator_learns_under_no_grad(teacher):
-    def run():
+def test_generator_learns_under_no_grad(teacher: Captured) -> None:
+    def run() -> Any:
         return [b.images for b in GeneratorSource(batch=8).stream(teacher, steps=4)]
 
     with torch.no_grad():
@@ -87,10 +93,10 @@ def test_generator_learns_under_no_grad(teacher):
         assert torch.equal(a, b)
 
 
-def test_generator_alternates_separates_and_stops(teacher):
+def test_generator_alternates_separates_and_stops(teacher: Captured) -> None:
     """The published schedule trains at each step; the ablations differ only in when."""
 
-    def losses(**changes):
+    def losses(**changes: Any) -> Any:
         source = GeneratorSource(batch=8, **changes)
         return [float(b.losses["bns"]) for b in source.stream(teacher, steps=12)]
 
@@ -104,13 +110,13 @@ def test_generator_alternates_separates_and_stops(teacher):
     assert [float(s.losses["bns"]) for s in heard] == published
 
 
-def test_generator_stops_when_a_loss_is_not_finite(teacher):
+def test_generator_stops_when_a_loss_is_not_finite(teacher: Captured) -> None:
     source = GeneratorSource(batch=8, optimizer=AdamConfig(lr=float("inf")))
     with pytest.raises(GdfqError, match="must stay finite"):
         list(source.stream(teacher, steps=3))
 
 
-def test_generator_needs_images_and_batch_norms():
+def test_generator_needs_images_and_batch_norms() -> None:
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
     with pytest.raises(UsageError, match="has none"):
         next(GeneratorSource(batch=8).stream(capture(plain, networks.images(1)), steps=1))
@@ -119,7 +125,7 @@ def test_generator_needs_images_and_batch_norms():
         next(GeneratorSource(batch=8).stream(flat, steps=1))
 
 
-def test_generated_labels_are_uniform(teacher):
+def test_generated_labels_are_uniform(teacher: Captured) -> None:
     batches = GeneratorSource(batch=500).stream(teacher, steps=2)
     counts = torch.cat([b.labels for b in batches]).bincount(minlength=networks.CLASSES)
     assert counts.min() > 150  # 200 expected of each of 5 classes, 12.6 the deviation

@@ -8,10 +8,11 @@ from gdfq import UsageError
 from gdfq.data.datasets import ArrayData
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.context import Context
+from gdfq.graph.capture import Captured
 from gdfq.sources.given import GivenImages, ImageSource
 
 
-def test_given_images_come_once_per_epoch_in_a_seeded_order(teacher):
+def test_given_images_come_once_per_epoch_in_a_seeded_order(teacher: Captured) -> None:
     images = networks.images(10)
     data = ArrayData(images, torch.arange(10) % 5)
     source = ImageSource(data, Preprocessing.of(3, None, None), batch=4)
@@ -25,12 +26,12 @@ def test_given_images_come_once_per_epoch_in_a_seeded_order(teacher):
     assert not torch.equal(other.images, batches[0].images)
 
 
-def test_given_images_without_labels_get_those_of_the_teacher(teacher):
+def test_given_images_without_labels_get_those_of_the_teacher(teacher: Captured) -> None:
     source = ImageSource(ArrayData(networks.images(4), None), Preprocessing.of(3, None, None), 4)
     (batch,) = source.stream(teacher, steps=1)
     assert torch.equal(batch.labels, batch.teacher_logits.argmax(1))
 
 
-def test_recipe_for_real_images_needs_data(teacher):
+def test_recipe_for_real_images_needs_data(teacher: Captured) -> None:
     with pytest.raises(UsageError, match="--data"):
         GivenImages(4).stream(teacher, steps=1)

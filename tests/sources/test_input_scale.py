@@ -16,7 +16,7 @@ def trained_on(images: torch.Tensor, first: nn.Module) -> nn.Module:
     return nn.Sequential(network, head).eval()
 
 
-def test_input_statistics_are_estimated_from_the_first_batch_norm():
+def test_input_statistics_are_estimated_from_the_first_batch_norm() -> None:
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(16, 3, 12, 12, generator=draw)
     mean = torch.tensor([0.4, -0.2, 100.0])
@@ -28,7 +28,7 @@ def test_input_statistics_are_estimated_from_the_first_batch_norm():
     assert torch.allclose(found, mean, atol=1.0)
 
 
-def test_filters_of_zero_sum_leave_the_mean_at_zero():
+def test_filters_of_zero_sum_leave_the_mean_at_zero() -> None:
     noise = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 12, 3)
@@ -41,7 +41,7 @@ def test_filters_of_zero_sum_leave_the_mean_at_zero():
     assert found.abs().max() < 1e-3
 
 
-def test_network_without_information_gets_unit_inputs():
+def test_network_without_information_gets_unit_inputs() -> None:
     noise = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     conv = nn.Conv2d(3, 12, 3, bias=False)
     nn.init.zeros_(conv.weight)
@@ -50,7 +50,7 @@ def test_network_without_information_gets_unit_inputs():
     assert float(deviation) == 1
 
 
-def test_nonlinear_stem_is_not_trusted():
+def test_nonlinear_stem_is_not_trusted() -> None:
     """Inputs are squared before the batch norm."""
 
     class Squared(nn.Conv2d):
@@ -67,7 +67,7 @@ def test_nonlinear_stem_is_not_trusted():
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-4, 1e-3, 1e-2])
-def test_nearly_dead_filters_do_not_change_the_estimate(factor):
+def test_nearly_dead_filters_do_not_change_the_estimate(factor: float) -> None:
     noise = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 12, 3)

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from support import networks
 
 from gdfq.execution.context import Context
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.optim import AdamConfig
 from gdfq.sources.latent import LatentSource, swinging
 
 
-def test_latents_and_generator_reduce_the_statistics_loss(teacher):
+def test_latents_and_generator_reduce_the_statistics_loss(teacher: Captured) -> None:
     source = LatentSource(batch=16, iterations=30)
     heard = []
     first, second = source.stream(teacher, steps=2, context=Context(listener=heard.append))
@@ -26,7 +26,7 @@ def test_latents_and_generator_reduce_the_statistics_loss(teacher):
     assert torch.equal(first.images, again.images)
 
 
-def test_swing_shifts_inputs_of_strided_convolutions_only():
+def test_swing_shifts_inputs_of_strided_convolutions_only() -> None:
     strided = torch.nn.Conv2d(1, 1, 2, stride=2, bias=False)
     plain = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
     strided.weight.data.fill_(1)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from gdfq import UsageError, demo
 from gdfq.execution.context import Context
 from gdfq.functional.losses import patch_entropy
 from gdfq.graph import operators
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import find_recipe
 from gdfq.sources.patches import PatchSource, patch_nodes, patches
 
 
-def transformer():
+def transformer() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return networks.Transformer().eval()
@@ -29,11 +30,11 @@ ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
 
 
 @pytest.fixture(scope="module")
-def small():
+def small() -> Captured:
     return capture(transformer(), ZEROS)
 
 
-def test_patch_entropy_matches_numpy():
+def test_patch_entropy_matches_numpy() -> None:
     draw = np.random.default_rng(0)
     groups = draw.standard_normal((3, 5, 4))
     entropies = []
@@ -54,14 +55,14 @@ def test_patch_entropy_matches_numpy():
     assert float(actual) == pytest.approx(np.mean(entropies), rel=1e-6)
 
 
-def test_equal_patches_have_the_entropy_of_one_kernel():
+def test_equal_patches_have_the_entropy_of_one_kernel() -> None:
     alike = torch.ones(2, 6, 3)
     one_kernel = math.log(0.1 * math.sqrt(2 * math.pi * math.e))
     assert float(patch_entropy(alike)) == pytest.approx(one_kernel, abs=0.03)
     assert patch_entropy(torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))) > 0
 
 
-def test_patch_nodes_are_attentions_or_feature_maps(small):
+def test_patch_nodes_are_attentions_or_feature_maps(small: Captured) -> None:
     nodes = patch_nodes(small.network.graph)
     assert [operators.name_of(node) for node in nodes] == ["aten.matmul.default"] * 2
     value = torch.randn(2, 4, 17, 8)
@@ -74,7 +75,7 @@ def test_patch_nodes_are_attentions_or_feature_maps(small):
     assert torch.equal(taken[:, 1], value[:, :, 0, 4])
 
 
-def test_patch_images_gain_entropy_and_keep_their_scale(small):
+def test_patch_images_gain_entropy_and_keep_their_scale(small: Captured) -> None:
     source = PatchSource(batch=8, iterations=30)
     seen = []
     (batch,) = source.stream(
@@ -88,7 +89,7 @@ def test_patch_images_gain_entropy_and_keep_their_scale(small):
     assert torch.equal(again.images, batch.images)
 
 
-def test_patch_source_refuses_networks_without_patches():
+def test_patch_source_refuses_networks_without_patches() -> None:
     vectors = capture(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 6))
     with pytest.raises(UsageError, match="diversity of patches needs"):
         PatchSource().stream(vectors, steps=1)
@@ -96,7 +97,7 @@ def test_patch_source_refuses_networks_without_patches():
         gdfq.quantize(transformer(), ZEROS, recipe="fast")
 
 
-def test_patches_keep_the_accuracy_of_a_transformer_at_eight_bits(tmp_path):
+def test_patches_keep_the_accuracy_of_a_transformer_at_eight_bits(tmp_path: Path) -> None:
     training, held_out = demo.load_digits()
     recipe = find_recipe("patches").with_steps(60)
     source = replace(recipe.source.source, iterations=20)

@@ -9,13 +9,13 @@ from support import networks
 
 from gdfq import UsageError
 from gdfq.execution.context import Context
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig
 from gdfq.sources.pixels import OptimisedSource, low_passed
 
 
-def test_optimised_images_match_the_statistics(teacher):
+def test_optimised_images_match_the_statistics(teacher: Captured) -> None:
     network = StatisticsNetwork(teacher)
     source = OptimisedSource(batch=16, iterations=60, optimizer=AdamConfig(lr=0.1))
     heard = []
@@ -25,7 +25,7 @@ def test_optimised_images_match_the_statistics(teacher):
     assert not network.stored[0][0].requires_grad
 
 
-def test_optimised_images_have_their_labels(teacher):
+def test_optimised_images_have_their_labels(teacher: Captured) -> None:
     source = OptimisedSource(batch=20, iterations=60, optimizer=AdamConfig(lr=0.1), class_weight=3)
     (batch,) = source.stream(teacher, steps=1)
     assert batch.labels.tolist() == [i % networks.CLASSES for i in range(20)]
@@ -33,7 +33,7 @@ def test_optimised_images_have_their_labels(teacher):
     assert float(right) > 0.6  # by chance 0.2
 
 
-def test_low_pass_filter_matches_hand_computed_values():
+def test_low_pass_filter_matches_hand_computed_values() -> None:
     """A wave of k cycles per image is multiplied by exp(−k² / 2 D²); a constant is unchanged."""
     x = torch.arange(16) / 16
     for cycles in (0, 1, 5):
@@ -42,7 +42,7 @@ def test_low_pass_filter_matches_hand_computed_values():
         torch.testing.assert_close(low_passed(wave, 3.0), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_finished_images_are_filtered(teacher):
+def test_finished_images_are_filtered(teacher: Captured) -> None:
     source = OptimisedSource(batch=8, iterations=3)
     (sharp,) = source.stream(teacher, steps=1)
     (smooth,) = replace(source, cutoff=1.5).stream(teacher, steps=1)

@@ -1,15 +1,18 @@
 """Pools of images."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from support import networks
+from torch import Tensor
 
 from gdfq.data.datasets import ArrayData
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.context import Context
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import QUICK
 from gdfq.sources.augment import prediction_consistency
 from gdfq.sources.base import Batch, Source
@@ -18,7 +21,7 @@ from gdfq.sources.pool import ImagePool, collect
 
 
 @pytest.fixture(scope="module")
-def teacher():
+def teacher() -> Any:
     return networks.captured("Residual")
 
 
@@ -28,14 +31,14 @@ class Counted(Source):
 
     batch: int = 4
 
-    def stream(self, teacher, *, steps, **_):
+    def stream(self, teacher: Captured, *, steps: int, **_: object) -> Iterator[Any]:
         for step in range(steps):
             number = torch.arange(float(self.batch)) + self.batch * step
             images = number.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
             yield Batch((images,), number.long(), None)
 
 
-def test_pool_gives_each_image_once_per_epoch(teacher):
+def test_pool_gives_each_image_once_per_epoch(teacher: Captured) -> None:
     pool = ImagePool(Counted(), images=10, batch=5)
     batches = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
     for first, second in (batches[:2], batches[2:]):
@@ -54,7 +57,7 @@ class Textures(Source):
 
     batch: int = 8
 
-    def stream(self, teacher, *, steps, **_):
+    def stream(self, teacher: Captured, *, steps: int, **_: object) -> Iterator[Any]:
         for step in range(steps):
             yield Batch((networks.images(8, seed=step),), torch.zeros(8, dtype=torch.long), None)
 
@@ -67,13 +70,13 @@ class Brightest(torch.nn.Module):
         self.norm = torch.nn.BatchNorm2d(3)
         self.where = where
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return x.sum(1).flatten(1) if self.where else x.amax((2, 3))
 
 
 @pytest.mark.parametrize("where", [True, False])
-def test_pool_augments_images_with_consistent_predictions(where):
+def test_pool_augments_images_with_consistent_predictions(where: Any) -> None:
     teacher = capture(Brightest(where).eval(), networks.images(2))
     images, _ = collect(Textures(), teacher, 32)
     known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
@@ -94,7 +97,7 @@ def test_pool_augments_images_with_consistent_predictions(where):
     )
 
 
-def test_prediction_consistency_uses_images_of_the_whole_pool():
+def test_prediction_consistency_uses_images_of_the_whole_pool() -> None:
     teacher = capture(Brightest(where=True).eval(), networks.images(2))
     even = torch.zeros(512, *teacher.input_shape)  # nowhere brighter, wherever it is moved
     images = torch.cat([even, networks.images(512)])
@@ -102,7 +105,7 @@ def test_prediction_consistency_uses_images_of_the_whole_pool():
     assert 0.5 <= known < 0.6
 
 
-def test_pool_augments_images_of_a_network_without_classes():
+def test_pool_augments_images_of_a_network_without_classes() -> None:
     shape = networks.shape_of("Volume")
     teacher = capture(networks.make("Volume"), networks.images(2, shape=shape))
     assert prediction_consistency(teacher, networks.images(4, shape=shape), torch.Generator()) == 1
@@ -117,7 +120,9 @@ def test_pool_augments_images_of_a_network_without_classes():
         ((3, 99, 99), 1, 1, 1),
     ],
 )
-def test_pool_of_large_images_is_smaller(shape, images, batch, at_once):
+def test_pool_of_large_images_is_smaller(
+    shape: tuple[int, ...], images: Tensor, batch: Any, at_once: Any
+) -> None:
     pool = ImagePool(Counted(), images=40, batch=10, pixels=3200)
     fitted = pool.fitted(shape)
     assert (fitted.images, fitted.batch, fitted.source.batch) == (images, batch, at_once)
@@ -128,12 +133,12 @@ def test_pool_of_large_images_is_smaller(shape, images, batch, at_once):
 
 
 @pytest.mark.parametrize(("side", "at_once"), [(32, 128), (128, 128), (129, 64), (224, 32)])
-def test_recipe_optimises_fewer_large_images_at_once(side, at_once):
+def test_recipe_optimises_fewer_large_images_at_once(side: Any, at_once: Any) -> None:
     fitted = QUICK.fitted((3, side, side)).source
     assert (fitted.images, fitted.batch, fitted.source.batch) == (256, 100, at_once)
 
 
-def test_pool_makes_as_many_images_at_once_as_fit(teacher):
+def test_pool_makes_as_many_images_at_once_as_fit(teacher: Captured) -> None:
     pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
     stream = pool.stream(teacher, steps=1)
     assert len(stream.images()) == 9
@@ -142,13 +147,13 @@ def test_pool_makes_as_many_images_at_once_as_fit(teacher):
     assert len(images) == 9
 
 
-def test_collect_takes_the_first_images(teacher):
+def test_collect_takes_the_first_images(teacher: Captured) -> None:
     images, labels = collect(Counted(), teacher, 6)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5]
     assert images.shape == (6, 3, 8, 8)
 
 
-def test_given_images_fill_the_pool():
+def test_given_images_fill_the_pool() -> None:
     images = torch.randint(256, (7, 1, 8, 8)).byte()
     data = ArrayData(images, torch.arange(7))
     pool = on_images(ImagePool(Counted(), images=10, batch=5), data, Preprocessing((0.0,), (1.0,)))

@@ -1,5 +1,6 @@
 """The last images of a stream."""
 
+import pytest
 import torch
 from support import networks
 
@@ -7,7 +8,7 @@ from gdfq.sources.base import Batch
 from gdfq.sources.recent import Recent
 
 
-def test_recent_holds_the_last_images(monkeypatch):
+def test_recent_holds_the_last_images(monkeypatch: pytest.MonkeyPatch) -> None:
     recent = Recent(torch.device("cpu"))
     assert recent.inputs() is None
     for step in range(9):

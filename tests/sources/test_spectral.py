@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support import networks
+from torch import Tensor
 
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.functional.losses import relative_statistics_loss
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig
 from gdfq.sources.pool import ImagePool
@@ -25,7 +27,7 @@ from gdfq.sources.spectral import (
 
 @pytest.mark.parametrize("size", [[32, 32], [9, 12], [64], [5, 6, 7], [1, 8], [1, 1]])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_white_coefficients_give_images_of_variance_one(size, channels):
+def test_white_coefficients_give_images_of_variance_one(size: Any, channels: Any) -> None:
     """The given share of the variance is that of the image means, or all of it for one pixel."""
     amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)
@@ -38,7 +40,7 @@ def test_white_coefficients_give_images_of_variance_one(size, channels):
     assert float(means.square().mean()) == pytest.approx(share, rel=0.15)
 
 
-def test_spectrum_falls_with_the_given_exponent():
+def test_spectrum_falls_with_the_given_exponent() -> None:
     """NumPy's transform finds 1/f^1.5: the power falls by 4³ from f to 4 f."""
     size = [64, 64]
     amplitude = natural_spectrum(size, 1.5, 0.3)
@@ -49,7 +51,7 @@ def test_spectrum_falls_with_the_given_exponent():
     assert row[4] / row[16] == pytest.approx(4**3, rel=0.3)
 
 
-def test_channels_have_the_given_correlation():
+def test_channels_have_the_given_correlation() -> None:
     size, channel_correlation = [32, 32], 0.85
     amplitude = natural_spectrum(size, 1.0, 0.3)
     draw = torch.Generator().manual_seed(0)
@@ -63,16 +65,16 @@ def test_channels_have_the_given_correlation():
 
 
 @pytest.fixture(scope="module")
-def teacher():
+def teacher() -> Captured:
     return networks.captured("Residual")
 
 
-def test_spectral_images_approach_the_statistics(teacher):
+def test_spectral_images_approach_the_statistics(teacher: Captured) -> None:
     source = SpectralSource(batch=32, iterations=60)
     (batch,) = source.stream(teacher, steps=1)
     network = StatisticsNetwork(teacher)
 
-    def error(images):
+    def error(images: Tensor) -> Any:
         return float(relative_statistics_loss(network(images)[1], network.stored))
 
     start = next(replace(source, iterations=1).stream(teacher, steps=1)).images
@@ -85,7 +87,7 @@ def test_spectral_images_approach_the_statistics(teacher):
     assert not torch.equal(other, batch.images)
 
 
-def test_spectral_images_have_the_input_scale_and_varied_contrast():
+def test_spectral_images_have_the_input_scale_and_varied_contrast() -> None:
     """A network of raw pixels gets images of raw pixels."""
     still = AdamConfig(lr=0.0)
     source = SpectralSource(batch=64, iterations=1, optimizer=still, contrast=0.4)
@@ -107,7 +109,7 @@ def test_spectral_images_have_the_input_scale_and_varied_contrast():
     assert float(wild.images.std()) == pytest.approx(60, rel=0.2)
 
 
-def test_drawing_images_leaves_gradients_unchanged(teacher):
+def test_drawing_images_leaves_gradients_unchanged(teacher: Captured) -> None:
     with torch.no_grad():
         batches = SpectralSource(batch=4, iterations=2).stream(teacher, steps=1)
         next(batches)
@@ -115,7 +117,7 @@ def test_drawing_images_leaves_gradients_unchanged(teacher):
     assert torch.is_grad_enabled()
 
 
-def test_spectral_source_accepts_vectors():
+def test_spectral_source_accepts_vectors() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)).eval()
     vectors = capture(network, torch.randn(2, 16))
     with pytest.raises(UsageError, match="spatial axis"):

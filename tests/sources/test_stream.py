@@ -1,14 +1,16 @@
 """The feed of batches."""
 
+from typing import Any
+
 import torch
 
 from gdfq.sources.base import Batch
 from gdfq.sources.stream import Feed, Stream
 
 
-def test_feed_has_examples_before_the_first_batch_is_taken():
-    def numbered(count):
-        def make(step):
+def test_feed_has_examples_before_the_first_batch_is_taken() -> None:
+    def numbered(count: int) -> Any:
+        def make(step: Any) -> Any:
             return Batch((torch.full((40, 1), float(step)),), None, None)
 
         return Stream(make, count, [])

@@ -1,13 +1,15 @@
 """The student that is built from a captured network."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.errors import UsageError
-from gdfq.functional.grid import Bits
-from gdfq.graph.capture import capture
+from gdfq.functional.grid import Bits, Layout
+from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.minmax import MinMaxWeight
 from gdfq.sources.base import Batch
@@ -17,7 +19,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 
-def test_with_features_gives_quantized_values():
+def test_with_features_gives_quantized_values() -> None:
     teacher = networks.captured("Residual")
     student = build_student(teacher, Scheme(Bits(4, 2), "relu"), quantizers=LSQ)
     student.eval()
@@ -30,14 +32,14 @@ def test_with_features_gives_quantized_values():
     assert [len(feature.unique()) <= 4 for feature in features] == [True, True]
 
 
-def test_with_features_drops_relus_that_the_grid_replaces():
+def test_with_features_drops_relus_that_the_grid_replaces() -> None:
     teacher = networks.captured("Residual")
     student = build_student(teacher, Scheme(Bits(4, 3), "relu"), quantizers=LSQ).eval()
     batch = Batch((networks.images(8),), None, None)
     calibrate_(student, [batch], steps=1)
     lean = student.with_features(["relu", "relu_1"])
 
-    def answer_and_gradients(ask):
+    def answer_and_gradients(ask: Any) -> Any:
         student.zero_grad()
         with torch.enable_grad():
             logits = ask(batch.images)
@@ -53,7 +55,9 @@ def test_with_features_drops_relus_that_the_grid_replaces():
     counted = {"relu": 0}
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             counted["relu"] += "relu" in str(function)
             return function(*args, **(kwargs or {}))
 
@@ -68,13 +72,13 @@ def test_with_features_drops_relus_that_the_grid_replaces():
     assert counted == {"relu": 1}
 
 
-def test_with_features_keeps_a_relu_with_other_readers():
+def test_with_features_keeps_a_relu_with_other_readers() -> None:
     class Both(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             h = self.first(x).relu()
             return self.second(h), h
 
@@ -89,20 +93,20 @@ def test_with_features_keeps_a_relu_with_other_readers():
     assert bool((lean[1] >= 0).all())
 
 
-def test_channels_use_their_whole_grid():
+def test_channels_use_their_whole_grid() -> None:
     quantized = MinMaxWeight(3, *_rows()).quantized(networks.make("Residual").conv1.weight)
     for channel in quantized.codes:
         assert int(channel.min()) == -4
         assert int(channel.max()) == 3
 
 
-def _rows():
+def _rows() -> tuple[Layout, int]:
     from gdfq.functional.grid import Layout
 
     return (Layout.ROWS, 1)
 
 
-def test_batch_norm_statistics_are_fixed_by_default(teacher):
+def test_batch_norm_statistics_are_fixed_by_default(teacher: Captured) -> None:
     for fixed in (True, False):
         student = build_student(teacher, Scheme(Bits(4, 4), "relu"), fixed_statistics=fixed)
         norm = next(m for m in student.modules() if isinstance(m, StudentBatchNorm))
@@ -113,7 +117,7 @@ def test_batch_norm_statistics_are_fixed_by_default(teacher):
         assert torch.equal(norm.mean, before) == fixed
 
 
-def test_parameters_train_and_buffers_do_not(teacher):
+def test_parameters_train_and_buffers_do_not(teacher: Captured) -> None:
     student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
     names = {name for name, _ in student.named_parameters()}
     assert "network.conv1.weight" in names
@@ -122,7 +126,7 @@ def test_parameters_train_and_buffers_do_not(teacher):
         assert not tensor.requires_grad
 
 
-def test_network_without_layers_is_refused():
+def test_network_without_layers_is_refused() -> None:
     smooth = nn.Sequential(nn.Conv2d(3, 5, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     teacher = capture(smooth, networks.images(1))
     with pytest.raises(UsageError, match="Use placement 'full'"):
@@ -133,7 +137,7 @@ def test_network_without_layers_is_refused():
         build_student(capture(empty, networks.images(1)), Scheme(Bits(4, 4), "relu"))
 
 
-def test_norm_without_affine_parameters_has_none_to_train():
+def test_norm_without_affine_parameters_has_none_to_train() -> None:
     student = build_student(networks.captured("Awkward"), Scheme(Bits(4, 4), "relu"))
     (norm,) = (m for m in student.modules() if isinstance(m, StudentBatchNorm))
     assert not list(norm.parameters())
@@ -141,7 +145,7 @@ def test_norm_without_affine_parameters_has_none_to_train():
     assert all(p.requires_grad for p in other.parameters())
 
 
-def test_every_form_of_relu_is_recognized():
+def test_every_form_of_relu_is_recognized() -> None:
     spellings = (
         lambda x: x.clip(0, 6),
         lambda x: x.clamp(min=0),
@@ -150,11 +154,11 @@ def test_every_form_of_relu_is_recognized():
     )
 
     class Net(nn.Module):
-        def __init__(self, relu):
+        def __init__(self, relu: Any) -> None:
             super().__init__()
             self.conv, self.relu = nn.Conv2d(3, 5, 1), relu
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.relu(self.conv(x)).mean((2, 3))
 
     for relu in spellings:
@@ -162,13 +166,13 @@ def test_every_form_of_relu_is_recognized():
         assert list(activation_bits(teacher, Scheme(Bits(4, 4), "relu")).values()) == [4]
 
 
-def test_bias_that_depends_on_the_input_is_refused():
+def test_bias_that_depends_on_the_input_is_refused() -> None:
     class Net(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 5, 1, bias=False)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return nn.functional.conv2d(x, self.conv.weight, x.mean().expand(5)).relu().mean((2, 3))
 
     teacher = capture(Net(), networks.images(1))

@@ -1,15 +1,16 @@
 """Channel equalization: the same function with channels of similar scale."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import best_range
@@ -25,11 +26,11 @@ T1 = Scheme(Bits(4, 4), "relu")
 FULL = Scheme(Bits(4, 4), "full")
 
 
-def equalize(teacher, scheme, images):
+def equalize(teacher: Captured, scheme: Scheme, images: Tensor) -> Captured:
     return rescaled(teacher, channel_scales(teacher, scheme, images))
 
 
-def changed(teacher, equalized):
+def changed(teacher: Captured, equalized: Captured) -> set[str]:
     """The tensors that are not those of the folded teacher."""
     before, after = tensors_of(fold_batch_norms(teacher).network), tensors_of(equalized.network)
     assert before.keys() == after.keys()
@@ -37,7 +38,7 @@ def changed(teacher, equalized):
 
 
 @pytest.mark.parametrize("name", [*networks.NETWORKS, *networks.TASKS, "Transformer"])
-def test_equalization_keeps_the_function(name):
+def test_equalization_keeps_the_function(name: str) -> None:
     shape = networks.shape_of(name)
     teacher = capture(networks.make(name), networks.images(2, shape=shape))
     images = networks.images(8, seed=2, shape=shape)
@@ -62,11 +63,11 @@ class Chain(nn.Module):
             self.first.weight.copy_(torch.tensor([1.0, 4.0]).view(2, 1, 1, 1))
             self.first.bias.copy_(torch.tensor([0.25, 1.0]))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.last(self.depthwise(self.between(self.first(x).relu()))).mean((2, 3))
 
 
-def test_channel_factors_are_roots_of_their_scales():
+def test_channel_factors_are_roots_of_their_scales() -> None:
     """The second channel's best scale is four times the first's, so its factor is twice as large."""
     teacher = capture(Chain(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
     images = networks.images(16, seed=1, shape=(1, 8, 8))
@@ -94,7 +95,7 @@ class Offset(nn.Module):
         super().__init__()
         self.offset = nn.Parameter(torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 8, 8).clone())
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.offset
 
 
@@ -106,7 +107,7 @@ class Offset(nn.Module):
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_channels_stay_where_factors_cannot_pass(between):
+def test_channels_stay_where_factors_cannot_pass(between: Any) -> None:
     if isinstance(between, nn.AdaptiveMaxPool2d):
         between = First(between)
     teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
@@ -121,7 +122,7 @@ class First(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.module(x)[0]
 
 
@@ -130,7 +131,7 @@ class First(nn.Module):
     [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.Dropout(0.5)],
     ids=lambda module: type(module).__name__,
 )
-def test_factors_pass_positively_homogeneous_operators(between):
+def test_factors_pass_positively_homogeneous_operators(between: Any) -> None:
     teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
     equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
     assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
@@ -139,11 +140,11 @@ def test_factors_pass_positively_homogeneous_operators(between):
 
 
 class ChannelMean(nn.Module):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.mean(1, keepdim=True)
 
 
-def unlike(*modules):
+def unlike(*modules: nn.Module) -> nn.Sequential:
     """A network whose first layer has channels of scales from 1/3 to 3, and random biases."""
     torch.manual_seed(0)
     first = modules[0]
@@ -154,7 +155,7 @@ def unlike(*modules):
     return nn.Sequential(*modules).eval()
 
 
-def convolution(channels=8):
+def convolution(channels: int = 8) -> nn.Conv2d:
     return nn.Conv2d(3, channels, 3, padding=1)
 
 
@@ -176,7 +177,9 @@ def convolution(channels=8):
     ],
     ids=["linear", "average", "greatest", "groups", "transposed", "flat", "mean", "pooled"],
 )
-def test_factors_pass_only_operators_that_keep_channels(modules, shape, scaled):
+def test_factors_pass_only_operators_that_keep_channels(
+    modules: Any, shape: tuple[int, ...], scaled: Any
+) -> None:
     teacher = capture(unlike(*modules), networks.images(2, shape=shape))
     equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=shape))
     assert bool(changed(teacher, equalized)) == scaled
@@ -186,15 +189,15 @@ def test_factors_pass_only_operators_that_keep_channels(modules, shape, scaled):
     )
 
 
-def test_weight_that_is_used_twice_stays_one():
+def test_weight_that_is_used_twice_stays_one() -> None:
     teacher = networks.captured("Shared")
     equalized = equalize(teacher, T1, networks.images(16, seed=1))
     assert not {name for name in changed(teacher, equalized) if name.startswith("conv.weight")}
 
 
-def test_weight_that_is_read_elsewhere_is_unchanged():
+def test_weight_that_is_read_elsewhere_is_unchanged() -> None:
     class Told(Chain):
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + self.depthwise.weight.square().sum()
 
     teacher = capture(Told(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
@@ -204,7 +207,7 @@ def test_weight_that_is_read_elsewhere_is_unchanged():
 
 
 @pytest.mark.parametrize(("weight", "bias", "scale"), [(1.0, -100.0, 1), (1e-6, 0.0, 1 / 8)])
-def test_dead_channels_stay_and_factors_are_bounded(weight, bias, scale):
+def test_dead_channels_stay_and_factors_are_bounded(weight: Any, bias: Any, scale: Any) -> None:
     chain = Chain(nn.Identity())
     with torch.no_grad():
         chain.first.weight.copy_(torch.tensor([weight, 1.0]).view(2, 1, 1, 1))
@@ -214,12 +217,12 @@ def test_dead_channels_stay_and_factors_are_bounded(weight, bias, scale):
     assert float(scales["relu"][0]) == pytest.approx(scale, rel=1e-5)
 
 
-def test_equalization_reduces_the_error_of_unequal_channels():
+def test_equalization_reduces_the_error_of_unequal_channels() -> None:
     """Channels have scales from 1/30 to 30; the error at 4 bits falls."""
     unlike, images = torch.logspace(-1.5, 1.5, 8), networks.images(64, seed=1)
 
     @torch.no_grad()
-    def error(teacher, expected):
+    def error(teacher: Captured, expected: Any) -> Any:
         student = build_student(teacher, T1, quantizers=LSQ)
         calibrate_(student, [Batch((images,), None, None)], steps=1)
         return float((student(images) - expected).square().mean() / expected.square().mean())

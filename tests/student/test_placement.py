@@ -1,5 +1,7 @@
 """Which tensors each placement quantizes."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import networks
@@ -11,7 +13,7 @@ from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
 
 
-def transformer():
+def transformer() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return networks.Transformer().eval()
@@ -21,11 +23,11 @@ ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
 
 
 @pytest.fixture(scope="module")
-def small():
+def small() -> Any:
     return capture(transformer(), ZEROS)
 
 
-def test_placement_of_a_transformer(small):
+def test_placement_of_a_transformer(small: Any) -> None:
     widths = activation_bits(small, Scheme(Bits(4, 4), "full"))
     names = {node.name: bits for node, bits in widths.items()}
     # Per block: queries, keys and values (one layer's output) 8; the attention's weights, its
@@ -61,12 +63,12 @@ def widths(name: str, placement: str) -> dict[str, int]:
     return {node.name: bits for node, bits in chosen.items()}
 
 
-def test_placement_relu_quantizes_outputs_of_relus_only():
+def test_placement_relu_quantizes_outputs_of_relus_only() -> None:
     assert widths("Residual", "relu") == {"relu": 4, "relu_1": 4}
     assert widths("Branches", "relu") == {"hardtanh": 4, "hardtanh_1": 4, "relu": 4}
 
 
-def test_placement_full_of_a_residual_network():
+def test_placement_full_of_a_residual_network() -> None:
     # Input 8; first ReLU 4; the second convolution's output, through its norm, 8 (it enters the
     # addition without a ReLU); the sum's ReLU 4 (it enters pooling); pooled features 4; no logits.
     assert widths("Residual", "full") == {
@@ -78,7 +80,7 @@ def test_placement_full_of_a_residual_network():
     }
 
 
-def test_placement_full_of_branches():
+def test_placement_full_of_branches() -> None:
     # Max pooling and padding keep the grid of what they move, so nothing follows them; the
     # concatenation joins two grids and is quantized again; "same" convolution feeds a ReLU.
     assert widths("Branches", "full") == {
@@ -92,7 +94,7 @@ def test_placement_full_of_branches():
     }
 
 
-def test_placement_full_with_squeeze_and_excitation():
+def test_placement_full_with_squeeze_and_excitation() -> None:
     assert widths("Preactivation", "full") == {
         "relu": 4,  # the norm before it has no convolution to be folded into
         "batch_norm_1": 8,  # convolution → norm → SiLU: quantized before the SiLU
@@ -106,6 +108,6 @@ def test_placement_full_with_squeeze_and_excitation():
     }
 
 
-def test_inner_normalisation_keeps_eight_bits_up_to_the_first_layer():
+def test_inner_normalisation_keeps_eight_bits_up_to_the_first_layer() -> None:
     chosen = widths("Awkward", "full")
     assert (chosen["x"], chosen["sub"], chosen["div"]) == (8, 8, 8)

@@ -1,5 +1,7 @@
 """Bits of single layers."""
 
+from typing import Any
+
 import pytest
 from support import networks
 
@@ -19,10 +21,10 @@ def widths(name: str, placement: str) -> dict[str, int]:
     return {node.name: bits for node, bits in chosen.items()}
 
 
-def test_layer_bits_apply_to_the_layer_and_to_inputs_of_it_alone():
+def test_layer_bits_apply_to_the_layer_and_to_inputs_of_it_alone() -> None:
     teacher = networks.captured("Residual")
 
-    def widths(placement, *keep):
+    def widths(placement: str, *keep: Any) -> Any:
         scheme = Scheme(Bits(4, 4), placement, tuple(map(LayerBits.parse, keep)))
         return {n.name: bits for n, bits in activation_bits(teacher, scheme).items()}
 
@@ -37,7 +39,7 @@ def test_layer_bits_apply_to_the_layer_and_to_inputs_of_it_alone():
     assert widths("relu", "conv*=float") == {"relu": 4, "relu_1": 4}
 
 
-def test_layer_bits_apply_to_weights():
+def test_layer_bits_apply_to_weights() -> None:
     teacher = networks.captured("Branches")
     keep = tuple(map(LayerBits.parse, ("first=float", "fc=8", "*=3")))
     student = build_student(teacher, Scheme(Bits(4, 4), "full", keep), quantizers=LSQ)
@@ -59,13 +61,13 @@ def test_layer_bits_apply_to_weights():
         ("=8", "PATTERN=float"),
     ],
 )
-def test_invalid_layer_bits_are_refused(keep, message):
+def test_invalid_layer_bits_are_refused(keep: Any, message: str) -> None:
     teacher = networks.captured("Residual")
     with pytest.raises(UsageError, match=message):
         build_student(teacher, Scheme(Bits(4, 4), "full", (LayerBits.parse(keep),)))
 
 
-def test_scheme_that_fits_no_layer_fails_before_images_are_made():
+def test_scheme_that_fits_no_layer_fails_before_images_are_made() -> None:
     heard = []
     with pytest.raises(UsageError, match="nosuchlayer"):
         gdfq.quantize(

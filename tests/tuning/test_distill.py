@@ -1,19 +1,22 @@
 """Distillation: losses by hand, updates, and batches in parts."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
+from torch import Tensor, nn
 
 import gdfq
 from gdfq import RECIPES
 from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits, affine_grid
+from gdfq.graph.capture import Captured
 from gdfq.optim import SgdConfig
-from gdfq.quantizers.family import LSQ
-from gdfq.recipes import FAST, PAPER
+from gdfq.quantizers.family import LSQ, QuantizerFamily
+from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.base import Batch
 from gdfq.sources.generator import GeneratorSource
 from gdfq.student.build import build_student
@@ -22,7 +25,7 @@ from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
 
 
-def test_student_loss_matches_a_hand_computed_value():
+def test_student_loss_matches_a_hand_computed_value() -> None:
     from gdfq.optim import SgdConfig
 
     student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
@@ -35,7 +38,7 @@ def test_student_loss_matches_a_hand_computed_value():
     ) == pytest.approx(expected, rel=1e-5)
 
 
-def test_hard_labels_count_for_easy_images_only():
+def test_hard_labels_count_for_easy_images_only() -> None:
     teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # p_y = 0.88 and 0.12
     student = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
     labels = torch.tensor([0, 0])
@@ -45,18 +48,22 @@ def test_hard_labels_count_for_easy_images_only():
 
 
 @pytest.fixture
-def images():
+def images() -> Tensor:
     return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
+def student_of(
+    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
+) -> Any:
     student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
 
 
 @pytest.mark.parametrize("at_once", [10, 33])  # parts of equal and of different length
-def test_parts_of_a_batch_give_the_same_gradient(teacher, images, monkeypatch, at_once):
+def test_parts_of_a_batch_give_the_same_gradient(
+    teacher: Captured, images: Tensor, monkeypatch: pytest.MonkeyPatch, at_once: Any
+) -> None:
     batch = Batch((images,), torch.zeros(len(images), dtype=torch.long), None)
     # Features are relative to each part's own; the rest is exactly a mean over images.
     config = replace(FAST.tuning, features=0.0, optimizer=SgdConfig(lr=0.0))
@@ -73,20 +80,20 @@ def test_parts_of_a_batch_give_the_same_gradient(teacher, images, monkeypatch, a
 
 class RoundSTE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, low, high, levels):
+    def forward(ctx: Any, x: Tensor, low: Any, high: Any, levels: Any) -> Tensor:
         scale, zero = affine_grid(low, high, levels)
         q = ((x / scale).round() + zero).clamp(-(2 ** (levels - 1)), 2 ** (levels - 1) - 1)
         return (q - zero) * scale
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Any) -> Tensor:
         return grad, None, None, None
 
 
-def by_hand(model, parameters, ranges, x):
+def by_hand(model: nn.Module, parameters: Any, ranges: Any, x: Tensor) -> Any:
     """The Residual network with 4-bit weights and ReLU outputs, its statistics fixed."""
 
-    def weight(name):
+    def weight(name: str) -> Any:
         w = parameters[name]
         low, high = (
             f(w.detach().flatten(1), 1).view(-1, *[1] * (w.ndim - 1))
@@ -94,7 +101,7 @@ def by_hand(model, parameters, ranges, x):
         )
         return RoundSTE.apply(w, low, high, 4)
 
-    def norm(y, name):
+    def norm(y: Tensor, name: str) -> Any:
         module = getattr(model, name)
         return F.batch_norm(
             y,
@@ -104,7 +111,7 @@ def by_hand(model, parameters, ranges, x):
             parameters[f"{name}.bias"],
         )
 
-    def relu(y, i):
+    def relu(y: Tensor, i: Any) -> Any:
         return RoundSTE.apply(F.relu(y), torch.tensor(0.0), ranges[i], 4)
 
     x = relu(norm(F.conv2d(x, weight("conv1.weight"), padding=1), "bn1"), 0)
@@ -113,7 +120,7 @@ def by_hand(model, parameters, ranges, x):
     return F.linear(y.mean((2, 3)), weight("fc.weight"), parameters["fc.bias"])
 
 
-def test_two_updates_match_the_textbook(teacher):
+def test_two_updates_match_the_textbook(teacher: Captured) -> None:
     """Weights are rounded in each forward pass, rates decay, and the momentum is Nesterov's."""
     model = networks.make("Residual")
     batches = list(GeneratorSource(batch=8).stream(teacher, steps=3))
@@ -146,7 +153,7 @@ def test_two_updates_match_the_textbook(teacher):
     )
 
 
-def test_warm_up_leaves_the_student_unchanged(teacher, tiny):
+def test_warm_up_leaves_the_student_unchanged(teacher: Captured, tiny: Recipe) -> None:
 
     heard = []
     recipe = replace(tiny, calibration=2, warmup=6)

@@ -3,6 +3,7 @@
 import pytest
 
 from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured
 from gdfq.optim import Cosine, set_rate_
 from gdfq.quantizers.family import LSQ
 from gdfq.student.build import build_student
@@ -10,7 +11,7 @@ from gdfq.student.scheme import Scheme
 from gdfq.tuning.grid_adam import GridAdam
 
 
-def test_grid_adam_has_a_rate_for_each_kind_of_parameter(teacher):
+def test_grid_adam_has_a_rate_for_each_kind_of_parameter(teacher: Captured) -> None:
     student = build_student(teacher, Scheme(Bits(4, 4), "relu"), quantizers=LSQ)
     optimizer = GridAdam(code_lr=0.1, scale_lr=0.2, other_lr=0.3).build(student)
     rates = {

@@ -1,14 +1,16 @@
 """Moments of the student are matched to those of the teacher."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import networks
-from torch import fx
+from torch import Tensor, fx, nn
 
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import capture
-from gdfq.quantizers.family import LSQ
+from gdfq.graph.capture import Captured, capture
+from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
@@ -18,17 +20,19 @@ from gdfq.tuning.moment_matching import match_moments_
 
 
 @pytest.fixture
-def images():
+def images() -> Tensor:
     return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
+def student_of(
+    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
+) -> Any:
     student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
 
 
-def test_matched_moments_are_those_of_the_teacher(teacher, images):
+def test_matched_moments_are_those_of_the_teacher(teacher: Captured, images: Tensor) -> None:
     student = student_of(teacher, images)
     before = layer_moments(student.network, images)
     match_moments_(student, teacher, (images,))
@@ -43,17 +47,17 @@ def test_matched_moments_are_those_of_the_teacher(teacher, images):
     assert distance(freeze(student)(images), student(images)) < 0.03
 
 
-def distance(actual, expected):
+def distance(actual: Any, expected: Any) -> Any:
     """Relative distance of logits: freezing rounds biases, which moves some activations by one code."""
     return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
-def layer_moments(network, images):
+def layer_moments(network: nn.Module, images: Tensor) -> Any:
     """Mean and deviation of each layer's output channels, by the layer's name."""
     found = {}
 
     class Look(fx.Interpreter):
-        def run_node(self, n):
+        def run_node(self, n: Any) -> Any:
             value = super().run_node(n)
             if n.op == "call_function" and ("conv" in str(n.target) or "linear" in str(n.target)):
                 others = [d for d in range(value.ndim) if d != 1]
@@ -65,7 +69,7 @@ def layer_moments(network, images):
     return found
 
 
-def test_constant_channels_keep_their_scale(teacher, images):
+def test_constant_channels_keep_their_scale(teacher: Captured, images: Tensor) -> None:
     """One image has no deviation at the logits: only the mean can be matched there."""
     one = images[:1]
     student = student_of(teacher, one, "w8a8")
@@ -75,7 +79,7 @@ def test_constant_channels_keep_their_scale(teacher, images):
     torch.testing.assert_close(student(one), teacher.network(one), rtol=1e-3, atol=1e-3)
 
 
-def test_matched_moments_match_hand_computed_values():
+def test_matched_moments_match_hand_computed_values() -> None:
     """One linear layer: the channel's scale and shift follow from the two moments."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))

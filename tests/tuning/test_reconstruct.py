@@ -1,19 +1,21 @@
 """Block-wise reconstruction."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.adaround import RoundedWeight
 from gdfq.quantizers.base import QDrop
-from gdfq.quantizers.family import ADAROUND, LSQ
+from gdfq.quantizers.family import ADAROUND, LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
-from gdfq.student.build import build_student
+from gdfq.student.build import Student, build_student
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -22,23 +24,27 @@ from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 
 @pytest.fixture
-def images():
+def images() -> Tensor:
     return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def student_of(teacher, images, bits="w3a3", quantizers=LSQ):
+def student_of(
+    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
+) -> Student:
     student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
 
 
-def distance(actual, expected):
+def distance(actual: Any, expected: Any) -> float:
     """Relative distance of logits: freezing rounds biases, which moves some activations by one code."""
     return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("quantizers", [LSQ, ADAROUND], ids=lambda family: family.name)
-def test_reconstruction_reduces_the_error_of_each_block(teacher, images, quantizers):
+def test_reconstruction_reduces_the_error_of_each_block(
+    teacher: Captured, images: Tensor, quantizers: QuantizerFamily
+) -> None:
     student = student_of(teacher, images, "w2a4", quantizers)
     expected = teacher.network(images)
     before = F.mse_loss(freeze(student)(images), expected)
@@ -58,26 +64,26 @@ def test_reconstruction_reduces_the_error_of_each_block(teacher, images, quantiz
 class Twice(nn.Module):
     """One convolution in two blocks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
         self.shared = nn.Conv2d(4, 4, 3, padding=1)
         self.head = nn.Linear(4, 5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.shared(self.stem(x)))
         x = F.relu(self.shared(x))
         return self.head(x.mean((2, 3)))
 
 
-def test_parameter_shared_by_blocks_is_trained_in_the_first(images):
+def test_parameter_shared_by_blocks_is_trained_in_the_first(images: Tensor) -> None:
     torch.manual_seed(0)
     teacher = capture(Twice().eval(), images[:2])
     student = student_of(teacher, images, quantizers=ADAROUND)
     config = Reconstruction(GridAdam(0.0, 0.01, 0.0, 0.05), images=64, batch=8)
     steps = []
 
-    def listener(step):
+    def listener(step: Any) -> None:
         steps.append(student.network.fake_weight.conv2d_1.log_scale.detach().clone())
 
     batches = [Batch((images,), None, None)]
@@ -87,7 +93,9 @@ def test_parameter_shared_by_blocks_is_trained_in_the_first(images):
     assert torch.equal(steps[19], steps[-1])
 
 
-def test_regulariser_decides_roundings_and_activations_drop(teacher, images, monkeypatch):
+def test_regulariser_decides_roundings_and_activations_drop(
+    teacher: Captured, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     undecided, mixed = {}, []
     settle = QDrop.__call__
     monkeypatch.setattr(QDrop, "__call__", lambda *a: mixed.append(a[1].shape) or settle(*a))
