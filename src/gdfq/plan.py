@@ -14,10 +14,10 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from gdfq.analysis.accuracy import LABELS
 from gdfq.analysis.bit_allocation import parse_bits
-from gdfq.data.datasets import ImageData
-from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.data.class_names import ClassNames
+from gdfq.data.datasets import ImageData, how_labelled
+from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
 from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tensors import TensorData
 from gdfq.deploy.card import Card
@@ -27,6 +27,7 @@ from gdfq.files.plain_values import as_values
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, ExampleInputs, capture
 from gdfq.graph.inputs import image_shape, takes_images
+from gdfq.models.loaded import names_of
 from gdfq.models.registry import Loaded, load_model, weights_hash
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.base import Source
@@ -57,8 +58,9 @@ class NetworkOptions(TypedDict, total=False):
             a library's network without its pretrained weights. For a `model` that is a name.
         input_shape: The shape of one input, such as (3, 32, 32), for a `model` that is a name and
             does not say it.
-        mean: Mean of the input normalisation per channel, for pixels in 0..1.
-        std: Standard deviation of the input normalisation per channel, for pixels in 0..1.
+        mean: Mean of the input normalisation for pixels in 0..1: a number for each channel (a
+            sequence, an array or a tensor), or one number for all.
+        std: Standard deviation of the input normalisation for pixels in 0..1, as `mean`.
         resize: How the files of an image folder get the network's size.
         classifier: Whether the output is the logits of classes. By default it is if it is one
             tensor [N, C] with C >= 2. Any other network (detection, segmentation, regression) has
@@ -68,8 +70,8 @@ class NetworkOptions(TypedDict, total=False):
 
     weights: str | Path | None
     input_shape: tuple[int, ...] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
+    mean: PerChannel | None
+    std: PerChannel | None
     resize: Resize | None
     classifier: bool | None
     device: str
@@ -110,6 +112,8 @@ class Network:
             0 and 1 were taken.
         weights_sha256: A hash of the weights, as the user's network has them.
         seconds: How long loading and capturing took.
+        class_names: What the outputs stand for, where the network says it.
+        notes: What was taken of the weights file, for the user.
     """
 
     teacher: Captured
@@ -117,6 +121,8 @@ class Network:
     weights_sha256: str
     assumed: tuple[str, ...] = ()
     seconds: float = 0.0
+    class_names: ClassNames | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,8 +266,8 @@ def resolve_network(
     *,
     weights: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
     resize: Resize | None = None,
     classifier: bool | None = None,
     device: str = "auto",
@@ -273,6 +279,7 @@ def resolve_network(
     """
     started = time.perf_counter()
     on = find_device(device)
+    normalisation(mean, std)  # refuses what can be no mean or std before a network is loaded
     if not isinstance(model, str | nn.Module | Captured):
         raise UsageError(
             "a model is an nn.Module, a network that gdfq.capture returned, or a name such as "
@@ -295,6 +302,8 @@ def resolve_network(
         weights_hash(_module(model if loaded is None else loaded.module)),
         _assumed(loaded, mean, std),
         time.perf_counter() - started,
+        names_of(_module(model)) if loaded is None else loaded.class_names,
+        () if loaded is None else loaded.notes,
     )
 
 
@@ -313,7 +322,8 @@ def plan_of(
     elif data is None:
         image_shape(teacher.inputs)  # raises: sources make images alone
     recipe = recipe.with_batch(method.batch)
-    given = None if data is None else load_images(data, teacher, preprocessing)
+    names = network.class_names
+    given = None if data is None else load_images(data, teacher, preprocessing, names)
     return Plan(
         teacher,
         method.scheme,
@@ -322,43 +332,53 @@ def plan_of(
         preprocessing,
         method.size,
         given,
-        None if test is None else load_test_images(test, teacher, preprocessing),
+        None if test is None else load_test_images(test, teacher, preprocessing, names),
         network.weights_sha256,
         network.seconds,
     )
 
 
-def load_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> GivenData:
+def load_images(
+    data: Data,
+    teacher: Captured,
+    preprocessing: Preprocessing,
+    names: ClassNames | None = None,
+) -> GivenData:
     """Read images for a network.
 
     Raises:
         UsageError: They cannot be used.
     """
-    return load_given(data, teacher.inputs, teacher.classes, preprocessing.resize)
+    return load_given(data, teacher.inputs, teacher.classes, preprocessing, names)
 
 
-def load_test_images(data: Data, teacher: Captured, preprocessing: Preprocessing) -> GivenData:
+def load_test_images(
+    data: Data,
+    teacher: Captured,
+    preprocessing: Preprocessing,
+    names: ClassNames | None = None,
+) -> GivenData:
     """Read test images for a network.
 
     Raises:
         UsageError: They cannot be used, or lack the labels that a classifier needs.
     """
-    images = load_images(data, teacher, preprocessing)
+    images = load_images(data, teacher, preprocessing, names)
     if images.labels is None and teacher.classes is not None:
-        raise UsageError(f"test images need labels; these have none. {LABELS}")
+        raise UsageError(f"test images need labels; these have none. {how_labelled(images)}")
     return images
 
 
 def _preprocessing(
     teacher: Captured,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: PerChannel | None,
+    std: PerChannel | None,
     resize: Resize | None,
 ) -> Preprocessing:
     """From pixels to the inputs of a network; other inputs are given as the network takes them."""
     if takes_images(teacher.inputs):
         return Preprocessing.of(teacher.input_shape[0], mean, std, resize)
-    if mean or std or resize:
+    if not (mean is None and std is None and resize is None):
         image_shape(teacher.inputs)  # raises: these are for images
     return Preprocessing.of(1, None, None)
 
@@ -390,7 +410,7 @@ def _example(example_input: ExampleInputs | None) -> ExampleInputs:
 
 
 def _assumed(
-    loaded: Loaded | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    loaded: Loaded | None, mean: PerChannel | None, std: PerChannel | None
 ) -> tuple[str, ...]:
     """Parts of the normalisation that neither the user nor the network's library says."""
     if loaded is not None and loaded.preprocessing is not None:

@@ -102,7 +102,7 @@ class QuantizedNetwork(nn.Module):
                 "Give test images to gdfq.quantize, which measures the error of the outputs."
             )
         preprocessing = self.card.preprocessing
-        images = load_given(data, self.card.inputs, self.card.classes, preprocessing.resize)
+        images = load_given(data, self.card.inputs, self.card.classes, preprocessing)
         budget = MemoryBudget.of(memory)
         with smaller_budget_suggested("evaluating", budget.room(self.device)):
             return top1(

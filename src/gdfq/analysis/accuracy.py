@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gdfq.data.datasets import how_labelled
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data, network_inputs
 from gdfq.errors import UsageError
@@ -18,7 +19,6 @@ from gdfq.graph.outputs import in_order
 
 _MAX_IMAGES = 250
 """Largest batch; the memory budget can make it smaller."""
-LABELS = "Give (images, labels), an .npz file with both, or a folder with one folder a class."
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def top1(
         UsageError: The data has no labels.
     """
     if data.labels is None:
-        raise UsageError(f"accuracy needs labels; this data has none. {LABELS}")
+        raise UsageError(f"accuracy needs labels; this data has none. {how_labelled(data)}")
     logits = logits_of(
         network, data, preprocessing, device=device, listener=listener, memory=memory
     )

@@ -1,23 +1,23 @@
 """Real images: .npz files, image folders, tensors."""
 
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gdfq.data.preprocessing import Resize
-from gdfq.errors import UsageError
-from gdfq.files.untrusted import check_pixels, read_npz, within
-
-if TYPE_CHECKING:
-    pass
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-_DECODERS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
-"""Pillow's names of these formats. Whatever a file is called, no other decoder reads it."""
+from gdfq.data.class_names import ClassNames
+from gdfq.data.decoding import check_image, decoded
+from gdfq.data.folders import SUFFIXES, read_folder
+from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.errors import GdfqWarning, UsageError, first_line
+from gdfq.files.untrusted import read_npz
 
 
 class ImageData(Protocol):
@@ -51,12 +51,21 @@ class ArrayData:
 
 @dataclass(frozen=True, eq=False)
 class FolderData:
-    """Image files that are read and resized when they are needed."""
+    """Image files that are read and resized when they are needed.
+
+    Attributes:
+        files: The image files.
+        labels: Integers [N], or None.
+        shape: What the network takes, [C, H, W].
+        resize: How an image gets this size.
+        rule: By what the labels are known, or why they are not, for the user.
+    """
 
     files: tuple[Path, ...]
     labels: Tensor | None
     shape: tuple[int, int, int]
     resize: Resize
+    rule: str = ""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -65,20 +74,20 @@ class FolderData:
         return torch.stack([self._read(self.files[int(i)]) for i in chosen])
 
     def _read(self, file: Path) -> Tensor:
-        from PIL import Image
-
         channels, height, width = self.shape
         try:
-            with Image.open(file, formats=_DECODERS) as opened:
-                check_pixels(*opened.size)  # before they are decoded
-                image = opened.convert("L" if channels == 1 else "RGB")
-            image = self.resize(image, (width, height))
+            image = self.resize(decoded(file, channels), (width, height))
         except Exception as error:  # each decoder has types of its own for damaged files
-            raise UsageError(
-                f"every file of an image folder must be a readable image; {file} is not: {error}."
-            ) from error
+            raise _unreadable(file, error) from error
         pixels = torch.from_numpy(np.array(image))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def _unreadable(file: Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"every file of an image folder must be a readable image; {file} is not: {error}. "
+        "Repair or remove it."
+    )
 
 
 def load_data(
@@ -86,27 +95,34 @@ def load_data(
     input_shape: tuple[int, ...],
     classes: int | None,
     resize: Resize = Resize(),
+    names: ClassNames | None = None,
 ) -> ImageData:
-    """Images for a network of the given input shape and number of classes, if it has any.
+    """Read images for a network.
 
-    data: an `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (a
-    sub-folder for each class; their sorted order is the class index), a tensor of images (uint8
-    pixels, or floats that are already normalised), or a pair of images and labels.
-    resize: of the files of an image folder; the others must have the network's size.
+    Args:
+        data: An `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (see
+            `gdfq.data.folders`), a tensor of images (uint8 pixels, or floats that are already
+            normalised), or a pair of images and labels.
+        input_shape: What the network takes, without the batch dimension.
+        classes: Number of its classes, if it has any.
+        resize: Of the files of an image folder; the others must have the network's size.
+        names: Names of the classes, by which the folders are recognised.
 
-    Raises UsageError for missing, unreadable or empty data, other shapes, labels out of range.
+    Raises:
+        UsageError: The data are missing, unreadable or empty, or have another shape or labels out
+            of range.
     """
     if isinstance(data, str | Path):
         path = Path(data)
         if path.is_dir():
-            loaded: ImageData = _folder(path, input_shape, resize)
+            loaded: ImageData = _folder(path, input_shape, classes, resize, names)
         else:
             loaded = _npz(path)
     elif isinstance(data, Tensor | np.ndarray):
-        loaded = ArrayData(torch.as_tensor(data), None)
+        loaded = ArrayData(_array(data), None)
     elif isinstance(data, tuple | list) and len(data) == 2:
-        images, labels = (torch.as_tensor(part) for part in data)
-        loaded = ArrayData(images, labels.long())
+        images, labels = data
+        loaded = ArrayData(_array(images), as_labels(labels, classes))
     elif hasattr(data, "images") and hasattr(data, "labels"):
         loaded = data
     else:
@@ -118,6 +134,48 @@ def load_data(
     return loaded
 
 
+def _array(images: Any) -> Tensor:
+    try:
+        return torch.as_tensor(images).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"images must be a tensor or an array of numbers; {first_line(error)}."
+        ) from error
+
+
+def as_labels(labels: Any, classes: int | None = None) -> Tensor:
+    """Return labels as integers [N].
+
+    Raises:
+        UsageError: They are no whole numbers, or not one for each image.
+    """
+    try:
+        given = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"labels must be whole numbers [N], the indices of classes; {first_line(error)}."
+        ) from error
+    if given.ndim == 2 and given.shape[1] == classes != 1:
+        raise UsageError(
+            f"labels must be the indices of classes [N]; these are {list(given.shape)}, a number "
+            "for each class. Give labels.argmax(1)."
+        )
+    if given.ndim == 2 and given.shape[1] == 1:
+        raise UsageError(
+            f"labels must be the indices of classes [N]; these are {list(given.shape)}. "
+            "Give labels[:, 0]."
+        )
+    usable = given.dtype != torch.bool and not given.is_complex()
+    if given.is_floating_point():
+        usable = bool((given == given.trunc()).all())
+    if not usable:
+        raise UsageError(
+            "labels must be whole numbers [N], the indices of classes; these are "
+            f"{given.dtype} with other values. Give integers."
+        )
+    return given.to(torch.int64)
+
+
 def _npz(path: Path) -> ArrayData:
     try:
         arrays = read_npz(path, ("images", "labels"))
@@ -125,41 +183,111 @@ def _npz(path: Path) -> ArrayData:
         raise UsageError(f"there is no data at {path}. Give an .npz file or a folder.") from error
     except Exception as error:  # zipfile and zlib raise types of their own
         raise UsageError(
-            f"data must be a readable .npz file or an image folder; {path} is neither: {error}."
+            f"data must be a readable .npz file or an image folder; {path} is neither: "
+            f"{_kind_of_file(path) or error}."
         ) from error
     if "images" not in arrays:
-        has = ", ".join(arrays) or "neither images nor labels"
-        raise UsageError(f"an .npz file must hold 'images'; {path} has {has}.")
+        raise UsageError(f"an .npz file must hold 'images'; {path} has {_members(path)}.")
     images, labels = arrays["images"], arrays.get("labels")
     if images.dtype != np.uint8:
-        raise UsageError(f"'images' must be uint8 pixels; in {path} they are {images.dtype}.")
-    if labels is None:
-        return ArrayData(torch.from_numpy(images), None)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise UsageError(f"'labels' must be integers; in {path} they are {labels.dtype}.")
-    return ArrayData(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+        raise UsageError(
+            f"'images' must be uint8 pixels; in {path} they are {images.dtype}. {_to_bytes(images)}"
+        )
+    found = None
+    if labels is not None:
+        if labels.dtype.kind not in "iufb":
+            raise UsageError(f"'labels' must be integers; in {path} they are {labels.dtype}.")
+        found = as_labels(labels.astype(np.float64 if labels.dtype.kind == "f" else labels.dtype))
+    return ArrayData(torch.from_numpy(images), found)
 
 
-def _folder(path: Path, input_shape: tuple[int, ...], resize: Resize) -> FolderData:
+def _to_bytes(images: np.ndarray[Any, Any]) -> str:
+    """How images of another dtype become pixels."""
+    convert = "np.savez(FILE, images={}, labels=labels)"
+    low, high = (images.min(), images.max()) if images.size else (0, 0)
+    if images.dtype.kind == "b":
+        return f"Write {convert.format('images.astype(np.uint8) * 255')}."
+    if images.dtype.kind in "iu" and 0 <= low <= high <= 255:
+        return f"Write {convert.format('images.astype(np.uint8)')} if 255 is white."
+    if images.dtype == np.uint16:
+        return (
+            f"Write {convert.format('(images / 257).round().astype(np.uint8)')} if 65535 is white."
+        )
+    if images.dtype.kind == "f" and 0 <= low <= high <= 1:
+        return f"Write {convert.format('(images * 255).round().astype(np.uint8)')} if 1 is white."
+    if images.dtype.kind == "f" and 0 <= low <= high <= 255:
+        return f"Write {convert.format('images.round().astype(np.uint8)')} if 255 is white."
+    return "Convert them to 0..255; from Python, floats that are already normalised can be given."
+
+
+def _members(path: Path) -> str:
+    """What an archive holds, for an error."""
+    with ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if any(Path(name).suffix.lower() in SUFFIXES for name in names):
+        return f"image files ({names[0]}). Unpack the archive and give the folder"
+    return ", ".join(names[:5]) or "nothing"
+
+
+def _kind_of_file(path: Path) -> str | None:
+    """What a file is instead of an .npz file, and what to do, where that is plain."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(8)
+    except OSError:
+        return None
+    if begin.startswith(b"\x93NUMPY"):
+        return (
+            "it is one array. Write np.savez(FILE, images=images, labels=labels) with uint8 pixels "
+            "(gdfq generate writes images.npz beside images.npy)"
+        )
+    if path.suffix.lower() in SUFFIXES:
+        return "it is one image. Give the folder that holds the folders of the classes"
+    if path.suffix.lower() in {".gz", ".tgz", ".tar", ".7z", ".rar"} and not is_zipfile(path):
+        return "it is an archive. Unpack it and give the folder"
+    return None
+
+
+def _folder(
+    path: Path,
+    input_shape: tuple[int, ...],
+    classes: int | None,
+    resize: Resize,
+    names: ClassNames | None,
+) -> FolderData:
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
         raise UsageError(
             "an image folder needs a network with 1 or 3 input channels [C, H, W]; "
             f"this one takes {list(input_shape)}. Use an .npz file."
         )
-    classes = sorted(within(path, entry) for entry in path.iterdir() if entry.is_dir())
-    found = [
-        (within(path, file), index)
-        for index, folder in enumerate(classes)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in _SUFFIXES
-    ]
+    found = read_folder(path, classes, names)
+    _check_headers(path, found.files)
     channels, height, width = input_shape
     return FolderData(
-        tuple(file for file, _ in found),
-        torch.tensor([index for _, index in found], dtype=torch.long),
+        found.files,
+        None if found.labels is None else torch.tensor(found.labels, dtype=torch.long),
         (channels, height, width),
         resize,
+        found.rule,
     )
+
+
+def _check_headers(path: Path, files: Sequence[Path]) -> None:
+    """Refuse files that are no images before anything runs, and tell what of them is not used."""
+    unused: Counter[str] = Counter()
+    for file in files:
+        try:
+            unused.update(check_image(file))
+        except Exception as error:  # each decoder has types of its own for damaged files
+            raise _unreadable(file, error) from error
+    told = {
+        "frames": "hold several frames, of which the first is used",
+        "orientation": "have an EXIF orientation, which is not applied (nor is it in torchvision)",
+    }
+    for what, count in sorted(unused.items()):
+        warnings.warn(
+            f"{count} of {len(files)} images in {path} {told[what]}.", GdfqWarning, stacklevel=3
+        )
 
 
 def _check(data: ImageData, input_shape: tuple[int, ...], classes: int | None) -> None:
@@ -168,21 +296,52 @@ def _check(data: ImageData, input_shape: tuple[int, ...], classes: int | None) -
     if not len(data):
         raise UsageError(
             "data must hold at least one image; this holds none. "
-            "An image folder has one sub-folder for each class with the images in it."
+            "An image folder has one sub-folder for each class with the images in it "
+            f"({', '.join(sorted(SUFFIXES))})."
         )
     first = data.images(torch.tensor([0]))
     if first.dtype != torch.uint8 and not first.is_floating_point():
         raise UsageError(
             "images must be uint8 pixels or floats that are already normalised; "
-            f"these are {first.dtype}."
+            f"these are {first.dtype}. "
+            f"{_to_bytes(data.images(torch.arange(min(len(data), 100))).numpy())}"
         )
     shape = tuple(first.shape[1:])
     if shape != input_shape:
         raise UsageError(
             f"images must have the network's input shape {list(input_shape)}; "
-            f"these are {list(shape)}. Resize them; files in folders are resized as they are read."
+            f"these are {list(shape)}. {_reshaping(shape, input_shape)}"
+        )
+    floats = data.array if isinstance(data, ArrayData) else first
+    if floats.is_floating_point() and not bool(floats.isfinite().all()):
+        raise UsageError(
+            "images must be finite; these hold NaN or infinity. Check where they come from."
         )
     check_labels(data.labels, len(data), classes)
+
+
+def _reshaping(shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """How images of another shape get the network's."""
+    if len(wanted) == 3:
+        channels, height, width = wanted
+        if shape == (height, width, channels):
+            return "Their channels come last: give images.transpose(0, 3, 1, 2), or permute."
+        if channels == 1 and shape == (height, width):
+            return "Give images[:, None]."
+        if len(shape) == 3 and shape[1:] == (height, width):
+            if shape[0] == 4:
+                return "The fourth channel may be alpha: give images[:, :3]."
+            if shape[0] == 1:
+                return f"Repeat the channel: give images.repeat({channels}, 1) of an array."
+            return f"They have {shape[0]} channels for {channels}."
+    return "Resize them; files in folders are resized as they are read."
+
+
+def how_labelled(data: object) -> str:
+    """Why data have no labels, where that is known, and how to give them."""
+    return getattr(data, "rule", "") or (
+        "Give (images, labels), an .npz file with both, or a folder with one folder a class."
+    )
 
 
 def check_labels(labels: Tensor | None, count: int, classes: int | None) -> None:
@@ -200,7 +359,35 @@ def check_labels(labels: Tensor | None, count: int, classes: int | None) -> None
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
+        from_one = (low, high) == (1, classes)
         raise UsageError(
             f"labels must lie in 0..{classes - 1}, the network's classes; these span "
-            f"{low}..{high}. Check that data and network belong together."
+            f"{low}..{high}. "
+            + (
+                "They count from 1: give labels - 1."
+                if from_one
+                else "Check that data and network belong together."
+            )
+        )
+
+
+def warn_of_unnormalised_floats(images: Tensor, preprocessing: Preprocessing) -> None:
+    """Warn about floats that look like pixels in 0..1 or 0..255 and are taken as normalised."""
+    if not images.is_floating_point() or not images.numel():
+        return
+    limits = [
+        (edge - mean) / std
+        for edge in (0, 1)
+        for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)
+    ]
+    low, high = float(images.min()), float(images.max())
+    bytes_ = 2 * max(limits) < 25 < high <= 255
+    unit = min(limits) < -0.5 and high <= 1
+    if low >= 0 and (bytes_ or unit):
+        warnings.warn(
+            f"floats are taken as normalised inputs; these lie in {low:.3g}..{high:.3g}, and "
+            f"pixels, normalised, in {min(limits):.3g}..{max(limits):.3g}. If they are pixels, "
+            "give them as uint8, which are normalised.",
+            GdfqWarning,
+            stacklevel=3,
         )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
+PerChannel = float | Sequence[float] | np.ndarray[Any, Any] | Tensor
+"""One number for each channel, or one number for all of them."""
+
 
 @tagged("Resize")
 @dataclass(frozen=True)
@@ -77,26 +80,27 @@ class Preprocessing:
     def of(
         cls,
         channels: int,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        mean: PerChannel | None,
+        std: PerChannel | None,
         resize: Resize | None = None,
     ) -> "Preprocessing":
-        """Mean 0 and std 1 where they are not given.
+        """Return the preprocessing of a network with `channels` input channels.
 
-        Raises UsageError when their lengths are not `channels` or a std is not positive.
+        Args:
+            channels: Input channels of the network.
+            mean: Of pixels in 0..1, for each channel or for all of them; 0 if it is not given.
+            std: Of pixels in 0..1, for each channel or for all of them; 1 if it is not given.
+            resize: How image files get the network's size.
+
+        Raises:
+            UsageError: They are no numbers, do not fit the channels, or are for pixels in 0..255.
         """
-        mean, std = tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels)
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != channels:
-                raise UsageError(
-                    f"{name} needs one value for each of the {channels} input channels; "
-                    f"got {len(values)}: {', '.join(map(str, values))}."
-                )
-            if not np.isfinite(values).all():
-                raise UsageError(f"{name} must be finite; got {', '.join(map(str, values))}.")
-        if min(std) <= 0:
-            raise UsageError(f"std must be positive; got {', '.join(map(str, std))}.")
-        return cls(mean, std, resize or Resize())
+        means, stds = normalisation(mean, std)
+        return cls(
+            _each_channel("mean", means or (0.0,), channels),
+            _each_channel("std", stds or (1.0,), channels),
+            resize or Resize(),
+        )
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 pixels [N, C, *] become normalised floats; floats are taken as normalised."""
@@ -121,3 +125,95 @@ class Preprocessing:
         arrays |= {name: tensor.numpy() for name, tensor in more.items()}
         np.savez_compressed(buffer, **arrays)
         return buffer.getvalue()
+
+
+def normalisation(
+    mean: PerChannel | None, std: PerChannel | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return mean and std as plain numbers, one or one for each channel; None stays None.
+
+    Raises:
+        UsageError: They are no finite numbers, a std is not positive, or they are for pixels in
+            0..255: pixels in 0..1 have no mean and no standard deviation above 1.
+    """
+    found = _numbers("mean", mean), _numbers("std", std)
+    if found[1] is not None and min(found[1]) <= 0:
+        raise UsageError(
+            f"std must be positive; got {_listed(found[1])}. Give the standard deviation of each "
+            "channel, for pixels in 0..1."
+        )
+    if any(values is not None and max(map(abs, values)) > 1 for values in found):
+        _refuse_bytes(*found)
+    return found
+
+
+def _numbers(name: str, given: PerChannel | None) -> tuple[float, ...] | None:
+    """Numbers in any of their usual forms as a tuple of floats."""
+    if given is None:
+        return None
+    try:
+        if isinstance(given, str | bytes):
+            raise ValueError("it is text")
+        if isinstance(given, Tensor):
+            given = given.detach().cpu().numpy()
+        array = np.asarray(given)
+        if array.dtype.kind not in "iuf":
+            raise ValueError("it holds other values")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"{name} must be one number for each input channel, or one number for all; "
+            f"got {given!r}. Give it as (0.485, 0.456, 0.406)."
+        ) from error
+    # A buffer of a module has the shape [C, 1, 1] or [1, C, 1, 1].
+    if not array.size or array.size != max(array.shape, default=1):
+        raise UsageError(
+            f"{name} must be one number for each input channel, or one number for all; got an "
+            f"array of the shape {list(array.shape)}."
+        )
+    # As float32 0.485 is 0.48500001: the shortest decimal that rounds to it is meant.
+    values = tuple(float(str(value)) for value in array.ravel())
+    if not np.isfinite(values).all():
+        raise UsageError(f"{name} must be finite; got {_listed(values)}.")
+    return values
+
+
+def _each_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise UsageError(
+            f"{name} needs one value for each of the {channels} input channels, or one for all; "
+            f"got {len(values)}: {_listed(values)}."
+        )
+    return values if len(values) == channels else values * channels
+
+
+def _refuse_bytes(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    """Refuse mean and std of pixels in 0..255, and write their division by 255 out.
+
+    A std of exactly 1 beside such a mean belongs to pixels in 0..255, too: "no scaling".
+    """
+    parts = []
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        large = max(map(abs, values)) > 1
+        unscaled = name == "std" and set(values) == {1.0}
+        divided = tuple(value / 255 for value in values)
+        if large or unscaled:
+            parts.append(f"{name} {_listed(divided)} (= {_listed(values)} / 255)")
+        else:
+            parts.append(f"{name} {_listed(values)} (as it is)")
+    if std is None:
+        parts.append("std 0.003922 (= 1 / 255), if pixels in 0..255 are not scaled")
+    high = " and ".join(
+        f"{name} {_listed(values)}"
+        for name, values in (("mean", mean), ("std", std))
+        if values is not None and max(map(abs, values)) > 1
+    )
+    raise UsageError(
+        f"mean and std must be for pixels in 0..1, where neither exceeds 1; {high} is for pixels "
+        f"in 0..255. Give {', '.join(parts)}."
+    )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" if abs(value) < 1 else f"{value:g}" for value in values)

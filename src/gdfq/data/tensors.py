@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdfq.data.datasets import ImageData, check_labels
+from gdfq.data.datasets import ImageData, as_labels, check_labels
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.files.untrusted import read_npz
@@ -101,7 +101,7 @@ def load_tensors(
             "data must have the same number of entries for each input, and at least one; got "
             f"{', '.join(str(len(tensor)) for tensor in tensors)}."
         )
-    loaded = TensorData(tensors, None if labels is None else torch.as_tensor(labels).long())
+    loaded = TensorData(tensors, None if labels is None else as_labels(labels, classes))
     check_labels(loaded.labels, len(loaded), classes)
     return loaded
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gdfq.data.class_names import ClassNames, class_names, imagenet
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import UsageError, first_line
-from gdfq.models.loaded import Loaded
+from gdfq.models.loaded import Loaded, names_of
 from gdfq.models.weights import read_weights
 
 
@@ -62,7 +65,15 @@ def _timm(timm: Any, name: str, pretrained: bool) -> Loaded:
         raise UsageError(f"timm has no network {name!r}. timm.list_models('*word*') finds names.")
     with _no_retries():  # it reads safetensors, or torch files with weights_only
         module = timm.create_model(name, pretrained=pretrained)
-    return Loaded(module, *_of_timm(module.pretrained_cfg))
+    return Loaded(module, *_of_timm(module.pretrained_cfg), _imagenet_of_timm(module))
+
+
+def _imagenet_of_timm(module: Any) -> ClassNames | None:
+    """The ids of ImageNet, if the pretrained weights are for its 1,000 classes."""
+    config = module.pretrained_cfg
+    tag = str(config.get("tag") or "") + str(config.get("hf_hub_id") or "")
+    is_imagenet = config.get("num_classes") == len(imagenet()) and tag.endswith("in1k")
+    return imagenet() if is_imagenet else None
 
 
 def _of_timm(config: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, Preprocessing | None]:
@@ -89,7 +100,12 @@ def _torchvision(torchvision: Any, name: str, pretrained: bool) -> Loaded:
         # The builder reads the same file without weights_only; what this lets pass is harmless.
         weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
     module = models.get_model(name, weights=weights if pretrained else None)
-    return Loaded(module, *_of_torchvision(None if weights is None else weights.transforms()))
+    categories = None if weights is None else weights.meta.get("categories")
+    return Loaded(
+        module,
+        *_of_torchvision(None if weights is None else weights.transforms()),
+        class_names(categories),
+    )
 
 
 def _of_torchvision(preset: Any) -> tuple[tuple[int, ...] | None, Preprocessing | None]:
@@ -126,7 +142,7 @@ def _transformers(transformers: Any, name: str, pretrained: bool) -> Loaded:
     size = getattr(module.config, "image_size", None)
     if shape is None and size is not None:
         shape = (channels, *((size, size) if isinstance(size, int) else size))
-    return Loaded(module, shape, preprocessing)
+    return Loaded(module, shape, preprocessing, names_of(module))
 
 
 def _of_processor(
@@ -155,7 +171,7 @@ def _of_processor(
         mean, std = processor["image_mean"], processor["image_std"]
     unit = 255 * processor["rescale_factor"] if processor.get("do_rescale") else 255.0
     resize = Resize(share or 1.0, squash, _pillow_filter(processor.get("resample")))
-    mean, std = ([value / unit for value in values] for values in (mean, std))
+    mean, std = ((np.atleast_1d(values) / unit).tolist() for values in (mean, std))
     return shape, Preprocessing.of(channels, mean, std, resize)
 
 

@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from gdfq.data.datasets import load_data
+from gdfq.data.class_names import ClassNames
+from gdfq.data.datasets import ArrayData, load_data, warn_of_unnormalised_floats
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.data.tensors import Data, load_tensors, network_inputs
 from gdfq.errors import UsageError
@@ -50,7 +51,11 @@ class GivenImages(Source):
 
 
 def load_given(
-    data: Any, inputs: Sequence[InputSpec], classes: int | None, resize: Resize = Resize()
+    data: Any,
+    inputs: Sequence[InputSpec],
+    classes: int | None,
+    preprocessing: Preprocessing | None = None,
+    names: ClassNames | None = None,
 ) -> Data:
     """Read real inputs for a network.
 
@@ -60,13 +65,19 @@ def load_given(
             tensors.
         inputs: What the network takes.
         classes: Of the network, if it has any.
-        resize: Of the files of an image folder.
+        preprocessing: Of the network: it resizes the files of an image folder, and floats are
+            compared with what it makes of pixels.
+        names: Names of the classes, by which class folders are recognised.
 
     Raises:
         UsageError: The data cannot be used.
     """
     if takes_images(inputs):
-        return load_data(data, image_shape(inputs), classes, resize)
+        resize = Resize() if preprocessing is None else preprocessing.resize
+        images = load_data(data, image_shape(inputs), classes, resize, names)
+        if preprocessing is not None and isinstance(images, ArrayData):
+            warn_of_unnormalised_floats(images.array, preprocessing)
+        return images
     return load_tensors(data, {spec.name: (spec.shape, spec.dtype) for spec in inputs}, classes)
 
 
