@@ -91,7 +91,7 @@ def test_mean_and_std_are_taken_in_every_form(form) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [0.5, np.float32(0.5), torch.tensor(0.5), np.array([0.5]), (0.5,)]
+    "value", [0.5, np.float32(0.5), torch.tensor(0.5), np.array(0.5), np.float64(0.5)]
 )
 def test_one_number_is_for_all_channels(value) -> None:
     assert Preprocessing.of(3, value, value) == Preprocessing((0.5,) * 3, (0.5,) * 3)
@@ -123,6 +123,7 @@ def test_values_for_pixels_in_0_to_255_are_refused_with_the_division(mean, std, 
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
+        ((0.5,), None, "each of the 3 input channels; got 1"),
         ((0.5, 0.5), None, "each of the 3 input channels"),
         (None, (0.1,) * 4, "each of the 3 input channels"),
         ((0.5, float("nan"), 0.5), None, "mean must be finite"),

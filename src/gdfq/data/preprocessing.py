@@ -97,8 +97,8 @@ class Preprocessing:
         """
         means, stds = normalisation(mean, std)
         return cls(
-            _each_channel("mean", means or (0.0,), channels),
-            _each_channel("std", stds or (1.0,), channels),
+            _each_channel("mean", mean, means or (0.0,), channels),
+            _each_channel("std", std, stds or (1.0,), channels),
             resize or Resize(),
         )
 
@@ -177,13 +177,18 @@ def _numbers(name: str, given: PerChannel | None) -> tuple[float, ...] | None:
     return values
 
 
-def _each_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    if len(values) not in (1, channels):
+def _each_channel(
+    name: str, given: PerChannel | None, values: tuple[float, ...], channels: int
+) -> tuple[float, ...]:
+    """Repeat one number, which is no sequence, for all channels."""
+    if given is None or np.ndim(given.detach() if isinstance(given, Tensor) else given) == 0:
+        return values * channels
+    if len(values) != channels:
         raise UsageError(
-            f"{name} needs one value for each of the {channels} input channels, or one for all; "
+            f"{name} needs one value for each of the {channels} input channels; "
             f"got {len(values)}: {_listed(values)}."
         )
-    return values if len(values) == channels else values * channels
+    return values
 
 
 def _refuse_bytes(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
