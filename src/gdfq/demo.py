@@ -5,6 +5,7 @@ is quantized from its weights alone: by rounding, by GDFQ as published, and by `
 half tells what that cost.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,8 +77,21 @@ class DigitsNetwork(nn.Module):
         return logits
 
 
-def train(digits: Digits, *, epochs: int = 40, seed: int = 0) -> nn.Module:
-    """A DigitsNetwork trained on the digits, in evaluation mode; takes seconds."""
+def train(
+    digits: Digits,
+    *,
+    epochs: int = 40,
+    seed: int = 0,
+    loss_function: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> nn.Module:
+    """A DigitsNetwork trained on the digits, in evaluation mode; takes seconds.
+
+    Args:
+        digits: Images and labels to train on.
+        epochs: Passes over them.
+        seed: Of the first weights, the order and the shifts of the images.
+        loss_function: Loss of logits [N, 10] and labels [N].
+    """
     random = stream(seed, "demo")
     network = DigitsNetwork()
     with torch.no_grad():
@@ -93,7 +107,7 @@ def train(digits: Digits, *, epochs: int = 40, seed: int = 0) -> nn.Module:
         for chosen in torch.randperm(len(images), generator=random).split(64):
             shift = torch.randint(-1, 2, (2,), generator=random).tolist()
             batch = images[chosen].roll(shift, (2, 3))
-            loss = F.cross_entropy(network(batch), digits.labels[chosen])
+            loss = loss_function(network(batch), digits.labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

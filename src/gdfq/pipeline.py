@@ -71,7 +71,7 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
         metrics["allocation"] = allocation
     observed = Observations(*(feed.recent.inputs() or (feed.examples, None)), teacher, tested)
     card = plan.card(scheme, seed)
-    return QuantizedNetwork(network, card, metrics, feed.examples, observed)
+    return QuantizedNetwork(network, card, metrics, feed.examples, observed, plan.teacher.ends)
 
 
 @without_concurrent_tracing

@@ -26,6 +26,7 @@ from gdfq.execution.precision import find_device
 from gdfq.files.plain_values import as_values
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, ExampleInputs, capture
+from gdfq.graph.ends import describe
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.models.loaded import names_of
 from gdfq.models.registry import Loaded, load_model, weights_hash
@@ -62,8 +63,9 @@ class NetworkOptions(TypedDict, total=False):
             sequence, an array or a tensor), or one number for all.
         std: Standard deviation of the input normalisation for pixels in 0..1, as `mean`.
         resize: How the files of an image folder get the network's size.
-        classifier: Whether the output is the logits of classes. By default it is if it is one
-            tensor [N, C] with C >= 2. Any other network (detection, segmentation, regression) has
+        classifier: Whether the output is of classes: their logits or, behind a softmax, their
+            probabilities. By default it is if it is one tensor [N, C] with C >= 2 that is no
+            sigmoid and no unit vector. Any other network (detection, segmentation, regression) has
             no labels: its outputs themselves are matched, relative to their size.
         device: "cpu", "cuda" or "auto".
     """
@@ -190,6 +192,7 @@ class Plan:
         return {
             "weights_sha256": self.weights_sha256,
             "input": _inputs_as_values(self.teacher),
+            "output": describe(self.teacher, self.teacher.ends),
             "normalisation": as_values(self.preprocessing),
             "bits": str(self.scheme.bits) if self.size is None else "auto",
             "size": self.size,

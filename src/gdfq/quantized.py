@@ -23,6 +23,7 @@ from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.files.untrusted import within
+from gdfq.graph.ends import NO_ENDS, Ends, joined, output_names, split
 from gdfq.graph.inputs import takes_images
 from gdfq.graph.outputs import built
 from gdfq.sources.given import load_given
@@ -33,11 +34,13 @@ class QuantizedNetwork(nn.Module):
     """A frozen low-bit network: normalised images [N, *shape] -> logits [N, classes].
 
     Weights are integer codes; activations are rounded to their grids while it runs. A network with
-    several inputs takes them in order or by name (`card.inputs`). A network whose outputs are not
-    classes returns them as the original network did.
+    several inputs takes them in order or by name (`card.inputs`). It returns what the original
+    network does: probabilities if that ends in a softmax, for instance.
 
     Attributes:
-        network: The integer network.
+        network: The integer network up to its logits, or to its outputs if no softmax or sigmoid
+            follows.
+        ends: What follows `network`.
         card: What the network takes and returns, and how it was made.
         metrics: Seconds and steps of the run that made it, and the top-1 accuracies of teacher and
             student if test images were given.
@@ -53,9 +56,11 @@ class QuantizedNetwork(nn.Module):
         metrics: Mapping[str, Any] | None = None,
         examples: Tensor | Sequence[Tensor] | None = None,
         observations: Observations | None = None,
+        ends: Ends = NO_ENDS,
     ) -> None:
         super().__init__()
         self.network = network
+        self.ends = ends
         self.card = card
         self.metrics = dict(metrics or {})
         if examples is None:
@@ -74,7 +79,12 @@ class QuantizedNetwork(nn.Module):
                 f"tensors and {', '.join(named) or 'no names'}. Give one tensor for each input."
             )
         found = self.network.outputs(*inputs, *(named[name] for name in names))
-        return built(self.card.outputs, found)
+        return built(self.card.outputs, self.ends.apply(found))
+
+    @property
+    def whole(self) -> IntegerNetwork:
+        """The integer network with its end, as files hold it."""
+        return IntegerNetwork(joined(self.network.module, self.ends))
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +131,7 @@ class QuantizedNetwork(nn.Module):
         Raises:
             UsageError: The file cannot be read, is damaged, or is of another version.
         """
-        return cls(*packed.read(path))
+        return cls._of_whole(*packed.read(path))
 
     @classmethod
     def read_folder(
@@ -138,7 +148,19 @@ class QuantizedNetwork(nn.Module):
             path = within(folder, folder / EXAMPLES_FILE)
             found = load_given(path, card.inputs, card.classes)
             examples = network_inputs(found, torch.arange(len(found)), card.preprocessing)
-        return cls(network, card, metrics, examples)
+        return cls._of_whole(network, card, metrics, examples)
+
+    @classmethod
+    def _of_whole(
+        cls,
+        network: IntegerNetwork,
+        card: Card,
+        metrics: Mapping[str, Any] | None = None,
+        examples: Sequence[Tensor] | None = None,
+    ) -> "QuantizedNetwork":
+        """Divide a network that was read from a file in its body and its end."""
+        body, ends = split(network.module)
+        return cls(IntegerNetwork(body), card, metrics, examples, ends=ends)
 
     def save(self, folder: str | Path) -> None:
         """Write `student.safetensors` and `examples.npz` into the folder, which `load` reads."""
@@ -146,7 +168,7 @@ class QuantizedNetwork(nn.Module):
         make_folder(folder)
         (folder / STUDENT_FILE).unlink(missing_ok=True)
         write_atomically(folder / EXAMPLES_FILE, self._examples_npz())
-        write_atomically(folder / STUDENT_FILE, packed.to_safetensors(self.network, self.card))
+        write_atomically(folder / STUDENT_FILE, packed.to_safetensors(self.whole, self.card))
 
     def _examples_npz(self) -> bytes:
         """The examples as `load_given` reads them: images as pixels, other inputs as they are."""
@@ -194,10 +216,11 @@ class QuantizedNetwork(nn.Module):
         }
         release_freed_memory()
         return export(
-            self.network,
+            self.whole,
             self.card,
             Path(path),
             self.examples,
+            names=output_names(self.card, self.ends),
             target=target,
             raw_input=raw_input,
             safe_x86=safe_x86,

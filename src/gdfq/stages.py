@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gdfq.analysis.accuracy import output_errors
+from gdfq.analysis.accuracy import output_similarities
 from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
 from gdfq.analysis.observations import TestPredictions
 from gdfq.data.tensors import summary_of
@@ -27,7 +27,8 @@ from gdfq.execution.stopwatch import Stopwatch
 from gdfq.files.plain_values import frozen_values
 from gdfq.files.states import Results, name_of
 from gdfq.graph.capture import Captured
-from gdfq.graph.outputs import in_order, output_names
+from gdfq.graph.ends import body_names
+from gdfq.graph.outputs import in_order
 from gdfq.models.registry import weights_hash
 from gdfq.plan import Plan
 from gdfq.sources.base import joined_inputs
@@ -248,17 +249,22 @@ def measure(
         predictions = {"teacher": tested.teacher, "student": tested.student}
         top1 = {who: {"top1": round(p.top1(tested.labels), 4)} for who, p in predictions.items()}
         return tested, metrics | top1
-    errors = output_errors(
+    found = output_similarities(
         network,
-        teacher.network,
+        teacher,
         images,
         preprocessing,
-        device=teacher.device,
         listener=context.listener,
         memory=context.memory,
     )
-    percent = dict(zip(output_names(teacher), (round(e, 4) for e in errors), strict=True))
-    return None, metrics | {"student": {"error_percent": percent}}
+    student: dict[str, Any] = {"error_percent": {}}
+    for name, similarity in zip(body_names(teacher, teacher.ends), found, strict=True):
+        student["error_percent"][name] = round(similarity.relative_error, 4)
+        if similarity.cosine is not None:
+            student.setdefault("cosine", {})[name] = round(similarity.cosine, 6)
+        if similarity.decisions is not None:
+            student.setdefault("decisions_percent", {})[name] = round(similarity.decisions, 4)
+    return None, metrics | {"student": student}
 
 
 def identity_of(plan: Plan, context: Context) -> dict[str, Any]:

@@ -10,13 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks
+from torch import nn
 
 from gdfq.analysis.accuracy_drop import (
     _SOURCE,
     LAW,
     Law,
-    error_among_ten_classes,
+    distinct_classes,
     estimate_drop,
+    logit_error,
     make_images,
     measure_expected_drop,
     mix_images,
@@ -38,9 +40,141 @@ def test_law_matches_a_hand_computed_drop() -> None:
     assert law.drop(0.0) == 0.0
 
 
-def test_error_among_ten_classes_grows_with_the_number_of_classes() -> None:
-    assert error_among_ten_classes(0.25, 10) == 0.25
-    assert error_among_ten_classes(0.25, 10**4) == pytest.approx(0.5)
+def test_logit_error_matches_a_hand_computed_number():
+    # Centred: (1, −1) and (0.6, −0.2, …); orthogonal to the teacher lies a noise of half its size.
+    teacher = torch.tensor([[1.0, -1.0, 0.0]])
+    student = teacher + 0.5 * torch.tensor([[1.0, 1.0, -2.0]]) / math.sqrt(3)
+    expected = 0.5 * math.sqrt(math.log(3) / math.log(10))
+    # The factor that brings the student nearest makes sin θ of tan θ = 1/2.
+    assert logit_error(teacher, student) == pytest.approx(expected / math.sqrt(1.25))
+    assert logit_error(teacher, -teacher) == pytest.approx(math.sqrt(math.log(3) / math.log(10)))
+    assert logit_error(teacher, teacher * float("nan")) == math.inf
+
+
+def test_logit_error_grows_with_the_number_of_classes():
+    few, many = (torch.randn(16, n, generator=torch.Generator().manual_seed(0)) for n in (10, 1000))
+    for logits, factor in ((few, 1.0), (many, math.sqrt(3))):
+        centred = logits - logits.mean(1, keepdim=True)
+        noise = torch.randn_like(centred)
+        noise -= noise.mean(1, keepdim=True)
+        noise -= centred * ((noise * centred).sum() / centred.square().sum())  # orthogonal
+        noise *= 0.2 * centred.norm() / noise.norm()
+        expected = factor * 0.2 / math.sqrt(1 + 0.2**2)
+        assert logit_error(logits, logits + noise) == pytest.approx(expected, rel=1e-5)
+
+
+NUMBERS = st.integers(0, 2**31 - 1)
+
+
+def _logits(seed: int, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a teacher and of a student whose error is somewhere between 0 and 100 %."""
+    draw = torch.Generator().manual_seed(seed)
+    teacher = 3 * torch.randn(24, classes, generator=draw, dtype=torch.float64)
+    noise = torch.randn(24, classes, generator=draw, dtype=torch.float64)
+    return teacher, teacher + 2 * float(torch.rand(1, generator=draw)) * noise
+
+
+def _assert_same(one, other, *, kl: bool = True):
+    """Agreement, expected drop, interval and reason are the same, and KL if it should be."""
+    assert one.agreement == other.agreement
+    assert one.logit_error == pytest.approx(other.logit_error, rel=1e-9)
+    assert (one.expected_drop is None) == (other.expected_drop is None)
+    assert one.reason.split("is")[0] == other.reason.split("is")[0]
+    if one.expected_drop is not None:
+        assert one.expected_drop == pytest.approx(other.expected_drop, rel=1e-6)
+        assert one.interval == pytest.approx(other.interval, rel=1e-6, abs=1e-9)
+    if kl:
+        assert one.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-5)
+
+
+@given(NUMBERS, st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
+def test_estimate_does_not_depend_on_numbers_added_to_all_logits(seed, of_teacher, of_student):
+    teacher, student = _logits(seed)
+    estimate = estimate_drop([teacher], [student], source="by hand")
+    by_image = torch.linspace(-1, 1, 24)[:, None]
+    moved = estimate_drop(
+        [teacher + of_teacher * by_image], [student + of_student], source="by hand"
+    )
+    _assert_same(estimate, moved)
+    assert estimate.relative_error == pytest.approx(moved.relative_error, rel=1e-6)
+
+
+@given(NUMBERS, st.floats(0.01, 100), st.floats(0.01, 100))
+def test_estimate_does_not_depend_on_temperatures(seed, of_teacher, of_student):
+    """No answer changes; confidences do, so KL does. Only margins in units of the error count."""
+    teacher, student = _logits(seed)
+    estimate = estimate_drop([teacher], [student], source="by hand")
+    scaled = estimate_drop([teacher * of_teacher], [student * of_student], source="by hand")
+    _assert_same(estimate, scaled, kl=False)
+
+
+@given(NUMBERS, st.permutations(range(6)))
+def test_estimate_does_not_depend_on_the_order_of_classes(seed, order):
+    teacher, student = _logits(seed)
+    estimate = estimate_drop([teacher], [student], source="by hand")
+    _assert_same(
+        estimate, estimate_drop([teacher[:, order]], [student[:, order]], source="by hand")
+    )
+
+
+@given(NUMBERS, st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_estimate_does_not_depend_on_copies_of_classes(seed, copies):
+    teacher, student = _logits(seed)
+    columns = [*range(6), *copies]
+    estimate = estimate_drop([teacher], [student], source="by hand")
+    copied = estimate_drop([teacher[:, columns]], [student[:, columns]], source="by hand")
+    _assert_same(estimate, copied, kl=False)
+    assert distinct_classes(teacher[:, columns]) == list(range(6))
+
+
+def test_class_that_is_never_predicted_is_no_signal():
+    """One logit of −10⁴ for all images changes no answer, and must not hide the error of others."""
+    teacher, student = _logits(1)
+    dead = torch.full((24, 1), -1e4, dtype=torch.float64)
+    padded = [torch.cat([logits, dead], 1) for logits in (teacher, student)]
+    error, with_dead = logit_error(teacher, student, varied=True), logit_error(*padded, varied=True)
+    assert with_dead > 0.5 * error
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0, 200.0, -200.0])
+def test_estimate_of_a_network_does_not_depend_on_an_offset(teacher: Captured, offset: float):
+    """From capture to the estimate: the bias of the last layer is moved."""
+    model = networks.make("Residual")
+    student = quantize(model, networks.images(1), "w4a4", "quick", steps=4, seed=0)
+    found = capture(model, networks.images(2))
+    moved, low = (Offset(network, offset) for network in (found.network, student.network))
+    with_offset = capture(moved, networks.images(2))
+    estimate = measure_expected_drop(found, student.network, seed=1)
+    other = measure_expected_drop(with_offset, low, seed=1)
+    assert other.relative_error == pytest.approx(estimate.relative_error, rel=0.02)
+    assert other.logit_error == pytest.approx(estimate.logit_error, rel=0.02)
+    assert other.agreement == pytest.approx(estimate.agreement, abs=1)
+
+
+class Offset(nn.Module):
+    def __init__(self, network: nn.Module, offset: float) -> None:
+        super().__init__()
+        self.network, self.offset = network, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x) + self.offset
+
+
+def test_estimate_takes_the_larger_error_of_two_kinds_of_images():
+    teacher, student = _logits(3)
+    alone = estimate_drop([teacher], [student], source="by hand")
+    calm = estimate_drop([teacher], [student], source="by hand", on_noise=([teacher], [teacher]))
+    assert calm == alone
+    worse = teacher + 2 * (student - teacher)
+    noisy = estimate_drop([teacher], [student], source="by hand", on_noise=([teacher], [worse]))
+    assert noisy.relative_error == pytest.approx(2 * 100 * _relative(teacher, student))
+    assert noisy.logit_error > alone.logit_error
+    assert noisy.agreement == alone.agreement
+
+
+def _relative(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    centred = [x - x.mean(1, keepdim=True) for x in (teacher, student - teacher)]
+    return float(centred[1].norm() / centred[0].norm())
 
 
 def test_interval_matches_hand_computed_ends() -> None:
@@ -105,17 +239,44 @@ def test_estimate_depends_on_the_seed_alone(teacher: Captured) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("Detector", "not classes"), ("Transformer", "batch norms"), ("Audio", "take images")],
+    [
+        ("Detector", "not classes"),
+        ("Transformer", "batch norms"),
+        ("Audio", "take images"),
+        ("Attention", "attention"),
+        ("Embedding", "unit vectors"),
+        ("Tags", "independent decisions"),
+    ],
 )
-def test_estimate_is_absent_where_the_law_was_not_validated(name: str, reason: str) -> None:
-    shape = networks.shape_of(name)
-    found = capture(networks.make(name), networks.images(2, shape=shape))
+def test_estimate_is_absent_where_the_law_was_not_validated(name: str, reason: str):
+    made = _MADE.get(name)
+    shape = networks.SHAPE if made else networks.shape_of(name)
+    model = nn.Sequential(networks.make("Residual"), made()) if made else networks.make(name)
+    found = capture(model, networks.images(2, shape=shape))
     estimate = measure_expected_drop(found, found.network, seed=0)
     assert estimate.expected_drop is None
     assert estimate.interval is None
     assert reason in estimate.reason
     assert estimate.relative_error == 0.0
 
+
+class Attention(nn.Module):
+    """A network with a softmax inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.softmax(1) * x)
+
+
+class Unit(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(x)
+
+
+_MADE = {"Attention": Attention, "Embedding": Unit, "Tags": nn.Sigmoid}
 
 LOGITS = torch.eye(4).repeat(8, 1)
 """Logits of a teacher that predicts four classes in turn."""
@@ -126,12 +287,14 @@ def test_estimate_matches_hand_computed_numbers() -> None:
     student[0] = LOGITS[1]  # one prediction of 32 differs
     estimate = estimate_drop([LOGITS], [student], source="by hand")
     assert (estimate.images, estimate.agreement) == (32, 100 * 31 / 32)
-    assert estimate.relative_error == pytest.approx(100 * math.sqrt(2 / 32))
+    # Centred rows of the identity have the power 3/4.
+    assert estimate.relative_error == pytest.approx(100 * math.sqrt(2 / 32 / 0.75))
     # Two probabilities, e / (e + 3) and 1 / (e + 3), are exchanged.
     assert estimate.kl == pytest.approx((math.e - 1) / (math.e + 3) / 32, rel=1e-5)
-    assert estimate.expected_drop == pytest.approx(
-        LAW.drop(error_among_ten_classes(math.sqrt(2 / 32), 4))
-    )
+    # With <c(y), c(ŷ)> = 24 − 1 of 24, the sine of the angle is √(1 − (23/24)²).
+    x = math.sqrt(1 - (23 / 24) ** 2) * math.sqrt(math.log(4) / math.log(10))
+    assert estimate.logit_error == pytest.approx(100 * x)
+    assert estimate.expected_drop == pytest.approx(LAW.drop(x))
     assert estimate.reason == ""
 
 
@@ -139,7 +302,7 @@ def test_estimate_matches_hand_computed_numbers() -> None:
     ("teacher", "student", "reason"),
     [
         (LOGITS, LOGITS * float("nan"), "not finite"),
-        (LOGITS, LOGITS.roll(1, 1), "relative error"),
+        (LOGITS, LOGITS.roll(1, 1), "error of the student's logits"),
         (LOGITS[:1].expand(8, 4), LOGITS[:1].expand(8, 4), "same class"),
     ],
 )

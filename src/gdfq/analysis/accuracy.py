@@ -1,4 +1,4 @@
-"""Accuracy on labelled images, and relative error of outputs that are not classes."""
+"""Accuracy on labelled images, and similarity of outputs that are not classes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gdfq.analysis.similarity import Similarity, Totals
 from gdfq.data.datasets import how_labelled
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data, network_inputs
@@ -14,6 +15,7 @@ from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.tracing import without_concurrent_tracing
+from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_images
 from gdfq.graph.outputs import in_order
 
@@ -106,24 +108,20 @@ def top1(
 
 @without_concurrent_tracing
 @torch.no_grad()
-def output_errors(
+def output_similarities(
     student: Callable[..., Any],
-    teacher: Callable[..., Any],
+    teacher: Captured,
     data: Data,
     preprocessing: Preprocessing,
     *,
-    device: torch.device,
     listener: Listener = silent,
     memory: MemoryBudget = MemoryBudget(),
-) -> list[float]:
-    """Relative error ‖ŷ − y‖ / ‖y‖, in percent, of each output over all images.
+) -> list[Similarity]:
+    """Compare each output of a student with its teacher's over all images; labels are not needed.
 
-    y is the teacher's output, ŷ the student's. No labels are needed.
+    The student returns what `teacher.network` does, on the same device.
     """
-    powers: list[list[list[Tensor]]] = []
-    for inputs in _batches(teacher, data, preprocessing, device, listener, memory):
-        pairs = zip(in_order(student(*inputs)), in_order(teacher(*inputs)), strict=True)
-        powers.append([[(a - b).square().sum(), b.square().sum()] for a, b in pairs])
-    error, power = torch.tensor(powers, dtype=torch.float64).sum(0).unbind(1)
-    relative: list[float] = (100 * (error / power.clamp_min(1e-30)).sqrt()).tolist()
-    return relative
+    network, totals = teacher.network, Totals(teacher.ends)
+    for inputs in _batches(network, data, preprocessing, teacher.device, listener, memory):
+        totals.add_(in_order(network(*inputs)), in_order(student(*inputs)))
+    return totals.similarities()

@@ -4,31 +4,40 @@ Teacher and student classify mixtures of synthetic images that the student was n
 teacher classifies a synthetic image with high confidence, and even a poor student agrees with it. A
 mixture of two images lies at any distance from the boundary between two classes, as real images do.
 A law with two constants, fitted to drops on the real test images of several networks
-(docs/trust.md), maps the relative error of the student's logits to an accuracy drop. Where the law
-was not validated, there is no estimate, but a reason.
+(docs/trust.md), maps the error of the student's logits to an accuracy drop. Where the law was not
+validated, there is no estimate, but a reason.
+
+A change of the logits that changes no prediction changes no estimate: a number that is added to all
+logits of an image, a factor on all logits of a network, another order of the classes, a copy of a
+class.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gdfq.deploy.parity import Parity
+from gdfq.analysis.similarity import compare_outputs
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.losses import distillation_loss
+from gdfq.graph import operators
 from gdfq.graph.capture import Captured
+from gdfq.graph.ends import NO_ENDS, Ends
 from gdfq.graph.memory import forward_images
 from gdfq.graph.outputs import in_order
 from gdfq.optim import AdamConfig
 from gdfq.sources.input_scale import InputStatistics
 from gdfq.sources.pool import collect
 from gdfq.sources.spectral import SpectralSource, natural_noise
+
+Outputs = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""The outputs of a teacher and of its student on the same images, each [N, ...]."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,17 @@ class DropEstimate:
         source: Where the images come from.
         images: Number of images.
         relative_error: ‖ŷ − y‖ / ‖y‖ in percent over all numbers of an output; the largest of
-            several outputs. None if an output is not finite.
+            several outputs and of all kinds of images. Logits in front of a softmax are centred
+            for each image first. None if an output is not finite.
         agreement: Share of images for which both networks predict the same class, in percent; None
             without classes.
         kl: Mean KL(teacher ‖ student) of the class probabilities, in nats; None without classes or
             if an output is not finite.
+        cosine: Mean cosine between the vectors of student and teacher; None if the outputs are not
+            unit vectors.
+        decisions: Share of the numbers in front of a sigmoid that have the same sign in both
+            networks, in percent: of probabilities on the same side of one half. None without.
+        logit_error: The error that the law takes (`logit_error`), in percent; None without classes.
         expected_drop: Expected drop of top-1 accuracy in points; None if there is no estimate.
         interval: Points between which the drops of nine in ten students lay, for networks that the
             law was not fitted to.
@@ -57,6 +72,9 @@ class DropEstimate:
     relative_error: float | None
     agreement: float | None = None
     kl: float | None = None
+    cosine: float | None = None
+    decisions: float | None = None
+    logit_error: float | None = None
     expected_drop: float | None = None
     interval: tuple[float, float] | None = None
     reason: str = ""
@@ -72,7 +90,7 @@ class Law:
 
         d / (1 − d) = exp(shift) · x^power
 
-    d is the drop of top-1 accuracy as a share, x the error that `error_among_ten_classes` returns.
+    d is the drop of top-1 accuracy as a share, x the largest `logit_error` of all kinds of images.
 
     Attributes:
         shift: Logarithm of the odds of the drop at x = 1.
@@ -98,7 +116,7 @@ class Law:
         return max(low, 0.0), min(high, 100.0)
 
 
-LAW = Law(shift=-0.84, power=2.44, error=0.63, limit=0.7)
+LAW = Law(shift=-1.53, power=2.34, error=0.59, limit=0.6)
 """Fitted by `python -m benchmarks.trust` to the runs in benchmarks/results/trust.json."""
 
 
@@ -123,12 +141,15 @@ class _LawSource(SpectralSource):
         return InputStatistics.unit(teacher)
 
 
+_OF_ATTENTION = operators.SOFTMAX | operators.PRODUCTS
 _SOURCE = _LawSource()
 _MAX_IMAGES, _MIN_IMAGES = 64, 32
 """Number of images that are made: the most, and the fewest however large the images are."""
 _MAX_PIXELS = 64 * 64**2
 """Pixels of all images together, which limits the number of large images."""
 _MIXTURES_PER_IMAGE = 4
+_NOISE = "noise with the spectrum of natural images"
+_MIN_POWER = 1e-12
 _MAX_BATCH_IMAGES = 32
 """Largest batch; the memory budget can make it smaller."""
 
@@ -153,15 +174,24 @@ def measure_expected_drop(
     """
     # A separate seed keeps these images apart from those that a recipe of the same seed makes.
     seed = random_stream(seed, "trust").initial_seed()
-    if reason := _why_not_validated(teacher):
-        kind, draw = "noise with the spectrum of natural images", random_stream(seed, "trust.noise")
-        images = natural_noise(_MAX_IMAGES, teacher.input_shape, _SOURCE, draw).to(teacher.device)
+
+    def outputs(images: Tensor) -> Outputs:
+        return _outputs(teacher, network, images, listener, memory)
+
+    reason = _why_not_validated(teacher)
+    on_noise = outputs(noise_images(teacher, seed))
+    if not teacher.batch_norms or len(teacher.input_shape) != 3:
+        kind, first, second = _NOISE, on_noise, None
     else:
-        kind = "mixtures of synthetic images made for this test"
-        images = held_out_mixtures(teacher, seed, listener, memory)
-    expected, actual = _outputs(teacher, network, images, listener, memory)
+        kind = f"mixtures of synthetic images made for this test, and {_NOISE}"
+        first, second = outputs(held_out_mixtures(teacher, seed, listener, memory)), on_noise
     return estimate_drop(
-        expected, actual, source=kind, is_classifier=teacher.classes is not None, reason=reason
+        *first,
+        source=kind,
+        is_classifier=teacher.classes is not None,
+        reason=reason,
+        on_noise=second,
+        ends=teacher.ends,
     )
 
 
@@ -172,6 +202,8 @@ def estimate_drop(
     source: str,
     is_classifier: bool = True,
     reason: str = "",
+    on_noise: Outputs | None = None,
+    ends: Ends = NO_ENDS,
 ) -> DropEstimate:
     """Estimate the drop from the outputs of a teacher and its student on the same images.
 
@@ -181,28 +213,90 @@ def estimate_drop(
         source: Where the images come from.
         is_classifier: Whether the first output is the logits of classes [N, C].
         reason: Why there can be no estimate; empty if there can be one.
+        on_noise: Outputs of both on other images, which only count where they differ more.
+        ends: What follows the outputs in the teacher.
     """
-    parity = Parity.of(expected, actual, is_classifier)
-    error = _finite(100 * parity.relative_error)
-    estimate = DropEstimate(source, len(expected[0]), error, parity.agreement, reason=reason)
-    if parity.agreement is None:
+    pairs = [(expected, actual)] if on_noise is None else [(expected, actual), on_noise]
+    errors = [
+        similarity.relative_error
+        for pair in pairs
+        for similarity in compare_outputs(*pair, ends, is_classifier=is_classifier)
+    ]
+    first = compare_outputs(expected, actual, ends, is_classifier=is_classifier)
+    estimate = DropEstimate(
+        source,
+        len(expected[0]),
+        _largest(errors),
+        cosine=_smallest(similarity.cosine for similarity in first),
+        decisions=_smallest(similarity.decisions for similarity in first),
+        reason=reason,
+    )
+    if not is_classifier:
         return estimate
+    agreement = (actual[0].argmax(1) == expected[0].argmax(1)).double().mean()
     kl = float(distillation_loss(actual[0], expected[0], 1.0, "batch"))
-    estimate = replace(estimate, kl=_finite(kl))
-    x = error_among_ten_classes(parity.relative_error, expected[0].shape[1])
+    x = logit_error(expected[0], actual[0], varied=True)
+    if on_noise is not None:
+        x = max(x, logit_error(on_noise[0][0], on_noise[1][0], classes=expected[0]))
+    estimate = replace(
+        estimate, agreement=100 * float(agreement), kl=_finite(kl), logit_error=_finite(100 * x)
+    )
     if reason := reason or _why_out_of_range(expected[0], x):
         return replace(estimate, reason=reason)
     drop = LAW.drop(x)
     return replace(estimate, expected_drop=drop, interval=LAW.interval(drop))
 
 
-def error_among_ten_classes(relative_error: float, classes: int) -> float:
-    """The relative error of logits that would change as many predictions among ten classes.
+def logit_error(
+    expected: Tensor, actual: Tensor, *, varied: bool = False, classes: Tensor | None = None
+) -> float:
+    """Return the error of a student's logits that can change predictions, relative to its signal.
+
+    With c(·), which subtracts from the logits of each image their mean, and the factor a >= 0 that
+    brings the student nearest to its teacher:
+
+        min_a ‖a c(ŷ) − c(y)‖ / ‖c(y)‖ · √(ln C / ln 10)
 
     A prediction changes when noise lifts any of the C logits above the highest one. The largest of
-    C normal deviates grows as √(2 ln C).
+    C normal deviates grows as √(2 ln C), so the error is converted to that of ten classes. Classes
+    that the teacher does not tell apart are one.
+
+    Args:
+        expected: The teacher's logits y [N, C].
+        actual: The student's logits ŷ [N, C].
+        varied: The images are of many classes, so that a class's mean over them is no signal: it is
+            also subtracted from c(y) in the denominator. A class whose logit is always far below
+            the others then counts as nothing.
+        classes: Logits of the teacher [M, C] that tell classes apart; by default y.
+
+    Returns:
+        The error; infinity where outputs are not finite.
     """
-    return relative_error * math.sqrt(math.log(classes) / math.log(10))
+    if not bool(actual.isfinite().all()):
+        return math.inf
+    chosen = distinct_classes(expected if classes is None else classes)
+    teacher, student = (
+        rows[:, chosen] - rows[:, chosen].mean(1, keepdim=True)
+        for rows in (expected.double(), actual.double())
+    )
+    factor = (teacher * student).sum() / student.square().sum().clamp_min(_MIN_POWER)
+    error = (factor.clamp_min(0) * student - teacher).norm()
+    signal = (teacher - teacher.mean(0) if varied else teacher).norm()
+    converted = math.sqrt(math.log(max(len(chosen), 2)) / math.log(10))
+    return float(error / signal.clamp_min(_MIN_POWER)) * converted
+
+
+def distinct_classes(logits: Tensor) -> list[int]:
+    """Return one class of each group whose logits [N, C] are equal for all images, in order."""
+    groups = logits.unique(dim=1, return_inverse=True)[1].tolist()
+    return [index for index, group in enumerate(groups) if groups.index(group) == index]
+
+
+def noise_images(teacher: Captured, seed: int) -> Tensor:
+    """Make noise with the spectrum of natural images [N, *input_shape]."""
+    draw = random_stream(seed, "trust.noise")
+    images = natural_noise(_MAX_IMAGES, teacher.input_shape, _SOURCE, draw)
+    return images.to(teacher.device)
 
 
 def make_images(
@@ -275,14 +369,40 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _largest(values: Sequence[float]) -> float | None:
+    """The largest number; None if any is not finite."""
+    return max(values) if all(map(math.isfinite, values)) else None
+
+
+def _smallest(values: Iterable[float | None]) -> float | None:
+    """The smallest number; None if there is none, or any is not finite."""
+    numbers = [value for value in values if value is not None]
+    return min(numbers) if numbers and all(map(math.isfinite, numbers)) else None
+
+
 def _why_not_validated(teacher: Captured) -> str:
     """Why the law was not validated for this teacher; empty if it was."""
+    if teacher.ends.kind == "unit_norm" and teacher.classes is None:
+        return (
+            "Only classifiers have an accuracy; the outputs of this network are unit vectors "
+            "(embeddings). What counts is their cosine."
+        )
+    if teacher.ends.kind == "sigmoid" and teacher.classes is None:
+        return (
+            "Only classifiers have a top-1 accuracy; this network ends in a sigmoid, so its "
+            "outputs are independent decisions. What counts is how many of them are the same."
+        )
     if teacher.classes is None:
         return "Only classifiers have an accuracy; the outputs of this network are not classes."
     if not teacher.batch_norms or len(teacher.input_shape) != 3:
         return (
             "The estimate was validated on networks with batch norms that take images; this "
             "network is different. Measure it on real inputs (--test)."
+        )
+    if any(operators.name_of(n) in _OF_ATTENTION for n in teacher.network.graph.nodes):
+        return (
+            "The estimate was validated on convolutional networks; this network has attention "
+            "(a softmax or products of activations inside). Measure it on real images (--test)."
         )
     return ""
 
@@ -298,7 +418,7 @@ def _why_out_of_range(expected: Tensor, x: float) -> str:
         )
     if x > LAW.limit:
         return (
-            f"The relative error of the student's logits is {x:.0%} (converted to ten classes). "
+            f"The error of the student's logits is {x:.0%} (converted to ten classes). "
             f"Above {LAW.limit:.0%} all measured drops were large, but too scattered to estimate."
         )
     return ""

@@ -29,7 +29,8 @@ from gdfq.functional.losses import distillation_loss, feature_loss
 from gdfq.graph import queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
-from gdfq.graph.outputs import in_order, output_names
+from gdfq.graph.ends import joined, output_names
+from gdfq.graph.outputs import in_order
 from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.sources.base import Batch
@@ -254,7 +255,9 @@ def onnx_sizes(teacher: Captured, scheme: Scheme, metadata: Mapping[str, str]) -
     calibrate_(student, [batch], steps=1)  # the size does not depend on ranges
     network = freeze(student).cpu()
     _fill_(network)
-    data = to_onnx(network, teacher.inputs, metadata, outputs=output_names(teacher))
+    network = IntegerNetwork(joined(network.module, teacher.ends))
+    names = output_names(teacher, teacher.ends)
+    data = to_onnx(network, teacher.inputs, metadata, outputs=names)
     nodes = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     bytes_by_node = dict(zip(nodes, weight_sizes(network, data), strict=True))
     sizes = {

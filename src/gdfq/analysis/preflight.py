@@ -17,7 +17,7 @@ from gdfq.errors import GdfqError
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
-from gdfq.graph.outputs import output_names
+from gdfq.graph.ends import describe, output_names
 from gdfq.graph.tensors import tensors_of
 from gdfq.recipes import Recipe
 from gdfq.student.build import check_scheme
@@ -54,6 +54,7 @@ class Diagnosis:
         input_shape: The shape of one input image.
         classes: Number of classes; None if the outputs are not classes.
         outputs: Names of the outputs.
+        task: What is matched and measured of the outputs, in one sentence.
         bits: Default bits, such as "w4a8".
         placement: Placement of the quantizers.
         recipe: Name of the recipe.
@@ -75,6 +76,7 @@ class Diagnosis:
     input_shape: tuple[int, ...]
     classes: int | None
     outputs: tuple[str, ...]
+    task: str
     bits: str
     placement: str
     recipe: str
@@ -136,7 +138,8 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     return Diagnosis(
         input_shape=teacher.input_shape,
         classes=teacher.classes,
-        outputs=tuple(output_names(teacher)),
+        outputs=tuple(output_names(teacher, teacher.ends)),
+        task=describe(teacher, teacher.ends),
         bits=str(scheme.bits),
         placement=scheme.placement,
         recipe=recipe.name,

@@ -9,6 +9,7 @@ from gdfq.api import load
 from gdfq.deploy.benchmark import side_by_side, size_of
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.errors import UsageError
+from gdfq.graph.ends import output_names
 from gdfq.report.wording import size_words, smaller
 from gdfq.runs.metrics import check_export, note_bench
 from gdfq.runs.names import ONNX_FILE
@@ -29,7 +30,12 @@ def bench(folder: Path, against: Path | None, seconds: float) -> None:
     check_export(folder)
     files: dict[str, bytes | Path] = {
         "full precision": against
-        or to_onnx(quantized.network.as_float(), quantized.card.inputs, {}),
+        or to_onnx(
+            quantized.whole.as_float(),
+            quantized.card.inputs,
+            {},
+            outputs=output_names(quantized.card, quantized.ends),
+        ),
         f"{quantized.card.bits}": file,
     }
     sizes = list(map(size_of, files.values()))

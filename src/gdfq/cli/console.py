@@ -25,8 +25,13 @@ def print_run(run: Run) -> None:
     if run.drop is not None:
         tops = (metrics[who]["top1"] for who in ("teacher", "student"))
         table.add_row("top-1", *(f"{top:.2f} %" for top in tops), lost_or_gained(run.drop))
-    for output, error in ((metrics.get("student") or {}).get("error_percent") or {}).items():
+    student = metrics.get("student") or {}
+    for output, error in (student.get("error_percent") or {}).items():
         table.add_row(output, "", "", f"{error:.2f} % from the original's")
+    for output, cosine in (student.get("cosine") or {}).items():
+        table.add_row(output, "", "", f"cosine {cosine:.4f} with the original's")
+    for output, share in (student.get("decisions_percent") or {}).items():
+        table.add_row(output, "", "", f"{share:.2f} % of the decisions are the original's")
     seconds = metrics["seconds"]["total"]
     table.add_row("time", "", f"{seconds:.0f} s", f"{metrics['steps']} steps")
     console = Console(highlight=False, soft_wrap=True)

@@ -77,15 +77,9 @@ def _in_float(diagnosis: Diagnosis) -> str:
 
 def _facts(diagnosis: Diagnosis) -> dict[str, str]:
     shape = "x".join(map(str, diagnosis.input_shape))
-    outputs = ", ".join(diagnosis.outputs)
-    task = (
-        f"{outputs}, matched as they are (they are not classes)"
-        if diagnosis.classes is None
-        else f"{outputs} of {diagnosis.classes} classes"
-    )
     facts = {
         "input": shape,
-        "output": task,
+        "output": diagnosis.task,
         "recipe": f"{diagnosis.recipe}, {diagnosis.bits}, placement {diagnosis.placement}",
         "network": diagnosis.summary(),
         "in float": _in_float(diagnosis) or "no operator",

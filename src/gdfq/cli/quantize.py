@@ -116,6 +116,7 @@ def _check(plan: Plan, *, says: bool) -> None:
     if diagnosis.problems and plan.given is None:  # with given images it may lack nothing
         raise UsageError(diagnosis.problems[0])
     if says:
+        click.echo(f"{'output':10}{diagnosis.task}")
         click.echo(f"{'network':10}{diagnosis.summary()}")
 
 

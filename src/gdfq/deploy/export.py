@@ -19,6 +19,7 @@ from gdfq.deploy.torch_export import to_program
 from gdfq.errors import UsageError
 from gdfq.files.atomic import make_folder, write_checked
 from gdfq.files.untrusted import header_bytes
+from gdfq.graph.ends import NO_ENDS, output_names
 from gdfq.graph.inputs import image_shape
 from gdfq.student.integer_network import IntegerNetwork
 
@@ -82,6 +83,7 @@ def export(
     path: Path,
     examples: tuple[Tensor, ...],
     *,
+    names: Sequence[str] = (),
     target: str | Target | None = None,
     raw_input: bool = False,
     safe_x86: bool = False,
@@ -95,6 +97,7 @@ def export(
         path: The file; its folder is created.
         examples: A tensor [n, *shape] for each input of the network, to compare on. If images are
             large, only the first are used.
+        names: Names of the outputs; by default those of a network without a softmax.
         target: The kind of file: a name in `TARGETS` or a `Target`. By the suffix if None.
         raw_input: A file that takes uint8 pixels and normalises them itself.
         safe_x86: Weights of 8 bits become 7 where sums could overflow on x86 processors without
@@ -118,7 +121,8 @@ def export(
         network = without_overflow(network)
     numbers = sum(math.prod(example.shape[1:]) for example in examples)
     inputs = tuple(example[: max(1, _MAX_NUMBERS // numbers)].cpu() for example in examples)
-    job = Job(network, card, path, inputs, raw_input, accuracy or {})
+    names = tuple(names or output_names(card, NO_ENDS))
+    job = Job(network, card, path, inputs, raw_input, accuracy or {}, names)
     data = kind.write(job)
 
     def check(written: Path) -> tuple[Proof, Sequence[str]]:

@@ -41,7 +41,7 @@ def rehearse(network: IntegerNetwork, card: Card) -> None:
         raise _refused(f"it has {len(outputs)} outputs, of which its card says others")
     if any(shape[0] != _BATCH_SIZE for shape in shapes):
         raise _refused(f"of {_BATCH_SIZE} images it makes {shapes}")
-    if card.classes is not None and shapes != [[_BATCH_SIZE, card.classes]]:
+    if card.classes is not None and any(s != [_BATCH_SIZE, card.classes] for s in shapes):
         raise _refused(f"it makes {shapes} for {card.classes} classes")
 
 

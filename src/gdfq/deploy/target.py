@@ -65,6 +65,7 @@ class Job:
         examples: A tensor [n, *shape] for each input of the network, to compare on.
         raw_input: Whether the file takes uint8 pixels and normalises them itself.
         accuracy: Top-1 in percent, by name, for the file's metadata.
+        outputs: Names of the outputs.
     """
 
     network: IntegerNetwork
@@ -73,6 +74,7 @@ class Job:
     examples: tuple[Tensor, ...]
     raw_input: bool = False
     accuracy: Mapping[str, float] | None = None
+    outputs: tuple[str, ...] = ("logits",)
 
     def inputs(self) -> tuple[Examples, Examples]:
         """Return the example inputs, and extreme ones."""

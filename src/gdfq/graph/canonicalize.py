@@ -21,6 +21,7 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     _simplify(module)
     write_functionally_(module)
     recognise_batch_norms_(module)
+    _parts_to_softmax(module.graph)
     _fold_constants(module)  # a weight may be written transposed
     _products_to_linear(module.graph)
     _fold_constants(module)
@@ -58,6 +59,12 @@ def _simplify(module: fx.GraphModule) -> None:
             first.replace_all_uses_with(_normalised_over_batch(node))
         elif name in operators.VIEWS:
             node.target = reshape  # a view fails on channels_last tensors
+        elif name == operators.NORM and len(node.args) > 2 and _is_of_vector(node.args[2]):
+            order = 2 if node.args[1] is None else node.args[1]
+            node.target = operators.resolve(operators.VECTOR_NORM)
+            node.args = (node.args[0], order, *node.args[2:])
+        elif name in operators.SPELLINGS:
+            node.target = operators.resolve(operators.SPELLINGS[name])
         elif name in operators.IDENTITIES:
             node.replace_all_uses_with(node.args[0])
         elif name in operators.FILLS and all(type(side) is int for side in node.meta["val"].shape):
@@ -137,6 +144,28 @@ def _create_on_device_of_input(graph: fx.Graph) -> None:
         else:
             continue
         node.replace_all_uses_with(made)
+    graph.eliminate_dead_code()
+
+
+def _is_of_vector(dims: Any) -> bool:
+    return isinstance(dims, int) or (isinstance(dims, list | tuple) and len(dims) == 1)
+
+
+def _parts_to_softmax(graph: fx.Graph) -> None:
+    """Write exp(x) / Σ exp(x) as a softmax, also with the largest x subtracted first."""
+    for node in list(graph.nodes):
+        if operators.name_of(node) != operators.DIVIDE or len(node.all_input_nodes) != 2:
+            continue
+        numerator, total = node.args
+        if operators.name_of(total) != operators.SUM or total.args[2:3] != (True,):
+            continue
+        exponentials = numerator, total.args[0]
+        if any(operators.name_of(n) != operators.EXPONENTIAL for n in exponentials):
+            continue
+        (x, other), dims = (n.args[0] for n in exponentials), total.args[1]
+        if x is not other or len(dims) != 1:
+            continue
+        node.replace_all_uses_with(call(node, operators.SOFTMAX_OPERATOR, x, dims[0]))
     graph.eliminate_dead_code()
 
 

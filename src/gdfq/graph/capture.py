@@ -18,9 +18,11 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph import operators
 from gdfq.graph.allowed import check_operators
 from gdfq.graph.canonicalize import canonicalize
+from gdfq.graph.classes import divided
+from gdfq.graph.ends import NO_ENDS, Ends
 from gdfq.graph.float32 import to_float32_
 from gdfq.graph.inputs import IMAGES, InputSpec, image_shape
-from gdfq.graph.outputs import Structure, flattened, in_order, structure_of
+from gdfq.graph.outputs import Structure, built, flattened, in_order, structure_of
 from gdfq.graph.tensors import tensors_of
 from gdfq.graph.tracing import Arguments, Trial, trace
 
@@ -30,8 +32,10 @@ class Captured:
     """A full-precision network as a graph: the teacher.
 
     network maps a tensor [N, *shape] for each of `inputs`, any N, to its outputs: one tensor, or a
-    tuple of them, which `outputs` puts into the form that the user's network gives them. A
-    classifier has one output, its logits [N, classes]; for any other network `classes` is None.
+    tuple of them. Where the user's network ends in a softmax or sigmoid, these are the logits in
+    front of it, and `ends` makes what the user's network returns of them; `outputs` puts that into
+    the form that the user's network gives it.
+    A classifier has one output, its logits [N, classes]; for any other network `classes` is None.
     The graph is in evaluation form, its tensors need no gradient, and its convolution weights lie
     in channels_last order.
     """
@@ -40,6 +44,7 @@ class Captured:
     inputs: tuple[InputSpec, ...]
     classes: int | None
     outputs: Structure
+    ends: Ends = NO_ENDS
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -58,6 +63,10 @@ class Captured:
     def to(self, device: torch.device) -> "Captured":
         """Return the same teacher on a device."""
         return replace(self, network=self.network.to(device))
+
+    def returned(self, *inputs: Tensor) -> Any:
+        """Return what the user's network returns for these inputs."""
+        return built(self.outputs, self.ends.apply(in_order(self.network(*inputs))))
 
     def logits(self, *inputs: Tensor) -> Tensor | None:
         """Return the logits [N, classes], or None for a network whose outputs are not classes."""
@@ -87,8 +96,9 @@ def capture(
         example_inputs: A tensor [N, *shape] for the network's one input, a tuple of tensors for
             its arguments in order, or a mapping of its arguments' names to tensors, N >= 1. Floats
             are in the network's normalised input space; integers stay integers.
-        classifier: Whether its output is the logits of classes. By default one output [N, C],
-            C >= 2, is taken for logits; a regression of that shape must say False.
+        classifier: Whether its output is the logits of classes, or their probabilities. By default
+            one output [N, C], C >= 2, is taken for that, unless it is a sigmoid or consists of
+            unit vectors; a regression of that shape must say False.
 
     Raises:
         UsageError: The weights hold NaN or infinity, the network does not accept the inputs,
@@ -109,13 +119,14 @@ def capture(
     trial = Trial(model)
     returned = trial.first(arguments, specs)
     expected = flattened(returned)
-    classes = _classes(expected, len(inputs[0]), classifier)
+    _check_outputs(expected, len(inputs[0]))
     traced = trace(model, arguments)
     precision = to_float32_(traced)
     network = canonicalize(traced)
     check_operators(network)
     _check_equal(network, trial, arguments, expected, precision)
-    return Captured(network, specs, classes, structure_of(returned))
+    body, ends, classes = divided(network, expected, inputs, specs, classifier)
+    return Captured(body, specs, classes, structure_of(returned), ends)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -194,8 +205,7 @@ def _probes(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return probes
 
 
-def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int | None:
-    """Return the number of classes, or None for outputs that are not logits."""
+def _check_outputs(outputs: list[Tensor], images: int) -> None:
     shapes = ", ".join(str(list(output.shape)) for output in outputs)
     fits = all(
         output.is_floating_point() and output.ndim and len(output) == images for output in outputs
@@ -211,14 +221,6 @@ def _classes(outputs: list[Tensor], images: int, classifier: bool | None) -> int
             f"{images} images the network returned {shapes or 'no tensor'}. "
             "Wrap it so that it returns only such tensors."
         )
-    (first, *others) = outputs
-    has_classes = not others and first.ndim == 2 and first.shape[1] >= 2
-    if classifier and not has_classes:
-        raise UsageError(
-            "a classifier returns one tensor of logits [batch, classes], with two classes or "
-            f"more; for {images} images this network returned {shapes}. Remove classifier."
-        )
-    return first.shape[1] if has_classes and classifier is not False else None
 
 
 _OTHER_COUNTS = (1, 3)

@@ -231,7 +231,48 @@ MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
 PRODUCTS = frozenset({"aten.bmm.default", "aten.matmul.default"})
 JOINS = frozenset({"aten.cat.default", "aten.stack.default"})
 SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
-SOFTMAX = frozenset({"aten.softmax.int"})
+SOFTMAX_OPERATOR = "aten.softmax.int"
+SOFTMAX = frozenset({SOFTMAX_OPERATOR})
+LOG_SOFTMAX = frozenset({"aten.log_softmax.int"})
+SIGMOIDS = frozenset({"aten.sigmoid.default", "aten.log_sigmoid.default"})
+LOGARITHM, EXPONENTIAL = "aten.log.default", "aten.exp.default"
+ADD, MULTIPLY, DIVIDE = (f"aten.{name}.Tensor" for name in ("add", "mul", "div"))
+MOVES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("clone.default", "contiguous.default", "flatten.using_ints", "movedim.int"),
+        *("permute.default", "reshape.default", "squeeze.default", "squeeze.dim"),
+        *("squeeze.dims", "t.default", "transpose.int", "unflatten.int", "unsqueeze.default"),
+    )
+)
+"""Operators that return all numbers of their one tensor, in another shape or order."""
+CLAMP_MIN = "aten.clamp_min.default"
+_CLAMPS = frozenset(f"aten.{name}.default" for name in ("clamp", "clamp_min", "clamp_max", "clip"))
+END = (
+    MOVES
+    | SOFTMAX
+    | LOG_SOFTMAX
+    | SIGMOIDS
+    | _CLAMPS
+    | {LOGARITHM, EXPONENTIAL, ADD, "aten.add.Scalar"}
+)
+"""Operators of a network's end, from logits to the probabilities that it returns."""
+NORM, VECTOR_NORM = "aten.linalg_norm.default", "aten.linalg_vector_norm.default"
+"""(x, order, dimensions, keepdim); the first also computes norms of matrices."""
+SUM, SQUARE = "aten.sum.dim_IntList", "aten.square.default"
+OF_NORMS = (
+    MOVES
+    | _CLAMPS
+    | {SUM, ADD, "aten.add.Scalar", "aten.expand.default", "aten.pow.Tensor_Scalar"}
+    | {f"aten.{name}.default" for name in ("sqrt", "rsqrt", "reciprocal")}
+)
+"""Operators between a vector and the norm that it is divided by."""
+SPELLINGS: Mapping[str, str] = {
+    "aten.special_expit.default": "aten.sigmoid.default",
+    "aten.special_softmax.default": "aten.softmax.int",
+    "aten.special_log_softmax.default": "aten.log_softmax.int",
+}
+"""Operators with the same arguments as another one, which capture writes instead."""
 
 MULTIPLY, DIVIDE = "aten.mul.Tensor", "aten.div.Tensor"
 AFFINE = frozenset({ADD, MULTIPLY, DIVIDE, "aten.sub.Tensor"})

@@ -111,11 +111,6 @@ class HasOutputs(Protocol):
     def outputs(self) -> Structure: ...
 
 
-def output_names(network: HasOutputs) -> list[str]:
-    """Return the names of a network's outputs in files: `logits` for a classifier."""
-    return names_of(network.outputs, "output" if network.classes is None else "logits")
-
-
 def count_of(structure: Structure) -> int:
     """Return the number of tensors in a structure."""
     if structure is None:

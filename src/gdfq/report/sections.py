@@ -157,9 +157,7 @@ def test(run: Run) -> Content | str:
     found = run.evidence.get("test")
     errors = (run.metrics.get("student") or {}).get("error_percent")
     if not found and errors:
-        return "The network has no classes. Relative errors of its outputs: " + ", ".join(
-            f"{name} {error:.2f} %" for name, error in errors.items()
-        )
+        return "The network has no classes. " + " ".join(_similarities(run.metrics["student"]))
     if not found and run.drop is not None:
         before, after = (run.metrics[who]["top1"] for who in ("teacher", "student"))
         return (
@@ -187,6 +185,17 @@ def test(run: Run) -> Content | str:
     )
 
 
+def _similarities(student: Record) -> Iterator[str]:
+    """What was measured of outputs that are not of classes, a sentence for each measure."""
+    for key, text, form in (
+        ("cosine", "Mean cosine with the original's vectors", "{} {:.4f}"),
+        ("decisions_percent", "Equal decisions (a probability above one half)", "{} {:.2f} %"),
+        ("error_percent", "Relative errors of its outputs", "{} {:.2f} %"),
+    ):
+        if found := student.get(key):
+            yield f"{text}: {', '.join(form.format(*pair) for pair in found.items())}."
+
+
 def repeat(run: Run) -> Content | str:
     """How to reproduce the run."""
     if not run.config:
@@ -201,6 +210,7 @@ def repeat(run: Run) -> Content | str:
         "weights": "weights",
         "weights_sha256": "SHA-256 of the weights",
         "input": "input",
+        "output": "output",
         "bits": "bits",
         "placement": "placement",
         "layer_bits": "layer bits",

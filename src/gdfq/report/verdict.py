@@ -77,7 +77,12 @@ def _speed(metrics: Record) -> str | None:
 
 def _lost(run: Run, drop: Drop | None) -> str:
     if drop is None:
-        errors = (run.metrics.get("student") or {}).get("error_percent")
+        student = run.metrics.get("student") or {}
+        if cosines := student.get("cosine"):
+            return f"cosine with the original's vectors {min(cosines.values()):.4f}"
+        if decisions := student.get("decisions_percent"):
+            return f"{min(decisions.values()):.1f} % of the decisions are the original's"
+        errors = student.get("error_percent")
         if errors:
             largest = max(errors, key=lambda name: errors[name])
             return f"relative error of the outputs at most {errors[largest]:.1f} % ({largest})"
@@ -130,6 +135,14 @@ def _similarity(trust: Record) -> str:
         return (
             f"Agreement: both networks predict the same class for {agreement:.1f} % of {inputs}. "
             "This is not an accuracy: mixtures of images are difficult by design."
+        )
+    cosine, decisions = number(trust.get("cosine")), number(trust.get("decisions"))
+    if cosine is not None:
+        return f"Outputs: their mean cosine with the original's is {cosine:.4f} on {inputs}."
+    if decisions is not None:
+        return (
+            f"Outputs: {decisions:.1f} % of the decisions (a probability above one half) are the "
+            f"original's on {inputs}; the logits have a relative error of {error or 0:.1f} %."
         )
     if error is not None:
         return f"Outputs: their relative error is {error:.1f} % on {inputs}."

@@ -21,7 +21,12 @@ class Top1(TypedDict, total=False):
     top1: float
     """In percent, of a classifier."""
     error_percent: dict[str, float]
-    """Relative error of each output, of any other network."""
+    """Relative error of each output, of any other network; of the logits in front of a sigmoid or
+    softmax."""
+    cosine: dict[str, float]
+    """Mean cosine with the teacher's vectors, of outputs that are unit vectors."""
+    decisions_percent: dict[str, float]
+    """Share of equal decisions, probabilities on the same side of one half, behind a sigmoid."""
 
 
 class Metrics(TypedDict, total=False):

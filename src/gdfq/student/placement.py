@@ -77,10 +77,18 @@ def shapes_outputs(nodes: list[fx.Node]) -> set[fx.Node]:
     tail: set[fx.Node] = set()
     for node in reversed(nodes):
         is_last = node.op == "output"
-        shapes = node.op == "call_function" and operators.name_of(node) not in computes
+        shapes = node.op == "call_function" and (
+            operators.name_of(node) not in computes or _is_sum_of_vector(node)
+        )
         if is_last or (shapes and node.users and tail.issuperset(node.users)):
             tail.add(node)
     return tail
+
+
+def _is_sum_of_vector(node: fx.Node) -> bool:
+    """Return whether a node sums vectors [N, C], as a normalisation does; no kernel pools there."""
+    is_sum = operators.name_of(node) == operators.SUM
+    return is_sum and bool(node.all_input_nodes[0].meta["val"].ndim == 2)
 
 
 def _entered(node: fx.Node) -> list[fx.Node | None]:

@@ -16,14 +16,13 @@ from gdfq.deploy.runtimes import PRECISE, computed_in_float, onnx_runner, onnx_v
 from gdfq.deploy.saturation import layers_that_may_overflow
 from gdfq.deploy.target import MAX_NAMED, Examples, Job, Proof, Target, compare
 from gdfq.errors import GdfqError
-from gdfq.graph.outputs import output_names
 
 
 def _write(job: Job) -> bytes:
     pixels = job.card.preprocessing if job.raw_input else None
     safe = not layers_that_may_overflow(job.network)
     metadata = metadata_of(job.card, job.accuracy or {}, safe=safe)
-    return to_onnx(job.network, job.card.inputs, metadata, pixels, output_names(job.card))
+    return to_onnx(job.network, job.card.inputs, metadata, pixels, job.outputs)
 
 
 def _prove(job: Job, written: Path) -> Proof:
@@ -43,7 +42,7 @@ def _prove(job: Job, written: Path) -> Proof:
 
 def _compare(job: Job, data: bytes, *, precise: bool) -> Proof:
     run = onnx_runner(data, precise=precise)
-    names, outputs = list(map(codes_name, job.network.activations)), output_names(job.card)
+    names, outputs = list(map(codes_name, job.network.activations)), job.outputs
 
     def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
         found = onnx_values(data, [*names, *outputs], examples.file, precise=precise)
