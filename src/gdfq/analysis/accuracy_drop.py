@@ -56,8 +56,8 @@ class DropEstimate:
             without classes.
         kl: Mean KL(teacher ‖ student) of the class probabilities, in nats; None without classes or
             if an output is not finite.
-        cosine: Mean cosine between the vectors of student and teacher; None if the outputs are not
-            unit vectors.
+        cosine: Mean cosine between the vectors of student and teacher, on the kind of images where
+            it is smallest; None if the outputs are not unit vectors.
         decisions: Share of the numbers in front of a sigmoid that have the same sign in both
             networks, in percent: of probabilities on the same side of one half. None without.
         logit_error: The error that the law takes (`logit_error`), in percent; None without classes.
@@ -217,18 +217,17 @@ def estimate_drop(
         ends: What follows the outputs in the teacher.
     """
     pairs = [(expected, actual)] if on_noise is None else [(expected, actual), on_noise]
-    errors = [
-        similarity.relative_error
+    found = [
+        similarity
         for pair in pairs
         for similarity in compare_outputs(*pair, ends, is_classifier=is_classifier)
     ]
-    first = compare_outputs(expected, actual, ends, is_classifier=is_classifier)
     estimate = DropEstimate(
         source,
         len(expected[0]),
-        _largest(errors),
-        cosine=_smallest(similarity.cosine for similarity in first),
-        decisions=_smallest(similarity.decisions for similarity in first),
+        _largest([similarity.relative_error for similarity in found]),
+        cosine=_smallest(similarity.cosine for similarity in found),
+        decisions=_smallest(similarity.decisions for similarity in found),
         reason=reason,
     )
     if not is_classifier:
