@@ -71,13 +71,11 @@ def test_fast_beats_direct_rounding_at_three_bits(accuracies: Any) -> None:
 
 
 def test_expected_drop_contains_the_measured_drop(digits: TrainedDigits, teacher: Captured) -> None:
-    """Students from harmless to poor come in their order, each drop lies about in its interval.
+    """Students from harmless to poor come in their order, each drop lies in its interval.
 
     As far as a few hundred images tell the drop, that is: within two of its standard errors. Two
-    students of each kind, because one's luck moves its drop by a point or two. Where the interval
-    begins above the drop, it does so by what docs/trust.md tells of this network at most.
+    students of each kind, because one's luck moves its drop by a point or two.
     """
-    careful = 3.2
     images, labels = digits.held_out.images, digits.held_out.labels
     recipe = replace(find_recipe("quick"), tuning=NO_TUNING, steps=2, calibration=2, warmup=2)
 

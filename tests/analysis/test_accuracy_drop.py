@@ -137,13 +137,13 @@ def test_class_that_is_never_predicted_is_no_signal():
 
 
 @pytest.mark.parametrize("offset", [0.0, 20.0, 200.0, -200.0])
-def test_estimate_of_a_network_does_not_depend_on_an_offset(teacher: Captured, offset: float):
+def test_estimate_of_a_network_does_not_depend_on_an_offset(offset: float):
     """From capture to the estimate: the bias of the last layer is moved."""
     model = networks.make("Residual")
     student = quantize(model, networks.images(1), "w4a4", "quick", steps=4, seed=0)
     found = capture(model, networks.images(2))
-    moved, low = (Offset(network, offset) for network in (found.network, student.network))
-    with_offset = capture(moved, networks.images(2))
+    low = Offset(student.network, offset)
+    with_offset = capture(Offset(model, offset), networks.images(2))
     estimate = measure_expected_drop(found, student.network, seed=1)
     other = measure_expected_drop(with_offset, low, seed=1)
     assert other.relative_error == pytest.approx(estimate.relative_error, rel=0.02)
