@@ -21,6 +21,7 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.quantized import QuantizedNetwork
 from gdfq.runs.diagnostics import gather
 
+Plain = tuple[nn.Module, Captured, QuantizedNetwork]
 EXAMPLE = networks.images(2)
 OPTIONS: dict[str, Any] = {"steps": 6, "seed": 0, "placement": "full"}
 
@@ -56,13 +57,13 @@ def _pixels() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain() -> tuple[nn.Module, Captured, QuantizedNetwork]:
+def plain() -> Plain:
     """A network that returns logits."""
     return quantized(None)
 
 
 @pytest.mark.parametrize("end", [nn.Softmax(-1), nn.LogSoftmax(1), Named()])
-def test_end_changes_neither_the_student_nor_what_is_measured(plain, end: nn.Module) -> None:
+def test_end_changes_neither_the_student_nor_what_is_measured(plain: Plain, end: nn.Module) -> None:
     _, teacher, student = plain
     model, other_teacher, other = quantized(end)
     x = networks.images(16, seed=3)
@@ -83,7 +84,7 @@ def test_end_changes_neither_the_student_nor_what_is_measured(plain, end: nn.Mod
     torch.testing.assert_close(other_teacher.returned(x), model(x))
 
 
-def test_files_return_probabilities(plain, tmp_path: Path) -> None:
+def test_files_return_probabilities(plain: Plain, tmp_path: Path) -> None:
     _, _, student = plain
     _, _, other = quantized(nn.Softmax(1))
     x = networks.images(16, seed=3)
@@ -104,7 +105,7 @@ def test_files_return_probabilities(plain, tmp_path: Path) -> None:
     torch.testing.assert_close(program.module()(x), expected)
 
 
-def test_labelled_images_measure_the_same_accuracy(plain) -> None:
+def test_labelled_images_measure_the_same_accuracy(plain: Plain) -> None:
     model = plain[0]
     pixels = _pixels()
     labels = model(pixels / 255).argmax(1)

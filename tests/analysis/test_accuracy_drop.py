@@ -15,6 +15,7 @@ from torch import nn
 from gdfq.analysis.accuracy_drop import (
     _SOURCE,
     LAW,
+    DropEstimate,
     Law,
     distinct_classes,
     estimate_drop,
@@ -40,7 +41,7 @@ def test_law_matches_a_hand_computed_drop() -> None:
     assert law.drop(0.0) == 0.0
 
 
-def test_logit_error_matches_a_hand_computed_number():
+def test_logit_error_matches_a_hand_computed_number() -> None:
     # Centred: (1, −1) and (0.6, −0.2, …); orthogonal to the teacher lies a noise of half its size.
     teacher = torch.tensor([[1.0, -1.0, 0.0]])
     student = teacher + 0.5 * torch.tensor([[1.0, 1.0, -2.0]]) / math.sqrt(3)
@@ -51,7 +52,7 @@ def test_logit_error_matches_a_hand_computed_number():
     assert logit_error(teacher, teacher * float("nan")) == math.inf
 
 
-def test_logit_error_grows_with_the_number_of_classes():
+def test_logit_error_grows_with_the_number_of_classes() -> None:
     few, many = (torch.randn(16, n, generator=torch.Generator().manual_seed(0)) for n in (10, 1000))
     for logits, factor in ((few, 1.0), (many, math.sqrt(3))):
         centred = logits - logits.mean(1, keepdim=True)
@@ -74,7 +75,7 @@ def _logits(seed: int, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return teacher, teacher + 2 * float(torch.rand(1, generator=draw)) * noise
 
 
-def _assert_same(one, other, *, kl: bool = True):
+def _assert_same(one: DropEstimate, other: DropEstimate, *, kl: bool = True) -> None:
     """Agreement, expected drop, interval and reason are the same, and KL if it should be."""
     assert one.agreement == other.agreement
     assert one.logit_error == pytest.approx(other.logit_error, rel=1e-9)
@@ -88,7 +89,9 @@ def _assert_same(one, other, *, kl: bool = True):
 
 
 @given(NUMBERS, st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
-def test_estimate_does_not_depend_on_numbers_added_to_all_logits(seed, of_teacher, of_student):
+def test_estimate_does_not_depend_on_numbers_added_to_all_logits(
+    seed: int, of_teacher: float, of_student: float
+) -> None:
     teacher, student = _logits(seed)
     estimate = estimate_drop([teacher], [student], source="by hand")
     by_image = torch.linspace(-1, 1, 24)[:, None]
@@ -100,7 +103,9 @@ def test_estimate_does_not_depend_on_numbers_added_to_all_logits(seed, of_teache
 
 
 @given(NUMBERS, st.floats(0.01, 100), st.floats(0.01, 100))
-def test_estimate_does_not_depend_on_temperatures(seed, of_teacher, of_student):
+def test_estimate_does_not_depend_on_temperatures(
+    seed: int, of_teacher: float, of_student: float
+) -> None:
     """No answer changes; confidences do, so KL does. Only margins in units of the error count."""
     teacher, student = _logits(seed)
     estimate = estimate_drop([teacher], [student], source="by hand")
@@ -109,7 +114,7 @@ def test_estimate_does_not_depend_on_temperatures(seed, of_teacher, of_student):
 
 
 @given(NUMBERS, st.permutations(range(6)))
-def test_estimate_does_not_depend_on_the_order_of_classes(seed, order):
+def test_estimate_does_not_depend_on_the_order_of_classes(seed: int, order: list[int]) -> None:
     teacher, student = _logits(seed)
     estimate = estimate_drop([teacher], [student], source="by hand")
     _assert_same(
@@ -118,7 +123,7 @@ def test_estimate_does_not_depend_on_the_order_of_classes(seed, order):
 
 
 @given(NUMBERS, st.lists(st.integers(0, 5), min_size=1, max_size=8))
-def test_estimate_does_not_depend_on_copies_of_classes(seed, copies):
+def test_estimate_does_not_depend_on_copies_of_classes(seed: int, copies: list[int]) -> None:
     teacher, student = _logits(seed)
     columns = [*range(6), *copies]
     estimate = estimate_drop([teacher], [student], source="by hand")
@@ -127,7 +132,7 @@ def test_estimate_does_not_depend_on_copies_of_classes(seed, copies):
     assert distinct_classes(teacher[:, columns]) == list(range(6))
 
 
-def test_class_that_is_never_predicted_is_no_signal():
+def test_class_that_is_never_predicted_is_no_signal() -> None:
     """One logit of −10⁴ for all images changes no answer, and must not hide the error of others."""
     teacher, student = _logits(1)
     dead = torch.full((24, 1), -1e4, dtype=torch.float64)
@@ -137,7 +142,7 @@ def test_class_that_is_never_predicted_is_no_signal():
 
 
 @pytest.mark.parametrize("offset", [0.0, 20.0, 200.0, -200.0])
-def test_estimate_of_a_network_does_not_depend_on_an_offset(offset: float):
+def test_estimate_of_a_network_does_not_depend_on_an_offset(offset: float) -> None:
     """From capture to the estimate: the bias of the last layer is moved."""
     model = networks.make("Residual")
     student = quantize(model, networks.images(1), "w4a4", "quick", steps=4, seed=0)
@@ -160,7 +165,7 @@ class Offset(nn.Module):
         return self.network(x) + self.offset
 
 
-def test_estimate_takes_the_larger_error_of_two_kinds_of_images():
+def test_estimate_takes_the_larger_error_of_two_kinds_of_images() -> None:
     teacher, student = _logits(3)
     alone = estimate_drop([teacher], [student], source="by hand")
     calm = estimate_drop([teacher], [student], source="by hand", on_noise=([teacher], [teacher]))
@@ -248,7 +253,7 @@ def test_estimate_depends_on_the_seed_alone(teacher: Captured) -> None:
         ("Tags", "independent decisions"),
     ],
 )
-def test_estimate_is_absent_where_the_law_was_not_validated(name: str, reason: str):
+def test_estimate_is_absent_where_the_law_was_not_validated(name: str, reason: str) -> None:
     made = _MADE.get(name)
     shape = networks.SHAPE if made else networks.shape_of(name)
     model = nn.Sequential(networks.make("Residual"), made()) if made else networks.make(name)
