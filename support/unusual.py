@@ -148,6 +148,32 @@ def _generalized_mean(network: Any, x: Tensor) -> Tensor:
     return F.avg_pool2d(x, (x.size(-2), x.size(-1))) ** (1 / network.p)
 
 
+def _clips(network: Any, x: Tensor) -> Tensor:
+    """Weights and a running mean are changed through .data."""
+    network.inner.weight.data.clamp_(-0.1, 0.1)
+    network.average.data.copy_(x.mean((0, 2, 3)))
+    return network.inner(x)
+
+
+def _in_place(_network: Any, x: Tensor) -> Tensor:
+    """Elementwise operators and slices in place."""
+    x = x * 1
+    x.clamp_(0, 2).mul_(2).add_(1)
+    x[:, 1:3] += 1
+    x[:, -1].zero_()
+    x[:, :, 0, :] *= 2
+    x[..., -1] = x[..., 0]
+    x[:, 4] = torch.arange(8.0)
+    return x.masked_fill_(x > 3, torch.tensor(3.0))
+
+
+def _counts_images(_network: Any, x: Tensor) -> Tensor:
+    """Tensors whose size is the number of images."""
+    places = torch.arange(1, x.shape[0] + 1, dtype=x.dtype, device=x.device)
+    zeros = torch.zeros(x.shape[0], 1, 1, 1) + torch.full((x.shape[0], 8, 1, 1), 0.5)
+    return x + 0 * places.view(-1, 1, 1, 1) + zeros
+
+
 def _autocast(network: Any, x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = network.inner(x)
@@ -256,7 +282,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "counts": lambda: Network(_counts, calls=torch.zeros(1)),
     "follows": lambda: Network(_follows, average=torch.zeros(8), queue=torch.zeros(4, 8)),
     "remembers": lambda: Network(_remembers, shape=None),
+    "clips": lambda: Network(_clips, inner=_conv(), average=torch.zeros(8)),
     # Constants and writes.
+    "in place": lambda: Network(_in_place),
+    "counts images": lambda: Network(_counts_images),
     "typed": lambda: Network(_typed),
     "writes": lambda: Network(_writes),
     "fills": lambda: Network(_fills),
@@ -264,6 +293,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "interleaves": lambda: Network(_interleaves),
     "by batch index": lambda: Network(_by_batch_index),
     "generalized mean": lambda: Network(_generalized_mean, p=nn.Parameter(torch.tensor([3.0]))),
+    "power mean": lambda: Network(lambda _, x: F.lp_pool2d(x, 2, 2)),
+    "unit length": lambda: Network(lambda _, x: 3 * F.normalize(x, dim=1)),
+    "cosine": lambda: Network(lambda _, x: x * F.cosine_similarity(x, x.flip(1))[:, None]),
     "mask of infinity": lambda: Network(_attends, mask=torch.full((8, 8), -torch.inf).triu(1)),
     "choices": lambda: Network(lambda _, x: torch.where(x > 0.5, x, 0.25)),
     # Precisions.

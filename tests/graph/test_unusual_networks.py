@@ -79,6 +79,24 @@ def test_output_that_depends_on_calls_is_refused_by_the_name_of_the_buffer() -> 
         capture(network, EXAMPLE)
 
 
+def test_queue_that_is_read_before_it_changes_is_refused_by_its_name() -> None:
+    def middle(network: Any, x: Tensor) -> Tensor:
+        shift = network.queue.mean()
+        network.queue[:1] = x.mean((2, 3))[:1]
+        return x + shift
+
+    network = unusual.ready(unusual.Network(middle, queue=torch.ones(4, 8)))
+    with pytest.raises(UsageError, match="a call changes queue"):
+        capture(network, EXAMPLE)
+
+
+def test_generator_of_random_numbers_is_refused() -> None:
+    draw = torch.Generator()
+    network = unusual.ready(unusual.Network(lambda _, x: x + torch.rand(8, 1, 1, generator=draw)))
+    with pytest.raises(UsageError, match="no random numbers; this one uses a Generator"):
+        capture(network, EXAMPLE)
+
+
 class ByCount(nn.Module):
     """A batch of one image is treated in another way than other batches."""
 

@@ -1,6 +1,6 @@
 """Refusal of operators that no quantized network can have, before anything is computed."""
 
-from torch import fx
+from torch import Tensor, fx
 
 from gdfq.errors import UsageError
 from gdfq.graph import operators
@@ -27,6 +27,22 @@ def check_operators(module: fx.GraphModule) -> None:
             raise UsageError(
                 "a recurrent layer must not project its state, because PyTorch writes it to ONNX "
                 f"wrongly; the one{_place(node)} does. Remove proj_size."
+            )
+
+
+def check_constants(module: fx.GraphModule) -> None:
+    """Check that an exported graph holds tensors alone.
+
+    Raises:
+        UsageError: It holds something else, such as a generator of random numbers.
+    """
+    for node in module.graph.find_nodes(op="get_attr"):
+        holder, _, name = str(node.target).rpartition(".")
+        value = getattr(module.get_submodule(holder), name)
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                "a network may hold tensors alone in evaluation mode, and no random numbers; this "
+                f"one uses a {type(value).__name__}. Draw random numbers in training mode alone."
             )
 
 

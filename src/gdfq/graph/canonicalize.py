@@ -138,9 +138,12 @@ def _create_on_device_of_input(graph: fx.Graph) -> None:
         kwargs = {"dtype": node.meta["val"].dtype} if name in operators.CREATIONS else {}
         if name in operators.LIKE_INPUT:
             made = call(node, operators.LIKE_INPUT[name], first, *node.args, kwargs=kwargs)
-        elif name == operators.ARANGE:
-            ones = call(node, operators.NEW_ONES, first, list(node.args), kwargs=kwargs)
-            made = call(node, operators.SUBTRACT_NUMBER, call(node, operators.CUMSUM, ones, 0), 1)
+        elif name in {operators.ARANGE, operators.ARANGE_FROM}:
+            start, end = node.args if name == operators.ARANGE_FROM else (0, *node.args)
+            count = call(node, operators.SUBTRACT, end, start) if start else end
+            ones = call(node, operators.NEW_ONES, first, [count], kwargs=kwargs)
+            made = call(node, operators.CUMSUM, ones, 0)
+            made = call(node, operators.ADD_NUMBER, made, start - 1)
         else:
             continue
         node.replace_all_uses_with(made)

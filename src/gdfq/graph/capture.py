@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from gdfq.errors import UsageError, first_line
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph import operators
-from gdfq.graph.allowed import check_operators
+from gdfq.graph.allowed import check_constants, check_operators
 from gdfq.graph.canonicalize import canonicalize
 from gdfq.graph.classes import divided
 from gdfq.graph.ends import NO_ENDS, Ends
@@ -121,6 +121,7 @@ def capture(
     expected = flattened(returned)
     _check_outputs(expected, len(inputs[0]))
     traced = trace(model, arguments)
+    check_constants(traced)
     precision = to_float32_(traced)
     network = canonicalize(traced)
     check_operators(network)

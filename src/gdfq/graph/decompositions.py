@@ -101,6 +101,13 @@ def _rrelu(
     return NotImplemented if training else F.leaky_relu(x, (lower + upper) / 2)
 
 
+def _cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """x y / (max(‖x‖, ε) max(‖y‖, ε)), as `torch.nn.functional.cosine_similarity` computes it."""
+    of_x, of_y = (torch.linalg.vector_norm(part, 2, dim).clamp_min(eps) for part in (x, y))
+    similarity: Tensor = (x * y).sum(dim) / of_x / of_y
+    return similarity
+
+
 DECOMPOSED: Mapping[Any, Callable[..., Any]] = {
     operators.aten_function(name): function
     for name, function in (
@@ -110,6 +117,7 @@ DECOMPOSED: Mapping[Any, Callable[..., Any]] = {
         (operators.RNN_TANH_CELL, _rnn_cell(torch.tanh)),
         (operators.RNN_RELU_CELL, _rnn_cell(torch.relu)),
         (operators.RRELU, _rrelu),
+        (operators.COSINE_SIMILARITY, _cosine_similarity),
     )
 }
 """Operators that export decomposes; all others are only made functional."""

@@ -57,6 +57,8 @@ EXPAND, UNSQUEEZE = "aten.expand.default", "aten.unsqueeze.default"
 ADD = "aten.add.Tensor"
 CONCATENATE = "aten.cat.default"
 MASKED_FILL = "aten.masked_fill.Scalar"
+MASKED_FILL_TENSOR, WHERE = "aten.masked_fill.Tensor", "aten.where.self"
+ZERO = "aten.zero.default"
 INDEX_SELECT = "aten.index_select.default"
 EMPTY, NEW_EMPTY = "aten.empty.memory_format", "aten.new_empty.default"
 EMPTY_LIKE = "aten.empty_like.default"
@@ -77,6 +79,7 @@ ATTENTION = "aten.scaled_dot_product_attention.default"
 
 LSTM_CELL, GRU_CELL = "aten.lstm_cell.default", "aten.gru_cell.default"
 RNN_TANH_CELL, RNN_RELU_CELL = "aten.rnn_tanh_cell.default", "aten.rnn_relu_cell.default"
+COSINE_SIMILARITY = "aten.cosine_similarity.default"
 RRELU = "aten.rrelu.default"
 RECURRENT = frozenset(f"aten.{name}.input" for name in ("gru", "lstm", "rnn_relu", "rnn_tanh"))
 """Layers that read a sequence: (input, state or states, weights, ...). They stay float."""
@@ -142,10 +145,13 @@ LIKE_INPUT: Mapping[str, str] = {
 """Operators of `CREATIONS`, with those that take the device from a tensor."""
 NEW = frozenset(LIKE_INPUT.values())
 """Operators (x, size, ...) that take only the device from x."""
-ARANGE, NEW_ONES, CUMSUM = "aten.arange.default", "aten.new_ones.default", "aten.cumsum.default"
+ARANGE, ARANGE_FROM = "aten.arange.default", "aten.arange.start"
+NEW_ONES, CUMSUM = "aten.new_ones.default", "aten.cumsum.default"
 POWER, POWER_OF_TENSOR = "aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor"
 POWERS = frozenset({POWER, POWER_OF_TENSOR})
-SUBTRACT_NUMBER = "aten.sub.Scalar"
+ADD_NUMBER = "aten.add.Scalar"
+SUBTRACT = "sub"
+"""Of sizes."""
 COPIES = IDENTITIES | {"aten.clone.default"}
 """Operators that return their input, or a copy of it."""
 MATRIX_PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default"})
@@ -278,7 +284,8 @@ MULTIPLY, DIVIDE = "aten.mul.Tensor", "aten.div.Tensor"
 AFFINE = frozenset({ADD, MULTIPLY, DIVIDE, "aten.sub.Tensor"})
 ADDCMUL = "aten.addcmul.default"
 """(t, x, y): t + x y."""
-ROOTS = frozenset({"aten.rsqrt.default", "aten.sqrt.default", "aten.pow.Tensor_Scalar"})
+SQUARE_ROOT = "aten.sqrt.default"
+ROOTS = frozenset({"aten.rsqrt.default", SQUARE_ROOT, POWER})
 """Operators that make a standard deviation of a variance."""
 
 INTEGER_CONSUMERS = WEIGHTED | POOLING | MERGING | MAX_POOLING

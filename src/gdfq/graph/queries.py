@@ -159,6 +159,22 @@ def normalises_batch(node: fx.Node) -> bool:
     return is_group_norm and input_of(node).meta["val"].shape[0] == 1
 
 
+def is_root(node: fx.Node) -> bool:
+    """Return whether the node is x^p with 0 < p < 1, such as a square root."""
+    if name_of(node) != operators.POWER:
+        return name_of(node) == operators.SQUARE_ROOT
+    exponent = node.args[1]
+    return isinstance(exponent, int | float) and 0 < exponent < 1
+
+
+def divides_by_activation(node: fx.Node) -> bool:
+    """Return whether the node is x / y with y that depends on an input; a grid may round y to 0."""
+    if name_of(node) != operators.DIVIDE:
+        return False
+    divisor = node.args[1]
+    return isinstance(divisor, fx.Node) and is_activation(divisor)
+
+
 def pools_powers(node: fx.Node) -> bool:
     """Return whether the node is a mean or sum of powers, as generalized mean pooling has it.
 

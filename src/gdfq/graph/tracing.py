@@ -45,6 +45,7 @@ class Trial:
     """A private copy of a network that runs, in float32 and without gradients."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         with exclusive_tracing():  # a copy of a .pt2 file's program warns
             self._network = private_copy(model)
 
@@ -72,12 +73,16 @@ class Trial:
             ) from error
 
     def changed_by(self, arguments: Arguments) -> list[str]:
-        """Return the names of the tensors that a call changes."""
-        named = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
-        before = {name: tensor.clone() for name, tensor in named.items()}
-        self(arguments)
-        after = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
+        """Return the names of the tensors that the first call of a network changes."""
+        trial = Trial(self._model)
+        before = {name: tensor.clone() for name, tensor in _named(trial._network).items()}
+        trial(arguments)
+        after = _named(trial._network)
         return [name for name, tensor in after.items() if not _same(tensor, before.get(name))]
+
+
+def _named(network: nn.Module) -> dict[str, Tensor]:
+    return dict(network.named_parameters()) | dict(network.named_buffers())
 
 
 def _same(tensor: Tensor, other: Tensor | None) -> bool:
@@ -161,6 +166,7 @@ _FLOAT32: Mapping[Any, Any] = {
     Tensor.double: Tensor.float,
     Tensor.half: Tensor.float,
     Tensor.bfloat16: Tensor.float,
+    Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
     "torch.DoubleTensor": "torch.FloatTensor",
     "torch.HalfTensor": "torch.FloatTensor",
     "torch.BFloat16Tensor": "torch.FloatTensor",

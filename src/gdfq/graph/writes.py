@@ -45,6 +45,20 @@ def _fill(module: nn.Module, node: fx.Node) -> fx.Node:
     return _written(module, node, x, value)
 
 
+def _zero(module: nn.Module, node: fx.Node) -> fx.Node:
+    """zero(x): zeros of the shape of x."""
+    return _written(module, node, node.all_input_nodes[0], 0)
+
+
+def _masked_fill(module: nn.Module, node: fx.Node) -> fx.Node:
+    """masked_fill(x, mask, y) with a tensor y of one number."""
+    x, mask, value = node.args
+    number = _number(module, value)
+    if number is None:
+        return call(node, operators.WHERE, mask, value, x)
+    return call(node, operators.MASKED_FILL, x, mask, number)
+
+
 def _copy(module: nn.Module, node: fx.Node) -> fx.Node:
     """copy(x, y): y in the shape and type of x."""
     x, y = node.args[:2]
@@ -145,7 +159,9 @@ _RULES: Mapping[str, Rule] = {
     operators.EMPTY_LIKE: _empty,
     operators.NEW_EMPTY: _empty,
     **dict.fromkeys(operators.FILL, _fill),
+    operators.ZERO: _zero,
     operators.COPY: _copy,
+    operators.MASKED_FILL_TENSOR: _masked_fill,
     operators.SLICE: _slice,
     operators.SLICE_SCATTER: _slice_scatter,
     operators.SELECT_SCATTER: _select_scatter,

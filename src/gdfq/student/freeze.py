@@ -30,6 +30,10 @@ def freeze(student: Student) -> IntegerNetwork:
     return IntegerNetwork(_Freezer(student).run())
 
 
+_PARTS = frozenset({"codes", "scale", "zero_point", "bias", "weight", "mean", "variance"})
+"""Names of the constants of a layer, an activation or a batch norm."""
+
+
 class _Freezer:
     """Writes the graph of the integer network from the student's graph."""
 
@@ -80,9 +84,18 @@ class _Freezer:
         return self.graph.get_attr(name)
 
     def _base(self, name: str) -> str:
-        """Return an unused name for constants: layers may be shared, or named like operators."""
+        """Return an unused name for constants: layers may be shared, or named like operators.
+
+        No constant may have the name of a module that holds others: a layer `conv` has a constant
+        `conv.scale`, and may have a submodule of that name.
+        """
         base = f"{self.ours}.{name}"
-        while any(taken.rpartition(".")[0] == base for taken in self.tensors):
+        while any(
+            taken.rpartition(".")[0] == base
+            or f"{base}.".startswith(f"{taken}.")
+            or (taken.startswith(f"{base}.") and taken[len(base) + 1 :].split(".")[0] in _PARTS)
+            for taken in self.tensors
+        ):
             base += "_"
         return base
 

@@ -44,6 +44,8 @@ def _full_placement(
         if operators.name_of(node) in operators.INTEGER_CONSUMERS
         and not feeds_softmax_only(node)
         and not queries.pools_powers(node)
+        and not queries.divides_by_activation(node)
+        and not feeds_root_only(node)
         and node not in tail
         for source in node.all_input_nodes
         if queries.is_activation(source)
@@ -129,6 +131,18 @@ def feeds_softmax_only(node: fx.Node) -> bool:
     return bool(node.users) and all(
         operators.name_of(user) in operators.SOFTMAX or feeds_softmax_only(user)
         for user in node.users
+    )
+
+
+def feeds_root_only(node: fx.Node) -> bool:
+    """Return whether only roots read a product or sum, also moved: x^p with 0 < p < 1.
+
+    A root has no derivative at 0, which a grid rounds small numbers to.
+    """
+    if operators.name_of(node) not in operators.AFFINE and not queries.keeps_grid(node):
+        return False
+    return bool(node.users) and all(
+        queries.is_root(user) or feeds_root_only(user) for user in node.users
     )
 
 
