@@ -28,6 +28,7 @@ from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, ExampleInputs, capture
 from gdfq.graph.ends import describe
 from gdfq.graph.inputs import image_shape, takes_images
+from gdfq.graph.wrappers import unwrapped
 from gdfq.models.loaded import names_of
 from gdfq.models.registry import Loaded, load_model, weights_hash
 from gdfq.recipes import Recipe, find_recipe
@@ -399,7 +400,7 @@ def _inputs_as_values(teacher: Captured) -> Any:
 def _module(model: Model) -> nn.Module:
     """The module that holds the weights of a network."""
     assert not isinstance(model, str)
-    return model.network if isinstance(model, Captured) else model
+    return model.network if isinstance(model, Captured) else unwrapped(model)
 
 
 def _example(example_input: ExampleInputs | None) -> ExampleInputs:

@@ -152,12 +152,49 @@ def check_torch_file(path: Path) -> None:
 
     It must hold its bytes as they are, and call nothing that makes some.
     """
+    for name in _calls(path):
+        if not _HARMLESS.fullmatch(name):
+            raise ValueError(f"it calls {name!r}, which a state dict does not")
+
+
+_NEVER = re.compile(
+    r"STACK_GLOBAL|INST|EXT\d|(os|posix|nt|sys|subprocess|shutil|socket|runpy|importlib|ctypes|io|_io"
+    r"|pty|code|webbrowser)(\.\w+)* .*"
+    r"|(builtins|__builtin__) (eval|exec|compile|open|__import__|bytearray)"
+    r"|torch(\.\w+)* \w*(Tensor|Storage)\w*"
+    r"|torch\.(hub|distributed|nested)(\.\w+)* .*|torch\._utils .*|torch\._tensor .*|torch\.storage .*"
+)
+"""What no checkpoint calls but to run code or to take memory."""
+
+
+def foreign_names(path: Path) -> set[str]:
+    """The classes and functions, as "module.name", of a torch file that a state dict has not.
+
+    Raises:
+        ValueError: It calls what no checkpoint needs, or could take memory without end.
+    """
+    found = set()
+    for name in _calls(path):
+        if _HARMLESS.fullmatch(name):
+            continue
+        if _NEVER.fullmatch(name):
+            raise ValueError(f"it calls {name!r}, which a state dict does not")
+        found.add(name.replace(" ", "."))
+    return found
+
+
+def _calls(path: Path) -> Iterator[str]:
+    """What the pickles of a torch file call, without running them.
+
+    Raises:
+        ValueError: The file says it holds more bytes than it has.
+    """
     with path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:  # the format before torch 1.6, which begins with pickles
             # A file takes memory for whatever length a pickle asks it to read, a mapping does not.
             with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
                 for _ in range(5):  # magic number, version, system, object, names of its storages
-                    _check_calls(content)
+                    yield from _names(content)
             return
     with ZipFile(path) as archive:
         members = archive.infolist()
@@ -166,15 +203,8 @@ def check_torch_file(path: Path) -> None:
             raise ValueError("it says it holds more bytes than it has")
         for info in members:
             if info.filename.lower().endswith("data.pkl"):
-                with archive.open(info) as file:
-                    _check_calls(file)
-
-
-def _check_calls(file: Any) -> None:
-    """Read one pickle, without running it."""
-    for name in _names(file):
-        if not _HARMLESS.fullmatch(name):
-            raise ValueError(f"it calls {name!r}, which a state dict does not")
+                with archive.open(info) as member:
+                    yield from _names(member)
 
 
 def _names(file: Any) -> Iterator[str]:

@@ -25,6 +25,7 @@ from gdfq.graph.inputs import IMAGES, InputSpec, image_shape
 from gdfq.graph.outputs import Structure, built, flattened, in_order, structure_of
 from gdfq.graph.tensors import tensors_of
 from gdfq.graph.tracing import Arguments, Trial, trace
+from gdfq.graph.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def capture(
     """Capture a network; `model` itself is left as it is.
 
     Args:
-        model: The network; it must accept batches of any length.
+        model: The network; it must accept batches of any length. Wrappers such as DataParallel and
+            those of `torch.compile` are taken off.
         example_inputs: A tensor [N, *shape] for the network's one input, a tuple of tensors for
             its arguments in order, or a mapping of its arguments' names to tensors, N >= 1. Floats
             are in the network's normalised input space; integers stay integers.
@@ -108,6 +110,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"capture needs an nn.Module; got a {type(model).__name__}.")
+    model = unwrapped(model)
     given = _by_name(model, example_inputs)
     _check_weights(model)
     examples = _probes(given)

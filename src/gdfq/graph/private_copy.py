@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gdfq.graph.wrappers import unwrap_inside_
+
 
 def private_copy(model: nn.Module) -> nn.Module:
     """Return an independent copy of a network in evaluation mode, on the CPU, in float32.
@@ -35,7 +37,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     copied: nn.Module = copier.copy(model)
     for module in copied.modules():
         _rename_hidden_(module)
-    return copied.eval()
+    return unwrap_inside_(copied).eval()
 
 
 def _rename_hidden_(module: nn.Module) -> None:

@@ -1,13 +1,16 @@
 """Loading networks: from a library, from a factory in a file or package, from a program."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gdfq.errors import UsageError
+from gdfq.graph.wrappers import unwrapped
 from gdfq.models.code import from_factory, from_program
+from gdfq.models.file_kinds import foreign_kind, holds_weights
 from gdfq.models.hubs import HUBS, from_hub
-from gdfq.models.loaded import Loaded
+from gdfq.models.loaded import Loaded, names_of
 from gdfq.models.weights import load_weights_, weights_hash
 
 __all__ = ["RANDOM", "Loaded", "load_model", "load_weights_", "weights_hash"]
@@ -22,9 +25,9 @@ def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
     spec: `timm:NAME`, `torchvision:NAME`, `hf:ID` or `ptcv:NAME`, with pretrained weights from
     that library; `path/to/file.py:factory`, `package.module:factory` or a `.pt2` file that
     `torch.export.save` wrote, which run the code that they hold.
-    weights: a safetensors file or a torch state dict (read with weights_only), with or without a
-    `module.` prefix or a `state_dict` key around it; `num_batches_tracked` may be absent. A
-    library then downloads no weights; nor does it for `random`, which leaves them untrained.
+    weights: a safetensors file or a torch checkpoint (read with weights_only), as
+    `gdfq.models.weights.load_weights_` reads it. A library then downloads no weights; nor does it
+    for `random`, which leaves them untrained.
 
     Raises UsageError when any of it is missing or does not fit.
     """
@@ -47,8 +50,21 @@ def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
             "batch norms away whose statistics gdfq needs, and no converter back is reliable. "
             f"Give the network that {spec} was exported from, as file.py:factory or a .pt2 file."
         )
+    elif kind := foreign_kind(Path(spec)):
+        raise UsageError(
+            f"MODEL must be the code of a network; {spec} is {kind}. Give the network that it was "
+            "made from, as file.py:factory or a library's name."
+        )
+    elif holds_weights(Path(spec)):
+        raise UsageError(
+            f"MODEL must be the code of a network; {spec} holds weights alone. Give the network as "
+            f"file.py:factory or a library's name, with --weights {spec}."
+        )
     else:
         loaded = Loaded(from_factory(spec))
-    if weights is not None and not untrained:
-        load_weights_(loaded.module, Path(weights))
-    return loaded
+    loaded = replace(loaded, module=unwrapped(loaded.module))
+    if weights is None or untrained:
+        return loaded
+    note = load_weights_(loaded.module, Path(weights))
+    # Other weights may be for other classes; only a configuration belongs to the network.
+    return replace(loaded, class_names=names_of(loaded.module), notes=(note,))

@@ -1,14 +1,21 @@
 """Weights in a file: read without pickled code, checked against the network, hashed."""
 
 import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gdfq.errors import UsageError, first_line
+from gdfq.errors import GdfqWarning, UsageError, first_line
 from gdfq.files.untrusted import check_torch_file
+from gdfq.models.checkpoints import pickled_module, read_checkpoint
+from gdfq.models.file_kinds import foreign_kind, is_safetensors
+from gdfq.models.state_dicts import Fit, few, fitted, is_plain, state_dicts
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -21,83 +28,145 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_weights_(model: nn.Module, path: Path) -> None:
-    """Load the weights of a file into the model. The file must have exactly its tensors."""
-    given = read_weights(path)
+def load_weights_(model: nn.Module, path: Path) -> str:
+    """Load the weights of a file into the model.
+
+    The file may be a checkpoint as training scripts save it: a state dict under a key such as
+    "state_dict", "model" or "params", also nested, with a prefix such as "module." before all
+    names, and with optimizer states and options beside it. Of several that fit, the one of averaged
+    weights ("ema", "model_ema", "params_ema") is taken, with a warning; between others the name of
+    the file must choose, as "checkpoint.pt#student". Batch counters may be absent.
+
+    Args:
+        model: The network.
+        path: A safetensors file or a torch file, perhaps with "#KEY" after its name.
+
+    Returns:
+        What was taken, for the user.
+
+    Raises:
+        UsageError: The file cannot be read without running code, no state dict in it fits, or
+            several do.
+    """
+    path, chosen = _with_key(path)
     wanted = {
         name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
     }
-    if all(name.startswith("module.") for name in given) and not given.keys() <= wanted.keys():
-        given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
-    missing = [n for n in wanted if n not in given and not n.endswith("num_batches_tracked")]
-    surplus = [n for n in given if n not in wanted]
-    shapes = [
-        f"{n} {list(given[n].shape)} for {list(wanted[n].shape)}"
-        for n in wanted
-        if n in given and given[n].shape != wanted[n].shape
+    content = _read(path)
+    found = [
+        candidate for candidate in state_dicts(content) if chosen is None or chosen == candidate.key
     ]
-    types = [
-        f"{n} {given[n].dtype} for {wanted[n].dtype}"
-        for n in wanted
-        if n in given and not torch.can_cast(given[n].dtype, wanted[n].dtype)
-    ]
-    problems = [
-        f"{what}: {_few(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("surplus", surplus),
-            ("of another shape", shapes),
-            ("of another type", types),
-        )
-        if names
-    ]
-    if problems:
+    if not found:
+        _refuse_content(path, content, chosen)
+    fits = [fit for candidate in found for fit in fitted(candidate, wanted)]
+    good = [fit for fit in fits if not fit.problems]
+    if not good:
+        best = min(fits, key=lambda fit: fit.distance)
         raise UsageError(
-            f"weights must match the network; in {path} some are {'; '.join(problems)}. "
-            "Check that MODEL and --weights belong together."
+            f"weights must match the network; in {path}{best.place} some are "
+            f"{'; '.join(best.problems)}. {best.advice}"
         )
-    model.load_state_dict(given, strict=False)
+    taken = _chosen(path, good)
+    model.load_state_dict(taken.tensors, strict=False)
+    return f"{path}{taken.place}"
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _with_key(path: Path) -> tuple[Path, str | None]:
+    """A file, and the key behind "#" in its name, if there is no file of the whole name."""
+    name, mark, key = str(path).rpartition("#")
+    if not mark or path.exists():
+        return path, None
+    return Path(name), key
 
 
-def _contents(state: object) -> str:
-    return _few([str(key) for key in state]) if isinstance(state, dict) else "something else"
+def _chosen(path: Path, fits: Sequence[Fit]) -> Fit:
+    """The one of several fitting state dicts that is taken."""
+    first, *others = fits
+    if all(first.equals(other) for other in others):
+        return first
+    averaged = [fit for fit in fits if fit.is_averaged]
+    names = ", ".join(repr(fit.key + fit.prefix) for fit in fits)
+    keys = f"Choose one as {path}#{first.key or 'KEY'}."
+    if len(averaged) != 1:
+        raise UsageError(
+            f"one state dict of a file must fit the network; in {path} several do: {names}. {keys}"
+        )
+    warnings.warn(
+        f"several state dicts of {path} fit the network: {names}. The averaged weights, "
+        f"{averaged[0].key + averaged[0].prefix!r}, are taken. {keys}",
+        GdfqWarning,
+        stacklevel=3,
+    )
+    return averaged[0]
 
 
-def _is_plain(value: object) -> bool:
-    """Return whether it is a dense tensor in memory."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
+def _refuse_content(path: Path, content: object, chosen: str | None) -> NoReturn:
+    """Refuse a file without a state dict, and say what it holds instead."""
+    whole = {"": content, **(content if isinstance(content, dict) else {})}
+    for key, value in whole.items():
+        if kind := pickled_module(value):
+            taken = f"[{key!r}]" if key else ""
+            raise UsageError(
+                f"weights must be a state dict; {path} holds a whole pickled module ({kind}), and "
+                "reading it would run code. Where you trust the file: torch.save(torch.load(FILE, "
+                f"weights_only=False){taken}.state_dict(), 'weights.pt')."
+            )
+    if chosen is not None:
+        keys = ", ".join(repr(candidate.key) for candidate in state_dicts(content))
+        raise UsageError(
+            f"{path} must hold a state dict under {chosen!r}; it has {keys or 'none'}. Choose one."
+        )
+    raise UsageError(
+        f"weights must be ordinary tensors by name, perhaps under 'state_dict'; {path} holds "
+        f"a {type(content).__name__} of {_contents(content)}. Save model.state_dict()."
     )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a torch state dict; pickled code is refused."""
-    from safetensors.torch import load_file
-
+def _read(path: Path) -> Any:
+    """What a weights file holds, without running code."""
+    if kind := foreign_kind(path):
+        raise UsageError(
+            f"weights must be a safetensors file or a torch state dict; {path} is {kind}."
+        )
     if not path.is_file():
         raise UsageError(f"there is no weights file at {path}.")
+    with _refused_if_unreadable(path):
+        return load_file(path) if is_safetensors(path) else read_checkpoint(path)
+
+
+@contextmanager
+def _refused_if_unreadable(path: Path) -> Iterator[None]:
     try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            check_torch_file(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except Exception as error:  # torch.load raises types of every kind for broken files
         raise UsageError(
             "weights must be a safetensors file or a torch state dict without pickled code; "
             f"{path} is neither: {first_line(error)}"
         ) from error
+
+
+def _contents(state: object) -> str:
+    return few([str(key) for key in state]) if isinstance(state, dict) else "something else"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a torch state dict; pickled code is refused.
+
+    Stricter than `load_weights_`: what passes is harmless to a library that reads it again, with
+    pickle.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no weights file at {path}.")
+    with _refused_if_unreadable(path):
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            check_torch_file(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(
-        isinstance(name, str) and _is_plain(value) for name, value in state.items()
+        isinstance(name, str) and is_plain(value) for name, value in state.items()
     ):
         raise UsageError(
             f"weights must be ordinary tensors by name, perhaps under 'state_dict'; {path} holds "

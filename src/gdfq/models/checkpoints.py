@@ -1,0 +1,49 @@
+"""Torch checkpoints as training scripts save them, read without running code.
+
+Beside a state dict they hold optimizer states, NumPy numbers, paths and options. Each object of a
+class that a state dict does not need is read as an inert placeholder: its class is not imported and
+nothing of it is called.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdfq.files.untrusted import foreign_names
+
+_LOCK = threading.Lock()
+"""The list of placeholders is one of torch's, for the whole process."""
+
+
+class Placeholder:
+    """Stands for an object of a class that is not imported."""
+
+    def __new__(cls, *_: object, **__: object) -> "Placeholder":
+        return object.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Read what a torch file holds, with placeholders for objects of other classes.
+
+    Raises:
+        ValueError: It calls something that no checkpoint needs, or could take memory without end.
+        Exception: torch cannot read it with weights_only.
+    """
+    kinds = [(type(name, (Placeholder,), {}), name) for name in sorted(foreign_names(path))]
+    with _LOCK, torch.serialization.safe_globals(kinds):  # type: ignore[arg-type]
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def pickled_module(value: object) -> str | None:
+    """The class of a whole pickled module that a placeholder stands for, or None."""
+    if not isinstance(value, Placeholder) or not isinstance(value.state, dict):
+        return None
+    return type(value).__name__ if "_modules" in value.state else None
