@@ -161,6 +161,7 @@ class Plan:
         weights_sha256: A hash of the weights, as the user's network has them; by it, runs of the
             same network are recognised.
         seconds: How long loading and capturing the network took.
+        notes: What was taken of the weights file, for the user.
     """
 
     teacher: Captured
@@ -173,6 +174,7 @@ class Plan:
     test: GivenData | None = None
     weights_sha256: str = ""
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def card(self, scheme: Scheme, seed: int) -> Card:
         """The card of the network that this plan makes with the scheme."""
@@ -339,6 +341,7 @@ def plan_of(
         None if test is None else load_test_images(test, teacher, preprocessing, names),
         network.weights_sha256,
         network.seconds,
+        network.notes,
     )
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support import networks
 
 from gdfq.cli.app import main
@@ -24,3 +25,30 @@ def test_doctor_prints_json_or_a_table(capsys: pytest.CaptureFixture[str], tmp_p
     assert "2 of 2 batch norms fold" in printed
     assert "1 conv2d, 1 add, 1 linear (its input is not the output of a ReLU" in printed
     assert "measured on one step of each" in printed
+
+
+def test_doctor_says_what_is_taken_of_weights_and_images(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("1", "4"):
+        (place / "images" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(place / "images" / label / "x.png")
+    words = ["doctor", f"{place}/net.py:factory", "--weights", f"{place}/nested.pt"]
+    words += ["--input", "3x8x8", "--steps", "8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3"]
+    assert main([*words, "--test", f"{place}/images", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["weights"].endswith("nested.pt, 'state_dict' behind the prefix 'module.'")
+    assert facts["test"] == "2 images; labels by the numbers that name the folders"
+    assert facts["pixels"].endswith("mean 0.5, 0.5, 0.5, std 0.3, 0.3, 0.3")
+
+
+def test_doctor_refuses_images_of_unknown_class_and_mean_of_bytes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "images" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(place / "images" / "cat" / "x.png")
+    words = ["doctor", f"{place}/net.py:factory", "--input", "3x8x8"]
+    assert main([*words, "--test", f"{place}/images"]) == 2
+    assert "5 classes; there are 1: cat" in capsys.readouterr().err
+    assert main([*words, "--mean", "127.5,127.5,127.5"]) == 2
+    assert "Give mean 0.5, 0.5, 0.5" in capsys.readouterr().err

@@ -125,12 +125,15 @@ def quantize_command(**options: Any) -> None:
 @layer_bits_option
 @steps_option
 @memory_option
+@click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
+@click.option("--test", type=DataPath(), help="DATA to measure on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(**options: Any) -> int:
     """Tell what gdfq quantize would do to MODEL, before anything runs.
 
-    Lists each layer and what happens to it, what stays float, sizes, operations, and time and
-    memory as measured on one step of each stage. Exits with 1 if the run could not begin.
+    Lists each layer and what happens to it, what stays float, sizes, operations, what is taken of
+    weights and images, and time and memory as measured on one step of each stage. Exits with 1 if
+    the run could not begin.
     """
     from gdfq.cli.doctor import doctor
 

@@ -1,6 +1,7 @@
 """`gdfq doctor`: a diagnosis as a table for people or as JSON for programs."""
 
 import json
+from collections.abc import Mapping
 from typing import Unpack
 
 import click
@@ -12,7 +13,7 @@ from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import Diagnosis, Layer, diagnose
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
-from gdfq.plan import PlanOptions, resolve
+from gdfq.plan import Data, Plan, PlanOptions, resolve
 
 
 def doctor(
@@ -22,6 +23,8 @@ def doctor(
     recipe: str,
     as_json: bool,
     memory: int | None,
+    data: Data | None = None,
+    test: Data | None = None,
     **options: Unpack[PlanOptions],
 ) -> int:
     """Print the diagnosis. Returns 0, or 1 if the run could not begin."""
@@ -29,18 +32,31 @@ def doctor(
         raise UsageError(
             "doctor needs the bits; --bits auto chooses them during the run. Give them, as w4a4."
         )
-    plan = resolve(model, None, bits, recipe, **options)
+    plan = resolve(model, None, bits, recipe, data=data, test=test, **options)
     diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
     budget = MemoryBudget.of(memory)
     diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe, budget)
+    inputs = _inputs(plan)
     if as_json:
-        click.echo(json.dumps(diagnosis.as_values(), indent=1))
+        click.echo(json.dumps({**diagnosis.as_values(), **inputs}, indent=1))
     else:
-        _print(diagnosis)
+        _print(diagnosis, inputs)
     return 1 if diagnosis.problems else 0
 
 
-def _print(diagnosis: Diagnosis) -> None:
+def _inputs(plan: Plan) -> dict[str, str]:
+    """What a run would read: weights, normalisation, images and how their labels are known."""
+    mean, std = (", ".join(map(str, v)) for v in (plan.preprocessing.mean, plan.preprocessing.std))
+    found = {"weights": "; ".join(plan.notes)} if plan.notes else {}
+    found["pixels"] = f"(pixel / 255 - mean) / std, mean {mean}, std {std}"
+    for name, images in (("data", plan.given), ("test", plan.test)):
+        if images is not None:
+            rule = getattr(images, "rule", "")
+            found[name] = f"{len(images)} images" + (f"; {rule}" if rule else "")
+    return found
+
+
+def _print(diagnosis: Diagnosis, inputs: Mapping[str, str]) -> None:
     for text in diagnosis.problems:
         click.secho(f"{'problem':12}{text}", fg="red")
     if diagnosis.problems:
@@ -50,7 +66,7 @@ def _print(diagnosis: Diagnosis) -> None:
     for layer in diagnosis.layers:
         table.add_row(*_cells(layer))
     console.print(table)
-    for name, text in _facts(diagnosis).items():
+    for name, text in {**_facts(diagnosis), **inputs}.items():
         click.echo(f"{name:12}{text}")
     for text in diagnosis.advice:
         click.echo(f"{'expect':12}{text}")

@@ -84,8 +84,9 @@ network_options = together(
     click.option(
         "--weights",
         type=PATH,
-        help="Safetensors file or torch checkpoint with the network's weights; FILE#KEY chooses one "
-        "of several state dicts; 'random' leaves a library's network untrained.  [default: the library's pretrained weights]",
+        help="Safetensors file or torch checkpoint with the network's weights; FILE#KEY chooses "
+        "one of several state dicts; 'random' leaves a library's network untrained.  [default: the "
+        "library's pretrained weights]",
     ),
     click.option(
         "--input",

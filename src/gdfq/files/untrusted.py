@@ -158,11 +158,11 @@ def check_torch_file(path: Path) -> None:
 
 
 _NEVER = re.compile(
-    r"STACK_GLOBAL|INST|EXT\d|(os|posix|nt|sys|subprocess|shutil|socket|runpy|importlib|ctypes|io|_io"
-    r"|pty|code|webbrowser)(\.\w+)* .*"
+    r"STACK_GLOBAL|INST|EXT\d|(os|posix|nt|sys|subprocess|shutil|socket|runpy|importlib|ctypes"
+    r"|io|_io|pty|code|webbrowser)(\.\w+)* .*"
     r"|(builtins|__builtin__) (eval|exec|compile|open|__import__|bytearray)"
     r"|torch(\.\w+)* \w*(Tensor|Storage)\w*"
-    r"|torch\.(hub|distributed|nested)(\.\w+)* .*|torch\._utils .*|torch\._tensor .*|torch\.storage .*"
+    r"|torch\.(hub|distributed|nested)(\.\w+)* .*|torch\.(_utils|_tensor|storage) .*"
 )
 """What no checkpoint calls but to run code or to take memory."""
 
