@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import networks
+from support import networks, unusual
 from torch import Tensor, nn
 
 import gdfq
@@ -171,3 +171,18 @@ def test_advice_does_not_take_a_layer_of_one_input_channel_for_depthwise() -> No
     model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
     diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))
     assert "depthwise" not in " ".join(diagnosis.advice)
+
+
+def test_diagnosis_says_what_stays_float_of_unusual_networks() -> None:
+    def found(name: str) -> tuple[tuple[FloatOperators, ...], str]:
+        teacher = capture(unusual.make(name), torch.zeros(1, *unusual.SHAPE))
+        diagnosis = diagnose(teacher, FULL, find_recipe("fast"))
+        assert not diagnosis.problems
+        return diagnosis.float_operators, " ".join(diagnosis.advice)
+
+    assert FloatOperators("lstm", 1, NO_FORM) in found("lstm")[0]
+    assert FloatOperators("gru", 1, NO_FORM) in found("gru")[0]
+    operators, advice = found("batch statistics")
+    assert FloatOperators("group_norm", 1, NO_FORM) in operators
+    assert "depend on the other images of its batch" in advice
+    assert "depend on the other images" not in found("norms")[1]

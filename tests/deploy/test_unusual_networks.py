@@ -118,6 +118,31 @@ def test_tied_convolutions_have_a_scale_for_each_output_channel_of_each(tmp_path
     check_files(student, tmp_path)
 
 
+class Tokens(nn.Module):
+    """Token ids [N, 6] -> logits [N, 20]; the embedding is the last layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 20, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.relu(self.mix(self.embed(ids))).mean(1))
+
+
+def test_embedding_shares_its_weight_with_a_linear_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, data = Tokens().eval(), {"ids": torch.randint(20, (32, 6))}
+    student = gdfq.quantize(network, data, "w8a8", "real", data=data, steps=4, batch=16)
+    with torch.no_grad():
+        assert error_of(student(**data), network(**data)) < 0.05
+    assert [tuple(weight.scale.shape) for weight in student.network.weights] == [(8, 1), (20, 1)]
+    student.save(tmp_path)
+    assert torch.equal(gdfq.load(tmp_path)(**data), student(**data))
+    assert student.export(tmp_path / "tokens.onnx").inside.relative_error < 1e-5
+
+
 def test_pruned_weights_stay_zero() -> None:
     network = unusual.make("pruned")
     student = quantized(network)

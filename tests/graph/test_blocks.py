@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import networks
+from support import networks, unusual
 from torch import Tensor, nn
 
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks, with_features
 from gdfq.graph.capture import Captured, capture
-from gdfq.graph.operators import name_of
+from gdfq.graph.operators import RELU, name_of
 from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
@@ -91,3 +91,16 @@ def test_blocks_do_not_end_while_a_mask_is_alive(images: Tensor) -> None:
     for part in blocks(network, block_ends(network.graph)):
         x = part(x)
     assert torch.equal(x, network(images))
+
+
+@pytest.mark.parametrize("name", ["lstm", "last states", "counts images"])
+def test_blocks_take_the_device_of_new_tensors_from_their_own_input(name: str) -> None:
+    """A recurrent layer starts from zeros, as many as there are images."""
+    teacher = capture(unusual.make(name), torch.zeros(1, *unusual.SHAPE))
+    graph = teacher.network.graph
+    cut = [node for node in graph.nodes if name_of(node) == RELU]
+    x = networks.images(3, shape=unusual.SHAPE)
+    expected = teacher.network(x)
+    for block in blocks(teacher.network, cut):
+        x = block(x)
+    assert torch.equal(x, expected)

@@ -52,6 +52,8 @@ def _reason(
 ) -> str | None:
     """The reason for which a runtime computes a node in float; None if it does not."""
     name = operators.name_of(node)
+    if name in operators.RECURRENT:  # it has several outputs
+        return "no integer form"
     is_fused = (
         queries.keeps_grid(node)
         or queries.is_rectifier(node)
