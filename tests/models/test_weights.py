@@ -1,7 +1,10 @@
 """Weights in checkpoints as training scripts save them."""
 
 import argparse
+import collections
 import contextlib
+import datetime
+import functools
 import io
 import pickle
 import re
@@ -58,6 +61,10 @@ def adam_state() -> dict[str, Any]:
     return optimizer.state_dict()
 
 
+class Attributes(dict):
+    """A dictionary of a training script."""
+
+
 class Options:
     """A class of a training script."""
 
@@ -87,6 +94,19 @@ ENVELOPES: dict[str, Callable[[], object]] = {
     "namespace": lambda: {"model": STATE, "args": argparse.Namespace(rate=0.1, out=Path("x"))},
     "own class": lambda: {"model": STATE, "options": Options(), "kind": nn.Linear, "dtype": np.dtype("f4")},
     "arrays": lambda: {"model": STATE, "curve": np.arange(3.0), "random": np.random.default_rng(0)},
+    "containers": lambda: {
+        "model": STATE,
+        "lists": collections.defaultdict(list, {"a": [1]}),
+        "queue": collections.deque([1, 2]),
+        "counts": collections.Counter("ab"),
+        "options": Attributes(rate=0.1),
+        "function": functools.partial(print, 1),
+        "time": datetime.datetime(2026, 1, 1),
+    },
+    "optimizer itself": lambda: {
+        "model": STATE,
+        "optimizer": torch.optim.SGD(network().parameters(), 0.1),
+    },
     "profiled": lambda: {**STATE, "total_ops": torch.zeros(1), "0.total_params": torch.zeros(1)},
     "with numbers": lambda: {**STATE, "epoch": 3, "best": 0.9},
     "without counters": lambda: {n: t for n, t in STATE.items() if "tracked" not in n},
@@ -245,3 +265,9 @@ def test_reading_leaves_no_placeholder_in_torch(tmp_path: Path) -> None:
     before = set(torch.serialization.get_safe_globals())
     loaded(tmp_path / "w.pt", {"model": STATE, "options": Options()})
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_later_pickle_protocol_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "w.pt", pickle_protocol=4)
+    with pytest.raises(UsageError, match=r"pickle protocol, 2.*Save model\.state_dict\(\) again"):
+        load_weights_(network(), tmp_path / "w.pt")

@@ -10,6 +10,7 @@ import math
 import os
 import pickletools
 import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Collection, Iterator, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -177,9 +178,14 @@ def foreign_names(path: Path) -> set[str]:
     for name in _calls(path):
         if _HARMLESS.fullmatch(name):
             continue
-        if _NEVER.fullmatch(name):
+        module, _, attribute = name.partition(" ")
+        # Protocol 2 has the names of Python 2, such as __builtin__.
+        module, attribute = NAME_MAPPING.get(
+            (module, attribute), (IMPORT_MAPPING.get(module, module), attribute)
+        )
+        if _NEVER.fullmatch(name) or _NEVER.fullmatch(f"{module} {attribute}"):
             raise ValueError(f"it calls {name!r}, which a state dict does not")
-        found.add(name.replace(" ", "."))
+        found.add(f"{module}.{attribute}")
     return found
 
 

@@ -6,6 +6,7 @@ nothing of it is called.
 """
 
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ class Placeholder:
         self.state = state
 
 
+class _DictLike:
+    """Stands for a dictionary of a class that is not imported."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return OrderedDict()
+
+
+class _ListLike:
+    """Stands for a list or a queue of a class that is not imported."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return []
+
+
 def read_checkpoint(path: Path) -> Any:
     """Read what a torch file holds, with placeholders for objects of other classes.
 
@@ -37,9 +52,21 @@ def read_checkpoint(path: Path) -> Any:
         ValueError: It calls something that no checkpoint needs, or could take memory without end.
         Exception: torch cannot read it with weights_only.
     """
-    kinds = [(type(name, (Placeholder,), {}), name) for name in sorted(foreign_names(path))]
-    with _LOCK, torch.serialization.safe_globals(kinds):  # type: ignore[arg-type]
-        return torch.load(path, map_location="cpu", weights_only=True)
+    bases: dict[str, type] = dict.fromkeys(sorted(foreign_names(path)), Placeholder)
+    while True:
+        kinds = [(type(name, (base,), {}), name) for name, base in bases.items()]
+        try:
+            with _LOCK, torch.serialization.safe_globals(kinds):  # type: ignore[arg-type]
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # Which class is a dictionary or a list shows when something is put into it.
+            told = str(error)
+            name = next(
+                (n for n, b in bases.items() if b is Placeholder and f"{n}'>" in told), None
+            )
+            if name is None:
+                raise
+            bases[name] = _ListLike if "Can only append" in told or "extend" in told else _DictLike
 
 
 def pickled_module(value: object) -> str | None:

@@ -139,6 +139,17 @@ def _refused_if_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch.load raises types of every kind for broken files
+        if "STACK_GLOBAL" in str(error):
+            raise UsageError(
+                f"weights must be saved with torch.save's own pickle protocol, 2; {path} has a later "
+                "one, which is not read without running code. Save model.state_dict() again."
+            ) from error
+        if "Weights only load failed" in str(error):
+            raise UsageError(
+                "weights must be a safetensors file or a torch state dict without pickled code; "
+                f"beside the tensors {path} holds an object that cannot be read without running "
+                "code. Save model.state_dict() alone."
+            ) from error
         raise UsageError(
             "weights must be a safetensors file or a torch state dict without pickled code; "
             f"{path} is neither: {first_line(error)}"
