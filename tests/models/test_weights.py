@@ -212,7 +212,7 @@ def test_files_of_other_kinds_are_named(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=f"is an? .*{message}"):
+    with pytest.raises(UsageError, match=f"is neither: it is .*{message}"):
         load_weights_(network(), tmp_path / name)
 
 

@@ -17,6 +17,9 @@ from gdfq.files.untrusted import foreign_names
 _LOCK = threading.Lock()
 """The list of placeholders is one of torch's, for the whole process."""
 
+_MAX_CONTAINERS = 50
+"""Maximum classes of containers in a checkpoint: each is found out by a failed reading."""
+
 
 class Placeholder:
     """Stands for an object of a class that is not imported."""
@@ -53,7 +56,7 @@ def read_checkpoint(path: Path) -> Any:
         Exception: torch cannot read it with weights_only.
     """
     bases: dict[str, type] = dict.fromkeys(sorted(foreign_names(path)), Placeholder)
-    while True:
+    for _ in range(_MAX_CONTAINERS):
         kinds = [(type(name, (base,), {}), name) for name, base in bases.items()]
         try:
             with _LOCK, torch.serialization.safe_globals(kinds):  # type: ignore[arg-type]
@@ -61,12 +64,12 @@ def read_checkpoint(path: Path) -> Any:
         except Exception as error:
             # Which class is a dictionary or a list shows when something is put into it.
             told = str(error)
-            name = next(
-                (n for n, b in bases.items() if b is Placeholder and f"{n}'>" in told), None
-            )
+            waiting = (name for name, base in bases.items() if base is Placeholder)
+            name = next((name for name in waiting if f"{name}'>" in told), None)
             if name is None:
                 raise
             bases[name] = _ListLike if "Can only append" in told or "extend" in told else _DictLike
+    raise ValueError(f"it holds {_MAX_CONTAINERS} kinds of containers or more")
 
 
 def pickled_module(value: object) -> str | None:

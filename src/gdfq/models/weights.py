@@ -126,7 +126,8 @@ def _read(path: Path) -> Any:
     """What a weights file holds, without running code."""
     if kind := foreign_kind(path):
         raise UsageError(
-            f"weights must be a safetensors file or a torch state dict; {path} is {kind}."
+            f"weights must be a safetensors file or a torch state dict; {path} is neither: it is "
+            f"{kind}."
         )
     if not path.is_file():
         raise UsageError(f"there is no weights file at {path}.")
@@ -141,8 +142,8 @@ def _refused_if_unreadable(path: Path) -> Iterator[None]:
     except Exception as error:  # torch.load raises types of every kind for broken files
         if "STACK_GLOBAL" in str(error):
             raise UsageError(
-                f"weights must be saved with torch.save's own pickle protocol, 2; {path} has a later "
-                "one, which is not read without running code. Save model.state_dict() again."
+                f"weights must be saved with torch.save's own pickle protocol, 2; {path} has a "
+                "later one, which is not read without running code. Save model.state_dict() again."
             ) from error
         if "Weights only load failed" in str(error):
             raise UsageError(
