@@ -111,3 +111,24 @@ def test_placement_full_with_squeeze_and_excitation() -> None:
 def test_inner_normalisation_keeps_eight_bits_up_to_the_first_layer() -> None:
     chosen = widths("Awkward", "full")
     assert (chosen["x"], chosen["sub"], chosen["div"]) == (8, 8, 8)
+
+
+class Scores(torch.nn.Module):
+    """A layer whose outputs only a softmax reads, scaled and moved; and one that others read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.values = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        weights = (self.scores(x) / 2 + 1).flatten(2).softmax(2)
+        values = self.values(x).flatten(2)
+        return (weights * values).sum(2) + (values.softmax(2) * values).sum(2)
+
+
+def test_scores_that_only_a_softmax_reads_stay_float():
+    teacher = capture(Scores().eval(), torch.zeros(1, 3, 4, 4))
+    names = {node.name for node in activation_bits(teacher, Scheme(Bits(8, 8), "full"))}
+    assert "conv2d" not in names  # self.scores
+    assert "conv2d_1" in names
+    assert {"softmax", "softmax_1"} <= names

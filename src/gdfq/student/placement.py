@@ -56,6 +56,7 @@ def _full_placement(
         for node in weighted
         if node not in floats
         and not _feeds_rectifier_only(node)
+        and not _gives_scores(node)
         and not tail.issuperset(node.users)
     }
     signals = _input_signals(nodes) | {_after_batch_norm(node) for node in weighted}
@@ -128,6 +129,18 @@ def feeds_softmax_only(node: fx.Node) -> bool:
         return False
     if sum(map(queries.is_activation, node.all_input_nodes)) > 1:
         return False
+    return _only_softmax_reads(node)
+
+
+def _gives_scores(layer: fx.Node) -> bool:
+    """Return whether only a softmax reads the outputs of a layer, also scaled or moved.
+
+    They stay float, as scores of attention do: ONNX Runtime rounds a softmax of codes otherwise.
+    """
+    return _only_softmax_reads(_after_batch_norm(layer))
+
+
+def _only_softmax_reads(node: fx.Node) -> bool:
     return bool(node.users) and all(
         operators.name_of(user) in operators.SOFTMAX or feeds_softmax_only(user)
         for user in node.users

@@ -94,7 +94,7 @@ def keep_codes(graph: ir.Graph) -> None:
         moved = ir.node(node.op_type, [codes, *others], node.attributes, num_outputs=count)
         after = [ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs]
         replace_node(graph, node, [moved, *after])
-        _remove_unused(graph, first)
+        remove_unused(graph, first)
 
 
 def _join_codes(graph: ir.Graph, node: ir.Node) -> None:
@@ -114,7 +114,7 @@ def _join_codes(graph: ir.Graph, node: ir.Node) -> None:
     after = ir.node("DequantizeLinear", [joined.outputs[0], scales[0], zero_points[0]])
     replace_node(graph, node, [joined, after])
     for value in dict.fromkeys(values):
-        _remove_unused(graph, value)
+        remove_unused(graph, value)
 
 
 def _codes_and_grid(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
@@ -128,42 +128,42 @@ def _codes_and_grid(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Valu
     return codes, scale, zero_points[0]
 
 
-def _remove_unused(graph: ir.Graph, value: ir.Value) -> None:
-    """Remove what makes a value if nothing uses it."""
-    maker = value.producer()
-    if maker is not None and not value.uses():
-        graph.remove(maker, safe=True)
-
-
 def keep_float(graph: ir.Graph) -> None:
-    """Make ONNX Runtime compute layers with float weights, and padded poolings, in float.
+    """Make ONNX Runtime compute in float what it would otherwise change.
 
-    Between DequantizeLinear and QuantizeLinear it would round such weights to 8 bits, and its
-    integer pooling treats padding differently. A Clip to the range of float32 hides
-    the DequantizeLinear from ONNX Runtime.
+    A Clip to the range of float32 hides the DequantizeLinear from ONNX Runtime.
     """
     for node in list(graph):
         first = node.inputs[0] if node.inputs else None
         maker = None if first is None else first.producer()
-        if maker is None or maker.op_type != "DequantizeLinear":
+        if maker is None or maker.op_type != "DequantizeLinear" or not _is_changed(node):
             continue
-        weight = node.inputs[1] if node.op_type in _LAYERS else None
+        low, high = (
+            ir.Value(name=name, const_value=ir.tensor(bound, name=name))
+            for name, bound in zip(("float.low", "float.high"), _FLOAT32_RANGE, strict=True)
+        )
+        for value in (low, high):
+            if value.name not in graph.initializers:
+                graph.register_initializer(value)
+        bounds = [graph.initializers["float.low"], graph.initializers["float.high"]]
+        hidden = ir.node("Clip", [first, *bounds])
+        graph.insert_before(node, [hidden])
+        node.replace_input_with(0, hidden.outputs[0])
+
+
+def _is_changed(node: ir.Node) -> bool:
+    """Return whether ONNX Runtime changes a node between dequantized and quantized tensors.
+
+    It rounds float weights of layers to 8 bits. Its integer pooling treats padding differently,
+    and its softmax of codes rounds otherwise.
+    """
+    if node.op_type in _LAYERS:
+        weight = node.inputs[1]
+        return weight is not None and weight.is_initializer()
+    if node.op_type == "AveragePool":
         attributes = {name: value.value for name, value in node.attributes.items()}
-        borders = any(attributes.get("pads", ())) or bool(attributes.get("ceil_mode"))
-        if (weight is not None and weight.is_initializer()) or (
-            node.op_type == "AveragePool" and borders
-        ):
-            low, high = (
-                ir.Value(name=name, const_value=ir.tensor(bound, name=name))
-                for name, bound in zip(("float.low", "float.high"), _FLOAT32_RANGE, strict=True)
-            )
-            for value in (low, high):
-                if value.name not in graph.initializers:
-                    graph.register_initializer(value)
-            bounds = [graph.initializers["float.low"], graph.initializers["float.high"]]
-            hidden = ir.node("Clip", [first, *bounds])
-            graph.insert_before(node, [hidden])
-            node.replace_input_with(0, hidden.outputs[0])
+        return any(attributes.get("pads", ())) or bool(attributes.get("ceil_mode"))
+    return node.op_type == "Softmax"
 
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -210,6 +210,13 @@ def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> No
         new.name, new.shape, new.type = old.name, old.shape, old.type
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def remove_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove what makes a value if nothing uses it."""
+    maker = value.producer()
+    if maker is not None and not value.uses() and not value.is_graph_output():
+        graph.remove(maker, safe=True)
 
 
 def constant_values(value: ir.Value | None) -> np.ndarray[Any, Any]:

@@ -29,6 +29,7 @@ from gdfq.deploy.onnx.passes import (
     keep_float,
     normalise_pixels,
     pool_globally,
+    remove_unused,
     replace_node,
 )
 from gdfq.deploy.onnx.sizes import PACKED
@@ -262,9 +263,7 @@ class _Writer:
         }[node.op_type]
         inputs = inputs_of(node)
         replace_node(self.graph, node, form(node))
-        maker = inputs[0].producer()
-        if maker is not None and not inputs[0].uses():
-            self.graph.remove(maker, safe=True)
+        remove_unused(self.graph, inputs[0])
         for value in inputs:  # of what was the operator's own
             if not value.uses() and value.name in self.graph.initializers:
                 del self.graph.initializers[value.name]
