@@ -93,3 +93,19 @@ def test_matched_moments_match_hand_computed_values() -> None:
     assert bool((factor > 0.5).all() and (factor < 2).all())
     expected = (q - q.mean(0)) * factor + wanted.mean(0)
     torch.testing.assert_close(student(x).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channel_whose_variance_few_values_make_up_is_left_as_it_is():
+    """One image of 200 that the student clips says nothing about the others' scale."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))
+    teacher = capture(model.eval(), torch.zeros(2, 1, 2, 2))
+    x = torch.randn(200, 1, 2, 2)
+    student = build_student(teacher, Scheme(Bits(8, 8), "full"), quantizers=LSQ)
+    calibrate_(student, [Batch((x,), None, None)], steps=1)
+    x[0] = 30  # beyond the calibrated range
+    match_moments_(student, teacher, (x,))
+    scale = student.network.fake_weight.linear.log_scale.detach()
+    torch.testing.assert_close(scale, torch.zeros_like(scale))
+    expected, actual = teacher.network(x[1:]), student(x[1:]).detach()
+    assert float((actual - expected).norm() / expected.norm()) < 0.1  # the range is wider

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from gdfq.graph import operators, queries
-from gdfq.student.placement import feeds_softmax_only, shapes_outputs
+from gdfq.student.attention import feeds_softmax_only, stays_float
+from gdfq.student.placement import shapes_outputs
 from gdfq.student.scheme import Scheme
 
 
@@ -66,6 +67,8 @@ def _reason(
         return "no integer form"
     if queries.has_weight(node) and node not in weight_bits:
         return "float by --layer-bits"
+    if stays_float(node):
+        return "its grid would be too coarse, or no integer kernel exists"
     sources = filter(queries.is_activation, node.all_input_nodes)
     if all(queries.grid_source(source) in activation_bits for source in sources):
         return None

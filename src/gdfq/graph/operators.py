@@ -236,6 +236,8 @@ MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
 
 PRODUCTS = frozenset({"aten.bmm.default", "aten.matmul.default"})
 JOINS = frozenset({"aten.cat.default", "aten.stack.default"})
+ELEMENTWISE_PRODUCTS = frozenset({"aten.mul.Tensor"})
+EXPONENTIAL = "aten.exp.default"
 SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 SOFTMAX_OPERATOR = "aten.softmax.int"
 SOFTMAX = frozenset({SOFTMAX_OPERATOR})

@@ -5,6 +5,7 @@ from torch import fx
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.capture import Captured
+from gdfq.student.attention import gives_scores, stays_float
 from gdfq.student.scheme import Scheme
 
 _SIGNAL_BITS = 8
@@ -42,9 +43,8 @@ def _full_placement(
         queries.grid_source(source)
         for node in nodes
         if operators.name_of(node) in operators.INTEGER_CONSUMERS
-        and not feeds_softmax_only(node)
+        and not stays_float(node)
         and not queries.pools_powers(node)
-        and not queries.divides_by_activation(node)
         and not feeds_root_only(node)
         and node not in tail
         for source in node.all_input_nodes
@@ -56,7 +56,7 @@ def _full_placement(
         for node in weighted
         if node not in floats
         and not _feeds_rectifier_only(node)
-        and not _gives_scores(node)
+        and not gives_scores(_after_batch_norm(node))
         and not tail.issuperset(node.users)
     }
     signals = _input_signals(nodes) | {_after_batch_norm(node) for node in weighted}
@@ -117,33 +117,6 @@ def _feeds_rectifier_only(node: fx.Node) -> bool:
         queries.is_rectifier(user)
         or (queries.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
         for user in _after_batch_norm(node).users
-    )
-
-
-def feeds_softmax_only(node: fx.Node) -> bool:
-    """Return whether a node scales, masks or moves attention scores that only a softmax reads.
-
-    A runtime computes in float between a matrix product and a softmax.
-    """
-    if operators.name_of(node) not in operators.AFFINE and not queries.keeps_grid(node):
-        return False
-    if sum(map(queries.is_activation, node.all_input_nodes)) > 1:
-        return False
-    return _only_softmax_reads(node)
-
-
-def _gives_scores(layer: fx.Node) -> bool:
-    """Return whether only a softmax reads the outputs of a layer, also scaled or moved.
-
-    They stay float, as scores of attention do: ONNX Runtime rounds a softmax of codes otherwise.
-    """
-    return _only_softmax_reads(_after_batch_norm(layer))
-
-
-def _only_softmax_reads(node: fx.Node) -> bool:
-    return bool(node.users) and all(
-        operators.name_of(user) in operators.SOFTMAX or feeds_softmax_only(user)
-        for user in node.users
     )
 
 

@@ -31,8 +31,9 @@ def match_moments_(
     layer, each on the inputs that its corrected predecessors give, the scale of the weight and the
     bias compensate the difference, and each activation range is found again. The factor on the
     scale is limited to 1/2..2. (Nagel et al., arXiv 1906.04721, correct the mean alone, which at
-    three bits is worse than no correction.) A layer that is used twice is corrected where it comes
-    first.
+    three bits is worse than no correction.) A channel whose variance a few values make up is left
+    as it is: where the student clips those, all its values would be scaled for them. A layer that
+    is used twice is corrected where it comes first.
 
     Args:
         student: A student whose weight quantizers rescale, changed in place.
@@ -56,24 +57,35 @@ _MAX_ELEMENTS = 2**24
 """Of the images whose moments are matched."""
 _MIN_SAMPLES = 32
 """Values of a channel that a standard deviation needs."""
+_MAX_VARIANCE_ERROR = 0.3
+"""Largest relative standard error of a variance that is matched. One value among 200 that makes up
+all of the variance gives 1, values of a normal distribution give 0.1."""
 
 
 class _OutputMoments(PartsInterpreter):
-    """Runs a network and records mean and variance of the output channels of each layer."""
+    """Runs a network and records mean and variance of the output channels of each layer.
+
+    A third tensor [O] says which of the variances more than a few values make up.
+    """
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
-        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
         if queries.has_weight(node):
-            self.moments[node.name] = _channel_moments(node, [env[node] for env in envs])
+            parts = [env[node] for env in envs]
+            mean, variance = _channel_moments(node, parts)
+            error = _variance_error(node, parts, mean, variance)
+            self.moments[node.name] = mean, variance, error <= _MAX_VARIANCE_ERROR
 
 
 class _MatchMoments(PartsInterpreter):
     """Runs a student and corrects each layer before the next one runs."""
 
-    def __init__(self, network: fx.GraphModule, targets: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, network: fx.GraphModule, targets: dict[str, tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
         super().__init__(network)
         self.targets = targets
         self.corrected: set[WeightQuantizer] = set()
@@ -92,13 +104,15 @@ class _MatchMoments(PartsInterpreter):
             return
         self.corrected.add(weight)
         mean, variance = _channel_moments(node, [env[node] for env in envs])
-        target_mean, target = self.targets[node.name]
+        target_mean, target, is_known = self.targets[node.name]
         # Channels that hardly vary say nothing about their scale, nor do a few samples.
         varies = torch.minimum(variance, target) > 1e-6 * target.mean()
         samples = sum(env[node].numel() for env in envs) // len(mean)
         ratio = (target / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
-        factor = torch.where(varies & (samples >= _MIN_SAMPLES), ratio.clamp(0.5, 2.0), 1.0)
-        shift = target_mean - factor * mean
+        is_known = is_known | (samples < _MIN_SAMPLES)
+        matched = varies & is_known & (samples >= _MIN_SAMPLES)
+        factor = torch.where(matched, ratio.clamp(0.5, 2.0), 1.0)
+        shift = torch.where(is_known, target_mean - factor * mean, 0.0)
         bias_node = queries.bias_of(node)
         assert bias_node is not None
         weight.rescale_(factor)
@@ -124,3 +138,21 @@ def _channel_moments(layer: fx.Node, parts: Sequence[Tensor]) -> tuple[Tensor, T
     whole = (shares * means).sum(0)
     spread = (shares * (variances + (means - whole).square())).sum(0)
     return whole.to(parts[0].dtype), spread.to(parts[0].dtype)
+
+
+def _variance_error(
+    layer: fx.Node, parts: Sequence[Tensor], mean: Tensor, variance: Tensor
+) -> Tensor:
+    """Return the relative standard error of each channel's variance, √((κ − 1) / n): [O].
+
+    n is the number of values and κ their kurtosis, at most n: a few values then make up all of the
+    variance.
+    """
+    channels = queries.channel_dim(layer) % parts[0].ndim
+    shape = [1] * parts[0].ndim
+    shape[channels] = -1
+    others = [d for d in range(parts[0].ndim) if d != channels]
+    fourth = sum((part - mean.view(shape)).pow(4).sum(others) for part in parts)
+    count = sum(part.numel() for part in parts) // len(mean)
+    kurtosis = fourth / (count * variance.square()).clamp_min(torch.finfo(variance.dtype).tiny)
+    return ((kurtosis - 1).clamp_min(0) / count).sqrt()
