@@ -36,12 +36,28 @@ def _in_dimensions(dimensions: int) -> Mapping[str, Call]:
     return calls
 
 
+def _recurrent(name: str, gates: int, x: Tensor) -> Tensor:
+    """One recurrent layer of 5 units over 6 steps of 6 numbers."""
+    weights = [torch.linspace(-1, 1, gates * 5 * n).view(gates * 5, n) for n in (6, 5)]
+    parameters = [*weights, *(torch.linspace(-0.5, 0.5, gates * 5) for _ in range(2))]
+    start = x.new_zeros(1, x.shape[0], 5)
+    state = [start, start] if name == "lstm" else start
+    options = (parameters, True, 1, 0.0, False, False, True)
+    output: Tensor = getattr(torch._VF, name)(x[:, 0], state, *options)[0]
+    return output
+
+
 CALLS: Mapping[str, Call] = {
     **_in_dimensions(1), **_in_dimensions(2), **_in_dimensions(3),
+    "aten._upsample_bicubic2d_aa.vec": lambda x: F.interpolate(x, size=(4, 9), mode="bicubic", antialias=True),
+    "aten._upsample_bilinear2d_aa.vec": lambda x: F.interpolate(x, size=(4, 9), mode="bilinear", antialias=True),
+    "aten._upsample_nearest_exact1d.vec": lambda x: F.interpolate(x.flatten(2), size=50, mode="nearest-exact"),
+    "aten._upsample_nearest_exact2d.vec": lambda x: F.interpolate(x, size=(7, 8), mode="nearest-exact"),
     "aten._to_copy.default": lambda x: A._to_copy(x > 0, dtype=torch.float32),
     "aten.add.Scalar": lambda x: A.add.Scalar(x, 2),
     "aten.add.Tensor": lambda x: x + x,
     "aten.addcmul.default": lambda x: A.addcmul(x, x, x, value=0.5),
+    "aten.affine_grid_generator.default": lambda x: F.affine_grid(x[:, 0, :2, :3], [x.shape[0], 4, 5, 3], False),
     "aten.amax.default": lambda x: A.amax(x, [1]),
     "aten.amin.default": lambda x: A.amin(x, [1]),
     "aten.arange.default": lambda x: x + torch.arange(x.shape[0])[:, None, None, None],
@@ -58,6 +74,7 @@ CALLS: Mapping[str, Call] = {
     "aten.clamp_max.default": lambda x: A.clamp_max(x, 1),
     "aten.clamp_min.default": lambda x: A.clamp_min(x, 0),
     "aten.clip.default": lambda x: A.clip(x, -1, 1),
+    "aten.col2im.default": lambda x: A.col2im(x.reshape(-1, 16, 9), [6, 6], [2, 2], [1, 1], [0, 0], [2, 2]),
     "aten.constant_pad_nd.default": lambda x: A.constant_pad_nd(x, [1, 1, -1, 2], 0.5),
     "aten.contiguous.default": lambda x: A.contiguous(x) + 1,
     "aten.cumsum.default": lambda x: A.cumsum(x, 2),
@@ -75,10 +92,14 @@ CALLS: Mapping[str, Call] = {
     "aten.gather.default": lambda x: A.gather(x, 1, (x > 0).long()),
     "aten.ge.Scalar": lambda x: (x >= 1).float(),
     "aten.glu.default": lambda x: A.glu(x, 1),
+    "aten.grid_sampler.default": lambda x: F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False),
     "aten.group_norm.default": lambda x: F.group_norm(x, 2),
+    "aten.gru.input": lambda x: _recurrent("gru", 3, x),
     "aten.gt.Scalar": lambda x: (x > 1).float(),
     "aten.hardtanh.default": lambda x: A.hardtanh(x, 0, 3),
+    "aten.im2col.default": lambda x: A.im2col(x, [2, 3], [1, 2], [1, 1], [2, 1]),
     "aten.index.Tensor": lambda x: x[:, torch.tensor([0, 1]), :, torch.tensor([2, 3])],
+    "aten.index_put.default": lambda x: A.index_put(x, [None, torch.tensor([2, 0])], torch.tensor(1.5)),
     "aten.index_select.default": lambda x: A.index_select(x, 1, torch.tensor([2, 0])),
     "aten.instance_norm.default": lambda x: F.instance_norm(x),
     "aten.layer_norm.default": lambda x: F.layer_norm(x, [6]),
@@ -92,9 +113,12 @@ CALLS: Mapping[str, Call] = {
     "aten.logical_not.default": lambda x: A.logical_not(x > 0).float(),
     "aten.logsumexp.default": lambda x: A.logsumexp(x, [1]),
     "aten.lt.Scalar": lambda x: (x < 1).float(),
+    "aten.lstm.input": lambda x: _recurrent("lstm", 4, x),
     "aten.masked_fill.Scalar": lambda x: x.masked_fill(x > 1, 0),
     "aten.matmul.default": lambda x: x @ x,
     "aten.max.dim": lambda x: x.max(1)[0],
+    "aten.max_pool2d_with_indices.default": lambda x: A.max_pool2d_with_indices(x, [2, 2])[0],
+    "aten.max_unpool2d.default": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]),
     "aten.max.other": lambda x: torch.max(x, -x),
     "aten.maximum.default": lambda x: A.maximum(x, -x),
     "aten.mean.default": lambda x: x - A.mean(x),
@@ -106,6 +130,7 @@ CALLS: Mapping[str, Call] = {
     "aten.mul.Scalar": lambda x: A.mul.Scalar(x, 2),
     "aten.mul.Tensor": lambda x: x * x,
     "aten.native_layer_norm.default": lambda x: A.native_layer_norm(x, [6], None, None, 1e-5)[0],
+    "aten.new_full.default": lambda x: x + A.new_full(x, [4, 1, 1], 3.0),
     "aten.new_ones.default": lambda x: x + A.new_ones(x, [4, 1, 1]),
     "aten.new_zeros.default": lambda x: x + A.new_zeros(x, [4, 1, 1]),
     "aten.ones.default": lambda x: x + torch.ones(x.shape[0], 1, 1, 1),
@@ -114,6 +139,8 @@ CALLS: Mapping[str, Call] = {
     "aten.permute.default": lambda x: A.permute(x, [0, 2, 3, 1]),
     "aten.pixel_shuffle.default": lambda x: A.pixel_shuffle(x, 2),
     "aten.pixel_unshuffle.default": lambda x: A.pixel_unshuffle(x, 3),
+    "aten.pow.Scalar": lambda x: 2.0**x,
+    "aten.pow.Tensor_Tensor": lambda x: (x.abs() + 1) ** torch.linspace(-1, 2, 6),
     "aten.pow.Tensor_Scalar": lambda x: x.abs() ** 1.5,
     "aten.prelu.default": lambda x: A.prelu(x, torch.linspace(0.1, 0.4, 4)),
     "aten.reflection_pad2d.default": lambda x: A.reflection_pad2d(x, [1, 1, 2, 2]),
@@ -122,6 +149,8 @@ CALLS: Mapping[str, Call] = {
     "aten.replication_pad2d.default": lambda x: A.replication_pad2d(x, [1, 1, 2, 2]),
     "aten.reshape.default": lambda x: A.reshape(x, [-1, 24, 6]),
     "aten.rms_norm.default": lambda x: F.rms_norm(x, [6]),
+    "aten.rnn_relu.input": lambda x: _recurrent("rnn_relu", 1, x),
+    "aten.rnn_tanh.input": lambda x: _recurrent("rnn_tanh", 1, x),
     "aten.roll.default": lambda x: A.roll(x, [1, -2], [2, 3]),
     "aten.rsqrt.default": lambda x: x.abs().rsqrt(),
     "aten.rsub.Scalar": lambda x: A.rsub.Scalar(x, 2),
@@ -162,6 +191,9 @@ CALLS: Mapping[str, Call] = {
     "aten.var.dim": lambda x: A.var.dim(x, [1]),
     "aten.var_mean.correction": lambda x: A.var_mean.correction(x, [1], correction=0)[0],
     "aten.var_mean.dim": lambda x: A.var_mean.dim(x, [1])[0],
+    "aten.where.Scalar": lambda x: torch.where(x > 0, 1.0, -2.0),
+    "aten.where.ScalarOther": lambda x: torch.where(x > 0, x, 0.5),
+    "aten.where.ScalarSelf": lambda x: torch.where(x > 0, 0.5, x),
     "aten.where.self": lambda x: torch.where(x > 0, x, -x),
     "aten.zeros.default": lambda x: x + torch.zeros(x.shape[0], 1, 1, 1),
     "aten.zeros_like.default": lambda x: x + A.zeros_like(x),

@@ -1,6 +1,7 @@
 """Files that differ from the student are found and not kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,23 @@ def test_activation_that_the_file_lacks_is_an_error(small: QuantizedNetwork) -> 
     data = to_onnx(small.network, small.card.inputs, {})
     with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
         onnx_values(data, ["relu.clip", "elsewhere.q"], [networks.images(1)])
+
+
+def test_file_is_proven_by_its_codes_where_a_network_amplifies_rounding(small):
+    """Outputs far from the student's pass only if all codes are nearest and the outputs are theirs."""
+    from gdfq.deploy.target import Examples, Job, compare
+
+    x = networks.images(4)
+    far = [2 * output for output in small.network.outputs(x)]
+    job = Job(small.network, small.card, Path("q.onnx"), (x,))
+    examples = Examples((x,), (x,))
+    nearest = CodesParity("relu", differ=0.001, wrong=0.0, count=1000)
+    compare(job, lambda _: far, examples, [nearest], far)
+    others = [output + 1 for output in far]
+    for codes, beside in (
+        ([nearest], others),
+        ([nearest], ()),
+        ([replace(nearest, wrong=0.001)], far),
+    ):
+        with pytest.raises(GdfqError, match="not kept"):
+            compare(job, lambda _: far, examples, codes, beside)

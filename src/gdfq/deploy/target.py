@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gdfq.deploy.card import Card
-from gdfq.deploy.parity import CodesParity, Parity, is_equal
+from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, is_equal
 from gdfq.deploy.runtimes import Run
 from gdfq.errors import GdfqError
 from gdfq.execution.seeding import stream
@@ -139,16 +139,34 @@ def prove_by(load: Callable[[bytes], Run]) -> Callable[[Job, Path], Proof]:
 
 
 @torch.no_grad()
-def compare(job: Job, run: Run, examples: Examples, codes: Sequence[CodesParity] = ()) -> Parity:
+def compare(
+    job: Job,
+    run: Run,
+    examples: Examples,
+    codes: Sequence[CodesParity] = (),
+    beside_codes: Sequence[Tensor] = (),
+) -> Parity:
     """Return the parity of a runtime with the student on some inputs.
+
+    If each code is the nearest one to its number, given equal inputs, and the outputs are those
+    found beside these codes, the file is equal, however much a network amplifies rounding.
+
+    Args:
+        job: The export.
+        run: The runtime.
+        examples: The inputs.
+        codes: Parity of the codes, if the runtime can tell them.
+        beside_codes: The runtime's outputs when it was asked for the codes.
 
     Raises:
         GdfqError: The outputs differ by more than rounding does, or codes do.
     """
-    expected = job.network.outputs(*examples.student)
-    parity = Parity.of(expected, run(*examples.file), job.card.classes is not None)
+    expected, actual = job.network.outputs(*examples.student), run(*examples.file)
+    parity = Parity.of(expected, actual, job.card.classes is not None)
     wrong = [found for found in codes if not found.only_rounded]
-    if not wrong and is_equal(job.network, examples.student, parity):
+    proven = bool(beside_codes) and not any(found.wrong for found in codes)
+    proven = proven and Parity.of(beside_codes, actual, False).relative_error <= FROM_EQUAL_CODES
+    if proven or (not wrong and is_equal(job.network, examples.student, parity)):
         return parity
     first = wrong or [found for found in codes if found.differ]
     named = ", ".join(f"{found.differ:.2%} of {found.name!r}" for found in first[:MAX_NAMED])

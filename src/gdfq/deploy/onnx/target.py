@@ -47,8 +47,8 @@ def _compare(job: Job, data: bytes, *, precise: bool) -> Proof:
     def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
         found = onnx_values(data, [*names, *outputs], examples.file, precise=precise)
         codes, expected = compare_codes(job.network, examples.student, found)
-        parity = compare(job, run, examples, codes)
         actual = [torch.from_numpy(found[name]) for name in outputs]
+        parity = compare(job, run, examples, codes, actual)
         error = Parity.of(expected, actual, classes=False).relative_error
         if not error <= FROM_EQUAL_CODES:
             raise GdfqError(
