@@ -306,17 +306,17 @@ def test_mean_and_std_are_written_at_full_precision(
 class _Features(torch.nn.Module):
     """A backbone that returns its features, one of which the next layer reads too."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
         self.deep = torch.nn.Conv2d(8, 8, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         first = torch.relu(self.stem(x))
         return first, first.flip(3), torch.relu(self.deep(first))
 
 
-def test_activation_that_is_quantized_and_returned_stays_an_output(tmp_path):
+def test_activation_that_is_quantized_and_returned_stays_an_output(tmp_path: Path) -> None:
     """The quantizer clips as the ReLU does, but the ReLU is an output."""
     quantized = gdfq.quantize(
         _Features().eval(), networks.images(1), "w8a8", "real", data=networks.images(16), steps=4,
@@ -329,21 +329,21 @@ def test_activation_that_is_quantized_and_returned_stays_an_output(tmp_path):
 class _Expected(torch.nn.Module):
     """A softmax of a layer's outputs between quantizers; the layer's outputs are read alone or not."""
 
-    def __init__(self, alone):
+    def __init__(self, alone: bool) -> None:
         super().__init__()
         self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
         self.sides = torch.nn.Conv2d(8, 32, 1)
         self.bins = torch.nn.Conv2d(8, 1, 1, bias=False)
         self.alone = alone
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores = self.sides(self.stem(x)).view(x.shape[0], 4, 8, -1).transpose(1, 2)
         expected = self.bins((2 * scores).softmax(1))
         return expected if self.alone else expected + self.bins(scores)
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_softmax_between_quantizers_matches_the_student(alone, tmp_path):
+def test_softmax_between_quantizers_matches_the_student(alone: bool, tmp_path: Path) -> None:
     """ONNX Runtime rounds a softmax of codes otherwise (up to 8 % of the codes)."""
     torch.manual_seed(0)
     quantized = gdfq.quantize(

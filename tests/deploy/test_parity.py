@@ -96,7 +96,9 @@ def test_activation_that_the_file_lacks_is_an_error(small: QuantizedNetwork) -> 
         onnx_values(data, ["relu.clip", "elsewhere.q"], [networks.images(1)])
 
 
-def test_file_is_proven_by_its_codes_where_a_network_amplifies_rounding(small):
+def test_file_is_proven_by_its_codes_where_a_network_amplifies_rounding(
+    small: QuantizedNetwork,
+) -> None:
     """Outputs far from the student's pass only if all codes are nearest and the outputs are theirs."""
     from gdfq.deploy.target import Examples, Job, compare
 

