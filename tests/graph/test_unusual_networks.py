@@ -176,3 +176,30 @@ def test_batch_norm_without_statistics_normalises_the_batch(batch: int) -> None:
         captured = capture(network, EXAMPLE)
         x = networks.images(batch, shape=unusual.SHAPE)
         torch.testing.assert_close(captured.network(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "shape"),
+    [
+        (lambda y: y[:, :, None].squeeze(), (5,)),
+        (lambda y: y[:, :1].squeeze(), ()),
+        (lambda y: y[:, :1].squeeze(1), ()),
+        (lambda y: y.squeeze(0), (5,)),
+        (lambda y: y[..., None].squeeze(dim=(0, 2)), (5,)),
+        (lambda y: y[None].squeeze(0), (5,)),
+    ],
+)
+def test_batch_of_one_keeps_its_dimension(
+    squeeze: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    class Squeezes(unusual.Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return squeeze(super().forward(x))
+
+    network = unusual.ready(Squeezes())
+    captured = capture(network, EXAMPLE)
+    for count in (1, 2, 5):
+        x = networks.images(count, seed=count, shape=unusual.SHAPE)
+        found = captured.network(x)
+        assert found.shape == (count, *shape)
+        torch.testing.assert_close(found, network(x).view(found.shape))

@@ -85,11 +85,9 @@ def _simplify(module: fx.GraphModule) -> None:
                 node.replace_all_uses_with(x)
             else:
                 node.replace_all_uses_with(call(node, operators.CAST, x, kwargs={"dtype": dtype}))
-        elif name == operators.SQUEEZE:  # also for a batch of one, the batch is a dimension
+        elif name in operators.SQUEEZES and _squeezes_batch(node):
             x = queries.input_of(node)
-            ones = [
-                i for i, side in enumerate(x.meta["val"].shape) if type(side) is int and side == 1
-            ]
+            ones = [dim for dim in _squeezed(node) if _is_one(x.meta["val"].shape[dim])]
             node.replace_all_uses_with(call(node, operators.SQUEEZE_DIMS, x, ones) if ones else x)
         elif name == operators.WRITE:  # the update of a buffer, at the end of the graph
             node.replace_all_uses_with(node.args[1])
@@ -97,6 +95,23 @@ def _simplify(module: fx.GraphModule) -> None:
         elif node.op == "call_function" and "assert" in name:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def _squeezed(node: fx.Node) -> list[int]:
+    """Return the dimensions that are removed where they have one entry."""
+    ndim = queries.input_of(node).meta["val"].ndim
+    dims: Any = node.args[1] if len(node.args) > 1 else list(range(ndim))
+    return [dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _is_one(side: object) -> bool:
+    return type(side) is int and side == 1
+
+
+def _squeezes_batch(node: fx.Node) -> bool:
+    """Return whether a batch of one image would lose its dimension."""
+    shape = queries.input_of(node).meta["val"].shape
+    return any(type(shape[dim]) is not int for dim in _squeezed(node))
 
 
 def _normalised_over_batch(node: fx.Node) -> fx.Node:

@@ -270,6 +270,8 @@ def _check_equal(
             if count == 1:  # such a module loses a dimension there, which the graph does not
                 continue
             raise _depends_on_count(count, first_line(error)) from error
+        if any(not tensor.ndim or len(tensor) != count for tensor in ours):
+            raise _depends_on_count(count, "it loses the dimension of the batch")
         shapes = [list(tensor.shape) for tensor in theirs]
         if count == 1:  # squeeze() also removes the dimension of the batch
             theirs = [

@@ -74,7 +74,9 @@ CAST = "aten._to_copy.default"
 CASTS = frozenset({CAST, "aten.to.dtype"})
 TYPED_LIKE = frozenset({"aten.type_as.default", "aten.to.other"})
 """(x, y): x in the type of y."""
-SQUEEZE, SQUEEZE_DIMS = "aten.squeeze.default", "aten.squeeze.dims"
+SQUEEZE_DIMS = "aten.squeeze.dims"
+SQUEEZES = frozenset({"aten.squeeze.default", "aten.squeeze.dim", SQUEEZE_DIMS})
+"""(x, dimension or dimensions, or none for all)."""
 ATTENTION = "aten.scaled_dot_product_attention.default"
 
 LSTM_CELL, GRU_CELL = "aten.lstm_cell.default", "aten.gru_cell.default"
