@@ -340,3 +340,16 @@ def test_cached_timm_weights_are_found_without_network(
     assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
     with pytest.raises(UsageError, match=f"(?s){tmp_path}.*--weights FILE"):
         load_model("timm:resnet18")
+
+
+def test_mean_and_std_of_bytes_in_a_configuration_are_refused() -> None:
+    config = {"input_size": (3, 8, 8), "mean": (123.675,) * 3, "std": (58.395,) * 3}
+    with pytest.raises(UsageError, match=r"Give mean 0\.485"):
+        hubs._of_timm(config)
+    size = {"size": {"height": 8, "width": 8}, "do_normalize": True}
+    numbers = {"image_mean": 127.5, "image_std": [127.5] * 3}
+    # Without rescaling these are for pixels in 0..255; one number stands for all channels.
+    _, found = hubs._of_processor({**size, **numbers, "do_rescale": False}, 3)
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(UsageError, match=r"Give mean 0\.5"):
+        hubs._of_processor({**size, **numbers, "do_rescale": True, "rescale_factor": 1 / 255}, 3)

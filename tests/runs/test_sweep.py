@@ -144,3 +144,20 @@ def test_read_sweep_accepts_or_refuses_any_file(
     file.write_text(text, encoding="utf-8", errors="replace")
     with contextlib.suppress(UsageError):
         assert read_sweep(file).cells()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("mean: [123.675, 116.28, 103.53]", r"net: mean and std must be .*Give mean 0\.485"),
+        ("std: 0", "net: std must be positive"),
+        ("mean: grey", "mean and std of net must be numbers"),
+    ],
+)
+def test_sweep_refuses_normalisation_before_anything_runs(
+    tmp_path: Path, values: str, message: str
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"networks:\n  - {{model: 'net.py:f', name: net, {values}}}\n")
+    with pytest.raises(UsageError, match=message):
+        read_sweep(path)

@@ -166,12 +166,13 @@ def _of_processor(
     shape = (channels, height, width)
     if processor.get("do_flip_channel_order") or processor.get("rescale_offset"):
         return shape, None
-    mean, std = [0.0] * channels, [1.0] * channels
+    mean: Any = 0.0
+    std: Any = 1.0
     if processor.get("do_normalize"):
         mean, std = processor["image_mean"], processor["image_std"]
     unit = 255 * processor["rescale_factor"] if processor.get("do_rescale") else 255.0
     resize = Resize(share or 1.0, squash, _pillow_filter(processor.get("resample")))
-    mean, std = ((np.atleast_1d(values) / unit).tolist() for values in (mean, std))
+    mean, std = (np.asarray(values, float) / unit for values in (mean, std))
     return shape, Preprocessing.of(channels, mean, std, resize)
 
 

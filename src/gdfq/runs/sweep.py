@@ -11,6 +11,7 @@ from reprlib import repr as short
 from typing import Any, TypeVar
 
 from gdfq.analysis.bit_allocation import AUTO
+from gdfq.data.preprocessing import normalisation
 from gdfq.errors import UsageError, first_line, warn_renamed
 from gdfq.plan import resolve_method
 
@@ -106,6 +107,8 @@ class Sweep:
             raise UsageError(
                 f"a sweep must have at most {_MOST} runs; this one has {short(runs)}. Split it."
             )
+        for network in self.networks:
+            _check_normalisation(network)
         for network, bits in product(self.networks, self.bits):
             if bits == AUTO and network.size is None:
                 raise UsageError(
@@ -129,6 +132,24 @@ class Sweep:
             self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
         )
         return list(dict.fromkeys(Cell(*values, self.steps) for values in grid))
+
+
+def _check_normalisation(network: Network) -> None:
+    """Raise UsageError for mean and std that no network can have."""
+    try:
+        mean, std = (
+            None if text is None else tuple(map(float, text.split(",")))
+            for text in (network.mean, network.std)
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"mean and std of {network.title} must be numbers; {first_line(error)}. "
+            "Give them as [0.485, 0.456, 0.406]."
+        ) from error
+    try:
+        normalisation(mean, std)
+    except UsageError as error:
+        raise UsageError(f"{network.title}: {error}") from error
 
 
 def read_sweep(path: Path) -> Sweep:
