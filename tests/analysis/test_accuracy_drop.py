@@ -162,7 +162,8 @@ class Offset(nn.Module):
         self.network, self.offset = network, offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x) + self.offset
+        moved: torch.Tensor = self.network(x) + self.offset
+        return moved
 
 
 def test_estimate_takes_the_larger_error_of_two_kinds_of_images() -> None:
@@ -173,6 +174,8 @@ def test_estimate_takes_the_larger_error_of_two_kinds_of_images() -> None:
     worse = teacher + 2 * (student - teacher)
     noisy = estimate_drop([teacher], [student], source="by hand", on_noise=([teacher], [worse]))
     assert noisy.relative_error == pytest.approx(2 * 100 * _relative(teacher, student))
+    assert noisy.logit_error is not None
+    assert alone.logit_error is not None
     assert noisy.logit_error > alone.logit_error
     assert noisy.agreement == alone.agreement
 
@@ -273,7 +276,8 @@ class Attention(nn.Module):
         self.head = nn.Linear(5, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(x.softmax(1) * x)
+        weighted: torch.Tensor = self.head(x.softmax(1) * x)
+        return weighted
 
 
 class Unit(nn.Module):
@@ -312,7 +316,7 @@ def test_estimate_matches_hand_computed_numbers() -> None:
     ],
 )
 def test_estimate_is_absent_for_outputs_out_of_range(
-    teacher: Captured, student: Any, reason: str
+    teacher: torch.Tensor, student: torch.Tensor, reason: str
 ) -> None:
     estimate = estimate_drop([teacher], [student], source="by hand")
     assert estimate.expected_drop is None

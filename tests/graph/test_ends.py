@@ -220,7 +220,8 @@ def test_each_output_has_its_own_end() -> None:
 
 
 def norm(x: Tensor) -> Tensor:
-    return x.norm(dim=1, keepdim=True)
+    length: Tensor = x.norm(dim=1, keepdim=True)
+    return length
 
 
 EMBEDDINGS: dict[str, End] = {

@@ -189,3 +189,11 @@ def test_network_in_another_precision_is_captured_in_float32(dtype: torch.dtype)
     actual, expected = captured.network(x), network(x).float()
     assert actual.dtype == torch.float32
     assert float((actual - expected).norm().detach()) < 0.02 * float(expected.norm().detach())
+
+
+def test_network_that_holds_a_graph_module_is_captured() -> None:
+    """A graph module copies its own submodules."""
+    inside = capture(networks.make("Residual"), networks.images(2)).network
+    model = nn.Sequential(inside, nn.ReLU())
+    x = networks.images(3)
+    torch.testing.assert_close(capture(model, x).network(x), model(x))

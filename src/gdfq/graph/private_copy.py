@@ -29,7 +29,9 @@ def private_copy(model: nn.Module) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         copier.copy(tensor)
     # All modules are known before their attributes are copied, which may refer to any of them.
-    modules = [module for module in model.modules() if not isinstance(module, _COMPILED)]
+    compiled = [module for module in model.modules() if isinstance(module, _COMPILED)]
+    inside = {part for module in compiled for part in module.modules()}  # copied with it
+    modules = [module for module in model.modules() if module not in inside]
     for module in modules:
         copier.open(module)
     for module in modules:
