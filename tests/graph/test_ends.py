@@ -64,6 +64,7 @@ SOFTMAX: dict[str, End] = {
     "then viewed": lambda x: logits(x).softmax(1).view(x.shape[0], CLASSES),
     "then squeezed": lambda x: (3 * x.mean((2, 3), keepdim=True)).softmax(1).squeeze(3).squeeze(2),
     "unsqueezed": lambda x: logits(x).unsqueeze(1).softmax(-1).squeeze(1),
+    "in percent": lambda x: 100 * logits(x).softmax(1),
     "clamped": lambda x: logits(x).softmax(1).clamp(1e-7, 1),
     "in a dictionary": lambda x: {"probabilities": logits(x).softmax(1)},
     "in a tuple": lambda x: (logits(x).softmax(1),),
@@ -184,6 +185,7 @@ def test_softmax_over_the_batch_is_no_end() -> None:
     [
         lambda x: logits(x).sigmoid(),
         lambda x: torch.special.expit(logits(x)),
+        lambda x: logits(x).mean(1).sigmoid(),
         lambda x: logits(x).mean(1, keepdim=True).sigmoid(),
         lambda x: (logits(x) - 4).sigmoid(),  # as binary cross-entropy leaves it
     ],
@@ -195,6 +197,12 @@ def test_sigmoid_is_no_classifier_of_top1(end: End) -> None:
     assert "independent decisions" in describe(found, found.ends)
     torch.testing.assert_close(found.network(x).sigmoid(), model(x))
     torch.testing.assert_close(found.returned(x), model(x))
+
+
+def test_scaled_sigmoid_is_no_probability() -> None:
+    """An angle or a depth, say: the number itself is matched."""
+    _, found = captured(lambda x: 180 * logits(x).mean(1, keepdim=True).sigmoid())
+    assert found.ends.kind == "values"
 
 
 def test_logarithm_of_a_sigmoid_has_the_same_logits() -> None:

@@ -51,7 +51,7 @@ class DropEstimate:
         images: Number of images.
         relative_error: ‖ŷ − y‖ / ‖y‖ in percent over all numbers of an output; the largest of
             several outputs and of all kinds of images. Logits in front of a softmax are centred
-            for each image first. None if an output is not finite.
+            for each image first (`gdfq.analysis.similarity`). None if an output is not finite.
         agreement: Share of images for which both networks predict the same class, in percent; None
             without classes.
         kl: Mean KL(teacher ‖ student) of the class probabilities, in nats; None without classes or

@@ -18,7 +18,9 @@ class Similarity:
 
     Attributes:
         relative_error: ‖ŷ − y‖ / ‖y‖ in percent over all numbers. Logits in front of a softmax,
-            whose mean over the classes changes no probability, are centred first.
+            whose mean over the classes changes no probability, are centred first. For logits in
+            front of a sigmoid ‖y‖ is that of y minus its mean in each channel: an offset, which
+            rare labels have, is no signal.
         cosine: Mean cosine of the vectors [N, C]; None if they are not unit vectors.
         decisions: Share of logits with the same sign in percent, which are probabilities on the
             same side of one half; None if no sigmoid follows.
@@ -62,23 +64,30 @@ class Totals:
         self._sums = sums
 
     def _of(self, index: int, expected: Tensor, actual: Tensor) -> Tensor:
-        """Sums of errors, powers, cosines and equal signs; numbers of images and of elements."""
+        """Sums of errors, powers, cosines and equal signs; numbers of images and of elements.
+
+        The sums of each channel follow.
+        """
         y, z = expected.double(), actual.double()
         signs = ((y > 0) == (z > 0)).sum()
-        cosines = F.cosine_similarity(y.flatten(1), z.flatten(1)).sum()
+        cosines = F.cosine_similarity(y.reshape(len(y), -1), z.reshape(len(z), -1)).sum()
         dim = 1 if self._is_classifier else self._ends.softmax_dim(index)
         if dim is not None:
             y, z = (x - x.mean(dim, keepdim=True) for x in (y, z))
         sums = [(z - y).square().sum(), y.square().sum(), cosines, signs.double()]
         counts = sums[0].new_tensor([len(y), y.numel()])
-        return torch.cat([torch.stack(sums), counts]).cpu()
+        by_channel = y.reshape(len(y), y.shape[1] if y.ndim > 1 else 1, -1).sum((0, 2))
+        return torch.cat([torch.stack(sums), counts, by_channel]).cpu()
 
     def similarities(self) -> list[Similarity]:
         """Return the similarity of each output over all batches."""
         found = []
         for index, sums in enumerate(self._sums):
-            error, power, cosines, signs, images, count = sums.tolist()
+            error, power, cosines, signs, images, count, *channels = sums.tolist()
             kind = self._ends.kinds[index] if self._ends.kinds else "values"
+            in_channel = count / len(channels)
+            if kind == "sigmoid" and in_channel > 1:
+                power -= sum(channel**2 for channel in channels) / in_channel
             found.append(
                 Similarity(
                     100 * (error / max(power, _MIN_POWER)) ** 0.5,

@@ -251,6 +251,8 @@ def _path(output: fx.Node) -> _Path:
             kind = "log_softmax"
         elif kind == "log_softmax" and operators.EXPONENTIAL in later:
             kind = "softmax"
+        if kind == "sigmoid" and later & operators.WITH_NUMBERS:
+            return found  # a number in an interval, no probability
         if kind is not None:
             found = _Path(_data_input(node), tuple(nodes), kind, _softmax_dim(node))
     return _through_views(found)
@@ -262,14 +264,18 @@ def _backwards(node: fx.Node) -> Iterator[fx.Node]:
         sources = [n for n in node.all_input_nodes if not queries.is_batch_size(n)]
         if len(sources) != 1 or not isinstance(sources[0].meta.get("val"), Tensor):
             return
-        if operators.name_of(node) == operators.ADD and not _adds_a_number(node):
+        if operators.name_of(node) in operators.WITH_NUMBERS and not _has_number(node):
             return
         yield node
         node = sources[0]
 
 
-def _adds_a_number(node: fx.Node) -> bool:
-    return len(node.args) == 2 and not isinstance(node.args[1], fx.Node)
+def _has_number(node: fx.Node) -> bool:
+    """Return whether a node adds a number, or multiplies or divides by a positive one."""
+    _, number, *others = node.args
+    if not isinstance(number, int | float) or others:
+        return False
+    return operators.name_of(node) not in operators.SCALINGS or number > 0
 
 
 def _kind(node: fx.Node) -> Kind | None:

@@ -244,7 +244,7 @@ SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
 SOFTMAX_OPERATOR = "aten.softmax.int"
 SOFTMAX = frozenset({SOFTMAX_OPERATOR})
 LOG_SOFTMAX = frozenset({"aten.log_softmax.int"})
-SIGMOIDS = frozenset({"aten.sigmoid.default", "aten.log_sigmoid.default"})
+SIGMOIDS = frozenset(f"aten.{name}.default" for name in ("sigmoid", "log_sigmoid", "hardsigmoid"))
 LOGARITHM, EXPONENTIAL = "aten.log.default", "aten.exp.default"
 ADD, MULTIPLY, DIVIDE = (f"aten.{name}.Tensor" for name in ("add", "mul", "div"))
 MOVES = frozenset(
@@ -258,14 +258,10 @@ MOVES = frozenset(
 """Operators that return all numbers of their one tensor, in another shape or order."""
 CLAMP_MIN = "aten.clamp_min.default"
 _CLAMPS = frozenset(f"aten.{name}.default" for name in ("clamp", "clamp_min", "clamp_max", "clip"))
-END = (
-    MOVES
-    | SOFTMAX
-    | LOG_SOFTMAX
-    | SIGMOIDS
-    | _CLAMPS
-    | {LOGARITHM, EXPONENTIAL, ADD, "aten.add.Scalar"}
-)
+SCALINGS = frozenset({MULTIPLY, DIVIDE, "aten.mul.Scalar", "aten.div.Scalar"})
+WITH_NUMBERS = SCALINGS | {ADD, "aten.add.Scalar"}
+"""Operators of an end if their second argument is a number."""
+END = MOVES | SOFTMAX | LOG_SOFTMAX | SIGMOIDS | _CLAMPS | {LOGARITHM, EXPONENTIAL} | WITH_NUMBERS
 """Operators of a network's end, from logits to the probabilities that it returns."""
 NORM, VECTOR_NORM = "aten.linalg_norm.default", "aten.linalg_vector_norm.default"
 """(x, order, dimensions, keepdim); the first also computes norms of matrices."""
