@@ -180,7 +180,7 @@ def test_diagnosis_says_what_stays_float_of_unusual_networks() -> None:
         assert not diagnosis.problems
         return diagnosis.float_operators, " ".join(diagnosis.advice)
 
-    assert FloatOperators("lstm", 1, NO_FORM) in found("lstm")[0]
+    assert found("lstm")[0] == (FloatOperators("lstm", 1, NO_FORM),)
     assert FloatOperators("gru", 1, NO_FORM) in found("gru")[0]
     operators, advice = found("batch statistics")
     assert FloatOperators("group_norm", 1, NO_FORM) in operators

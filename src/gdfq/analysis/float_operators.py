@@ -60,6 +60,7 @@ def _reason(
         or queries.is_rectifier(node)
         or name == operators.BATCH_NORM
         or feeds_softmax_only(node)
+        or queries.is_new(node)
     )
     if not (operators.short_name(node) and queries.is_activation(node)) or is_fused:
         return None

@@ -151,7 +151,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         parameters=sum(t.numel() for t in tensors.values() if isinstance(t, torch.nn.Parameter)),
         operations=sum(layer.operations for layer in found) + sum(map(product_operations, nodes)),
         float_bytes=sum(t.nbytes for t in tensors_of(fold_batch_norms(teacher).network).values()),
-        quantized_bytes=sum(map(_stored_bytes, found)),
+        quantized_bytes=sum(map(_stored_bytes, found)) + _recurrent_bytes(folded),
         problems=tuple(problems),
         advice=tuple(
             preflight_advice(
@@ -189,6 +189,19 @@ def _narrow_depthwise(layers: Sequence[Layer], nodes: Sequence[fx.Node]) -> list
         and node.all_input_nodes[0].meta["val"].shape[1] > 1  # else a stem of one channel
         and layer.weight[0] <= MAX_NARROW_CHANNELS
     ]
+
+
+def _recurrent_bytes(teacher: Captured) -> int:
+    """Bytes of the weights of recurrent layers, which stay float."""
+    names = {
+        str(source.target)
+        for node in teacher.network.graph.nodes
+        if operators.name_of(node) in operators.RECURRENT
+        for source in node.all_input_nodes
+        if source.op == "get_attr"
+    }
+    tensors = tensors_of(teacher.network)
+    return sum(tensors[name].nbytes for name in names)
 
 
 def _stored_bytes(layer: Layer) -> int:
