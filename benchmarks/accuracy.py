@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 import re
-import resource
 import statistics
 import sys
 import time
@@ -23,11 +22,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from benchmarks import paired, peer
+from benchmarks.unix import peak_resident_mib
 from safetensors.torch import load_file, save_file
+from support.narrowing import present
 from support.places import CACHE, RESULTS, SHARED
 from support.real_networks import (
     cifar10_resnet20,
@@ -67,12 +69,12 @@ IMAGE_CODE = (
 )
 """What images depend on besides the sources themselves."""
 Module = Callable[[Tensor], Tensor]
-Facts = dict[str, object]
+Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Network:
-    factory: object
+    factory: Callable[[], torch.nn.Module]
     shape: tuple[int, int, int]
     preprocessing: Preprocessing
     test: str
@@ -133,7 +135,7 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> t
             pool.source, teacher, pool.images, context=Context(seed=row.seed, listener=listener)
         )
         seconds = time.perf_counter() - started
-        save_file({"images": images.contiguous(), "labels": labels}, path)
+        save_file({"images": images.contiguous(), "labels": present(labels)}, path)
         settings.write_text(f"{made_by}\n{seconds:.3f}")
     made = load_file(path)
     seconds = float(settings.read_text().split("\n")[1])
@@ -148,7 +150,7 @@ def float_step_seconds(teacher: Captured, batch: int) -> float:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     images = torch.randn(batch, *teacher.input_shape)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(teacher.classes, (batch,))
+    labels = torch.randint(present(teacher.classes), (batch,))
     times = []
     for _ in range(6):
         started = time.perf_counter()
@@ -159,7 +161,7 @@ def float_step_seconds(teacher: Captured, batch: int) -> float:
     return statistics.median(times[1:])
 
 
-def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, object]:
+def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> Facts:
     """Accuracies, agreement and the paired 95 % bootstrap interval of the drop, in percent.
 
     `right` is which images the student answered rightly: what compares it with another student.
@@ -210,13 +212,13 @@ def peak_mib() -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) // 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return int(peak_resident_mib())
 
 
 def run_row(row: Row) -> dict[str, object]:
     forget_peak_()
     network = NETWORKS[row.network]
-    model = network.factory().eval()  # type: ignore[operator]
+    model = network.factory().eval()
     load_weights_(model, SHARED / "models" / f"{row.network}.safetensors")
     started = time.perf_counter()
     teacher = capture(model, torch.zeros(1, *network.shape))
@@ -226,19 +228,19 @@ def run_row(row: Row) -> dict[str, object]:
         batch = 100
     else:
         student, facts, batch = run_recipe(row, network, teacher)
-    seconds |= facts.pop("seconds")  # type: ignore[arg-type]
+    seconds |= facts.pop("seconds")
     float_step = float_step_seconds(teacher, batch)
     test: ImageData = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
-    logits = [
+    student_logits, teacher_logits = (
         logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
         for module in (student, teacher.network)
-    ]
+    )
     assert test.labels is not None
     seconds["total"] = sum(seconds.values())
     return {
         "network": row.network, "bits": row.bits, "placement": row.placement,
         "recipe": row.recipe, "settings": settings_of(row), "code": hash_of("**/*.py"), "seed": row.seed, **facts,
-        **compared(*logits, test.labels),
+        **compared(student_logits, teacher_logits, test.labels),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "float_step_seconds": round(float_step, 4),
         "float_steps": round(seconds["total"] / float_step),
@@ -257,7 +259,9 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
         if row.recipe in {"real", "paper-real"}:
             assert network.train is not None
             train = load_data(SHARED / "data" / network.train, network.shape, teacher.classes)
-            few = ArrayData(train.images(torch.arange(REAL_IMAGES)), train.labels[:REAL_IMAGES])
+            few = ArrayData(
+                train.images(torch.arange(REAL_IMAGES)), present(train.labels)[:REAL_IMAGES]
+            )
             source = on_images(source, few, network.preprocessing)
         started = time.perf_counter()
         scheme = Scheme(Bits.parse(row.bits), recipe.placement)

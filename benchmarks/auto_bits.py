@@ -16,10 +16,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from benchmarks.accuracy import NETWORKS, Row, compared, hash_of, stored
+from support.narrowing import instance
 from support.places import RESULTS, SHARED
 
 from gdfq import pipeline
@@ -37,7 +40,7 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
 from gdfq.plan import Plan
 from gdfq.recipes import QUICK, Recipe
-from gdfq.sources.pool import ImagePool
+from gdfq.sources.pool import ImagePool, StoredImages
 from gdfq.student.scheme import Scheme
 
 FILE = RESULTS / "auto_bits.json"
@@ -50,7 +53,7 @@ SEEDS = (0, 1, 2)
 
 def run(
     name: str, teacher: Captured, recipe: Recipe, scheme: Scheme, seed: int, listener: Terminal
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Bytes and accuracy of the scheme's student."""
     network = NETWORKS[name]
     started = time.perf_counter()
@@ -60,14 +63,14 @@ def run(
     card = card_of(name, teacher, scheme, recipe, seed)
     data = to_onnx(student, teacher.inputs, metadata_of(card, {}, safe=False))
     test = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
-    logits = [
+    student_logits, teacher_logits = (
         logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
         for module in (student, teacher.network)
-    ]
+    )
     assert test.labels is not None
-    facts = compared(*logits, test.labels)
+    facts = compared(student_logits, teacher_logits, test.labels)
     return {
-        "bytes": len(data), "top1": facts["student"]["all"], "teacher": facts["teacher"]["all"],  # type: ignore[index]
+        "bytes": len(data), "top1": facts["student"]["all"], "teacher": facts["teacher"]["all"],
         "drop_interval": facts["drop_interval"], "seconds": round(seconds, 1),
     }  # fmt: skip
 
@@ -86,18 +89,25 @@ def card_of(name: str, teacher: Captured, scheme: Scheme, recipe: Recipe, seed: 
     )
 
 
-def rows_of(name: str, seed: int, known: dict[tuple[object, ...], dict[str, object]]):  # type: ignore[no-untyped-def]
+def rows_of(
+    name: str, seed: int, known: Mapping[tuple[str, int, str], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """The rows of a network and seed: uniform ones, then one a budget."""
     network = NETWORKS[name]
-    model = network.factory().eval()  # type: ignore[operator]
+    model = network.factory().eval()
     load_weights_(model, SHARED / "models" / f"{name}.safetensors")
     teacher = capture(model, torch.zeros(1, *network.shape))
     recipe = replace(QUICK.with_steps(STEPS.get(name)), placement="full")
-    common = {"network": name, "seed": seed, "steps": recipe.steps, "code": hash_of("**/*.py")}
+    common: dict[str, Any] = {
+        "network": name,
+        "seed": seed,
+        "steps": recipe.steps,
+        "code": hash_of("**/*.py"),
+    }
     with Terminal() as listener:
         recipe, _ = stored(recipe, teacher, Row(name, "", "full", recipe.name, seed), listener)
         assert isinstance(recipe.source, ImagePool)
-        images = recipe.source.source.images  # type: ignore[attr-defined]
+        images = instance(recipe.source.source, StoredImages).images
         for bits, multiples in BUDGETS.items():
             row = known.get((name, seed, bits))
             if row is None:
@@ -116,7 +126,7 @@ def rows_of(name: str, seed: int, known: dict[tuple[object, ...], dict[str, obje
                 sizes = onnx_sizes(teacher, base, metadata_of(card, {}, safe=False))
                 # The least that can be promised, which lies a little above the smallest file.
                 least = sum(min(group.values()) for group in sizes.groups)
-                budget = 1000 * -(-max(int(multiple * size), least) // 1000)  # type: ignore[call-overload]
+                budget = 1000 * -(-max(int(multiple * size), least) // 1000)
                 chosen = choose_bits(teacher, base, images, budget, sizes, listener=listener)
                 choosing = time.perf_counter() - started
                 row = run(name, teacher, recipe, chosen.scheme, seed, listener)
@@ -147,7 +157,7 @@ def main() -> None:
                 print(name, seed, row["bits"], row["bytes"], row["top1"], flush=True)
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Each auto row beside its rival, in markdown."""
     uniform = {(row["network"], row["seed"], row["bits"]): row for row in rows}
     lines = [
@@ -158,9 +168,9 @@ def table(rows: list[dict[str, object]]) -> str:
         if "rival" not in row:
             continue
         rival = uniform[row["network"], row["seed"], row["rival"]]
-        gain = row["top1"] - rival["top1"]  # type: ignore[operator]
+        gain = row["top1"] - rival["top1"]
         lines.append(
-            f"| {row['network']} | {row['seed']} | {row['budget'] // 1000} KB "  # type: ignore[operator]
+            f"| {row['network']} | {row['seed']} | {row['budget'] // 1000} KB "
             f"| {rival['bits']}: {rival['bytes']:,} bytes, {rival['top1']:.2f} % "
             f"| {row['bytes']:,} bytes, {row['top1']:.2f} % | {gain:+.2f} |"
         )

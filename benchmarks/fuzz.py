@@ -16,7 +16,6 @@ import base64
 import json
 import mmap
 import os
-import resource
 import signal
 import sys
 import sysconfig
@@ -34,6 +33,7 @@ import onnx
 import onnxruntime
 import safetensors
 import torch
+from benchmarks.unix import limit_address_space_, peak_resident_mib
 from support import valid_files
 from support.loaders import LOADERS, Loader
 from support.places import RESULTS, ROOT
@@ -79,7 +79,7 @@ class Watch:
 def outcome(loader: Loader, data: bytes, folder: Path, watch: Watch) -> str:
     """`accepted`, `refused`, or what went wrong."""
     watch.seen.clear()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_mib()
     found = "accepted"
     try:
         loader.read(data, folder)
@@ -90,7 +90,7 @@ def outcome(loader: Loader, data: bytes, folder: Path, watch: Watch) -> str:
     except BaseException as error:  # Rust's panics are no Exceptions
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         found = f"{type(error).__name__}: {error} ({Path(frame.f_code.co_filename).name}:{line})"
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = peak_resident_mib() - before
     if grown > MEMORY:
         found = f"took {grown:.0f} MiB"
     if watch.seen:
@@ -105,7 +105,7 @@ def chunk(
     warnings.simplefilter("ignore")
     _high_water(reset=True)
     base, size = _status("VmRSS"), _status("VmSize")
-    resource.setrlimit(resource.RLIMIT_AS, (int(size + ROOM) * 2**20,) * 2)
+    limit_address_space_(int(size + ROOM) * 2**20)
     os.chdir(folder)
     watch, started = Watch(folder), time.process_time()
     found: dict[str, Any] = {"inputs": 0, "accepted": 0, "refused": 0, "failures": []}

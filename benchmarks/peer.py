@@ -14,7 +14,8 @@ outputs of ReLUs alone.
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def quantized(
     images = torch.cat([image.reshape(-1, *shape) for image in images]).detach()
     made = time.perf_counter() - started
 
-    def batches():
+    def batches() -> Iterator[list[Tensor]]:
         for batch in images.split(64):
             yield [batch]
 
@@ -69,7 +70,7 @@ def quantized(
     return student, {"images": made, "student": time.perf_counter() - started}
 
 
-def _capabilities(weights: int, activations: int):
+def _capabilities(weights: int, activations: int) -> Any:
     """`relu` in the toolkit's words."""
     import model_compression_toolkit.target_platform_capabilities.schema.mct_current_schema as schema
     from mct_quantizers import QuantizationMethod

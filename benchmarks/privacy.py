@@ -22,6 +22,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ def without_contrast(pixels: Tensor) -> Tensor:
 
 def subject(name: str) -> Subject:
     network = NETWORKS[name]
-    model = network.factory().eval()  # type: ignore[operator]
+    model = network.factory().eval()
     load_weights_(model, SHARED / "models" / f"{name}.safetensors")
     train, test = (
         load_data(SHARED / "data" / str(file), network.shape, None)
@@ -111,7 +112,7 @@ def nearest(asked: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     return distance, which % (len(references) // 2)
 
 
-def compared(asked: Tensor, train: Tensor, test: Tensor) -> dict[str, object]:
+def compared(asked: Tensor, train: Tensor, test: Tensor) -> dict[str, Any]:
     """Nearest training against nearest test image, over all queries [N, D]."""
     to_train, which_train = nearest(asked, train)
     to_test, which_test = nearest(asked, test)
@@ -155,7 +156,7 @@ def copies(images: Tensor) -> Tensor:
     return (images.roll(1, -1) + noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def by_view(of: Subject, asked: dict[str, Tensor]) -> dict[str, dict[str, object]]:
+def by_view(of: Subject, asked: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Each way to take distances, and what it says of all that is asked about."""
     found = {}
     for view, embed in of.embeddings().items():
@@ -203,7 +204,7 @@ def measured(name: str, recipe: Recipe, count: int, seeds: tuple[int, ...]) -> d
     }
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| network | source | asked | distance | nearer to a training image | median distance: "
         "training / test | ratio | nearest of all to a training image |",
@@ -223,7 +224,7 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def write_table(rows: dict[str, dict]) -> None:
+def write_table(rows: dict[str, dict[str, Any]]) -> None:
     """Put the table between its marks in docs/privacy.md."""
     before, mark, rest = PAGE.read_text().partition(MARK)
     assert mark, f"{PAGE} must have the line {MARK}"

@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from support.places import RESULTS, ROOT
 
@@ -49,7 +50,7 @@ class Bar:
     deviation: float | None = None
 
 
-def bars(rows: Sequence[dict], network: str) -> list[Bar]:
+def bars(rows: Sequence[dict[str, Any]], network: str) -> list[Bar]:
     """Full precision and each bit width of a network, in this order."""
     chosen = [
         row
@@ -74,7 +75,7 @@ def bars(rows: Sequence[dict], network: str) -> list[Bar]:
     return found
 
 
-def picture(rows: Sequence[dict]) -> str:
+def picture(rows: Sequence[dict[str, Any]]) -> str:
     """The picture as SVG: a group of bars for each network, on an axis from 0 to 100 %."""
     y, parts = 8, []
     for network, title in TITLES.items():
@@ -144,7 +145,7 @@ def _text(
     )
 
 
-def read_rows() -> list[dict]:
+def read_rows() -> list[dict[str, Any]]:
     """All rows of accuracy."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s*.json"))]
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,9 +125,10 @@ def stage_of(line: str) -> str:
 
 def disturbed(
     place: Path, case: str, whole: float, draw: random.Random, kills: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One run, killed again and again, at most `kills` times."""
-    folder, stages = place / "disturbed", []
+    folder = place / "disturbed"
+    stages: list[str] = []
     shutil.rmtree(folder, ignore_errors=True)
     while True:
         wait = draw.uniform(0, whole) if len(stages) < kills else None
@@ -146,7 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     multiprocessing.set_forkserver_preload(["gdfq.cli.quantize", "onnxscript"])
     draw = random.Random(options.seed)  # noqa: S311 (no secret)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         prepare(place)
@@ -154,7 +156,8 @@ def main() -> None:
             print(case, flush=True)
             out = place / f"whole{index}"
             _, _, seconds = attempt(command(place, out, case, 60), place / "log", None)
-            expected, runs = outcome(out), []
+            expected = outcome(out)
+            runs: list[dict[str, Any]] = []
             took = json.loads((out / "metrics.json").read_text())["seconds"]
             share = -(-options.kills * (index + 1) // len(CASES)) - sum(
                 len(r["stages"]) for r in rows

@@ -13,8 +13,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def quantize_static(full: Path, out: Path, images: Tensor) -> None:
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # a class of an untyped library
         def __init__(self) -> None:
             self.batches = iter(images.split(1))
 
@@ -128,6 +129,10 @@ def accuracy_of(name: str, run: Callable[[Tensor], Tensor]) -> Tensor | None:
     network = NETWORKS[name]
     test = load_data(SHARED / "data" / network.test, network.shape, 1000)
     return logits_of(run, test, network.preprocessing, device=torch.device("cpu"))
+
+
+def first_output(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor) -> Tensor:
+    return run(images)[0]
 
 
 def labels_of(name: str) -> Tensor:
@@ -183,7 +188,7 @@ def measure(name: str, seconds: float) -> Iterator[dict[str, object]]:
         row["timings"] = [asdict(timings[index]) for timings in settings]
         row |= openvino_latency(files[kind], shape, examples)
         run = onnx_runner(data)
-        logits = accuracy_of(name, lambda images, run=run: run(images)[0])
+        logits = accuracy_of(name, partial(first_output, run))
         if logits is not None:
             labels = labels_of(name)
             row["top1"] = percent(logits.argmax(1) == labels)

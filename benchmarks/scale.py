@@ -29,12 +29,14 @@ import multiprocessing
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from benchmarks.timing import measure
+from support.narrowing import instance
 from support.places import RESULTS
 from support.torchvision_shim import define_missing_operators
 from torch import Tensor, nn
@@ -102,9 +104,21 @@ def mebibytes(*modules: nn.Module) -> float:
     return sum(t.nbytes for t in tensors.values()) / 2**20
 
 
+FAST_TUNING = instance(FAST.tuning, Distillation)
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def in_channels_last(module: Net) -> Net:
+    """The module, with its weights in the order of channels last.
+
+    The types of torch lack this argument.
+    """
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def training_step(module: nn.Module, images: Tensor, labels: Tensor) -> Step:
     """Forward, cross-entropy, backward and update of a module alone."""
-    optimizer = FAST.tuning.optimizer.build(module)  # Adam; of a plain module, one rate for all
+    optimizer = FAST_TUNING.optimizer.build(module)  # Adam; of a plain module, one rate for all
 
     def step() -> None:
         module.train()
@@ -129,10 +143,10 @@ def measured(spec: str) -> dict[str, Any]:
     batch = Batch((images,), labels, teacher.network(images))
     student = build_student(teacher, Scheme(Bits(4, 4), FAST.placement), quantizers=LSQ)
     calibrate_(student, [batch], steps=1)
-    plain.to(memory_format=torch.channels_last)
+    in_channels_last(plain)
 
     # With the teacher's logits known and the cross-entropy alone, tuning asks the student only.
-    alone = replace(FAST.tuning, cross_entropy=1.0, distillation=0.0, features=0.0)
+    alone = replace(FAST_TUNING, cross_entropy=1.0, distillation=0.0, features=0.0)
 
     def tuning(config: Distillation) -> None:
         tune_(student, teacher, [batch], config, first_step=0, total_steps=1)
@@ -141,7 +155,7 @@ def measured(spec: str) -> dict[str, Any]:
         "float": training_step(plain, images, labels),
         "student": training_step(student, images, labels),
         "parts": lambda: tuning(alone),
-        "tuning": lambda: tuning(FAST.tuning),
+        "tuning": lambda: tuning(FAST_TUNING),
     }
     tensors = {
         "float": mebibytes(plain),
@@ -149,7 +163,7 @@ def measured(spec: str) -> dict[str, Any]:
         "parts": mebibytes(student),
         "tuning": mebibytes(student, teacher.network),
     }
-    rises = {name: in_child(lambda step=step: peak_rise(step)) for name, step in steps.items()}
+    rises = {name: in_child(partial(peak_rise, step)) for name, step in steps.items()}
     return {
         "parameters": sum(p.numel() for p in plain.parameters()),
         "tensors_mib": tensors,
@@ -168,7 +182,7 @@ def main(wanted: str) -> None:
     for spec in NETWORKS:
         if wanted not in spec:
             continue
-        row = in_child(lambda spec=spec: measured(spec))
+        row = in_child(partial(measured, spec))
         if "skipped" in row:
             print(f"{spec}: skipped, {row['skipped']}", flush=True)
             continue

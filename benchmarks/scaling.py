@@ -18,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from support.narrowing import instance
 from support.places import RESULTS, ROOT
 from support.real_networks import cifar10_resnet20
 
@@ -31,12 +33,14 @@ from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
-from gdfq.recipes import FAST, PAPER
+from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.base import Batch
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
 from gdfq.student.build import build_student
-from gdfq.student.scheme import Scheme
+from gdfq.student.scheme import Placement, Scheme
 from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
+from gdfq.tuning.distill import Distillation, tune_
 
 STEPS, BATCHES, ITERATIONS = 6, 4, 5
 
@@ -48,9 +52,11 @@ def work(group: Group) -> dict[str, float]:
     batch = Batch(
         (images.contiguous(memory_format=torch.channels_last),), torch.arange(100) % 10, None
     )
-    spectral = replace(FAST.source.source, iterations=ITERATIONS)
+    spectral = replace(
+        instance(instance(FAST.source, ImagePool).source, SpectralSource), iterations=ITERATIONS
+    )
 
-    def tuned(batches, recipe, placement) -> float:
+    def tuned(batches: Iterable[Batch], recipe: Recipe, placement: Placement) -> float:
         student = build_student(
             teacher, Scheme(Bits(4, 4), placement), quantizers=recipe.quantizers
         )
@@ -64,7 +70,7 @@ def work(group: Group) -> dict[str, float]:
             student,
             teacher,
             batches,
-            recipe.tuning,
+            instance(recipe.tuning, Distillation),
             first_step=0,
             total_steps=STEPS,
             context=Context(listener=note, group=group),

@@ -10,16 +10,20 @@ table gives medians and, in brackets, the fastest and slowest round.
 
 import argparse
 import json
-import resource
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.scale import in_channels_last
 from benchmarks.scale import main as measure_scale
 from benchmarks.timing import measure
+from benchmarks.unix import peak_resident_mib
+from support.narrowing import instance
 from support.places import RESULTS
 from support.real_networks import cifar10_resnet20
 from torch import Tensor
@@ -34,24 +38,26 @@ from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.quantizers.family import LSQ
 from gdfq.recipes import FAST, PAPER
 from gdfq.sources.base import Batch
-from gdfq.sources.generator import Generator
+from gdfq.sources.generator import Generator, GeneratorSource
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
+from gdfq.tuning.distill import Distillation, tune_
 
 
 class _Moments(torch.autograd.Function):
     """Mean and variance with the two-pass backward, not fused with the batch norm."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = moments(x)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_variance):
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         n = x.numel() / mean.numel()
         slope = (2 / n) * grad_variance
@@ -77,7 +83,12 @@ def by_matmul(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (ones @ columns.square())[0] - mean.square()
 
 
-def hooked(model: torch.nn.Module, x: Tensor, formula: Callable, stored: list) -> Tensor:
+def hooked(
+    model: torch.nn.Module,
+    x: Tensor,
+    formula: Callable[[Tensor], tuple[Tensor, Tensor]],
+    stored: Sequence[tuple[Tensor, Tensor]],
+) -> Tensor:
     """The statistics loss with module hooks and the given formula for the moments."""
     seen = []
     handles = [
@@ -108,7 +119,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
 
-    model = cifar10_resnet20().eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model = in_channels_last(cifar10_resnet20().eval().requires_grad_(False))
     teacher = capture(model, torch.zeros(1, 3, 32, 32))
     network = StatisticsNetwork(teacher)
     random = stream(0, "speed")
@@ -124,7 +135,7 @@ def main() -> None:
     logits = teacher.network(images)
     batch = Batch((images,), labels, logits)
     calibrate_(student, [batch], steps=1)
-    tuning = PAPER.tuning
+    tuning, fast_tuning = (instance(recipe.tuning, Distillation) for recipe in (PAPER, FAST))
 
     def plain_loss() -> Tensor:
         return F.cross_entropy(teacher.network(leaf), labels)
@@ -150,20 +161,21 @@ def main() -> None:
 
     def five_fast_updates() -> None:
         batches = [Batch((images,), labels, None)] * 5
-        tune_(learner, teacher, batches, FAST.tuning, first_step=0, total_steps=5)
+        tune_(learner, teacher, batches, fast_tuning, first_step=0, total_steps=5)
 
-    spectral = replace(FAST.source.source, batch=options.batch, iterations=5)
+    spectral = instance(instance(FAST.source, ImagePool).source, SpectralSource)
+    spectral = replace(spectral, batch=options.batch, iterations=5)
 
     def five_spectral_iterations() -> None:
         next(spectral.stream(teacher, steps=1))
 
-    config = replace(PAPER.source, batch=options.batch)
+    config = replace(instance(PAPER.source, GeneratorSource), batch=options.batch)
     source = config.stream(teacher, steps=10**6)
 
     def whole_step() -> None:
         tune_(student, teacher, islice(source, 1), tuning, first_step=0, total_steps=1)  # fmt: skip
 
-    float_model = cifar10_resnet20().train().to(memory_format=torch.channels_last)
+    float_model = in_channels_last(cifar10_resnet20().train())
     float_optimizer = tuning.optimizer.build(float_model)
 
     def float_step() -> None:
@@ -188,12 +200,16 @@ def main() -> None:
             y = F.conv2d(F.interpolate(enlarged, scale_factor=2), kernel, bias, padding=1)
         torch.autograd.grad(y, (enlarged, kernel, bias), torch.ones_like(y))
 
-    formulas = {
+    formulas: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
         "naive mean and variance": by_sum,
         "var_mean": by_var_mean,
         "matmul": by_matmul,
         "own moments": _Moments.apply,
     }
+
+    def hooked_gradient(formula: Callable[[Tensor], tuple[Tensor, Tensor]]) -> object:
+        return torch.autograd.grad(hooked(model, leaf, formula, network.stored), leaf)
+
     jobs: dict[str, Callable[[], object]] = {
         "whole paper step": whole_step,
         "plain float training step": float_step,
@@ -208,8 +224,8 @@ def main() -> None:
         "up x2 and 3x3: as written": lambda: convolve(False),
         "up x2 and 3x3: phases": lambda: convolve(True),
         **{
-            f"statistics by hooks, {name}": lambda f=f: torch.autograd.grad(hooked(model, leaf, f, network.stored), leaf)
-            for name, f in formulas.items()
+            f"statistics by hooks, {name}": partial(hooked_gradient, formula)
+            for name, formula in formulas.items()
         },
     }  # fmt: skip
     times = measure(jobs, options.rounds)
@@ -221,7 +237,7 @@ def main() -> None:
     )
     ratio = statistics.median(b / a - 1 for a, b in zip(plain, both, strict=True))
     print(f"{'statistics / teacher forward and backward':48}{100 * ratio:8.0f} %")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_resident_mib()
     print(f"{'peak memory of this process':48}{peak:8.0f} MiB")
     RESULTS.mkdir(exist_ok=True)
     document = {

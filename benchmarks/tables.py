@@ -8,6 +8,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks import paired
 from benchmarks.accuracy import PLAN, Row, settings_of
@@ -63,7 +64,7 @@ Drops on different networks prove little; they are here for orientation.
 DEVELOPMENT = {"cifar10_resnet20", "cifar10_resnet32"}
 
 
-def is_stale(run: dict) -> bool:
+def is_stale(run: dict[str, Any]) -> bool:
     """Whether another form of the recipe made the row."""
     row = Row(*(run[name] for name in ("network", "bits", "placement", "recipe", "seed", "steps")))
     return run.get("settings") != settings_of(row)
@@ -76,12 +77,12 @@ def is_missing(row: Row) -> bool:
     )
 
 
-def on_one_thread(runs: list[dict]) -> list[dict]:
+def on_one_thread(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those whose times are comparable; all if none is."""
     return [run for run in runs if run.get("threads", 1) == 1] or runs
 
 
-def on_two_threads(runs: list[dict]) -> str:
+def on_two_threads(runs: list[dict[str, Any]]) -> str:
     """What the other runs of present recipes took."""
     runs_of_two = [
         f"{run['network']} {run['placement']} {run['bits']} `{run['recipe']}` of seed {run['seed']} "
@@ -111,15 +112,19 @@ def accuracy_tables() -> str:
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
         full = group[0]["teacher"]
 
-        def mean(of: Callable[[dict], float], group: list[dict] = group) -> float:
+        def mean(
+            of: Callable[[dict[str, Any]], float], group: list[dict[str, Any]] = group
+        ) -> float:
             return statistics.mean(of(run) for run in group)
 
         timed = on_one_thread(group)
 
-        odd, even = (mean(lambda run, h=half: run["student"][h]) for half in ("odd", "even"))
+        odd = mean(lambda run: run["student"]["odd"])
+        even = mean(lambda run: run["student"]["even"])
         interval, agreement, cost, images = "", "", "", ""
         if "drop_interval" in group[0]:
-            low, high = (mean(lambda run, i=i: run["drop_interval"][i]) for i in (0, 1))
+            low = mean(lambda run: run["drop_interval"][0])
+            high = mean(lambda run: run["drop_interval"][1])
             interval = f" ({low:.2f} to {high:.2f})"
             agreement = f"{mean(lambda run: run['agreement']):.2f}"
             cost = f"{mean(lambda run: run['float_steps'], timed):,.0f}"
@@ -135,9 +140,9 @@ def accuracy_tables() -> str:
     missing: dict[str, list[str]] = defaultdict(list)
     for row in PLAN:
         if is_missing(row):
-            what = f"{row.network} {row.placement} {row.bits} `{row.recipe}`"
-            what += f", {row.steps} steps" if row.steps else ""
-            missing[what].append(str(row.seed))
+            title = f"{row.network} {row.placement} {row.bits} `{row.recipe}`"
+            title += f", {row.steps} steps" if row.steps else ""
+            missing[title].append(str(row.seed))
     if missing:
         lines.append(
             "\nPlanned rows that have not been run with the present recipe (seeds in brackets):\n"
@@ -268,7 +273,7 @@ def runtime_table() -> str:
         "| parity: same predictions, top-1 of the simulation | OpenVINO ms, same predictions as ONNX Runtime |",
         "| --- |" + " --- |" * (7 + len(heads)),
     ]
-    full: dict = {}
+    full: dict[str, Any] = {}
     for row in rows:
         full = row if row["file"] == "float32" else full
         times = [f"{t['median']:.2f} [{t['low']:.2f}, {t['high']:.2f}]" for t in row["timings"]]

@@ -12,12 +12,14 @@ from dataclasses import replace
 
 import torch
 from support import networks
+from support.narrowing import instance
 
 import gdfq
 from gdfq import demo
 from gdfq.execution.context import Context
 from gdfq.graph.capture import capture
 from gdfq.recipes import find_recipe
+from gdfq.sources.pool import ImagePool
 
 SEEDS = (0, 1, 2)
 
@@ -31,7 +33,7 @@ def main() -> None:
     example = torch.zeros(1, *networks.Transformer.SHAPE)
     teacher = capture(model, example)
     recipe = find_recipe("patches").with_steps(60)
-    pool = replace(recipe.source, images=128)  # type: ignore[type-var]
+    pool = replace(instance(recipe.source, ImagePool), images=128)
     pools = {seed: pool.made(teacher, context=Context(seed=seed))[0] for seed in SEEDS}
     print("| widths | full precision | top-1 by seed | mean |\n| --- | --- | --- | --- |")
     for bits in ("w8a8", "w4a8", "w4a4"):

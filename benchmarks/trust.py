@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from benchmarks.accuracy import MOBILE, NETWORKS, R20, R32, R56, compared, stored
 from scipy.optimize import least_squares
+from support.narrowing import instance, present
 from support.places import CACHE, RESULTS, ROOT, SHARED
-from torch import Tensor, fx
+from torch import Tensor
 
 from gdfq import demo, pipeline
 from gdfq.analysis.accuracy import logits_of
@@ -54,6 +55,7 @@ from gdfq.recipes import PAPER, QUICK, Recipe
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
+from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.base import NO_TUNING
 
@@ -83,7 +85,7 @@ def _calibrated(name: str, pool: ImagePool) -> Recipe:
     )  # fmt: skip
 
 
-_SPECTRAL = replace(QUICK.source, images=200)
+_SPECTRAL = replace(instance(QUICK.source, ImagePool), images=200)
 _NOISE = ImagePool(OptimisedSource(batch=64, iterations=1), images=128, batch=64, augmented=False)
 _ZEROQ = ImagePool(OptimisedSource(batch=64, iterations=100), images=64, batch=64, augmented=False)
 RECIPES = {
@@ -176,7 +178,10 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
 
 
-_LOSSES = {DIGITS: F.cross_entropy, DIGITS_BCE: binary_cross_entropy}
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    DIGITS: F.cross_entropy,
+    DIGITS_BCE: binary_cross_entropy,
+}
 
 
 def shapes(network: str) -> tuple[tuple[int, ...], Preprocessing]:
@@ -195,16 +200,16 @@ def teacher_of(network: str) -> tuple[Captured, ImageData]:
         trained = demo.train(training, loss_function=_LOSSES[network])
         return capture(trained, torch.zeros(1, *shape)), data
     found = NETWORKS[network]
-    model = found.factory().eval()  # type: ignore[operator]
+    model = found.factory().eval()
     load_weights_(model, SHARED / "models" / f"{network}.safetensors")
     data = load_data(SHARED / "data" / found.test, found.shape, None)
     chosen = torch.arange(min(count, len(data)))
     return capture(model, torch.zeros(1, *shape)), ArrayData(
-        data.images(chosen), data.labels[: len(chosen)]
+        data.images(chosen), present(data.labels)[: len(chosen)]
     )
 
 
-def student_of(run: Run, teacher: Captured) -> fx.GraphModule:
+def student_of(run: Run, teacher: Captured) -> IntegerNetwork:
     """The run's student, made or from the cache."""
     path = STUDENTS / f"{run.name}.safetensors"
     if not path.exists():
@@ -264,7 +269,7 @@ def measured(run: Run, network: Known) -> Row:
         with torch.no_grad():
             got = torch.cat([student(part) for part in images.split(32)])
         seen[kind] = compared_on(wanted, got, network.images[MIXTURES][1], kind)
-    top1 = {who: found[who]["all"] for who in ("teacher", "student")}  # type: ignore[index]
+    top1 = {who: found[who]["all"] for who in ("teacher", "student")}
     return {
         **asdict(run), **top1,
         "drop": round(top1["teacher"] - top1["student"], 3), "drop_interval": found["drop_interval"],

@@ -48,7 +48,9 @@ def _onnx_operators_are_listed_once() -> Iterator[None]:
     exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
     apis = getattr(exporter, "onnxscript_apis", None)
     with pytest.MonkeyPatch.context() as patch:
-        if hasattr(apis, "get_torchlib_ops"):  # private: another torch may build it elsewhere
+        if apis is not None and hasattr(
+            apis, "get_torchlib_ops"
+        ):  # private: another torch may build it elsewhere
             patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
         yield
 

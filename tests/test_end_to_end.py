@@ -1,5 +1,6 @@
 """Real images: the digits that scikit-learn ships, and the CIFAR-10 network of ../shared."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.narrowing import instance, present
 from support.places import ROOT
 from support.trained_digits import TrainedDigits
-from torch import Tensor
+from torch import Tensor, nn
 
 import gdfq
 from gdfq import demo
@@ -19,20 +21,25 @@ from gdfq.analysis.predictions import paired_drop
 from gdfq.data.datasets import ArrayData
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_model
-from gdfq.recipes import find_recipe
+from gdfq.recipes import Recipe, find_recipe
+from gdfq.sources.pool import ImagePool
 from gdfq.tuning.base import NO_TUNING
 
 
 @pytest.fixture(scope="module")
-def teacher(digits: TrainedDigits) -> Any:
+def teacher(digits: TrainedDigits) -> Captured:
     return capture(digits.network, torch.zeros(1, *demo.INPUT_SHAPE))
 
 
+Accuracies = Callable[..., tuple[float, float]]
+"""Top-1 of teacher and student, given bits, recipe and further options of `quantize`."""
+
+
 @pytest.fixture(scope="module")
-def accuracies(teacher: Captured, digits: TrainedDigits) -> Any:
+def accuracies(teacher: Captured, digits: TrainedDigits) -> Accuracies:
     """Top-1 of the teacher and of its student on the half of the digits that is held out."""
 
-    def measured(bits: str, recipe: Any, **more: Any) -> Any:
+    def measured(bits: str, recipe: Recipe, **more: Any) -> tuple[float, float]:
         metrics = gdfq.quantize(
             teacher,
             torch.zeros(1, *demo.INPUT_SHAPE),
@@ -51,7 +58,7 @@ def accuracies(teacher: Captured, digits: TrainedDigits) -> Any:
 @pytest.mark.parametrize(
     "steps", [300, pytest.param(demo.RECIPE.steps, marks=pytest.mark.check, id="demo")]
 )
-def test_paper_beats_direct_rounding_on_real_digits(accuracies: Any, steps: int) -> None:
+def test_paper_beats_direct_rounding_on_real_digits(accuracies: Accuracies, steps: int) -> None:
     """Tuning without data recovers most of the loss of 4-bit rounding; `make demo` takes 1,000 steps."""
     recipe = demo.RECIPE.with_steps(steps)
     _, rounded = accuracies("w4a4", demo.ROUNDING.with_steps(recipe.calibration))
@@ -61,10 +68,10 @@ def test_paper_beats_direct_rounding_on_real_digits(accuracies: Any, steps: int)
     assert tuned > teacher - 8
 
 
-def test_fast_beats_direct_rounding_at_three_bits(accuracies: Any) -> None:
+def test_fast_beats_direct_rounding_at_three_bits(accuracies: Accuracies) -> None:
     """By at least six points, with fifty updates on a quarter of the recipe's images."""
     fast = find_recipe("fast").with_steps(60)
-    fast = replace(fast, source=replace(fast.source, images=1024))
+    fast = replace(fast, source=replace(instance(fast.source, ImagePool), images=1024))
     _, rounded = accuracies("w3a3", demo.ROUNDING.with_steps(75), placement="relu")
     _, tuned = accuracies("w3a3", fast, placement="relu")
     assert tuned > rounded + 6
@@ -79,14 +86,14 @@ def test_expected_drop_contains_the_measured_drop(digits: TrainedDigits, teacher
     images, labels = digits.held_out.images, digits.held_out.labels
     recipe = replace(find_recipe("quick"), tuning=NO_TUNING, steps=2, calibration=2, warmup=2)
 
-    def right(module: Any) -> Any:
+    def right(module: nn.Module) -> Tensor:
         data = ArrayData(images, labels)
         logits = logits_of(module, data, demo.PREPROCESSING, device=torch.device("cpu"))
         return logits.argmax(1) == labels
 
     was_right = right(teacher.network)
 
-    def seen(bits: str, seed: int) -> Any:
+    def seen(bits: str, seed: int) -> tuple[float | None, ...]:
         student = gdfq.quantize(
             teacher,
             torch.zeros(1, *demo.INPUT_SHAPE),
@@ -101,7 +108,7 @@ def test_expected_drop_contains_the_measured_drop(digits: TrainedDigits, teacher
         estimate = measure_expected_drop(teacher, student.network, seed=seed)
         return (
             *paired_drop(lost, gained, len(labels)),
-            *estimate.interval,
+            *present(estimate.interval),
             estimate.expected_drop,
         )
 
@@ -115,12 +122,14 @@ def test_expected_drop_contains_the_measured_drop(digits: TrainedDigits, teacher
     assert expected[0] < 1 < expected[-1]
 
 
-def test_eight_bits_lose_less_than_one_point(accuracies: Any) -> None:
+def test_eight_bits_lose_less_than_one_point(accuracies: Accuracies) -> None:
     teacher, student = accuracies("w8a8", find_recipe("zeroq"))
     assert abs(student - teacher) < 1
 
 
-def test_paper_real_loses_less_than_eight_points(accuracies: Any, digits: TrainedDigits) -> None:
+def test_paper_real_loses_less_than_eight_points(
+    accuracies: Accuracies, digits: TrainedDigits
+) -> None:
     recipe = find_recipe("paper-real").with_steps(200)
     data = (digits.training.images, digits.training.labels)
     teacher, student = accuracies("w4a4", recipe, data=data)
@@ -131,7 +140,7 @@ def test_paper_real_loses_less_than_eight_points(accuracies: Any, digits: Traine
     ("images", "top1"), [(2000, 91.70), pytest.param(10000, 91.73, marks=pytest.mark.check)]
 )
 def test_cifar10_resnet20_keeps_its_accuracy_at_eight_bits(
-    shared: Path, images: Tensor, top1: Any
+    shared: Path, images: Tensor, top1: float
 ) -> None:
     """The weights' published accuracy, of all test images and of the first of them."""
     loaded = load_model(

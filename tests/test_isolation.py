@@ -15,6 +15,7 @@ from torch import nn
 import gdfq
 from gdfq import RECIPES
 from gdfq.graph.capture import capture
+from gdfq.quantized import QuantizedNetwork
 
 
 def surroundings() -> dict[str, Any]:
@@ -45,7 +46,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[Any]:
 @pytest.mark.parametrize("name", ["quick", "paper", "genie"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_quantize_leaves_the_state_of_the_process_unchanged(
-    name: str, grad: Any, residual: nn.Module, tmp_path: Path
+    name: str, grad: bool, residual: nn.Module, tmp_path: Path
 ) -> None:
     capture(residual, networks.images(1))  # what torch sets when it first traces is torch's own
     with torch.set_grad_enabled(grad):
@@ -75,7 +76,7 @@ def test_two_threads_give_the_results_of_one(residual: nn.Module) -> None:
     names = ("quick", "paper")
     jobs = {name: small(RECIPES[name]) for name in names}
 
-    def quantized(name: str) -> Any:
+    def quantized(name: str) -> QuantizedNetwork:
         return gdfq.quantize(residual, networks.images(1), "w4a4", jobs[name], steps=8)
 
     alone = {name: quantized(name) for name in names}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support import multi_input, networks
+from support.narrowing import present
+from torch import Tensor, nn
 
 import gdfq
 from gdfq import UsageError
@@ -16,12 +19,15 @@ from gdfq.data.tensors import load_tensors
 from gdfq.deploy.runtimes import onnx_session
 from gdfq.graph.capture import capture
 from gdfq.graph.inputs import InputSpec
+from gdfq.quantized import QuantizedNetwork
 from gdfq.runs.diagnostics import gather
 
 IMAGE = InputSpec("image", (3, 8, 8))
 
 
-def network_and_data(name: str, count: int = 64, seed: int = 1) -> Any:
+def network_and_data(
+    name: str, count: int = 64, seed: int = 1
+) -> tuple[nn.Module, dict[str, Tensor]]:
     if name == "tokens":
         return multi_input.tokens(), multi_input.token_inputs(count, seed)
     integers = name == "integer time"
@@ -32,8 +38,12 @@ def network_and_data(name: str, count: int = 64, seed: int = 1) -> Any:
 NAMES = ["float time", "integer time", "tokens"]
 
 
+Case = tuple[nn.Module, QuantizedNetwork, dict[str, Tensor], dict[str, Tensor]]
+"""A network, its student, test inputs, and the same with labels where there are any."""
+
+
 @pytest.fixture(scope="module", params=NAMES)
-def case(request: pytest.FixtureRequest) -> Any:
+def case(request: pytest.FixtureRequest) -> Case:
     model, data = network_and_data(request.param)
     _, held_out = network_and_data(request.param, 40, seed=2)
     if request.param == "tokens":
@@ -83,13 +93,15 @@ def test_input_spec_gives_its_kind() -> None:
         (lambda d: {**d, "image": d["image"][..., :4, 0]}, "the network must accept inputs image"),
     ],
 )
-def test_capture_refuses_example_inputs_that_do_not_fit(change: Any, message: str) -> None:
+def test_capture_refuses_example_inputs_that_do_not_fit(
+    change: Callable[[Any], Any], message: str
+) -> None:
     model, data = network_and_data("float time", 3)
     with pytest.raises(UsageError, match=message):
         capture(model, change(data))
 
 
-def test_quantized_network_takes_inputs_in_order_and_by_name(case: Any) -> None:
+def test_quantized_network_takes_inputs_in_order_and_by_name(case: Case) -> None:
     model, result, inputs, _ = case
     expected = model(**inputs)
     found = result(**inputs)
@@ -108,7 +120,7 @@ def test_quantized_network_takes_inputs_in_order_and_by_name(case: Any) -> None:
         result(first)
 
 
-def test_quantize_measures_test_data_of_several_inputs(case: Any) -> None:
+def test_quantize_measures_test_data_of_several_inputs(case: Case) -> None:
     _, result, _, held_out = case
     if "labels" in held_out:
         assert result.metrics["teacher"]["top1"] == 100
@@ -120,7 +132,7 @@ def test_quantize_measures_test_data_of_several_inputs(case: Any) -> None:
         assert all(0 < error < 15 for error in errors.values())
 
 
-def test_load_gives_the_saved_network(case: Any, tmp_path: Path) -> None:
+def test_load_gives_the_saved_network(case: Case, tmp_path: Path) -> None:
     _, result, inputs, _ = case
     result.save(tmp_path)
     loaded = gdfq.load(tmp_path)
@@ -132,7 +144,7 @@ def test_load_gives_the_saved_network(case: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["onnx", "pt2", "safetensors"])
 def test_exported_file_gives_the_outputs_of_the_student(
-    case: Any, target: Any, tmp_path: Path
+    case: Case, target: str, tmp_path: Path
 ) -> None:
     _, result, inputs, _ = case
     path = tmp_path / f"student.{target}"
@@ -152,7 +164,7 @@ def test_exported_file_gives_the_outputs_of_the_student(
             assert np.linalg.norm(a - b.numpy()) < 0.02 * np.linalg.norm(b.numpy())
 
 
-def test_evidence_names_missing_sections_with_their_reason(case: Any) -> None:
+def test_evidence_names_missing_sections_with_their_reason(case: Case) -> None:
     model, result, inputs, _ = case
     evidence = gather(capture(model, inputs), result)
     assert "layers" in evidence.sections
@@ -162,7 +174,7 @@ def test_evidence_names_missing_sections_with_their_reason(case: Any) -> None:
         assert "a network that takes images alone" in evidence.missing[section]
 
 
-def test_stored_network_names_its_inputs_in_errors(case: Any, tmp_path: Path) -> None:
+def test_stored_network_names_its_inputs_in_errors(case: Case, tmp_path: Path) -> None:
     _, result, inputs, _ = case
     result.export(tmp_path / "student.safetensors")
     from safetensors import safe_open
@@ -183,7 +195,7 @@ def test_pool_recipe_takes_given_inputs() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["fast", "quick", "paper", "zeroq"])
-def test_image_source_refuses_networks_of_other_inputs(recipe: Any) -> None:
+def test_image_source_refuses_networks_of_other_inputs(recipe: str) -> None:
     model, data = network_and_data("tokens", 4)
     with pytest.raises(
         UsageError, match=r"takes images alone.*ids: 6 integers.*give real inputs: data="
@@ -200,7 +212,7 @@ def test_reconstruction_and_automatic_bits_refuse_several_inputs() -> None:
         gdfq.quantize(model, data, "auto", "fast", size=60_000, data=data)
 
 
-def test_raw_input_refuses_several_inputs(case: Any, tmp_path: Path) -> None:
+def test_raw_input_refuses_several_inputs(case: Case, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes images alone"):
         case[1].export(tmp_path / "q.onnx", raw_input=True)
 
@@ -213,10 +225,10 @@ def test_load_tensors_reads_files_and_pairs(tmp_path: Path) -> None:
     np.savez(
         tmp_path / "x.npz",
         labels=np.arange(4).repeat(2)[:5],
-        **{n: t.numpy() for n, t in data.items()},
+        **{n: t.numpy() for n, t in data.items()},  # type: ignore[arg-type]
     )
     read = load_tensors(tmp_path / "x.npz", SPECS, 4)
-    assert read.labels.tolist() == [0, 0, 1, 1, 2]
+    assert present(read.labels).tolist() == [0, 0, 1, 1, 2]
     pair = load_tensors((data, read.labels), SPECS, 4)
     for loaded in (read, pair):
         assert len(loaded) == 5
@@ -240,7 +252,9 @@ def test_load_tensors_reads_files_and_pairs(tmp_path: Path) -> None:
         (lambda d: "nowhere.npz", "readable .npz file"),
     ],
 )
-def test_load_tensors_refuses_tensors_that_do_not_fit(change: Any, message: str) -> None:
+def test_load_tensors_refuses_tensors_that_do_not_fit(
+    change: Callable[[Any], Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         load_tensors(change(multi_input.token_inputs(5)), SPECS, 4)
 

@@ -3,14 +3,13 @@
 import json
 import math
 from dataclasses import fields
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.analysis.accuracy_drop import (
     _SOURCE,
@@ -228,7 +227,9 @@ def test_images_differ_from_those_of_a_recipe_with_the_same_seed(
 ) -> None:
     seeds = []
 
-    def recorded(source: Source, teacher: Captured, count: int, *, context: Context) -> Any:
+    def recorded(
+        source: Source, teacher: Captured, count: int, *, context: Context
+    ) -> tuple[Tensor, Tensor | None]:
         seeds.append(context.seed)
         return collect(source, teacher, count, context=context)
 
@@ -316,7 +317,7 @@ def test_estimate_matches_hand_computed_numbers() -> None:
     ],
 )
 def test_estimate_is_absent_for_outputs_out_of_range(
-    teacher: torch.Tensor, student: torch.Tensor, reason: str
+    teacher: Tensor, student: Tensor, reason: str
 ) -> None:
     estimate = estimate_drop([teacher], [student], source="by hand")
     assert estimate.expected_drop is None

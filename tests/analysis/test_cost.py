@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support.narrowing import present
 
 from gdfq.analysis.cost import now, peak_bytes, with_costs
 from gdfq.analysis.preflight import diagnose
@@ -26,7 +27,7 @@ def test_seconds_of_reconstruction_are_those_of_the_second_update_of_each_block(
     recipe = find_recipe("genie").with_steps(8)
     found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
     folded = fold_batch_norms(teacher).network
-    assert found.seconds["tuning"] == 7 * len(blocks(folded, block_ends(folded.graph)))
+    assert present(found.seconds)["tuning"] == 7 * len(blocks(folded, block_ends(folded.graph)))
 
 
 @pytest.mark.parametrize("name", ["fast", "paper", "genie", "round"])
@@ -36,7 +37,7 @@ def test_measuring_costs_leaves_the_teacher_unchanged(name: str, teacher: Captur
     found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
     assert found.seconds is not None
     assert found.seconds["images"] > 0
-    assert (found.seconds["tuning"] > 0) == (name != "round")
+    assert (present(found.seconds)["tuning"] > 0) == (name != "round")
     assert found.peak_bytes is not None
     assert found.peak_bytes > 2**26
     assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
@@ -44,9 +45,15 @@ def test_measuring_costs_leaves_the_teacher_unchanged(name: str, teacher: Captur
 
 def test_costs_on_a_gpu_synchronize_and_read_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the calls, their device, and the use of their results."""
-    device, devices = torch.device("cuda", 1), []
+    device = torch.device("cuda", 1)
+    devices: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", devices.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: devices.append(d) or 12345)
+
+    def max_memory_allocated(asked: torch.device) -> int:
+        devices.append(asked)
+        return 12345
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", max_memory_allocated)
     assert now(device) <= now(torch.device("cpu"))
     assert peak_bytes(device) == 12345
     assert devices == [device, device]

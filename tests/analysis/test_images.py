@@ -90,7 +90,8 @@ def test_images_of_noise_have_the_distances_of_noise(teacher: Captured) -> None:
     found = images.measure_images(teacher, noise, None, UNIT)
     assert all(d.synthetic == pytest.approx(d.natural) for d in found.distances)
     assert found.diversity.features == pytest.approx(1)
-    assert found.classes is found.diversity.within_class is None
+    assert found.classes is None
+    assert found.diversity.within_class is None
 
 
 def test_noise_has_the_input_statistics_of_the_network() -> None:

@@ -7,19 +7,21 @@ from typing import Any
 import pytest
 import torch
 from support import networks
-from torch import nn
+from support.narrowing import instance, present
+from torch import Tensor, nn
 
 import gdfq
-from gdfq.analysis.layers import BINS, measure_layers, saturation, sqnr
+from gdfq.analysis.layers import BINS, Layers, measure_layers, saturation, sqnr
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
+from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
 
 
 @pytest.fixture(scope="module")
-def layers(teacher: Captured, quantized: QuantizedNetwork) -> Any:
-    return measure_layers(teacher, quantized.network, quantized.observations.images)
+def layers(teacher: Captured, quantized: QuantizedNetwork) -> Layers:
+    return measure_layers(teacher, quantized.network, present(quantized.observations).images)
 
 
 def test_sqnr_is_ten_times_the_logarithm_of_the_power_ratio() -> None:
@@ -36,7 +38,7 @@ def test_saturation_counts_codes_outside_the_grid() -> None:
     assert saturation(x, torch.tensor(1.0), torch.tensor(-2.0), 2) == pytest.approx(100 * 3 / 8)
 
 
-def test_layer_evidence_matches_the_network(layers: Any) -> None:
+def test_layer_evidence_matches_the_network(layers: Layers) -> None:
     found = {layer.name: layer for layer in layers.layers}
     assert list(found) == ["conv1", "conv2", "fc"]
     assert {name: layer.bits for name, layer in found.items()} == {"conv1": 3, "conv2": 3, "fc": 8}
@@ -45,17 +47,17 @@ def test_layer_evidence_matches_the_network(layers: Any) -> None:
         assert found[name].share == pytest.approx(100 * count / sum(bits.values()))
     assert found["conv1"].activation is None  # placement relu leaves the input float
     assert found["conv2"].activation == "relu"
-    assert all(layer.sensitivity >= 0 for layer in layers.layers)
+    assert all(present(layer.sensitivity) >= 0 for layer in layers.layers)
 
 
 def test_layer_sqnr_matches_recorded_outputs(
-    teacher: Captured, quantized: QuantizedNetwork, layers: Any
+    teacher: Captured, quantized: QuantizedNetwork, layers: Layers
 ) -> None:
     """The same numbers from forward passes that record the outputs of the layers."""
-    batch = quantized.observations.images[:32]
+    batch = present(quantized.observations).images[:32]
     original = fold_batch_norms(teacher).network
 
-    def recorded(network: nn.Module) -> Any:
+    def recorded(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
         seen = []
 
         class Recorder(torch.fx.Interpreter):
@@ -80,23 +82,27 @@ def test_layer_sqnr_matches_recorded_outputs(
 def test_layers_are_compared_with_the_channel_scales_of_the_student(teacher: Captured) -> None:
     """At 8 bits the weights are near those of the rescaled teacher and far from others."""
     recipe = gdfq.RECIPES["quick"]
-    source = replace(recipe.source, images=32, source=SpectralSource(16, 4), batch=8)
+    source = replace(
+        instance(recipe.source, ImagePool), images=32, source=SpectralSource(16, 4), batch=8
+    )
     recipe = replace(recipe, source=source).with_steps(8)
     quantized = gdfq.quantize(teacher, networks.images(1), "w8a8", recipe)
-    seen = quantized.observations
+    seen = present(quantized.observations)
     ours = measure_layers(seen.teacher, quantized.network, seen.images).layers
-    assert min(layer.weight_sqnr for layer in ours) > 25
+    assert min(present(layer.weight_sqnr) for layer in ours) > 25
     unscaled = measure_layers(teacher, quantized.network, seen.images).layers
-    assert min(layer.weight_sqnr for layer in unscaled) < 20
+    assert min(present(layer.weight_sqnr) for layer in unscaled) < 20
 
 
-def test_activation_evidence_has_grids_and_counts(layers: Any, quantized: QuantizedNetwork) -> None:
+def test_activation_evidence_has_grids_and_counts(
+    layers: Layers, quantized: QuantizedNetwork
+) -> None:
     first = layers.activations[0]
     assert (first.name, first.bits, first.low) == ("relu", 4, 0)
     assert first.minimum == 0
     assert first.maximum > 0
     assert layers.activation_counts.shape == (len(layers.activations), BINS)
-    numbers = 8 * 8 * 8 * min(32, len(quantized.observations.images))
+    numbers = 8 * 8 * 8 * min(32, len(present(quantized.observations).images))
     assert layers.activation_counts[0].sum() == numbers
     assert layers.weight_counts[0].sum() == 8 * 3 * 9
     assert layers.activation_ends[0].tolist() == pytest.approx([first.minimum, first.maximum])

@@ -19,7 +19,7 @@ def test_paired_drop_matches_a_hand_computed_error() -> None:
     assert drop == pytest.approx(2)
     assert error == pytest.approx(100 * math.sqrt((42 / 1002 - (20 / 1002) ** 2) / 1002))
     # No change in 40 images: the error is not 0.
-    assert predictions.paired_drop(0, 0, 40) == (0, pytest.approx(100 * math.sqrt(2) / 42))
+    assert predictions.paired_drop(0, 0, 40) == pytest.approx((0, 100 * math.sqrt(2) / 42))
 
 
 def test_calibration_matches_a_hand_computed_error() -> None:
@@ -43,15 +43,13 @@ def test_changes_match_hand_computed_flips_and_confusions() -> None:
     )
     found = predictions.measure_changes(tested, UNIT)
     assert (found.lost, found.gained, found.still_wrong) == (2, 1, 1)
-    assert (found.teacher, found.student) == (50, pytest.approx(100 / 3))
+    assert (found.teacher, found.student) == pytest.approx((50, 100 / 3))
     assert [flip.index for flip in found.flips] == [0, 1, 4, 5]  # lost images first
     assert found.pictures.shape == (4, 1, 4, 4)
     assert [(c.label, c.prediction, c.teacher, c.student) for c in found.confusions] == [
         (0, 1, 1, 3),
         (2, 1, 0, 1),
     ]
-    assert found.by_class == (
-        (0, 3, pytest.approx(200 / 3), 0),
-        (1, 2, 50, 100),
-        (2, 1, 0, 0),
-    )
+    assert len(found.by_class) == 3
+    assert found.by_class[0] == pytest.approx((0, 3, 200 / 3, 0))
+    assert found.by_class[1:] == ((1, 2, 50, 100), (2, 1, 0, 0))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import networks, unusual
+from support.narrowing import instance
 from torch import Tensor, nn
 
 import gdfq
@@ -31,10 +32,10 @@ def counted_by_hooks(model: nn.Module, x: Tensor) -> dict[str, int]:
     def note(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             if isinstance(module, nn.ConvTranspose2d):
-                each = module.weight[0].numel()
+                each = instance(module.weight, Tensor)[0].numel()
                 counts[name] = inputs[0][0].numel() * each
             else:
-                counts[name] = output[0].numel() * module.weight[0].numel()
+                counts[name] = output[0].numel() * instance(module.weight, Tensor)[0].numel()
 
         return hook
 

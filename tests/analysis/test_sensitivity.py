@@ -13,6 +13,7 @@ from gdfq.functional import grid
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
+from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.recipes import Recipe
 
 
@@ -41,7 +42,7 @@ def test_sensitivity_of_a_large_network_is_the_error_of_the_layer(
     # The first layer's input is float, so its error is that of its weight alone.
     weight = folded.network.get_parameter("conv1.folded_weight")
     bias = folded.network.get_parameter("conv1.folded_bias")
-    ends = sensitivity.best_weight_grid(weight, 3, grid.Layout.ROWS)
+    ends = best_weight_grid(weight, 3, grid.Layout.ROWS)
     rounded = grid.fake_quantize(weight, *ends, 3)
     exact, other = (torch.conv2d(batch, w, bias, padding=1) for w in (weight, rounded))
     expected = float((exact - other).square().sum() / exact.square().sum())

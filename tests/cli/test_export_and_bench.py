@@ -47,7 +47,7 @@ def test_export_writes_files_that_bench_measures(
     assert "changed afterwards. Export it again" in capsys.readouterr().err
 
 
-def _network(inputs: Any, folder: Path, outside: bool = False) -> Any:
+def _network(inputs: list[list[Any]], folder: Path, outside: bool = False) -> str:
     """An ONNX file that sums its inputs, with a constant that may be in a file of its own."""
     values = [
         onnx.helper.make_tensor_value_info(f"x{i}", onnx.TensorProto.FLOAT, shape)

@@ -76,7 +76,7 @@ def test_run_writes_all_files_and_can_be_evaluated(
 
 
 @pytest.mark.parametrize("weights", ["w.pt", "nested.pt"])
-def test_all_weight_formats_give_the_same_network(place: Path, weights: Any) -> None:
+def test_all_weight_formats_give_the_same_network(place: Path, weights: str) -> None:
     assert main(arguments(place, out="a")) == 0
     assert main(arguments(place, weights=weights, out="b")) == 0
     a, b = ((place / run / "student.safetensors").read_bytes() for run in "ab")
@@ -163,7 +163,7 @@ def test_invalid_networks_weights_and_folders_are_refused(
     ],
 )
 def test_invalid_options_are_refused(
-    place: Path, capsys: pytest.CaptureFixture[str], more: Any, message: str
+    place: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
     if "cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -224,7 +224,7 @@ def test_diverging_run_fails_without_a_result(
     assert not (place / "out" / "student.safetensors").exists()
 
 
-def gdfq_process(*call: Any) -> Any:
+def gdfq_process(*call: str) -> subprocess.Popen[str]:
     # A shell's background job ignores SIGINT and so would its child: put the handler back.
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -270,7 +270,7 @@ def test_factory_imports_modules_beside_it(place: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"hello world"])
 def test_files_without_weights_are_refused(
-    place: Path, capsys: pytest.CaptureFixture[str], content: Any
+    place: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     (place / "bad.pt").write_bytes(content)
     assert main(arguments(place, weights="bad.pt")) == 2
@@ -298,8 +298,8 @@ def test_failed_export_does_not_fail_the_run(
     place: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    where: Any,
-    error: Any,
+    where: str,
+    error: Exception,
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise error
@@ -324,7 +324,7 @@ def test_invalid_layer_bits_leave_no_folder(
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
 def test_checkpoint_interval_must_be_a_finite_number(
-    seconds: Any, place: Path, capsys: pytest.CaptureFixture[str]
+    seconds: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(place, "--checkpoint-every", seconds)) == 2
     assert "--checkpoint-every" in capsys.readouterr().err

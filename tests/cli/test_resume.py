@@ -12,16 +12,17 @@ from support.command_line import arguments
 
 from gdfq.cli import main
 from gdfq.execution.listeners import History
+from gdfq.execution.progress import Step
 from gdfq.runs.folder import RunFolder
 
 WHOLE = ("student.safetensors", "student.onnx", "examples.npz", "history.jsonl")
 
 
-def stopped(monkeypatch: pytest.MonkeyPatch, call: Any, number: Any, rows: Any) -> Any:
+def stopped(monkeypatch: pytest.MonkeyPatch, call: list[str], number: int, rows: int) -> int:
     """Run a command that gets a signal at its n-th row of history."""
 
     class Signals(History):
-        def __call__(self, step: Any) -> None:
+        def __call__(self, step: Step) -> None:
             super().__call__(step)
             nonlocal rows
             rows -= 1

@@ -2,10 +2,12 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.narrowing import present
 
 from gdfq.data.datasets import as_labels, load_data, warn_of_unnormalised_floats
 from gdfq.data.preprocessing import Preprocessing
@@ -46,9 +48,9 @@ def test_array_without_channels_says_how_to_convert() -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, np.float32, np.float64])
 def test_whole_labels_of_every_dtype_are_read(tmp_path: Path, dtype: type) -> None:
     np.savez(tmp_path / "x.npz", images=BYTES, labels=np.array([0, 4, 2, 3], dtype))
-    assert load_data(tmp_path / "x.npz", SHAPE, 5).labels.tolist() == [0, 4, 2, 3]
-    pair = (BYTES, np.array([0, 4, 2, 3], dtype))
-    assert load_data(pair, SHAPE, 5).labels.dtype == torch.int64
+    assert present(load_data(tmp_path / "x.npz", SHAPE, 5).labels).tolist() == [0, 4, 2, 3]
+    pair: tuple[Any, Any] = (BYTES, np.array([0, 4, 2, 3], dtype))
+    assert present(load_data(pair, SHAPE, 5).labels).dtype == torch.int64
 
 
 @pytest.mark.parametrize(

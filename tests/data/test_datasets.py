@@ -1,13 +1,14 @@
 """Images and labels from files, folders and objects."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support import networks, torchvision_shim
+from support.narrowing import present
 
 from gdfq.data.datasets import ArrayData, load_data
 from gdfq.data.preprocessing import Resize
@@ -22,7 +23,7 @@ def test_load_data_reads_image_folders(tmp_path: Path) -> None:
         Image.new("RGB", (20, 16), colour).save(tmp_path / name / "x.png")
     (tmp_path / "a" / "notes.txt").write_text("not an image")
     data = load_data(tmp_path, (3, 8, 8), 2)
-    assert data.labels.tolist() == [0, 1]  # a before b
+    assert present(data.labels).tolist() == [0, 1]  # a before b
     images = data.images(torch.tensor([0, 1]))
     assert images.shape == (2, 3, 8, 8)
     assert images[:, :, 3, 3].tolist() == [[0, 255, 0], [255, 0, 0]]
@@ -45,7 +46,9 @@ def test_load_data_reads_image_folders(tmp_path: Path) -> None:
         (lambda p: p.mkdir(), "at least one image"),
     ],
 )
-def test_load_data_refuses_unreadable_data(tmp_path: Path, make: Any, message: str) -> None:
+def test_load_data_refuses_unreadable_data(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
     path = tmp_path / "data.npz"
     make(path)
     with pytest.raises(UsageError, match=message):
@@ -77,7 +80,7 @@ def test_load_data_needs_labels_for_a_test_only(tmp_path: Path) -> None:
 _OPERATORS = torchvision_shim.define_missing_operators()
 
 
-def ramp(width: int, height: int) -> Any:
+def ramp(width: int, height: int) -> Image.Image:
     """Red counts columns, green counts rows."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]

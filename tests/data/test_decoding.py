@@ -3,9 +3,11 @@
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gdfq.data.datasets import load_data
@@ -76,11 +78,11 @@ def test_first_frame_of_an_animation_is_used_with_a_warning(tmp_path: Path) -> N
     for name in ("x.png", "x.webp", "x.tif"):
         folder = tmp_path / name
         (folder / "a").mkdir(parents=True)
-        options = {"lossless": True} if name == "x.webp" else {}
+        options: dict[str, Any] = {"lossless": True} if name == "x.webp" else {}
         first.save(folder / "a" / name, save_all=True, append_images=[second], **options)
         with pytest.warns(GdfqWarning, match="1 of 1 images .* hold several frames"):
             data = load_data(folder, (3, 4, 4), 1)
-        assert data.images(np.array([0]))[0, :, 0, 0].tolist() == [255, 0, 0]
+        assert data.images(torch.tensor([0]))[0, :, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_exif_orientation_is_not_applied_with_a_warning(tmp_path: Path) -> None:

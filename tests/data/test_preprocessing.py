@@ -1,5 +1,6 @@
 """Resizing of images, against an independent reference."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,20 +9,20 @@ import torch
 from PIL import Image
 from support import torchvision_shim
 
-from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize
 from gdfq.errors import UsageError
 
 _OPERATORS = torchvision_shim.define_missing_operators()
 
 
-def ramp(width: Any, height: Any) -> Any:
+def ramp(width: int, height: int) -> Image.Image:
     """An image whose red is the column and whose green is the row."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
     return Image.fromarray(pixels)
 
 
-def noise(width: Any, height: Any) -> Any:
+def noise(width: int, height: int) -> Image.Image:
     draw = np.random.default_rng(width)
     return Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8))
 
@@ -49,7 +50,7 @@ def test_squash_keeps_the_whole_image() -> None:
 @pytest.mark.needs("torchvision")
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (231, 500), (97, 61)])
 @pytest.mark.parametrize("short", [224, 232, 235, 256])
-def test_resize_matches_an_independent_reference(size: Any, short: Any) -> None:
+def test_resize_matches_an_independent_reference(size: tuple[int, int], short: int) -> None:
     from torchvision import transforms
 
     image = noise(*size)
@@ -84,7 +85,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         lambda values: torch.nn.Parameter(torch.tensor(values)),
     ],
 )
-def test_mean_and_std_are_taken_in_every_form(form) -> None:
+def test_mean_and_std_are_taken_in_every_form(
+    form: Callable[[Sequence[float]], PerChannel],
+) -> None:
     found = Preprocessing.of(3, form(IMAGENET[0]), form(IMAGENET[1]))
     assert (found.mean, found.std) == IMAGENET
     assert all(type(value) is float for value in found.mean)
@@ -93,7 +96,7 @@ def test_mean_and_std_are_taken_in_every_form(form) -> None:
 @pytest.mark.parametrize(
     "value", [0.5, np.float32(0.5), torch.tensor(0.5), np.array(0.5), np.float64(0.5)]
 )
-def test_one_number_is_for_all_channels(value) -> None:
+def test_one_number_is_for_all_channels(value: PerChannel) -> None:
     assert Preprocessing.of(3, value, value) == Preprocessing((0.5,) * 3, (0.5,) * 3)
     assert Preprocessing.of(2, 0, 1) == Preprocessing((0.0,) * 2, (1.0,) * 2)
 
@@ -115,7 +118,9 @@ def test_one_number_is_for_all_channels(value) -> None:
         (-123.675, 58.395, r"mean -0\.485"),
     ],
 )
-def test_values_for_pixels_in_0_to_255_are_refused_with_the_division(mean, std, message) -> None:
+def test_values_for_pixels_in_0_to_255_are_refused_with_the_division(
+    mean: PerChannel | None, std: PerChannel | None, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         Preprocessing.of(3, mean, std)
 
@@ -138,12 +143,12 @@ def test_values_for_pixels_in_0_to_255_are_refused_with_the_division(mean, std, 
         (1j, None, "one number"),
     ],
 )
-def test_values_that_are_no_mean_or_std_are_refused(mean, std, message) -> None:
+def test_values_that_are_no_mean_or_std_are_refused(mean: Any, std: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Preprocessing.of(3, mean, std)
 
 
 @pytest.mark.parametrize("std", [1 / 255, 1 / 65535, 0.5, 1.0])
-def test_usual_values_are_taken(std) -> None:
+def test_usual_values_are_taken(std: float) -> None:
     """Networks that take pixels in 0..255, in 0..65535, in -1..1, in 0..1."""
     assert Preprocessing.of(1, 0.5, std).std == (std,)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,12 +20,13 @@ from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
+from gdfq.student.scheme import Placement
 
 
 @pytest.mark.parametrize("placement", ["full", "relu"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_onnx_file_matches_the_student_for_every_network(
-    name: str, placement: str, tiny: Recipe, tmp_path: Path
+    name: str, placement: Placement, tiny: Recipe, tmp_path: Path
 ) -> None:
     quantized = gdfq.quantize(
         networks.captured(name), networks.images(1), "w4a4", tiny, placement=placement
@@ -44,9 +44,9 @@ def test_onnx_file_matches_the_student_for_every_network(
 
 
 @pytest.mark.parametrize("weights", range(2, 9))
-def test_onnx_file_keeps_the_codes_of_all_bits(weights: Any, tmp_path: Path) -> None:
+def test_onnx_file_keeps_the_codes_of_all_bits(weights: int, tmp_path: Path) -> None:
     bits = Bits(weights, 10 - weights)
-    quantized = quantized_by_fast(networks.captured("Branches"), bits)
+    quantized = quantized_by_fast(networks.captured("Branches"), str(bits))
     exported = quantized.export(tmp_path / "q.onnx")
     assert exported.inside.agreement == exported.beyond.agreement == 100
     model = onnx.load(tmp_path / "q.onnx")
@@ -143,7 +143,7 @@ def test_runtime_does_not_round_float_layers_between_quantized_ones(tmp_path: Pa
     """Channels have very different sizes, so rounding them to 8 bits together would be visible."""
     model = networks.make("Residual")
     with torch.no_grad():
-        model.conv2.weight[0] *= 60
+        model.get_parameter("conv2.weight")[0] *= 60
     recipe = dataclasses.replace(
         find_recipe("fast").with_steps(5), source=ImagePool(GivenImages(batch=16), 32, 16)
     )
@@ -170,7 +170,7 @@ def test_invalid_model_is_a_clear_error(
         gdfq.deploy.runtimes.run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
 
 
-def _identity() -> Any:
+def _identity() -> onnx.ModelProto:
     """A model that takes exactly three numbers."""
     value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
@@ -188,7 +188,7 @@ _MORE_WIDTHS = [
 
 @pytest.mark.parametrize(("bits", "name", "placement"), _MORE_WIDTHS)
 def test_fewest_and_most_bits_match_the_student(
-    bits: str, name: str, placement: str, tmp_path: Path
+    bits: str, name: str, placement: Placement, tmp_path: Path
 ) -> None:
     quantized = quantized_by_fast(networks.captured(name), bits, placement)
     exported = quantized.export(tmp_path / "q.onnx")
@@ -196,14 +196,14 @@ def test_fewest_and_most_bits_match_the_student(
     assert exported.beyond.relative_error < 1e-3
 
 
-def _with_statistics(network: nn.Module, shape: tuple[int, ...]) -> Any:
+def _with_statistics(network: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """The network in evaluation mode, its batch norms with statistics of noise."""
     with torch.no_grad():
         network.train()(torch.randn(64, *shape, generator=torch.Generator().manual_seed(3)))
     return network.eval()
 
 
-def _of_dimensions(dimensions: Any) -> Any:
+def _of_dimensions(dimensions: int) -> nn.Module:
     """A convolution, its transpose, pooling, a residual path, in 1 to 3 dimensions."""
     nn = torch.nn
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
@@ -221,7 +221,7 @@ def _of_dimensions(dimensions: Any) -> Any:
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_networks_of_one_to_three_dimensions_match_the_student(
-    dimensions: Any, tmp_path: Path
+    dimensions: int, tmp_path: Path
 ) -> None:
     shape = (2, *[6] * dimensions)
     network = _with_statistics(_of_dimensions(dimensions), shape)

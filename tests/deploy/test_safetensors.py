@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe
 
+Saved = tuple[QuantizedNetwork, Path]
+"""A quantized network and the folder that it was saved in."""
+
 
 def test_exported_codes_are_packed_at_their_bits(small: QuantizedNetwork, tmp_path: Path) -> None:
     exported = small.export(tmp_path / "q.safetensors")
@@ -38,7 +42,7 @@ def test_exported_codes_are_packed_at_their_bits(small: QuantizedNetwork, tmp_pa
 
 
 @given(bits=st.integers(2, 8), data=st.data())
-def test_packed_codes_round_trip(bits: str, data: DataObject) -> None:
+def test_packed_codes_round_trip(bits: int, data: DataObject) -> None:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     count = int(torch.tensor(shape).prod())
@@ -55,7 +59,7 @@ def test_packed_codes_match_hand_computed_bytes() -> None:
 
 
 @pytest.fixture(scope="module")
-def saved_once(teacher: Captured, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def saved_once(teacher: Captured, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     quantized = gdfq.quantize(teacher, networks.images(1), "w3a5", tiny, placement="full")
     folder = tmp_path_factory.mktemp("saved")
     quantized.save(folder)
@@ -63,14 +67,14 @@ def saved_once(teacher: Captured, tiny: Recipe, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def saved(saved_once: Any, tmp_path: Path) -> Any:
+def saved(saved_once: Saved, tmp_path: Path) -> Saved:
     """A quantized network, and a folder with its files that a test may change."""
     quantized, folder = saved_once
     shutil.copytree(folder, tmp_path / "out")
     return quantized, tmp_path / "out"
 
 
-def test_load_gives_what_was_saved(saved: Path) -> None:
+def test_load_gives_what_was_saved(saved: Saved) -> None:
     quantized, folder = saved
     loaded = gdfq.load(folder)
     x = networks.images(9)
@@ -87,13 +91,13 @@ def test_every_network_round_trips(name: str, tiny: Recipe, tmp_path: Path) -> N
     assert torch.equal(gdfq.load(tmp_path)(x), quantized(x))
 
 
-def test_saved_codes_are_packed(saved: Path) -> None:
+def test_saved_codes_are_packed(saved: Saved) -> None:
     _, folder = saved
     tensors = load_file(folder / STUDENT_FILE)
     assert tensors["quantized.conv1.codes"].numel() == -(-8 * 3 * 9 * 3 // 8)
 
 
-def _edit(folder: Path, change: Any, sign: bool = True) -> None:
+def _edit(folder: Path, change: Callable[[Any], object], sign: bool = True) -> None:
     """Change the header, and update its hash as an attacker would."""
     path = folder / STUDENT_FILE
     with safe_open(path, "pt") as file:
@@ -109,7 +113,7 @@ def _first(document: Any, kind: Any) -> Any:
     return next(node for node in document["graph"] if node["kind"] == kind)
 
 
-def test_file_without_resize_values_loads(saved: Path) -> None:
+def test_file_without_resize_values_loads(saved: Saved) -> None:
     quantized, folder = saved
     _edit(folder, lambda document: document["card"]["preprocessing"].pop("resize"))
     assert gdfq.load(folder).card == quantized.card
@@ -141,7 +145,9 @@ def test_file_without_resize_values_loads(saved: Path) -> None:
         (lambda d: d["graph"].pop(), "must have inputs"),
     ],
 )
-def test_changed_file_does_not_load(saved: Path, change: Any, message: str) -> None:
+def test_changed_file_does_not_load(
+    saved: Saved, change: Callable[[Any], object], message: str
+) -> None:
     _, folder = saved
     _edit(folder, change)
     with pytest.raises(UsageError, match=message):
@@ -157,14 +163,16 @@ def test_changed_file_does_not_load(saved: Path, change: Any, message: str) -> N
         lambda d: next(iter(d["codes"].values())).update(bits=2),
     ],
 )
-def test_header_with_a_wrong_hash_does_not_load(saved: Path, change: Any) -> None:
+def test_header_with_a_wrong_hash_does_not_load(
+    saved: Saved, change: Callable[[Any], object]
+) -> None:
     _, folder = saved
     _edit(folder, change, sign=False)
     with pytest.raises(UsageError, match="damaged, was changed"):
         gdfq.load(folder)
 
 
-def test_changed_tensors_do_not_load(saved: Path) -> None:
+def test_changed_tensors_do_not_load(saved: Saved) -> None:
     _, folder = saved
     path = folder / STUDENT_FILE
     data = bytearray(path.read_bytes())
@@ -175,7 +183,7 @@ def test_changed_tensors_do_not_load(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 7, 100, -1])
-def test_truncated_file_does_not_load(saved: Path, part: Any) -> None:
+def test_truncated_file_does_not_load(saved: Saved, part: int) -> None:
     _, folder = saved
     path = folder / STUDENT_FILE
     path.write_bytes(path.read_bytes()[:part])
@@ -189,7 +197,7 @@ def test_other_safetensors_are_refused(tmp_path: Path) -> None:
         gdfq.load(tmp_path / "w.safetensors")
 
 
-def test_load_reads_examples_and_metrics(saved: Path) -> None:
+def test_load_reads_examples_and_metrics(saved: Saved) -> None:
     quantized, folder = saved
     loaded = gdfq.load(folder)
     assert loaded.examples[0].shape == quantized.examples[0].shape == (8, *networks.SHAPE)
@@ -198,7 +206,7 @@ def test_load_reads_examples_and_metrics(saved: Path) -> None:
 
 
 def test_failed_write_leaves_no_file(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized, _ = saved
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))

@@ -1,14 +1,14 @@
 """8-bit sums that saturate on some processors."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 import torch
-from hypothesis.strategies import DataObject
 from support import networks
 from support.small_runs import quantized_by_fast
+from torch import Tensor
 
 from gdfq import GdfqError
 from gdfq.deploy.runtimes import PRECISE, onnx_runner
@@ -46,7 +46,7 @@ def _saturating(monkeypatch: pytest.MonkeyPatch, also_precise: bool = False) -> 
     """Let sessions double the outputs, as a processor without VNNI changes them."""
     real = onnx_runner
 
-    def runner(data: DataObject, *, precise: bool = False) -> Any:
+    def runner(data: bytes, *, precise: bool = False) -> Callable[[Tensor], list[Tensor]]:
         run = real(data, precise=precise)
         factor = 1 if precise and not also_precise else 2
         return lambda images: [factor * output for output in run(images)]
@@ -55,12 +55,12 @@ def _saturating(monkeypatch: pytest.MonkeyPatch, also_precise: bool = False) -> 
 
 
 @pytest.fixture(scope="module")
-def wide() -> Any:
+def wide() -> QuantizedNetwork:
     return quantized_by_fast(networks.captured("Residual"), "w8a8")
 
 
 def test_file_that_saturates_on_this_processor_is_kept_with_a_note(
-    wide: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _saturating(monkeypatch)
     exported = wide.export(tmp_path / "q.onnx")
@@ -72,7 +72,7 @@ def test_file_that_saturates_on_this_processor_is_kept_with_a_note(
 
 
 def test_difference_without_possible_saturation_is_refused(
-    small: QuantizedNetwork, wide: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: QuantizedNetwork, wide: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _saturating(monkeypatch)
     with pytest.raises(GdfqError, match="not kept"):

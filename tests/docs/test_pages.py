@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 from support import pages
+from support.narrowing import instance, present
+from support.places import ROOT
 
 from gdfq import RECIPES
 from gdfq.functional import losses
+from gdfq.sources.pool import ImagePool
+from gdfq.sources.spectral import SpectralSource
+from gdfq.tuning.distill import Distillation
 
-DOCS = pages.ROOT / "docs"
+DOCS = ROOT / "docs"
 EQUATIONS = (DOCS / "equations.md").read_text()
-SOURCES = [path.read_text() for path in (pages.ROOT / "src").rglob("*.py")]
+SOURCES = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
 
 
 def name_of(page: Path) -> str:
-    return str(page.relative_to(pages.ROOT))
+    return str(page.relative_to(ROOT))
 
 
 def with_mark(*marks: str | None) -> list[Path]:
@@ -53,7 +58,7 @@ def test_page_code_runs(page: Path, place: Path) -> None:
 def test_page_code_runs_in_a_shell(page: Path, place: Path) -> None:
     blocks = [block for block in pages.blocks(page) if block.mark != "skip"]
     pages.run(page, [block for block in blocks if not block.absent], place)
-    absent = sorted({block.library for block in blocks if block.absent})
+    absent = sorted({present(block.library) for block in blocks if block.absent})
     if absent:
         pytest.skip(f"the rest of {page.name} needs the optional library {', '.join(absent)}")
 
@@ -127,7 +132,7 @@ def test_table_of_recipes_is_complete() -> None:
 
 
 def test_readme_names_existing_recipes() -> None:
-    text = (pages.ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"recipe(?: `|=\"| )([a-z-]+)[`\"]", text))
     named |= set(re.findall(r"--recipe ([a-z-]+)", text))
     assert named
@@ -137,17 +142,19 @@ def test_readme_names_existing_recipes() -> None:
 def test_recipes_page_has_the_numbers_of_fast() -> None:
     page = " ".join((DOCS / "recipes.md").read_text().split())
     fast, quick = RECIPES["fast"], RECIPES["quick"]
-    large = fast.source.fitted((3, 224, 224))
-    adam = fast.source.source.optimizer
+    fast_pool, quick_pool = (instance(recipe.source, ImagePool) for recipe in (fast, quick))
+    large = fast_pool.fitted((3, 224, 224))
+    spectral = instance(fast_pool.source, SpectralSource)
+    adam = spectral.optimizer
     for text in (
-        f"{fast.source.images:,} images",
+        f"{fast_pool.images:,} images",
         f"{large.images:,} of 224 x 224",
         f"{large.batch} of 224 x 224",
         f"Adam (rate {adam.lr}, β = {adam.betas})",
-        f"{fast.source.source.batch} at a time for {fast.source.source.iterations} iterations",
+        f"{spectral.batch} at a time for {spectral.iterations} iterations",
         f"{fast.steps:,} steps",
         f"batches of {fast.source.batch} images",
-        f"T = {fast.tuning.temperature:.0f}",
-        f"`quick` has {quick.source.images} images, {quick.steps} steps of {quick.source.batch} images",
+        f"T = {instance(fast.tuning, Distillation).temperature:.0f}",
+        f"`quick` has {quick_pool.images} images, {quick.steps} steps of {quick.source.batch} images",
     ):
         assert text in page

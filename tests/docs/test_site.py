@@ -6,21 +6,23 @@ import subprocess
 import sys
 from html import unescape
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import click
 import pytest
 from support import pages
+from support.narrowing import instance, present
+from support.places import ROOT
 
 import gdfq
 from gdfq.cli.app import cli
 
 
-def of_build(name: str) -> Any:
-    path = pages.ROOT / "docs" / "build" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"build_{name}", path)
+def of_build(name: str) -> ModuleType:
+    path = ROOT / "docs" / "build" / f"{name}.py"
+    spec = present(importlib.util.spec_from_file_location(f"build_{name}", path))
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    present(spec.loader).exec_module(module)
     return module
 
 
@@ -30,21 +32,21 @@ def test_reference_has_every_command_and_option() -> None:
         _, found, rest = text.partition(f"\n## gdfq {name}\n")
         assert found
         section = rest.partition("\n## ")[0]
-        assert command.help.split("\n")[0] in section
+        assert present(command.help).split("\n")[0] in section
         for parameter in command.params:
             if isinstance(parameter, click.Argument):
                 assert parameter.make_metavar(click.Context(command)) in section
-            elif not parameter.hidden:
+            elif not instance(parameter, click.Option).hidden:
                 assert max(parameter.opts, key=len) in section
     assert "| size of the ONNX file at most" not in text  # the words before it are there, too
     assert "With --bits auto: size of the ONNX file at most" in text
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
-    built = subprocess.run(command, cwd=pages.ROOT, capture_output=True, text=True, check=False)
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return out
 
@@ -53,7 +55,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.needs("mkdocstrings")
 def test_site_has_every_page(site: Path) -> None:
     made = {path.relative_to(site).with_suffix(".md") for path in site.rglob("*.html")}
-    there = {page.relative_to(pages.ROOT / "docs") for page in pages.PAGES[1:]}
+    there = {page.relative_to(ROOT / "docs") for page in pages.PAGES[1:]}
     assert there <= made
     for page in there:
         menu = (site / "index.html").read_text()

@@ -20,7 +20,7 @@ from gdfq.recipes import QUICK, Recipe
 from gdfq.sources.base import Batch
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student.build import build_student
+from gdfq.student.build import Student, build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.moment_matching import match_moments_
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
         ("a", None),
     ],
 )
-def test_parse_bytes_reads_units(text: str, size: Any) -> None:
+def test_parse_bytes_reads_units(text: str, size: int | None) -> None:
     assert parse_bytes(text) == size
 
 
@@ -65,8 +65,8 @@ QUICKEST = replace(
 )
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "quickest"])
-def test_run_does_not_depend_on_its_budget(recipe: Any, tiny: Recipe) -> None:
+@pytest.mark.parametrize("name", ["tiny", "quickest"])
+def test_run_does_not_depend_on_its_budget(name: str, tiny: Recipe) -> None:
     """Images are the same to the bit; students are equally near to the network.
 
     Batches in parts have the same ranges, but moments are means over parts, and gradients sums over
@@ -74,7 +74,7 @@ def test_run_does_not_depend_on_its_budget(recipe: Any, tiny: Recipe) -> None:
     errors of features are relative to each part. Four bits then make another student as good.
     """
     network, example = networks.make("Residual"), networks.images(2)
-    recipe = {"tiny": tiny, "quickest": QUICKEST}[recipe]
+    recipe = {"tiny": tiny, "quickest": QUICKEST}[name]
     small, large = (
         gdfq.quantize(network, example, "w4a4", recipe, memory=memory, seed=1)
         for memory in ("100KB", "1GiB")
@@ -88,7 +88,9 @@ def test_run_does_not_depend_on_its_budget(recipe: Any, tiny: Recipe) -> None:
 
 @pytest.mark.parametrize("sizes", [(8,), (3, 5), (1, 1, 6)])
 @pytest.mark.parametrize("kind", [LearnedRange, MovingRange])
-def test_ranges_of_parts_are_those_of_the_whole_batch(sizes: Any, kind: Any) -> None:
+def test_ranges_of_parts_are_those_of_the_whole_batch(
+    sizes: tuple[int, ...], kind: type[LearnedRange] | type[MovingRange]
+) -> None:
     batch = torch.randn(8, 5, 61, 61, generator=torch.Generator().manual_seed(0))
     batch = batch.contiguous(memory_format=torch.channels_last)
     whole, parts = kind(4), kind(4)
@@ -98,7 +100,7 @@ def test_ranges_of_parts_are_those_of_the_whole_batch(sizes: Any, kind: Any) -> 
     assert [a.item() for a in whole.grid()] == [a.item() for a in parts.grid()]
 
 
-def student_of(teacher: Captured, memory: Any) -> Any:
+def student_of(teacher: Captured, memory: MemoryBudget) -> Student:
     student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=QUICK.quantizers).eval()
     batches = [Batch((networks.images(10, seed=seed),), None, None) for seed in range(2)]
     calibrate_(student, batches, steps=2, context=Context(memory=memory))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.narrowing import present
 
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.checkpoints import Checkpoints
@@ -34,7 +35,7 @@ def opened(
     part: Any = None,
     clock: Time | None = None,
     run: dict[str, Any] = RUN,
-    **options: float,
+    **options: Any,
 ) -> tuple[Checkpoints, Any]:
     checkpoints = Checkpoints(folder, clock=clock or Time(), **options)
     checkpoints.begin(run, AROUND)
@@ -64,7 +65,7 @@ def test_checkpoint_that_takes_long_is_written_less_often(tmp_path: Path) -> Non
     clock = Time()
 
     class Slow(Results):
-        def state_dict(self) -> Any:
+        def state_dict(self) -> dict[str, Any]:
             clock.now += 3
             return {}
 
@@ -81,14 +82,14 @@ def test_checkpoint_that_takes_long_is_written_less_often(tmp_path: Path) -> Non
 def test_checkpoint_interval_ignores_the_wall_clock() -> None:
     import time
 
-    assert Checkpoints.__init__.__kwdefaults__["clock"] is time.monotonic
+    assert present(Checkpoints.__init__.__kwdefaults__)["clock"] is time.monotonic
 
 
 def test_checkpoint_is_written_before_a_listener_raises(tmp_path: Path) -> None:
     checkpoints, part = opened(tmp_path, interval=1e9)
     part["x"] = 5
 
-    def stop(step: Any) -> None:
+    def stop(step: Step) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -143,7 +144,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "empty", "altered", "longer"])
 @pytest.mark.parametrize("kind", ["checkpoint", "piece"])
 def test_damaged_checkpoint_is_replaced_by_the_previous_one(
-    tmp_path: Path, how: Any, kind: Any
+    tmp_path: Path, how: str, kind: str
 ) -> None:
     checkpoints, part = opened(tmp_path)
     for number in (1, 2):
@@ -206,7 +207,7 @@ def test_full_disk_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     part["x"] = 1
     checkpoints.save()
 
-    def full(descriptor: Any) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     part["x"] = 2

@@ -45,7 +45,7 @@ def alone() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each process of groups of two and of four computed, by the size of the group."""
     out = tmp_path_factory.mktemp("groups")
     command = [sys.executable, "-m", "support.group_figures", str(out), "2", "4"]
@@ -57,7 +57,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def together(request: pytest.FixtureRequest, groups: Any) -> list[Any]:
+def together(request: pytest.FixtureRequest, groups: dict[int, list[dict[str, Any]]]) -> list[Any]:
     """What each of several processes computed."""
     return groups[request.param]
 
@@ -69,7 +69,7 @@ def test_processes_compute_the_same(together: list[Any]) -> None:
 
 @pytest.mark.parametrize("source", ["pool", "optimised"])
 def test_images_of_several_processes_are_those_of_one(
-    alone: dict[str, Any], together: list[Any], source: Any
+    alone: dict[str, Any], together: list[Any], source: str
 ) -> None:
     """Three and five batches: fewer or more than there are processes."""
     assert difference(alone[source], together[0][source]) == 0
@@ -89,7 +89,7 @@ def test_generator_learns_as_on_the_whole_batch(alone: dict[str, Any], together:
 
 @pytest.mark.parametrize("student", ["float", "quantized", "paper", "moving"])
 def test_first_step_of_several_processes_is_that_of_one(
-    alone: dict[str, Any], together: list[Any], student: Any
+    alone: dict[str, Any], together: list[Any], student: str
 ) -> None:
     one, several = alone[student], together[0][student]
     assert difference(one["losses"][0], several["losses"][0]) < 1e-5
@@ -184,8 +184,12 @@ def test_killed_process_stops_all_and_the_run_resumes_with_fewer(
     assert metrics["steps"] == 400
 
 
+Tuned = tuple[list[str], str, Path]
+"""The command line of a run, its output and its folder."""
+
+
 @pytest.fixture(scope="module")
-def tuned_by_two(digits: TrainedDigits, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tuned_by_two(digits: TrainedDigits, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """A run of two processes on the real digits: its command line, output and folder."""
     folder = tmp_path_factory.mktemp("two")
     held_out = digits.held_out
@@ -202,7 +206,7 @@ def tuned_by_two(digits: TrainedDigits, tmp_path_factory: pytest.TempPathFactory
     return words, done.stdout, folder / "out"
 
 
-def test_two_processes_write_one_run(tuned_by_two: Any) -> None:
+def test_two_processes_write_one_run(tuned_by_two: Tuned) -> None:
     _, printed, out = tuned_by_two
     assert printed.count("layers quantized") == 1
     history = (out / "history.jsonl").read_text().splitlines()
@@ -211,7 +215,7 @@ def test_two_processes_write_one_run(tuned_by_two: Any) -> None:
     assert tuned == sorted(set(tuned))
 
 
-def test_two_processes_tune_as_well_as_one(tuned_by_two: Any, tmp_path: Path) -> None:
+def test_two_processes_tune_as_well_as_one(tuned_by_two: Tuned, tmp_path: Path) -> None:
     """Accuracy on the real digits that are held out."""
     words, _, out = tuned_by_two
     assert main([*words, f"--out={tmp_path}/one"]) == 0

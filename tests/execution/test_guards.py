@@ -14,6 +14,7 @@ import gdfq
 from gdfq import RECIPES, GdfqError
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.guards import batch_that_fits_suggested, smaller_budget_suggested
+from gdfq.functional import losses
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
 from gdfq.sources.pool import ImagePool
@@ -33,10 +34,12 @@ SHORTAGES = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), CPU_S
     ("room", "advice"),
     [(100, r"50 images fit: .*another folder.*--batch 50 "), (1, "not even one image fits")],
 )
-def test_out_of_memory_error_names_a_batch_that_fits(error: Any, room: Any, advice: Any) -> None:
-    asked = []
+def test_out_of_memory_error_names_a_batch_that_fits(
+    error: BaseException, room: int, advice: str
+) -> None:
+    asked: list[int] = []
 
-    def ask(images: Tensor) -> None:
+    def ask(images: int) -> None:
         asked.append(images)
         if images > room:
             raise error
@@ -48,7 +51,7 @@ def test_out_of_memory_error_names_a_batch_that_fits(error: Any, room: Any, advi
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=["python", "gpu", "cpu"])
-def test_out_of_memory_error_names_a_smaller_budget(error: Any) -> None:
+def test_out_of_memory_error_names_a_smaller_budget(error: BaseException) -> None:
     with pytest.raises(GdfqError, match=r"making images must fit.*--memory 512MiB "):  # noqa: SIM117
         with smaller_budget_suggested("making images", 2**30):
             raise error
@@ -118,11 +121,11 @@ def test_out_of_memory_in_a_pool_suggests_a_smaller_batch(
             "image's.*iteration 0 of batch 0",
         ),
         ("genie", "gdfq.sources.latent.standard_deviation_loss", "image's.*bns nan"),
-        ("fast", "gdfq.tuning.distill.distillation_loss", "student's.*step 2.*kd nan"),
+        ("fast", "gdfq.tuning.losses.distillation_loss", "student's.*step 2.*kd nan"),
     ],
 )
 def test_loss_that_is_not_finite_stops_the_run(
-    name: str, where: Any, message: str, teacher: Captured, monkeypatch: pytest.MonkeyPatch
+    name: str, where: str, message: str, teacher: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, function = where.rsplit(".", 1)
     original = getattr(__import__(module, fromlist=[function]), function)
@@ -143,9 +146,9 @@ def test_run_resumes_from_the_last_finite_state(
     from gdfq.tuning import distill
 
     expected = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
-    original, calls = distill.distillation_loss, []
+    original, calls = losses.distillation_loss, []
 
-    def late(*args: Any) -> Any:
+    def late(*args: Any) -> Tensor:
         calls.append(1)
         return original(*args) * (torch.nan if len(calls) == 4 else 1)
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ def test_history_lists_a_repeated_batch_once(tmp_path: Path) -> None:
     """The run is stopped in the second batch of images, which begins with step 3."""
     path = tmp_path / "history.jsonl"
 
-    def tell(history: Any, steps: int) -> None:
+    def tell(history: History, steps: list[tuple[str, int]]) -> None:
         for stage, step in steps:
             history(Step(stage, step, 4, {"loss": torch.tensor(float(step))}))
 

@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.group_figures import difference
+from support.narrowing import instance, present
+from torch import nn
 
 from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured
 from gdfq.quantizers.family import LSQ
@@ -15,7 +18,7 @@ from gdfq.sources.generator import GeneratorSource
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.distill import tune_
+from gdfq.tuning.distill import Distillation, tune_
 
 
 def test_bfloat16_is_used_in_layers_only(teacher: Captured) -> None:
@@ -27,14 +30,15 @@ def test_bfloat16_is_used_in_layers_only(teacher: Captured) -> None:
         (batch,) = source.stream(teacher, steps=1, context=context)
         student = build_student(teacher, Scheme(Bits(4, 4), "full"), quantizers=LSQ)
         calibrate_(student, [batch], steps=1)
-        ranges = [m.log_scale for m in student.activations]
-        config, steps = replace(FAST.tuning, cross_entropy=0.5), []
+        ranges = [instance(m.log_scale, nn.Parameter) for m in student.activations]
+        config = replace(instance(FAST.tuning, Distillation), cross_entropy=0.5)
+        steps: list[Step] = []
         tune_(student, teacher, [batch], config, first_step=0, total_steps=1, context=replace(context, listener=steps.append))  # fmt: skip
         losses = {**batch.losses, **steps[0].losses}
         tensors = [*losses.values(), batch.teacher_logits, *student.state_dict().values()]
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
-        found[precision] = losses, torch.stack([step.grad for step in ranges])
-    (full, steps), (low, low_steps) = found["float32"], found["bfloat16"]
+        found[precision] = losses, torch.stack([present(scale.grad) for scale in ranges])
+    (full, full_grads), (low, low_grads) = found["float32"], found["bfloat16"]
     assert (
         full.keys()
         == low.keys()
@@ -43,4 +47,4 @@ def test_bfloat16_is_used_in_layers_only(teacher: Captured) -> None:
     for name, value in full.items():
         assert float(low[name]) == pytest.approx(float(value), rel=0.03), name
     assert any(low[name] != full[name] for name in full)
-    assert difference(steps, low_steps) < 0.1
+    assert difference(full_grads, low_grads) < 0.1

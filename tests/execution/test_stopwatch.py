@@ -1,14 +1,15 @@
 """Seconds of stages in a run that was stopped and resumed."""
 
+import time
+
 import pytest
 
-from gdfq.execution import stopwatch as clock
 from gdfq.execution.stopwatch import Stopwatch
 
 
 def test_stopwatch_counts_time_before_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     first = Stopwatch()
     now[0] += 3
     first.lap("images")

@@ -120,7 +120,7 @@ def test_value_may_name_its_own_plain_value() -> None:
 
 
 def test_every_part_of_a_recipe_has_a_tag_and_no_two_share_one() -> None:
-    found = {}
+    found: dict[str, Any] = {}
 
     def visit(value: Any) -> None:
         if isinstance(value, tuple):

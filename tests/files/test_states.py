@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from gdfq.files.states import Frozen, from_bytes, to_bytes
 
 
-def unequal(a: Any, b: Any) -> Any:
+def unequal(a: Any, b: Any) -> bool:
     """Whether two trees differ, tensors by value, type and strides."""
     if isinstance(a, torch.Tensor):
         return (
@@ -27,7 +28,7 @@ def unequal(a: Any, b: Any) -> Any:
 
 def test_state_keeps_numbers_keys_types_and_strides() -> None:
     images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    state = {
+    state: dict[str, Any] = {
         "images": images,
         "one image": images[:1],
         "part": images[:, 1],
@@ -51,16 +52,16 @@ def test_state_keeps_numbers_keys_types_and_strides() -> None:
         max_leaves=12,
     )
 )
-def test_state_round_trips_for_any_plain_value(state: Any) -> None:
+def test_state_round_trips_for_any_plain_value(state: object) -> None:
     assert not unequal(state, from_bytes(to_bytes(state, str), Frozen))
 
 
 def test_state_of_an_optimizer_continues_its_updates() -> None:
-    def make() -> Any:
+    def make() -> tuple[Tensor, torch.optim.Adam]:
         weight = torch.nn.Parameter(torch.ones(3))
         return weight, torch.optim.Adam([{"params": [weight], "lr": 0.1}], betas=(0.8, 0.95))
 
-    def update(weight: Any, optimizer: Any) -> None:
+    def update(weight: Tensor, optimizer: torch.optim.Adam) -> None:
         optimizer.zero_grad()
         (weight.square().sum() * weight[0]).backward()
         optimizer.step()

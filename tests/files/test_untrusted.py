@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import click
@@ -44,7 +45,8 @@ from gdfq.files.untrusted import header_bytes
 from gdfq.functional.grid import Bits
 from gdfq.models.registry import load_model, load_weights_
 from gdfq.models.weights import read_weights
-from gdfq.report import read_run, write_report
+from gdfq.report import write_report
+from gdfq.report.read import read_run
 from gdfq.runs.folder import RunFolder
 from gdfq.runs.metrics import check_export, read_metrics
 from gdfq.runs.names import METRICS, ONNX_FILE
@@ -55,7 +57,7 @@ from gdfq.student.scheme import LayerBits
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(random=st.randoms(use_true_random=False))
 @pytest.mark.filterwarnings("ignore")  # decoders warn of damage
-def test_mutated_input_is_read_or_refused(name: str, random: Any) -> None:
+def test_mutated_input_is_read_or_refused(name: str, random: Random) -> None:
     """The mutations of benchmarks.fuzz, chosen and minimised by hypothesis."""
     loader = LOADERS[name]
     data = loader.change(random.choice(loader.valid), random)
@@ -99,7 +101,7 @@ def npy(shape: tuple[int, ...], descr: str = "|u1", content: bytes = b"") -> byt
         (bytes(2**26 + 1), "would unpack to"),
     ],
 )
-def test_npz_with_false_headers_is_refused(tmp_path: Path, member: Any, message: str) -> None:
+def test_npz_with_false_headers_is_refused(tmp_path: Path, member: bytes, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_data(npz(tmp_path / "x.npz", images=member), SHAPE, CLASSES)
 
@@ -145,7 +147,7 @@ def png(path: Path, width: int, height: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(60000, 60000), (2**31 - 1, 1), (8193, 8193), (9000, 10000)])
-def test_image_with_too_many_pixels_is_refused(tmp_path: Path, size: Any) -> None:
+def test_image_with_too_many_pixels_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     png(tmp_path / "a" / "x.png", *size)
     with pytest.raises(UsageError, match=r"more than 67,108,864|exceeds limit"):
         load_data(tmp_path, SHAPE, None)
@@ -252,7 +254,7 @@ def pickled(path: Path, code: bytes) -> Path:
     ],
 )
 def test_torch_file_with_dangerous_pickle_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Any, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: bytes, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
@@ -277,7 +279,7 @@ def test_torch_file_with_compressed_members_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_state_dict_of_every_dtype_is_read(tmp_path: Path, legacy: Any) -> None:
+def test_state_dict_of_every_dtype_is_read(tmp_path: Path, legacy: bool) -> None:
     types = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
     state = {str(dtype): torch.ones(2, 3).to(dtype)[:, 1:] for dtype in types}
     state["parameter"] = torch.nn.Parameter(torch.ones(2))
@@ -310,7 +312,9 @@ def test_state_dict_of_every_dtype_is_read(tmp_path: Path, legacy: Any) -> None:
         (lambda s: s.update({"é\u202e<b>": torch.zeros(1)}), "surplus: é\u202e<b>"),
     ],
 )
-def test_unsupported_tensors_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_unsupported_tensors_are_refused(
+    tmp_path: Path, change: Callable[..., object], message: str
+) -> None:
     state = dict(valid_files.network().state_dict())
     change(state)
     torch.save(state, tmp_path / "x.pt")
@@ -376,13 +380,15 @@ def replaced(operator: str, target: str, args: list[Any]) -> Callable[..., Any]:
         (lambda d, t: node(d, "aten.relu.default").update(args=deep(60)), "damaged|must run"),
     ],
 )
-def test_network_file_with_false_values_is_refused(change: Any, message: str) -> None:
+def test_network_file_with_false_values_is_refused(
+    change: Callable[..., object], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         packed.from_safetensors(signed(change))
 
 
-def deep(levels: Any) -> Any:
-    value = []
+def deep(levels: int) -> list[Any]:
+    value: list[Any] = []
     for _ in range(levels):
         value = [value]
     return value
@@ -406,7 +412,9 @@ def test_tensor_with_the_name_of_an_attribute_is_refused(name: str) -> None:
 
 def test_operator_with_a_large_output_is_refused_before_it_runs() -> None:
     """Each operator doubles its input; together they would take 2^40 bytes."""
-    steps = [{"name": "big_0", "kind": "operator", "target": "aten.cat.default", "kwargs": {}}]
+    steps: list[dict[str, Any]] = [
+        {"name": "big_0", "kind": "operator", "target": "aten.cat.default", "kwargs": {}}
+    ]
     steps[0]["args"] = [[{"node": "images"}, {"node": "images"}], -1]
     for index in range(1, 40):
         before = {"node": f"big_{index - 1}"}
@@ -533,7 +541,7 @@ def run_of(part: dict[str, Any] | None, **tensors: Tensor) -> bytes:
         b"no safetensors",
     ],
 )
-def test_invalid_checkpoint_is_refused(tmp_path: Path, contents: Any) -> None:
+def test_invalid_checkpoint_is_refused(tmp_path: Path, contents: bytes) -> None:
     path = tmp_path / f"checkpoint-000001-{name_of(contents)}.safetensors"
     path.write_bytes(contents)
     with pytest.raises(UsageError, match="must be undamaged"):

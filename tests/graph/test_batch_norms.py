@@ -1,17 +1,17 @@
 """Which batch norms fold, and networks where some do not."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.narrowing import present
 from torch import Tensor, nn
 
 import gdfq
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.family import LSQ, MINMAX
 from gdfq.recipes import FAST
 from gdfq.sources.base import Batch
@@ -46,20 +46,20 @@ class Awkward(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def awkward() -> Any:
+def awkward() -> Captured:
     torch.manual_seed(0)
     network = Awkward()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
+            present(module.running_mean).normal_()
+            present(module.running_var).uniform_(0.5, 2)
             if module.affine:
                 module.weight.data.normal_()  # negative scales too
                 module.bias.data.normal_()
     return capture(network.eval(), torch.randn(2, 3, 8, 8))
 
 
-def test_folding_keeps_the_function_and_the_norms_that_cannot_fold(awkward: Any) -> None:
+def test_folding_keeps_the_function_and_the_norms_that_cannot_fold(awkward: Captured) -> None:
     folded = fold_batch_norms(awkward)
     x = torch.randn(5, 3, 8, 8)
     assert torch.allclose(folded.network(x), awkward.network(x), atol=1e-4)
@@ -68,7 +68,7 @@ def test_folding_keeps_the_function_and_the_norms_that_cannot_fold(awkward: Any)
     assert len(awkward.batch_norms) == 6  # the teacher itself is left alone
 
 
-def test_student_with_unfolded_norms_is_close_at_eight_bits(awkward: Any) -> None:
+def test_student_with_unfolded_norms_is_close_at_eight_bits(awkward: Captured) -> None:
     x = torch.randn(64, 3, 8, 8)
     student = build_student(awkward, Scheme(Bits(8, 8), "relu"), quantizers=LSQ)
     calibrate_(student, [Batch((x,), torch.zeros(64), None)], steps=1)
@@ -86,8 +86,8 @@ def test_batch_norm_over_tokens_does_not_fold() -> None:
     network = nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
     )
-    network[1].running_mean.normal_()
-    network[1].weight.data.uniform_(0.5, 3)
+    network.get_buffer("1.running_mean").normal_()
+    network.get_parameter("1.weight").data.uniform_(0.5, 3)
     teacher = capture(network.eval(), torch.randn(2, 6, 4))
     folded = fold_batch_norms(teacher)
     x = torch.randn(5, 6, 4)

@@ -1,7 +1,5 @@
 """Blocks of a network and where they end."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.graph.operators import RELU, name_of
 from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
-from gdfq.student.build import build_student
+from gdfq.student.build import Student, build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
@@ -46,7 +44,7 @@ def images() -> Tensor:
 
 def student_of(
     teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
-) -> Any:
+) -> Student:
     student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student

@@ -38,7 +38,7 @@ class Masked(nn.Module):
         {"enable_gqa": True},
     ],
 )
-def test_attention_is_captured_as_two_products(options: Any) -> None:
+def test_attention_is_captured_as_two_products(options: dict[str, Any]) -> None:
     model = Masked(**options).eval()
     x = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0))
     captured = capture(model, x[:1])

@@ -71,16 +71,19 @@ def test_capture_makes_standardised_weights_constant() -> None:
 
 
 class Outputs(nn.Module):
-    def __init__(self, give: Callable[..., Any] | None) -> None:
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.fc = nn.Linear(192, 5)
         self.give = give
 
-    def forward(self, x: Tensor) -> dict[str, Any] | Tensor | tuple[Tensor, str]:
+    def forward(self, x: Tensor) -> Any:
         return self.give(self.fc(x.flatten(1)))
 
 
 class ByValue(Outputs):
+    def __init__(self) -> None:
+        super().__init__(lambda y: y)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x.flatten(1)) if x.sum() > 0 else -self.fc(x.flatten(1))
 
@@ -105,7 +108,7 @@ class BatchOfTwo(Outputs):
         (Outputs(lambda y: y.sum(0)), r"one entry for each image.*returned \[5\]"),
         (Outputs(lambda y: F.dropout(y, 0.5, training=True)), "native_dropout"),
         (Outputs(lambda y: torch.special.bessel_j0(y)), r"also uses aten\.special_bessel_j0"),
-        (ByValue(None), "traceable"),
+        (ByValue(), "traceable"),
     ],
 )
 def test_capture_refuses_unsupported_networks(model: nn.Module, message: str) -> None:
@@ -125,7 +128,7 @@ def test_capture_refuses_unsupported_networks(model: nn.Module, message: str) ->
     ],
 )
 def test_capture_takes_one_output_of_two_or_more_columns_for_logits(
-    give: Any, classes: int
+    give: Callable[[Tensor], object], classes: int
 ) -> None:
     model = Outputs(give)
     assert capture(model, networks.images(1)).classes == classes
@@ -153,7 +156,7 @@ def test_capture_refuses_a_wrong_input_shape(residual: nn.Module) -> None:
 def test_capture_refuses_weights_that_are_not_finite() -> None:
     model = networks.make("Residual")
     with torch.no_grad():
-        model.conv1.weight[0, 0, 0, 0] = torch.nan
+        model.get_parameter("conv1.weight")[0, 0, 0, 0] = torch.nan
     with pytest.raises(UsageError, match=r"conv1\.weight.*NaN"):
         capture(model, networks.images(1))
 
@@ -185,7 +188,7 @@ def test_layers_have_the_names_of_their_modules() -> None:
     assert all(isinstance(part, nn.Parameter) for part in parts)
 
     standardised = capture(networks.make("Standardised"), networks.images(1))
-    layers = filter(queries.has_weight, standardised.network.graph.nodes)
+    layers = list(filter(queries.has_weight, standardised.network.graph.nodes))
     assert [queries.layer_name(layer) for layer in layers] == ["conv", "fc"]
 
 

@@ -136,6 +136,9 @@ def test_other_arithmetic_of_channels_is_no_batch_norm(form: Form) -> None:
 
 def test_scale_of_ones_is_no_batch_norm() -> None:
     network, _ = frozen(scaled)
-    for tensor, value in ((network[1].weight, 1.0), (network[1].bias, 0.0)):
+    for tensor, value in (
+        (network.get_buffer("1.weight"), 1.0),
+        (network.get_buffer("1.bias"), 0.0),
+    ):
         tensor.fill_(value)
     assert not captured(network).batch_norms

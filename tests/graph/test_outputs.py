@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks
+from support.narrowing import instance
 from torch import Tensor, nn
 
 import gdfq
@@ -19,6 +20,8 @@ from gdfq.graph.capture import capture
 from gdfq.graph.outputs import built, count_of, flattened, names_of, read_structure, structure_of
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import FAST, Recipe, find_recipe
+from gdfq.sources.pixels import OptimisedSource
+from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
@@ -55,7 +58,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_structure_round_trips_through_a_file(value: Any) -> None:
+def test_structure_round_trips_through_a_file(value: object) -> None:
     tensors = [torch.full((1,), float(i)) for i in range(len(flattened(value)))]
     structure = structure_of(value)
     assert read_structure(structure) == structure
@@ -73,7 +76,7 @@ def test_structure_must_place_each_output_once(value: Any) -> None:
         read_structure(value)
 
 
-def tuned(name: str, recipe: Recipe, **options: Tensor) -> tuple[nn.Module, QuantizedNetwork]:
+def tuned(name: str, recipe: Recipe, **options: Any) -> tuple[nn.Module, QuantizedNetwork]:
     model = networks.make(name)
     example = torch.zeros(1, *networks.shape_of(name))
     # Audio's three numbers look like logits and are none.
@@ -83,7 +86,9 @@ def tuned(name: str, recipe: Recipe, **options: Tensor) -> tuple[nn.Module, Quan
 
 FEW = replace(
     FAST.with_steps(12),
-    source=replace(FAST.source, images=16, source=SpectralSource(16, 4), batch=8),
+    source=replace(
+        instance(FAST.source, ImagePool), images=16, source=SpectralSource(16, 4), batch=8
+    ),
 )
 
 
@@ -129,7 +134,9 @@ def test_dictionary_of_outputs_is_returned_as_a_dictionary() -> None:
 def test_source_needs_no_classes(name: str, tiny: Recipe) -> None:
     recipe = {"paper": tiny, "zeroq": find_recipe("zeroq")}[name]
     if name == "zeroq":
-        recipe = replace(recipe, source=replace(recipe.source, batch=4, iterations=2))
+        recipe = replace(
+            recipe, source=replace(instance(recipe.source, OptimisedSource), batch=4, iterations=2)
+        )
     teacher = networks.captured("Segmenter")
     for batch in recipe.source.stream(teacher, steps=2):
         assert batch.labels is None
@@ -142,10 +149,12 @@ def test_source_needs_no_classes(name: str, tiny: Recipe) -> None:
 class Returning(networks.Detector):
     """A detector that returns a feature map beside, one map twice, and boxes in pixels."""
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, object]:
         found = super().forward(x)
         fine = self.stem(x)
-        pixels = (torch.cat(found["boxes"], 2).sigmoid() * 2 - 0.5) * 8
+        boxes = found["boxes"]
+        assert isinstance(boxes, list | tuple)
+        pixels = (torch.cat(boxes, 2).sigmoid() * 2 - 0.5) * 8
         return {"conv2d": fine, "boxes": pixels, "again": fine}
 
 
@@ -173,7 +182,7 @@ def test_operators_that_only_shape_outputs_stay_float(tmp_path: Path) -> None:
 class Auxiliary(networks.Residual):
     """A classifier that returns None where its training needs something."""
 
-    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:  # type: ignore[override]
         return {"auxiliary": None, "logits": super().forward(x)}
 
 
@@ -192,7 +201,7 @@ def test_none_among_the_outputs_is_returned(tmp_path: Path) -> None:
 
 def test_capture_refuses_a_network_that_returns_only_none() -> None:
     class Nothing(networks.Residual):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> tuple[None]:  # type: ignore[override]
             return (None,)
 
     with pytest.raises(UsageError, match="returned no tensor"):

@@ -182,7 +182,7 @@ def test_network_in_another_precision_is_captured_in_float32(dtype: torch.dtype)
         return (inputs[0].to(dtype),)
 
     network = unusual.ready(unusual.Network()).to(dtype)
-    network.middle = middle
+    setattr(network, "middle", middle)  # noqa: B010 (mypy takes attributes of a module for tensors)
     network.register_forward_pre_hook(cast)
     captured = capture(network, EXAMPLE)
     x = networks.images(5, shape=unusual.SHAPE)

@@ -1,11 +1,10 @@
 """Networks whose activations are recomputed segment by segment."""
 
-from typing import Any
-
 import pytest
 import torch
 from support import networks
-from torch import Tensor, nn
+from support.narrowing import instance
+from torch import Tensor
 
 from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.losses import relative_statistics_loss
@@ -17,7 +16,7 @@ from gdfq.graph.statistics import StatisticsNetwork, unit_input
 CPU = torch.device("cpu")
 
 
-def gradient_of(network: nn.Module, images: Tensor) -> Any:
+def gradient_of(network: StatisticsNetwork, images: Tensor) -> Tensor:
     images = images.clone().requires_grad_()
     _, observed = network(images)
     stored = network.stored
@@ -26,7 +25,7 @@ def gradient_of(network: nn.Module, images: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
-def test_recomputed_statistics_have_the_same_gradient(teacher: Captured, share: Any) -> None:
+def test_recomputed_statistics_have_the_same_gradient(teacher: Captured, share: float) -> None:
     images = networks.images(6)
     unit = unit_input(teacher)
     plain = StatisticsNetwork(teacher, of_input=unit)
@@ -34,7 +33,9 @@ def test_recomputed_statistics_have_the_same_gradient(teacher: Captured, share: 
     budget = MemoryBudget(int(share * needed))
     budgeted = StatisticsNetwork(teacher, of_input=unit, memory=budget)
     assert torch.equal(gradient_of(plain, images), gradient_of(budgeted, images))
-    assert budgeted._module._by_count  # it was indeed computed in segments
+    assert instance(
+        budgeted._module, BudgetedNetwork
+    )._by_count  # it was indeed computed in segments
 
 
 def test_batch_that_fits_is_not_recomputed(teacher: Captured) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import networks
+from support.narrowing import present
 from torch import Tensor, nn
 
 from gdfq import UsageError
@@ -22,8 +23,8 @@ def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         shape = (1, -1, *([1] * (value.ndim - 2)))
         variance = ((value - mean.view(shape)) ** 2).mean(dims)
         layers.append(
-            ((mean - module.running_mean) ** 2).mean()
-            + ((variance - module.running_var) ** 2).mean()
+            ((mean - present(module.running_mean)) ** 2).mean()
+            + ((variance - present(module.running_var)) ** 2).mean()
         )
 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

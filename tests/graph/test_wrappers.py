@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import networks
+from support.narrowing import instance
 from torch import Tensor, nn
 
 import gdfq
@@ -35,15 +36,18 @@ class Doubling(nn.Module):
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # torch.compile imports what is old
 
+
+def compiled(network: nn.Module) -> nn.Module:
+    return instance(torch.compile(network), nn.Module)
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "parallel": nn.DataParallel,
-    "compiled": torch.compile,
+    "compiled": compiled,
     "averaged": torch.optim.swa_utils.AveragedModel,
     "ema": Ema,
-    "compiled parallel": lambda network: torch.compile(nn.DataParallel(network)),
-    "averaged compiled": lambda network: torch.optim.swa_utils.AveragedModel(
-        torch.compile(network)
-    ),
+    "compiled parallel": lambda network: compiled(nn.DataParallel(network)),
+    "averaged compiled": lambda network: torch.optim.swa_utils.AveragedModel(compiled(network)),
 }
 
 

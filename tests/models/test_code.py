@@ -15,7 +15,7 @@ from gdfq.models.registry import load_model
 _OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 
 
-def _program(path: Path, network: nn.Module, batch: Any = torch.export.Dim.DYNAMIC) -> Any:
+def _program(path: Path, network: nn.Module, batch: Any = torch.export.Dim.DYNAMIC) -> str:
     shapes = ({0: batch},) if batch else None
     example = torch.zeros(2, *networks.SHAPE)
     torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
@@ -34,7 +34,7 @@ def test_program_equals_the_exported_network(tmp_path: Path, residual: nn.Module
 
 def test_program_keeps_a_dictionary_of_outputs(tmp_path: Path, residual: nn.Module) -> None:
     class Two(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"logits": residual(x), "twice": 2 * x}
 
     images = networks.images(2)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import networks, torchvision_shim
+from support.narrowing import present
+from torch import nn
 
 import gdfq
 from gdfq.cli import main
@@ -26,15 +28,15 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @pytest.fixture
-def fake_timm(monkeypatch: pytest.MonkeyPatch) -> Any:
+def fake_timm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A timm that has one network and records the calls for it."""
 
-    def create_model(name: str, pretrained: Any) -> Any:
+    def create_model(name: str, pretrained: bool) -> nn.Module:
         package.asked.append((name, pretrained))
         if pretrained:
             raise OSError("no route to host")
         network = networks.Residual()
-        network.pretrained_cfg = {
+        configuration = {
             "input_size": (3, 8, 8),
             "crop_pct": 0.5,
             "crop_mode": "squash",
@@ -42,13 +44,14 @@ def fake_timm(monkeypatch: pytest.MonkeyPatch) -> Any:
             "mean": (0.5, 0.4, 0.3),
             "std": (0.3, 0.2, 0.1),
         }
+        setattr(network, "pretrained_cfg", configuration)  # noqa: B010 (mypy takes attributes of a module for tensors)
         return network
 
-    package = ModuleType("timm")
+    package: Any = ModuleType("timm")
     package.asked = []
     package.create_model = create_model
     package.is_model = lambda name: name == "residual"
-    hub = ModuleType("huggingface_hub")
+    hub: Any = ModuleType("huggingface_hub")
     hub.constants = SimpleNamespace(HF_HUB_OFFLINE=False, HF_HUB_CACHE="/cache/hub", ENDPOINT="x")
     monkeypatch.setitem(sys.modules, "timm", package)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
@@ -66,14 +69,14 @@ def test_library_gives_the_network_and_its_configuration(
     state = networks.make("Residual").state_dict()
     save_file(state, tmp_path / "w.safetensors")
     given = load_model("timm:residual", tmp_path / "w.safetensors").module
-    assert torch.equal(given.conv1.weight, state["conv1.weight"])
+    assert torch.equal(given.get_parameter("conv1.weight"), state["conv1.weight"])
     assert fake_timm.asked == [("residual", False)] * 2  # nothing was downloaded
 
 
 def test_random_weights_are_reproducible_and_leave_the_global_state(fake_timm: ModuleType) -> None:
     before = torch.random.get_rng_state()
     first, second = (load_model("timm:residual", "random").module for _ in range(2))
-    assert torch.equal(first.conv1.weight, second.conv1.weight)
+    assert torch.equal(first.get_parameter("conv1.weight"), second.get_parameter("conv1.weight"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -92,7 +95,7 @@ def test_unknown_names_are_refused(fake_timm: ModuleType) -> None:
 
 @pytest.mark.parametrize("hub", hubs.HUBS)
 def test_error_of_a_missing_library_names_its_extra(
-    hub: Any, monkeypatch: pytest.MonkeyPatch
+    hub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, hubs.HUBS[hub].library, None)
     with pytest.raises(UsageError, match=rf"pip install 'gdfq\[{hub}\]'"):
@@ -152,7 +155,9 @@ def test_quantized_network_keeps_the_preprocessing_of_the_library(
         ),
     ],
 )
-def test_hugging_face_processors_are_read(values: Any, shape: tuple[int, ...], resize: Any) -> None:
+def test_hugging_face_processors_are_read(
+    values: dict[str, Any], shape: tuple[int, ...], resize: Resize
+) -> None:
     common = {
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -162,6 +167,7 @@ def test_hugging_face_processors_are_read(values: Any, shape: tuple[int, ...], r
     }
     found, preprocessing = hubs._of_processor({**common, **values}, 3)
     assert found == shape
+    assert preprocessing is not None
     assert preprocessing.mean == pytest.approx(IMAGENET[0])
     assert preprocessing.std == pytest.approx(IMAGENET[1])
     assert preprocessing.resize == resize
@@ -172,9 +178,13 @@ def test_processor_without_scaling_or_normalisation_is_read() -> None:
     # pixels · 2/255, minus 1: as mean 0.5 and std 0.5 of pixels / 255
     half = {"rescale_factor": 2 / 255, "do_normalize": True, "image_mean": [1], "image_std": [1]}
     _, found = hubs._of_processor({**size, **half}, 1)
-    assert (found.mean, found.std) == (pytest.approx((0.5,)), pytest.approx((0.5,)))
+    assert found is not None
+    assert found.mean == pytest.approx((0.5,))
+    assert found.std == pytest.approx((0.5,))
     _, found = hubs._of_processor({**size, "rescale_factor": 1 / 255}, 3)
-    assert (found.mean, found.std) == ((0, 0, 0), pytest.approx((1, 1, 1)))
+    assert found is not None
+    assert found.mean == (0, 0, 0)
+    assert found.std == pytest.approx((1, 1, 1))
     flipped = {**size, "rescale_factor": 1 / 255, "do_flip_channel_order": True}
     assert hubs._of_processor(flipped, 3) == ((3, 8, 8), None)
     assert hubs._of_processor({}, 3) == (None, None)
@@ -216,7 +226,7 @@ def test_torchvision_presets_are_read() -> None:
     ],
 )
 def test_installed_library_gives_the_known_configuration(
-    spec: Any, shape: tuple[int, ...], classes: int, resize: Any
+    spec: str, shape: tuple[int, ...], classes: int, resize: Resize | None
 ) -> None:
     loaded = load_model(spec, "random")
     assert loaded.input_shape == shape
@@ -231,7 +241,7 @@ def test_installed_library_gives_the_known_configuration(
 @pytest.mark.needs("pytorchcv")
 def test_network_of_a_library_is_captured() -> None:
     loaded = load_model("ptcv:resnet20_cifar10", "random")
-    captured = capture(loaded.module, torch.zeros(1, *loaded.input_shape))
+    captured = capture(loaded.module, torch.zeros(1, *present(loaded.input_shape)))
     assert (captured.classes, len(captured.batch_norms)) == (10, 21)
 
 
@@ -282,7 +292,7 @@ class _Trap:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (open, (str(self.path), "w"))
 
 
@@ -303,7 +313,7 @@ def test_cached_torchvision_weights_run_no_code(
     state = torchvision.models.mobilenet_v2().state_dict()
     torch.save(state, file)
     loaded = load_model("torchvision:mobilenet_v2").module  # from the cache
-    assert torch.equal(loaded.classifier[1].weight, state["classifier.1.weight"])
+    assert torch.equal(loaded.get_parameter("classifier.1.weight"), state["classifier.1.weight"])
 
 
 @pytest.mark.needs("pytorchcv")
@@ -337,7 +347,7 @@ def test_cached_timm_weights_are_found_without_network(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     loaded = load_model(f"timm:{name}").module
-    assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
+    assert torch.equal(loaded.get_parameter("classifier.weight"), state["classifier.weight"])
     with pytest.raises(UsageError, match=f"(?s){tmp_path}.*--weights FILE"):
         load_model("timm:resnet18")
 
@@ -350,6 +360,7 @@ def test_mean_and_std_of_bytes_in_a_configuration_are_refused() -> None:
     numbers = {"image_mean": 127.5, "image_std": [127.5] * 3}
     # Without rescaling these are for pixels in 0..255; one number stands for all channels.
     _, found = hubs._of_processor({**size, **numbers, "do_rescale": False}, 3)
+    assert found is not None
     assert (found.mean, found.std) == ((0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UsageError, match=r"Give mean 0\.5"):
         hubs._of_processor({**size, **numbers, "do_rescale": True, "rescale_factor": 1 / 255}, 3)

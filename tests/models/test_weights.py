@@ -44,7 +44,7 @@ def loaded(path: Path, content: object, key: str = "") -> State:
     """The weights that a network has after it loaded a file of this content."""
     torch.save(content, path)
     model = network(2)
-    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model.get_parameter("0.weight"))
     load_weights_(model, Path(f"{path}{key}"))
     return dict(model.state_dict())
 
@@ -56,12 +56,12 @@ def same(found: State, expected: State) -> bool:
 def adam_state() -> dict[str, Any]:
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
-    sum(parameter.sum() for parameter in model.parameters()).backward()
+    torch.stack([parameter.sum() for parameter in model.parameters()]).sum().backward()
     optimizer.step()
     return optimizer.state_dict()
 
 
-class Attributes(dict):
+class Attributes(dict[str, Any]):
     """A dictionary of a training script."""
 
 

@@ -11,7 +11,7 @@ from gdfq.quantizers.adaround import RoundedWeight
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**31), bits=st.integers(2, 8))
-def test_rounded_weight_starts_at_the_weight_and_ends_next_to_it(seed: int, bits: str) -> None:
+def test_rounded_weight_starts_at_the_weight_and_ends_next_to_it(seed: int, bits: int) -> None:
     weight = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
     quantizer = RoundedWeight(weight, bits, Layout.ROWS)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

@@ -1,12 +1,12 @@
 """Learned scales and the search for the first grid."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks
+from support.narrowing import present
+from torch import Tensor
 
 from gdfq.functional.grid import Layout, affine_grid, channel_range, fake_quantize
 from gdfq.quantizers.lsq import (
@@ -26,9 +26,9 @@ def test_learned_scale_matches_hand_computed_values() -> None:
     y = learned_scale(x, step, torch.tensor(-2.0), 2)
     assert y.tolist() == [0.0, 0.5, 1.0, 1.5]
     (y * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
-    assert x.grad.tolist() == [0.0, 10.0, 100.0, 0.0]
+    assert present(x.grad).tolist() == [0.0, 10.0, 100.0, 0.0]
     # (q − z) − u inside: 1 − 0.8 and 2 − 2.4; q − z outside: 0 and 3.
-    assert float(step.grad) == pytest.approx(10 * 0.2 + 100 * -0.4 + 1000 * 3, rel=1e-5)
+    assert float(present(step.grad)) == pytest.approx(10 * 0.2 + 100 * -0.4 + 1000 * 3, rel=1e-5)
 
 
 @given(
@@ -38,7 +38,7 @@ def test_learned_scale_matches_hand_computed_values() -> None:
     channels_last=st.booleans(),
 )
 def test_learned_scale_equals_fake_quantize(
-    seed: int, bits: str, zero: Any, channels_last: bool
+    seed: int, bits: int, zero: float, channels_last: bool
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, 4, 5, generator=draw)
@@ -66,19 +66,25 @@ def test_learned_scale_gradient_matches_autograd() -> None:
         else:
             y = learned_scale(a, step, torch.tensor(-2.0), 3)  # codes −4..3, so q − z is −2..5
         (y * weight).sum().backward()
-        grads.append((a.grad, step.grad))
+        grads.append((present(a.grad), present(step.grad)))
     assert torch.allclose(grads[0][0], grads[1][0], atol=1e-6)
     assert torch.allclose(grads[0][1], grads[1][1], rtol=1e-4)
 
 
 @given(seed=st.integers(0, 2**31), bits=st.integers(2, 5))
-def test_weight_search_is_never_worse_than_the_full_range(seed: int, bits: str) -> None:
+def test_weight_search_is_never_worse_than_the_full_range(seed: int, bits: int) -> None:
     weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed)) ** 3
     full = affine_grid(*channel_range(weight, Layout.ROWS), bits)
     best = best_weight_grid(weight, bits, Layout.ROWS)
 
-    def errors(grid: Any) -> Any:
-        return (fake_quantize(weight, *grid, bits) - weight).abs().pow(2.4).flatten(1).sum(1)
+    def errors(grid: tuple[Tensor, Tensor]) -> Tensor:
+        return (
+            (fake_quantize(weight, grid[0], grid[1], bits) - weight)
+            .abs()
+            .pow(2.4)
+            .flatten(1)
+            .sum(1)
+        )
 
     assert bool((errors(best) <= errors(full) * (1 + 1e-6)).all())
 
@@ -93,7 +99,7 @@ def test_weight_search_clips_an_outlier() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_weight_search_uses_the_channels_of_a_transposed_weight(groups: Any) -> None:
+def test_weight_search_uses_the_channels_of_a_transposed_weight(groups: int) -> None:
     rows = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     rows *= torch.tensor([1, 2, 4, 8, 16, 32.0]).view(-1, 1, 1, 1)
     # [O, I/g, *k] -> [I, O/g, *k]
@@ -112,7 +118,7 @@ def test_range_search_matches_brute_force() -> None:
         top: float((fake_quantize(x, *affine_grid(torch.tensor(0.0), top, 3), 3) - x).square().mean())
         for top in torch.linspace(0.2, float(x.max()), 300)
     }  # fmt: skip
-    best = min(errors, key=errors.get)
+    best = min(errors, key=errors.__getitem__)
     found = float((fake_quantize(x, step, zero_point, 3) - x).square().mean())
     assert found <= errors[best] * 1.02
     assert float(step) * 7 < 0.9 * float(x.max())  # it clips
@@ -127,10 +133,10 @@ def test_learned_weight_starts_on_the_searched_grid_and_learns() -> None:
     on_grid.square().sum().backward()
     clipped = (quantizer.codes < -4) | (quantizer.codes > 3)
     assert clipped.any()
-    assert torch.equal(quantizer.codes.grad[clipped], torch.zeros(int(clipped.sum())))
+    assert torch.equal(present(quantizer.codes.grad)[clipped], torch.zeros(int(clipped.sum())))
     # ∂/∂(ln Δ) Σ w_q² = 2 Σ w_q², because w_q is proportional to Δ.
     expected = 2 * on_grid.detach().square().flatten(1).sum(1)
-    assert torch.allclose(quantizer.log_scale.grad.flatten(), expected, rtol=1e-4)
+    assert torch.allclose(present(quantizer.log_scale.grad).flatten(), expected, rtol=1e-4)
     final = quantizer.quantized(weight)
     assert final.codes.dtype is torch.int8
     assert torch.allclose((final.codes - final.zero_point) * final.scale, on_grid.detach())

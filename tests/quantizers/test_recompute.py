@@ -1,7 +1,5 @@
 """Activation recomputation: the same gradients with less memory."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,7 +37,7 @@ CONSUMERS = {
 
 @pytest.mark.parametrize("name", CONSUMERS)
 @pytest.mark.parametrize("layout", [(0, 1, 2), (2, 0, 1)])
-def test_recomputed_gradients_are_the_same(name: str, layout: Any) -> None:
+def test_recomputed_gradients_are_the_same(name: str, layout: tuple[int, ...]) -> None:
     x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
     x = x.permute(layout).contiguous().permute([layout.index(d) for d in range(3)])
     found = []
@@ -60,7 +58,7 @@ def test_recomputed_graph_can_be_used_twice() -> None:
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_quantized_tensor_is_freed_after_the_forward_pass(again: Any) -> None:
+def test_quantized_tensor_is_freed_after_the_forward_pass(again: bool) -> None:
     x = torch.randn(3, 4, 6, requires_grad=True)
     with recomputing() if again else saved_tensors_hooks(lambda t: t, lambda t: t):
         q = quantized(x)

@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A report and a comparison."""
     place = tmp_path_factory.mktemp("pages")
     run = shutil.copytree(finished, place / "run")
@@ -40,7 +40,7 @@ def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(
     params=[(name, width) for name in ("report", "comparison") for width in WIDTHS_PIXELS]
 )
-def page(request: pytest.FixtureRequest, browser: Any, pages: Any) -> Iterator[Any]:
+def page(request: pytest.FixtureRequest, browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
     """An open page, with its console messages and the URLs that it requested."""
     name, width = request.param
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
@@ -54,19 +54,19 @@ def page(request: pytest.FixtureRequest, browser: Any, pages: Any) -> Iterator[A
     context.close()
 
 
-def test_page_has_no_messages_and_no_requests(page: Path) -> None:
+def test_page_has_no_messages_and_no_requests(page: Any) -> None:
     page.wait_for_load_state("networkidle")
     assert page.messages == []
     requests = [url for url in page.requests if not url.startswith("data:")]
     assert requests == [page.url]
 
 
-def test_page_does_not_scroll_sideways(page: Path) -> None:
+def test_page_does_not_scroll_sideways(page: Any) -> None:
     width, needed = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
     assert needed <= width
 
 
-def test_figures_have_size_and_stay_inside(page: Path) -> None:
+def test_figures_have_size_and_stay_inside(page: Any) -> None:
     width = page.viewport_size["width"]
     figures = page.locator("figure > svg")
     assert figures.count() >= 1
@@ -80,7 +80,7 @@ def test_figures_have_size_and_stay_inside(page: Path) -> None:
     assert page.evaluate(broken) == 0
 
 
-def test_labels_are_large_enough(page: Path) -> None:
+def test_labels_are_large_enough(page: Any) -> None:
     sizes = page.evaluate(
         """[...document.querySelectorAll('figure > svg text')].map((text) => {
             const svg = text.ownerSVGElement, scale = svg.getBoundingClientRect().width
@@ -90,17 +90,17 @@ def test_labels_are_large_enough(page: Path) -> None:
     assert min(sizes) >= 7.5
 
 
-def test_tables_sort(page: Path) -> None:
+def test_tables_sort(page: Any) -> None:
     table = page.locator("table.sortable").first
     head = table.locator("thead th").nth(1)
 
-    def column() -> Any:
+    def column() -> list[str]:
         return [
             cell.get_attribute("data-value") or cell.inner_text()
             for cell in table.locator("tbody tr td:nth-child(2)").all()
         ]
 
-    def value(text: str) -> Any:
+    def value(text: str) -> float | str:
         try:
             return float(text)
         except ValueError:
@@ -116,14 +116,14 @@ def test_tables_sort(page: Path) -> None:
     assert sorted(column()) == before
 
 
-def test_dark_mode_changes_page_and_figures(page: Path) -> None:
+def test_dark_mode_changes_page_and_figures(page: Any) -> None:
     colours = (
         "() => ['body', 'figure > svg'].map((s) => {"
         " const style = getComputedStyle(document.querySelector(s));"
         " return [style.backgroundColor, style.color]; })"
     )
 
-    def light(colour: Any) -> Any:
+    def light(colour: str) -> bool:
         return sum(map(int, colour[colour.index("(") + 1 : -1].split(",")[:3])) > 3 * 128
 
     (paper, ink), (_, line) = page.evaluate(colours)
@@ -141,7 +141,7 @@ def test_dark_mode_changes_page_and_figures(page: Path) -> None:
     assert not light(page.evaluate(colours)[0][0])
 
 
-def test_page_prints_in_light_mode(page: Path, tmp_path: Path) -> None:
+def test_page_prints_in_light_mode(page: Any, tmp_path: Path) -> None:
     page.locator("#theme").click()
     page.emulate_media(media="print")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.narrowing import instance, present
 
 import gdfq
 from gdfq.cli import main
@@ -19,7 +20,7 @@ from gdfq.report.compare import Row, _page, compare, quality, side_by_side
 from gdfq.report.drop import drop_of
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Run, read_run
-from gdfq.report.sections import training
+from gdfq.report.sections import Content, training
 from gdfq.report.sensitive_layers import sensitive_layers
 from gdfq.report.source_warnings import (
     collapse,
@@ -48,9 +49,15 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def made(**parts: dict[str, Any]) -> Run:
+def made(**parts: Any) -> Run:
     """A run of the given parts."""
-    empty = {"config": {}, "metrics": {}, "history": (), "evidence": {}, "arrays": {}}
+    empty: dict[str, Any] = {
+        "config": {},
+        "metrics": {},
+        "history": (),
+        "evidence": {},
+        "arrays": {},
+    }
     sizes, problems = parts.pop("sizes", {"student.onnx": 250_000}), parts.pop("problems", {})
     return Run(Path("a run"), **{**empty, **parts}, sizes=sizes, problems=problems)
 
@@ -74,11 +81,13 @@ class Text(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.words, self.tags, self._open = [], [], []
+        self.words: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[str] = []
         self.feed(page)
         assert self._open == []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag not in {"meta", "link", "img", "br"}:
             self._open.append(tag)
@@ -86,7 +95,7 @@ class Text(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
@@ -108,37 +117,37 @@ def test_collapse_warns_of_images_that_are_alike() -> None:
     fine = {"pixels": 0.9, "features": 2.0, "within_class": 0.6}
     assert collapse(fine) is None
     assert collapse({**fine, "within_class": None}) is None
-    assert "all images are alike" in collapse({**fine, "pixels": 0.05})
-    assert "images of a class are alike" in collapse({**fine, "within_class": 0.01})
+    assert "all images are alike" in present(collapse({**fine, "pixels": 0.05}))
+    assert "images of a class are alike" in present(collapse({**fine, "within_class": 0.01}))
 
 
 def test_saturated_warns_of_most_pixels_out_of_range() -> None:
     assert saturated(20) is None
-    assert "80 % of the pixels" in saturated(80)
+    assert "80 % of the pixels" in present(saturated(80))
 
 
 def test_uncovered_warns_of_missing_classes() -> None:
     assert uncovered(None) is None
     assert uncovered({"predicted": 8, "possible": 10}) is None
-    assert "only 3 of 10 possible classes" in uncovered({"predicted": 3, "possible": 10})
+    assert "only 3 of 10 possible classes" in present(uncovered({"predicted": 3, "possible": 10}))
 
 
 def test_no_better_than_noise_warns_of_statistics_like_noise() -> None:
-    def of(*synthetic: Any) -> Any:
+    def of(*synthetic: float) -> list[dict[str, float]]:
         return [{"synthetic": s, "white": 5.0, "natural": 1.0} for s in synthetic]
 
     assert no_better_than_noise([]) is None
     assert no_better_than_noise(of(0.1, 0.2)) is None
-    assert "close to that of noise" in no_better_than_noise(of(1.0, 0.9))
+    assert "close to that of noise" in present(no_better_than_noise(of(1.0, 0.9)))
 
 
 def test_not_converging_warns_of_a_constant_loss() -> None:
     assert not_converging([]) is None
     assert not_converging([3.0] * 9) is None  # too few steps
     assert not_converging([10 - i / 10 for i in range(50)]) is None
-    assert "does not converge" in not_converging([3.0] * 50)
+    assert "does not converge" in present(not_converging([3.0] * 50))
     # One lucky step at the end does not make it converge.
-    assert "does not converge" in not_converging([2.0] * 199 + [0.1])
+    assert "does not converge" in present(not_converging([2.0] * 199 + [0.1]))
     history = [{"stage": "tune", "step": i, "generator": 1.0} for i in range(20)]
     assert len(source_warnings(None, history)) == 1
 
@@ -149,7 +158,7 @@ def test_not_converging_warns_of_a_constant_loss() -> None:
 @pytest.mark.parametrize(
     ("after", "level"), [(91.5, "good"), (91.09, "good"), (90.0, "fair"), (80.0, "poor")]
 )
-def test_level_is_that_of_the_measured_drop(after: Any, level: Any) -> None:
+def test_level_is_that_of_the_measured_drop(after: float, level: str) -> None:
     assert verdict(made(**measured(92.0, after))).level == level
 
 
@@ -172,12 +181,12 @@ def test_verdict_gives_its_evidence() -> None:
 def test_drop_of_accuracies_alone_has_the_unpaired_error() -> None:
     drop = drop_of(made(**measured(90.0, 90.0, images=100)))
     share = 91 / 102
-    assert drop.high == pytest.approx(1.96 * 100 * (2 * share * (1 - share) / 102) ** 0.5)
+    assert present(drop).high == pytest.approx(1.96 * 100 * (2 * share * (1 - share) / 102) ** 0.5)
 
 
 def test_interval_of_few_correct_images_is_not_empty() -> None:
     run = made(**measured(100.0, 100.0, images=4))
-    assert drop_of(run).high == pytest.approx(1.96 * 100 * (2 * 5 / 6 * 1 / 6 / 6) ** 0.5)
+    assert present(drop_of(run)).high == pytest.approx(1.96 * 100 * (2 * 5 / 6 * 1 / 6 / 6) ** 0.5)
     assert verdict(run).level == "unknown"
 
 
@@ -202,7 +211,7 @@ def test_level_of_an_expected_drop_is_that_of_its_upper_end() -> None:
     ],
 )
 def test_verdict_on_an_estimate_depends_on_both_ends(
-    interval: Any, level: Any, words: list[str]
+    interval: list[float], level: str, words: list[str]
 ) -> None:
     trust = {"expected_drop": sum(interval) / 2, "interval": interval, "agreement": 97.0}
     found = verdict(made(evidence={"trust": trust}))
@@ -282,7 +291,7 @@ def test_option_escapes_names_that_are_patterns() -> None:
 
 
 def test_faster_is_for_one_image_on_one_thread() -> None:
-    def timing(batch: Any, median: Any) -> Any:
+    def timing(batch: int, median: float) -> dict[str, float]:
         return {"batch": batch, "threads": 1, "median": median}
 
     timings = [timing(1, 3.0), timing(1, 2.0), timing(32, 9.0), timing(32, 1.0)]
@@ -310,13 +319,13 @@ def test_size_words_have_units() -> None:
 
 
 def test_svg_has_the_colour_of_the_text() -> None:
-    picture = figures.svg(figures.stages({"tune": 3.0, "total": 9.0}))
+    picture = figures.svg(present(figures.stages({"tune": 3.0, "total": 9.0})))
     assert picture.startswith("<svg")
     assert "currentColor" in picture
     assert figures._INK not in picture
     assert 'id="figure' not in picture
     assert ">tune</text>" in picture  # text that can be found
-    assert picture == figures.svg(figures.stages({"tune": 3.0, "total": 9.0}))
+    assert picture == figures.svg(present(figures.stages({"tune": 3.0, "total": 9.0})))
 
 
 def test_figures_of_no_values_are_none() -> None:
@@ -330,12 +339,12 @@ def test_figures_of_no_values_are_none() -> None:
 
 def test_pareto_axis_ends_at_100_percent() -> None:
     figure = figures.pareto([("a", 1.0, 100.0), ("b", 2.0, 90.0)], "top-1, %")
-    assert figure.axes[0].get_ylim()[1] == 100
+    assert present(figure).axes[0].get_ylim()[1] == 100
 
 
 def test_figures_do_not_read_names_as_formulas() -> None:
     picture = figures.svg(
-        figures.sensitivities([{"name": "a$b^2$<i>", "sensitivity": 1.0}], "divergence")
+        present(figures.sensitivities([{"name": "a$b^2$<i>", "sensitivity": 1.0}], "divergence"))
     )
     assert "a$b^2$&lt;i&gt;" in picture
 
@@ -456,7 +465,7 @@ def test_page_shows_an_estimate_with_its_interval(run: Path, undrawn: None) -> N
     ],
 )
 def test_page_names_a_missing_file_and_shows_the_rest(
-    run: Any, undrawn: None, name: str, problem: Any
+    run: Path, undrawn: None, name: str, problem: str
 ) -> None:
     (run / name).unlink()
     text = str(page_of(run))
@@ -470,7 +479,7 @@ def test_page_names_a_missing_file_and_shows_the_rest(
 )
 @pytest.mark.parametrize("content", [b"", b"\x00\xff garbage", b'[1, 2]\n{"a": 1}\n', b"{}"])
 def test_page_names_a_damaged_file_and_shows_the_rest(
-    run: Path, undrawn: None, name: str, content: Any
+    run: Path, undrawn: None, name: str, content: bytes
 ) -> None:
     (run / name).write_bytes(content)
     text = str(page_of(run))
@@ -481,7 +490,7 @@ def test_page_names_a_damaged_file_and_shows_the_rest(
 
 @pytest.mark.parametrize("section", ["layers", "images", "test"])
 def test_page_names_unexpected_values_and_shows_the_rest(
-    run: Path, undrawn: None, section: Any
+    run: Path, undrawn: None, section: str
 ) -> None:
     evidence = json.loads((run / "evidence.json").read_text())
     evidence[section] = {"surprise": [1, 2, 3]}
@@ -519,7 +528,7 @@ def test_learning_rates_of_version_0_1_are_shown() -> None:
     run = made(
         config={"recipe": {"tuning": {"optimizer": names}}}, metrics={"seconds": {"tune": 1}}
     )
-    assert training(run).values["rates"] == [
+    assert instance(training(run), Content).values["rates"] == [
         ("code_lr", 1e-2),
         ("scale_lr", 1e-3),
         ("other_lr", 1e-4),
@@ -528,7 +537,7 @@ def test_learning_rates_of_version_0_1_are_shown() -> None:
     run = made(
         config={"recipe": {"tuning": {"optimizer": current}}}, metrics={"seconds": {"tune": 1}}
     )
-    assert training(run).values["rates"] == [
+    assert instance(training(run), Content).values["rates"] == [
         ("code_lr", 1e-2),
         ("scale_lr", 1e-3),
         ("rounding_lr", 1e-4),
@@ -587,7 +596,7 @@ def test_page_of_a_hundred_layers_is_small(run: Path) -> None:
 
 
 def row(name: str, **more: float | str) -> Row:
-    empty = dict.fromkeys(Row.__dataclass_fields__)
+    empty: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__)
     return Row(**{**empty, "name": name, "network": "n", "bits": "w4a4", "expected": "–", **more})
 
 
@@ -672,9 +681,29 @@ def test_print_run_shows_size_drop_and_verdict(
     print_run(found)
     printed = capsys.readouterr().out
     assert "times smaller" in printed
-    assert lost_or_gained(found.drop) in printed
+    assert lost_or_gained(present(found.drop)) in printed
     assert verdict(found).sentence.split(":")[0] in printed
     print_run(replace(found, evidence={}))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "reason"),
+    [
+        ({"trust": {"expected_drop": None, "reason": "Too few images."}}, "Too few images."),
+        ({"missing": {"trust": "MemoryError: full"}}, "The estimate failed: MemoryError: full."),
+    ],
+)
+def test_print_run_says_why_the_drop_is_not_estimated(
+    evidence: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gdfq.cli.console import print_run
+
+    metrics = {"seconds": {"total": 3.0}, "steps": 12}
+    print_run(made(metrics=metrics, evidence=evidence))
+    assert f"No estimate of the accuracy drop: {reason}\n" in capsys.readouterr().out
+    accuracy = measured(91.0, 90.0)["metrics"]
+    print_run(made(metrics={**metrics, **accuracy}, evidence=evidence))
+    assert "No estimate" not in capsys.readouterr().out
 
 
 def test_bench_adds_its_timings_to_the_run(run: Path, undrawn: None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.narrowing import present
 from support.places import ROOT
 
 SCRIPTS = [
@@ -24,7 +25,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            yield node.module.split(".")[0]
+            yield present(node.module).split(".")[0]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ MODULES = sorted((ROOT / "src/gdfq").rglob("*.py"))
 
 
 def subclasses(cls: type) -> set[str]:
-    return {cls.__name__ for cls in cls.__subclasses__()}.union(
-        *map(subclasses, cls.__subclasses__())
-    )
+    direct: list[type] = cls.__subclasses__()
+    return {subclass.__name__ for subclass in direct}.union(*map(subclasses, direct))
 
 
 METHODS = set[str]().union(*map(subclasses, (Source, Tuning, WeightQuantizer, ActivationQuantizer)))

@@ -1,14 +1,14 @@
 """The evidence of a run is gathered and written."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support import networks
+from support.narrowing import present
 
 import gdfq
-from gdfq.analysis.layers import measure_layers
+from gdfq.analysis.layers import Layers, measure_layers
 from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe
@@ -16,8 +16,8 @@ from gdfq.runs.diagnostics import gather, write_evidence
 
 
 @pytest.fixture(scope="module")
-def layers(teacher: Captured, quantized: QuantizedNetwork) -> Any:
-    return measure_layers(teacher, quantized.network, quantized.observations.images)
+def layers(teacher: Captured, quantized: QuantizedNetwork) -> Layers:
+    return measure_layers(teacher, quantized.network, present(quantized.observations).images)
 
 
 def test_gather_measures_all_sections(
@@ -41,7 +41,7 @@ def test_gather_gives_the_reason_for_a_missing_section(
     def fails(*_: object) -> None:
         raise RuntimeError("no memory\nat all")
 
-    monkeypatch.setattr(gdfq.runs.diagnostics, "measure_layers", fails)
+    monkeypatch.setattr("gdfq.runs.diagnostics.measure_layers", fails)
     evidence = gather(teacher, quantized)
     assert evidence.missing == {"layers": "RuntimeError: no memory"}
     assert set(evidence.sections) == {"trust", "images", "test"}

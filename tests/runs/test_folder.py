@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.command_line import arguments
@@ -15,17 +14,18 @@ import gdfq
 from gdfq import UsageError
 from gdfq.cli import main
 from gdfq.execution.listeners import History
+from gdfq.execution.progress import Step
 from gdfq.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
 def test_failing_folder_stops_the_run_with_advice(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: Any
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """The disk is full, or the folder is read-only or removed, from one row of history on."""
 
     class Failing(History):
-        def __call__(self, step: Any) -> None:
+        def __call__(self, step: Step) -> None:
             if step.index == 3:
                 raise OSError(number, os.strerror(number))
             super().__call__(step)

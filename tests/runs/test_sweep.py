@@ -3,7 +3,6 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -107,7 +106,7 @@ def test_model_is_not_read_as_an_option() -> None:
         ("networks: [a]\n" + "#" * 2**20, "1048576 bytes at most"),
     ],
 )
-def test_read_sweep_refuses_invalid_files(tmp_path: Path, text: str, said: Any) -> None:
+def test_read_sweep_refuses_invalid_files(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UsageError) as raised:
         read(tmp_path, text)
     assert said in str(raised.value)

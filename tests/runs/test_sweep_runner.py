@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pytest
+from support.narrowing import present
 
 from gdfq.cli import main
 from gdfq.errors import UsageError
@@ -36,7 +37,7 @@ OPTIONS = "input: 1x8x8, mean: 0.5, std: [0.5], test: test.npz"
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Any:
+def place(tmp_path: Path) -> Path:
     (tmp_path / "net.py").write_text(NETWORK)
     images = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), np.uint8)
     np.savez(tmp_path / "test.npz", images=images, labels=np.arange(12) % 3)
@@ -124,11 +125,13 @@ def test_killed_run_is_reported_with_its_signal(place: Path) -> None:
     sweep = Sweep((Network("net.py:small", input="1x8x8"),))
     (row,) = run_sweep(sweep, place / "out", home=place, jobs=1, tell=silent)
     assert row.status == "failed"
-    assert "SIGKILL" in row.error
+    assert "SIGKILL" in present(row.error)
 
 
 def test_table_has_mean_and_deviation_over_seeds() -> None:
-    def row(seed: int, top1: float | None, status: str = "finished") -> Row:
+    def row(
+        seed: int, top1: float | None, status: Literal["finished", "failed"] = "finished"
+    ) -> Row:
         return Row("net", "w4a4", "fast", None, "", seed, status, 90.0, top1, seconds=1.0)
 
     heading, line = table([row(0, 80.0), row(1, 82.0), row(2, None, "failed")]).splitlines()

@@ -1,7 +1,5 @@
 """Shifts and mirrored images."""
 
-from typing import Any
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +9,7 @@ from gdfq.sources.augment import shifted_and_flipped
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), size=st.sampled_from([[16, 24], [40], [7, 7], [8, 8, 8]]))
-def test_augmentation_shifts_and_mirrors_only(seed: int, size: Any) -> None:
+def test_augmentation_shifts_and_mirrors_only(seed: int, size: list[int]) -> None:
     images = torch.rand(3, 2, *size, generator=torch.Generator().manual_seed(seed))
     moved = shifted_and_flipped(images, torch.Generator().manual_seed(seed))
     assert moved.shape == images.shape

@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from support import networks
+from support.narrowing import instance, present
+from torch import Tensor, nn
 
 from gdfq import UsageError
 from gdfq.errors import GdfqError
 from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream
 from gdfq.graph.capture import Captured, capture
 from gdfq.optim import AdamConfig
@@ -40,7 +43,7 @@ def test_generated_image_depends_on_its_class(form: Any) -> None:
     generator = Generator((3, 8, 8), 4, latent=100, conditioning=form, random=stream(0, "i"))
     if form == "conditional-batch-norm":  # all classes start alike, as published
         with torch.no_grad():
-            generator.norms[0].scale[1] *= 2
+            instance(instance(generator.norms[0], nn.Module).scale, Tensor)[1] *= 2
     z = torch.randn(1, 100, generator=stream(0, "z")).expand(8, 100)
     images = generator(z, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
     assert torch.allclose(images[0], images[3], atol=1e-5)
@@ -61,7 +64,7 @@ def test_generator_has_the_published_sizes() -> None:
     [({"class_boundary": 0.0}, "bns", 0.5), ({"statistics": 0.0}, "boundary", 0.93)],
 )
 def test_generator_reduces_each_loss_alone(
-    teacher: Captured, alone: Any, loss: Any, share: Any
+    teacher: Captured, alone: dict[str, Any], loss: str, share: float
 ) -> None:
     stream = GeneratorSource(batch=32, **alone).stream(teacher, steps=150)
     values = [float(batch.losses[loss]) for batch in stream]
@@ -71,9 +74,9 @@ def test_generator_reduces_each_loss_alone(
 def test_batches_are_detached_and_have_teacher_logits(teacher: Captured) -> None:
     (batch,) = GeneratorSource(batch=32).stream(teacher, steps=1)
     assert set(batch.losses) == {"generator", "bns", "boundary"}
-    assert torch.allclose(batch.teacher_logits, teacher.network(batch.images), atol=1e-4)
+    assert torch.allclose(present(batch.teacher_logits), teacher.network(batch.images), atol=1e-4)
     assert not batch.images.requires_grad
-    assert not batch.teacher_logits.requires_grad
+    assert not present(batch.teacher_logits).requires_grad
 
 
 def test_generator_loss_is_the_weighted_sum(teacher: Captured) -> None:
@@ -83,7 +86,7 @@ def test_generator_loss_is_the_weighted_sum(teacher: Captured) -> None:
 
 
 def test_generator_learns_under_no_grad(teacher: Captured) -> None:
-    def run() -> Any:
+    def run() -> list[Tensor]:
         return [b.images for b in GeneratorSource(batch=8).stream(teacher, steps=4)]
 
     with torch.no_grad():
@@ -96,14 +99,14 @@ def test_generator_learns_under_no_grad(teacher: Captured) -> None:
 def test_generator_alternates_separates_and_stops(teacher: Captured) -> None:
     """The published schedule trains at each step; the ablations differ only in when."""
 
-    def losses(**changes: Any) -> Any:
+    def losses(**changes: Any) -> list[float]:
         source = GeneratorSource(batch=8, **changes)
         return [float(b.losses["bns"]) for b in source.stream(teacher, steps=12)]
 
     published = losses()
     assert losses(stop=0.5)[:7] == published[:7]
     assert losses(stop=0.5)[8:] != published[8:]
-    heard = []
+    heard: list[Step] = []
     source = GeneratorSource(batch=8, head_start=1.0, stop=0.0)
     batches = list(source.stream(teacher, steps=12, context=Context(listener=heard.append)))
     assert len(batches) == 12
@@ -127,6 +130,6 @@ def test_generator_needs_images_and_batch_norms() -> None:
 
 def test_generated_labels_are_uniform(teacher: Captured) -> None:
     batches = GeneratorSource(batch=500).stream(teacher, steps=2)
-    counts = torch.cat([b.labels for b in batches]).bincount(minlength=networks.CLASSES)
+    counts = torch.cat([present(b.labels) for b in batches]).bincount(minlength=networks.CLASSES)
     assert counts.min() > 150  # 200 expected of each of 5 classes, 12.6 the deviation
     assert counts.sum() == 1000

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
+from support.narrowing import instance
+from torch import Tensor, nn
 
 from gdfq.graph.capture import capture
 from gdfq.sources.input_scale import estimate_input_statistics
@@ -10,7 +11,9 @@ from gdfq.sources.input_scale import estimate_input_statistics
 
 def trained_on(images: torch.Tensor, first: nn.Module) -> nn.Module:
     """A layer and a batch norm that has seen these images."""
-    network = nn.Sequential(first, nn.BatchNorm2d(first.weight.shape[0], momentum=1.0))
+    network = nn.Sequential(
+        first, nn.BatchNorm2d(instance(first.weight, Tensor).shape[0], momentum=1.0)
+    )
     network.train()(images)
     head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
     return nn.Sequential(network, head).eval()

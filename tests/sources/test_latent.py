@@ -5,8 +5,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from support import networks
+from support.narrowing import present
 
 from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured, capture
 from gdfq.optim import AdamConfig
 from gdfq.sources.latent import LatentSource, swinging
@@ -14,11 +16,11 @@ from gdfq.sources.latent import LatentSource, swinging
 
 def test_latents_and_generator_reduce_the_statistics_loss(teacher: Captured) -> None:
     source = LatentSource(batch=16, iterations=30)
-    heard = []
+    heard: list[Step] = []
     first, second = source.stream(teacher, steps=2, context=Context(listener=heard.append))
     assert first.images.shape == (16, *networks.SHAPE)
     assert float(heard[29].losses["bns"]) < 0.7 * float(heard[0].losses["bns"])
-    assert torch.equal(first.labels, teacher.network(first.images).argmax(1))
+    assert torch.equal(present(first.labels), teacher.network(first.images).argmax(1))
     assert not torch.equal(first.images, second.images)
     (still,) = replace(source, latents=AdamConfig(lr=0.0)).stream(teacher, steps=1)
     assert not torch.allclose(first.images, still.images)  # latents learn too

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support import networks
+from support.narrowing import present
 
 from gdfq import UsageError
 from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig
@@ -18,17 +20,17 @@ from gdfq.sources.pixels import OptimisedSource, low_passed
 def test_optimised_images_match_the_statistics(teacher: Captured) -> None:
     network = StatisticsNetwork(teacher)
     source = OptimisedSource(batch=16, iterations=60, optimizer=AdamConfig(lr=0.1))
-    heard = []
+    heard: list[Step] = []
     (batch,) = source.stream(teacher, steps=1, context=Context(listener=heard.append))
     assert float(heard[-1].losses["bns"]) < 0.5 * float(heard[0].losses["bns"])
-    assert torch.equal(batch.labels, teacher.network(batch.images).argmax(1))
+    assert torch.equal(present(batch.labels), teacher.network(batch.images).argmax(1))
     assert not network.stored[0][0].requires_grad
 
 
 def test_optimised_images_have_their_labels(teacher: Captured) -> None:
     source = OptimisedSource(batch=20, iterations=60, optimizer=AdamConfig(lr=0.1), class_weight=3)
     (batch,) = source.stream(teacher, steps=1)
-    assert batch.labels.tolist() == [i % networks.CLASSES for i in range(20)]
+    assert present(batch.labels).tolist() == [i % networks.CLASSES for i in range(20)]
     right = (teacher.network(batch.images).argmax(1) == batch.labels).float().mean()
     assert float(right) > 0.6  # by chance 0.2
 

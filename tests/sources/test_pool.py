@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import networks
+from support.narrowing import instance, present
 from torch import Tensor
 
 from gdfq.data.datasets import ArrayData
@@ -16,12 +17,12 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import QUICK
 from gdfq.sources.augment import prediction_consistency
 from gdfq.sources.base import Batch, Source
-from gdfq.sources.given import on_images
+from gdfq.sources.given import ImageSource, on_images
 from gdfq.sources.pool import ImagePool, collect
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Any:
+def teacher() -> Captured:
     return networks.captured("Residual")
 
 
@@ -42,11 +43,11 @@ def test_pool_gives_each_image_once_per_epoch(teacher: Captured) -> None:
     pool = ImagePool(Counted(), images=10, batch=5)
     batches = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
     for first, second in (batches[:2], batches[2:]):
-        labels = torch.cat([first.labels, second.labels])
+        labels = torch.cat([present(first.labels), present(second.labels)])
         assert labels.sort().values.tolist() == list(range(10))
         values = torch.cat([first.images, second.images])[:, 0, 0, 0]
         assert torch.equal(values.long(), labels)  # image and label stay together
-    assert not torch.equal(batches[0].labels, batches[2].labels)
+    assert not torch.equal(present(batches[0].labels), present(batches[2].labels))
     same = list(pool.stream(teacher, steps=4, context=Context(seed=3)))
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, same, strict=True))
 
@@ -76,7 +77,7 @@ class Brightest(torch.nn.Module):
 
 
 @pytest.mark.parametrize("where", [True, False])
-def test_pool_augments_images_with_consistent_predictions(where: Any) -> None:
+def test_pool_augments_images_with_consistent_predictions(where: bool) -> None:
     teacher = capture(Brightest(where).eval(), networks.images(2))
     images, _ = collect(Textures(), teacher, 32)
     known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
@@ -121,7 +122,7 @@ def test_pool_augments_images_of_a_network_without_classes() -> None:
     ],
 )
 def test_pool_of_large_images_is_smaller(
-    shape: tuple[int, ...], images: Tensor, batch: Any, at_once: Any
+    shape: tuple[int, ...], images: int, batch: int, at_once: int
 ) -> None:
     pool = ImagePool(Counted(), images=40, batch=10, pixels=3200)
     fitted = pool.fitted(shape)
@@ -133,8 +134,8 @@ def test_pool_of_large_images_is_smaller(
 
 
 @pytest.mark.parametrize(("side", "at_once"), [(32, 128), (128, 128), (129, 64), (224, 32)])
-def test_recipe_optimises_fewer_large_images_at_once(side: Any, at_once: Any) -> None:
-    fitted = QUICK.fitted((3, side, side)).source
+def test_recipe_optimises_fewer_large_images_at_once(side: int, at_once: int) -> None:
+    fitted = instance(QUICK.fitted((3, side, side)).source, ImagePool)
     assert (fitted.images, fitted.batch, fitted.source.batch) == (256, 100, at_once)
 
 
@@ -149,13 +150,14 @@ def test_pool_makes_as_many_images_at_once_as_fit(teacher: Captured) -> None:
 
 def test_collect_takes_the_first_images(teacher: Captured) -> None:
     images, labels = collect(Counted(), teacher, 6)
-    assert labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert present(labels).tolist() == [0, 1, 2, 3, 4, 5]
     assert images.shape == (6, 3, 8, 8)
 
 
 def test_given_images_fill_the_pool() -> None:
     images = torch.randint(256, (7, 1, 8, 8)).byte()
     data = ArrayData(images, torch.arange(7))
-    pool = on_images(ImagePool(Counted(), images=10, batch=5), data, Preprocessing((0.0,), (1.0,)))
+    empty = ImagePool(Counted(), images=10, batch=5)
+    pool = instance(on_images(empty, data, Preprocessing((0.0,), (1.0,))), ImagePool)
     assert pool.images == 7
-    assert pool.source.data is data
+    assert instance(pool.source, ImageSource).data is data

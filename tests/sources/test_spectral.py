@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support import networks
+from support.narrowing import present
 from torch import Tensor
 
 from gdfq.errors import UsageError
@@ -27,7 +27,7 @@ from gdfq.sources.spectral import (
 
 @pytest.mark.parametrize("size", [[32, 32], [9, 12], [64], [5, 6, 7], [1, 8], [1, 1]])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_white_coefficients_give_images_of_variance_one(size: Any, channels: Any) -> None:
+def test_white_coefficients_give_images_of_variance_one(size: list[int], channels: int) -> None:
     """The given share of the variance is that of the image means, or all of it for one pixel."""
     amplitude = natural_spectrum(size, 1.5, 0.3)
     draw = torch.Generator().manual_seed(0)
@@ -74,13 +74,13 @@ def test_spectral_images_approach_the_statistics(teacher: Captured) -> None:
     (batch,) = source.stream(teacher, steps=1)
     network = StatisticsNetwork(teacher)
 
-    def error(images: Tensor) -> Any:
+    def error(images: Tensor) -> float:
         return float(relative_statistics_loss(network(images)[1], network.stored))
 
     start = next(replace(source, iterations=1).stream(teacher, steps=1)).images
     assert error(batch.images) < 0.3 * error(start)
-    assert batch.labels.bincount(minlength=networks.CLASSES).min() >= 6  # classes in turn
-    assert torch.equal(batch.teacher_logits, teacher.network(batch.images))
+    assert present(batch.labels).bincount(minlength=networks.CLASSES).min() >= 6  # classes in turn
+    assert torch.equal(present(batch.teacher_logits), teacher.network(batch.images))
     again = next(source.stream(teacher, steps=1)).images
     other = next(source.stream(teacher, steps=1, context=Context(seed=1))).images
     assert torch.equal(again, batch.images)

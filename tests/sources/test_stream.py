@@ -1,7 +1,5 @@
 """The feed of batches."""
 
-from typing import Any
-
 import torch
 
 from gdfq.sources.base import Batch
@@ -9,8 +7,8 @@ from gdfq.sources.stream import Feed, Stream
 
 
 def test_feed_has_examples_before_the_first_batch_is_taken() -> None:
-    def numbered(count: int) -> Any:
-        def make(step: Any) -> Any:
+    def numbered(count: int) -> Stream:
+        def make(step: int) -> Batch:
             return Batch((torch.full((40, 1), float(step)),), None, None)
 
         return Stream(make, count, [])

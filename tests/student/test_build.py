@@ -1,10 +1,12 @@
 """The student that is built from a captured network."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support import networks
+from support.narrowing import instance
 from torch import Tensor, nn
 
 from gdfq.errors import UsageError
@@ -66,7 +68,7 @@ def test_with_features_drops_relus_that_the_grid_replaces() -> None:
     assert counted == {"relu": 0}
     # A grid that begins elsewhere does not clamp as a ReLU does.
     first = next(iter(student.activations))
-    first.zero_point += 1
+    instance(first.zero_point, Tensor).add_(1)
     with Count():
         student.with_features([])(batch.images)
     assert counted == {"relu": 1}
@@ -78,7 +80,7 @@ def test_with_features_keeps_a_relu_with_other_readers() -> None:
             super().__init__()
             self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             h = self.first(x).relu()
             return self.second(h), h
 
@@ -94,7 +96,9 @@ def test_with_features_keeps_a_relu_with_other_readers() -> None:
 
 
 def test_channels_use_their_whole_grid() -> None:
-    quantized = MinMaxWeight(3, *_rows()).quantized(networks.make("Residual").conv1.weight)
+    quantized = MinMaxWeight(3, *_rows()).quantized(
+        networks.make("Residual").get_parameter("conv1.weight")
+    )
     for channel in quantized.codes:
         assert int(channel.min()) == -4
         assert int(channel.max()) == 3
@@ -154,7 +158,7 @@ def test_every_form_of_relu_is_recognized() -> None:
     )
 
     class Net(nn.Module):
-        def __init__(self, relu: Any) -> None:
+        def __init__(self, relu: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
             self.conv, self.relu = nn.Conv2d(3, 5, 1), relu
 

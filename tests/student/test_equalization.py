@@ -1,11 +1,11 @@
 """Channel equalization: the same function with channels of similar scale."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from support import networks
+from support.narrowing import present
 from torch import Tensor, nn
 
 from gdfq.functional.grid import Bits
@@ -61,7 +61,7 @@ class Chain(nn.Module):
         self.last = nn.Conv2d(2, 3, 1)
         with torch.no_grad():
             self.first.weight.copy_(torch.tensor([1.0, 4.0]).view(2, 1, 1, 1))
-            self.first.bias.copy_(torch.tensor([0.25, 1.0]))
+            present(self.first.bias).copy_(torch.tensor([0.25, 1.0]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.depthwise(self.between(self.first(x).relu()))).mean((2, 3))
@@ -107,7 +107,7 @@ class Offset(nn.Module):
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_channels_stay_where_factors_cannot_pass(between: Any) -> None:
+def test_channels_stay_where_factors_cannot_pass(between: nn.Module) -> None:
     if isinstance(between, nn.AdaptiveMaxPool2d):
         between = First(between)
     teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
@@ -131,7 +131,7 @@ class First(nn.Module):
     [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.Dropout(0.5)],
     ids=lambda module: type(module).__name__,
 )
-def test_factors_pass_positively_homogeneous_operators(between: Any) -> None:
+def test_factors_pass_positively_homogeneous_operators(between: nn.Module) -> None:
     teacher = capture(Chain(between).eval(), networks.images(2, shape=(1, 8, 8)))
     equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
     assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
@@ -149,9 +149,10 @@ def unlike(*modules: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
     first = modules[0]
     with torch.no_grad():
-        factors = torch.logspace(-0.5, 0.5, len(first.bias))
-        first.weight.normal_().mul_(factors.view(-1, *[1] * (first.weight.ndim - 1)))
-        first.bias.normal_().mul_(factors)
+        weight, bias = first.get_parameter("weight"), first.get_parameter("bias")
+        factors = torch.logspace(-0.5, 0.5, len(bias))
+        weight.normal_().mul_(factors.view(-1, *[1] * (weight.ndim - 1)))
+        bias.normal_().mul_(factors)
     return nn.Sequential(*modules).eval()
 
 
@@ -178,7 +179,7 @@ def convolution(channels: int = 8) -> nn.Conv2d:
     ids=["linear", "average", "greatest", "groups", "transposed", "flat", "mean", "pooled"],
 )
 def test_factors_pass_only_operators_that_keep_channels(
-    modules: Any, shape: tuple[int, ...], scaled: Any
+    modules: tuple[nn.Module, ...], shape: tuple[int, ...], scaled: bool
 ) -> None:
     teacher = capture(unlike(*modules), networks.images(2, shape=shape))
     equalized = equalize(teacher, T1, networks.images(16, seed=1, shape=shape))
@@ -207,11 +208,13 @@ def test_weight_that_is_read_elsewhere_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize(("weight", "bias", "scale"), [(1.0, -100.0, 1), (1e-6, 0.0, 1 / 8)])
-def test_dead_channels_stay_and_factors_are_bounded(weight: Any, bias: Any, scale: Any) -> None:
+def test_dead_channels_stay_and_factors_are_bounded(
+    weight: float, bias: float, scale: float
+) -> None:
     chain = Chain(nn.Identity())
     with torch.no_grad():
         chain.first.weight.copy_(torch.tensor([weight, 1.0]).view(2, 1, 1, 1))
-        chain.first.bias.copy_(torch.tensor([bias, 0.0]))
+        present(chain.first.bias).copy_(torch.tensor([bias, 0.0]))
     teacher = capture(chain.eval(), networks.images(2, shape=(1, 8, 8)))
     scales = channel_scales(teacher, T1, networks.images(16, seed=1, shape=(1, 8, 8)))
     assert float(scales["relu"][0]) == pytest.approx(scale, rel=1e-5)
@@ -222,7 +225,7 @@ def test_equalization_reduces_the_error_of_unequal_channels() -> None:
     unlike, images = torch.logspace(-1.5, 1.5, 8), networks.images(64, seed=1)
 
     @torch.no_grad()
-    def error(teacher: Captured, expected: Any) -> Any:
+    def error(teacher: Captured, expected: Tensor) -> float:
         student = build_student(teacher, T1, quantizers=LSQ)
         calibrate_(student, [Batch((images,), None, None)], steps=1)
         return float((student(images) - expected).square().mean() / expected.square().mean())
@@ -235,9 +238,9 @@ def test_equalization_reduces_the_error_of_unequal_channels() -> None:
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
         ).eval()
         with torch.no_grad():
-            network[0].weight.normal_().mul_(unlike.view(-1, 1, 1, 1))
-            network[0].bias.mul_(unlike)
-            network[2].weight.normal_().div_(unlike.view(1, -1, 1, 1))
+            network.get_parameter("0.weight").normal_().mul_(unlike.view(-1, 1, 1, 1))
+            network.get_parameter("0.bias").mul_(unlike)
+            network.get_parameter("2.weight").normal_().div_(unlike.view(1, -1, 1, 1))
             expected = network(images)
         teacher = capture(network, images[:2])
         ratios.append(error(equalize(teacher, T1, images), expected) / error(teacher, expected))

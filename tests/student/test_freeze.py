@@ -3,8 +3,9 @@
 import pytest
 import torch
 from support import networks
+from support.narrowing import instance
 from support.small_runs import calibrated
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.errors import GdfqError
 from gdfq.functional.grid import Bits, dequantize
@@ -12,12 +13,12 @@ from gdfq.graph.capture import Captured
 from gdfq.quantizers.base import QuantizedTensor
 from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze, rescaled
-from gdfq.student.scheme import Scheme
+from gdfq.student.scheme import Placement, Scheme
 
 
 @pytest.mark.parametrize("placement", ["relu", "full"])
 def test_frozen_student_equals_the_student_and_is_close_at_eight_bits(
-    any_network: nn.Module, any_teacher: Captured, placement: str
+    any_network: nn.Module, any_teacher: Captured, placement: Placement
 ) -> None:
     student = calibrated(any_teacher, "w8a8", placement)
     x = networks.images(64)
@@ -34,8 +35,8 @@ def test_frozen_weights_are_those_of_the_student(any_teacher: Captured, bits: st
     # With activations exact, folding must agree to float rounding.
     for quantizer in student.activations:
         quantizer.bits = 8
-        quantizer.scale.fill_(1e-7)  # so fine that biases, too, are exact
-        quantizer.forward = lambda x: x
+        instance(quantizer.scale, Tensor).fill_(1e-7)  # so fine that biases, too, are exact
+        quantizer.forward = lambda x: x  # type: ignore[method-assign]
     frozen = freeze(student)
     x = networks.images(16)
     assert torch.allclose(frozen.as_float()(x), student(x), rtol=1e-3, atol=1e-4)

@@ -1,21 +1,20 @@
 """Which tensors each placement quantizes."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from support import networks
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdfq.functional.grid import Bits
 from gdfq.graph import operators
-from gdfq.graph.capture import capture
+from gdfq.graph.capture import Captured, capture
 from gdfq.student.placement import activation_bits
-from gdfq.student.scheme import Scheme
+from gdfq.student.scheme import Placement, Scheme
 
 
-def transformer() -> Any:
+def transformer() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return networks.Transformer().eval()
@@ -25,11 +24,11 @@ ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
 
 
 @pytest.fixture(scope="module")
-def small() -> Any:
+def small() -> Captured:
     return capture(transformer(), ZEROS)
 
 
-def test_placement_of_a_transformer(small: Any) -> None:
+def test_placement_of_a_transformer(small: Captured) -> None:
     widths = activation_bits(small, Scheme(Bits(4, 4), "full"))
     names = {node.name: bits for node, bits in widths.items()}
     # Per block: queries, keys and values (one layer's output) 8; the attention's weights, its
@@ -39,7 +38,7 @@ def test_placement_of_a_transformer(small: Any) -> None:
         "softmax": 4,
         "softmax_1": 4,
     }
-    by_kind = {}
+    by_kind: dict[str, set[int]] = {}
     for name, bits in names.items():
         by_kind.setdefault(name.rstrip("0123456789").rstrip("_"), set()).add(bits)
     assert by_kind == {
@@ -59,7 +58,7 @@ def test_placement_of_a_transformer(small: Any) -> None:
     assert not any(node in widths for node in scores)
 
 
-def widths(name: str, placement: str) -> dict[str, int]:
+def widths(name: str, placement: Placement) -> dict[str, int]:
     teacher = networks.captured(name)
     chosen = activation_bits(teacher, Scheme(Bits(3, 4), placement))
     return {node.name: bits for node, bits in chosen.items()}

@@ -1,21 +1,20 @@
 """Bits of single layers."""
 
-from typing import Any
-
 import pytest
 from support import networks
 
 import gdfq
 from gdfq.errors import UsageError
+from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import LearnedWeight
 from gdfq.student.build import build_student
 from gdfq.student.placement import activation_bits
-from gdfq.student.scheme import LayerBits, Scheme
+from gdfq.student.scheme import LayerBits, Placement, Scheme
 
 
-def widths(name: str, placement: str) -> dict[str, int]:
+def widths(name: str, placement: Placement) -> dict[str, int]:
     teacher = networks.captured(name)
     chosen = activation_bits(teacher, Scheme(Bits(3, 4), placement))
     return {node.name: bits for node, bits in chosen.items()}
@@ -24,7 +23,7 @@ def widths(name: str, placement: str) -> dict[str, int]:
 def test_layer_bits_apply_to_the_layer_and_to_inputs_of_it_alone() -> None:
     teacher = networks.captured("Residual")
 
-    def widths(placement: str, *keep: Any) -> Any:
+    def widths(placement: Placement, *keep: str) -> dict[str, int]:
         scheme = Scheme(Bits(4, 4), placement, tuple(map(LayerBits.parse, keep)))
         return {n.name: bits for n, bits in activation_bits(teacher, scheme).items()}
 
@@ -61,14 +60,14 @@ def test_layer_bits_apply_to_weights() -> None:
         ("=8", "PATTERN=float"),
     ],
 )
-def test_invalid_layer_bits_are_refused(keep: Any, message: str) -> None:
+def test_invalid_layer_bits_are_refused(keep: str, message: str) -> None:
     teacher = networks.captured("Residual")
     with pytest.raises(UsageError, match=message):
         build_student(teacher, Scheme(Bits(4, 4), "full", (LayerBits.parse(keep),)))
 
 
 def test_scheme_that_fits_no_layer_fails_before_images_are_made() -> None:
-    heard = []
+    heard: list[Step] = []
     with pytest.raises(UsageError, match="nosuchlayer"):
         gdfq.quantize(
             networks.captured("Residual"),

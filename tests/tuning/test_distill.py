@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
+from support.narrowing import instance, present
 from torch import Tensor, nn
 
 import gdfq
 from gdfq import RECIPES
 from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits, affine_grid
 from gdfq.graph.capture import Captured
 from gdfq.optim import SgdConfig
@@ -19,7 +21,7 @@ from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.base import Batch
 from gdfq.sources.generator import GeneratorSource
-from gdfq.student.build import build_student
+from gdfq.student.build import Student, build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
@@ -42,7 +44,7 @@ def test_hard_labels_count_for_easy_images_only() -> None:
     teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # p_y = 0.88 and 0.12
     student = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
     labels = torch.tensor([0, 0])
-    config = replace(RECIPES["synq"].tuning, difficulty=0.5)
+    config = replace(instance(RECIPES["synq"].tuning, Distillation), difficulty=0.5)
     actual = config.losses((student, ()), (teacher, ()), labels)["ce"]
     assert float(actual) == pytest.approx(-float(student[0].log_softmax(0)[0]) / 2)
 
@@ -54,7 +56,7 @@ def images() -> Tensor:
 
 def student_of(
     teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
-) -> Any:
+) -> Student:
     student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
@@ -62,12 +64,13 @@ def student_of(
 
 @pytest.mark.parametrize("at_once", [10, 33])  # parts of equal and of different length
 def test_parts_of_a_batch_give_the_same_gradient(
-    teacher: Captured, images: Tensor, monkeypatch: pytest.MonkeyPatch, at_once: Any
+    teacher: Captured, images: Tensor, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     batch = Batch((images,), torch.zeros(len(images), dtype=torch.long), None)
     # Features are relative to each part's own; the rest is exactly a mean over images.
-    config = replace(FAST.tuning, features=0.0, optimizer=SgdConfig(lr=0.0))
-    gradients, losses = [], []
+    config = replace(instance(FAST.tuning, Distillation), features=0.0, optimizer=SgdConfig(lr=0.0))
+    gradients: list[list[Tensor]] = []
+    losses: list[Step] = []
     for number in (1000, at_once):
         monkeypatch.setattr("gdfq.tuning.distill._MAX_FEATURE_BYTES", 4 * 8 * 64 * number)
         student = student_of(teacher, images)
@@ -80,20 +83,22 @@ def test_parts_of_a_batch_give_the_same_gradient(
 
 class RoundSTE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Any, high: Any, levels: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
         scale, zero = affine_grid(low, high, levels)
         q = ((x / scale).round() + zero).clamp(-(2 ** (levels - 1)), 2 ** (levels - 1) - 1)
         return (q - zero) * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad, None, None, None
 
 
-def by_hand(model: nn.Module, parameters: Any, ranges: Any, x: Tensor) -> Any:
+def by_hand(
+    model: nn.Module, parameters: dict[str, Tensor], ranges: list[Tensor], x: Tensor
+) -> Tensor:
     """The Residual network with 4-bit weights and ReLU outputs, its statistics fixed."""
 
-    def weight(name: str) -> Any:
+    def weight(name: str) -> Tensor:
         w = parameters[name]
         low, high = (
             f(w.detach().flatten(1), 1).view(-1, *[1] * (w.ndim - 1))
@@ -101,7 +106,7 @@ def by_hand(model: nn.Module, parameters: Any, ranges: Any, x: Tensor) -> Any:
         )
         return RoundSTE.apply(w, low, high, 4)
 
-    def norm(y: Tensor, name: str) -> Any:
+    def norm(y: Tensor, name: str) -> Tensor:
         module = getattr(model, name)
         return F.batch_norm(
             y,
@@ -111,7 +116,7 @@ def by_hand(model: nn.Module, parameters: Any, ranges: Any, x: Tensor) -> Any:
             parameters[f"{name}.bias"],
         )
 
-    def relu(y: Tensor, i: Any) -> Any:
+    def relu(y: Tensor, i: int) -> Tensor:
         return RoundSTE.apply(F.relu(y), torch.tensor(0.0), ranges[i], 4)
 
     x = relu(norm(F.conv2d(x, weight("conv1.weight"), padding=1), "bn1"), 0)
@@ -124,10 +129,10 @@ def test_two_updates_match_the_textbook(teacher: Captured) -> None:
     """Weights are rounded in each forward pass, rates decay, and the momentum is Nesterov's."""
     model = networks.make("Residual")
     batches = list(GeneratorSource(batch=8).stream(teacher, steps=3))
-    config = replace(PAPER.tuning, optimizer=SgdConfig(lr=0.05))
+    config = replace(instance(PAPER.tuning, Distillation), optimizer=SgdConfig(lr=0.05))
     student = build_student(teacher, Scheme(Bits(4, 4), "relu"))
     calibrate_(student, batches[:1], steps=1)
-    ranges = [q.scale * 15 for q in student.activations]
+    ranges = [instance(q.scale, Tensor) * 15 for q in student.activations]
     parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     velocity = {n: torch.zeros_like(p) for n, p in parameters.items()}
     tune_(student, teacher, iter(batches[1:]), config, first_step=1, total_steps=3)
@@ -135,9 +140,9 @@ def test_two_updates_match_the_textbook(teacher: Captured) -> None:
     for step, batch in ((1, batches[1]), (2, batches[2])):
         rate = 0.05 * 0.1 ** sum(step >= round(m * 3) for m in (0.25, 0.5, 0.75))
         logits = by_hand(model, parameters, ranges, batch.images)
-        p, log_q = (batch.teacher_logits / 20).softmax(1), (logits / 20).log_softmax(1)
+        p, log_q = (present(batch.teacher_logits) / 20).softmax(1), (logits / 20).log_softmax(1)
         kd = 400 * (p * (p.log() - log_q)).mean()
-        loss = F.cross_entropy(logits, batch.labels) + kd
+        loss = F.cross_entropy(logits, present(batch.labels)) + kd
         grads = torch.autograd.grad(loss, list(parameters.values()))
         for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
             grad = grad + 1e-4 * parameter.detach()
@@ -155,7 +160,7 @@ def test_two_updates_match_the_textbook(teacher: Captured) -> None:
 
 def test_warm_up_leaves_the_student_unchanged(teacher: Captured, tiny: Recipe) -> None:
 
-    heard = []
+    heard: list[Step] = []
     recipe = replace(tiny, calibration=2, warmup=6)
     gdfq.quantize(teacher, networks.images(1), "w4a4", recipe, listener=heard.append)
     stages = [(step.stage, step.index) for step in heard]

@@ -12,7 +12,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
-from gdfq.student.build import build_student
+from gdfq.student.build import Student, build_student
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -26,7 +26,7 @@ def images() -> Tensor:
 
 def student_of(
     teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
-) -> Any:
+) -> Student:
     student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
     calibrate_(student, [Batch((images,), None, None)], steps=1)
     return student
@@ -47,17 +47,17 @@ def test_matched_moments_are_those_of_the_teacher(teacher: Captured, images: Ten
     assert distance(freeze(student)(images), student(images)) < 0.03
 
 
-def distance(actual: Any, expected: Any) -> Any:
+def distance(actual: Tensor, expected: Tensor) -> float:
     """Relative distance of logits: freezing rounds biases, which moves some activations by one code."""
     return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
-def layer_moments(network: nn.Module, images: Tensor) -> Any:
+def layer_moments(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Mean and deviation of each layer's output channels, by the layer's name."""
     found = {}
 
     class Look(fx.Interpreter):
-        def run_node(self, n: Any) -> Any:
+        def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n.op == "call_function" and ("conv" in str(n.target) or "linear" in str(n.target)):
                 others = [d for d in range(value.ndim) if d != 1]
@@ -73,9 +73,9 @@ def test_constant_channels_keep_their_scale(teacher: Captured, images: Tensor) -
     """One image has no deviation at the logits: only the mean can be matched there."""
     one = images[:1]
     student = student_of(teacher, one, "w8a8")
-    steps = student.network.fake_weight.linear.scale.clone()
+    steps = student.network.get_buffer("fake_weight.linear.scale").clone()
     match_moments_(student, teacher, (one,))
-    assert torch.equal(student.network.fake_weight.linear.scale, steps)
+    assert torch.equal(student.network.get_buffer("fake_weight.linear.scale"), steps)
     torch.testing.assert_close(student(one), teacher.network(one), rtol=1e-3, atol=1e-3)
 
 
@@ -105,7 +105,7 @@ def test_channel_whose_variance_few_values_make_up_is_left_as_it_is() -> None:
     calibrate_(student, [Batch((x,), None, None)], steps=1)
     x[0] = 30  # beyond the calibrated range
     match_moments_(student, teacher, (x,))
-    scale = student.network.fake_weight.linear.log_scale.detach()
+    scale = student.network.get_parameter("fake_weight.linear.log_scale").detach()
     torch.testing.assert_close(scale, torch.zeros_like(scale))
     expected, actual = teacher.network(x[1:]), student(x[1:]).detach()
     assert float((actual - expected).norm() / expected.norm()) < 0.1  # the range is wider

@@ -1,7 +1,5 @@
 """Block-wise reconstruction."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,7 @@ from support import networks
 from torch import Tensor, nn
 
 from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.adaround import RoundedWeight
@@ -36,7 +35,7 @@ def student_of(
     return student
 
 
-def distance(actual: Any, expected: Any) -> float:
+def distance(actual: Tensor, expected: Tensor) -> float:
     """Relative distance of logits: freezing rounds biases, which moves some activations by one code."""
     return float((actual - expected).detach().norm() / expected.detach().norm())
 
@@ -49,7 +48,7 @@ def test_reconstruction_reduces_the_error_of_each_block(
     expected = teacher.network(images)
     before = F.mse_loss(freeze(student)(images), expected)
     config = Reconstruction(GridAdam(0.02, 1e-3, 1e-3, 0.05), images=64, batch=16, rounding=1e-3)
-    seen = []
+    seen: list[Step] = []
     batches = Batch((images,), torch.zeros(64, dtype=torch.long), None).split(16)
     reconstruct_(
         student, teacher, batches, config, updates=60, context=Context(listener=seen.append)
@@ -83,8 +82,10 @@ def test_parameter_shared_by_blocks_is_trained_in_the_first(images: Tensor) -> N
     config = Reconstruction(GridAdam(0.0, 0.01, 0.0, 0.05), images=64, batch=8)
     steps = []
 
-    def listener(step: Any) -> None:
-        steps.append(student.network.fake_weight.conv2d_1.log_scale.detach().clone())
+    def listener(step: Step) -> None:
+        steps.append(
+            student.network.get_parameter("fake_weight.conv2d_1.log_scale").detach().clone()
+        )
 
     batches = [Batch((images,), None, None)]
     reconstruct_(student, teacher, batches, config, updates=10, context=Context(listener=listener))
@@ -96,9 +97,15 @@ def test_parameter_shared_by_blocks_is_trained_in_the_first(images: Tensor) -> N
 def test_regulariser_decides_roundings_and_activations_drop(
     teacher: Captured, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undecided, mixed = {}, []
+    undecided = {}
+    mixed: list[torch.Size] = []
     settle = QDrop.__call__
-    monkeypatch.setattr(QDrop, "__call__", lambda *a: mixed.append(a[1].shape) or settle(*a))
+
+    def recorded(dropping: QDrop, *tensors: Tensor) -> Tensor:
+        mixed.append(tensors[0].shape)
+        return settle(dropping, *tensors)
+
+    monkeypatch.setattr(QDrop, "__call__", recorded)
     for weight in (0.0, 1.0):
         student = student_of(teacher, images, "w3a4", ADAROUND)
         config = Reconstruction(GridAdam(0.0, 0.0, 0.0, 0.2), images=64, batch=8, rounding=weight)

@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gdfq.report.compare import Comparison, Row
+from gdfq.report.drop import drop_of
 from gdfq.report.read import Run, number
 from gdfq.report.source_warnings import source_warnings
-from gdfq.report.verdict import verdict
+from gdfq.report.verdict import verdict, why_not_estimated
 from gdfq.report.wording import lost_or_gained, size_words, smaller
 
 
@@ -38,6 +39,8 @@ def print_run(run: Run) -> None:
     console.print(table)
     found = verdict(run, source_warnings(run.evidence.get("images"), run.history))
     console.print(found.sentence, markup=False)
+    if drop_of(run) is None and (reason := why_not_estimated(run)):
+        console.print(f"No estimate of the accuracy drop: {reason}", markup=False)
     console.print(f"{'run':10}{run.folder}", markup=False)
 
 

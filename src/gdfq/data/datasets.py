@@ -91,7 +91,7 @@ def _unreadable(file: Path, error: Exception) -> UsageError:
 
 
 def load_data(
-    data: "str | Path | Tensor | tuple[Tensor, Tensor] | ImageData",
+    data: "str | Path | Tensor | np.ndarray[Any, Any] | tuple[Any, Any] | ImageData",
     input_shape: tuple[int, ...],
     classes: int | None,
     resize: Resize = Resize(),
@@ -101,8 +101,8 @@ def load_data(
 
     Args:
         data: An `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (see
-            `gdfq.data.folders`), a tensor of images (uint8 pixels, or floats that are already
-            normalised), or a pair of images and labels.
+            `gdfq.data.folders`), a tensor or array of images (uint8 pixels, or floats that are
+            already normalised), or a pair of images and labels.
         input_shape: What the network takes, without the batch dimension.
         classes: Number of its classes, if it has any.
         resize: Of the files of an image folder; the others must have the network's size.

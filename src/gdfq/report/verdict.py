@@ -60,6 +60,14 @@ def verdict(run: Run, warnings: Sequence[str] = ()) -> Verdict:
     return Verdict(level, sentence, facts, actions)
 
 
+def why_not_estimated(run: Run) -> str:
+    """Why the accuracy drop of a run is not estimated: a sentence; empty if that was not tried."""
+    if reason := (run.evidence.get("trust") or {}).get("reason"):
+        return str(reason)
+    failure = (run.evidence.get("missing") or {}).get("trust")
+    return f"The estimate failed: {failure}." if failure else ""
+
+
 def _size(run: Run) -> str | None:
     before = number(run.metrics.get("float_bytes"))
     if run.file is None:
@@ -116,7 +124,7 @@ def _evidence(run: Run, drop: Drop | None) -> Iterator[str]:
     if trust:
         yield _similarity(trust)
     if drop is None:
-        yield f"Expected accuracy drop: no estimate. {trust.get('reason') or _NO_ESTIMATE}"
+        yield f"Expected accuracy drop: no estimate. {why_not_estimated(run) or _NO_ESTIMATE}"
     if faster(run.metrics) is None:
         yield f"Speed: not measured. Measure it with gdfq bench {run.folder}."
     exported = (run.metrics.get("export") or {}).get("inside") or {}
