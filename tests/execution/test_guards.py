@@ -121,7 +121,7 @@ def test_out_of_memory_in_a_pool_suggests_a_smaller_batch(
             "image's.*iteration 0 of batch 0",
         ),
         ("genie", "gdfq.sources.latent.standard_deviation_loss", "image's.*bns nan"),
-        ("fast", "gdfq.tuning.losses.distillation_loss", "student's.*step 2.*kd nan"),
+        ("fast", "gdfq.tuning.distill.distillation_loss", "student's.*step 2.*kd nan"),
     ],
 )
 def test_loss_that_is_not_finite_stops_the_run(
