@@ -302,11 +302,14 @@ def resolve_network(
         shape, preprocessing = loaded.input(input_shape, mean, std)
         captured = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
         preprocessing = replace(preprocessing, resize=resize or preprocessing.resize)
+    assumed = _assumed(loaded, mean, std)
+    if takes_images(captured.inputs) and not assumed:
+        captured = replace(captured, input_limits=preprocessing.limits)
     return Network(
         captured.to(on),
         preprocessing,
         weights_hash(_module(model if loaded is None else loaded.module)),
-        _assumed(loaded, mean, std),
+        assumed,
         time.perf_counter() - started,
         names_of(_module(model)) if loaded is None else loaded.class_names,
         () if loaded is None else loaded.notes,
@@ -330,15 +333,16 @@ def plan_of(
     recipe = recipe.with_batch(method.batch)
     names = network.class_names
     given = None if data is None else load_images(data, teacher, preprocessing, names)
+    tested = None if test is None else load_test_images(test, teacher, preprocessing, names)
     return Plan(
-        teacher,
+        _limited_by(teacher, given, tested),
         method.scheme,
         recipe,
         recipe.source if given is None else on_images(recipe.source, given, preprocessing),
         preprocessing,
         method.size,
         given,
-        None if test is None else load_test_images(test, teacher, preprocessing, names),
+        tested,
         network.weights_sha256,
         network.seconds,
         network.notes,
@@ -374,6 +378,38 @@ def load_test_images(
     if images.labels is None and teacher.classes is not None:
         raise UsageError(f"test images need labels; these have none. {how_labelled(images)}")
     return images
+
+
+def _limited_by(teacher: Captured, *images: GivenData | None) -> Captured:
+    """The teacher, without input limits if images are given that exceed them.
+
+    They are given as floats, and were normalised in another way, for instance each by itself.
+    """
+    if teacher.input_limits is None or all(
+        data is None or isinstance(data, TensorData) or _within(data, teacher.input_limits)
+        for data in images
+    ):
+        return teacher
+    return replace(teacher, input_limits=None)
+
+
+_LIMITS_CHECKED = 64
+"""Images of which it is checked whether they are within the limits of pixels."""
+_LIMITS_SLACK = 0.01
+"""By so much images may exceed them: an interpolation overshoots."""
+
+
+def _within(data: ImageData, limits: Sequence[tuple[float, float]]) -> bool:
+    """Whether images are pixels, or floats [N, C, *] that pixels could be normalised to."""
+    chosen = torch.arange(0, len(data), -(-len(data) // _LIMITS_CHECKED))
+    if not data.images(chosen[:1]).is_floating_point():
+        return True
+    by_channel = data.images(chosen).transpose(0, 1).flatten(1)
+    low, high = torch.tensor(limits).T
+    slack = _LIMITS_SLACK * (high - low)
+    return bool(
+        (by_channel.amin(1) >= low - slack).all() and (by_channel.amax(1) <= high + slack).all()
+    )
 
 
 def _preprocessing(

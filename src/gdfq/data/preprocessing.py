@@ -112,6 +112,11 @@ class Preprocessing:
         layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
         return images.contiguous(memory_format=layout)
 
+    @property
+    def limits(self) -> tuple[tuple[float, float], ...]:
+        """The inputs of black and white pixels, for each channel."""
+        return tuple((-m / s, (1 - m) / s) for m, s in zip(self.mean, self.std, strict=True))
+
     def pixels(self, images: Tensor) -> Tensor:
         """The inverse: normalised floats become uint8 pixels, clipped to 0..255."""
         shape = (1, -1, *([1] * (images.ndim - 2)))

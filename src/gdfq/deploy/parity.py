@@ -1,6 +1,5 @@
 """Parity of a runtime with the student: outputs, and activations code by code."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.deploy.onnx.names import codes_name
-from gdfq.functional import grid
-from gdfq.functional.grid import code_bounds
+from gdfq.functional.integer import rounded
 from gdfq.graph.outputs import in_order
+from gdfq.student.integer_form import QUANTIZER
 from gdfq.student.integer_network import IntegerNetwork
 
 TOLERANCE, TOLERANCE_OVERALL = 0.05, 0.25
@@ -82,14 +81,14 @@ class Parity:
 def is_equal(network: IntegerNetwork, inputs: Sequence[Tensor], parity: Parity) -> bool:
     """Return whether a runtime with this parity on some inputs is equal but for rounding.
 
-    The effect of rounding is the distance of the student from itself in double precision.
+    The effect of rounding is the distance of the student from itself where sums are rounded in
+    floats (`IntegerNetwork.module`).
     """
     if parity.within(TOLERANCE, TOLERANCE_OVERALL):
         return True
     expected = network.outputs(*inputs)
-    doubled = (x.double() if x.is_floating_point() else x for x in inputs)
-    exact = copy.deepcopy(network).double().outputs(*doubled)
-    sensitivity = Parity.of(expected, exact, classes=False)
+    in_floats = in_order(network.module(*inputs))
+    sensitivity = Parity.of(expected, in_floats, classes=False)
     return parity.within(
         max(TOLERANCE, 2 * sensitivity.typical_error),
         max(TOLERANCE_OVERALL, 2 * sensitivity.relative_error),
@@ -131,21 +130,21 @@ def compare_codes(
 
 class _OnGivenCodes(fx.Interpreter):
     def __init__(self, network: IntegerNetwork, found: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        super().__init__(network.module)
-        self.names = {grid.node: codes_name(grid) for grid in network.activations}
+        super().__init__(network.integer_form)
+        self.grids = {grid.node: grid for grid in network.activations}
         self.found = found
         self.parities: list[CodesParity] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        if n not in self.names:
+        if QUANTIZER not in n.meta:
             return super().run_node(n)
-        (x, scale, zero_point, bits), _ = self.fetch_args_kwargs_from_env(n)
-        name, (lowest, highest) = self.names[n], code_bounds(bits)
-        unsigned = torch.from_numpy(self.found[name]).to(x.dtype)
-        codes = unsigned.reshape(x.shape) + lowest  # the file may flatten after the quantizer
-        differ = codes != grid.quantize(x, scale, zero_point, bits)
-        unrounded = (x / scale + zero_point).clamp(lowest, highest)
-        wrong = differ & ~((codes - unrounded).abs() <= _MAX_CODE_ERROR)
+        (steps, *bounds), _ = self.fetch_args_kwargs_from_env(n)
+        grid = self.grids[n.meta[QUANTIZER]]
+        unsigned = torch.from_numpy(self.found[codes_name(grid)]).to(steps.dtype)
+        lowest, _ = bounds
+        actual = unsigned.reshape(steps.shape) + lowest  # the file may flatten after the quantizer
+        differ = actual != rounded(steps, *bounds)
+        wrong = differ & ~((actual - steps.clamp(*bounds)).abs() <= _MAX_CODE_ERROR)
         shares = [float(mask.double().mean()) for mask in (differ, wrong)]
-        self.parities.append(CodesParity(name, shares[0], shares[1], codes.numel()))
-        return (codes - zero_point) * scale
+        self.parities.append(CodesParity(codes_name(grid), shares[0], shares[1], actual.numel()))
+        return actual

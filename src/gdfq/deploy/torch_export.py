@@ -22,7 +22,7 @@ def to_program(network: IntegerNetwork, inputs: Sequence[InputSpec]) -> bytes:
     """
     examples = tuple(spec.zeros(2) for spec in inputs)  # a batch of one would become a constant
     # A plain module: export would keep a GraphModule's calls of gdfq's functions by name.
-    module = flat_module(network.graph, network.tensors).eval()
+    module = flat_module(network.integer_form.graph, network.tensors).eval()
     buffer = io.BytesIO()
     try:
         with exclusive_tracing(), torch.no_grad():

@@ -11,6 +11,7 @@ ONNX and PyTorch (the paper's z₀ is −z). Rounding is half to even and happen
 added, as in ONNX's QuantizeLinear.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -97,6 +98,43 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
     zero_point = code_bounds(bits)[0] - (low / scale).round()
     return scale, zero_point
+
+
+UNLIMITED = (-math.inf, math.inf)
+"""Limits of values that have none."""
+
+
+def largest_scale(zero_point: Tensor, bits: int, limits: tuple[float, float]) -> Tensor:
+    """Return the largest scale with which all numbers of a grid lie within limits.
+
+    The codes of such a grid saturate where the values do, so a runtime needs no clip between a
+    layer and its codes: a ReLU6, say, is part of the rounding.
+
+    Args:
+        zero_point: Zero points, of any shape.
+        bits: k.
+        limits: Lowest <= 0 and highest >= 0 value that the tensor can have.
+
+    Returns:
+        Scales (> 0, infinite without limits), shaped as `zero_point`.
+    """
+    lowest, highest = code_bounds(bits)
+    below, above = zero_point - lowest, highest - zero_point
+    scales = [
+        torch.where(steps > 0, abs(limit) / steps.clamp(min=1), torch.inf)
+        for limit, steps in zip(limits, (below, above), strict=True)
+    ]
+    return torch.minimum(*scales)
+
+
+def clips_alike(limits: tuple[float, float], scale: Tensor, zero_point: Tensor, bits: int) -> bool:
+    """Return whether a grid clips all that a clamp with these limits does.
+
+    The clamp then changes no code.
+    """
+    low, high = (float((limit / scale).round() + zero_point) for limit in limits)
+    lowest, highest = code_bounds(bits)
+    return low <= lowest and high >= highest
 
 
 def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,8 @@ class Captured:
     the form that the user's network gives it.
     A classifier has one output, its logits [N, classes]; for any other network `classes` is None.
     The graph is in evaluation form, its tensors need no gradient, and its convolution weights lie
-    in channels_last order.
+    in channels_last order. `input_limits` are the lowest and the highest value of each channel of
+    an image, where it is known how pixels are normalised.
     """
 
     network: fx.GraphModule
@@ -46,6 +47,7 @@ class Captured:
     classes: int | None
     outputs: Structure
     ends: Ends = NO_ENDS
+    input_limits: tuple[tuple[float, float], ...] | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -87,8 +87,10 @@ RECURRENT = frozenset(f"aten.{name}.input" for name in ("gru", "lstm", "rnn_relu
 """Layers that read a sequence: (input, state or states, weights, ...). They stay float."""
 
 RELU = "aten.relu.default"
-RECTIFIERS = frozenset({RELU, "aten.relu6.default"})
-CLAMPS = frozenset(f"aten.{name}.default" for name in ("hardtanh", "clamp", "clamp_min", "clip"))
+RELU6 = "aten.relu6.default"
+HARDTANH = "aten.hardtanh.default"
+RECTIFIERS = frozenset({RELU, RELU6})
+CLAMPS = frozenset(f"aten.{name}.default" for name in ("clamp", "clamp_min", "clip")) | {HARDTANH}
 """Operators (input, low, high) that are rectifiers with a low of 0."""
 PADS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
 VIEWS = frozenset({"aten.view.default", "aten._unsafe_view.default"})
@@ -207,6 +209,18 @@ GRID_PRESERVING = frozenset(
     }
 )
 
+SEVERAL_OUTPUTS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "chunk.default",
+        "max.dim",
+        "min.dim",
+        "split.Tensor",
+        "split_with_sizes.default",
+        "unbind.int",
+    )
+)
+
 POOLING = frozenset(
     {
         "aten.adaptive_avg_pool1d.default",
@@ -240,13 +254,14 @@ PRODUCTS = frozenset({"aten.bmm.default", "aten.matmul.default"})
 JOINS = frozenset({"aten.cat.default", "aten.stack.default"})
 ELEMENTWISE_PRODUCTS = frozenset({"aten.mul.Tensor"})
 EXPONENTIAL = "aten.exp.default"
-SUMS = frozenset({"aten.add.Tensor", "aten.sub.Tensor"})
+ADD, SUBTRACT = "aten.add.Tensor", "aten.sub.Tensor"
+SUMS = frozenset({ADD, SUBTRACT})
 SOFTMAX_OPERATOR = "aten.softmax.int"
 SOFTMAX = frozenset({SOFTMAX_OPERATOR})
 LOG_SOFTMAX = frozenset({"aten.log_softmax.int"})
 SIGMOIDS = frozenset(f"aten.{name}.default" for name in ("sigmoid", "log_sigmoid", "hardsigmoid"))
 LOGARITHM, EXPONENTIAL = "aten.log.default", "aten.exp.default"
-ADD, MULTIPLY, DIVIDE = (f"aten.{name}.Tensor" for name in ("add", "mul", "div"))
+MULTIPLY, DIVIDE = "aten.mul.Tensor", "aten.div.Tensor"
 MOVES = frozenset(
     f"aten.{name}"
     for name in (
@@ -280,8 +295,7 @@ SPELLINGS: Mapping[str, str] = {
 }
 """Operators with the same arguments as another one, which capture writes instead."""
 
-MULTIPLY, DIVIDE = "aten.mul.Tensor", "aten.div.Tensor"
-AFFINE = frozenset({ADD, MULTIPLY, DIVIDE, "aten.sub.Tensor"})
+AFFINE = frozenset({ADD, SUBTRACT, MULTIPLY, DIVIDE})
 ADDCMUL = "aten.addcmul.default"
 """(t, x, y): t + x y."""
 SQUARE_ROOT = "aten.sqrt.default"

@@ -126,6 +126,15 @@ def weight_layout(node: fx.Node) -> tuple[grid.Layout, int]:
     return grid.Layout.ROWS, 1
 
 
+def group_count(layer: fx.Node) -> int:
+    """Return the number of groups of a layer."""
+    if name_of(layer) in operators.LINEARS:
+        return 1
+    groups = layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
+    assert isinstance(groups, int)
+    return groups
+
+
 # ------------------------------------------------------------------------ activations
 
 
@@ -206,6 +215,35 @@ def is_rectifier(node: fx.Node) -> bool:
         low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
         return isinstance(low, int | float) and low == 0
     return False
+
+
+def is_clamp(node: fx.Node) -> bool:
+    """Return whether the node is a ReLU, a bounded ReLU or another clamp to numbers."""
+    return name_of(node) in operators.RECTIFIERS | operators.CLAMPS
+
+
+def value_limits(node: fx.Node) -> tuple[float, float]:
+    """Return the lowest and the highest value that a clamp gives; infinite where it has none.
+
+    A limit that excludes 0 counts as none, because every grid contains 0.
+    """
+    name = name_of(node)
+    given: dict[str, Any] = {}
+    if name in operators.RECTIFIERS:
+        given = {"min": 0.0, "max": 6.0} if name == operators.RELU6 else {"min": 0.0}
+    elif name in operators.CLAMPS:
+        if name == operators.HARDTANH:
+            given = {"min": -1.0, "max": 1.0}
+        given |= dict(zip(("min", "max"), node.args[1:], strict=False))
+        given |= {key.removesuffix("_val"): value for key, value in node.kwargs.items()}
+    low, high = (
+        float(value) if isinstance(value, int | float) else None
+        for value in (given.get("min"), given.get("max"))
+    )
+    return (
+        -math.inf if low is None or low > 0 else low,
+        math.inf if high is None or high < 0 else high,
+    )
 
 
 def keeps_grid(node: fx.Node) -> bool:

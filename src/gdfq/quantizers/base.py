@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.execution.precision import to_float32
-from gdfq.functional.grid import Layout, along_channels
+from gdfq.functional.grid import UNLIMITED, Layout, along_channels, largest_scale
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class ActivationQuantizer(nn.Module, ABC):
 
     Attributes:
         clips_gradient: Whether no gradient passes where values are clipped.
+        limits: Lowest and highest value of the tensor, as behind a ReLU6. The grid stays within
+            them, so that its codes saturate where the values do.
+        known_range: The range that the grid starts from, where it is known without observing, as
+            that of the network's input.
     """
 
     clips_gradient: ClassVar[bool] = False
@@ -98,6 +102,8 @@ class ActivationQuantizer(nn.Module, ABC):
         super().__init__()
         self.bits, self.observing = bits, False
         self.dropping: QDrop | None = None
+        self.limits = UNLIMITED
+        self.known_range: tuple[float, float] | None = None
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +117,8 @@ class ActivationQuantizer(nn.Module, ABC):
     def observe_(self, *parts: Tensor) -> None:
         """Update the range with one batch, in one part or several."""
         self.batches += 1
-        self._update_(parts)
+        known = self.known_range
+        self._update_(parts if known is None else [parts[0].new_tensor(known)])
 
     @abstractmethod
     def _update_(self, parts: Sequence[Tensor]) -> None:
@@ -124,6 +131,13 @@ class ActivationQuantizer(nn.Module, ABC):
     @abstractmethod
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return scale (> 0) and zero point, both scalars, detached."""
+
+    def limited(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return the scale, lowered where the grid would leave `limits`; its gradient stays."""
+        if self.limits == UNLIMITED:
+            return scale
+        largest = largest_scale(zero_point, self.bits, self.limits)
+        return torch.where(scale > largest, largest + (scale - scale.detach()), scale)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"

@@ -90,7 +90,10 @@ class LearnedRange(ActivationQuantizer):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return learned_scale(x, self.scale * self.log_scale.exp(), self.zero_point, self.bits)
+        return learned_scale(x, self._learned(), self.zero_point, self.bits)
+
+    def _learned(self) -> Tensor:
+        return self.limited(self.scale * self.log_scale.exp(), self.zero_point)
 
     def _update_(self, parts: Sequence[Tensor]) -> None:
         scale, zero_point = best_range_of_parts(parts, self.bits)
@@ -102,7 +105,7 @@ class LearnedRange(ActivationQuantizer):
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:
-        return self.scale * self.log_scale.exp(), self.zero_point
+        return self._learned(), self.zero_point
 
 
 def best_weight_grid(

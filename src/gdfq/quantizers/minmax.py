@@ -68,7 +68,7 @@ class MovingRange(ActivationQuantizer):
         self.high.lerp_(high.clamp_(min=0), 1 - self.momentum)
         correction = 1 - self.momentum**self.batches
         scale, zero_point = affine_grid(self.low / correction, self.high / correction, self.bits)
-        self.scale.copy_(scale)
+        self.scale.copy_(self.limited(scale, zero_point))
         self.zero_point.copy_(zero_point)
 
     def grid(self) -> tuple[Tensor, Tensor]:

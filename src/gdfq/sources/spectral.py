@@ -166,7 +166,7 @@ def spectral_batches(
 
         def images_of(coefficients: Tensor) -> Tensor:
             plain = from_spectrum(coefficients, amplitude, size, config.channel_correlation)
-            return torch.addcmul(mean, plain, contrast)
+            return within_limits(torch.addcmul(mean, plain, contrast), teacher)
 
         optimizer = config.optimizer.build([coefficients])
         for iteration in range(config.iterations):
@@ -195,6 +195,15 @@ def spectral_batches(
         return Batch((images,), labels_in_turn(teacher, step, config.batch), logits, losses)
 
     return Stream(make, steps, [draw], {"images": in_turn})
+
+
+def within_limits(images: Tensor, teacher: Captured) -> Tensor:
+    """Return images [N, C, *size] clipped to what pixels can be, where that is known."""
+    if teacher.input_limits is None:
+        return images
+    shape = (-1, *[1] * (images.ndim - 2))
+    low, high = images.new_tensor(teacher.input_limits).T
+    return images.clamp(low.view(shape), high.view(shape))
 
 
 def natural_noise(

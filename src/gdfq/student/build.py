@@ -109,6 +109,14 @@ class Student(nn.Module):
         }
 
 
+def _range_of_inputs(teacher: Captured) -> tuple[float, float] | None:
+    """Return the lowest and the highest value of the images, where they are known."""
+    if teacher.input_limits is None:
+        return None
+    lows, highs = zip(*teacher.input_limits, strict=True)
+    return min(0.0, *lows), max(0.0, *highs)
+
+
 def _leave_out_rectifiers_(network: fx.GraphModule) -> None:
     """Remove each ReLU before a grid that starts at 0 and passes no gradient below it."""
     for node in network.graph.nodes:
@@ -197,6 +205,9 @@ def build_student(
         if node not in bits_of:
             return new
         activation = quantizers.activation(bits_of[node])
+        activation.limits = queries.value_limits(node)
+        if node.op == "placeholder":
+            activation.known_range = _range_of_inputs(teacher)
         unquantized[node] = new
         return call(copy, ACTIVATION, node.name, activation, new)
 

@@ -6,13 +6,20 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.errors import GdfqError
-from gdfq.functional.grid import Layout, quantize_bias, room_for_bias
+from gdfq.functional.grid import (
+    Layout,
+    code_bounds,
+    dequantize,
+    quantize_bias,
+    room_for_bias,
+)
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.student.build import ACTIVATION, Student, StudentBatchNorm
-from gdfq.student.integer_network import IntegerNetwork, coarser, scale_of
+from gdfq.student.integer_network import IntegerNetwork, activation_grid, coarser, scale_of
+from gdfq.student.ties import clamped, possible_results, scale_off_ties
 
 
 @torch.no_grad()
@@ -123,13 +130,30 @@ class _Freezer:
                 "Calibrate the student first."
             )
         base = self._base(str(node.target).removeprefix(f"{ACTIVATION}."))
+        (x,) = node.all_input_nodes
+        scale, zero_point = module.grid()
+        results = self._possible_results(clamped(self.new[x]))
+        if results is not None:
+            scale = scale_off_ties(results, scale, zero_point, module.bits)
         constants = [
             self._constant(f"{base}.{part}", value)
-            for part, value in zip(("scale", "zero_point"), module.grid(), strict=True)
+            for part, value in (("scale", scale), ("zero_point", zero_point))
         ]
-        (x,) = node.all_input_nodes
         arguments: Any = (self.new[x], *constants, module.bits)
         return self.graph.call_function(operators.resolve(operators.FAKE_QUANTIZE), arguments)
+
+    def _possible_results(self, node: fx.Node) -> Tensor | None:
+        """Return all results of a sum or product of two quantized tensors, else None."""
+        grids = [activation_grid(source, self.tensors) for source in node.all_input_nodes]
+        if len(grids) != 2 or None in grids:
+            return None
+        first, second = (
+            dequantize(torch.arange(low, high + 1, device=g.scale.device), *g.grid)
+            for g in grids
+            if g is not None
+            for low, high in [code_bounds(g.bits)]
+        )
+        return possible_results(node, first, second)
 
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()

@@ -18,6 +18,7 @@ from gdfq.graph.outputs import in_order
 from gdfq.graph.rewrite import Copy, rewrite
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.base import QuantizedTensor
+from gdfq.student.integer_form import integer_form
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class IntegerLayer:
 
 
 class IntegerNetwork(nn.Module):
-    """The student in its integer form; a call computes the student's function.
+    """The frozen student; a call computes its function as integer runtimes do.
 
     Attributes:
         module: The graph, of tensors and of operators in `operators.ALLOWED` alone. It takes one
@@ -92,9 +93,25 @@ class IntegerNetwork(nn.Module):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
         self.module = module
+        self._form: tuple[fx.GraphModule, dict[str, Tensor]] | None = None
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.module(*inputs)
+        return self.integer_form(*inputs)
+
+    @property
+    def integer_form(self) -> fx.GraphModule:
+        """The graph that is computed: its layers add whole numbers (`gdfq.student.integer_form`).
+
+        It shares the tensors of `module`, and is written again when these are replaced, as by a
+        move to another device.
+        """
+        tensors = self.tensors
+        if self._form is None or any(self._form[1][n] is not t for n, t in tensors.items()):
+            graph = integer_form(self.graph, tensors)
+            used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+            form = fx.GraphModule({name: tensors[name] for name in used}, graph)
+            self._form = form, tensors
+        return self._form[0]
 
     @property
     def graph(self) -> fx.Graph:
