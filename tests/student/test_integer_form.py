@@ -6,14 +6,15 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from gdfq.functional import integer
-from gdfq.functional.grid import code_bounds
-from gdfq.student.integer_form import QUANTIZER
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gdfq
+from gdfq.functional import integer
+from gdfq.functional.grid import code_bounds
+from gdfq.student.integer_form import SCALE
+from gdfq.student.integer_network import scale_of
 
 
 def test_layer_and_rounding_have_hand_computed_values() -> None:
@@ -85,11 +86,11 @@ def test_file_equals_the_network_to_the_bit(residual: nn.Module, bits: str, tmp_
 def test_form_rounds_every_activation_once_within_its_bounds(residual: nn.Module) -> None:
     quantized = gdfq.quantize(residual, torch.zeros(1, 3, 12, 12), "w4a4", "quick", steps=8)
     network = quantized.network
-    rounded = [node for node in network.integer_form.graph.nodes if QUANTIZER in node.meta]
-    grids = {grid.node: grid for grid in network.activations}
-    assert [node.meta[QUANTIZER] for node in rounded] == list(grids)
+    rounded = [node for node in network.integer_form.graph.nodes if SCALE in node.meta]
+    grids = {str(scale_of(grid.node).target): grid for grid in network.activations}
+    assert [node.meta[SCALE] for node in rounded] == list(grids)
     for node in rounded:
-        grid = grids[node.meta[QUANTIZER]]
+        grid = grids[node.meta[SCALE]]
         bounds = tuple(float(code - grid.zero_point) for code in code_bounds(grid.bits))
         assert node.args[1:] == bounds
 

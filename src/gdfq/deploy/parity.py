@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from gdfq.deploy.onnx.names import codes_name
 from gdfq.functional.integer import rounded
 from gdfq.graph.outputs import in_order
-from gdfq.student.integer_form import QUANTIZER
-from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.integer_form import SCALE
+from gdfq.student.integer_network import IntegerNetwork, scale_of
 
 TOLERANCE, TOLERANCE_OVERALL = 0.05, 0.25
 """Relative errors of the outputs that always pass: the median of images, and overall.
@@ -131,15 +131,15 @@ def compare_codes(
 class _OnGivenCodes(fx.Interpreter):
     def __init__(self, network: IntegerNetwork, found: Mapping[str, np.ndarray[Any, Any]]) -> None:
         super().__init__(network.integer_form)
-        self.grids = {grid.node: grid for grid in network.activations}
+        self.grids = {str(scale_of(grid.node).target): grid for grid in network.activations}
         self.found = found
         self.parities: list[CodesParity] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        if QUANTIZER not in n.meta:
+        if SCALE not in n.meta:
             return super().run_node(n)
         (steps, *bounds), _ = self.fetch_args_kwargs_from_env(n)
-        grid = self.grids[n.meta[QUANTIZER]]
+        grid = self.grids[n.meta[SCALE]]
         unsigned = torch.from_numpy(self.found[codes_name(grid)]).to(steps.dtype)
         lowest, _ = bounds
         actual = unsigned.reshape(steps.shape) + lowest  # the file may flatten after the quantizer

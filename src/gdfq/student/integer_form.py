@@ -17,8 +17,8 @@ from gdfq.functional import integer
 from gdfq.functional.grid import Layout, clips_alike
 from gdfq.graph import operators, queries
 
-QUANTIZER = "quantizer"
-"""Where the metadata of a node that rounds an activation names its quantizer in the source."""
+SCALE = "scale"
+"""Where the metadata of a node that rounds an activation names the constant of its scale."""
 _ONE_OUTPUT = operators.GRID_PRESERVING - operators.SEVERAL_OUTPUTS
 
 
@@ -69,7 +69,9 @@ class _IntegerForm:
     def _round(self, quantizer: fx.Node, steps: fx.Node) -> None:
         """Write the rounding of an activation, given in units of its scale."""
         new = self._call(integer.rounded, steps, *self._bounds(quantizer))
-        new.meta[QUANTIZER] = quantizer
+        scale = quantizer.args[1]
+        assert isinstance(scale, fx.Node)
+        new.meta[SCALE] = str(scale.target)
         self.offsets[quantizer] = new
 
     def _bounds(self, quantizer: fx.Node) -> tuple[float, float]:
