@@ -253,9 +253,8 @@ MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
 PRODUCTS = frozenset({"aten.bmm.default", "aten.matmul.default"})
 JOINS = frozenset({"aten.cat.default", "aten.stack.default"})
 ELEMENTWISE_PRODUCTS = frozenset({"aten.mul.Tensor"})
-EXPONENTIAL = "aten.exp.default"
-ADD, SUBTRACT = "aten.add.Tensor", "aten.sub.Tensor"
-SUMS = frozenset({ADD, SUBTRACT})
+DIFFERENCE = "aten.sub.Tensor"
+SUMS = frozenset({ADD, DIFFERENCE})
 SOFTMAX_OPERATOR = "aten.softmax.int"
 SOFTMAX = frozenset({SOFTMAX_OPERATOR})
 LOG_SOFTMAX = frozenset({"aten.log_softmax.int"})
@@ -295,7 +294,7 @@ SPELLINGS: Mapping[str, str] = {
 }
 """Operators with the same arguments as another one, which capture writes instead."""
 
-AFFINE = frozenset({ADD, SUBTRACT, MULTIPLY, DIVIDE})
+AFFINE = frozenset({ADD, DIFFERENCE, MULTIPLY, DIVIDE})
 ADDCMUL = "aten.addcmul.default"
 """(t, x, y): t + x y."""
 SQUARE_ROOT = "aten.sqrt.default"

@@ -20,7 +20,7 @@ _SAFE_DISTANCE = 1e-4
 
 _OPERATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     operators.ADD: torch.add,
-    operators.SUBTRACT: torch.sub,
+    operators.DIFFERENCE: torch.sub,
     operators.MULTIPLY: torch.mul,
 }
 
