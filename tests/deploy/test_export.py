@@ -39,7 +39,7 @@ def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -
     with pytest.warns(gdfq.errors.GdfqDeprecationWarning, match="is now called target"):
         assert small.export(tmp_path / "old.bin", format="pt2").target == "pt2"
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot be made"):
+    with pytest.raises(UsageError, match="cannot be created"):
         small.export(tmp_path / "file" / "q.onnx")
 
 

@@ -103,10 +103,10 @@ def load_data(
         data: An `.npz` file (`images` uint8 [N, C, H, W], `labels` [N]), an image folder (see
             `gdfq.data.folders`), a tensor or array of images (uint8 pixels, or floats that are
             already normalised), or a pair of images and labels.
-        input_shape: What the network takes, without the batch dimension.
+        input_shape: Shape of one input of the network, [C, *size].
         classes: Number of its classes, if it has any.
         resize: Of the files of an image folder; the others must have the network's size.
-        names: Names of the classes, by which the folders are recognised.
+        names: Names of the classes, which identify class folders.
 
     Raises:
         UsageError: The data are missing, unreadable or empty, or have another shape or labels out

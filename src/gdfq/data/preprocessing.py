@@ -1,4 +1,4 @@
-"""Preprocessing: how pixels become the normalised inputs of a network, and back."""
+"""Preprocessing: from pixels to the normalised inputs of a network, and back."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
-from gdfq.files.untrusted import RESIZED, check_pixels
+from gdfq.files.untrusted import MAX_RESIZED_PIXELS, check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +61,7 @@ class Resize:
                 max(side, int(was * scale + 1e-6))
                 for side, was in zip(target, image.size, strict=True)
             )
-        check_pixels(target[0], target[1], RESIZED)
+        check_pixels(target[0], target[1], MAX_RESIZED_PIXELS)
         image = image.resize((target[0], target[1]), Resampling[self.interpolation.upper()])
         left, top = (round((was - side) / 2) for was, side in zip(target, size, strict=True))
         return image.crop((left, top, left + size[0], top + size[1]))
@@ -70,7 +70,7 @@ class Resize:
 @tagged("Preprocessing")
 @dataclass(frozen=True)
 class Preprocessing:
-    """(pixel / 255 − mean) / std, per channel; image files are resized before."""
+    """(pixel / 255 − mean) / std, per channel; image files are resized first."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -103,7 +103,7 @@ class Preprocessing:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 pixels [N, C, *] become normalised floats; floats are taken as normalised."""
+        """Return normalised floats for uint8 pixels [N, C, *]; floats count as normalised."""
         if not images.is_floating_point():
             shape = (1, -1, *([1] * (images.ndim - 2)))
             mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
@@ -118,13 +118,18 @@ class Preprocessing:
         return tuple((-m / s, (1 - m) / s) for m, s in zip(self.mean, self.std, strict=True))
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The inverse: normalised floats become uint8 pixels, clipped to 0..255."""
+        """Return uint8 pixels, clipped to 0..255, for normalised floats: the inverse."""
         shape = (1, -1, *([1] * (images.ndim - 2)))
         mean, std = (torch.tensor(v).view(shape) for v in (self.mean, self.std))
         return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def to_npz(self, images: Tensor, **more: Tensor) -> bytes:
-        """Normalised images as pixels in an .npz file, as `load_data` reads it, and more arrays."""
+        """Return normalised images as an .npz file of pixels that `load_data` reads.
+
+        Args:
+            images: Normalised images, [N, C, *].
+            more: Further arrays of the file, by name.
+        """
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {"images": self.pixels(images).numpy()}
         arrays |= {name: tensor.numpy() for name, tensor in more.items()}
@@ -153,7 +158,7 @@ def normalisation(
 
 
 def _numbers(name: str, given: PerChannel | None) -> tuple[float, ...] | None:
-    """Numbers in any of their usual forms as a tuple of floats."""
+    """Return numbers in any of their usual forms as a tuple of floats."""
     if given is None:
         return None
     try:

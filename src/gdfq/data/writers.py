@@ -18,20 +18,32 @@ PIXELS, FLOATS, PNG = "images.npz", "images.npy", "png"
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The files of one folder: pixels with labels, floats, and one PNG an image if asked for.
+    """The image files of one folder.
 
-    images.npz: `images` uint8 [N, C, *size] and `labels` [N] where there are any, as `load_data`
-        reads them.
-    images.npy: the normalised floats themselves, float32 [N, C, *size], as the network takes them.
-    png/CLASS/NUMBER.png: the pixels, in a sub-folder for each class; the sub-folders' order is that
-        of the classes, and those of classes without an image are there, but empty.
+    - `images.npz`: `images` uint8 [N, C, *size] and, if there are labels, `labels` [N], as
+      `load_data` reads them.
+    - `images.npy`: the normalised floats, float32 [N, C, *size], as the network takes them.
+    - `png/CLASS/NUMBER.png`: the pixels, in one sub-folder per class, sorted in class order.
+      Classes without images have empty sub-folders.
+
+    Attributes:
+        folder: The folder.
+        png: Whether PNG files are written.
     """
 
     folder: Path
     png: bool = False
 
     def prepare(self, input_shape: tuple[int, ...]) -> None:
-        """Make the folder. Raises UsageError when it holds images, or PNG could not be written."""
+        """Create the folder.
+
+        Args:
+            input_shape: Shape of one image.
+
+        Raises:
+            UsageError: The folder already holds images or cannot be written, or the images cannot
+                be PNG files.
+        """
         if any(os.path.lexists(self.folder / name) for name in (PIXELS, FLOATS, PNG)):
             raise UsageError(
                 f"{self.folder} already holds images. Choose another folder or remove them."
@@ -46,7 +58,17 @@ class ImageFiles:
     def write(
         self, images: Tensor, labels: Tensor | None, preprocessing: Preprocessing, classes: int
     ) -> list[Path]:
-        """Write normalised images [N, C, *size] and labels [N]; the paths that are there now."""
+        """Write the files.
+
+        Args:
+            images: Normalised images, [N, C, *size].
+            labels: Class of each image, [N], if known.
+            preprocessing: From pixels to these images; its inverse gives the pixels.
+            classes: Number of classes.
+
+        Returns:
+            The paths written.
+        """
         paths = [self.folder / PIXELS, self.folder / FLOATS]
         if self.png:
             paths.append(self.folder / PNG)
@@ -59,7 +81,14 @@ class ImageFiles:
 
 
 def write_png(folder: Path, pixels: Tensor, labels: Tensor, classes: int) -> None:
-    """Pixels uint8 [N, 1 or 3, H, W] as folder/CLASS/NUMBER.png, with leading zeros in both."""
+    """Write images as folder/CLASS/NUMBER.png, with leading zeros in both.
+
+    Args:
+        folder: Where the sub-folders are created.
+        pixels: uint8 [N, 1 or 3, H, W].
+        labels: Class of each image, [N].
+        classes: Number of classes; each gets a sub-folder.
+    """
     digits, places = len(str(classes - 1)), len(str(len(pixels) - 1))
     folders = [folder / f"{label:0{digits}}" for label in range(classes)]
     for path in folders:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from gdfq.deploy.card import Card
 from gdfq.errors import UsageError, first_line
-from gdfq.files.untrusted import TENSOR
+from gdfq.files.untrusted import MAX_TENSOR_ELEMENTS
 from gdfq.graph import operators
 from gdfq.graph.outputs import count_of, in_order
 from gdfq.student.integer_network import IntegerNetwork, check_quantizer
@@ -24,7 +24,7 @@ def rehearse(network: IntegerNetwork, card: Card) -> None:
     """Check that a stored network takes the inputs and gives the outputs of its card.
 
     Its quantizers must have the form that freezing writes, and no tensor may have more than
-    `TENSOR` elements for one image.
+    `MAX_TENSOR_ELEMENTS` elements for one image.
 
     Raises:
         UsageError: A check fails.
@@ -62,7 +62,7 @@ class _Rehearsal(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         check_quantizer(n)
         value = super().run_node(n)
-        if isinstance(value, Tensor) and math.prod(value.shape) > _BATCH_SIZE * TENSOR:
+        if isinstance(value, Tensor) and math.prod(value.shape) > _BATCH_SIZE * MAX_TENSOR_ELEMENTS:
             raise ValueError(f"{n.name!r} would have {list(value.shape)} numbers")
         if isinstance(value, Tensor) and n.op != "get_attr":
             n.meta["val"] = value  # the memory budget reads it

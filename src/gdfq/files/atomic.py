@@ -20,12 +20,16 @@ def check_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create the folder if it does not exist. Raises UsageError if it cannot be written."""
+    """Create the folder if it does not exist.
+
+    Raises:
+        UsageError: It cannot be created or written.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"the out folder must be writable; {path} cannot be made: {error.strerror}. "
+            f"the out folder must be writable; {path} cannot be created: {error.strerror}. "
             "Choose another."
         ) from error
     check_folder(path)
@@ -34,8 +38,17 @@ def make_folder(path: Path) -> None:
 def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Found:
     """Write under a temporary name in the same folder, force it to disk, check it, then rename.
 
-    `check` gets the temporary file, whose name no other writer has; when it raises, the file is not
-    kept. Returns what `check` does.
+    Args:
+        path: The file to create or replace.
+        data: Its contents.
+        check: Called with the temporary file, whose name is unique to this call.
+
+    Returns:
+        What `check` returns.
+
+    Raises:
+        Exception: Whatever `check` raises; the temporary file is then deleted, and a file that was
+            at `path` stays as it is.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -68,7 +81,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove files that a dead process left half-written. No other process may be writing here."""
+    """Remove partial files that a killed process left. No other process may be writing here."""
     for path in folder.glob(".*.????????.partial"):
         path.unlink(missing_ok=True)
 

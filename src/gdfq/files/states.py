@@ -33,7 +33,7 @@ class Frozen:
     value: Any
 
     def to(self, device: torch.device) -> "Frozen":
-        """Return it on a device. Parts that were read are on the CPU."""
+        """Return a copy on a device. Parts read from a file are on the CPU."""
         return self if device.type == "cpu" else Frozen(_moved(self.value, device))
 
 
@@ -65,14 +65,19 @@ class Results(dict[str, Any]):
 
 
 def to_bytes(state: Any, name_of: Callable[[Frozen], str]) -> bytes:
-    """Return a state as the contents of a safetensors file; frozen parts are stored by name."""
+    """Return a state as the contents of a safetensors file.
+
+    Args:
+        state: A tree as `Stateful` describes it.
+        name_of: Returns the name under which a frozen part is stored elsewhere.
+    """
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
 
     def encoded(value: Any) -> Any:
         if isinstance(value, Tensor):
-            # A clone lies dense in memory, whatever it is a view of.
+            # A clone is dense in memory, even if the tensor is a view.
             dense = value.detach().cpu().clone()
             tensors[str(len(tensors))] = dense.as_strided((dense.numel(),), (1,))
             return {"tensor": str(len(tensors) - 1), "shape": list(dense.shape),
@@ -90,16 +95,23 @@ def to_bytes(state: Any, name_of: Callable[[Frozen], str]) -> bytes:
 
 
 def from_bytes(data: bytes, fixed: Callable[[str], Frozen]) -> Any:
-    """Read the state from a file's contents. Tuples are returned as lists.
+    """Read a state from the contents of a file; the inverse of `to_bytes`.
 
-    Tensors get the strides that they had: arithmetic of another memory order rounds otherwise.
-    Raises ValueError and others for contents that `to_bytes` did not make.
+    Tensors keep their strides, because arithmetic in another memory order rounds differently.
+    Tuples are returned as lists.
+
+    Args:
+        data: What `to_bytes` returned.
+        fixed: Returns the frozen part of a name.
+
+    Raises:
+        ValueError: The contents are damaged. Contents of another structure raise other errors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        # A copy each: where a tensor lies in the file its memory need not be aligned.
+        # Copies, because the offsets of tensors in the file need not be aligned.
         tensors = {name: tensor.clone() for name, tensor in load(data).items()}
     except SafetensorError as error:
         raise ValueError(str(error)) from error
@@ -128,7 +140,16 @@ def name_of(data: bytes) -> str:
 
 
 def differences(state: Any, other: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the leaves, by dotted path, in which two trees of plain values differ."""
+    """Return the leaves in which two trees of plain values differ.
+
+    Args:
+        state: One tree.
+        other: The other tree.
+        where: Dotted path of both inside a larger tree.
+
+    Returns:
+        Dotted path of each such leaf -> its value in `state` and in `other`.
+    """
     if not isinstance(state, dict) or not isinstance(other, dict):
         return {} if state == other else {where: (state, other)}
     found: dict[str, tuple[Any, Any]] = {}

@@ -21,16 +21,17 @@ import numpy as np
 
 from gdfq.errors import UsageError
 
-PIXELS, RESIZED = 2**26, 2**24
-"""Maximum pixels of an image file (8192 x 8192), and of a resized image (long and thin images can
-grow)."""
-NUMBERS = 2**24
+MAX_IMAGE_PIXELS = 2**26
+"""Maximum pixels of an image file: 8192 x 8192."""
+MAX_RESIZED_PIXELS = 2**24
+"""Maximum pixels of a resized image. Resizing can enlarge long and thin images."""
+MAX_INPUT_ELEMENTS = 2**24
 """Maximum elements of one input of a network: 3 x 2048 x 2048 fits."""
-TENSOR = 2**28
+MAX_TENSOR_ELEMENTS = 2**28
 """Maximum elements of one tensor inside a stored network, for one image: 1 GiB of floats."""
-LEVELS = 100
+MAX_JSON_DEPTH = 100
 """Maximum depth of nested lists and objects."""
-_UNPACKED, _RATIO = 2**26, 100
+_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 2**26, 100
 """Bytes that any archive may unpack to, and the maximum ratio to its own size for larger ones."""
 
 
@@ -56,23 +57,32 @@ def within(folder: Path, path: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises OSError, and ValueError if it is not valid JSON."""
+    """Read a JSON file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not valid JSON, or is nested too deeply.
+    """
     return parse_json(path.read_bytes())
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON text. Raises ValueError if it is not valid JSON or is nested too deeply."""
+    """Parse JSON text.
+
+    Raises:
+        ValueError: It is not valid JSON, or is nested too deeply.
+    """
     try:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if isinstance(value, dict | list):
-        _check_depth(value, LEVELS)
+        _check_depth(value, MAX_JSON_DEPTH)
     return value
 
 
 def _check_depth(value: Any, levels: int) -> None:
-    """Raise ValueError for a value too deep to be written again, which takes more of the stack."""
+    """Raise ValueError if a value is nested too deeply to be written, which needs more stack."""
     if not levels:
         raise ValueError("it is nested too deeply")
     for inner in value.values() if isinstance(value, dict) else value:
@@ -81,16 +91,20 @@ def _check_depth(value: Any, levels: int) -> None:
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Raise UsageError if one input of a network has more elements than any image."""
-    if math.prod(shape) > NUMBERS:
+    """Check the shape of one input of a network.
+
+    Raises:
+        UsageError: It has more than `MAX_INPUT_ELEMENTS` elements.
+    """
+    if math.prod(shape) > MAX_INPUT_ELEMENTS:
         raise UsageError(
-            f"one input may have at most {NUMBERS:,} elements; {'x'.join(map(str, shape))} has "
-            f"{math.prod(shape):,}. Give the shape of one image."
+            f"one input may have at most {MAX_INPUT_ELEMENTS:,} elements; "
+            f"{'x'.join(map(str, shape))} has {math.prod(shape):,}. Give the shape of one image."
         )
 
 
-def check_pixels(width: int, height: int, limit: int = PIXELS) -> None:
-    """Raise ValueError when an image would have too many pixels to be held in memory."""
+def check_pixels(width: int, height: int, limit: int = MAX_IMAGE_PIXELS) -> None:
+    """Raise ValueError if an image of this width and height has more than `limit` pixels."""
     if width * height > limit:
         raise ValueError(f"{width} x {height} pixels are more than {limit:,}")
 
@@ -110,7 +124,7 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
             if names is None or info.filename.removesuffix(".npy") in names
         }
         size = sum(info.file_size for info in members.values())
-        if size > max(_UNPACKED, _RATIO * path.stat().st_size):
+        if size > max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * path.stat().st_size):
             raise ValueError(f"it would unpack to {size:,} bytes, which its size does not explain")
         return {name: _array(archive, info) for name, info in members.items()}
 
@@ -122,7 +136,10 @@ _HEADERS = {
 
 
 def _array(archive: ZipFile, info: ZipInfo) -> np.ndarray[Any, Any]:
-    if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # others ask for memory by themselves
+    if info.compress_type not in (
+        ZIP_STORED,
+        ZIP_DEFLATED,
+    ):  # other methods allocate memory of their own
         raise ValueError(f"{info.filename} is compressed in another way than numpy's")
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
@@ -144,14 +161,16 @@ _HARMLESS = re.compile(
     r"|torch\.storage UntypedStorage|torch\.serialization _get_layout"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
 )
-"""What the pickled part of a state dict may call. `weights_only` lets pass more: `bytearray` and
-`Tensor` take a length, and so any memory that a few bytes ask for."""
+"""What the pickled part of a state dict may call. `weights_only` allows more: `bytearray` and
+`Tensor` take a length, so a few bytes can request any amount of memory."""
 
 
 def check_torch_file(path: Path) -> None:
-    """Raise ValueError when reading a torch file with weights_only could take memory without end.
+    """Check that reading a torch file takes no more memory than its size explains.
 
-    It must hold its bytes as they are, and call nothing that makes some.
+    Raises:
+        ValueError: The file is compressed, claims more bytes than it has, or calls a function that
+            a state dict does not need.
     """
     for name in _calls(path):
         if not _HARMLESS.fullmatch(name):
@@ -197,7 +216,7 @@ def _calls(path: Path) -> Iterator[str]:
     """
     with path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:  # the format before torch 1.6, which begins with pickles
-            # A file takes memory for whatever length a pickle asks it to read, a mapping does not.
+            # A file allocates any length that a pickle asks it to read; a mapping does not.
             with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
                 for _ in range(5):  # magic number, version, system, object, names of its storages
                     yield from _names(content)
@@ -214,7 +233,7 @@ def _calls(path: Path) -> Iterator[str]:
 
 
 def _names(file: Any) -> Iterator[str]:
-    """What a pickle calls, as "module name"; its end is that of the pickle."""
+    """Yield what a pickle calls, as "module name", up to the end of the pickle."""
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL":
             yield str(argument)
@@ -223,14 +242,14 @@ def _names(file: Any) -> Iterator[str]:
 
 
 _LENGTH_BYTES = 8
-"""Bytes in which a safetensors file says how long its header is."""
+"""Bytes of the field that holds the length of a safetensors header."""
 
 
 def header_bytes(data: bytes) -> int:
-    """How many bytes of a safetensors file are not tensors."""
+    """Return how many bytes of a safetensors file precede its tensors."""
     return _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
 
 
 def safetensors_header(data: bytes) -> bytes:
-    """The JSON header of a safetensors file."""
+    """Return the JSON header of a safetensors file."""
     return data[_LENGTH_BYTES : header_bytes(data)]
