@@ -79,7 +79,11 @@ class Checkpoints:
         return folder if isinstance(folder, Checkpoints) else cls(Path(folder), writes=writes)
 
     def __enter__(self) -> "Checkpoints":
-        """Lock the folder. Raises UsageError if it cannot be written or is in use."""
+        """Lock the folder.
+
+        Raises:
+            UsageError: It cannot be written, or another run uses it.
+        """
         if self._writes:
             make_folder(self.folder)
             lock = within(self.folder, self.folder / _LOCK)
@@ -105,6 +109,10 @@ class Checkpoints:
 
     def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
         """Read the newest checkpoint that is not damaged, if there is one.
+
+        Args:
+            settings: Settings that must be those of the checkpoint.
+            around: Versions and hardware; a difference is a warning.
 
         Raises:
             UsageError: It belongs to a run with other settings, all checkpoints are damaged, or
@@ -155,7 +163,7 @@ class Checkpoints:
             self._found.pop(name, None)
 
     def listening(self, listener: Listener) -> Listener:
-        """Return the listener such that a checkpoint is written if it raises, and when due."""
+        """Return a listener that also writes a checkpoint when one is due or `listener` raises."""
 
         def receive(step: Step) -> None:
             try:
@@ -234,10 +242,10 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove the files that neither this checkpoint nor the one before it needs."""
-        wanted = {path.name for path, _ in self._kept}
-        wanted |= {f"piece-{name}.safetensors" for _, used in self._kept for name in used}
+        needed = {path.name for path, _ in self._kept}
+        needed |= {f"piece-{name}.safetensors" for _, used in self._kept for name in used}
         for path in self._files(_CHECKPOINT) + self._files(_PIECE):
-            if path.name not in wanted:
+            if path.name not in needed:
                 path.unlink(missing_ok=True)
 
     def _read_newest(self) -> dict[str, Any] | None:
@@ -260,7 +268,14 @@ class Checkpoints:
         return None
 
     def _read(self, path: Path) -> tuple[dict[str, Any], set[str]]:
-        """A checkpoint's state and its pieces. Raises ValueError and others when it is damaged."""
+        """Read a checkpoint.
+
+        Returns:
+            Its state, and the names of the pieces it uses.
+
+        Raises:
+            ValueError: It is damaged. Contents of another structure raise other errors.
+        """
         read: dict[str, Frozen] = {}
 
         def contents(path: Path, name: str) -> bytes:
@@ -273,7 +288,7 @@ class Checkpoints:
             path = self.folder / f"piece-{name}.safetensors"
             if not _PIECE.fullmatch(path.name):
                 raise ValueError(f"a piece cannot have the name {name!r}")
-            if name not in read:  # once: pieces that name each other twice would double without end
+            if name not in read:  # read once: references between pieces could grow exponentially
                 read[name] = Frozen(from_bytes(contents(path, name), fixed))
                 self._pieces[read[name]] = name
             return read[name]
@@ -283,7 +298,7 @@ class Checkpoints:
         state = from_bytes(contents(path, match[2]), fixed)
         parts = {key: state[key] for key in ("settings", "around", "parts")}
         if not all(isinstance(part, dict) for part in parts.values()):
-            raise ValueError("its parts are no dictionaries")
+            raise ValueError("its parts are not dictionaries")
         return parts, set(read)
 
 

@@ -35,7 +35,11 @@ class Group:
     rank, size = 0, 1
 
     def mean(self, x: Tensor) -> Tensor:
-        """Return the mean of x over all processes, with its gradient. All x have the same shape."""
+        """Return the mean of x over all processes, with gradient.
+
+        Args:
+            x: A tensor of the same shape in every process.
+        """
         return x
 
     def average_(self, tensors: Iterable[Tensor | None]) -> None:
@@ -66,17 +70,32 @@ class Group:
         return x.tensor_split(self.size)[self.rank]
 
     def moments(self, statistics: Statistics) -> Statistics:
-        """Return the statistics of the whole batch, with gradients, from those of the shards."""
+        """Return the statistics of the whole batch, with gradients.
+
+        Args:
+            statistics: Those of this process's shard.
+        """
         return statistics
 
     def batch_norm(
         self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     ) -> Tensor:
-        """Apply batch norm to x [N, C, *] with the statistics of the whole batch."""
+        """Apply batch norm with the statistics of the whole batch.
+
+        Args:
+            x: This process's shard, [n, C, *].
+            scale: [C], or None for 1.
+            shift: [C], or None for 0.
+            eps: Added to the variance.
+        """
         return F.batch_norm(x, None, None, scale, shift, training=True, eps=eps)
 
     def check_batch(self, batch: int, what: str) -> None:
         """Check that the processes can divide a batch evenly.
+
+        Args:
+            batch: Images of the batch.
+            what: What has the batch, for the message.
 
         Raises:
             UsageError: They cannot; the message says which numbers of processes can.
@@ -171,12 +190,16 @@ def _mean_(x: Tensor, size: int) -> Tensor:
 
 
 def _together(operation: Callable[..., Any], *arguments: Any) -> None:
-    """Call a collective operation. Raises GdfqError if a process is gone."""
+    """Call a collective operation.
+
+    Raises:
+        GdfqError: A process has ended.
+    """
     try:
         operation(*arguments)
     except RuntimeError as error:
         raise GdfqError(
-            "all processes of a run must live until its end; one is gone "
+            "all processes of a run must live until its end; one has ended "
             f"({first_line(error)}). See its last messages; the same command resumes from the "
             "checkpoint."
         ) from error
@@ -190,10 +213,18 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:
-    """Within, the group of processes that torchrun started this one in; alone if it did not.
+    """Join the processes that torchrun started; without torchrun, the group is this process alone.
 
-    On GPUs each process takes the one of its number on its machine. Raises UsageError when there
-    are fewer.
+    On GPUs, each process uses the GPU whose index is its local rank.
+
+    Args:
+        device: Decides the backend: NCCL for GPUs, otherwise Gloo.
+
+    Yields:
+        The group.
+
+    Raises:
+        UsageError: The machine has fewer GPUs than processes.
     """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE

@@ -15,12 +15,19 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """Return x in float32 where layers computed it in bfloat16; any other dtype is kept."""
+    """Return x in float32 if it is bfloat16; any other dtype is returned unchanged."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one. Raises UsageError otherwise."""
+    """Return the device of a name.
+
+    Args:
+        name: "cpu", "cuda", or "auto" for the GPU if there is one.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
     available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if name == "auto":
         return torch.device(available[-1])

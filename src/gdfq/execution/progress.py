@@ -1,4 +1,4 @@
-"""What a run says while it runs: steps go to listeners, which print or record them."""
+"""Progress of a run: every step is passed to listeners, which print or record it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,19 +15,25 @@ class Step:
     total: int
     losses: Mapping[str, Tensor]
     rate: float | None = None
-    """The learning rate, as a share of the one that the stage begins with."""
+    """The learning rate, relative to the initial rate of the stage."""
     ranges: Mapping[str, float] = field(default_factory=dict)
-    """Now and then, how much each activation's grid spans, by name."""
+    """The range of each activation's grid by name; empty in most steps (see `RANGE_REPORTS`)."""
 
 
 Listener = Callable[[Step], None]
 
-RANGES = 50
-"""How often a stage tells the activations' ranges."""
+RANGE_REPORTS = 50
+"""Approximate number of steps of a stage that report the ranges of activations."""
 
 
 def is_due(index: int, total: int, times: int) -> bool:
-    """Whether to speak at step `index` (from 1) of `total`: about `times` times, and at the end."""
+    """Return whether a stage reports at a step: about `times` times, and at the last step.
+
+    Args:
+        index: The step, counted from 1.
+        total: Steps of the stage.
+        times: Approximate number of reports.
+    """
     return index % max(1, total // times) == 0 or index == total
 
 

@@ -1,4 +1,4 @@
-"""A listener that writes TensorBoard event files, for those who watch their runs there."""
+"""A listener that writes TensorBoard event files."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Step, is_due
 
-_TIMES = 500
+_MAX_POINTS = 500
+"""Approximate number of steps of a stage that are written."""
 
 
 def require_tensorboard() -> None:
-    """Raise UsageError where TensorBoard is not installed."""
+    """Raise UsageError if TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
         raise UsageError(
             "event files need the tensorboard package, which is not installed. "
@@ -28,7 +29,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def __call__(self, step: Step) -> None:
-        if not is_due(step.index, step.total, _TIMES) and not step.ranges:
+        if not is_due(step.index, step.total, _MAX_POINTS) and not step.ranges:
             return
         scalars = {name: float(value) for name, value in step.losses.items()}
         if step.rate is not None:

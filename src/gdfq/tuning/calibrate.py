@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from gdfq.errors import GdfqError
 from gdfq.execution.context import Context
 from gdfq.execution.precision import to_float32
-from gdfq.execution.progress import RANGES, Step, is_due
+from gdfq.execution.progress import RANGE_REPORTS, Step, is_due
 from gdfq.graph.memory import part_images
 from gdfq.graph.walk import PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer
@@ -34,9 +34,9 @@ def calibrate_(
     Args:
         student: A student whose ranges are not yet known, changed in place.
         batches: The batches from `first_step` on.
-        steps: Batches of the calibration in all.
+        steps: Total number of batches of the calibration.
         context: Context of the run.
-        first_step: Batches that were seen before an interruption.
+        first_step: Number of batches processed before an interruption.
 
     Raises:
         GdfqError: A range is not finite.
@@ -48,7 +48,7 @@ def calibrate_(
     for step, batch in enumerate(batches, start=first_step + 1):
         at_once = part_images(graph, len(batch), context.memory, device)
         _observe_(student, split_inputs(batch.inputs, at_once))
-        ranges = student.ranges() if is_due(step, steps, RANGES) else {}
+        ranges = student.ranges() if is_due(step, steps, RANGE_REPORTS) else {}
         context.listener(Step("calibrate", step, steps, batch.losses, ranges=ranges))
     for name, quantizer in student.named_modules():
         if isinstance(quantizer, ActivationQuantizer):
@@ -61,7 +61,7 @@ def calibrate_(
 
 
 def _observe_(student: Student, parts: Sequence[tuple[Tensor, ...]]) -> None:
-    """Let the quantizers of a student, which observe, see one batch in parts."""
+    """Pass one batch, divided into parts, through a student whose quantizers observe."""
     if len(parts) == 1:
         student(*parts[0])
         return
@@ -71,7 +71,7 @@ def _observe_(student: Student, parts: Sequence[tuple[Tensor, ...]]) -> None:
 
 
 class _ObservedInParts(PartsInterpreter):
-    """Shows each quantizer the whole batch before a part of it passes."""
+    """Lets each quantizer observe the whole batch before any part passes it."""
 
     def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
         if isinstance(quantizer := self.submodules.get(str(node.target)), ActivationQuantizer):

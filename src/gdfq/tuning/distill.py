@@ -13,7 +13,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import check_finite
 from gdfq.execution.precision import to_float32
-from gdfq.execution.progress import RANGES, Step, is_due
+from gdfq.execution.progress import RANGE_REPORTS, Step, is_due
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import distillation_loss, feature_loss
 from gdfq.graph import queries
@@ -42,7 +42,7 @@ class Distillation(Tuning):
     whose outputs are not classes has no CE, and `feature_loss` over its outputs instead of the KL.
 
     Attributes:
-        optimizer: Of all parameters of the student.
+        optimizer: Optimizer of all parameters of the student.
         schedule: Of the learning rate.
         cross_entropy: Weight of the cross-entropy with the labels.
         distillation: Weight of the distillation loss.
@@ -202,7 +202,7 @@ def tune_(
             advice="Lower the learning rate or use more bits.",
         )
         optimizer.step()
-        ranges = student.ranges() if is_due(step + 1, total_steps, RANGES) else {}
+        ranges = student.ranges() if is_due(step + 1, total_steps, RANGE_REPORTS) else {}
         context.listener(
             Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges)
         )
@@ -210,7 +210,7 @@ def tune_(
 
 
 _MAX_FEATURE_BYTES = 2**24
-"""A feature map of at most this size: larger ones leave the cache, and cost fresh memory."""
+"""Maximum size of a feature map in bytes: larger ones do not fit the cache."""
 
 
 _NETWORK_COUNT = 2
@@ -218,7 +218,7 @@ _NETWORK_COUNT = 2
 
 
 def _images_at_once(teacher: Captured, memory: MemoryBudget) -> int:
-    """How many images go through the networks together; gradients add up over the rest."""
+    """Return how many images pass the networks together; gradients accumulate over the parts."""
     fits = memory.images(_NETWORK_COUNT * training_bytes(teacher.network.graph), teacher.device)
     if teacher.device.type != "cpu":
         return fits
