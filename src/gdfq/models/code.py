@@ -1,6 +1,7 @@
 """Networks that are code: a factory in a file or package, a `torch.export` program.
 
-Both run what they hold. They come from the MODEL that a user names, never from a run's folder.
+Loading either can run its code. They come only from the MODEL that a user names, never from a run
+folder.
 """
 
 import importlib
@@ -19,7 +20,15 @@ from gdfq.models.loaded import Loaded
 
 
 def from_factory(spec: str) -> nn.Module:
-    """Import a file or package and call its factory, which must return an nn.Module."""
+    """Import a file or package and call its factory.
+
+    Args:
+        spec: `path/to/file.py:factory` or `package.module:factory`.
+
+    Raises:
+        UsageError: The spec is malformed, the import or the call fails, or the factory does not
+            return an nn.Module.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise UsageError(
@@ -29,7 +38,7 @@ def from_factory(spec: str) -> nn.Module:
     is_file = place.endswith(".py")
     if is_file and not Path(place).is_file():
         raise UsageError(f"MODEL names a file that must exist; there is none at {place}.")
-    # A file finds its neighbours, a package is found from here: as when Python runs them.
+    # As when Python runs them: a file can import its neighbours, a package is found from here.
     with _importable_from(Path(place).parent if is_file else Path()):
         try:
             module = _import_file(Path(place)) if is_file else importlib.import_module(place)
@@ -73,16 +82,17 @@ def _import_file(path: Path) -> Any:
 
 
 def from_program(path: Path) -> Loaded:
-    """The network in a `.pt2` file that `torch.export.save` wrote, and its input shape.
+    """Load the network of a `.pt2` file that `torch.export.save` wrote, with its input shape.
 
-    Raises UsageError when it is no such file, takes more than one tensor, or was exported for one
-    batch size or in training mode.
+    Raises:
+        UsageError: It is not such a file, takes more than one tensor, or was exported for a fixed
+            batch size or in training mode.
     """
     if not path.is_file():
         raise UsageError(f"MODEL names a file that must exist; there is none at {path}.")
     try:
         program = torch.export.load(path)
-    except Exception as error:  # zip, pickle and schema errors of every kind
+    except Exception as error:  # zip, pickle and schema errors of many types
         raise UsageError(
             "a .pt2 file must be a program that torch.export.save wrote, with a torch that this "
             f"one ({torch.__version__}) can read; {path} is not: {first_line(error)}."
@@ -110,7 +120,7 @@ def from_program(path: Path) -> Loaded:
 
 
 def _trains(node: fx.Node) -> bool:
-    """Whether a node is a batch norm or dropout in training mode."""
+    """Return whether a node is a batch norm or dropout in training mode."""
     flag = {
         torch.ops.aten.batch_norm.default: 5,
         torch.ops.aten.dropout.default: 2,
@@ -119,7 +129,7 @@ def _trains(node: fx.Node) -> bool:
 
 
 def _plain(module: Any) -> nn.Module:
-    """A program's module as an ordinary one, which can be copied and set to evaluation mode."""
+    """Return a program's module as one that can be copied and set to evaluation mode."""
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
     if graph._codegen.pytree_info.out_spec.is_leaf():  # one tensor needs no code that packs it

@@ -1,7 +1,8 @@
 """Networks of the libraries: timm, torchvision, Hugging Face transformers, pytorchcv.
 
-Each is imported when it is asked for, loads its own pretrained weights through its own cache, and
-says what it knows of the network's images. No weights are read that could run pickled code.
+Each library is imported only when it is used. It loads pretrained weights through its own cache,
+and gives what it knows about the images that the network takes. Weights whose pickle could run code
+are not read.
 """
 
 import importlib
@@ -21,10 +22,16 @@ from gdfq.models.weights import read_weights
 
 
 def from_hub(hub: str, name: str, *, pretrained: bool) -> Loaded:
-    """A library's network, with its pretrained weights or as it is initialised.
+    """Load a network of a library.
 
-    hub: one of HUBS. Raises UsageError when the library is not there or does not know the name,
-    and when weights are in neither its cache nor reach.
+    Args:
+        hub: A key of HUBS.
+        name: The library's name of the network.
+        pretrained: Load the pretrained weights; otherwise the weights are as initialised.
+
+    Raises:
+        UsageError: The library is not installed or does not know the name, or the weights are not
+            in its cache and cannot be downloaded.
     """
     library = HUBS[hub].library
     package = _import(library, hub)
@@ -32,13 +39,14 @@ def from_hub(hub: str, name: str, *, pretrained: bool) -> Loaded:
         return HUBS[hub].load(package, name, pretrained)
     except UsageError:
         raise
-    except OSError as error:  # files that are neither in the cache nor to be had
+    except OSError as error:  # files that are not in the cache and cannot be downloaded
         raise UsageError(
             f"{hub}:{name} needs files of {library}, in its cache {HUBS[hub].cache()} or over the "
             f"network; it says: {first_line(error).rstrip('.')}. "
-            f"Connect once, or copy that folder from elsewhere, or {HUBS[hub].otherwise}."
+            "Connect to the network once, copy that folder from another machine, or "
+            f"{HUBS[hub].otherwise}."
         ) from error
-    except Exception as error:  # each library has types of its own for a name it does not know
+    except Exception as error:  # each library raises its own types for an unknown name
         raise UsageError(
             f"MODEL must name a network that {library} can load; for {hub}:{name} it says: "
             f"{first_line(error)}"
@@ -52,7 +60,7 @@ def _import(library: str, hub: str) -> Any:
         raise UsageError(
             f"{hub}:NAME needs {library} ({error}). Install it: pip install 'gdfq[{hub}]'"
         ) from error
-    except Exception as error:  # torchvision's kernels, say, that were built for another torch
+    except Exception as error:  # for example torchvision kernels built for another torch
         raise UsageError(
             f"{hub}:NAME needs {library}, which fails when it is imported: {first_line(error)}. "
             "torch and torchvision must be of one release and one build (CPU or CUDA): install "
@@ -195,9 +203,9 @@ def _pytorchcv(_: Any, name: str, pretrained: bool) -> Loaded:
 
 @contextmanager
 def _no_retries() -> Iterator[None]:
-    """Keep the Hugging Face hub to its cache at once when it cannot be reached.
+    """Restrict the Hugging Face hub to its cache while it cannot be reached.
 
-    By itself it asks for each file six times, for up to a minute; it has no option for less.
+    By default the hub tries each file six times, for up to a minute, and has no option for less.
     """
     hub = importlib.import_module("huggingface_hub")
     constants, offline = hub.constants, hub.constants.HF_HUB_OFFLINE
@@ -230,9 +238,11 @@ def _ptcv_cache() -> str:
 class Hub:
     """A library of networks.
 
-    load: the imported library, a name, whether pretrained -> Loaded.
-    library: what is imported. cache: the folder where the library keeps its files.
-    otherwise: what to do when files cannot be had.
+    Attributes:
+        load: Takes the imported library, a name and whether to load pretrained weights.
+        library: Name of the package to import.
+        cache: Returns the folder where the library keeps its files.
+        otherwise: Advice for when files cannot be downloaded, for error messages.
     """
 
     load: Callable[[Any, str, bool], Loaded]
@@ -247,4 +257,4 @@ HUBS = {
     "hf": Hub(_transformers, "transformers", _hub_cache, "give a folder with them as hf:FOLDER"),
     "ptcv": Hub(_pytorchcv, "pytorchcv", _ptcv_cache),
 }
-"""Prefix of MODEL, which is also the name of the extra that installs it -> the library."""
+"""Prefix of MODEL -> the library. The prefix is also the name of the extra that installs it."""

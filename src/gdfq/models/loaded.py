@@ -1,4 +1,4 @@
-"""A loaded network, and what its source says about the images it takes."""
+"""A loaded network, and what its source knows about the images it takes."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,12 @@ from gdfq.files.untrusted import check_shape
 class Loaded:
     """A network and its own configuration.
 
-    input_shape: of one input, [C, H, W]; None when the source does not know it.
-    preprocessing: from pixels to that input; None when the source does not know it.
-    class_names: what its outputs stand for; None when the source does not know it.
-    notes: what was taken of a weights file, for the user.
+    Attributes:
+        module: The network.
+        input_shape: Shape of one input, [C, H, W]; None if the source does not know it.
+        preprocessing: From pixels to that input; None if the source does not know it.
+        class_names: Names of the outputs; None if the source does not know them.
+        notes: Which parts of a weights file were loaded, for the user.
     """
 
     module: nn.Module
@@ -32,15 +34,21 @@ class Loaded:
         mean: PerChannel | None = None,
         std: PerChannel | None = None,
     ) -> tuple[tuple[int, ...], Preprocessing]:
-        """Return the shape of one input and its preprocessing: as given, else as the network says.
+        """Return the shape of one input and its preprocessing; arguments override what is known.
 
-        Raises UsageError if the shape is neither given nor known, or is too large, or if mean and
-        std do not fit its channels.
+        Args:
+            shape: Shape of one input, [C, H, W].
+            mean: Mean of each channel, for pixels in 0..1.
+            std: Standard deviation of each channel, for pixels in 0..1.
+
+        Raises:
+            UsageError: The shape is neither given nor known, or is too large, or mean and std do
+                not fit its channels.
         """
         shape = shape or self.input_shape
         if shape is None:
             raise UsageError(
-                "the shape of one input must be known; this network does not tell it. "
+                "the shape of one input must be known; this network does not define it. "
                 "Give it with --input, as --input 3x32x32."
             )
         check_shape(shape)
@@ -53,6 +61,6 @@ class Loaded:
 
 
 def names_of(module: nn.Module) -> ClassNames | None:
-    """Return the class names that a module holds as transformers or Ultralytics have them."""
+    """Return the class names in a module of transformers (`id2label`) or Ultralytics (`names`)."""
     values = getattr(getattr(module, "config", None), "id2label", None)
     return class_names(getattr(module, "names", None) if values is None else values)

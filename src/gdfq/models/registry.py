@@ -20,16 +20,18 @@ RANDOM = "random"
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
-    """Load the network that a name stands for.
+    """Load a network by its name.
 
-    spec: `timm:NAME`, `torchvision:NAME`, `hf:ID` or `ptcv:NAME`, with pretrained weights from
-    that library; `path/to/file.py:factory`, `package.module:factory` or a `.pt2` file that
-    `torch.export.save` wrote, which run the code that they hold.
-    weights: a safetensors file or a torch checkpoint (read with weights_only), as
-    `gdfq.models.weights.load_weights_` reads it. A library then downloads no weights; nor does it
-    for `random`, which leaves them untrained.
+    Args:
+        spec: `timm:NAME`, `torchvision:NAME`, `hf:ID` or `ptcv:NAME`, with pretrained weights from
+            that library; or `path/to/file.py:factory`, `package.module:factory` or a `.pt2` file
+            that `torch.export.save` wrote. Loading one of the last three can run its code.
+        weights: A safetensors file or a torch checkpoint (read with weights_only), as
+            `gdfq.models.weights.load_weights_` reads it. `random` leaves the weights of a
+            library's network untrained. In both cases the library downloads no weights.
 
-    Raises UsageError when any of it is missing or does not fit.
+    Raises:
+        UsageError: The network or its weights are missing, or do not match.
     """
     hub, colon, name = spec.partition(":")
     untrained = str(weights) == RANDOM
