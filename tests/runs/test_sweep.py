@@ -70,14 +70,17 @@ def test_model_is_not_read_as_an_option() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("networks: [a]\nbit: w4a4", "line 2: a sweep has no 'bit'. It has networks, bits"),
-        ("networks:\n  - {model: a}\n  - {modle: b}", "line 3: a network has no 'modle'"),
+        (
+            "networks: [a]\nbit: w4a4",
+            "line 2: a sweep has no key 'bit'. Its keys are networks, bits",
+        ),
+        ("networks:\n  - {model: a}\n  - {modle: b}", "line 3: a network has no key 'modle'"),
         ("networks: [a]\nseeds: [0]\nseeds: [1]", "line 3: seeds is given twice"),
         ("networks: [a\nseeds: 1", "line 2"),
-        ("- a", "no mapping"),
-        ("", "no mapping"),
+        ("- a", "not a mapping"),
+        ("", "not a mapping"),
         ("bits: w4a4", "must list its networks"),
-        ("networks: []", "networks must have one value at least"),
+        ("networks: []", "networks must have at least one value"),
         ("networks: [{name: a}]", "must have a model"),
         ("networks: [a]\nbits: w9a9", "2 to 8 bits; got 9"),
         ("networks: [a]\nbits: auto", "bits auto needs a size"),
@@ -92,18 +95,18 @@ def test_model_is_not_read_as_an_option() -> None:
         ("networks: [{model: a, test: {b: c}}]", "test must be text or a number"),
         ("networks: [a]\nseeds: 2024-99-99", "valid YAML"),
         ("networks: [!!python/object/apply:os.getcwd []]", "valid YAML"),
-        ("!!set {networks}", "no mapping"),
-        ("networks: [{model: a, !!binary name: b}]", "line 1: a network has no 'name'"),
-        ("networks: &n [a]\nbits: *n", "line 2: a sweep has no aliases"),
+        ("!!set {networks}", "not a mapping"),
+        ("networks: [{model: a, !!binary name: b}]", "line 1: a network has no key 'name'"),
+        ("networks: &n [a]\nbits: *n", "line 2: a sweep must not contain aliases"),
         (
             "networks: [a]\nlayer_bits: " + "[" * 10**5,
-            "line 2: a sweep has lists and mappings in one another 8 deep at most",
+            "line 2: lists and mappings of a sweep must be nested at most 8 deep",
         ),
         (
             f"networks: [a]\nseeds: {list(range(101))}\nsteps: 1\nbits: {['w4a4'] * 100}",
             "at most 10000 runs; this one has 10100",
         ),
-        ("networks: [a]\n" + "#" * 2**20, "1048576 bytes at most"),
+        ("networks: [a]\n" + "#" * 2**20, "at most 1048576 bytes"),
     ],
 )
 def test_read_sweep_refuses_invalid_files(tmp_path: Path, text: str, said: str) -> None:

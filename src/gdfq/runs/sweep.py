@@ -1,4 +1,4 @@
-"""A sweep: a grid of networks, widths, recipes and seeds as a value, read from a YAML file."""
+"""A sweep: a grid of networks, bit widths, recipes and seeds as a value, read from a YAML file."""
 
 import hashlib
 import math
@@ -17,8 +17,8 @@ from gdfq.plan import resolve_method
 
 Value = TypeVar("Value")
 
-_LARGEST, _DEEPEST, _MOST = 2**20, 8, 10_000
-"""Bytes of a sweep file, lists in lists, and runs; with more of them it is none."""
+_MAX_FILE_BYTES, _MAX_DEPTH, _MAX_RUNS = 2**20, 8, 10_000
+"""Limits of a sweep: bytes of its file, levels of nested lists and mappings, and runs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Network:
         return self.name or Path(self.model).name
 
     def options(self) -> list[str]:
-        """All but `size`, which belongs to the width auto, as command line words."""
+        """Return all options but `size`, which only `--bits auto` takes, as arguments."""
         words = []
         for option in ("weights", "input", "mean", "std", "device", "test", "data"):
             value = getattr(self, option)
@@ -68,7 +68,7 @@ class Cell:
     steps: int | None
 
     def words(self) -> list[str]:
-        """The command line of the run behind `gdfq quantize`, but for --out."""
+        """Return the arguments of `gdfq quantize` for this run, without --out."""
         words = [*self.network.options(), f"--bits={self.bits}", f"--recipe={self.recipe}"]
         words += [f"--size={self.network.size}"] if self.bits == AUTO else []
         words += [f"--placement={self.placement}"] if self.placement else []
@@ -78,7 +78,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """A name that can be read, and is another when anything in the command is."""
+        """A readable folder name, unique to the command: it ends in a hash of the arguments."""
         parts = [self.network.title, self.bits, self.recipe, self.placement, *self.layer_bits]
         text = "-".join([*filter(None, parts), f"seed{self.seed}"])
         digest = hashlib.sha256("\0".join(self.words()).encode()).hexdigest()
@@ -87,9 +87,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All combinations of what is listed; `gdfq quantize` gets each as a command of its own.
+    """All combinations of the listed values; each runs as one `gdfq quantize` command.
 
-    placement None is the recipe's own; each of `layer_bits` are the overrides of one run.
+    A placement of None is the recipe's default. Each element of `layer_bits` holds the overrides of
+    one run.
     """
 
     networks: tuple[Network, ...]
@@ -103,9 +104,9 @@ class Sweep:
     def __post_init__(self) -> None:
         lists = self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
         runs = math.prod(map(len, lists))
-        if runs > _MOST:
+        if runs > _MAX_RUNS:
             raise UsageError(
-                f"a sweep must have at most {_MOST} runs; this one has {short(runs)}. Split it."
+                f"a sweep must have at most {_MAX_RUNS} runs; this one has {short(runs)}. Split it."
             )
         for network in self.networks:
             _check_normalisation(network)
@@ -127,7 +128,7 @@ class Sweep:
             )
 
     def cells(self) -> list[Cell]:
-        """The runs, each once; seeds vary fastest."""
+        """Return the runs without duplicates; seeds vary fastest."""
         grid = product(
             self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
         )
@@ -153,10 +154,16 @@ def _check_normalisation(network: Network) -> None:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep of a YAML file. Raises UsageError, with the line where there is one."""
+    """Read a sweep from a YAML file.
+
+    Raises:
+        UsageError: It is not a valid sweep; the message names the line where one is known.
+    """
     try:
-        if path.stat().st_size > _LARGEST:
-            raise UsageError(f"a sweep file has {_LARGEST} bytes at most; {path} has more.")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise UsageError(
+                f"a sweep file must have at most {_MAX_FILE_BYTES} bytes; {path} has more."
+            )
         text = path.read_text(encoding="utf-8")
         _check_syntax(text)
         return _sweep(_safe_load(text))
@@ -169,9 +176,9 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _check_syntax(text: str) -> None:
-    """Raise UsageError for what is no YAML, for keys that nobody reads, for aliases and for depth.
+    """Raise UsageError for invalid YAML, unknown keys, aliases and deep nesting.
 
-    A few nested aliases could stand for billions of values; reading n open brackets takes n².
+    A few nested aliases can expand to billions of values, and reading n open brackets takes O(n²).
     """
     import yaml
 
@@ -180,15 +187,17 @@ def _check_syntax(text: str) -> None:
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
+            if depth > _MAX_DEPTH:
                 line = event.start_mark.line + 1
                 raise UsageError(
-                    f"line {line}: a sweep has lists and mappings in one another {_DEEPEST} deep "
-                    "at most; this is deeper. Write it flat."
+                    f"line {line}: lists and mappings of a sweep must be nested at most "
+                    f"{_MAX_DEPTH} deep; these are deeper. Flatten them."
                 )
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
-                raise UsageError(f"line {line}: a sweep has no aliases (*name). Write it out.")
+                raise UsageError(
+                    f"line {line}: a sweep must not contain aliases (*name). Write the values out."
+                )
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -207,12 +216,16 @@ def _check_syntax(text: str) -> None:
 def _check_keys(node: Any, what: str, kind: type, old: Sequence[str] = ()) -> None:
     known = [field.name for field in fields(kind)]
     if getattr(node, "tag", None) != "tag:yaml.org,2002:map":
-        raise UsageError(f"{what} has the keys {', '.join(known)}; this is no mapping of them.")
+        raise UsageError(
+            f"{what} must be a mapping with the keys {', '.join(known)}; this is not a mapping."
+        )
     seen: set[str] = set()
     for key, _ in node.value:
         line = f"line {key.start_mark.line + 1}: "
         if key.tag != "tag:yaml.org,2002:str" or key.value not in (*known, *old):
-            raise UsageError(f"{line}{what} has no {short(key.value)}. It has {', '.join(known)}.")
+            raise UsageError(
+                f"{line}{what} has no key {short(key.value)}. Its keys are {', '.join(known)}."
+            )
         if key.value in seen:
             raise UsageError(f"{line}{key.value} is given twice. Make one list of both.")
         seen.add(key.value)
@@ -223,7 +236,7 @@ def _safe_load(text: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # as of the date 2024-99-99
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # for example the date 2024-99-99
         raise UsageError(f"a sweep must be valid YAML; {first_line(error)}.") from error
 
 
@@ -250,9 +263,11 @@ def _sweep(values: Mapping[str, Any]) -> Sweep:
 
 
 def _each(value: Any, key: str, read: Callable[[Any, str], Value]) -> Iterator[Value]:
-    """A list's values, or the one value that stands for a list of one."""
+    """Read the values of a list; a single value counts as a list of one."""
     if value == [] or value is None:
-        raise UsageError(f"{key} must have one value at least; it has none. Remove it.")
+        raise UsageError(
+            f"{key} must have at least one value; it has none. Add one, or remove {key}."
+        )
     return (read(item, key) for item in (value if isinstance(value, list) else [value]))
 
 
@@ -273,7 +288,7 @@ def _patterns(value: Any, key: str) -> tuple[str, ...]:
 
 
 def _network(value: Any, key: str) -> Network:
-    """A mapping, or the model alone. Lists are written as the command line has them."""
+    """Read a mapping of options, or the model alone. Lists become command-line text."""
     if not isinstance(value, dict):
         return Network(_text(value, key))
     if "model" not in value:

@@ -1,4 +1,4 @@
-"""Running a sweep: each cell in a process of its own, so many at a time, and one table of all."""
+"""Runs a sweep: every cell in its own process, several at a time, with one table of all results."""
 
 import asyncio
 import csv
@@ -28,11 +28,11 @@ TABLE_JSON, TABLE_CSV, LOG = "sweep.json", "sweep.csv", "log.txt"
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a cell.
+    """The result of a cell.
 
-    Accuracies are top-1 in percent; error_percent is that of the output that is furthest from the
-    teacher's, for a network that is no classifier. bytes are those of the ONNX file, or of the
-    packed student where there is none.
+    Accuracies are top-1 in percent. `error_percent` is the largest relative error of an output, for
+    a network that is not a classifier. `bytes` is the size of the ONNX file, or of the packed
+    student if there is none.
     """
 
     network: str
@@ -52,23 +52,37 @@ class Row:
 
 
 Tell = Callable[[Row, int, int], None]
-"""Is told of each cell that ended: its row, how many ended so far, and how many there are."""
+"""Called when a cell ends, with its row, the number of cells that have ended, and of all cells."""
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_sweep(
     sweep: Sweep, out: Path, *, home: Path, jobs: int, threads: int = 1, tell: Tell
 ) -> list[Row]:
-    """Run the cells that have not finished yet and return the rows of all.
+    """Run the cells that have not finished yet.
 
-    home: the folder that the paths in the sweep are relative to. Each cell is a fresh process of
-    `threads` threads, whose output goes into its folder; one that fails does not stop the rest.
-    The table is written into `out` whenever a cell ends. Interrupted, it passes SIGTERM on and
-    waits for the cells.
+    Each cell is a new process that writes its output into its folder; a cell that fails does not
+    stop the others. The table in `out` is written again whenever a cell ends. On an interruption
+    the running cells receive SIGTERM, and the sweep waits for them.
+
+    Args:
+        sweep: What to run.
+        out: Folder for the table and for one folder per cell.
+        home: Folder that relative paths in the sweep refer to.
+        jobs: Number of cells that run at the same time.
+        threads: Threads of each cell.
+        tell: Called whenever a cell ends.
+
+    Returns:
+        The rows of all cells, in the order of `sweep.cells()`.
+
+    Raises:
+        UsageError: `jobs` or `threads` is below 1, or `out` cannot be written.
+        KeyboardInterrupt: The sweep was interrupted.
     """
     if jobs < 1 or threads < 1:
         raise UsageError(f"jobs and threads must be at least 1; got {jobs} and {threads}.")
@@ -106,14 +120,14 @@ def run_sweep(
         asyncio.run(run_all())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
-    except BaseExceptionGroup as several:  # of the sweep itself: those of cells are rows
+    except BaseExceptionGroup as several:  # errors of the sweep itself; errors of cells are in rows
         raise several.exceptions[0] from several
     return rows
 
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _STOPPING = ("SIGTERM", "SIGHUP")
-"""Signals that end a sweep besides Ctrl-C, unless they are ignored as under nohup."""
+"""Signals that end a sweep like Ctrl-C, unless the process ignores them (nohup)."""
 
 
 async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]) -> int:
@@ -123,7 +137,7 @@ async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]
     # -P: no module is taken from `home`.
     words = [sys.executable, "-P", "-m", "gdfq", "quantize", f"--out={folder}", *cell.words()]
     with (folder / LOG).open("ab") as log:
-        # In a session of its own it hears of Ctrl-C through the sweep alone, and once.
+        # In its own session the process receives Ctrl-C only once, from the sweep.
         process = await asyncio.create_subprocess_exec(
             *words,
             cwd=home,
@@ -143,7 +157,7 @@ async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]
 
 
 def _row(cell: Cell, out: Path, code: int | None = None) -> Row:
-    """What a cell's folder says of it; `code` is the exit code of a process that just ended."""
+    """Read the row of a cell from its folder; `code` is the exit code of its ended process."""
     folder = out / cell.folder
     status: Literal["finished", "failed", "waiting"] = "waiting"
     error: str | None = None
@@ -178,7 +192,7 @@ def _row(cell: Cell, out: Path, code: int | None = None) -> Row:
 
 
 def _why(log: Path, code: int) -> str:
-    """Why a process failed: the signal, or what it said last."""
+    """Return why a process failed: the signal, or its last message."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; see {log}"
     with log.open("rb") as file:
@@ -199,7 +213,7 @@ def _write(sweep: Sweep, rows: Sequence[Row], out: Path) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, the seeds of one setting in one line: mean ± standard deviation."""
+    """Return the rows as text: mean ± standard deviation over the seeds of each setting."""
     settings = ("network", "bits", "recipe", "placement", "layer_bits")
     heading = [*settings, "seeds", "float", "quantized", "error %", "KiB", "seconds", ""]
     lines = [heading]
