@@ -18,7 +18,7 @@ def test_export_writes_files_that_bench_measures(
     out = place / "out"
     assert not (out / "student.onnx").exists()
     assert main(["bench", str(out)]) == 2
-    assert f"Make it with: gdfq export {out}" in capsys.readouterr().err
+    assert f"Create it with: gdfq export {out}" in capsys.readouterr().err
     assert main(["export", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{out / 'student.onnx'}, " in printed
@@ -34,7 +34,7 @@ def test_export_writes_files_that_bench_measures(
     assert "is the network itself" in capsys.readouterr().err
     assert (out / "student.safetensors").read_bytes() == before
     assert main(["bench", f"{place}/new/net.safetensors"]) == 2
-    assert "the folder of a run, with student.onnx in it" in capsys.readouterr().err
+    assert "the folder of a run that holds student.onnx" in capsys.readouterr().err
     options = ["--raw-input", "--safe-x86"]
     assert main(["export", str(out), *options]) == 0
     assert "32 usual images" in capsys.readouterr().out

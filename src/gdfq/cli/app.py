@@ -54,7 +54,7 @@ def cli() -> None:
 @click.option(
     "--size",
     type=Size(),
-    help="With --bits auto: size of the ONNX file at most, such as 300KB or 1.5MiB.",
+    help="With --bits auto: maximum size of the ONNX file, such as 300KB or 1.5MiB.",
 )
 @recipe_option
 @placement_option
@@ -129,11 +129,11 @@ def quantize_command(**options: Any) -> None:
 @click.option("--test", type=DataPath(), help="DATA to measure on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(**options: Any) -> int:
-    """Tell what gdfq quantize would do to MODEL, before anything runs.
+    """Show what gdfq quantize would do to MODEL, without a run.
 
-    Lists each layer and what happens to it, what stays float, sizes, operations, what is taken of
-    weights and images, and time and memory as measured on one step of each stage. Exits with 1 if
-    the run could not begin.
+    Lists the layers with their bits, the operators that stay in float, sizes and operations, and
+    which weights and images were read; estimates time and memory from one step of each stage.
+    Exits with 1 if the run could not start.
     """
     from gdfq.cli.doctor import doctor
 
@@ -231,7 +231,7 @@ def report_command(folder: Path) -> None:
 def compare_command(folders: tuple[Path, ...], out: Path) -> None:
     """Compare runs: accuracy, size, time, expected accuracy drop.
 
-    Runs of other networks, or with other test images, are named and shown apart.
+    Runs of another network or with other test images are listed separately.
     """
     from gdfq.cli.compare import compare
 
@@ -245,7 +245,7 @@ def compare_command(folders: tuple[Path, ...], out: Path) -> None:
 @memory_option
 @seed_option
 @click.option(
-    "--count", type=click.IntRange(min=1), default=1024, show_default=True, help="How many images."
+    "--count", type=click.IntRange(min=1), default=1024, show_default=True, help="Number of images."
 )
 @click.option("--out", type=PATH, required=True, help="Folder for the files.")
 @click.option("--png", is_flag=True, help="Also write PNG files, in a folder for each class.")

@@ -1,4 +1,4 @@
-"""How fast the file of a run is, beside full precision."""
+"""`gdfq bench`: size and speed of the exported file of a run, compared with full precision."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,17 +16,23 @@ from gdfq.runs.names import ONNX_FILE
 
 
 def bench(folder: Path, against: Path | None, seconds: float) -> None:
-    """`gdfq bench`."""
+    """Measure and print, and note the result in the metrics of the run.
+
+    Args:
+        folder: The run folder.
+        against: ONNX file of the full-precision network; None: the same network in float32.
+        seconds: Time for each measurement.
+    """
     if not folder.is_dir():
         raise UsageError(
-            f"what is measured is the folder of a run, with {ONNX_FILE} in it; {folder} is none. "
-            "Give the folder."
+            f"DIR must be the folder of a run that holds {ONNX_FILE}; {folder} is not a folder. "
+            "Give the folder that gdfq quantize --out wrote."
         )
     quantized = load(folder)
     shape = quantized.card.input_shape
     file = folder / ONNX_FILE
     if not file.exists():
-        raise UsageError(f"{folder} must hold {ONNX_FILE}. Make it with: gdfq export {folder}")
+        raise UsageError(f"{folder} must hold {ONNX_FILE}. Create it with: gdfq export {folder}")
     check_export(folder)
     files: dict[str, bytes | Path] = {
         "full precision": against

@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Output that several commands share."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ from gdfq.report.wording import lost_or_gained, size_words, smaller
 
 
 def print_run(run: Run) -> None:
-    """What a run gave, before and after, and its verdict in one sentence."""
+    """Print the results of a run before and after quantization, and its verdict in one sentence."""
     metrics = run.metrics
     table = Table("", "before", "after", "")
     before = number(metrics.get("float_bytes"))
@@ -45,7 +45,7 @@ def print_run(run: Run) -> None:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Runs side by side; those that cannot be compared are named below."""
+    """Print runs side by side, and below them the runs that cannot be compared."""
     table = Table("run", "bits", "recipe", "top-1", "lost", "expected", "size", "seconds")
     for row in comparison.rows:
         table.add_row(*_cells(row))
@@ -69,7 +69,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def print_bits(bits: Mapping[str, int]) -> None:
-    """Which layers have how many bits, a line for each number of bits."""
+    """Print the layers of each bit width, one line for each width."""
     for width in sorted(set(bits.values())):
         names = [name for name, chosen in bits.items() if chosen == width]
         click.echo(f"{f'{width} bits':10}{len(names)} layers: {', '.join(names)}")

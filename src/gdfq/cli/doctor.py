@@ -27,7 +27,11 @@ def doctor(
     test: Data | None = None,
     **options: Unpack[PlanOptions],
 ) -> int:
-    """Print the diagnosis. Returns 0, or 1 if the run could not begin."""
+    """Print the diagnosis.
+
+    Returns:
+        Exit code: 0, or 1 if the run could not start.
+    """
     if bits == AUTO:
         raise UsageError(
             "doctor needs the bits; --bits auto chooses them during the run. Give them, as w4a4."
@@ -84,7 +88,7 @@ def _cells(layer: Layer) -> tuple[str, ...]:
 
 
 def _in_float(diagnosis: Diagnosis) -> str:
-    """Operators by the reason for which they stay float."""
+    """Return the operators that stay in float, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for found in diagnosis.float_operators:
         reasons.setdefault(found.why, []).append(f"{found.count} {found.operator}")
