@@ -1,7 +1,7 @@
-"""Recipes: which source, which quantizers, which losses with which weights, how many steps.
+"""Recipes: source, quantizers, losses with their weights, and number of steps.
 
-A recipe is a frozen value. A new method is a new value, of parts that are here or of your own
-(docs/extend.md).
+A recipe is a frozen value. A new method is a new value that combines parts of this package or your
+own (docs/extend.md).
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ class Recipe:
 
     Attributes:
         name: Name of the recipe.
-        summary: What it is, in a line.
+        summary: Description in one line.
         source: Supplies the images.
-        steps: Steps in all.
-        calibration: Steps, the first ones, that set the activation ranges.
-        warmup: Steps, the first ones, that do not update the student; a generator learns in them.
+        steps: Total number of steps.
+        calibration: Number of first steps that set the activation ranges.
+        warmup: Number of first steps that do not update the student; a generator learns in them.
         tuning: Trains the student in the other steps. With `NO_TUNING` all steps calibrate.
         placement: Where activations are quantized, by default (`gdfq.student.scheme.Scheme`).
         quantizers: Family of the quantizers.
@@ -45,7 +45,7 @@ class Recipe:
             deviation after calibration (`gdfq.tuning.moment_matching`).
 
     Raises:
-        UsageError: The parts do not go together.
+        UsageError: The parts are incompatible.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Recipe:
         if family.folds and not tuning.fixed_statistics:
             raise UsageError(
                 "learned quantizers fold the batch norms, so their statistics must be fixed; "
-                f"recipe {self.name!r} lets them follow. Set fixed_statistics to True."
+                f"recipe {self.name!r} updates them. Set fixed_statistics to True."
             )
         if tuning.needs_folded_batch_norms and not family.folds:
             raise UsageError(
@@ -105,7 +105,7 @@ class Recipe:
         has not learned are noise.
 
         Args:
-            steps: Steps in all; None changes nothing.
+            steps: Total number of steps; None changes nothing.
 
         Raises:
             UsageError: There are too few steps.
@@ -136,7 +136,7 @@ class Recipe:
             batch: Images per batch; None changes nothing.
 
         Raises:
-            UsageError: `batch` is no positive whole number.
+            UsageError: `batch` is not a positive whole number.
         """
         if batch is None:
             return self
@@ -149,10 +149,10 @@ class Recipe:
         return replace(self, source=self.source.fitted(input_shape))
 
 
-_MAX_PIXELS = 2**26
-"""Pixels of all images of a pool: 0.8 GB in three channels."""
+_MAX_POOL_PIXELS = 2**26
+"""Maximum pixels of all images of a pool together: 0.8 GB of float32 in three channels."""
 
-_FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=_MAX_PIXELS)
+_FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=_MAX_POOL_PIXELS)
 
 _FAST_TUNING = Distillation(
     GridAdam(code_lr=0.01, scale_lr=1e-3, other_lr=5e-4),
@@ -180,7 +180,7 @@ QUICK = replace(
     FAST,
     name="quick",
     summary="fast with few images and few steps: a minute",
-    source=ImagePool(SpectralSource(), images=256, batch=100, pixels=_MAX_PIXELS),
+    source=ImagePool(SpectralSource(), images=256, batch=100, pixels=_MAX_POOL_PIXELS),
     steps=80,
     calibration=3,
     warmup=3,
@@ -191,7 +191,7 @@ PATCHES = replace(
     FAST,
     name="patches",
     summary="fast on images of diverse patches: for networks without batch norms (transformers)",
-    source=ImagePool(PatchSource(), images=1024, batch=100, pixels=_MAX_PIXELS),
+    source=ImagePool(PatchSource(), images=1024, batch=100, pixels=_MAX_POOL_PIXELS),
     steps=1500,
     calibration=3,
     warmup=3,

@@ -49,7 +49,7 @@ def load_weights_(model: nn.Module, path: Path) -> str:
             several do.
     """
     path, chosen = _with_key(path)
-    wanted = {
+    expected = {
         name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
     }
     content = _read(path)
@@ -58,7 +58,7 @@ def load_weights_(model: nn.Module, path: Path) -> str:
     ]
     if not found:
         _refuse_content(path, content, chosen)
-    fits = [fit for candidate in found for fit in fitted(candidate, wanted)]
+    fits = [fit for candidate in found for fit in fitted(candidate, expected)]
     good = [fit for fit in fits if not fit.problems]
     if not good:
         best = min(fits, key=lambda fit: fit.distance)

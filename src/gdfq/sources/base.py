@@ -23,8 +23,8 @@ class Batch:
         inputs: A tensor [N, *shape] for each input of the network; images are normalised and
             channels_last.
         labels: Integers [N], or None for a network whose outputs are not classes.
-        teacher_logits: [N, C], or None where they are not known for these very images, or where the
-            teacher has no classes.
+        teacher_logits: [N, C], or None if they were not computed for exactly these images, or if
+            the teacher has no classes.
         losses: Scalars for the log.
     """
 
@@ -71,7 +71,7 @@ def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
     """Return the labels [batch] of a batch when batches cover the classes in turn.
 
     A batch of fewer images than there are classes takes evenly spaced classes, because neighbouring
-    classes are often similar, as the dogs of ImageNet are.
+    classes are often similar, such as the dog breeds of ImageNet.
 
     Args:
         teacher: The network that has the classes.
@@ -99,7 +99,7 @@ def first_inputs(count: int, made: Iterable[Batch]) -> tuple[tuple[Tensor, ...],
     """Return the first `count` inputs of some batches, and their labels if they have any.
 
     Args:
-        count: How many, at most.
+        count: Maximum number of entries.
         made: Batches of one network.
 
     Returns:
@@ -143,12 +143,12 @@ class Source(Protocol):
     ) -> Iterator[Batch]:
         """Yield `steps` batches.
 
-        The same seed gives the same batches. All processes of a group call this alike and get the
-        same, whole batches, which they may make together.
+        The same seed gives the same batches. All processes of a group call this with the same
+        arguments and get the same whole batches, which they may make together.
 
         Args:
             teacher: The trained network.
-            steps: Batches in all.
+            steps: Total number of batches.
             context: Its listener receives the steps of the work that precedes a batch.
         """
         ...

@@ -1,4 +1,4 @@
-"""Given images as a source: few-shot runs, and the upper bound that real data sets."""
+"""Given images as a source: for few-shot runs, and for the upper bound with real data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,11 +63,11 @@ def load_given(
         data: For a network that takes images alone, what `gdfq.data.datasets.load_data` reads; for
             any other, what `gdfq.data.tensors.load_tensors` does: a mapping of the inputs' names to
             tensors.
-        inputs: What the network takes.
-        classes: Of the network, if it has any.
-        preprocessing: Of the network: it resizes the files of an image folder, and floats are
-            compared with what it makes of pixels.
-        names: Names of the classes, by which class folders are recognised.
+        inputs: Specifications of the network's inputs.
+        classes: Number of classes, if the network is a classifier.
+        preprocessing: Preprocessing of the network. It resizes the files of an image folder, and
+            the range of given floats is compared with its output.
+        names: Names of the classes, which identify class folders.
 
     Raises:
         UsageError: The data cannot be used.
@@ -82,7 +82,13 @@ def load_given(
 
 
 def on_images(source: Source, data: Data, preprocessing: Preprocessing) -> Source:
-    """Return a source of given images instead of those that `source` would make."""
+    """Return a source of given images that replaces `source`.
+
+    Args:
+        source: The source of a recipe; its batch size is kept.
+        data: The given images.
+        preprocessing: From pixels to the input of the network.
+    """
     return source.on(ImageSource(data, preprocessing, source.batch), len(data))
 
 

@@ -1,8 +1,8 @@
 """Images for networks without batch norms, from the diversity of their patches (PSAQ-ViT).
 
-A transformer looks at noise the same way everywhere, and at a picture's patches each in its own.
-So images are optimised until the patches of each attention's output differ as widely from one
-another as they can (arXiv 2203.02250). Their form is that of `spectral.py`.
+A transformer's attention outputs are similar for all patches of noise, and differ between the
+patches of a natural image. Images are therefore optimised so that the patches of each attention's
+output differ as much as possible (arXiv 2203.02250). Images are parametrised as in `spectral.py`.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from gdfq.sources.spectral import spectral_batches
 from gdfq.sources.stream import Stream
 
 _MAX_PATCHES = 64
-"""Patches that are compared: an even choice of them, where there are more."""
+"""Maximum patches that are compared; of more, evenly spaced ones."""
 
 
 @tagged("PatchSource", renamed={"dc_power": "brightness", "channel_correlation": "grey"})
@@ -37,14 +37,14 @@ class PatchSource(Source):
     """Images whose patches are optimised to differ, for networks without batch norms.
 
     Each batch follows Adam on −`patch_entropy`, the moments of the input and a focal class loss.
-    The entropy is the mean over the outputs of all attentions; of a network that has none, over the
-    features of its blocks, whose positions are the patches. Images keep mean 0 and deviation 1 for
-    each channel.
+    The entropy is the mean over the outputs of all attentions. In a network without attention it is
+    the mean over the features of its blocks, whose positions are the patches. Each channel of the
+    images keeps mean 0 and standard deviation 1.
 
     Attributes:
         batch: Images per batch.
         iterations: Updates of each batch.
-        optimizer: Of the Fourier coefficients.
+        optimizer: Optimizer of the Fourier coefficients.
         exponent: α of the amplitude spectrum 1/f^α at the start.
         dc_power: Share of the power at frequency 0 at the start.
         channel_correlation: Share of the power that the channels have in common at the start.
@@ -100,7 +100,7 @@ class PatchSource(Source):
 
 
 def patch_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The outputs of a graph's attentions, or its blocks' features where it has none."""
+    """Return the outputs of all attentions, or without attention the features of the blocks."""
     attentions = [
         node
         for node in graph.nodes
@@ -114,9 +114,12 @@ def _weighs_values(product: fx.Node) -> bool:
 
 
 def patches(node: fx.Node, feature: Tensor) -> Tensor:
-    """The value of one of `patch_nodes` as patches [M, P, d]; P is at most 64.
+    """Return the value of one of `patch_nodes` as patches [M, P, d], with P at most 64.
 
-    Tokens [*, P, d] are patches, each head's apart; of a feature map [N, d, *] the positions are.
+    Args:
+        node: One of `patch_nodes`.
+        feature: Its value: tokens [*, P, d], where each token of each head is a patch, or a feature
+            map [N, d, *], where each position is a patch.
     """
     is_map = feature.ndim > 3 and operators.name_of(node) not in operators.PRODUCTS
     found = feature.flatten(2).transpose(1, 2) if is_map else feature.flatten(0, -3)

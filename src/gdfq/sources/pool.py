@@ -1,4 +1,4 @@
-"""A pool: images that are made once; batches are drawn from it and augmented."""
+"""A pool: images are made once, and batches are drawn from them and augmented."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,21 +27,23 @@ from gdfq.sources.stream import Feed, Shuffled, Stream
 class ImagePool(Source):
     """Batches from the first `images` images of another source, in a new order for each epoch.
 
-    Large images cost more and are worth more: a pool of them takes only as many batches of the
-    source as have `pixels` pixels together, at least one, and none has more than a 32nd of them:
-    32 images of 224x224, whose statistics are as good as those of more. Its own batches shrink with
-    it, to the next power of two, which a group of processes divides.
+    Large images cost more, and fewer of them suffice. A pool takes only as many batches of the
+    source as have `pixels` pixels together, but at least one. No batch has more than 1/32 of
+    `pixels`: 32 images of 224x224, whose statistics are as good as those of more images. The
+    batches of the pool shrink in proportion, to the next power of two, so that processes can divide
+    them.
 
-    Each batch is shifted by up to an eighth of the image's side and flipped at random, all images
-    alike, if the teacher's predictions are consistent under that (`gdfq.sources.augment`). The last
-    batch of an epoch is left out if it is smaller than the others.
+    If the teacher's predictions are consistent under augmentation (`gdfq.sources.augment`), each
+    batch is shifted by up to an eighth of the image's side and flipped at random; all its images
+    share one shift and flip. The last batch of an epoch is left out if it is smaller than the
+    others.
 
     Attributes:
         source: Makes the images.
         images: Number of images.
         batch: Images per batch.
         augmented: Whether batches may be shifted and flipped.
-        pixels: Of all images together, at most; None for no limit.
+        pixels: Maximum pixels of all images together; None for no limit.
     """
 
     source: Source
@@ -112,7 +114,7 @@ class ImagePool(Source):
     def images_of(self, stream: Iterator[Batch]) -> Tensor:
         """Return all images [images, *input_shape] of a stream of this pool.
 
-        They serve a choice of bits and then the tuning.
+        Bit allocation uses them before tuning does.
         """
         return cast(PoolStream, stream).images()
 
@@ -123,7 +125,7 @@ class ImagePool(Source):
         steps: int,
         context: Context = Context(),
     ) -> "PoolStream":
-        """Yield `steps` batches; errors of the source are raised at once."""
+        """Yield `steps` batches. Errors of the source are raised immediately."""
         pool = self if self.pixels is None else self.fitted(teacher.input_shape)
         needed = -(-pool.images // pool.source.batch)
         made = pool.source.stream(teacher, steps=needed, context=context)
@@ -143,7 +145,7 @@ class ImagePool(Source):
 
 @dataclass(frozen=True, eq=False)
 class StoredImages(Source):
-    """Images that were made before, in their order.
+    """Images that were made earlier, in the same order.
 
     Attributes:
         images: [N, *input_shape].
@@ -162,7 +164,7 @@ class StoredImages(Source):
         steps: int,
         context: Context = Context(),
     ) -> Iterator[Batch]:
-        """Yield `steps` batches, or as many as there are; the last may be smaller."""
+        """Yield at most `steps` batches; the last may be smaller."""
         batch = Batch((self.images,), self.labels, None)
         yield from islice(batch.split(self.batch), steps)
 
@@ -210,7 +212,7 @@ class PoolStream(Stream):
         super().__init__(make, steps, [draw], parts)
 
     def images(self) -> Tensor:
-        """Return all images of the pool [images, *input_shape], in the order of their making."""
+        """Return all images of the pool [images, *input_shape], in the order of making."""
         inputs, _ = self._collected()
         if len(inputs) > 1:
             raise UsageError(
@@ -232,7 +234,7 @@ class _Collected:
         if self._all is None:
             assert self._feed is not None
             for _ in self._feed.until(self._count, hold=True):
-                pass  # the stream ends when they are enough
+                pass  # the stream ends when there are enough images
             self._all = Frozen(first_inputs(self._count, self._feed.held))
             self._feed = None  # its batches need not stay in memory
             release_freed_memory()
@@ -253,6 +255,12 @@ def collect(
     source: Source, teacher: Captured, count: int, *, context: Context = Context()
 ) -> tuple[Tensor, Tensor | None]:
     """Return the first `count` images of a source and their labels.
+
+    Args:
+        source: Makes the images.
+        teacher: The trained network.
+        count: Number of images.
+        context: Context of the run.
 
     Returns:
         Images [count, *input_shape] and labels [count], or None for a teacher whose outputs are not

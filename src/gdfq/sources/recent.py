@@ -1,4 +1,4 @@
-"""The last batches of a stream, as many as a report shows."""
+"""The most recent images of a stream, for the report."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from gdfq.files.states import Frozen
 from gdfq.sources.base import Batch, first_inputs
 
 IMAGES, _MAX_ELEMENTS = 256, 2**24
-"""Images that are kept, and the numbers that they may have in all (64 MiB: 111 images of
+"""Maximum images that are stored, and maximum elements of them together (64 MiB: 111 images of
 3x224x224)."""
 
 

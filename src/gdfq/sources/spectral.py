@@ -2,9 +2,9 @@
 
 An image is the inverse Fourier transform of free coefficients times the amplitude spectrum that
 natural images share, 1/f^α. The prior needs no data: it only makes the optimiser take large
-steps in low frequencies and small ones in high frequencies, where pixel-wise optimisation does
-the reverse and fills the first layers with noise. (Feature visualisation optimises single images
-so; see C. Olah et al., Distill 2017, "Feature Visualization".)
+steps in low frequencies and small ones in high frequencies. Pixel-wise optimisation does the
+reverse, and its images excite the first layers with noise. (Feature visualisation optimises single
+images in this way; see C. Olah et al., Distill 2017, "Feature Visualization".)
 """
 
 import math
@@ -42,10 +42,10 @@ class SpectralSource(Source):
     Attributes:
         batch: Images per batch.
         iterations: Updates of each batch.
-        optimizer: Of the Fourier coefficients.
+        optimizer: Optimizer of the Fourier coefficients.
         exponent: α of the amplitude spectrum 1/f^α at the start.
-        dc_power: Share of the power at frequency 0 at the start: by so much images differ from one
-            another in their mean.
+        dc_power: Share of the power at frequency 0 at the start. It sets how much the means of
+            images differ.
         channel_correlation: Share of the power that the channels have in common at the start.
         contrast: Standard deviation of the logarithm of an image's contrast; natural images differ
             in contrast.
@@ -97,18 +97,18 @@ class SpectralSource(Source):
         return spectral_batches(self, teacher, knowledge, steps, draw, context, target)
 
     def input_statistics(self, teacher: Captured, seed: int) -> InputStatistics:
-        """Return the statistics that all images should have: those that the teacher remembers."""
+        """Return the target statistics of all images, estimated from the teacher."""
         draw = random_stream(seed, "spectral.input")
         noise = natural_noise(_NOISE_IMAGES, teacher.input_shape, self, draw).to(teacher.device)
         return InputStatistics(*estimate_input_statistics(teacher, noise), self.contrast)
 
 
 _NOISE_IMAGES = 32
-"""Images of noise that the network is asked about to find out what inputs it knows."""
+"""Noise images from which the input statistics of the network are estimated."""
 
 
 class SpectralConfig(Protocol):
-    """How images are optimised by their spectra; what `SpectralSource` and `PatchSource` share."""
+    """Settings of the spectral optimisation that `SpectralSource` and `PatchSource` share."""
 
     @property
     def batch(self) -> int: ...
@@ -129,7 +129,7 @@ class SpectralConfig(Protocol):
 
 
 Knowledge = Callable[[Tensor], tuple[Any, Tensor, dict[str, Tensor]]]
-"""Images -> what the teacher returns, the loss that they should lessen, its parts for the log."""
+"""Images -> outputs of the teacher, the loss to minimise, and its parts for the log."""
 
 
 def spectral_batches(
@@ -141,9 +141,18 @@ def spectral_batches(
     context: Context,
     target: InputStatistics,
 ) -> Stream:
-    """Batches of images whose Fourier coefficients follow Adam on what the teacher knows.
+    """Return batches of images whose Fourier coefficients are optimised with Adam.
 
     The loss is that of `knowledge` plus, for a network with classes, the focal class loss.
+
+    Args:
+        config: Batch size, optimisation and initial spectrum.
+        teacher: The trained network.
+        knowledge: Returns outputs and loss of the teacher for images [N, *input_shape].
+        steps: Total number of batches.
+        draw: Randomness of the coefficients.
+        context: Context of the run.
+        target: Mean and standard deviation that each channel of the images gets.
     """
     channels, *size = teacher.input_shape
     device = teacher.device

@@ -1,4 +1,4 @@
-"""Streams of batches that resume after an interruption, equal to the bit."""
+"""Streams of batches that resume after an interruption with bit-identical results."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,17 +17,17 @@ Start = TypeVar("Start")
 
 
 class Stream:
-    """Batches that a function makes.
+    """A stream of batches that a function makes.
 
-    A batch that an interruption leaves unfinished is made again.
+    If an interruption leaves a batch unfinished, a resumed run makes it again.
 
     Args:
         make: Returns the batch of a step, from 0 on.
-        steps: Batches that are yielded.
+        steps: Number of batches to yield.
         draws: All randomness of the batches.
-        parts: What else a batch depends on and changes, by name.
-        ahead: Batches that are made first and not yielded.
-        listener: Receives these as steps of "generator".
+        parts: Other state that batches depend on and change, by name.
+        ahead: Number of batches that are made first and not yielded.
+        listener: Receives these batches as steps of the stage "generator".
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class InTurn(Generic[Start]):
     """Images of independent batches: in each round every process makes the images of one batch.
 
     Args:
-        draw: Returns what a batch starts from. Every process draws for all.
+        draw: Returns the start of a batch. Every process draws the starts of all processes.
         make: Returns the images of a batch, given its step and its start.
-        steps: Batches in all.
+        steps: Total number of batches.
         group: The processes.
     """
 
@@ -123,7 +123,7 @@ class InTurn(Generic[Start]):
         """Return the images of a step; steps come in order."""
         if not self._ready:
             starts = [self._draw() for _ in range(min(self._group.size, self._steps - step))]
-            own = min(self._group.rank, len(starts) - 1)  # spare processes make the last one too
+            own = min(self._group.rank, len(starts) - 1)  # extra processes repeat the last batch
             images = self._make(step + own, starts[own])
             self._ready = [self._group.broadcast(rank, images) for rank in range(len(starts))]
         return self._ready.pop(0)

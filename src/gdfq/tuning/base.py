@@ -34,12 +34,12 @@ class Tuning(Protocol):
         batch: int,
         context: Context = Context(),
     ) -> None:
-        """Train the student in place, and resume where the registered parts are.
+        """Train the student in place, and resume from the state of the registered parts.
 
         Args:
             student: A student with known activation ranges.
             teacher: The network that it learns from.
-            feed: The batches; `feed.taken` of them were taken before.
+            feed: The batches; `feed.taken` of them are already used.
             first_step: Step of the first update, after the warm-up.
             total_steps: Steps of the whole run.
             batch: Images per batch of the feed.
@@ -52,7 +52,7 @@ class Tuning(Protocol):
 
     @property
     def trains(self) -> bool:
-        """Whether there are updates at all; if not, all steps calibrate."""
+        """Whether the student is updated; if not, all steps calibrate."""
         return True
 
     @property
@@ -126,7 +126,7 @@ class Tuning(Protocol):
 
 
 class _MeasuredError(Exception):
-    """Ends a tuning of which enough is known."""
+    """Stops a tuning after enough updates were timed."""
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 )
 @dataclass(frozen=True)
 class GridAdam:
-    """Adam on a student, with a learning rate for each kind of parameter, in units of its own.
+    """Adam on a student, with one learning rate, in its own unit, for each kind of parameter.
 
     Attributes:
-        code_lr: Of the latent codes of weights, in codes per update.
-        scale_lr: Of the logarithms of scales.
-        other_lr: Of biases and all other parameters, absolute.
-        rounding_lr: Of the logits of learned rounding.
+        code_lr: Learning rate of the latent codes of weights, in codes per update.
+        scale_lr: Learning rate of the logarithms of scales.
+        other_lr: Learning rate of biases and all other parameters, absolute.
+        rounding_lr: Learning rate of the logits of learned rounding.
     """
 
     code_lr: float

@@ -27,21 +27,21 @@ def match_moments_(
 ) -> None:
     """Give each layer's output channels the teacher's mean and standard deviation.
 
-    Rounding scales and shifts the values of a channel, and over many layers that grows. Layer after
-    layer, each on the inputs that its corrected predecessors give, the scale of the weight and the
-    bias compensate the difference, and each activation range is found again. The factor on the
-    scale is limited to 1/2..2. (Nagel et al., arXiv 1906.04721, correct the mean alone, which at
-    three bits is worse than no correction.) A channel whose variance a few values make up is left
-    as it is: where the student clips those, all its values would be scaled for them. A layer that
-    is used twice is corrected where it comes first.
+    Rounding scales and shifts the values of a channel, and the error grows over the layers. Layer
+    by layer, on the outputs of the corrected layers before, the weight's scale and the bias
+    compensate the difference, and each activation range is recomputed. The factor on the scale is
+    limited to 1/2..2. Nagel et al. (arXiv 1906.04721) correct the mean alone, which at three bits
+    is worse than no correction. A channel stays unchanged if a few values make up its variance:
+    if the student clips those, the factor would scale all its values to compensate. A layer that
+    is used twice is corrected at its first use.
 
     Args:
         student: A student whose weight quantizers rescale, changed in place.
         teacher: The network whose moments are the targets.
-        inputs: [N, *shape] for each input of the network, of which the first entries are used that
-            have 2^24 numbers together (111 of 3x224x224): more of large images add nothing.
-        memory: Decides whether the images pass in parts. A batch in parts has the same moments but
-            for the rounding of sums.
+        inputs: [N, *shape] for each input of the network. Only the first entries are used, up to
+            2^24 elements together (111 of 3x224x224), because more large images add nothing.
+        memory: Decides whether the images pass in parts. The moments of a batch in parts differ
+            only by the rounding of sums.
     """
     numbers = sum(math.prod(tensor.shape[1:]) for tensor in inputs)
     used = tuple(tensor[: max(1, _MAX_ELEMENTS // numbers)] for tensor in inputs)
@@ -54,9 +54,9 @@ def match_moments_(
 
 
 _MAX_ELEMENTS = 2**24
-"""Of the images whose moments are matched."""
+"""Maximum elements of the images whose moments are matched."""
 _MIN_SAMPLES = 32
-"""Values of a channel that a standard deviation needs."""
+"""Minimum values of a channel for a standard deviation."""
 _MAX_VARIANCE_ERROR = 0.3
 """Largest relative standard error of a variance that is matched. One value among 200 that makes up
 all of the variance gives 1, values of a normal distribution give 0.1."""
@@ -105,7 +105,7 @@ class _MatchMoments(PartsInterpreter):
         self.corrected.add(weight)
         mean, variance = _channel_moments(node, [env[node] for env in envs])
         target_mean, target, is_known = self.targets[node.name]
-        # Channels that hardly vary say nothing about their scale, nor do a few samples.
+        # Nearly constant channels, or few samples, do not determine a scale.
         varies = torch.minimum(variance, target) > 1e-6 * target.mean()
         samples = sum(env[node].numel() for env in envs) // len(mean)
         ratio = (target / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()

@@ -1,7 +1,7 @@
 """Reconstruction: block after block, each trained to reproduce the teacher's output.
 
-BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): a block sees inputs as its
-finished predecessors make them, some of their values replaced by the teacher's own.
+BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): the inputs of a
+block are the outputs of the trained blocks before it, with some values replaced by the teacher's.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +38,7 @@ class Reconstruction(Tuning):
     20 to 2 after a fifth of the updates.
 
     Attributes:
-        optimizer: Of the parameters of a block.
+        optimizer: Optimizer of the parameters of a block.
         images: Images of the stream, the first ones, that are held in memory as features.
         batch: Images that each update draws of these.
         drop: Share of the values of a block's input that is the teacher's, and of each activation
@@ -100,11 +100,14 @@ class Reconstruction(Tuning):
         total_steps: int,
         clock: Callable[[], float],
     ) -> float:
-        """Return how long all updates would take: of each block the second, times their number."""
+        """Return how many seconds all updates would take, from the second update of each block.
+
+        See `Tuning.seconds` for the arguments.
+        """
         times: list[float] = []
         context = Context(listener=lambda _: times.append(clock()))
         reconstruct_(student, teacher, [batch], self, updates=2, context=context)
-        # What precedes a block's first update is done once.
+        # The first update of a block includes work that is done only once.
         seconds = sum(b - a for a, b in zip(times[::2], times[1::2], strict=True))
         return (total_steps - first_step) * seconds
 
@@ -200,7 +203,7 @@ def _updates(
     optimizer: torch.optim.Optimizer,
     place: _Progress,
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Train one block from its place on.
+    """Train one block, starting from the stored progress.
 
     Args:
         block: A block of the student.
@@ -252,7 +255,7 @@ def _updates(
 
 
 def _settle_(block: fx.GraphModule) -> None:
-    """End QDrop, and fix the rounding, of a block that was trained."""
+    """End QDrop, and fix the rounding, in a trained block."""
     for module in block.modules():
         if isinstance(module, ActivationQuantizer):
             module.dropping = None
@@ -261,7 +264,7 @@ def _settle_(block: fx.GraphModule) -> None:
 
 
 _MAX_IMAGES = 64
-"""Images that pass a block together: more are no faster."""
+"""Maximum images that pass a block together: more are not faster."""
 
 
 @torch.no_grad()
