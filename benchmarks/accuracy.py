@@ -5,7 +5,7 @@
 
 Each row (network, widths, placement, recipe, seed) becomes a JSON file under benchmarks/results
 as soon as it is done, and is skipped when it is there and the recipe is still the same, so an
-interrupted run goes on. The images of a pool do not depend on the student: they are made once for
+interrupted run resumes. The images of a pool do not depend on the student: they are made once for
 each network and seed, kept under benchmarks/cache, and their time is charged to every row that
 uses them. No run selects anything by accuracy.
 """

@@ -1,4 +1,4 @@
-"""Widths chosen by `--bits auto` beside uniform ones in files of the same size.
+"""Bit widths chosen by `--bits auto` compared with uniform ones in files of the same size.
 
     python -m benchmarks.auto_bits                          # all of PLAN that is not there yet
     python -m benchmarks.auto_bits --networks cifar10_resnet20 --seeds 0 1 2
@@ -158,7 +158,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Each auto row beside its rival, in markdown."""
+    """Return each auto row next to the uniform row of the same size, in markdown."""
     uniform = {(row["network"], row["seed"], row["bits"]): row for row in rows}
     lines = [
         "| network | seed | budget | uniform, same activations | auto | difference |",

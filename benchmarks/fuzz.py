@@ -5,7 +5,7 @@
 
 Inputs are bit flips, cuts and splices of valid files, edits of their headers with valid lengths and
 checksums, and of their JSON as a tree. Input i of a loader depends on --seed and i alone; a run that
-was stopped goes on. Loaders run in child processes under a limit of memory. Failures are: any exception
+was stopped resumes. Loaders run in child processes under a limit of memory. Failures are: any exception
 but GdfqError, a death of the process, more than 20 seconds of a core, more than 512 MiB, memory that was
 asked for in vain, and what the interpreter's audit hears: files opened outside the folder of the test,
 processes, sockets. Results: benchmarks/results/fuzz.json; the exit code is 1 when there are failures.

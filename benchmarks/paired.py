@@ -1,4 +1,4 @@
-"""Two answers to the same test images, compared image by image."""
+"""Predictions of two networks on the same test images, compared image by image."""
 
 import base64
 import zlib

@@ -1,10 +1,10 @@
-"""What synthetic images reveal of training images: how near they come, beside unseen images.
+"""What synthetic images reveal of training images: their distances, compared with unseen images.
 
     python -m benchmarks.privacy            # every network, source and seed not measured yet
 
 The question of each synthetic image: is its nearest image of all a training image, or one of as many
 test images, which the network never saw? Images that copy training images are nearer to those; images
-that copy nothing fall either way. Three rows frame the answer: other test images (what independent
+that copy nothing fall either way. Three rows give the scale: other test images (what independent
 images do), and training images moved and noisy (what copies do).
 
 Distances are taken in three ways: between pixels, between pixels without brightness and contrast
@@ -178,8 +178,8 @@ def synthetic(
     return of.network.preprocessing.pixels(images), labels
 
 
-def answers(name: str, images: Tensor, labels: Tensor) -> float:
-    """Share of the images, in percent, that the named network takes for their labels."""
+def label_agreement(name: str, images: Tensor, labels: Tensor) -> float:
+    """Share of the images, in percent, whose predicted class is their label."""
     judge = subject(name)
     data = load_data((images, labels), judge.network.shape, None)
     logits = logits_of(judge.model, data, judge.network.preprocessing, device=torch.device("cpu"))
@@ -200,7 +200,9 @@ def measured(name: str, recipe: Recipe, count: int, seeds: tuple[int, ...]) -> d
     judges = [judge for judge in (R20, R32, R56) if NETWORKS[judge].test == of.network.test]
     return {
         "by_view": by_view(of, asked),
-        "taken_for_their_labels": {judge: answers(judge, images, labels) for judge in judges},
+        "taken_for_their_labels": {
+            judge: label_agreement(judge, images, labels) for judge in judges
+        },
     }
 
 

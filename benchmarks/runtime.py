@@ -1,4 +1,4 @@
-"""Size, speed and parity of exported files beside float32 and ONNX Runtime's own quantization.
+"""Size, speed and parity of exported files compared with float32 and ONNX Runtime's own quantization.
 
     python -m benchmarks.runtime make      # the files, under benchmarks/cache/runtime (minutes)
     python -m benchmarks.runtime measure   # all of them in turn, on a quiet machine

@@ -18,8 +18,8 @@ batch in each:
 
 Times: the four in turn in one process, after a round that does not count. Memory: each in a child
 process of its own that starts with the networks built and unused memory given back; the rise of the
-process's peak over two steps (the second has the optimizer's state), and the bytes of the networks'
-tensors beside it. Linux only. Needs the extras `timm` and `torchvision`; a network of a library
+process's peak over two steps (the second has the optimizer's state), and separately the bytes of
+the networks' tensors. Linux only. Needs the extras `timm` and `torchvision`; a network of a library
 that is absent is skipped with a line.
 """
 

@@ -258,7 +258,7 @@ class Known:
 
 
 def measured(run: Run, network: Known) -> Row:
-    """The drop on test images, and beside it what is seen without them."""
+    """The drop on test images, and the measures that need no test images."""
     student = student_of(run, network.teacher)
     preprocessing = shapes(run.network)[1]
     logits = logits_of(student, network.test, preprocessing, device=torch.device("cpu"))
@@ -279,7 +279,7 @@ def measured(run: Run, network: Known) -> Row:
 
 
 def compared_on(wanted: Tensor, got: Tensor, on_mixtures: Tensor, kind: str) -> Row:
-    """What is seen of a student on images of one kind, without labels."""
+    """Measures of a student on images of one kind, without labels."""
     trust = estimate_drop([wanted], [got], source=kind)
     varied = kind != NOISE
     return {

@@ -93,7 +93,7 @@ def main() -> None:
                 "network": entry.spec, "input": "x".join(map(str, entry.shape)),
                 "error": f"took longer than {LONGEST // 60} minutes here; not measured",
             }  # fmt: skip
-        except Exception as error:  # a bug: named, and the rest goes on
+        except Exception as error:  # a bug: record it and continue with the other networks
             row = {"network": entry.spec, "bug": f"{type(error).__name__}: {error}"[:400]}
         rows[entry.spec] = row
         FILE.write_text(json.dumps(rows, indent=1) + "\n")
