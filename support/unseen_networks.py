@@ -184,7 +184,7 @@ class Hourglass(nn.Module):
 
 
 class ConditionalConvolution(nn.Module):
-    """Weights that are mixed by the image (CondConv, arXiv 1904.04971)."""
+    """Weights that are mixed by the image (CondConv)."""
 
     def __init__(self, experts: int = 3) -> None:
         super().__init__()

@@ -38,8 +38,8 @@ def test_reference_has_every_command_and_option() -> None:
                 assert parameter.make_metavar(click.Context(command)) in section
             elif not instance(parameter, click.Option).hidden:
                 assert max(parameter.opts, key=len) in section
-    assert "| size of the ONNX file at most" not in text  # the words before it are there, too
-    assert "With --bits auto: size of the ONNX file at most" in text
+    assert "| maximum size of the ONNX file" not in text  # the words before it are there, too
+    assert "With --bits auto: maximum size of the ONNX file" in text
 
 
 @pytest.fixture(scope="module")

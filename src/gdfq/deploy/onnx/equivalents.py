@@ -40,7 +40,7 @@ def with_equivalents(graph: fx.Graph) -> fx.Graph:
 def _mixes_convolutions(node: fx.Node) -> bool:
     """Return whether a node is a convolution whose number of groups depends on the batch.
 
-    Each image then has a weight of its own (CondConv, arXiv 1904.04971).
+    Each image then has a weight of its own (CondConv).
     """
     return queries.is_layer(node) and any(
         isinstance(option, fx.Node) for option in (*queries.options_of(node), *node.kwargs.values())
