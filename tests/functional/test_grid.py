@@ -1,5 +1,7 @@
 """Grids and fake quantization, against values computed by hand."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,13 +11,16 @@ from torch import tensor
 
 from gdfq import UsageError
 from gdfq.functional.grid import (
+    UNLIMITED,
     Bits,
     Layout,
     affine_grid,
     along_channels,
     channel_range,
+    clips_alike,
     dequantize,
     fake_quantize,
+    largest_scale,
     quantize,
     straight_through,
 )
@@ -101,3 +106,35 @@ def test_bits_refuse_invalid_text(text: str) -> None:
 def test_bits_round_trip_through_text() -> None:
     assert Bits.parse(" W3A8 ") == Bits(3, 8)
     assert str(Bits(3, 8)) == "w3a8"
+
+
+def test_largest_scale_ends_the_grid_at_the_nearer_limit() -> None:
+    # 4 bits, z = -8: 15 steps above 0 and none below, so Δ = 6/15 for ReLU6.
+    assert float(largest_scale(tensor(-8.0), 4, (0.0, 6.0))) == pytest.approx(0.4)
+    # z = -2: 6 steps below, 9 above; 3/6 < 9/9.
+    assert float(largest_scale(tensor(-2.0), 4, (-3.0, 9.0))) == pytest.approx(0.5)
+    assert float(largest_scale(tensor(-2.0), 4, (-math.inf, 9.0))) == pytest.approx(1.0)
+    assert float(largest_scale(tensor(-2.0), 4, UNLIMITED)) == math.inf
+
+
+def test_grid_clips_alike_where_both_limits_round_to_its_last_codes() -> None:
+    # z = -8, 4 bits: the highest code is 15 steps above 0, and 6/Δ must round to 15 or more.
+    grid = tensor(-8.0), 4
+    assert clips_alike((0.0, 6.0), tensor(0.4), *grid)
+    assert clips_alike((0.0, 6.0), tensor(0.41), *grid)  # 14.63
+    assert not clips_alike((0.0, 6.0), tensor(0.42), *grid)  # 14.29
+    assert clips_alike((0.0, math.inf), tensor(9.0), *grid)
+    assert not clips_alike((0.5, 6.0), tensor(0.4), *grid)
+    assert not clips_alike((0.0, 6.0), tensor(0.4), tensor(-7.0), 4)  # one code below 0
+
+
+@given(st.floats(0.01, 100), st.integers(-8, 7), st.integers(0, 2**32 - 1))
+def test_clamp_changes_no_code_of_a_grid_that_clips_alike(
+    scale: float, zero_point: int, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    low, high = (torch.rand(2, generator=draw) * tensor([-20.0, 20.0]) * scale).tolist()
+    grid = tensor(scale), tensor(float(zero_point)), 4
+    x = torch.linspace(-30, 30, 1001) * scale
+    if clips_alike((low, high), *grid):
+        assert quantize(x.clamp(low, high), *grid).equal(quantize(x, *grid))

@@ -16,12 +16,14 @@ from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.statistics import StatisticsNetwork
 from gdfq.optim import AdamConfig
+from gdfq.recipes import RECIPES
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import (
     SpectralSource,
     from_spectrum,
     natural_noise,
     natural_spectrum,
+    within_limits,
 )
 
 
@@ -122,3 +124,25 @@ def test_spectral_source_accepts_vectors() -> None:
     vectors = capture(network, torch.randn(2, 16))
     with pytest.raises(UsageError, match="spatial axis"):
         ImagePool(SpectralSource(), images=8, batch=4).stream(vectors, steps=1)  # at once
+
+
+def test_images_of_quick_are_what_pixels_can_be() -> None:
+    teacher = networks.captured("Residual")
+    limits = ((-0.5, 0.5), (-1.0, 0.25), (0.0, 1.0))
+    source = RECIPES["quick"].source
+    (free,) = source.stream(teacher, steps=1)
+    (batch,) = source.stream(replace(teacher, input_limits=limits), steps=1)
+    lows, highs = free.inputs[0].amin((0, 2, 3)), free.inputs[0].amax((0, 2, 3))
+    images = batch.inputs[0]
+    for channel, (low, high) in enumerate(limits):
+        assert float(lows[channel]) < low
+        assert high < float(highs[channel])
+        assert float(images[:, channel].amin()) == low
+        assert float(images[:, channel].amax()) == high
+
+
+def test_within_limits_clips_each_channel() -> None:
+    images = torch.tensor([[[[-3.0, 0.5]], [[-3.0, 9.0]]]])
+    teacher = replace(networks.captured("Residual"), input_limits=((-1.0, 1.0), (-2.0, 2.0)))
+    assert within_limits(images, teacher).tolist() == [[[[-1, 0.5]], [[-2, 2]]]]
+    assert within_limits(images, replace(teacher, input_limits=None)) is images

@@ -1,6 +1,7 @@
 """The student that is built from a captured network."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,19 @@ from support import networks
 from support.narrowing import instance
 from torch import Tensor, nn
 
+import gdfq
 from gdfq.errors import UsageError
-from gdfq.functional.grid import Bits, Layout
+from gdfq.functional.grid import Bits, Layout, code_bounds
 from gdfq.graph.capture import Captured, capture
+from gdfq.plan import resolve
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.minmax import MinMaxWeight
+from gdfq.recipes import RECIPES
 from gdfq.sources.base import Batch
 from gdfq.student.build import StudentBatchNorm, build_student
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
+from gdfq.tuning.base import NO_TUNING
 from gdfq.tuning.calibrate import calibrate_
 
 
@@ -182,3 +187,54 @@ def test_bias_that_depends_on_the_input_is_refused() -> None:
     teacher = capture(Net(), networks.images(1))
     with pytest.raises(UsageError, match="computed from the input"):
         build_student(teacher, Scheme(Bits(4, 4), "relu"))
+
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _input_grid(**options: Any) -> tuple[float, float]:
+    """Return the lowest and the highest number of the grid of the input, 8 bits."""
+    recipe = replace(RECIPES["quick"], tuning=NO_TUNING)
+    network = gdfq.quantize(
+        networks.make("Residual"), networks.images(1), "w4a4", recipe, steps=2, **options
+    ).network
+    scale, zero_point, bits = network.activations[0].grid
+    low, high = (float((code - zero_point) * scale) for code in code_bounds(bits))
+    return low, high
+
+
+def test_input_grid_covers_the_pixels_where_mean_and_std_are_given() -> None:
+    # 0.485/0.229 = 2.118 below and (1 − 0.406)/0.225 = 2.64 above; a code of 0 lies between.
+    expected = -0.485 / 0.229, (1 - 0.406) / 0.225
+    step = (expected[1] - expected[0]) / 255
+    low, high = _input_grid(mean=_MEAN, std=_STD)
+    assert high - low == pytest.approx(255 * step, rel=1e-5)
+    assert low == pytest.approx(expected[0], abs=step / 2)
+    assert low / step == pytest.approx(round(low / step), abs=1e-3)
+
+
+def test_input_grid_is_found_from_images_where_pixels_are_unknown() -> None:
+    covered = _input_grid(mean=_MEAN, std=_STD)
+    width = covered[1] - covered[0]
+    for options in ({}, {"mean": _MEAN}, {"std": _STD}):
+        low, high = _input_grid(**options)
+        assert high - low != pytest.approx(width, rel=1e-2)
+
+
+def test_images_beyond_the_pixels_lift_the_limits() -> None:
+    def limits(scale: float) -> object:
+        images = networks.images(8).clamp(-1, 1) * scale
+        plan = resolve(
+            networks.make("Residual"),
+            networks.images(1),
+            "w4a4",
+            "quick",
+            mean=_MEAN,
+            std=_STD,
+            test=(images, torch.zeros(8, dtype=torch.long)),
+        )
+        return plan.teacher.input_limits
+
+    assert limits(5.0) is None
+    expected = [(-m / s, (1 - m) / s) for m, s in zip(_MEAN, _STD, strict=True)]
+    assert limits(1.0) == tuple(expected)

@@ -1,6 +1,9 @@
 """The integer form of frozen students: exact sums, one rounding, equal to ONNX Runtime's codes."""
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -8,13 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import gdfq
+from gdfq.errors import UsageError
 from gdfq.functional import integer
 from gdfq.functional.grid import code_bounds
+from gdfq.graph import operators
+from gdfq.graph.outputs import in_order
+from gdfq.graph.tensors import flat_module
 from gdfq.student.integer_form import SCALE
-from gdfq.student.integer_network import scale_of
+from gdfq.student.integer_network import IntegerNetwork, scale_of
 
 
 def test_layer_and_rounding_have_hand_computed_values() -> None:
@@ -105,3 +112,141 @@ def test_form_follows_the_network_to_other_tensors(residual: nn.Module) -> None:
         module = network.module.get_submodule(parent)
         setattr(module, leaf, 2 * getattr(module, leaf))
     assert not network(x).equal(before)
+
+
+def _layer(clamp: tuple[float, float], other_scale: bool = False) -> IntegerNetwork:
+    """Return a network of a quantized input, a linear layer, a clamp and a quantizer."""
+    tensors = {
+        "x.scale": torch.tensor(0.25),
+        "x.zero_point": torch.tensor(0.0),
+        "y.scale": torch.tensor(0.5),
+        "y.zero_point": torch.tensor(0.0),
+        "w.codes": torch.tensor([[3, -2], [1, 4]], dtype=torch.int8),
+        "w.scale": torch.tensor([[0.5], [0.25]]),
+        "w.zero_point": torch.tensor([[0.0], [1.0]]),
+        "w.bias": torch.tensor([5, -6], dtype=torch.int32),
+    }
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = {name: graph.get_attr(name) for name in tensors}
+
+    def call(name: str, *arguments: Any) -> fx.Node:
+        return graph.call_function(operators.resolve(name), arguments)
+
+    u = call(operators.FAKE_QUANTIZE, x, node["x.scale"], node["x.zero_point"], 4)
+    weight = [node[f"w.{part}"] for part in ("codes", "scale", "zero_point")]
+    scale = node["y.scale" if other_scale else "x.scale"]
+    bias = call(operators.DEQUANTIZE_BIAS, node["w.bias"], scale, weight[1])
+    y = call(operators.LINEAR, u, call(operators.DEQUANTIZE, *weight, 4), bias)
+    y = call("aten.clamp.default", y, *clamp)
+    graph.output(call(operators.FAKE_QUANTIZE, y, node["y.scale"], node["y.zero_point"], 4))
+    return IntegerNetwork(flat_module(graph, tensors))
+
+
+def _functions(network: IntegerNetwork) -> list[Any]:
+    return [node.target for node in network.integer_form.graph.nodes]
+
+
+@pytest.mark.parametrize("clamp", [(0.6, 6.0), (-9.0, -0.6), (-1.0, 1.0), (-9.0, 9.0)])
+def test_clamp_before_a_quantizer_stays_if_it_changes_codes(clamp: tuple[float, float]) -> None:
+    network = _layer(clamp)
+    x = torch.linspace(-3, 3, 40).reshape(20, 2)
+    assert network(x).equal(network.module(x))
+    assert (torch.ops.aten.clamp.default in _functions(network)) == (clamp != (-9.0, 9.0))
+
+
+def test_bias_on_another_grid_keeps_a_layer_float() -> None:
+    network = _layer((-9.0, 9.0), other_scale=True)
+    x = torch.linspace(-3, 3, 40).reshape(20, 2)
+    assert network(x).equal(network.module(x))
+    assert integer.products not in _functions(network)
+
+
+def test_network_ignores_autocast() -> None:
+    network = _layer((-9.0, 9.0))
+    x = torch.linspace(-3, 3, 40).reshape(20, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(x).equal(_layer((-9.0, 9.0))(x))
+
+
+def test_form_follows_changes_in_place() -> None:
+    network, other = _layer((-9.0, 9.0)), _layer((-9.0, 9.0))
+    x = torch.linspace(-3, 3, 40).reshape(20, 2)
+    network(x)
+    for one in (network, other):
+        with torch.no_grad():
+            one.tensors["y.zero_point"].add_(3)
+    assert network(x).equal(other(x))
+
+
+def test_network_is_copied_and_not_pickled() -> None:
+    network = _layer((-9.0, 9.0)).eval()
+    x = torch.linspace(-3, 3, 40).reshape(20, 2)
+    before = network(x)
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        network.tensors["w.scale"].mul_(3)
+    assert copied(x).equal(before)
+    assert not network(x).equal(before)
+    assert not copied.training
+    with pytest.raises(UsageError, match="saved as data, not pickled"):
+        pickle.dumps(network)
+
+
+def test_sums_that_no_split_makes_exact_are_added_in_float64() -> None:
+    codes = torch.full((2, 1, 1024), 127, dtype=torch.int8)
+    codes[:, :, ::2] = 126
+    zero_point = torch.zeros(2, 1, 1)
+    assert integer.exact_parts(codes, zero_point, 255) == 0
+    u = torch.full((1, 1, 1024), 255.0)
+    conv = torch.ops.aten.conv1d.default
+    sums = integer.products(conv, 0, u, codes, zero_point)
+    assert sums.flatten().tolist() == [255 * 512 * (126 + 127)] * 2
+    # Groups are not split: with two inputs of a group each could be exact alone.
+    codes = torch.full((2, 2, 400), 127, dtype=torch.int8)
+    assert integer.exact_parts(codes, zero_point, 255) == 2
+    assert integer.exact_parts(codes, zero_point, 255, groups=2) == 0
+
+
+def test_input_in_half_precision_is_added_in_float32() -> None:
+    codes = torch.full((1, 600), 7, dtype=torch.int8)
+    u = torch.full((1, 600), 15.0).half()
+    linear = torch.ops.aten.linear.default
+    sums = integer.products(linear, 1, u, codes, torch.zeros(1, 1).half())
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == [[63000.0]]
+
+
+class _Moved(nn.Module):
+    """Layers that read moved tensors, without bias, in groups, and in three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 8, 3, padding=1, padding_mode="circular", bias=False)
+        self.grouped = nn.Conv1d(8, 8, 3, padding="same", groups=4)
+        self.part = nn.Conv1d(4, 4, 1)
+        self.rows, self.last = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.up = nn.ConvTranspose1d(8, 4, 2, 2, groups=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.relu(self.grouped(torch.relu(self.first(x))))
+        _, b = x.chunk(2, 1)
+        rows = torch.relu(self.rows(self.part(b).transpose(1, 2)))
+        return self.last(rows), self.up(x), x.flatten(1)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w3a4"])
+def test_form_computes_what_the_graph_says(bits: str) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(32, 3, 16, generator=torch.Generator().manual_seed(0))
+    teacher = _Moved().eval()
+    network = gdfq.quantize(
+        teacher, torch.zeros(1, 3, 16), bits, "quick", steps=4, data=data
+    ).network
+    functions = _functions(network)
+    assert functions.count(integer.products) == 5
+    assert torch.ops.aten.conv_transpose1d.default in functions
+    expected, actual = in_order(network.module(data)), network.outputs(data)
+    for one, other in zip(expected, actual, strict=True):
+        near = torch.isclose(one, other, rtol=1e-4, atol=1e-5)
+        assert float(near.double().mean()) > 0.98  # rounding may move single codes

@@ -7,7 +7,8 @@ section 2.2):
     y = Δ_x Δ_w a,   a = Σ u v + c
 
 Runtimes add in int32, exactly. So does float32 while all sums stay below 2^24, whatever the order;
-`exact_parts` splits the weight of larger layers. The next grid (Δ_y, z) rounds once:
+`exact_parts` splits the weight of larger layers; what cannot be split is added in float64. The next
+grid (Δ_y, z) rounds once:
 
     q − z = clamp(round(a · Δ_x Δ_w / Δ_y), lowest − z, highest − z)
 
@@ -37,22 +38,27 @@ def offset_bounds(zero_point: Tensor, bits: int) -> tuple[float, float]:
     return lowest, highest
 
 
-def exact_parts(codes: Tensor, zero_point: Tensor, largest: float) -> int:
+def exact_parts(codes: Tensor, zero_point: Tensor, largest: float, groups: int = 1) -> int:
     """Return into how many parts the input channels must be split so that their sums are exact.
 
     Args:
         codes: Codes of a weight [O, I, *k].
         zero_point: Its zero points, which broadcast to it.
         largest: The largest |u| of the input.
+        groups: Groups of the layer; the inputs of several groups are not split.
+
+    Returns:
+        The number of parts, or 0 where float32 is exact with none.
     """
     by_input = (codes.double() - zero_point).abs().reshape(*codes.shape[:2], -1).sum(2)  # [O, I]
-    count = by_input.shape[1]
-    return next(
-        parts
-        for parts in range(1, count + 1)
-        if parts == count
-        or largest * max(float(p.sum(1).max()) for p in by_input.tensor_split(parts, 1)) <= _EXACT
-    )
+    numbers = range(1, 1 + (by_input.shape[1] if groups == 1 else 1))
+
+    def reach(parts: int) -> float:
+        return largest * max(float(p.sum(1).max()) for p in by_input.tensor_split(parts, 1))
+
+    if reach(numbers[-1]) > _EXACT:
+        return 0
+    return next(parts for parts in numbers if reach(parts) <= _EXACT)
 
 
 def is_exact(codes: Tensor, zero_point: Tensor, largest: float, bias: Tensor) -> bool:
@@ -73,23 +79,26 @@ def products(
 
     Args:
         layer: The operator (input, weight, bias, *options).
-        parts: Parts of the input channels whose sums are exact in float32; more than one for
-            ungrouped layers only.
+        parts: Parts of the input channels whose sums are exact in float32 (see `exact_parts`).
         u: Input [N, I, *].
         codes: Codes of the weight.
         zero_point: Its zero points.
         *options: Stride, padding and so on.
 
     Returns:
-        Sums [N, O, *]: float32, or float64 of several parts.
+        Sums [N, O, *]: float32 of one part, else float64.
     """
-    v = codes.to(u.dtype) - zero_point
-    if parts == 1:
+    dtype = torch.float32 if parts else torch.float64
+    u, v = u.to(dtype), codes.to(dtype) - zero_point
+    if parts <= 1:
         return layer(u, v, None, *options)
     dim = 1 if v.ndim > 2 else -1
     pairs = zip(u.tensor_split(parts, dim), v.tensor_split(parts, 1), strict=True)
-    sums = [layer(x, w, None, *options).double() for x, w in pairs]
-    return torch.stack(sums).sum(0)
+    first, *others = (layer(x, w, None, *options) for x, w in pairs)
+    total = first.double()
+    for sums in others:
+        total += sums
+    return total
 
 
 def with_bias(sums: Tensor, bias: Tensor, dim: int, exact: bool) -> Tensor:

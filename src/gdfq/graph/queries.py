@@ -222,11 +222,8 @@ def is_clamp(node: fx.Node) -> bool:
     return name_of(node) in operators.RECTIFIERS | operators.CLAMPS
 
 
-def value_limits(node: fx.Node) -> tuple[float, float]:
-    """Return the lowest and the highest value that a clamp gives; infinite where it has none.
-
-    A limit that excludes 0 counts as none, because every grid contains 0.
-    """
+def clamp_ends(node: fx.Node) -> tuple[float, float]:
+    """Return the lowest and the highest value that a clamp gives; infinite where it has none."""
     name = name_of(node)
     given: dict[str, Any] = {}
     if name in operators.RECTIFIERS:
@@ -236,14 +233,17 @@ def value_limits(node: fx.Node) -> tuple[float, float]:
             given = {"min": -1.0, "max": 1.0}
         given |= dict(zip(("min", "max"), node.args[1:], strict=False))
         given |= {key.removesuffix("_val"): value for key, value in node.kwargs.items()}
-    low, high = (
-        float(value) if isinstance(value, int | float) else None
-        for value in (given.get("min"), given.get("max"))
-    )
-    return (
-        -math.inf if low is None or low > 0 else low,
-        math.inf if high is None or high < 0 else high,
-    )
+    low, high = given.get("min"), given.get("max")
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def value_limits(node: fx.Node) -> tuple[float, float]:
+    """Return the `clamp_ends` between which a grid must lie.
+
+    An end that excludes 0 counts as none, because every grid contains 0.
+    """
+    low, high = clamp_ends(node)
+    return -math.inf if low > 0 else low, math.inf if high < 0 else high
 
 
 def keeps_grid(node: fx.Node) -> bool:

@@ -76,7 +76,7 @@ class LearnedRange(ActivationQuantizer):
     """Per-tensor grid that starts at the range of least square error and then learns its scale.
 
     Over several batches the starting scale is the mean of theirs, and z that of the first. The
-    range contains 0.
+    range contains 0. A known range is covered as it is.
     """
 
     clips_gradient = True
@@ -96,7 +96,10 @@ class LearnedRange(ActivationQuantizer):
         return self.limited(self.scale * self.log_scale.exp(), self.zero_point)
 
     def _update_(self, parts: Sequence[Tensor]) -> None:
-        scale, zero_point = best_range_of_parts(parts, self.bits)
+        if self.known_range is None:
+            scale, zero_point = best_range_of_parts(parts, self.bits)
+        else:
+            scale, zero_point = affine_grid(parts[0].amin(), parts[0].amax(), self.bits)
         if self.batches == 1:
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)

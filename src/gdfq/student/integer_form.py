@@ -115,13 +115,19 @@ class _IntegerForm:
             return False
         weight, bias = queries.weight_of(node), queries.bias_of(node)
         source = queries.grid_source(queries.input_of(node))
-        known = (
+        return (
             operators.name_of(weight) == operators.DEQUANTIZE
             and operators.name_of(source) == operators.FAKE_QUANTIZE
-            and (bias is None or operators.name_of(bias) == operators.DEQUANTIZE_BIAS)
+            and (bias is None or self._counts_in_products(bias, source, weight))
             and queries.weight_layout(node)[0] is Layout.ROWS
         )
-        return known and (self._parts(node) == 1 or queries.group_count(node) == 1)
+
+    def _counts_in_products(self, bias: fx.Node, source: fx.Node, weight: fx.Node) -> bool:
+        """Return whether a bias counts in units of the scales of the layer's input and weight."""
+        if operators.name_of(bias) != operators.DEQUANTIZE_BIAS:
+            return False
+        pairs = zip(bias.args[1:], (source.args[1], weight.args[1]), strict=True)
+        return all(self._tensor(own) is self._tensor(other) for own, other in pairs)
 
     def _tensor(self, node: Any) -> Tensor:
         return self.tensors[str(node.target)]
@@ -133,7 +139,10 @@ class _IntegerForm:
     def _parts(self, node: fx.Node) -> int:
         codes, _, zero_point, _ = queries.weight_of(node).args
         return integer.exact_parts(
-            self._tensor(codes), self._tensor(zero_point), self._largest(node)
+            self._tensor(codes),
+            self._tensor(zero_point),
+            self._largest(node),
+            queries.group_count(node),
         )
 
     def _sums(self, node: fx.Node) -> fx.Node:
@@ -180,7 +189,7 @@ class _IntegerForm:
                 _, scale, zero_point, bits = node.args
                 assert isinstance(bits, int)
                 grid = self._tensor(scale), self._tensor(zero_point), bits
-                limits = map(queries.value_limits, chain[:-1])
+                limits = map(queries.clamp_ends, chain[:-1])
                 return chain if all(clips_alike(ends, *grid) for ends in limits) else []
             if not queries.is_clamp(node):
                 return []

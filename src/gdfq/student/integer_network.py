@@ -6,12 +6,14 @@ This module alone knows where their arguments stand.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from gdfq.errors import UsageError
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, code_bounds, dequantize_bias, quantize_bias
 from gdfq.graph import operators, queries
 from gdfq.graph.outputs import in_order
@@ -93,25 +95,36 @@ class IntegerNetwork(nn.Module):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
         self.module = module
-        self._form: tuple[fx.GraphModule, dict[str, Tensor]] | None = None
+        self._form: tuple[fx.GraphModule, dict[str, tuple[Tensor, int]]] | None = None
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.integer_form(*inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):  # it rounds whole numbers
+            return self.integer_form(*inputs)
 
     @property
     def integer_form(self) -> fx.GraphModule:
         """The graph that is computed: its layers add whole numbers (`gdfq.student.integer_form`).
 
         It shares the tensors of `module`, and is written again when these are replaced, as by a
-        move to another device.
+        move to another device, or changed, as by `load_state_dict`.
         """
         tensors = self.tensors
-        if self._form is None or any(self._form[1][n] is not t for n, t in tensors.items()):
+        written = {} if self._form is None else self._form[1]
+        if self._form is None or any(_is_changed(t, *written[n]) for n, t in tensors.items()):
             graph = integer_form(self.graph, tensors)
             used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
             form = fx.GraphModule({name: tensors[name] for name in used}, graph)
-            self._form = form, tensors
+            self._form = form, {name: (t, _version(t)) for name, t in tensors.items()}
         return self._form[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerNetwork":
+        return IntegerNetwork(deepcopy(self.module, memo)).train(self.training)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            "an integer network is saved as data, not pickled: a pickle of its graph would lose "
+            "which tensors are codes. Use QuantizedNetwork.save and gdfq.load."
+        )
 
     @property
     def graph(self) -> fx.Graph:
@@ -204,6 +217,16 @@ class IntegerNetwork(nn.Module):
     def _calls(self, name: str) -> list[fx.Node]:
         function = operators.resolve(name)
         return list(self.graph.find_nodes(op="call_function", target=function))
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_changed(tensor: Tensor, earlier: Tensor, version: int) -> bool:
+    """Return whether a tensor is another one than earlier, or was changed since that version."""
+    return tensor is not earlier or _version(tensor) != version
 
 
 _BITS = 3
