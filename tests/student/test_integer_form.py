@@ -50,6 +50,21 @@ def test_sums_in_parts_equal_those_of_64_bit_integers(inputs: int, outputs: int,
     assert sums.double().equal((u @ codes.long().T).double())
 
 
+def test_bias_is_exact_where_float32_holds_each_code() -> None:
+    assert integer.is_exact(torch.tensor([2**24, -(2**24), 2**30], dtype=torch.int32))
+    assert not integer.is_exact(torch.tensor([3, 2**24 + 1], dtype=torch.int32))
+
+
+@given(st.integers(-(2**24), 2**24), st.integers(-(2**24), 2**24), st.integers(0, 6))
+def test_exact_bias_is_added_as_in_32_bit_integers(total: int, code: int, shift: int) -> None:
+    bias = torch.tensor([code << shift], dtype=torch.int32)
+    assert integer.is_exact(bias)
+    expected = torch.tensor([[total + (code << shift)]], dtype=torch.int32).float()
+    sums = torch.tensor([[total]]).float()
+    assert integer.with_bias(sums, bias, -1, exact=True).equal(expected)
+    assert integer.with_bias(sums, bias, -1, exact=False).equal(expected)
+
+
 def test_bias_beyond_24_bits_is_rounded_once() -> None:
     sums, bias = torch.tensor([[2.0**24 - 1]]), torch.tensor([2**24 + 2], dtype=torch.int32)
     found = integer.with_bias(sums, bias, -1, exact=False)

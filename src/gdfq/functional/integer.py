@@ -61,10 +61,12 @@ def exact_parts(codes: Tensor, zero_point: Tensor, largest: float, groups: int =
     return next(parts for parts in numbers if reach(parts) <= _EXACT)
 
 
-def is_exact(codes: Tensor, zero_point: Tensor, largest: float, bias: Tensor) -> bool:
-    """Return whether float32 holds all sums of a layer of one part with its bias c exactly."""
-    reach = largest * (codes.double() - zero_point).abs().flatten(1).sum(1) + bias.double().abs()
-    return float(reach.max()) <= _EXACT
+def is_exact(bias: Tensor) -> bool:
+    """Return whether float32 holds each code of a bias, as all up to 2^24.
+
+    A float32 addition to an exact sum then rounds once.
+    """
+    return bias.double().equal(bias.float().double())
 
 
 def products(
@@ -108,7 +110,7 @@ def with_bias(sums: Tensor, bias: Tensor, dim: int, exact: bool) -> Tensor:
         sums: [N, O, *].
         bias: c, int32 [O].
         dim: The dimension of the channels.
-        exact: Whether float32 holds all sums exactly.
+        exact: Whether float32 holds each code of the bias.
     """
     shape = [1] * sums.ndim
     shape[dim] = -1

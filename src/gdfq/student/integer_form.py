@@ -163,12 +163,7 @@ class _IntegerForm:
         if bias is None:
             return self._call(torch.Tensor.float, sums)
         stored = bias.args[0]
-        exact = integer.is_exact(
-            self._tensor(codes),
-            self._tensor(zero_point),
-            self._largest(node),
-            self._tensor(stored),
-        )
+        exact = integer.is_exact(self._tensor(stored))
         return self._call(integer.with_bias, sums, stored, queries.channel_dim(node), exact)
 
     def _scales(self, node: fx.Node) -> tuple[Any, Any, int]:
