@@ -1,6 +1,7 @@
 """Recipes: published values, schedules and what may be combined."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from support import networks
@@ -11,8 +12,9 @@ import gdfq
 from gdfq import RECIPES, UsageError
 from gdfq.graph.capture import Captured
 from gdfq.optim import SgdConfig
+from gdfq.plan import resolve_method
 from gdfq.quantizers.family import MINMAX
-from gdfq.recipes import FAST, GENIE, PAPER, Recipe
+from gdfq.recipes import FAST, GENIE, PAPER, Recipe, find_recipe
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.pool import ImagePool
 from gdfq.tuning.distill import Distillation
@@ -78,3 +80,38 @@ def test_learned_quantizers_need_fixed_statistics() -> None:
 def test_recipe_refuses_calibration_after_warmup(tiny: Recipe) -> None:
     with pytest.raises(ValueError, match="calibration <= warmup"):
         replace(tiny, calibration=5, warmup=2)
+
+
+@pytest.mark.parametrize("name", ["fast", "quick"])
+def test_recipe_is_calibrated_without_tuning_where_all_has_8_bits(name: str) -> None:
+    method = resolve_method("w8a8", name)
+    assert not method.recipe.tuning.trains
+    assert (method.recipe.steps, method.recipe.source.images_held) == (1, 128)
+    assert method.recipe.effort == "128 images, calibrated without tuning"
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [("w4a8", {}), ("w8a4", {}), ("w8a8", {"steps": 8}), ("w8a8", {"layer_bits": ("last=4",)})],
+)
+def test_recipe_is_tuned_where_some_have_fewer_bits_or_steps_are_given(
+    bits: str, options: dict[str, Any]
+) -> None:
+    recipe = resolve_method(bits, "quick", **options).recipe
+    assert recipe.tuning.trains
+    assert recipe.source == find_recipe("quick").source
+
+
+def test_recipe_of_the_paper_has_the_same_effort_at_all_bits() -> None:
+    assert resolve_method("w8a8", "paper").recipe.steps == find_recipe("paper").steps
+
+
+def test_bits_are_w4a8_by_default_and_w4a4_in_the_published_protocol() -> None:
+    assert str(resolve_method().scheme.bits) == "w4a8"
+    assert str(resolve_method(placement="relu").scheme.bits) == "w4a4"
+    assert str(resolve_method(recipe="paper").scheme.bits) == "w4a4"
+
+
+def test_recipe_of_the_user_is_carried_out_as_it_is_at_8_bits() -> None:
+    mine = replace(find_recipe("quick"), steps=12)
+    assert replace(resolve_method("w8a8", mine).recipe, placement=mine.placement) == mine

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
+from gdfq.functional.grid import MAX_BITS
 from gdfq.optim import AdamConfig, Cosine, SgdConfig
 from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily
 from gdfq.sources.base import Source
@@ -19,7 +20,7 @@ from gdfq.sources.patches import PatchSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import SpectralSource
-from gdfq.student.scheme import Placement
+from gdfq.student.scheme import Placement, Scheme
 from gdfq.tuning.base import NO_TUNING, Tuning
 from gdfq.tuning.distill import Distillation
 from gdfq.tuning.grid_adam import GridAdam
@@ -96,6 +97,15 @@ class Recipe:
                 "moments are matched by learned weights; "
                 f"recipe {self.name!r} has {family.name!r}. Set quantizers to LSQ."
             )
+
+    @property
+    def effort(self) -> str:
+        """Images and steps in words, such as "256 images, 80 steps"."""
+        count = self.source.images_held
+        images = [f"{count} images"] if count else []
+        if self.tuning.trains:
+            return ", ".join([*images, f"{self.steps} steps"])
+        return ", ".join([*images, "calibrated without tuning"])
 
     def with_steps(self, steps: int | None) -> "Recipe":
         """Return this recipe shortened or lengthened to `steps`.
@@ -353,6 +363,31 @@ RECIPES: dict[str, Recipe] = {
         *_BASELINES,
     )
 }
+
+
+_CALIBRATED = replace(
+    FAST,
+    source=ImagePool(SpectralSource(iterations=10), images=128, batch=128, pixels=_MAX_POOL_PIXELS),
+    steps=1,
+    calibration=1,
+    warmup=1,
+    tuning=NO_TUNING,
+)
+_AT_8_BITS = {name: replace(_CALIBRATED, name=name) for name in (FAST.name, QUICK.name)}
+"""Recipes by name, where all weights and activations have 8 bits: tuning changes nothing there."""
+
+
+def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
+    """Return a recipe by its name, with the effort that the bits need, or the recipe itself.
+
+    Raises:
+        UsageError: There is no such name.
+    """
+    overrides = [layer.bits for layer in scheme.layer_bits if layer.bits is not None]
+    fewest = min(scheme.bits.weights, scheme.bits.activations, *overrides)
+    if isinstance(recipe, str) and fewest == MAX_BITS and recipe in _AT_8_BITS:
+        return _AT_8_BITS[recipe]
+    return find_recipe(recipe)
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:

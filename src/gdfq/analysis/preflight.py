@@ -58,6 +58,7 @@ class Diagnosis:
         bits: Default bits, such as "w4a8".
         placement: Placement of the quantizers.
         recipe: Name of the recipe.
+        effort: Images and steps of the recipe at these bits.
         layers: All convolutions and linear layers.
         batch_norms: Number of batch norms.
         folded: Number of batch norms that are folded into the layer before them.
@@ -80,6 +81,7 @@ class Diagnosis:
     bits: str
     placement: str
     recipe: str
+    effort: str
     layers: tuple[Layer, ...]
     batch_norms: int
     folded: int
@@ -143,6 +145,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         bits=str(scheme.bits),
         placement=scheme.placement,
         recipe=recipe.name,
+        effort=recipe.effort,
         layers=found,
         batch_norms=norms,
         folded=norms - len(fold_batch_norms(teacher).batch_norms),

@@ -47,9 +47,8 @@ def cli() -> None:
 @network_options
 @click.option(
     "--bits",
-    default="w4a4",
-    show_default=True,
-    help="Bits of weights and activations, 2 to 8 each; auto chooses each layer's to fit --size.",
+    help="Bits of weights and activations, 2 to 8 each; auto chooses each layer's to fit --size.  "
+    "[default: w4a8; w4a4 in placement relu]",
 )
 @click.option(
     "--size",
@@ -116,9 +115,7 @@ def quantize_command(**options: Any) -> None:
 @network_options
 @click.option(
     "--bits",
-    default="w4a4",
-    show_default=True,
-    help="Bits of weights and activations, 2 to 8 each.",
+    help="Bits of weights and activations, 2 to 8 each.  [default: w4a8; w4a4 in placement relu]",
 )
 @recipe_option
 @placement_option

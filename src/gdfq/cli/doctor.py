@@ -19,7 +19,7 @@ from gdfq.plan import Data, Plan, PlanOptions, resolve
 def doctor(
     *,
     model: str,
-    bits: str,
+    bits: str | None,
     recipe: str,
     as_json: bool,
     memory: int | None,
@@ -100,7 +100,8 @@ def _facts(diagnosis: Diagnosis) -> dict[str, str]:
     facts = {
         "input": shape,
         "output": diagnosis.task,
-        "recipe": f"{diagnosis.recipe}, {diagnosis.bits}, placement {diagnosis.placement}",
+        "recipe": f"{diagnosis.recipe}, {diagnosis.bits}, placement {diagnosis.placement}: "
+        f"{diagnosis.effort}",
         "network": diagnosis.summary(),
         "in float": _in_float(diagnosis) or "no operator",
     }

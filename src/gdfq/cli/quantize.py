@@ -51,7 +51,7 @@ class Outputs:
 def quantize(
     *,
     model: str,
-    bits: str,
+    bits: str | None,
     recipe: str,
     out: Path,
     data: Path | None,

@@ -94,7 +94,7 @@ class Sweep:
     """
 
     networks: tuple[Network, ...]
-    bits: tuple[str, ...] = ("w4a4",)
+    bits: tuple[str, ...] = ("w4a8",)
     recipes: tuple[str, ...] = ("fast",)
     placement: tuple[str | None, ...] = (None,)
     layer_bits: tuple[tuple[str, ...], ...] = ((),)
