@@ -221,7 +221,8 @@ def run_row(row: Row) -> dict[str, object]:
     model = network.factory().eval()
     load_weights_(model, SHARED / "models" / f"{row.network}.safetensors")
     started = time.perf_counter()
-    teacher = capture(model, torch.zeros(1, *network.shape))
+    captured = capture(model, torch.zeros(1, *network.shape))
+    teacher = replace(captured, input_limits=network.preprocessing.limits)
     seconds = {"capture": time.perf_counter() - started}
     if row.recipe == PEER:
         student, facts = run_peer(row, network, model)

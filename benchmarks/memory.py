@@ -43,7 +43,7 @@ from gdfq.runs.diagnostics import gather, write_evidence
 
 FILE = RESULTS / "memory.json"
 IMAGES = SHARED / "data" / "imagenet_1000"
-_SHAPE, _MEAN, _STD = (3, 224, 224), (0.498,) * 3, (0.502,) * 3
+SHAPE, MEAN, STD = (3, 224, 224), (0.498,) * 3, (0.502,) * 3
 
 
 def network() -> nn.Module | None:
@@ -102,16 +102,16 @@ def measured(
     recipe = replace(QUICK, source=source).with_steps(options.steps)
     more: dict[str, Any] = {} if options.memory is None else {"memory": options.memory}
     meter.ends("start")
-    teacher = capture(model, torch.zeros(1, *_SHAPE))
+    teacher = capture(model, torch.zeros(1, *SHAPE))
     meter.ends("capture")
     quantized = gdfq.quantize(
         teacher,
-        torch.zeros(1, *_SHAPE),
+        torch.zeros(1, *SHAPE),
         "w8a8",
         recipe,
         test=_some(IMAGES, options.images),
-        mean=_MEAN,
-        std=_STD,
+        mean=MEAN,
+        std=STD,
         checkpoints=Checkpoints(folder / "checkpoints"),
         listener=meter.hears,
         **more,
@@ -128,7 +128,7 @@ def measured(
 
 def _some(folder: Path, count: int) -> Any:
     """The first `count` images of a folder; all as the folder itself, which reads them as needed."""
-    data = load_data(folder, _SHAPE, 1000)
+    data = load_data(folder, SHAPE, 1000)
     if count >= len(data):
         return data
     chosen = torch.arange(len(data))[:: len(data) // count][:count]

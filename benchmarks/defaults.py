@@ -1,0 +1,142 @@
+"""What `gdfq quantize MODEL --recipe quick` reaches at each width: accuracy, time and memory.
+
+    python -m benchmarks.defaults                        # every row that is not there yet
+    python -m benchmarks.defaults --networks cifar10_resnet20 --bits w4a8 --seeds 0 1 2
+    python -m benchmarks.defaults --table
+
+Placement `full`, all test images, the last step. Each row runs in a process of its own on two
+threads, with its test, checkpoints in a folder, and an ONNX file that is proven equal; seconds are
+of the clock, from the captured network to the written file without the test, memory is the highest
+resident size of the process. Rows are kept in results/defaults.json. EfficientNet-Lite0 needs the
+packages that `benchmarks.memory` names. Linux only (peak memory).
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks import memory
+from benchmarks.accuracy import NETWORKS, compared
+from benchmarks.unix import peak_resident_mib
+from support.places import RESULTS, SHARED
+from torch import nn
+
+import gdfq
+from gdfq.analysis.accuracy import logits_of
+from gdfq.data.datasets import load_data
+from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.graph.capture import capture
+from gdfq.models.registry import load_weights_
+
+FILE = RESULTS / "defaults.json"
+EFFICIENTNET = "efficientnet_lite0"
+BITS = ("w8a8", "w4a8", "w4a4")
+
+
+def network_of(name: str) -> tuple[nn.Module, tuple[int, ...], Preprocessing, Path]:
+    """A network with its weights, the shape of its input, its normalisation and test images."""
+    if name == EFFICIENTNET:
+        model = memory.network()
+        assert model is not None, "the packages of EfficientNet-Lite0 are absent"
+        return model, memory.SHAPE, Preprocessing(memory.MEAN, memory.STD), memory.IMAGES
+    network = NETWORKS[name]
+    model = network.factory()
+    load_weights_(model, SHARED / "models" / f"{name}.safetensors")
+    return model.eval(), network.shape, network.preprocessing, SHARED / "data" / network.test
+
+
+def measured(name: str, bits: str, seed: int) -> dict[str, Any]:
+    """One row, in the process that calls it."""
+    torch.set_num_threads(2)
+    keep_freed_memory_()
+    model, shape, preprocessing, path = network_of(name)
+    teacher = capture(model, torch.zeros(1, *shape))
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        quantized = gdfq.quantize(
+            teacher, None, bits, "quick", seed=seed, checkpoints=Path(folder) / "checkpoints",
+            mean=preprocessing.mean, std=preprocessing.std,
+        )  # fmt: skip
+        exported = quantized.export(Path(folder) / "student.onnx")
+        seconds = time.perf_counter() - started
+        peak = int(peak_resident_mib())
+    test = load_data(path, shape, teacher.classes)
+    assert test.labels is not None
+    student_logits, teacher_logits = (
+        logits_of(module, test, preprocessing, device=torch.device("cpu"))
+        for module in (quantized.network, teacher.network)
+    )
+    return {
+        "network": name,
+        "bits": bits,
+        "seed": seed,
+        **compared(student_logits, teacher_logits, test.labels),
+        "seconds": round(seconds, 1),
+        "peak_mib": peak,
+        "bytes": exported.bytes,
+        "file_error": exported.inside.relative_error,
+        "notes": list(exported.notes),
+        "torch": torch.__version__,
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in markdown, seeds together."""
+    lines = [
+        "| network (full precision) | bits | seeds | top-1 | drop | seconds | peak MiB | file KiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["bits"]), []).append(row)
+    for (name, bits), group in groups.items():
+        top1 = [row["student"]["all"] for row in group]
+        mean, teacher = statistics.mean(top1), group[0]["teacher"]["all"]
+        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        seconds = statistics.median(row["seconds"] for row in group)
+        peak, size = (max(row[key] for row in group) for key in ("peak_mib", "bytes"))
+        lines.append(
+            f"| {name} ({teacher:.2f}) | {bits} | {len(group)} | {mean:.2f}{spread} | "
+            f"{teacher - mean:.2f} | {seconds:.0f} | {peak:,} | {size / 1024:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", default=[*NETWORKS, EFFICIENTNET])
+    parser.add_argument("--bits", nargs="+", default=BITS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
+    done = {(row["network"], row["bits"], row["seed"]) for row in rows}
+    wanted = [] if options.table else product(options.networks, options.seeds, options.bits)
+    for name, seed, bits in wanted:
+        if (name, bits, seed) in done:
+            continue
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(measured, (name, bits, seed)))
+        print(
+            {
+                key: rows[-1][key]
+                for key in ("network", "bits", "seed", "student", "seconds", "peak_mib")
+            }
+        )
+        FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
