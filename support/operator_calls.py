@@ -98,7 +98,7 @@ CALLS: Mapping[str, Call] = {
     "aten.gt.Scalar": lambda x: (x > 1).float(),
     "aten.hardtanh.default": lambda x: A.hardtanh(x, 0, 3),
     "aten.im2col.default": lambda x: A.im2col(x, [2, 3], [1, 2], [1, 1], [2, 1]),
-    "aten.index.Tensor": lambda x: x[:, torch.tensor([0, 1]), :, torch.tensor([2, 3])],
+    "aten.index.Tensor": lambda x: x[:, :, torch.tensor([0, 1]), torch.tensor([2, 3])],
     "aten.index_put.default": lambda x: A.index_put(x, [None, torch.tensor([2, 0])], torch.tensor(1.5)),
     "aten.index_select.default": lambda x: A.index_select(x, 1, torch.tensor([2, 0])),
     "aten.instance_norm.default": lambda x: F.instance_norm(x),

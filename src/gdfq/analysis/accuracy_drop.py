@@ -25,6 +25,7 @@ from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.functional.grid import UNLIMITED
 from gdfq.functional.losses import distillation_loss
 from gdfq.graph import operators
 from gdfq.graph.capture import Captured
@@ -35,6 +36,7 @@ from gdfq.optim import AdamConfig
 from gdfq.sources.input_scale import InputStatistics
 from gdfq.sources.pool import collect
 from gdfq.sources.spectral import SpectralSource, natural_noise
+from gdfq.student.integer_network import IntegerNetwork
 
 Outputs = tuple[Sequence[Tensor], Sequence[Tensor]]
 """The outputs of a teacher and of its student on the same images, each [N, ...]."""
@@ -176,7 +178,8 @@ def measure_expected_drop(
     seed = random_stream(seed, "trust").initial_seed()
 
     def outputs(images: Tensor) -> Outputs:
-        return _outputs(teacher, network, images, listener, memory)
+        low, high = _input_range(network)
+        return _outputs(teacher, network, images.clamp(low, high), listener, memory)
 
     reason = _why_not_validated(teacher)
     on_noise = outputs(noise_images(teacher, seed))
@@ -289,6 +292,12 @@ def distinct_classes(logits: Tensor) -> list[int]:
     """Return one class of each group whose logits [N, C] are equal for all images, in order."""
     groups = logits.unique(dim=1, return_inverse=True)[1].tolist()
     return [index for index, group in enumerate(groups) if groups.index(group) == index]
+
+
+def _input_range(network: nn.Module) -> tuple[float, float]:
+    """Return the range of a student's input: it clips values that no pixel has."""
+    known = network.input_range if isinstance(network, IntegerNetwork) else None
+    return UNLIMITED if known is None else known
 
 
 def noise_images(teacher: Captured, seed: int) -> Tensor:

@@ -122,7 +122,8 @@ def split(network: fx.GraphModule) -> tuple[fx.GraphModule, Ends]:
     ]
     kinds = tuple(path.kind for path in chosen)
     sources = tuple(bodies.index(path.body) for path in paths)
-    if all(kind == "values" for kind in kinds):
+    # Where an input itself would be the logits, the softmax is all that the network computes.
+    if all(kind == "values" for kind in kinds) or any(b.op == "placeholder" for b in bodies):
         outputs = queries.outputs(network.graph)
         kinds = tuple(map(_kind_of_values, outputs))
         return network, Ends(kinds, tuple(range(len(outputs))))

@@ -212,6 +212,7 @@ GRID_PRESERVING = frozenset(
 SEVERAL_OUTPUTS = frozenset(
     f"aten.{name}"
     for name in (
+        "adaptive_max_pool2d.default",
         "chunk.default",
         "max.dim",
         "min.dim",

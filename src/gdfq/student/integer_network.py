@@ -146,6 +146,19 @@ class IntegerNetwork(nn.Module):
         return [_grid(node, tensors) for node in self._calls(operators.FAKE_QUANTIZE)]
 
     @property
+    def input_range(self) -> tuple[float, float] | None:
+        """Return the lowest and the highest value of the grid of the first input, if it has one."""
+        first = queries.inputs(self.graph)[0]
+        grids = [grid for grid in self.activations if queries.input_of(grid.node) is first]
+        if len(grids) != 1 or len(first.users) != 1:
+            return None
+        (grid,) = grids
+        low, high = (
+            float((code - grid.zero_point) * grid.scale) for code in code_bounds(grid.bits)
+        )
+        return low, high
+
+    @property
     def weights(self) -> list[IntegerWeight]:
         """Return the quantized weights, in order of execution."""
         tensors = self.tensors
