@@ -108,12 +108,12 @@ def test_bits_round_trip_through_text() -> None:
     assert str(Bits(3, 8)) == "w3a8"
 
 
-def test_largest_scale_ends_the_grid_at_the_nearer_limit() -> None:
-    # 4 bits, z = -8: 15 steps above 0 and none below, so Δ = 6/15 for ReLU6.
-    assert float(largest_scale(tensor(-8.0), 4, (0.0, 6.0))) == pytest.approx(0.4)
-    # z = -2: 6 steps below, 9 above; 3/6 < 9/9.
-    assert float(largest_scale(tensor(-2.0), 4, (-3.0, 9.0))) == pytest.approx(0.5)
-    assert float(largest_scale(tensor(-2.0), 4, (-math.inf, 9.0))) == pytest.approx(1.0)
+def test_largest_scale_rounds_both_limits_to_the_last_codes() -> None:
+    # 4 bits, z = -8: 15 steps above 0 and none below, so Δ = 6/14.55 for ReLU6.
+    assert float(largest_scale(tensor(-8.0), 4, (0.0, 6.0))) == pytest.approx(6 / 14.55)
+    # z = -2: 6 steps below, 9 above; 3/5.55 < 9/8.55.
+    assert float(largest_scale(tensor(-2.0), 4, (-3.0, 9.0))) == pytest.approx(3 / 5.55)
+    assert float(largest_scale(tensor(-2.0), 4, (-math.inf, 9.0))) == pytest.approx(9 / 8.55)
     assert float(largest_scale(tensor(-2.0), 4, UNLIMITED)) == math.inf
 
 

@@ -104,11 +104,17 @@ UNLIMITED = (-math.inf, math.inf)
 """Limits of values that have none."""
 
 
-def largest_scale(zero_point: Tensor, bits: int, limits: tuple[float, float]) -> Tensor:
-    """Return the largest scale with which all numbers of a grid lie within limits.
+_LEAST_LAST_STEP = 0.55
+"""How far, in steps, a limit lies beyond the last code but one: more than 1/2 rounds to the last.
+The rest is for changes of the scale by 10^-4 afterwards (`student.ties`), which 8 bits multiply."""
 
-    The codes of such a grid saturate where the values do, so a runtime needs no clip between a
-    layer and its codes: a ReLU6, say, is part of the rounding.
+
+def largest_scale(zero_point: Tensor, bits: int, limits: tuple[float, float]) -> Tensor:
+    """Return the largest scale with which limits round to the last codes of a grid, or beyond.
+
+    Ending exactly at both limits would cost a grid with a code less above 0 than below, as that of
+    a hardtanh has, half a step at each end. The codes of such a grid saturate where the values do,
+    so a runtime needs no clip between a layer and its codes: a ReLU6, say, is part of the rounding.
 
     Args:
         zero_point: Zero points, of any shape.
@@ -121,7 +127,7 @@ def largest_scale(zero_point: Tensor, bits: int, limits: tuple[float, float]) ->
     lowest, highest = code_bounds(bits)
     below, above = zero_point - lowest, highest - zero_point
     scales = [
-        torch.where(steps > 0, abs(limit) / steps.clamp(min=1), torch.inf)
+        torch.where(steps > 0, abs(limit) / (steps.clamp(min=1) - 1 + _LEAST_LAST_STEP), torch.inf)
         for limit, steps in zip(limits, (below, above), strict=True)
     ]
     return torch.minimum(*scales)

@@ -89,8 +89,8 @@ class ActivationQuantizer(nn.Module, ABC):
 
     Attributes:
         clips_gradient: Whether no gradient passes where values are clipped.
-        limits: Lowest and highest value of the tensor, as behind a ReLU6. The grid stays within
-            them, so that its codes saturate where the values do.
+        limits: Lowest and highest value of the tensor, as behind a ReLU6. They round
+            to the last codes of the grid, so that its codes saturate where the values do.
         known_range: The range that the grid starts from, where it is known without observing, as
             that of the network's input.
     """
