@@ -12,7 +12,7 @@ import gdfq
 from gdfq import RECIPES, UsageError
 from gdfq.graph.capture import Captured
 from gdfq.optim import SgdConfig
-from gdfq.plan import resolve_method
+from gdfq.plan import resolve, resolve_method
 from gdfq.quantizers.family import MINMAX
 from gdfq.recipes import FAST, GENIE, PAPER, Recipe, find_recipe
 from gdfq.sources.generator import GeneratorSource
@@ -115,3 +115,11 @@ def test_bits_are_w4a8_by_default_and_w4a4_in_the_published_protocol() -> None:
 def test_recipe_of_the_user_is_carried_out_as_it_is_at_8_bits() -> None:
     mine = replace(find_recipe("quick"), steps=12)
     assert replace(resolve_method("w8a8", mine).recipe, placement=mine.placement) == mine
+
+
+@pytest.mark.parametrize(("recipe", "known"), [("quick", True), ("paper", False), ("zeroq", False)])
+def test_range_of_pixels_is_for_sources_that_keep_to_it(recipe: str, known: bool) -> None:
+    """A student that clips images which its teacher sees whole would learn another function."""
+    teacher = networks.captured("Residual")
+    plan = resolve(teacher, None, "w4a4", recipe, mean=[0.5] * 3, std=[0.25] * 3)
+    assert (plan.teacher.input_limits is not None) == known

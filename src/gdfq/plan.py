@@ -343,11 +343,14 @@ def plan_of(
     names = network.class_names
     given = None if data is None else load_images(data, teacher, preprocessing, names)
     tested = None if test is None else load_test_images(test, teacher, preprocessing, names)
+    source = recipe.source if given is None else on_images(recipe.source, given, preprocessing)
+    if given is None and not source.within_limits:
+        teacher = replace(teacher, input_limits=None)  # the student would clip these images
     return Plan(
         _limited_by(teacher, given, tested),
         method.scheme,
         recipe,
-        recipe.source if given is None else on_images(recipe.source, given, preprocessing),
+        source,
         preprocessing,
         method.size,
         given,

@@ -163,6 +163,11 @@ class Source(Protocol):
         """Images that stay in memory for the whole run."""
         return 0
 
+    @property
+    def within_limits(self) -> bool:
+        """Whether its images only have values that pixels have, where their range is known."""
+        return False
+
     def with_batch(self, batch: int) -> Self:
         """Return this source with `batch` images per batch."""
         return replace(self, batch=batch)  # type: ignore[type-var]

@@ -61,6 +61,11 @@ class PatchSource(Source):
     class_weight: float = 0.1
     focus: float = 2.0
 
+    @property
+    def within_limits(self) -> bool:
+        """True: images are clipped to the range of pixels."""
+        return True
+
     def stream(
         self,
         teacher: Captured,

@@ -74,6 +74,11 @@ class ImagePool(Source):
         """Images that stay in memory: all of them."""
         return self.images
 
+    @property
+    def within_limits(self) -> bool:
+        """Whether the images of the source that fills it only have values that pixels have."""
+        return self.source.within_limits
+
     def with_batch(self, batch: int) -> Self:
         """Return this pool with `batch` images per batch, of its own and of its source."""
         return replace(self, batch=batch, source=self.source.with_batch(batch))

@@ -63,6 +63,11 @@ class SpectralSource(Source):
     class_weight: float = 0.01
     focus: float = 2.0
 
+    @property
+    def within_limits(self) -> bool:
+        """True: images are clipped to the range of pixels."""
+        return True
+
     def stream(
         self,
         teacher: Captured,
