@@ -69,7 +69,7 @@ def test_site_documents_public_names_and_parameters(site: Path) -> None:
     headings = set(re.findall(r"<h[23][^>]*>\s*([\w.]+)", text))
     assert {f"gdfq.{name}" for name in set(gdfq.__all__) - {"__version__"}} <= headings
     words = " ".join(re.sub(r"<[^>]*>", " ", text).split())
-    assert re.search(r"bits \( str \| Bits , default: 'w4a4' \) – Bits of weights", words)
+    assert re.search(r"bits \( str \| Bits \| None , default: None \) – Bits of weights", words)
 
 
 @pytest.mark.needs("mkdocs")
