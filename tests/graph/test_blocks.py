@@ -4,18 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks, unusual
+from support.students import noise, student_of
 from torch import Tensor, nn
 
-from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks, with_features
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.operators import RELU, name_of
-from gdfq.quantizers.family import LSQ, QuantizerFamily
-from gdfq.sources.base import Batch
-from gdfq.student.build import Student, build_student
-from gdfq.student.scheme import Scheme
-from gdfq.tuning.calibrate import calibrate_
 
 
 def test_block_ends_are_those_of_a_residual_network() -> None:
@@ -39,15 +34,7 @@ def test_network_of_one_layer_has_no_block_ends() -> None:
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
-
-
-def student_of(
-    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
-) -> Student:
-    student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
-    calibrate_(student, [Batch((images,), None, None)], steps=1)
-    return student
+    return noise()
 
 
 def test_blocks_in_sequence_equal_the_network(teacher: Captured, images: Tensor) -> None:

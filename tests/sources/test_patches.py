@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import networks
 from support.narrowing import instance, present
+from support.students import transformer
 from torch import nn
 
 import gdfq
@@ -20,13 +21,6 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import find_recipe
 from gdfq.sources.patches import PatchSource, patch_nodes, patches
 from gdfq.sources.pool import ImagePool
-
-
-def transformer() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return networks.Transformer().eval()
-
 
 ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
 

@@ -5,20 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import networks
-from torch import Tensor, nn
+from support.students import transformer
+from torch import Tensor
 
 from gdfq.functional.grid import Bits
 from gdfq.graph import operators
 from gdfq.graph.capture import Captured, capture
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Placement, Scheme
-
-
-def transformer() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return networks.Transformer().eval()
-
 
 ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import networks
 from support.narrowing import instance, present
+from support.students import noise, student_of
 from torch import Tensor, nn
 
 import gdfq
@@ -17,11 +18,10 @@ from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits, affine_grid
 from gdfq.graph.capture import Captured
 from gdfq.optim import SgdConfig
-from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.base import Batch
 from gdfq.sources.generator import GeneratorSource
-from gdfq.student.build import Student, build_student
+from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
@@ -51,15 +51,7 @@ def test_hard_labels_count_for_easy_images_only() -> None:
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
-
-
-def student_of(
-    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
-) -> Student:
-    student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
-    calibrate_(student, [Batch((images,), None, None)], steps=1)
-    return student
+    return noise()
 
 
 @pytest.mark.parametrize("at_once", [10, 33])  # parts of equal and of different length

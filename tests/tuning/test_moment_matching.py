@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from support import networks
+from support.students import noise, student_of
 from torch import Tensor, fx, nn
 
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured, capture
-from gdfq.quantizers.family import LSQ, QuantizerFamily
+from gdfq.quantizers.family import LSQ
 from gdfq.sources.base import Batch
-from gdfq.student.build import Student, build_student
+from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -21,15 +21,7 @@ from gdfq.tuning.moment_matching import match_moments_
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
-
-
-def student_of(
-    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
-) -> Student:
-    student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
-    calibrate_(student, [Batch((images,), None, None)], steps=1)
-    return student
+    return noise()
 
 
 def test_matched_moments_are_those_of_the_teacher(teacher: Captured, images: Tensor) -> None:

@@ -3,36 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import networks
+from support.students import noise, student_of
 from torch import Tensor, nn
 
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
-from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.adaround import RoundedWeight
 from gdfq.quantizers.base import QDrop
 from gdfq.quantizers.family import ADAROUND, LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
-from gdfq.student.build import Student, build_student
 from gdfq.student.freeze import freeze
-from gdfq.student.scheme import Scheme
-from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.grid_adam import GridAdam
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(64, *networks.SHAPE, generator=torch.Generator().manual_seed(1))
-
-
-def student_of(
-    teacher: Captured, images: Tensor, bits: str = "w3a3", quantizers: QuantizerFamily = LSQ
-) -> Student:
-    student = build_student(teacher, Scheme(Bits.parse(bits), "relu"), quantizers=quantizers)
-    calibrate_(student, [Batch((images,), None, None)], steps=1)
-    return student
+    return noise()
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

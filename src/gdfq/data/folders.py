@@ -1,7 +1,8 @@
 """Image folders: which files are images, in which order, and which class a folder stands for.
 
-The layout and the order are those of torchvision's `ImageFolder`. Where that would count something
-as a class that is none, or give labels by a place that says nothing, this module does not.
+The layout and the order are those of torchvision's `ImageFolder`. It differs in two points:
+folders of the system are no classes, and the position of a folder is its label only if there are as
+many folders as classes.
 """
 
 import os
