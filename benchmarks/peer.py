@@ -3,13 +3,14 @@
 An optional extra in a folder of its own, because its matplotlib is older than ours:
 
     pip install --target DIR "numpy<2.4" scipy scikit-image scikit-learn PuLP protobuf \
-        tensorboard "networkx<3.6" "matplotlib<3.10" "pydantic<2.12"
+        tensorboard tqdm "networkx<3.6" "matplotlib<3.10" "pydantic<2.12"
     pip install --target DIR --no-deps "model-compression-toolkit==2.6.1" \
         "mct-quantizers~=1.7.0" "edge-mdt-cl~=1.1.0" torchvision
     PYTHONPATH=DIR python -m benchmarks.accuracy --recipes mct
 
-The bits are placed as in `relu`: all weights for each output channel, of the activations the
-outputs of ReLUs alone.
+`quantized` is its gradient-based quantization with the bits placed as in `relu`: all weights for
+each output channel, of the activations the outputs of ReLUs alone. `calibrated` is its post-training
+quantization with the toolkit's own default target: all weights and activations at 8 bits.
 """
 
 import copy
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gdfq.data.preprocessing import Preprocessing
 
 IMAGES = 512
 ITERATIONS = 200
@@ -35,6 +38,85 @@ def why_absent() -> str | None:
     return None
 
 
+def generated(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    count: int,
+    iterations: int,
+    *,
+    batch: int = 128,
+    preprocessing: Preprocessing | None = None,
+) -> Tensor:
+    """Images [count, *shape] that the toolkit makes of a network.
+
+    It knows two normalisations of pixels. Of these it takes the nearer one, or without
+    `preprocessing` the one of ImageNet.
+    """
+    import model_compression_toolkit as mct
+    from model_compression_toolkit.data_generation import ImageNormalizationType
+
+    centred = preprocessing is not None and max(abs(m - 0.5) for m in preprocessing.mean) < 0.01
+    config = mct.data_generation.get_pytorch_data_generation_config(
+        n_iter=iterations,
+        data_gen_batch_size=batch,
+        image_normalization_type=(
+            ImageNormalizationType.KERAS_APPLICATIONS
+            if centred
+            else ImageNormalizationType.TORCHVISION
+        ),
+    )
+    images = mct.data_generation.pytorch_data_generation_experimental(
+        model=copy.deepcopy(model),
+        n_images=count,
+        output_image_size=shape[1:],
+        data_generation_config=config,
+    )
+    return torch.cat([image.reshape(-1, *shape) for image in images]).detach()
+
+
+def calibrated(model: nn.Module, images: Tensor, batch: int = 32) -> nn.Module:
+    """The network that the toolkit calibrates on images [N, *shape], for its default target."""
+    import model_compression_toolkit as mct
+
+    def batches() -> Iterator[list[Tensor]]:
+        for part in images.split(batch):
+            yield [part]
+
+    student, _ = mct.ptq.pytorch_post_training_quantization(copy.deepcopy(model), batches)
+    found: nn.Module = student.eval()
+    return found
+
+
+def with_plain_convolutions(model: nn.Module) -> nn.Module:
+    """A copy whose padded convolutions of EfficientNet-Lite are a padding and a plain convolution.
+
+    The toolkit only folds batch norms into convolutions of torch's own class.
+    """
+    model = copy.deepcopy(model)
+    for parent in [*model.modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, nn.Conv2d) and type(child) is not nn.Conv2d:
+                paddings = [inner for inner in child.children() if isinstance(inner, nn.ZeroPad2d)]
+                setattr(parent, name, nn.Sequential(*paddings, _plain(child)).eval())
+    return model
+
+
+def _plain(layer: nn.Conv2d) -> nn.Conv2d:
+    """The convolution of torch's own class with the settings and weights of a layer."""
+    plain = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.weight.shape[2:],  # type: ignore[arg-type]  # a torch.Size of two sides
+        tuple(layer.stride),  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        layer.dilation,  # type: ignore[arg-type]
+        layer.groups,
+        layer.bias is not None,
+    )
+    plain.load_state_dict(layer.state_dict())
+    return plain
+
+
 def quantized(
     model: nn.Module, shape: tuple[int, int, int], weights: int, activations: int, seed: int
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
@@ -43,16 +125,7 @@ def quantized(
 
     torch.manual_seed(seed)
     started = time.perf_counter()
-    generation = mct.data_generation.get_pytorch_data_generation_config(
-        n_iter=ITERATIONS, data_gen_batch_size=128
-    )
-    images = mct.data_generation.pytorch_data_generation_experimental(
-        model=copy.deepcopy(model),
-        n_images=IMAGES,
-        output_image_size=shape[1:],
-        data_generation_config=generation,
-    )
-    images = torch.cat([image.reshape(-1, *shape) for image in images]).detach()
+    images = generated(model, shape, IMAGES, ITERATIONS)
     made = time.perf_counter() - started
 
     def batches() -> Iterator[list[Tensor]]:

@@ -95,8 +95,8 @@ def make(name: str) -> None:
         quantize_static(full, folder / f"{STATIC}.onnx", examples)
 
 
-def quantize_static(full: Path, out: Path, images: Tensor) -> None:
-    """ONNX Runtime's own: uint8 activations, int8 weights for each channel, QDQ."""
+def quantize_static(full: Path, out: Path, images: Tensor, weights: int = 8) -> None:
+    """ONNX Runtime's own: uint8 activations, weights of 8 or 4 bits for each channel, QDQ."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -117,7 +117,8 @@ def quantize_static(full: Path, out: Path, images: Tensor) -> None:
     quant_pre_process(str(full), str(prepared))
     quantize_static(
         str(prepared), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        activation_type=QuantType.QUInt8,
+        weight_type={8: QuantType.QInt8, 4: QuantType.QInt4}[weights],
     )  # fmt: skip
     prepared.unlink()
 

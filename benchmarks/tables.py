@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import paired
+from benchmarks import paired, peers_224
 from benchmarks.accuracy import PLAN, Row, settings_of
 from support.places import RESULTS, ROOT
 
@@ -295,6 +295,12 @@ def runtime_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def peers_table() -> str:
+    if not peers_224.FILE.exists():
+        return ""
+    return peers_224.table(json.loads(peers_224.FILE.read_text()))
+
+
 def speed_table() -> str:
     path = RESULTS / "speed.json"
     if not path.exists():
@@ -390,6 +396,7 @@ def page() -> str:
         + rival_table()
         + time_table()
         + runtime_table()
+        + peers_table()
         + speed_table()
         + scale_table()
     )
