@@ -222,6 +222,7 @@ def tune(
         batch=recipe.source.batch,
         context=context,
     )
+    context.checkpointer.unregister(*recipe.tuning.parts)  # what trains is not needed any more
     marks.end("tune")
 
 

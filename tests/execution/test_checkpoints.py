@@ -12,6 +12,7 @@ from support.narrowing import present
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.progress import Step
+from gdfq.files import atomic
 from gdfq.files.states import Frozen, Results, differences
 
 RUN, AROUND = {"bits": "w4a4", "recipe": {"steps": 4}}, {"threads": 1}
@@ -58,6 +59,19 @@ def test_checkpoint_is_written_after_the_interval(tmp_path: Path) -> None:
         assert len(names(tmp_path)) == written  # two are kept
     _, again = opened(tmp_path)
     assert again == {"x": 1}
+
+
+def test_last_step_of_a_stage_leaves_the_checkpoint_to_the_end_of_the_stage(
+    tmp_path: Path,
+) -> None:
+    clock = Time()
+    checkpoints, _ = opened(tmp_path, clock=clock, interval=60)
+    heard = checkpoints.listening(lambda step: None)
+    clock.now = 100
+    heard(Step("tune", 2, 2, {}))
+    assert not tmp_path.exists() or names(tmp_path) == []
+    checkpoints.stage_ends()
+    assert len(names(tmp_path)) == 1
 
 
 def test_checkpoint_that_takes_long_is_written_less_often(tmp_path: Path) -> None:
@@ -119,6 +133,126 @@ def test_frozen_part_is_written_once(tmp_path: Path) -> None:
     assert names(tmp_path, "piece") == []
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each file that is written."""
+    sizes: list[int] = []
+    write = atomic.write_checked
+
+    def counted(path: Path, data: bytes, check: Any) -> Any:
+        sizes.append(len(data))
+        return write(path, data, check)
+
+    monkeypatch.setattr(atomic, "write_checked", counted)
+    return sizes
+
+
+def noise(count: int = 2**16, seed: int = 0) -> torch.Tensor:
+    """Random bytes, which cannot be compressed, as numbers: 4 `count` bytes."""
+    draw = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(1, 255, (4 * count,), generator=draw).byte().view(torch.float32)
+    return torch.where(numbers.isfinite(), numbers, 1.0)
+
+
+OVERHEAD = 2_000
+"""More than the bytes of a checkpoint without tensors, and less than those of a tensor."""
+
+
+def test_unchanged_tensor_is_written_once(tmp_path: Path, written: list[int]) -> None:
+    checkpoints, part = opened(tmp_path)
+    part["still"], part["moving"] = noise(), noise(seed=1)
+    checkpoints.save()
+    assert 2 * 2**18 <= sum(written) <= 2 * 2**18 + 2 * OVERHEAD
+    for step in range(3):
+        written.clear()
+        part["moving"][7] = float(step)
+        checkpoints.save()
+        assert 2**18 <= sum(written) <= 2**18 + 2 * OVERHEAD
+    written.clear()
+    checkpoints.save()
+    assert sum(written) <= OVERHEAD
+    written.clear()
+    checkpoints, again = opened(tmp_path)
+    assert torch.equal(again["still"], noise())
+    assert torch.equal(again["moving"], part["moving"])
+    checkpoints.save()  # also after a stop
+    assert sum(written) <= OVERHEAD
+
+
+def test_folder_holds_no_more_than_two_checkpoints_of_a_changing_tensor(tmp_path: Path) -> None:
+    checkpoints, part = opened(tmp_path)
+    for step in range(5):
+        part["x"] = noise(seed=step)
+        checkpoints.save()
+    sizes = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 2 * 2**18 <= sizes <= 2 * 2**18 + 4 * OVERHEAD
+    assert torch.equal(opened(tmp_path)[1]["x"], noise(seed=4))
+
+
+def test_tensors_that_were_equal_once_are_restored_apart(tmp_path: Path) -> None:
+    checkpoints, part = opened(tmp_path)
+    part["a"], part["b"] = torch.zeros(2**16), torch.zeros(2**16)
+    checkpoints.save()
+    _, again = opened(tmp_path)
+    again["a"].add_(1)
+    assert again["b"].eq(0).all()
+
+
+def test_equal_numbers_in_another_order_of_memory_are_another_tensor(tmp_path: Path) -> None:
+    checkpoints, part = opened(tmp_path)
+    part["x"] = torch.zeros(4, 8, 64, 64)
+    checkpoints.save()
+    part["x"] = torch.zeros(4, 8, 64, 64).contiguous(memory_format=torch.channels_last)
+    checkpoints.save()
+    assert opened(tmp_path)[1]["x"].stride() == part["x"].stride()
+
+
+def test_tensors_that_were_not_written_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, part = opened(tmp_path)
+    part["x"] = noise()
+    with monkeypatch.context() as patch:
+        patch.setattr("gdfq.execution.pieces.write_atomically", full_disk)
+        with pytest.warns(GdfqWarning, match="No space left on device"):
+            checkpoints.save()
+    checkpoints.save()
+    assert torch.equal(opened(tmp_path)[1]["x"], noise())
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_large_checkpoint_delays_the_next_one(tmp_path: Path) -> None:
+    """On average 256 KiB a second: 16 MiB delay it by 64 s; frozen parts, written once, by none."""
+    clock = Time()
+    checkpoints, part = opened(tmp_path, clock=clock, interval=10)
+    heard = checkpoints.listening(lambda step: None)
+    part["frozen"] = Frozen(noise(2**24))
+    clock.now = 10
+    heard(STEP)
+    for seed, (now, count) in enumerate([(21, 2), (30, 2), (84, 2), (86, 3), (140, 3), (151, 4)]):
+        part["x"] = noise(2**22, seed)
+        clock.now = now
+        heard(STEP)
+        assert int(names(tmp_path)[-1].split("-")[1]) == count
+    part["x"] = noise(2**22, 99)
+    checkpoints.stage_ends()  # the end of a stage is worth a checkpoint
+    assert int(names(tmp_path)[-1].split("-")[1]) == 5
+
+
+def test_huge_checkpoint_delays_the_next_one_by_ten_minutes(tmp_path: Path) -> None:
+    clock = Time()
+    checkpoints, _ = opened(tmp_path, clock=clock)
+    checkpoints._bytes = 2**40
+    heard = checkpoints.listening(lambda step: None)
+    for now, count in ((599, 0), (601, 1)):
+        clock.now = now
+        heard(STEP)
+        assert len(names(tmp_path)) == count if tmp_path.exists() else not count
+
+
 def test_parts_that_are_not_registered_yet_stay_in_the_checkpoint(tmp_path: Path) -> None:
     checkpoints, part = opened(tmp_path)
     part["x"] = 1
@@ -142,16 +276,17 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "altered", "longer"])
-@pytest.mark.parametrize("kind", ["checkpoint", "piece"])
+@pytest.mark.parametrize("kind", ["checkpoint", "frozen part", "tensor"])
 def test_damaged_checkpoint_is_replaced_by_the_previous_one(
     tmp_path: Path, how: str, kind: str
 ) -> None:
     checkpoints, part = opened(tmp_path)
     for number in (1, 2):
-        part["x"], part["t"] = number, Frozen(torch.tensor([number]))
+        tensor = noise(seed=number)
+        part["x"], part["t"] = number, tensor if kind == "tensor" else Frozen(tensor)
         checkpoints.save()
     newest = names(tmp_path)[-1]
-    if kind == "piece":
+    if kind != "checkpoint":
         used = checkpoints._kept[-1][1]
         newest = f"piece-{used.pop()}.safetensors"
     damage(tmp_path / newest, how)
@@ -160,6 +295,9 @@ def test_damaged_checkpoint_is_replaced_by_the_previous_one(
     assert part["x"] == 1
     checkpoints.save()
     assert opened(tmp_path)[1]["x"] == 1  # the damaged one is gone, without another warning
+    part["x"], part["t"] = 2, noise(seed=2)
+    checkpoints.save()  # the same piece again
+    assert opened(tmp_path)[1]["x"] == 2
 
 
 def test_damaged_checkpoints_alone_load_nothing(tmp_path: Path) -> None:
@@ -194,7 +332,7 @@ def test_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_piece_outside_the_folder_is_refused(tmp_path: Path) -> None:
     checkpoints, part = opened(tmp_path / "a")
     part["x"] = Frozen(torch.ones(2))
-    checkpoints._pieces[part["x"]] = "../" + "0" * 29
+    checkpoints._pieces._names[part["x"]] = "../" + "0" * 29
     (tmp_path / "a" / f"piece-../{'0' * 29}.safetensors").parent.mkdir(exist_ok=True)
     (tmp_path / "a" / f"piece-../{'0' * 29}.safetensors").write_bytes(b"")
     checkpoints.save()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gdfq.files.states import Frozen, from_bytes, to_bytes
+from gdfq.files.states import Frozen, digest_of, from_bytes, to_bytes
 
 
 def unequal(a: Any, b: Any) -> bool:
@@ -42,6 +42,29 @@ def test_state_keeps_numbers_keys_types_and_strides() -> None:
     }
     dense = {**state, "part": images[:, 1].clone(), "flipped": state["flipped"].clone()}
     assert not unequal(dense, from_bytes(to_bytes(state, str), Frozen))
+
+
+def test_large_tensors_keep_all_bits_and_strides_in_fewer_bytes() -> None:
+    images = (
+        torch.randn(4, 3, 64, 64).clamp(-0.5, 0.5).contiguous(memory_format=torch.channels_last)
+    )
+    state = {"images": images, "labels": torch.arange(10_000), "mask": images > 0}
+    data = to_bytes(state, str)
+    assert len(data) < 0.8 * sum(tensor.nbytes for tensor in state.values())
+    assert not unequal(state, from_bytes(data, Frozen))
+
+
+def test_digest_tells_tensors_apart_that_a_run_could_tell_apart() -> None:
+    tensor = torch.zeros(2, 3, 4, 4)
+    others = [
+        tensor.clone().index_fill_(0, torch.tensor(1), 1),
+        -tensor,  # −0
+        tensor.int(),
+        tensor.view(6, 1, 4, 4),
+        tensor.contiguous(memory_format=torch.channels_last),
+    ]
+    assert len({digest_of(x) for x in (tensor, *others)}) == 1 + len(others)
+    assert digest_of(torch.zeros(3, 3, 4, 4)[:2]) == digest_of(tensor)
 
 
 @settings(deadline=None, max_examples=30)

@@ -527,6 +527,12 @@ def run_of(part: dict[str, Any] | None, **tensors: Tensor) -> bytes:
     return state({"pairs": [[key, value] for key, value in keys.items()]}, **tensors)
 
 
+PACKED = {
+    "tensor": "w", "shape": [2**30], "stride": [1], "type": "float32", "planes": [1, 1, 1, 1]
+}  # fmt: skip
+"""Claims 4 GiB in planes of one byte."""
+
+
 @pytest.mark.parametrize(
     "contents",
     [
@@ -534,6 +540,11 @@ def run_of(part: dict[str, Any] | None, **tensors: Tensor) -> bytes:
         run_of({"tensor": "w", "shape": [4], "stride": [10**9]}, w=torch.zeros(4)),
         run_of({"tensor": "none", "shape": [1], "stride": [1]}),
         run_of({"pairs": [[[], 1]]}),
+        run_of({"fixed": "0" * 32, "entry": "w"}),
+        run_of({**PACKED, "planes": [4]}, w=torch.zeros(4).byte()),
+        run_of({**PACKED, "planes": [1, 1, 1, 1]}, w=torch.zeros(4).byte()),
+        run_of({**PACKED, "planes": "ab"}, w=torch.zeros(4).byte()),
+        run_of({**PACKED, "type": "Tensor"}, w=torch.zeros(4).byte()),
         state([1, 2]),
         state({"pairs": [[key, 1] for key in ("settings", "around", "parts")]}),
         safetensors.torch.save({}, {"gdfq-state": "[" * 10**5}),

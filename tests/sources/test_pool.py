@@ -13,12 +13,13 @@ from torch import Tensor
 from gdfq.data.datasets import ArrayData
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.context import Context
+from gdfq.files.states import Frozen, from_bytes, to_bytes
 from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import QUICK
 from gdfq.sources.augment import prediction_consistency
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.given import ImageSource, on_images
-from gdfq.sources.pool import ImagePool, collect
+from gdfq.sources.pool import ImagePool, StoredImages, collect
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,17 @@ class Counted(Source):
             number = torch.arange(float(self.batch)) + self.batch * step
             images = number.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
             yield Batch((images,), number.long(), None)
+
+
+@dataclass(frozen=True)
+class Failing(Source):
+    """A source whose images must not be made."""
+
+    batch: int = 4
+
+    def stream(self, teacher: Captured, *, steps: int, **_: object) -> Iterator[Any]:
+        raise AssertionError("these images were made before")
+        yield
 
 
 def test_pool_gives_each_image_once_per_epoch(teacher: Captured) -> None:
@@ -146,6 +158,44 @@ def test_pool_makes_as_many_images_at_once_as_fit(teacher: Captured) -> None:
     assert len(next(stream).images) == 4
     _, images = pool.made(teacher)
     assert len(images) == 9
+
+
+def test_pool_resumes_to_the_same_batches(teacher: Captured) -> None:
+    """Also without a state of the source; finished images are not made again."""
+    pool = ImagePool(Counted(), images=10, batch=5)
+    whole = list(pool.stream(teacher, steps=6))
+    stopped = pool.stream(teacher, steps=6)
+    for _ in range(3):
+        next(stopped)
+    pieces: dict[str, Frozen] = {}
+
+    def stored(part: Frozen) -> str:
+        pieces[str(len(pieces))] = part
+        return str(len(pieces) - 1)
+
+    state = from_bytes(to_bytes(stopped.state_dict(), stored), pieces.__getitem__)
+    resumed = ImagePool(Failing(), images=10, batch=5).stream(teacher, steps=6)
+    resumed.load_state_dict(state)
+    for batch, expected in zip(resumed, whole[3:], strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert batch.images.stride() == expected.images.stride()
+        assert torch.equal(present(batch.labels), present(expected.labels))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24), (1, 8, 8, 8)])
+def test_drawn_batch_is_made_again_of_its_origin(shape: tuple[int, ...]) -> None:
+    noise = networks.images(12, shape=shape)
+    stored = StoredImages(noise, torch.arange(12) % 5, 4)
+    name = {2: "Audio", 3: "Residual", 4: "Volume"}[len(shape)]
+    teacher = networks.captured(name)
+    stream = ImagePool(stored, images=12, batch=4).stream(teacher, steps=5)
+    for batch in stream:
+        again = stream.made_again(batch.origin)
+        assert torch.equal(again.images, batch.images)
+        assert again.images.stride() == batch.images.stride()
+        assert (
+            sum(tensor.nbytes for tensor in again.origin.values() if torch.is_tensor(tensor)) < 99
+        )
 
 
 def test_collect_takes_the_first_images(teacher: Captured) -> None:

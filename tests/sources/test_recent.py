@@ -5,16 +5,17 @@ import torch
 from support import networks
 from support.narrowing import present
 
+from gdfq.files.states import Frozen
 from gdfq.sources.base import Batch
 from gdfq.sources.recent import Recent
 
 
 def test_recent_holds_the_last_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    recent = Recent(torch.device("cpu"))
+    recent = Recent()
     assert recent.inputs() is None
     for step in range(9):
         batch = torch.full((100, *networks.SHAPE), float(step))
-        recent.see_(Batch((batch,), torch.arange(100), None))
+        recent.see_(Frozen(vars(Batch((batch,), torch.arange(100), None))))
     (seen,), labels = present(recent.inputs())
     assert len(seen) == len(present(labels)) == 256
     assert seen[0].unique().tolist() == [8]  # the newest first

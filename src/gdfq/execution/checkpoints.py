@@ -2,15 +2,14 @@
 
 All parts (streams, student, optimizer, ...) are consistent with one another after a step that the
 listener received. They are then written into one new file, whose name contains the hash of its
-contents. The file before it is kept. Parts that no longer change have files of their own, which are
-written once.
+contents. The file before it is kept. What has not changed since an earlier checkpoint is not
+written again (`gdfq.execution.pieces`).
 """
 
 import json
 import re
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,21 @@ from filelock import FileLock, Timeout
 
 from gdfq.errors import GdfqWarning, UsageError, first_line
 from gdfq.execution.checkpointer import Part
+from gdfq.execution.pieces import Pieces
 from gdfq.execution.progress import Listener, Step
 from gdfq.files.atomic import make_folder, remove_partial, write_atomically
-from gdfq.files.states import (
-    Frozen,
-    Stateful,
-    all_finite,
-    differences,
-    from_bytes,
-    name_of,
-    to_bytes,
-)
+from gdfq.files.states import Stateful, all_finite, differences, name_of
 from gdfq.files.untrusted import within
 
 INTERVAL = 60.0
 """Seconds between two checkpoints of one stage."""
 _MAX_TIME_SHARE = 0.02
 """Largest share of the time that checkpoints may take: a slow one delays the next one."""
+_MAX_BYTES_PER_SECOND, _MAX_WAIT = 2**18, 600.0
+"""What checkpoints may write on average, apart from what is written once, and the longest time in
+seconds that a large one delays the next one for this reason."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{32})\.safetensors")
 _LOCK = ".lock"
-_PIECE = re.compile(r"piece-([0-9a-f]{32})\.safetensors")
 
 
 class Checkpoints:
@@ -65,14 +59,14 @@ class Checkpoints:
         self.folder = folder
         self._interval, self._clock, self._writes = interval, clock, writes
         self._lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
-        self._last, self._cost = clock(), 0.0
+        self._last, self._cost, self._bytes = clock(), 0.0, 0
         self.seconds = 0.0
         """Seconds that checkpoints have taken so far."""
         self._settings: dict[str, Any] | None = None
         self._parts: dict[str, Stateful] = {}
         self._found: dict[str, Any] = {}  # states of parts that are not registered yet
         self._kept: list[tuple[Path, set[str]]] = []
-        self._pieces: weakref.WeakKeyDictionary[Frozen, str] = weakref.WeakKeyDictionary()
+        self._pieces = Pieces(folder)
 
     @classmethod
     def of(cls, folder: "str | Path | Checkpoints", *, writes: bool = True) -> "Checkpoints":
@@ -163,7 +157,10 @@ class Checkpoints:
             self._found.pop(name, None)
 
     def listening(self, listener: Listener) -> Listener:
-        """Return a listener that also writes a checkpoint when one is due or `listener` raises."""
+        """Return a listener that also writes a checkpoint when one is due or `listener` raises.
+
+        None is due at the last step of a stage, because the next one follows soon.
+        """
 
         def receive(step: Step) -> None:
             try:
@@ -171,10 +168,15 @@ class Checkpoints:
             except BaseException:
                 self.save()
                 raise
-            if self._since() >= max(self._interval, self._cost / _MAX_TIME_SHARE):
+            if step.index < step.total and self._since() >= self._wait():
                 self.save()
 
         return receive
+
+    def _wait(self) -> float:
+        """Return the minimum time between the last checkpoint and the next one, in seconds."""
+        writing = min(self._bytes / _MAX_BYTES_PER_SECOND, _MAX_WAIT)
+        return max(self._interval, self._cost / _MAX_TIME_SHARE, writing)
 
     def stage_ends(self) -> None:
         if self._since() >= self._cost / _MAX_TIME_SHARE:
@@ -204,49 +206,39 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Remove the folder: the run has finished."""
-        for path in [*self._files(_CHECKPOINT), *self._files(_PIECE), self.folder / _LOCK]:
+        for path in [*self._files(), self.folder / _LOCK]:
             path.unlink(missing_ok=True)
+        self._pieces.prune(set())
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _since(self) -> float:
         return self._clock() - self._last
 
-    def _files(self, kind: re.Pattern[str] = _CHECKPOINT) -> list[Path]:
-        """Return the files of a kind, the newest first."""
+    def _files(self) -> list[Path]:
+        """Return all checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if kind.fullmatch(path.name)]
+        found = [path for path in self.folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
         return sorted(found, reverse=True)
 
     def _write(self, state: dict[str, Any]) -> None:
-        used: set[str] = set()
-
-        def piece(part: Frozen) -> str:
-            name = self._pieces.get(part)
-            path = self.folder / f"piece-{name}.safetensors"
-            if name is None or not path.exists():
-                data = to_bytes(part.value, piece)
-                name = self._pieces[part] = name_of(data)
-                write_atomically(self.folder / f"piece-{name}.safetensors", data)
-            used.add(name)
-            return name
-
         self.folder.mkdir(parents=True, exist_ok=True)
-        data = to_bytes(state, piece)
+        data, used, written = self._pieces.encode(state)
         number = 1 + max((int(path.name.split("-")[1]) for path in self._files()), default=0)
         path = self.folder / f"checkpoint-{number:06}-{name_of(data)}.safetensors"
         write_atomically(path, data)
+        self._bytes = written + len(data)
         self._kept = [*self._kept[-1:], (path, used)]
         self._prune()
 
     def _prune(self) -> None:
         """Remove the files that neither this checkpoint nor the one before it needs."""
-        needed = {path.name for path, _ in self._kept}
-        needed |= {f"piece-{name}.safetensors" for _, used in self._kept for name in used}
-        for path in self._files(_CHECKPOINT) + self._files(_PIECE):
-            if path.name not in needed:
+        kept = {path.name for path, _ in self._kept}
+        for path in self._files():
+            if path.name not in kept:
                 path.unlink(missing_ok=True)
+        self._pieces.prune(set().union(*(used for _, used in self._kept)))
 
     def _read_newest(self) -> dict[str, Any] | None:
         problems: list[str] = []
@@ -276,30 +268,13 @@ class Checkpoints:
         Raises:
             ValueError: It is damaged. Contents of another structure raise other errors.
         """
-        read: dict[str, Frozen] = {}
-
-        def contents(path: Path, name: str) -> bytes:
-            data = within(self.folder, path).read_bytes()
-            if name_of(data) != name:
-                raise ValueError("it is truncated or was changed")
-            return data
-
-        def fixed(name: str) -> Frozen:
-            path = self.folder / f"piece-{name}.safetensors"
-            if not _PIECE.fullmatch(path.name):
-                raise ValueError(f"a piece cannot have the name {name!r}")
-            if name not in read:  # read once: references between pieces could grow exponentially
-                read[name] = Frozen(from_bytes(contents(path, name), fixed))
-                self._pieces[read[name]] = name
-            return read[name]
-
         match = _CHECKPOINT.fullmatch(path.name)
         assert match is not None
-        state = from_bytes(contents(path, match[2]), fixed)
+        state, used = self._pieces.decode(self._pieces.contents(path, match[2]))
         parts = {key: state[key] for key in ("settings", "around", "parts")}
         if not all(isinstance(part, dict) for part in parts.values()):
             raise ValueError("its parts are not dictionaries")
-        return parts, set(read)
+        return parts, used
 
 
 def _changes(old: dict[str, Any], new: Mapping[str, Any]) -> str:

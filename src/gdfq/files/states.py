@@ -10,9 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gdfq.files.packing import packed, unpacked
 from gdfq.files.untrusted import parse_json, safetensors_header
 
 _KEY = "gdfq-state"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.uint64, torch.uint32, torch.uint16),
+    )
+}
+"""Types of tensors that are packed."""
 
 
 class Stateful(Protocol):
@@ -26,15 +35,33 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Frozen:
-    """A part of a state that will not change again, so that it needs to be written only once."""
+    """A part of a state that will not change again, so that it needs to be written only once.
+
+    Only an equal value, in other memory, may take the place of the value.
+    """
 
     value: Any
 
     def to(self, device: torch.device) -> "Frozen":
         """Return a copy on a device. Parts read from a file are on the CPU."""
         return self if device.type == "cpu" else Frozen(_moved(self.value, device))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is stored elsewhere, in a frozen dictionary of tensors.
+
+    Each tensor of a state has an entry of its own, also if it equals another one.
+
+    Attributes:
+        of: The dictionary.
+        key: Its key there.
+    """
+
+    of: Frozen
+    key: str
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -64,11 +91,45 @@ class Results(dict[str, Any]):
         self.update(state)
 
 
+def with_tensors(state: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return a state with each of its tensors replaced. `Frozen` parts stay as they are.
+
+    Args:
+        state: A tree as `Stateful` describes it.
+        change: Returns what takes the place of a tensor.
+    """
+    if isinstance(state, Tensor):
+        return change(state)
+    if isinstance(state, Mapping):
+        return {key: with_tensors(inside, change) for key, inside in state.items()}
+    if isinstance(state, list | tuple):
+        return [with_tensors(inside, change) for inside in state]
+    return state
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Return a hash of a tensor: its numbers, type, shape and strides."""
+    dense = _dense(tensor)
+    digest = hashlib.sha256(repr((dense.dtype, dense.shape, dense.stride())).encode())
+    digest.update(_flat(dense).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU that is dense in memory, even if the tensor is a view."""
+    return tensor.detach().cpu().clone()
+
+
+def _flat(dense: Tensor) -> Tensor:
+    """Return the numbers of a dense tensor in the order of memory, [n]."""
+    return dense.as_strided((dense.numel(),), (1,))
+
+
 def to_bytes(state: Any, name_of: Callable[[Frozen], str]) -> bytes:
     """Return a state as the contents of a safetensors file.
 
     Args:
-        state: A tree as `Stateful` describes it.
+        state: A tree as `Stateful` describes it, which may have an `Entry` for a tensor.
         name_of: Returns the name under which a frozen part is stored elsewhere.
     """
     from safetensors.torch import save
@@ -77,13 +138,19 @@ def to_bytes(state: Any, name_of: Callable[[Frozen], str]) -> bytes:
 
     def encoded(value: Any) -> Any:
         if isinstance(value, Tensor):
-            # A clone is dense in memory, even if the tensor is a view.
-            dense = value.detach().cpu().clone()
-            tensors[str(len(tensors))] = dense.as_strided((dense.numel(),), (1,))
-            return {"tensor": str(len(tensors) - 1), "shape": list(dense.shape),
-                    "stride": list(dense.stride())}  # fmt: skip
+            dense = _dense(value)
+            name, numbers = str(len(tensors)), _flat(dense)
+            found = {"tensor": name, "shape": list(dense.shape), "stride": list(dense.stride())}
+            kind = str(numbers.dtype).removeprefix("torch.")
+            if kind in _DTYPES and (smaller := packed(numbers)) is not None:
+                numbers, found["planes"] = smaller
+                found["type"] = kind
+            tensors[name] = numbers
+            return found
         if isinstance(value, Frozen):
             return {"fixed": name_of(value)}
+        if isinstance(value, Entry):
+            return {"fixed": name_of(value.of), "entry": value.key}
         if isinstance(value, Mapping):  # in pairs: keys may be numbers
             return {"pairs": [[key, encoded(inside)] for key, inside in value.items()]}
         if isinstance(value, list | tuple):
@@ -116,16 +183,24 @@ def from_bytes(data: bytes, fixed: Callable[[str], Frozen]) -> Any:
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 
+    whole: dict[str, Tensor] = {}  # tensors that were packed
+
     def decoded(value: Any) -> Any:
         if isinstance(value, list):
             return [decoded(inside) for inside in value]
         if not isinstance(value, dict):
             return value
+        if "entry" in value:
+            return fixed(value["fixed"]).value[value["entry"]]
         if "fixed" in value:
             return fixed(value["fixed"])
         if "tensor" in value:
-            tensor = tensors[value["tensor"]]
-            if math.prod(value["shape"]) != tensor.numel():
+            name, count = value["tensor"], math.prod(value["shape"])
+            if "planes" in value and name not in whole:
+                dtype = _DTYPES[value["type"]]
+                whole[name] = unpacked(tensors[name], value["planes"], count, dtype)
+            tensor = whole.get(name, tensors[name])
+            if count != tensor.numel():
                 raise ValueError(f"{tensor.numel()} numbers cannot have shape {value['shape']}")
             return tensor.as_strided(value["shape"], value["stride"])
         return {key: decoded(inside) for key, inside in value["pairs"]}

@@ -19,6 +19,7 @@ class RoundedWeight(WeightQuantizer):
     h is soft until `settle_`, and 0 or 1 afterwards. The weight is read once, at construction.
     """
 
+    reads_weight = False
     scale: Tensor
     zero_point: Tensor
     base: Tensor

@@ -27,7 +27,14 @@ class QuantizedTensor:
 
 
 class WeightQuantizer(nn.Module, ABC):
-    """Rounds a weight to a grid with one scale and zero point for each output channel."""
+    """Rounds a weight to a grid with one scale and zero point for each output channel.
+
+    Attributes:
+        reads_weight: Whether calls read the weight that they get. A quantizer that read it at its
+            construction has parameters of its own instead.
+    """
+
+    reads_weight: ClassVar[bool] = True
 
     def __init__(self, bits: int, layout: Layout, groups: int) -> None:
         super().__init__()

@@ -41,6 +41,7 @@ class LearnedWeight(WeightQuantizer):
     gradient, so ∂w_q/∂Δ = q − z and ∂w_q/∂v = Δ. The weight is read once, at construction.
     """
 
+    reads_weight = False
     scale: Tensor
     zero_point: Tensor
 

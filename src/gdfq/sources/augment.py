@@ -1,5 +1,8 @@
 """Augmentation of images, and whether a network's predictions are consistent under it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,24 +46,48 @@ def prediction_consistency(teacher: Captured, images: Tensor, draw: torch.Genera
 
 
 def shifted_and_flipped(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Return the images shifted by up to an eighth of each side, with mirrored borders.
+    """Return the images with a `random_move`."""
+    return moved(images, random_move(images, draw))
 
-    All images share one shift. Two-dimensional images are also flipped horizontally with
-    probability 1/2.
+
+@dataclass(frozen=True)
+class Move:
+    """A shift with mirrored borders, and a horizontal flip after it.
+
+    Attributes:
+        offsets: Of each side in pixels, from 0 to twice an eighth of the side; an eighth leaves the
+            images where they are.
+        flips: Whether the images are flipped.
+    """
+
+    offsets: Sequence[int]
+    flips: bool
+
+
+def random_move(images: Tensor, draw: torch.Generator) -> Move:
+    """Return a random shift by up to an eighth of each side.
+
+    Two-dimensional images are also flipped horizontally with probability 1/2.
 
     Args:
         images: [N, C, *size].
         draw: Randomness of the offsets and of the flip.
     """
     size = images.shape[2:]
+    offsets = [int(torch.randint(2 * (side // 8) + 1, (1,), generator=draw)) for side in size]
+    return Move(offsets, len(size) == 2 and bool(torch.randint(2, (1,), generator=draw)))
+
+
+def moved(images: Tensor, move: Move) -> Tensor:
+    """Return images [N, C, *size] shifted and flipped, all in the same way."""
+    size = images.shape[2:]
     reach = [side // 8 for side in size]
-    offsets = [int(torch.randint(2 * r + 1, (1,), generator=draw)) for r in reach]
     if any(reach):
         padding = [r for r in reversed(reach) for _ in range(2)]
         images = F.pad(images, padding, mode="reflect")
-        for dim, (offset, side) in enumerate(zip(offsets, size, strict=True), start=2):
+        for dim, (offset, side) in enumerate(zip(move.offsets, size, strict=True), start=2):
             images = images.narrow(dim, offset, side)
-    if len(size) == 2 and int(torch.randint(2, (1,), generator=draw)):
+    if move.flips:
         images = images.flip(-1)
     layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
     return images.contiguous(memory_format=layout)

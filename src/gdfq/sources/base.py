@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,12 +26,15 @@ class Batch:
         teacher_logits: [N, C], or None if they were not computed for exactly these images, or if
             the teacher has no classes.
         losses: Scalars for the log.
+        origin: What the stream of the batch makes it of again (`Stream.made_again`), as a state
+            that is far smaller than the batch; None if it cannot.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None
     teacher_logits: Tensor | None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: Any = None
 
     @property
     def images(self) -> Tensor:

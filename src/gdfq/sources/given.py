@@ -121,7 +121,10 @@ class ImageSource(Source):
         order = Shuffled(draw, lambda indices: list(indices.split(self.batch)))
 
         def make(_: int) -> Batch:
-            chosen = order.next_of(len(self.data))
+            return read({"chosen": order.next_of(len(self.data))})
+
+        def read(origin: Any) -> Batch:
+            chosen = origin["chosen"]
             given = network_inputs(self.data, chosen, self.preprocessing)
             inputs = tuple(tensor.to(teacher.device) for tensor in given)
             with torch.no_grad():
@@ -129,6 +132,6 @@ class ImageSource(Source):
             labels = None if logits is None else logits.argmax(1)
             if logits is not None and self.data.labels is not None:
                 labels = self.data.labels[chosen].to(teacher.device)
-            return Batch(inputs, labels, logits)
+            return Batch(inputs, labels, logits, origin=origin)
 
-        return Stream(make, steps, [draw], {"order": order})
+        return Stream(make, steps, [draw], {"order": order}, again=read)

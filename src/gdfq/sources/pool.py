@@ -14,12 +14,18 @@ from gdfq.execution.context import Context
 from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
-from gdfq.files.states import Frozen, Results, Stateful
+from gdfq.files.states import Frozen, Results, Stateful, digest_of
 from gdfq.graph.capture import Captured
 from gdfq.graph.inputs import takes_images
-from gdfq.sources.augment import CONSISTENT_SHARE, prediction_consistency, shifted_and_flipped
-from gdfq.sources.base import Batch, Source, first_images, first_inputs
-from gdfq.sources.stream import Feed, Shuffled, Stream
+from gdfq.sources.augment import (
+    CONSISTENT_SHARE,
+    Move,
+    moved,
+    prediction_consistency,
+    random_move,
+)
+from gdfq.sources.base import Batch, Source, first_images, joined_inputs
+from gdfq.sources.stream import Shuffled, Stream, restored_batch, stored_batch
 
 
 @tagged("ImagePool")
@@ -197,7 +203,7 @@ class PoolStream(Stream):
         order = Shuffled(draw, whole_batches)
 
         def make(_: int) -> Batch:
-            inputs, labels = self._collected()
+            inputs, _labels = self._collected()
             if not moves:
                 (images,) = inputs
                 consistency = prediction_consistency(
@@ -208,13 +214,21 @@ class PoolStream(Stream):
                 )  # devices round differently; processes must agree
                 moves["them"] = bool(consistency >= CONSISTENT_SHARE)
             chosen = order.next_of(len(inputs[0]))
+            drawn = [vars(random_move(images, draw)) for images in inputs if moves["them"]]
+            return taken({"chosen": chosen, "moves": drawn})
+
+        def taken(origin: Any) -> Batch:
+            inputs, labels = self._collected()
+            chosen = origin["chosen"]
             drawn = tuple(tensor[chosen] for tensor in inputs)
-            if moves["them"]:
-                drawn = tuple(shifted_and_flipped(images, draw) for images in drawn)
-            return Batch(drawn, None if labels is None else labels[chosen], None)
+            if origin["moves"]:
+                moves_of = (Move(**values) for values in origin["moves"])
+                drawn = tuple(map(moved, drawn, moves_of))
+            own = None if labels is None else labels[chosen]
+            return Batch(drawn, own, None, origin=origin)
 
         parts: dict[str, Stateful] = {"order": order, "images": self._collected, "moves": moves}
-        super().__init__(make, steps, [draw], parts)
+        super().__init__(make, steps, [draw], parts, again=taken)
 
     def images(self) -> Tensor:
         """Return all images of the pool [images, *input_shape], in the order of making."""
@@ -228,32 +242,63 @@ class PoolStream(Stream):
 
 
 class _Collected:
-    """The first `count` images of a stream and their labels; they are made once."""
+    """The first `count` images of a stream and their labels; they are made once.
+
+    Each batch is a part of the state that is written when it is finished.
+    """
 
     def __init__(self, made: Iterator[Batch], count: int, device: torch.device) -> None:
-        self._feed: Feed | None = Feed(made, device)
-        self._count, self._device = count, device
-        self._all: Frozen | None = None
+        self._made, self._count, self._device = made, count, device
+        self._parts: list[Frozen] = []
+        self._all: tuple[tuple[Tensor, ...], Tensor | None] | None = None
+        self._digests: list[str] | None = None
 
     def __call__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         if self._all is None:
-            assert self._feed is not None
-            for _ in self._feed.until(self._count, hold=True):
-                pass  # the stream ends when there are enough images
-            self._all = Frozen(first_inputs(self._count, self._feed.held))
-            self._feed = None  # its batches need not stay in memory
+            taken = sum(len(part.value["inputs"][0]) for part in self._parts)
+            while taken < self._count and (batch := next(self._made, None)) is not None:
+                self._parts.append(Frozen(vars(replace(batch, teacher_logits=None, losses={}))))
+                taken += len(batch)
+            self._all = self._joined()
             release_freed_memory()
-        inputs, labels = self._all.value
-        return inputs, labels
+        return self._all
+
+    def _joined(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return all images and labels. The parts become views of them, not to be held twice."""
+        batches = [Batch(**part.value) for part in self._parts]
+        inputs = joined_inputs(batches)
+        views = zip(*(tensor.split(list(map(len, batches))) for tensor in inputs), strict=True)
+        for part, batch, own in zip(self._parts, batches, views, strict=True):
+            part.value = vars(replace(batch, inputs=own))
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        first = tuple(tensor[: self._count] for tensor in inputs)
+        return first, torch.cat(labels)[: self._count] if labels else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"all": self._all, "feed": self._feed and self._feed.state_dict()}
+        stream = self._made.state_dict() if hasattr(self._made, "state_dict") else None
+        parts = [stored_batch(part, stays=True) for part in self._parts]
+        return {"parts": parts, "digests": self._digests_of_all(), "stream": stream}
+
+    def _digests_of_all(self) -> list[str] | None:
+        """Return hashes of all inputs, once they are there and unless they are stored."""
+        if self._all is None:
+            return None
+        if self._digests is None:
+            read = any(part.value["origin"] is not None for part in self._parts)
+            self._digests = list(map(digest_of, self._all[0])) if read else []
+        return self._digests
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["all"] is not None:
-            self._all, self._feed = state["all"].to(self._device), None
-        elif self._feed is not None:
-            self._feed.load_state_dict(state["feed"])
+        parts = state["parts"]
+        if hasattr(self._made, "load_state_dict"):
+            self._made.load_state_dict(state["stream"])
+        elif state["digests"] is None:  # it makes its batches again
+            next(islice(self._made, len(parts), len(parts)), None)
+        self._parts = [restored_batch(part, self._made, self._device) for part in parts]
+        if state["digests"] is not None:
+            self._all = self._joined()
+            if self._digests_of_all() != state["digests"]:
+                raise ValueError("the given images are not those that the run started with")
 
 
 def collect(

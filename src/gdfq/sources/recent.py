@@ -3,9 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from gdfq.files.states import Frozen
@@ -17,35 +15,38 @@ IMAGES, _MAX_ELEMENTS = 256, 2**24
 
 
 class Recent:
-    """Keeps the last images of the batches that it receives."""
+    """Keeps the last images of the batches that it receives.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._batches: deque[Batch] = deque()
+    Attributes:
+        parts: The attributes of the batches that have them, the newest last.
+    """
 
-    def see_(self, batch: Batch) -> None:
-        """Keep a batch, and drop those that are no longer needed."""
-        self._batches.append(batch)
-        while sum(len(kept) for kept in self._batches) - len(self._batches[0]) >= _max_images(
-            batch.inputs
-        ):
-            self._batches.popleft()
+    def __init__(self) -> None:
+        self.parts: deque[Frozen] = deque()
+
+    def see_(self, part: Frozen) -> None:
+        """Keep a batch, given as its attributes, and drop those that are no longer needed."""
+        self.parts.append(part)
+        kept = self._batches()
+        count, most = sum(map(len, kept)), _max_images(kept[-1].inputs)
+        for batch in kept:
+            count -= len(batch)
+            if count < most:
+                break
+            self.parts.popleft()
 
     def inputs(self) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
         """Return a tensor [N, *shape] for each input, newest batch first, and labels [N], if any.
 
         Returns None before the first batch.
         """
-        if not self._batches:
+        if not self.parts:
             return None
-        return first_inputs(_max_images(self._batches[-1].inputs), reversed(self._batches))
+        kept = self._batches()
+        return first_inputs(_max_images(kept[-1].inputs), reversed(kept))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": [vars(batch) for batch in self._batches]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        found = Frozen(state["batches"]).to(self._device).value
-        self._batches = deque(Batch(**values) for values in found)
+    def _batches(self) -> list[Batch]:
+        return [Batch(**part.value) for part in self.parts]
 
 
 def _max_images(inputs: Sequence[Tensor]) -> int:

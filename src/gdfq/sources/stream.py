@@ -1,5 +1,6 @@
 """Streams of batches that resume after an interruption with bit-identical results."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -26,6 +27,7 @@ class Stream:
         steps: Number of batches to yield.
         draws: All randomness of the batches.
         parts: Other state that batches depend on and change, by name.
+        again: Makes a batch of its `Batch.origin`, where batches have one.
         ahead: Number of batches that are made first and not yielded.
         listener: Receives these batches as steps of the stage "generator".
     """
@@ -37,11 +39,12 @@ class Stream:
         draws: Sequence[torch.Generator],
         parts: Mapping[str, Stateful] | None = None,
         *,
+        again: Callable[[Any], Batch] | None = None,
         ahead: int = 0,
         listener: Listener = silent,
     ) -> None:
         self._make, self._end, self._draws, self._parts = make, ahead + steps, draws, parts or {}
-        self._ahead, self._listener = ahead, listener
+        self._again, self._ahead, self._listener = again, ahead, listener
         self._step = 0
         self._note_random_states()
 
@@ -57,6 +60,15 @@ class Stream:
                 return batch
             self._listener(Step("generator", self._step, self._ahead, batch.losses))
         raise StopIteration
+
+    def made_again(self, origin: Any) -> Batch:
+        """Return the batch of an origin, the same to the bit; the stream stays where it is.
+
+        Args:
+            origin: `Batch.origin` of one of its batches.
+        """
+        assert self._again is not None, "the batches of this stream have no origin"
+        return self._again(origin)
 
     def _note_random_states(self) -> None:
         self._states = [draw.get_state() for draw in self._draws]
@@ -135,6 +147,35 @@ class InTurn(Generic[Start]):
         self._ready = list(state["ready"])
 
 
+def stored_batch(part: Frozen, *, stays: bool) -> Any:
+    """Return the state of a batch: its origin, if it has one, or else all of it.
+
+    Args:
+        part: The attributes of the batch.
+        stays: Whether later states have this batch, too.
+    """
+    origin = part.value["origin"]
+    if origin is not None:
+        return {"origin": origin}
+    return part if stays else {"batch": part.value}
+
+
+def restored_batch(state: Any, stream: Iterator[Batch], device: torch.device) -> Frozen:
+    """Return the part whose state `stored_batch` returned.
+
+    Args:
+        state: The state.
+        stream: The stream of the batch, with its state restored.
+        device: Where the batch was.
+    """
+    if isinstance(state, Frozen):
+        return state.to(device)
+    if "batch" in state:
+        return Frozen(state["batch"]).to(device)
+    assert isinstance(stream, Stream), "only a Stream makes batches with an origin"
+    return Frozen(vars(stream.made_again(state["origin"])))
+
+
 class Feed:
     """A stream whose batches the stages of a run take, with the state that a resumed run needs.
 
@@ -152,9 +193,10 @@ class Feed:
         self.stream, self._device = stream, device
         self.taken = 0
         self._examples: Frozen | None = None
+        self._origin: Any = None  # of the batch of the examples
         self._first: Frozen | None = None
         self._held: list[Frozen] = []
-        self.recent = Recent(device)
+        self.recent = Recent()
 
     @property
     def examples(self) -> tuple[Tensor, ...]:
@@ -171,8 +213,12 @@ class Feed:
     def begin(self) -> None:
         """Make the first batch, which is yielded later, to have examples."""
         if self._examples is None and (batch := next(self.stream, None)) is not None:
-            self._examples = Frozen(tuple(x[: self._EXAMPLES].clone() for x in batch.inputs))
             self._first = Frozen(vars(batch))
+            self._take_examples(batch)
+
+    def _take_examples(self, batch: Batch) -> None:
+        self._examples = Frozen(tuple(x[: self._EXAMPLES].clone() for x in batch.inputs))
+        self._origin = batch.origin
 
     def until(self, count: int, *, hold: bool = False) -> Iterator[Batch]:
         """Yield the batches up to the `count`-th of all.
@@ -183,15 +229,16 @@ class Feed:
         """
         while self.taken < count:
             self.begin()
-            first, self._first = self._first, None
-            batch = next(self.stream, None) if first is None else Batch(**first.value)
-            if batch is None:
-                return
+            part, self._first = self._first, None
+            if part is None:
+                if (batch := next(self.stream, None)) is None:
+                    return
+                part = Frozen(vars(batch))
             if hold:
-                self._held.append(Frozen(vars(batch)))
+                self._held.append(part)
             self.taken += 1
-            self.recent.see_(batch)
-            yield batch
+            self.recent.see_(part)
+            yield Batch(**part.value)
 
     def hold(self, count: int) -> list[Batch]:
         """Return the first `count` held batches; more batches are taken as needed."""
@@ -201,23 +248,33 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         of_stream = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
+        first = [] if self._first is None else [self._first]
+        stay = {*first, *self._held}
+        parts = list(dict.fromkeys([*first, *self._held, *self.recent.parts]))
+        place = {part: index for index, part in enumerate(parts)}
         return {
             "taken": self.taken,
-            "examples": self._examples,
-            "first": self._first,
-            "held": list(self._held),
-            "recent": self.recent.state_dict(),
+            "examples": self._examples if self._origin is None else {"origin": self._origin},
+            "batches": [stored_batch(part, stays=part in stay) for part in parts],
+            "first": bool(first),
+            "held": [place[part] for part in self._held],
+            "recent": [place[part] for part in self.recent.parts],
             "stream": of_stream,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken = state["taken"]
-        self._examples = state["examples"] and state["examples"].to(self._device)
-        self._first = state["first"] and state["first"].to(self._device)
-        self._held = [part.to(self._device) for part in state["held"]]
-        self.recent.load_state_dict(state["recent"])
         if hasattr(self.stream, "load_state_dict"):
             self.stream.load_state_dict(state["stream"])
         else:
-            seen = self.taken + (self._first is not None)
+            seen = self.taken + state["first"]
             next(islice(self.stream, seen, seen), None)
+        parts = [restored_batch(part, self.stream, self._device) for part in state["batches"]]
+        self._first = parts[0] if state["first"] else None
+        self._held = [parts[index] for index in state["held"]]
+        self.recent.parts = deque(parts[index] for index in state["recent"])
+        if (examples := state["examples"]) is None or isinstance(examples, Frozen):
+            self._examples = examples and examples.to(self._device)
+        else:
+            part = restored_batch(examples, self.stream, self._device)
+            self._take_examples(Batch(**part.value))

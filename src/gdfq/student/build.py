@@ -215,7 +215,28 @@ def build_student(
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
     used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
     chosen = {name: value for name, value in attributes.items() if name in used}
-    return Student(fx.GraphModule(chosen, graph)).to(teacher.device)
+    network = fx.GraphModule(chosen, graph)
+    _set_unread_weights_apart_(network)
+    return Student(network).to(teacher.device)
+
+
+def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
+    """Keep weights that no call reads out of the parameters and of the state: they do not change.
+
+    Args:
+        network: The network of a student, changed in place.
+    """
+    modules = dict(network.named_modules())
+    unread: dict[str, bool] = {}
+    for node in network.graph.find_nodes(op="get_attr"):
+        quantizers = [modules.get(str(user.target)) for user in node.users]
+        alone = all(isinstance(q, WeightQuantizer) and not q.reads_weight for q in quantizers)
+        unread[str(node.target)] = alone and unread.get(str(node.target), True)
+    for name in (name for name, alone in unread.items() if alone):
+        owner, _, attribute = name.rpartition(".")
+        weight = getattr(module := modules[owner], attribute).detach()
+        delattr(module, attribute)
+        module.register_buffer(attribute, weight, persistent=False)
 
 
 def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily) -> None:
