@@ -87,7 +87,9 @@ def test_recipe_is_calibrated_without_tuning_where_all_has_8_bits(name: str) -> 
     method = resolve_method("w8a8", name)
     assert not method.recipe.tuning.trains
     assert (method.recipe.steps, method.recipe.source.images_held) == (1, 128)
-    assert method.recipe.effort == "128 images, calibrated without tuning"
+    assert method.recipe.effort_in_words == (
+        "128 images of 10 iterations, calibrated without tuning"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The functions of the Python API: `quantize`, `generate`, `load`."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack, cast
@@ -18,7 +19,15 @@ from gdfq.execution.seeding import check_seed
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import ExampleInputs
 from gdfq.pipeline import make_images, run
-from gdfq.plan import Data, Model, NetworkOptions, PlanOptions, resolve, resolve_network
+from gdfq.plan import (
+    Data,
+    Model,
+    NetworkOptions,
+    PlanOptions,
+    Timing,
+    resolve,
+    resolve_network,
+)
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs.folder import load_folder
@@ -85,6 +94,12 @@ def quantize(
             - size: With bits "auto": the size of the ONNX file in bytes, at most.
             - placement: "full" (deployable) or "relu" (the protocol of the published tables).
             - layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
+            - budget: The time of the call, in seconds or as "5m" or "2m30s", without that of
+              measuring on `test`. One step of each kind is measured first; images, iterations and
+              steps are chosen for the time that is left. `metrics["effort"]` has them; given as
+              `images`, `iterations` and `steps` they repeat the run.
+            - images: Images that are made before the student learns.
+            - iterations: Updates of each of these images.
             - steps: Batches in total.
             - batch: Images in a batch.
             - mean, std: Input normalisation per channel, for pixels in 0..1.
@@ -100,7 +115,7 @@ def quantize(
         UsageError: The input cannot be used.
         GdfqError: The run fails.
     """
-    plan = resolve(model, example_input, bits, recipe, data=data, test=test, **_renamed(options))
+    timing = Timing(started=time.perf_counter())
     context = Context(
         seed=check_seed(seed),
         listener=listener,
@@ -108,6 +123,17 @@ def quantize(
         checkpointer=_checkpointer(checkpoints, group),
         precision=precision,
         memory=MemoryBudget.of(memory),
+    )
+    plan = resolve(
+        model,
+        example_input,
+        bits,
+        recipe,
+        data=data,
+        test=test,
+        context=context,
+        timing=timing,
+        **_renamed(options),
     )
     return run(plan, context)
 

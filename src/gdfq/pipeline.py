@@ -57,13 +57,18 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
         stages.tune(plan, student, teacher, feed, context, marks)
         network = freeze(student)
         clock.lap("freeze")
+    seconds = clock.seconds()
     with smaller_budget_suggested(
         "measuring on the test images", context.memory.room(plan.teacher.device)
     ):
         tested, measured = stages.measure(plan, network, context)
+    if plan.test is not None:
+        clock.lap("test")
+        seconds["test"] = clock.seconds()["test"]  # no part of the total
     metrics = {
-        "seconds": clock.seconds(),
+        "seconds": seconds,
         "steps": plan.recipe.steps,
+        "effort": plan.effort.as_values(),
         "float_bytes": sum(tensor.nbytes for tensor in tensors_of(plan.teacher.network).values()),
         **measured,
     }

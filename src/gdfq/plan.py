@@ -15,15 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.analysis.bit_allocation import parse_bits
+from gdfq.analysis.run_costs import Following, measure_costs
 from gdfq.data.class_names import ClassNames
 from gdfq.data.datasets import ImageData, how_labelled
 from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
 from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tensors import TensorData
 from gdfq.deploy.card import Card
+from gdfq.effort import Effort, effort_within
 from gdfq.errors import UsageError
+from gdfq.execution.context import Context
+from gdfq.execution.durations import seconds_of
 from gdfq.execution.precision import find_device
 from gdfq.files.plain_values import as_values
+from gdfq.files.states import Results
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, ExampleInputs, capture
 from gdfq.graph.ends import describe
@@ -31,7 +36,7 @@ from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.graph.wrappers import unwrapped
 from gdfq.models.loaded import names_of
 from gdfq.models.registry import Loaded, load_model, weights_hash
-from gdfq.recipes import Recipe, find_recipe, recipe_for
+from gdfq.recipes import Recipe, effort_rule, find_recipe, recipe_for
 from gdfq.sources.base import Source
 from gdfq.sources.given import load_given, on_images
 from gdfq.student.scheme import LayerBits, Placement, Scheme, parse_placement
@@ -95,14 +100,21 @@ class MethodOptions(TypedDict, total=False):
         layer_bits: Layers with other bits, as "stage1.*=float" or "last=8"; the first pattern that
             matches a layer counts.
         steps: Batches in total. By default the recipe's own.
+        images: Images that are made before the student learns. By default the recipe's own.
+        iterations: Updates of each of these images. By default the recipe's own.
         batch: Images in a batch. By default the recipe's own.
+        budget: The time of the whole run, in seconds or as "5m": images, iterations and steps are
+            chosen for it from one measured step of each kind.
     """
 
     size: int | None
     placement: str | None
     layer_bits: Sequence[str]
     steps: int | None
+    images: int | None
+    iterations: int | None
     batch: int | None
+    budget: str | float | None
 
 
 class PlanOptions(NetworkOptions, MethodOptions, total=False):
@@ -122,6 +134,7 @@ class Network:
         seconds: How long loading and capturing took.
         class_names: What the outputs stand for, where the network says it.
         notes: What was taken of the weights file, for the user.
+        capture_seconds: How long capturing alone took.
     """
 
     teacher: Captured
@@ -131,6 +144,7 @@ class Network:
     seconds: float = 0.0
     class_names: ClassNames | None = None
     notes: tuple[str, ...] = ()
+    capture_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,12 +156,31 @@ class Method:
         recipe: The recipe, with its placement and steps.
         size: The size of the ONNX file in bytes, where bits are to be chosen for it.
         batch: Images in a batch, where the user says it.
+        images: Images that are made, where the user says it.
+        iterations: Updates of each image, where the user says it.
+        budget: Seconds of the whole run, where images, iterations and steps are chosen for them.
     """
 
     scheme: Scheme
     recipe: Recipe
     size: int | None = None
     batch: int | None = None
+    images: int | None = None
+    iterations: int | None = None
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the time of a run consists of besides the run, for a plan with a budget.
+
+    Attributes:
+        started: When the time began, by `time.perf_counter`; None if it begins with the plan.
+        following: What follows the run. Its `capture_seconds` are those of the plan's network.
+    """
+
+    started: float | None = None
+    following: Following = Following()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +200,9 @@ class Plan:
             same network are recognised.
         seconds: How long loading and capturing the network took.
         notes: What was taken of the weights file, for the user.
+        budget: Seconds of the whole run, for which images, iterations and steps were chosen.
+        planned_seconds: Seconds that the run was expected to take, where they were chosen; None for
+            a run that resumes.
     """
 
     teacher: Captured
@@ -180,6 +216,18 @@ class Plan:
     weights_sha256: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    budget: float | None = None
+    planned_seconds: float | None = None
+
+    @property
+    def effort(self) -> Effort:
+        """Images, iterations and steps. Given as options they repeat a run with a budget."""
+        return self.recipe.effort
+
+    def with_effort(self, effort: Effort) -> "Plan":
+        """Return this plan with other images, iterations and steps."""
+        recipe = self.recipe.with_effort(effort)
+        return replace(self, recipe=recipe, source=_source(recipe, self.given, self.preprocessing))
 
     def card(self, scheme: Scheme, seed: int) -> Card:
         """The card of the network that this plan makes with the scheme."""
@@ -207,6 +255,8 @@ class Plan:
             "placement": self.scheme.placement,
             "layer_bits": list(map(str, self.scheme.layer_bits)),
             "recipe": as_values(self.recipe),
+            "effort": self.effort.as_values(),
+            "budget": self.budget,
         }
 
 
@@ -218,6 +268,8 @@ def resolve(
     *,
     data: Data | None = None,
     test: Data | None = None,
+    context: Context = Context(),
+    timing: Timing = Timing(),
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """Parse and check all options of a run.
@@ -232,6 +284,8 @@ def resolve(
         recipe: A name in `gdfq.RECIPES`, or a recipe.
         data: Real images instead of synthetic ones.
         test: Images to measure on.
+        context: Context of the run. A plan with a budget depends on it.
+        timing: What the time of the run consists of. A plan with a budget depends on it.
         **options: See `PlanOptions`.
 
     Raises:
@@ -245,7 +299,7 @@ def resolve(
         )
     method = resolve_method(bits, recipe, **_chosen(options, MethodOptions))
     network = resolve_network(model, example_input, **_chosen(options, NetworkOptions))
-    return plan_of(network, method, data=data, test=test)
+    return plan_of(network, method, data=data, test=test, context=context, timing=timing)
 
 
 def resolve_method(
@@ -256,13 +310,19 @@ def resolve_method(
     placement: str | None = None,
     layer_bits: Sequence[str] = (),
     steps: int | None = None,
+    images: int | None = None,
+    iterations: int | None = None,
     batch: int | None = None,
+    budget: str | float | None = None,
 ) -> Method:
     """Parse and check the options that need no network.
 
     Raises:
         UsageError: One of them cannot be used.
     """
+    seconds = None if budget is None else seconds_of(budget)
+    if seconds is not None:
+        _check_budget(size=size, steps=steps, images=images, iterations=iterations)
     chosen = find_recipe(recipe)
     placed = parse_placement(placement or chosen.placement)
     overrides = tuple(map(LayerBits.parse, layer_bits))
@@ -270,9 +330,25 @@ def resolve_method(
     if steps is None and size is None:
         chosen = recipe_for(recipe, scheme)
     chosen = chosen.with_steps(steps)
-    if batch is not None:
-        chosen.with_batch(batch)  # refuses what is no batch before a network is loaded
-    return Method(scheme, replace(chosen, placement=placed), size, batch)
+    # These refuse what cannot be used before a network is loaded.
+    chosen.with_batch(batch).with_images(images, iterations)
+    chosen = replace(chosen, placement=placed)
+    return Method(scheme, chosen, size, batch, images, iterations, seconds)
+
+
+def _check_budget(**others: int | None) -> None:
+    """Raise UsageError for options that a budget chooses, or that it cannot be measured with."""
+    given = [name for name, value in others.items() if value is not None]
+    if "size" in given:
+        raise UsageError(
+            "a budget needs the bits: choosing them for a size takes a time that is not measured. "
+            "Give the bits, as w4a8, or remove the budget."
+        )
+    if given:
+        raise UsageError(
+            f"a budget chooses images, iterations and steps; {', '.join(given)} was given, too. "
+            "Give either."
+        )
 
 
 def resolve_network(
@@ -301,6 +377,7 @@ def resolve_network(
             f"timm:resnet18; got a {type(model).__name__}."
         )
     loaded = load_model(model, weights) if isinstance(model, str) else None
+    loaded_at = time.perf_counter()
     if isinstance(model, Captured):
         captured, preprocessing = model, _preprocessing(model, mean, std, resize)
     elif isinstance(model, nn.Module):
@@ -322,17 +399,33 @@ def resolve_network(
         time.perf_counter() - started,
         names_of(_module(model)) if loaded is None else loaded.class_names,
         () if loaded is None else loaded.notes,
+        time.perf_counter() - loaded_at,
     )
 
 
 def plan_of(
-    network: Network, method: Method, *, data: Data | None = None, test: Data | None = None
+    network: Network,
+    method: Method,
+    *,
+    data: Data | None = None,
+    test: Data | None = None,
+    context: Context = Context(),
+    timing: Timing = Timing(),
 ) -> Plan:
-    """Fit a method to a network, and read the images.
+    """Fit a method to a network, read the images, and choose the effort for a budget.
+
+    Args:
+        network: The captured network.
+        method: What is to be done.
+        data: Real images instead of synthetic ones.
+        test: Images to measure on.
+        context: Context of the run, whose checkpoint may have the effort. Only a budget needs it.
+        timing: What the time of the run consists of. Only a budget needs it.
 
     Raises:
-        UsageError: The images cannot be used.
+        UsageError: The images cannot be used, or the budget is too small.
     """
+    started = time.perf_counter() if timing.started is None else timing.started
     teacher, preprocessing = network.teacher, network.preprocessing
     recipe = method.recipe
     if takes_images(teacher.inputs):
@@ -340,13 +433,20 @@ def plan_of(
     elif data is None:
         image_shape(teacher.inputs)  # raises: sources make images alone
     recipe = recipe.with_batch(method.batch)
+    if data is None:
+        recipe = recipe.with_images(method.images, method.iterations)
+    elif method.images is not None or method.iterations is not None:
+        raise UsageError(
+            "images and iterations are for synthetic images; real ones were given as data. Remove "
+            "images and iterations, or data."
+        )
     names = network.class_names
     given = None if data is None else load_images(data, teacher, preprocessing, names)
     tested = None if test is None else load_test_images(test, teacher, preprocessing, names)
-    source = recipe.source if given is None else on_images(recipe.source, given, preprocessing)
+    source = _source(recipe, given, preprocessing)
     if given is None and not source.within_limits:
         teacher = replace(teacher, input_limits=None)  # the student would clip these images
-    return Plan(
+    plan = Plan(
         _limited_by(teacher, given, tested),
         method.scheme,
         recipe,
@@ -358,7 +458,71 @@ def plan_of(
         network.weights_sha256,
         network.seconds,
         network.notes,
+        method.budget,
     )
+    if method.budget is None:
+        return plan
+    following = replace(timing.following, capture_seconds=network.capture_seconds)
+    timing = replace(timing, started=started, following=following)
+    return _within_budget(plan, method, context, timing)
+
+
+_MEASURED_SHARE = 0.02
+"""Share of a budget that further steps of each kind are measured for, after the first ones."""
+_RECORD = "effort"
+"""The part of a checkpoint that has the effort of a run with a budget."""
+
+
+def _within_budget(plan: Plan, method: Method, context: Context, timing: Timing) -> Plan:
+    """Return the plan with the effort of its budget: that of its checkpoint, or else a new one.
+
+    A run that resumes takes the effort that it started with, and measures nothing.
+    """
+    assert plan.budget is not None
+    assert timing.started is not None
+    recorded = context.checkpointer.recorded(_RECORD)
+    if recorded is not None and recorded["budget"] != plan.budget:
+        raise UsageError(
+            "a run resumes with the settings that it started with; its budget was "
+            f"{recorded['budget']:g} s and is {plan.budget:g} s. Use the old budget, or start in "
+            "another folder."
+        )
+    seconds: float | None
+    if recorded is None:
+        effort, seconds = _measured_effort(plan, plan.budget, method, context, timing)
+    else:
+        effort = Effort(recorded["images"], recorded["iterations"], recorded["steps"])
+        seconds = None
+    record = Results(budget=plan.budget, **effort.as_values())
+    context.checkpointer.register(_RECORD, record)
+    return replace(plan.with_effort(effort), planned_seconds=seconds)
+
+
+def _measured_effort(
+    plan: Plan, budget: float, method: Method, context: Context, timing: Timing
+) -> tuple[Effort, float]:
+    """Return the effort that fits into a budget, and the seconds that it is expected to take.
+
+    All processes measure at the same time, as they will work, and take the first one's numbers.
+    """
+    costs = measure_costs(
+        plan.teacher,
+        plan.scheme,
+        replace(plan.recipe, source=plan.source),
+        context,
+        following=timing.following,
+        least=_MEASURED_SHARE * budget,
+    )
+    passed = time.perf_counter() - (timing.started or 0.0)
+    costs = costs.after(passed).agreed(context.group, plan.teacher.device)
+    shape = plan.teacher.input_shape if takes_images(plan.teacher.inputs) else ()
+    effort = effort_within(budget, costs, effort_rule(method.recipe, shape))
+    return effort, costs.seconds(effort)
+
+
+def _source(recipe: Recipe, given: GivenData | None, preprocessing: Preprocessing) -> Source:
+    """Return the recipe's source, or that of the given images."""
+    return recipe.source if given is None else on_images(recipe.source, given, preprocessing)
 
 
 def load_images(

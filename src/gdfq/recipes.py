@@ -7,6 +7,7 @@ own (docs/extend.md).
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from gdfq.effort import Effort, EffortRule
 from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
 from gdfq.functional.grid import MAX_BITS
@@ -99,13 +100,47 @@ class Recipe:
             )
 
     @property
-    def effort(self) -> str:
-        """Images and steps in words, such as "256 images, 80 steps"."""
-        count = self.source.images_held
-        images = [f"{count} images"] if count else []
+    def effort(self) -> Effort:
+        """Images, iterations and steps."""
+        made = self.source.images_held if self.source.iterations is not None else 0
+        return Effort(made or None, self.source.iterations if made else None, self.steps)
+
+    @property
+    def effort_in_words(self) -> str:
+        """Images and steps in words, such as "256 images of 24 iterations, 80 steps"."""
         if self.tuning.trains:
-            return ", ".join([*images, f"{self.steps} steps"])
-        return ", ".join([*images, "calibrated without tuning"])
+            return str(self.effort)
+        images = self.effort.images_in_words
+        return f"{images}, calibrated without tuning" if images else "calibrated without tuning"
+
+    def with_effort(self, effort: Effort) -> "Recipe":
+        """Return this recipe with other images, iterations and steps.
+
+        Raises:
+            UsageError: The recipe does not take them.
+        """
+        return self.with_images(effort.images, effort.iterations).with_steps(effort.steps)
+
+    def with_images(self, images: int | None, iterations: int | None = None) -> "Recipe":
+        """Return this recipe with other images. Without tuning, all of them calibrate.
+
+        Args:
+            images: Images that are made before the student learns; None changes nothing.
+            iterations: Updates of each image; None changes nothing.
+
+        Raises:
+            UsageError: They are not positive whole numbers, or the recipe makes its images while
+                the student learns.
+        """
+        for name, value in (("images", images), ("iterations", iterations)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a whole number of at least 1; got {value}.")
+        source = self.source if images is None else self.source.with_images(images)
+        source = source if iterations is None else source.with_iterations(iterations)
+        recipe = replace(self, source=source)
+        if images is None or self.tuning.trains:
+            return recipe
+        return recipe.with_steps(max(1, images // source.batch))
 
     def with_steps(self, steps: int | None) -> "Recipe":
         """Return this recipe shortened or lengthened to `steps`.
@@ -401,3 +436,27 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
     if recipe not in RECIPES:
         raise UsageError(f"there is no recipe {recipe!r}. Choose one of: {', '.join(RECIPES)}.")
     return RECIPES[recipe]
+
+
+EFFORT_RULE = EffortRule()
+"""How a time budget is divided by recipes whose images need few iterations (fast, quick)."""
+
+
+def effort_rule(recipe: Recipe, input_shape: Sequence[int]) -> EffortRule:
+    """Return how a recipe divides a time budget.
+
+    Other sources than that of fast and quick keep their own number of iterations. A pool limits the
+    images of large inputs.
+
+    Args:
+        recipe: The recipe, not yet fitted to the input.
+        input_shape: Shape of one input, [C, *size].
+    """
+    iterations = recipe.source.iterations
+    if iterations is None or not recipe.source.images_held:
+        return EFFORT_RULE
+    rule = EFFORT_RULE
+    if recipe.name not in _AT_8_BITS:
+        rule = rule.with_iterations(iterations)
+    most = recipe.source.with_images(rule.max_images).fitted(input_shape).images_held
+    return rule.limited(most)

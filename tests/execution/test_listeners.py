@@ -1,12 +1,14 @@
-"""The history of a run that is stopped and resumed."""
+"""The history of a run that is stopped and resumed, and progress on a terminal."""
 
+import io
 import json
 from pathlib import Path
 
 import torch
 
-from gdfq.execution.listeners import History
+from gdfq.execution.listeners import History, Terminal
 from gdfq.execution.progress import Step
+from gdfq.execution.stopwatch import Countdown
 from gdfq.files.states import Frozen, from_bytes, to_bytes
 
 
@@ -43,3 +45,25 @@ def test_history_lists_a_repeated_batch_once(tmp_path: Path) -> None:
     told = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [("images", 1), ("images", 2), ("images", 3), ("images", 4), ("tune", 1)]
     assert [(row["stage"], row["step"]) for row in told] == steps
+
+
+def test_terminal_counts_down_to_the_budget() -> None:
+    now, out = [0.0], io.StringIO()
+    countdown = Countdown(150.0, clock=lambda: now[0])
+    with Terminal(out, interval=0.0, countdown=countdown) as terminal:
+        for index, at in ((1, 10.0), (2, 149.7), (3, 200.0)):
+            now[0] = at
+            terminal(Step("tune", index, 3, {}))
+    lines = [line.split("  ")[-1] for line in out.getvalue().splitlines()]
+    assert lines == ["2:20 of 2:30 left", "0:00 of 2:30 left", "0:00 of 2:30 left"]
+
+
+def test_bar_counts_down_to_the_budget() -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Screen()
+    with Terminal(out, countdown=Countdown(150.0, clock=lambda: 0.0)) as terminal:
+        terminal(Step("tune", 1, 1, {}))
+    assert "2:30 of 2:30 left" in out.getvalue()

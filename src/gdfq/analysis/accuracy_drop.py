@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.analysis.similarity import compare_outputs
+from gdfq.analysis.work import Work
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Listener, Step, silent
@@ -307,6 +308,20 @@ def noise_images(teacher: Captured, seed: int) -> Tensor:
     return images.to(teacher.device)
 
 
+def drop_work(teacher: Captured) -> Work:
+    """Return how much work `measure_expected_drop` is."""
+    if not teacher.batch_norms or len(teacher.input_shape) != 3:
+        return Work(_MAX_IMAGES, _MAX_IMAGES)
+    made = _images_made(teacher)
+    compared = _MIXTURES_PER_IMAGE * made + _MAX_IMAGES
+    return Work(compared, compared, _SOURCE.iterations * made)
+
+
+def _images_made(teacher: Captured) -> int:
+    fitting = _MAX_PIXELS // math.prod(teacher.input_shape[1:])
+    return max(_MIN_IMAGES, min(_MAX_IMAGES, fitting))
+
+
 def make_images(
     teacher: Captured,
     seed: int,
@@ -318,8 +333,7 @@ def make_images(
     Raises:
         UsageError: The source cannot make images for this network.
     """
-    fitting = _MAX_PIXELS // math.prod(teacher.input_shape[1:])
-    count = max(_MIN_IMAGES, min(_MAX_IMAGES, fitting))
+    count = _images_made(teacher)
     context = Context(seed=seed, listener=listener, memory=memory)
     images, _ = collect(replace(_SOURCE, batch=count), teacher, count, context=context)
     return images

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdfq.analysis.work import Work
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.distributed import Statistics
@@ -157,6 +158,15 @@ def measure_images(
         labels=np.array([]) if labels is None else labels[chosen].cpu().numpy(),
         noise=thumbnails(noises[nearest][: min(len(chosen), _MAX_CLASSES)], preprocessing),
     )
+
+
+_PASSES = 5
+"""Of each image: for the statistics of images and two kinds of noise, and for features of two."""
+
+
+def images_work(count: int) -> Work:
+    """Return how much work `measure_images` is for so many images."""
+    return Work(teacher=_PASSES * count)
 
 
 def coverage(logits: Tensor, labels: Tensor) -> Classes:

@@ -145,7 +145,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         bits=str(scheme.bits),
         placement=scheme.placement,
         recipe=recipe.name,
-        effort=recipe.effort,
+        effort=recipe.effort_in_words,
         layers=found,
         batch_norms=norms,
         folded=norms - len(fold_batch_norms(teacher).batch_norms),

@@ -69,9 +69,8 @@ def measure_sensitivity(teacher: Captured, network: IntegerNetwork, *inputs: Ten
         x = x if grid is None else fake_quantize(x, *grid)
         return (x, fake_quantize(weight, *best, bits), *rest)
 
-    operations = sum(layer_operations(node, weight) for node, weight in weights.items())
     images = len(inputs[0])
-    count = min(images, _MAX_OPERATIONS // max(1, len(layer_bits) * operations))
+    count = min(images, _fitting_images(weights, len(layer_bits)))
     if count < min(_MIN_IMAGES, images):
         return Sensitivity("error", _errors(teacher.network, set(layer_bits), rounded, inputs))
     loss, sample = divergence(teacher), tuple(tensor[:count] for tensor in inputs)
@@ -86,6 +85,19 @@ def measure_sensitivity(teacher: Captured, network: IntegerNetwork, *inputs: Ten
                 for node in layer_bits
             },
         )
+
+
+def sensitivity_passes(teacher: Captured, images: int) -> int:
+    """Return how many images pass the teacher in `measure_sensitivity`, if it rounds all layers."""
+    weights = weights_of(teacher.network)
+    count = min(images, _fitting_images(weights, len(weights)))
+    return images if count < min(_MIN_IMAGES, images) else count * len(weights)
+
+
+def _fitting_images(weights: Mapping[fx.Node, Tensor], layers: int) -> int:
+    """Return how many images may pass the network once for each layer."""
+    operations = sum(layer_operations(node, weight) for node, weight in weights.items())
+    return _MAX_OPERATIONS // max(1, layers * operations)
 
 
 class _OneLayerRounded(fx.Interpreter):

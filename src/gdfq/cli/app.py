@@ -3,6 +3,7 @@
 Torch is imported by the commands that need it, not to print help.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 from gdfq.cli.exit_codes import exit_code_of, warnings_in_a_line
 from gdfq.cli.options import (
     batch_option,
+    effort_options,
     layer_bits_option,
     memory_option,
     network_options,
@@ -58,7 +60,7 @@ def cli() -> None:
 @recipe_option
 @placement_option
 @layer_bits_option
-@steps_option
+@effort_options
 @batch_option
 @memory_option
 @seed_option
@@ -106,9 +108,10 @@ def cli() -> None:
 )
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
+    started = time.perf_counter()
     from gdfq.cli.quantize import quantize
 
-    quantize(**options)
+    quantize(started=started, **options)
 
 
 @cli.command("doctor")
@@ -120,7 +123,7 @@ def quantize_command(**options: Any) -> None:
 @recipe_option
 @placement_option
 @layer_bits_option
-@steps_option
+@effort_options
 @memory_option
 @click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
 @click.option("--test", type=DataPath(), help="DATA to measure on.")

@@ -6,6 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from gdfq.plan import Plan
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.drop import drop_of
 from gdfq.report.read import Run, number
@@ -73,6 +74,20 @@ def print_bits(bits: Mapping[str, int]) -> None:
     for width in sorted(set(bits.values())):
         names = [name for name, chosen in bits.items() if chosen == width]
         click.echo(f"{f'{width} bits':10}{len(names)} layers: {', '.join(names)}")
+
+
+_ENDS_EARLY = 0.85
+"""Share of its budget below which a plan is said to end early."""
+
+
+def budget_in_words(plan: Plan) -> str:
+    """Return how long a plan with a budget will take; empty without a budget."""
+    if plan.budget is None or plan.planned_seconds is None:
+        return ""
+    seconds = f", about {plan.planned_seconds:.0f} s of {plan.budget:g} s"
+    if plan.planned_seconds < _ENDS_EARLY * plan.budget:
+        return f"{seconds}: it ends early, because more images and steps are of no use"
+    return seconds
 
 
 def warn(message: str) -> None:

@@ -11,9 +11,12 @@ from rich.table import Table
 from gdfq.analysis.bit_allocation import AUTO
 from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import Diagnosis, Layer, diagnose
+from gdfq.analysis.run_costs import Following
+from gdfq.cli.console import budget_in_words
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
-from gdfq.plan import Data, Plan, PlanOptions, resolve
+from gdfq.execution.context import Context
+from gdfq.plan import Data, Plan, PlanOptions, Timing, resolve
 
 
 def doctor(
@@ -36,9 +39,19 @@ def doctor(
         raise UsageError(
             "doctor needs the bits; --bits auto chooses them during the run. Give them, as w4a4."
         )
-    plan = resolve(model, None, bits, recipe, data=data, test=test, **options)
-    diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
     budget = MemoryBudget.of(memory)
+    plan = resolve(
+        model,
+        None,
+        bits,
+        recipe,
+        data=data,
+        test=test,
+        context=Context(memory=budget),
+        timing=Timing(following=Following(export=True, report=True)),
+        **options,
+    )
+    diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
     diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe, budget)
     inputs = _inputs(plan)
     if as_json:
@@ -52,6 +65,8 @@ def _inputs(plan: Plan) -> dict[str, str]:
     """What a run would read: weights, normalisation, images and how their labels are known."""
     mean, std = (", ".join(map(str, v)) for v in (plan.preprocessing.mean, plan.preprocessing.std))
     found = {"weights": "; ".join(plan.notes)} if plan.notes else {}
+    if plan.budget is not None:
+        found["budget"] = budget_in_words(plan).removeprefix(", ")
     found["pixels"] = f"(pixel / 255 - mean) / std, mean {mean}, std {std}"
     for name, images in (("data", plan.given), ("test", plan.test)):
         if images is not None:

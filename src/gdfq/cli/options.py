@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gdfq.cli.types import PATH, Numbers, Shape, Size
+from gdfq.cli.types import PATH, Duration, Numbers, Shape, Size
 from gdfq.errors import warn_renamed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -124,6 +124,28 @@ network_options = together(
 steps_option = click.option(
     "--steps", type=click.IntRange(min=1), help="Batches in total.  [default: the recipe's own]"
 )
+effort_options = together(
+    click.option(
+        "--budget",
+        type=Duration(),
+        help="Time of the whole run, such as 90s, 5m or 2m30s, without that of measuring on "
+        "--test. Images, iterations and steps are chosen for it from one measured step of each "
+        "kind.",
+    ),
+    click.option(
+        "--images",
+        type=click.IntRange(min=1),
+        help="Images that are made.  [default: the recipe's own]",
+    ),
+    click.option(
+        "--iterations",
+        type=click.IntRange(min=1),
+        help="Updates of each of these images.  [default: the recipe's own]",
+    ),
+    steps_option,
+)
+"""How much work the run does."""
+
 batch_option = click.option(
     "--batch", type=click.IntRange(min=1), help="Images in a batch.  [default: the recipe's own]"
 )

@@ -15,7 +15,8 @@ import click
 import torch
 
 from gdfq.analysis.preflight import diagnose
-from gdfq.cli.console import print_bits, print_run, warn, warn_about_normalisation
+from gdfq.analysis.run_costs import Following
+from gdfq.cli.console import budget_in_words, print_bits, print_run, warn, warn_about_normalisation
 from gdfq.cli.export import print_export
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.budget import MemoryBudget
@@ -26,9 +27,10 @@ from gdfq.execution.listeners import History, Terminal
 from gdfq.execution.precision import Precision, find_device
 from gdfq.execution.progress import Listener, Step
 from gdfq.execution.signals import stoppable
+from gdfq.execution.stopwatch import Countdown
 from gdfq.execution.tensorboard import TensorBoard, require_tensorboard
 from gdfq.pipeline import run
-from gdfq.plan import NetworkOptions, Plan, plan_of, resolve_method, resolve_network
+from gdfq.plan import NetworkOptions, Plan, Timing, plan_of, resolve_method, resolve_network
 from gdfq.quantized import QuantizedNetwork
 from gdfq.report import write_report
 from gdfq.report.read import read_run
@@ -64,6 +66,7 @@ def quantize(
     tensorboard: bool,
     checkpoint_every: float,
     resume: bool,
+    started: float,
     **options: Any,
 ) -> None:
     """Quantize, by as many processes as torchrun started."""
@@ -82,13 +85,20 @@ def quantize(
         network = resolve_network(model, **of_network)
         if group.rank == 0:
             warn_about_normalisation(network.assumed)
-        plan = plan_of(network, method, data=data, test=test)
-        _check(plan, says=group.rank == 0)
         context = Context(
-            seed=seed, precision=precision, group=group, memory=MemoryBudget.of(memory)
+            seed=seed,
+            precision=precision,
+            group=group,
+            memory=MemoryBudget.of(memory),
+            checkpointer=Checkpoints(folder.checkpoints.folder, writes=False)
+            if group.rank
+            else folder.checkpoints,
         )
+        timing = Timing(started, Following(export=onnx, report=report))
+        plan = plan_of(network, method, data=data, test=test, context=context, timing=timing)
+        _check(plan, says=group.rank == 0)
         if group.rank:
-            _take_part(plan, context, folder)
+            _take_part(plan, context)
             return
         config = config_of(plan, context) | {
             "model": model,
@@ -96,12 +106,16 @@ def quantize(
             "data": _text(data),
             "test": _text(test),
         }
-        quantized = quantize_into(folder, config, plan, context, Outputs(onnx, report, tensorboard))
+        countdown = None if plan.budget is None else Countdown(plan.budget, started)
+        outputs = Outputs(onnx, report, tensorboard)
+        quantized = quantize_into(folder, config, plan, context, outputs, countdown)
     if allocation := quantized.metrics.get("allocation"):
         print_bits(allocation["bits"])
     print_run(read_run(out))
     if report:
         report_after(out)
+    if countdown is not None:
+        click.echo(f"{'budget':10}{countdown.used():.0f} s of {countdown.seconds:g} s")
 
 
 def _text(path: object | None) -> str | None:
@@ -118,6 +132,7 @@ def _check(plan: Plan, *, says: bool) -> None:
     if says:
         click.echo(f"{'output':10}{diagnosis.task}")
         click.echo(f"{'network':10}{diagnosis.summary()}")
+        click.echo(f"{'effort':10}{diagnosis.effort}{budget_in_words(plan)}")
 
 
 def config_of(plan: Plan, context: Context) -> dict[str, Any]:
@@ -137,7 +152,12 @@ def config_of(plan: Plan, context: Context) -> dict[str, Any]:
 
 
 def quantize_into(
-    folder: RunFolder, config: dict[str, Any], plan: Plan, context: Context, outputs: Outputs
+    folder: RunFolder,
+    config: dict[str, Any],
+    plan: Plan,
+    context: Context,
+    outputs: Outputs,
+    countdown: Countdown | None = None,
 ) -> QuantizedNetwork:
     """Quantize, and write all that a run writes into its folder, apart from the report."""
     with _file_errors_explained(folder), ExitStack() as stack:
@@ -145,7 +165,10 @@ def quantize_into(
         resumes = checkpoints.exists()
         folder.begin(config)
         history = checkpoints.register("history", stack.enter_context(History(folder.history)))
-        listeners: list[Listener] = [history, stack.enter_context(Terminal())]
+        terminal = stack.enter_context(Terminal(countdown=countdown))
+        listeners: list[Listener] = [history, terminal]
+        if countdown is not None:
+            checkpoints.register("countdown", countdown)
         if outputs.tensorboard:
             listeners.append(stack.enter_context(TensorBoard(folder.path)))
         check = stack.enter_context(stoppable())
@@ -158,6 +181,8 @@ def quantize_into(
         if resumes:
             click.echo(f"{'run':10}resumes from its checkpoint in {folder.path}")
         quantized = run(plan, replace(context, listener=listener, checkpointer=checkpoints))
+        if countdown is not None:
+            countdown.exclude(quantized.metrics["seconds"].get("test", 0.0))
         folder.write_config(config)
         quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
         quantized.save(folder.path)
@@ -173,15 +198,14 @@ def quantize_into(
     return quantized
 
 
-def _take_part(plan: Plan, context: Context, folder: RunFolder) -> None:
+def _take_part(plan: Plan, context: Context) -> None:
     """Quantize together with the process that writes the folder.
 
     Only that one handles signals: it stops at a checkpoint, for which it needs the others.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    checkpoints = Checkpoints(folder.checkpoints.folder, writes=False)
-    run(plan, replace(context, checkpointer=checkpoints))
+    run(plan, context)
 
 
 @contextmanager

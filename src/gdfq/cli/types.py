@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from gdfq.errors import UsageError
 from gdfq.execution.budget import parse_bytes
+from gdfq.execution.durations import seconds_of
 
 PATH = click.Path(path_type=Path)
 
@@ -72,3 +74,17 @@ class Size(click.ParamType):
                 ctx,
             )
         return size
+
+
+class Duration(click.ParamType):
+    """A positive time, in seconds."""
+
+    name = "TIME"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            return seconds_of(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)

@@ -30,6 +30,10 @@ class Checkpointer(Protocol):
         """
         ...
 
+    def recorded(self, name: str) -> Mapping[str, Any] | None:
+        """Return the state of a part in the checkpoint, before the run begins; None without one."""
+        ...
+
     def register(self, name: str, part: Part) -> Part:
         """Register a part, and restore its state if the run resumes. Returns the part."""
         ...
@@ -58,6 +62,9 @@ class NullCheckpointer:
 
     def begin(self, settings: Mapping[str, Any], around: Mapping[str, Any]) -> None:
         pass
+
+    def recorded(self, name: str) -> Mapping[str, Any] | None:  # noqa: ARG002
+        return None
 
     def register(self, name: str, part: Part) -> Part:  # noqa: ARG002
         return part

@@ -120,6 +120,19 @@ class Checkpoints:
             self._take(found, settings, around)
         self._settings = {"settings": dict(settings), "around": dict(around)}
 
+    def recorded(self, name: str) -> Mapping[str, Any] | None:
+        """Return the state of a part in the newest checkpoint that is not damaged.
+
+        It is read before the run begins, and may be that of a run with other settings, which
+        `begin` refuses.
+
+        Raises:
+            UsageError: All checkpoints are damaged.
+        """
+        found = self._read_newest()
+        state: Mapping[str, Any] | None = None if found is None else found["parts"].get(name)
+        return state
+
     def _take(
         self, found: dict[str, Any], settings: Mapping[str, Any], around: Mapping[str, Any]
     ) -> None:

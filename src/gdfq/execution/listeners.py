@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from gdfq.execution.durations import as_text
 from gdfq.execution.progress import Step, is_due
+from gdfq.execution.stopwatch import Countdown
 
 
 class History:
@@ -64,15 +66,28 @@ class History:
 
 
 class Terminal:
-    """Progress on standard error: a bar on a terminal, a plain line now and then elsewhere."""
+    """Progress on standard error: a bar on a terminal, a plain line now and then elsewhere.
 
-    def __init__(self, out: TextIO | None = None, interval: float = 10.0) -> None:
+    Args:
+        out: The stream; standard error by default.
+        interval: Seconds between two lines where the stream is no terminal.
+        countdown: The time budget of the run. What is left of it is shown instead of the time that
+            a stage still takes.
+    """
+
+    def __init__(
+        self,
+        out: TextIO | None = None,
+        interval: float = 10.0,
+        countdown: Countdown | None = None,
+    ) -> None:
         self._out = out or sys.stderr
+        self._countdown = countdown
         self._interval = interval
         self._stage = ""
         self._started = self._printed = time.monotonic()
         self._first = 0
-        self._bar = _rich_bar(self._out) if self._out.isatty() else None
+        self._bar = _rich_bar(self._out, countdown) if self._out.isatty() else None
 
     def __enter__(self) -> "Terminal":
         if self._bar is not None:
@@ -89,7 +104,7 @@ class Terminal:
             self._stage, self._started, self._first = step.stage, now, step.index - 1
             self._printed = now - self._interval
             if self._bar is not None:
-                self._task = self._bar.add_task(step.stage, total=step.total, losses="")
+                self._task = self._bar.add_task(step.stage, total=step.total, losses="", left="")
         finished = step.index == step.total
         pause = 0.2 if self._bar is not None else self._interval
         if now - self._printed < pause and not finished:
@@ -97,25 +112,33 @@ class Terminal:
         self._printed = now
         losses = "  ".join(f"{name} {float(value):.4g}" for name, value in step.losses.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=step.index, losses=losses)
+            left = self._left_of_budget()
+            self._bar.update(self._task, completed=step.index, losses=losses, left=left)
             return
-        done = step.index - self._first
-        left = (now - self._started) / done * (step.total - step.index)
-        remaining = f"  {_duration(left)} left" if done > 1 and not finished else ""
         print(
-            f"{step.stage} {step.index}/{step.total}  {losses}{remaining}",
+            f"{step.stage} {step.index}/{step.total}  {losses}{self._remaining(step, now)}",
             file=self._out,
             flush=True,
         )
 
+    def _remaining(self, step: Step, now: float) -> str:
+        """Return what is left: of the budget, or without one of the stage."""
+        if self._countdown is not None:
+            return f"  {self._left_of_budget()}"
+        done = step.index - self._first
+        if done <= 1 or step.index == step.total:
+            return ""
+        left = (now - self._started) / done * (step.total - step.index)
+        return f"  {as_text(left)} left"
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    def _left_of_budget(self) -> str:
+        if self._countdown is None:
+            return ""
+        left, whole = max(0.0, self._countdown.left()), self._countdown.seconds
+        return f"{as_text(left)} of {as_text(whole)} left"
 
 
-def _rich_bar(out: TextIO):  # type: ignore[no-untyped-def]
+def _rich_bar(out: TextIO, countdown: Countdown | None):  # type: ignore[no-untyped-def]
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -129,7 +152,7 @@ def _rich_bar(out: TextIO):  # type: ignore[no-untyped-def]
         TextColumn("{task.description:>9}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn() if countdown is None else TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[losses]}"),
         console=Console(file=out),
     )

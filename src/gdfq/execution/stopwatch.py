@@ -1,7 +1,7 @@
-"""How long each stage of a run takes."""
+"""How long each stage of a run takes, and how much of a given time is left."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -32,3 +32,40 @@ class Stopwatch:
         for stage, seconds in state["laps"].items():
             self._laps[stage] = self._laps.get(stage, 0.0) + seconds
         self._last -= state["since"]
+
+
+class Countdown:
+    """The time that is left of a budget. Time before a stop counts; that between runs does not.
+
+    Args:
+        seconds: The budget.
+        started: When the run started, on the clock.
+        clock: Returns the present time in seconds.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        started: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.seconds, self._clock = seconds, clock
+        self._started = clock() if started is None else started
+
+    def used(self) -> float:
+        """Return the seconds that have passed."""
+        return self._clock() - self._started
+
+    def left(self) -> float:
+        """Return the seconds that are left; negative beyond the budget."""
+        return self.seconds - self.used()
+
+    def exclude(self, seconds: float) -> None:
+        """Count some of the seconds that have passed as none of the budget."""
+        self._started += seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"used": self.used()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._started -= state["used"]

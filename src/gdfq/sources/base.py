@@ -167,6 +167,11 @@ class Source(Protocol):
         return 0
 
     @property
+    def iterations(self) -> int | None:
+        """Updates of each image; None for a source that does not optimise its images."""
+        return None
+
+    @property
     def within_limits(self) -> bool:
         """Whether its images only have values that pixels have, where their range is known."""
         return False
@@ -174,6 +179,30 @@ class Source(Protocol):
     def with_batch(self, batch: int) -> Self:
         """Return this source with `batch` images per batch."""
         return replace(self, batch=batch)  # type: ignore[type-var]
+
+    def with_images(self, images: int) -> Self:
+        """Return this source with `images` images, which it makes before the student learns.
+
+        Raises:
+            UsageError: Its images come while the student learns.
+        """
+        raise UsageError(
+            "a number of images is for recipes with a pool of synthetic images, such as fast; the "
+            f"images of this recipe come while the student learns. Remove images; got {images}."
+        )
+
+    def with_iterations(self, iterations: int) -> Self:
+        """Return this source with `iterations` updates of each image.
+
+        Raises:
+            UsageError: It does not optimise its images.
+        """
+        if self.iterations is None:
+            raise UsageError(
+                "iterations are for images that are optimised, as by recipe fast; those of this "
+                f"recipe are not. Remove iterations; got {iterations}."
+            )
+        return replace(self, iterations=iterations)  # type: ignore[type-var]
 
     def fitted(self, input_shape: Sequence[int]) -> Self:
         """Return this source at a size that suits inputs of shape [C, *size]."""

@@ -81,6 +81,11 @@ class ImagePool(Source):
         return self.images
 
     @property
+    def iterations(self) -> int | None:
+        """Updates of each image by the source that fills it."""
+        return self.source.iterations
+
+    @property
     def within_limits(self) -> bool:
         """Whether the images of the source that fills it only have values that pixels have."""
         return self.source.within_limits
@@ -88,6 +93,24 @@ class ImagePool(Source):
     def with_batch(self, batch: int) -> Self:
         """Return this pool with `batch` images per batch, of its own and of its source."""
         return replace(self, batch=batch, source=self.source.with_batch(batch))
+
+    def with_images(self, images: int) -> Self:
+        """Return this pool with `images` images, which its source makes in batches of equal size.
+
+        Raises:
+            UsageError: The images are given.
+        """
+        if self.source.iterations is None:
+            raise UsageError(
+                "a number of images is for images that are made; these are given. Remove images; "
+                f"got {images}."
+            )
+        batches = -(-images // self.source.batch)
+        return replace(self, images=images, source=self.source.with_batch(-(-images // batches)))
+
+    def with_iterations(self, iterations: int) -> Self:
+        """Return this pool with `iterations` updates of each image by its source."""
+        return replace(self, source=self.source.with_iterations(iterations))
 
     def on(self, given: Source, count: int) -> "ImagePool":
         """Return this pool with all given images in it."""

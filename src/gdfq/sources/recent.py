@@ -28,7 +28,7 @@ class Recent:
         """Keep a batch, given as its attributes, and drop those that are no longer needed."""
         self.parts.append(part)
         kept = self._batches()
-        count, most = sum(map(len, kept)), _max_images(kept[-1].inputs)
+        count, most = sum(map(len, kept)), max_images(kept[-1].inputs)
         for batch in kept:
             count -= len(batch)
             if count < most:
@@ -43,12 +43,13 @@ class Recent:
         if not self.parts:
             return None
         kept = self._batches()
-        return first_inputs(_max_images(kept[-1].inputs), reversed(kept))
+        return first_inputs(max_images(kept[-1].inputs), reversed(kept))
 
     def _batches(self) -> list[Batch]:
         return [Batch(**part.value) for part in self.parts]
 
 
-def _max_images(inputs: Sequence[Tensor]) -> int:
+def max_images(inputs: Sequence[Tensor]) -> int:
+    """Return how many entries of inputs [N, *shape] are kept."""
     numbers = sum(prod(tensor.shape[1:]) for tensor in inputs)
     return max(1, min(IMAGES, _MAX_ELEMENTS // numbers))

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Protocol
@@ -89,6 +90,8 @@ class Tuning(Protocol):
         first_step: int,
         total_steps: int,
         clock: Callable[[], float],
+        least: float = 0.0,
+        context: Context = Context(),
     ) -> float:
         """Return how long all updates would take: the second one, times their number.
 
@@ -99,18 +102,20 @@ class Tuning(Protocol):
             first_step: Step of the first update.
             total_steps: Steps of the whole run.
             clock: Returns the present time in seconds.
+            least: Further updates are measured for so many seconds, and the mean is taken.
+            context: Precision and memory of the run.
         """
         times: list[float] = []
 
         def listener(step: Step) -> None:
             del step
             times.append(clock())
-            if len(times) == 2:
+            if len(times) > 1 and times[-1] - times[0] >= least:
                 raise _MeasuredError
 
         feed = Feed(repeat(batch), teacher.device)
         feed.taken = first_step
-        try:
+        with suppress(_MeasuredError):
             self.run_(
                 student,
                 teacher,
@@ -118,11 +123,12 @@ class Tuning(Protocol):
                 first_step=first_step,
                 total_steps=total_steps,
                 batch=len(batch),
-                context=Context(listener=listener),
+                context=Context(
+                    listener=listener, precision=context.precision, memory=context.memory
+                ),
             )
-        except _MeasuredError:
-            return (times[1] - times[0]) * (total_steps - first_step)
-        return 0.0
+        measured = max(1, len(times) - 1)
+        return (times[-1] - times[0]) / measured * (total_steps - first_step) if times else 0.0
 
 
 class _MeasuredError(Exception):

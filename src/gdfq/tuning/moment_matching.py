@@ -43,14 +43,18 @@ def match_moments_(
         memory: Decides whether the images pass in parts. The moments of a batch in parts differ
             only by the rounding of sums.
     """
-    numbers = sum(math.prod(tensor.shape[1:]) for tensor in inputs)
-    used = tuple(tensor[: max(1, _MAX_ELEMENTS // numbers)] for tensor in inputs)
+    used = tuple(tensor[: matched_images(inputs)] for tensor in inputs)
     network = fold_batch_norms(teacher).network
     at_once = part_images(network.graph, len(used[0]), memory, used[0].device)
     parts = split_inputs(used, at_once)
     targets = _OutputMoments(network)
     targets.run_parts(parts)
     _MatchMoments(student.network, targets.moments).run_parts(parts)
+
+
+def matched_images(inputs: Sequence[Tensor]) -> int:
+    """Return how many entries of inputs [N, *shape] are used at most."""
+    return max(1, _MAX_ELEMENTS // sum(math.prod(tensor.shape[1:]) for tensor in inputs))
 
 
 _MAX_ELEMENTS = 2**24

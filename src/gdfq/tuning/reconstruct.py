@@ -99,13 +99,20 @@ class Reconstruction(Tuning):
         first_step: int,
         total_steps: int,
         clock: Callable[[], float],
+        least: float = 0.0,
+        context: Context = Context(),
     ) -> float:
         """Return how many seconds all updates would take, from the second update of each block.
 
         See `Tuning.seconds` for the arguments.
         """
+        del least  # each block is measured
         times: list[float] = []
-        context = Context(listener=lambda _: times.append(clock()))
+        context = Context(
+            listener=lambda _: times.append(clock()),
+            precision=context.precision,
+            memory=context.memory,
+        )
         reconstruct_(student, teacher, [batch], self, updates=2, context=context)
         # The first update of a block includes work that is done only once.
         seconds = sum(b - a for a, b in zip(times[::2], times[1::2], strict=True))
