@@ -185,6 +185,7 @@ class QuantizedNetwork(nn.Module):
         format: str | None = None,
         raw_input: bool = False,
         safe_x86: bool = False,
+        memory: str | int | None = None,
     ) -> Exported:
         """Write one file that deploys, and keep it only if its runtime gives the same outputs.
 
@@ -198,6 +199,7 @@ class QuantizedNetwork(nn.Module):
             raw_input: Write an ONNX file that takes uint8 pixels and normalises them itself.
             safe_x86: Use 7-bit weights in layers whose 8-bit sums could saturate on x86 processors
                 without VNNI.
+            memory: As in `gdfq.quantize`. The file is compared on as many of `examples` as fit.
 
         Returns:
             What was written, and how its outputs compare with those of this network.
@@ -225,4 +227,5 @@ class QuantizedNetwork(nn.Module):
             raw_input=raw_input,
             safe_x86=safe_x86,
             accuracy=accuracy,
+            memory=MemoryBudget.of(memory),
         )

@@ -80,6 +80,11 @@ def restarting_once(
 ) -> tuple[Made, str | None]:
     """Call `attempt`; if its generator collapses, drop its parts and call it with another seed.
 
+    Args:
+        attempt: Makes something with the seed of the context that it gets.
+        plan: The plan of the run, whose tuning names its parts.
+        context: Context of the run.
+
     Returns:
         What the attempt returned, and why there was a restart, if there was one.
 
@@ -114,6 +119,12 @@ def allocate_bits(
 ) -> tuple[Scheme, dict[str, Any] | None]:
     """The scheme, with each layer's bits chosen where the plan says a size instead of bits.
 
+    Args:
+        plan: The plan of the run.
+        feed: The batches; those of a pool are made for the choice.
+        context: Context of the run.
+        clock: Takes the time of the choice.
+
     Returns:
         The scheme, and metrics that say what was chosen.
 
@@ -135,6 +146,7 @@ def allocate_bits(
             plan.size,
             sizes,
             listener=context.listener,
+            memory=context.memory,
         )
         results["layer_bits"] = list(map(str, chosen.scheme.layer_bits))
         results["metrics"] = {
@@ -153,6 +165,12 @@ def equalize(plan: Plan, scheme: Scheme, feed: Feed, context: Context) -> Captur
 
     The scales are found on the first images; they are the same after a stop and in all processes.
 
+    Args:
+        plan: The plan of the run.
+        scheme: The scheme with the bits of all layers.
+        feed: The batches; the first one is made.
+        context: Context of the run.
+
     Raises:
         UsageError: The scheme finds nothing to quantize; this is before the images are made.
     """
@@ -170,7 +188,14 @@ def equalize(plan: Plan, scheme: Scheme, feed: Feed, context: Context) -> Captur
 
 
 def build(plan: Plan, scheme: Scheme, teacher: Captured, context: Context) -> Student:
-    """The trainable student of a teacher, whose ranges are not known yet."""
+    """The trainable student of a teacher, whose ranges are not known yet.
+
+    Args:
+        plan: The plan of the run.
+        scheme: The scheme with the bits of all layers.
+        teacher: The teacher that `equalize` returned.
+        context: Context of the run; a resumed run restores the student.
+    """
     student = build_student(
         teacher,
         scheme,
@@ -183,7 +208,16 @@ def build(plan: Plan, scheme: Scheme, teacher: Captured, context: Context) -> St
 def calibrate(
     plan: Plan, student: Student, teacher: Captured, feed: Feed, context: Context, marks: Marks
 ) -> None:
-    """Find the activation ranges on the first batches, and match the teacher's moments."""
+    """Find the activation ranges on the first batches, and match the teacher's moments.
+
+    Args:
+        plan: The plan of the run.
+        student: The student, changed in place.
+        teacher: The teacher that `equalize` returned.
+        feed: The batches, none of which the student has seen.
+        context: Context of the run.
+        marks: Marks of the stages that are over.
+    """
     recipe = plan.recipe
     if "calibrate" in marks.done:
         return
@@ -205,7 +239,16 @@ def calibrate(
 def tune(
     plan: Plan, student: Student, teacher: Captured, feed: Feed, context: Context, marks: Marks
 ) -> None:
-    """Let the generator warm up while the student waits, then tune the student."""
+    """Let the generator warm up while the student waits, then tune the student.
+
+    Args:
+        plan: The plan of the run.
+        student: The calibrated student, changed in place.
+        teacher: The teacher that `equalize` returned.
+        feed: The batches from the one after calibration on.
+        context: Context of the run.
+        marks: Marks of the stages that are over.
+    """
     recipe = plan.recipe
     if not recipe.tuning.trains or "tune" in marks.done:
         return
@@ -238,7 +281,17 @@ def memory_errors_explained(plan: Plan) -> Iterator[None]:
 def measure(
     plan: Plan, network: IntegerNetwork, context: Context
 ) -> tuple[TestPredictions | None, dict[str, Any]]:
-    """Teacher and student on the test images, if there are any; the first process alone does it."""
+    """Measure teacher and student on the test images; the first process alone does it.
+
+    Args:
+        plan: The plan of the run, which has the test images.
+        network: The frozen student.
+        context: Context of the run.
+
+    Returns:
+        The predictions for labelled images of a classifier, and metrics. None and no metrics
+        without test images, and in other processes.
+    """
     teacher, images, preprocessing = plan.teacher, plan.test, plan.preprocessing
     if images is None or context.group.rank != 0:
         return None, {}

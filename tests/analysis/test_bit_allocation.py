@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support import networks
+from support.calls import rows_of_calls
 from support.command_line import arguments
 from support.narrowing import instance, present
-from torch import fx
+from torch import Tensor, fx
 
 import gdfq
 from gdfq import UsageError
@@ -19,11 +20,13 @@ from gdfq.analysis.bit_allocation import divergence, free_layers, sensitivities
 from gdfq.cli import main
 from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits, Layout, fake_quantize
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
+from gdfq.graph.memory import forward_bytes
 from gdfq.quantized import QuantizedNetwork
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.recipes import QUICK
@@ -73,6 +76,24 @@ def test_sensitivity_is_the_loss_with_one_rounded_layer(teacher: Captured) -> No
     assert costs["fc"][2] == pytest.approx(expected, rel=1e-4)
     other = sensitivities(folded, layers, images, loss=lambda a, b: (a - b).abs().max())
     assert other["fc"][2] == pytest.approx(float((rounded - original).abs().max()), rel=1e-4)
+
+
+def test_sensitivities_do_not_depend_on_the_memory_budget(teacher: Captured) -> None:
+    """With a budget for five images, twelve pass in three parts."""
+    folded = fold_batch_norms(teacher)
+    layers = free_layers(folded, Scheme(Bits(4, 8), "full"))
+
+    def loss(student: Tensor, expected: Tensor) -> Tensor:
+        assert len(student) == len(expected) == 12
+        return divergence(folded)(student, expected)
+
+    whole = sensitivities(folded, layers, networks.images(12), loss=loss)
+    five = MemoryBudget(5 * 4 * forward_bytes(folded.network.graph))
+    with rows_of_calls() as rows:
+        parts = sensitivities(folded, layers, networks.images(12), loss=loss, memory=five)
+    assert set(rows) == {5, 2}
+    for name, costs in whole.items():
+        assert parts[name] == pytest.approx(costs, rel=1e-4)
 
 
 def _layout(layer: fx.Node) -> tuple[Layout, int]:

@@ -1,17 +1,22 @@
 """Sensitivity of layers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support import networks
+from support.calls import rows_of_calls
+from torch import fx
 
 import gdfq
 from gdfq.analysis import sensitivity
 from gdfq.analysis.layers import measure_layers
+from gdfq.execution.budget import MemoryBudget
 from gdfq.functional import grid
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
+from gdfq.graph.memory import forward_bytes
 from gdfq.quantized import QuantizedNetwork
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.recipes import Recipe
@@ -56,3 +61,57 @@ def test_sensitivity_of_a_float_layer_is_none(teacher: Captured, tiny: Recipe) -
         for layer in measure_layers(teacher, result.network, networks.images(4)).layers
     }
     assert found["conv2"].bits is found["conv2"].sensitivity is found["conv2"].weight_sqnr is None
+
+
+@pytest.mark.parametrize("kind", ["divergence", "error"])
+def test_sensitivity_does_not_depend_on_the_memory_budget(
+    teacher: Captured,
+    quantized: QuantizedNetwork,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[int],
+) -> None:
+    """With a budget for two images, eight pass in four parts."""
+    if kind == "error":
+        monkeypatch.setattr(sensitivity, "_MAX_OPERATIONS", 1)
+    folded = fold_batch_norms(teacher)
+    whole = sensitivity.measure_sensitivity(folded, quantized.network, networks.images(8))
+    assert max(rows) == 8
+    rows.clear()
+    two = MemoryBudget(2 * 4 * forward_bytes(folded.network.graph))
+    parts = sensitivity.measure_sensitivity(
+        folded, quantized.network, networks.images(8), memory=two
+    )
+    assert max(rows) == 2
+    assert whole.kind == parts.kind == kind
+    assert parts.by_layer == pytest.approx(dict(whole.by_layer), rel=1e-4)
+
+
+def test_evidence_of_layers_takes_as_many_images_as_fit(
+    teacher: Captured, quantized: QuantizedNetwork, rows: list[int]
+) -> None:
+    images = networks.images(40)
+    assert measure_layers(teacher, quantized.network, images).images == max(rows) == 32
+    rows.clear()
+    graph = fold_batch_norms(teacher).network.graph
+    three = MemoryBudget(3 * 6 * forward_bytes(graph) + 1)
+    assert measure_layers(teacher, quantized.network, images, memory=three).images == 3
+    assert max(rows) == 3
+    least = measure_layers(teacher, quantized.network, images, memory=MemoryBudget(1))
+    assert least.images == 1
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The images of each pass through a network, whole or node by node."""
+    run = fx.Interpreter.run_node
+    with rows_of_calls() as found:
+
+        def noted(self: fx.Interpreter, node: fx.Node) -> Any:
+            value = run(self, node)
+            if node.op == "placeholder":
+                found.append(len(value))
+            return value
+
+        monkeypatch.setattr(fx.Interpreter, "run_node", noted)
+        yield found

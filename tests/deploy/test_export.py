@@ -9,6 +9,7 @@ from support import networks
 
 import gdfq
 from gdfq import UsageError
+from gdfq.graph.memory import training_bytes
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe
 
@@ -26,6 +27,20 @@ def test_full_disk_leaves_no_file(
     with pytest.raises(OSError, match="No space"):
         small.export(tmp_path / "q.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2", "safetensors"])
+def test_file_is_compared_on_as_many_examples_as_fit(
+    small: QuantizedNetwork, tmp_path: Path, suffix: str
+) -> None:
+    """Also with a network that was read from a file."""
+    small.save(tmp_path / "saved")
+    for network in (small, gdfq.load(tmp_path / "saved")):
+        assert len(network.examples[0]) > 3
+        assert network.export(tmp_path / f"q.{suffix}").inside.images == len(network.examples[0])
+        three = 3 * training_bytes(network.network.graph)
+        assert network.export(tmp_path / f"q.{suffix}", memory=three).inside.images == 3
+        assert network.export(tmp_path / f"q.{suffix}", memory=1).inside.images == 1
 
 
 def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -> None:

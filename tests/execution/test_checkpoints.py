@@ -225,14 +225,14 @@ def full_disk(*_: object) -> None:
 
 
 def test_large_checkpoint_delays_the_next_one(tmp_path: Path) -> None:
-    """On average 256 KiB a second: 16 MiB delay it by 64 s; frozen parts, written once, by none."""
+    """On average 200 kB a second: 16 MiB delay it by 84 s; frozen parts, written once, by none."""
     clock = Time()
     checkpoints, part = opened(tmp_path, clock=clock, interval=10)
     heard = checkpoints.listening(lambda step: None)
     part["frozen"] = Frozen(noise(2**24))
     clock.now = 10
     heard(STEP)
-    for seed, (now, count) in enumerate([(21, 2), (30, 2), (84, 2), (86, 3), (140, 3), (151, 4)]):
+    for seed, (now, count) in enumerate([(21, 2), (30, 2), (104, 2), (106, 3), (188, 3), (191, 4)]):
         part["x"] = noise(2**22, seed)
         clock.now = now
         heard(STEP)

@@ -38,7 +38,7 @@ def test_gather_measures_all_sections(
 def test_gather_gives_the_reason_for_a_missing_section(
     teacher: Captured, quantized: QuantizedNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **_named: object) -> None:
         raise RuntimeError("no memory\nat all")
 
     monkeypatch.setattr("gdfq.runs.diagnostics.measure_layers", fails)

@@ -57,7 +57,16 @@ def logits_of(
     listener: Listener = silent,
     memory: MemoryBudget = MemoryBudget(),
 ) -> Tensor:
-    """The logits [N, C] of a classifier for all images, in order, on the CPU."""
+    """The logits [N, C] of a classifier for all images, in order, on the CPU.
+
+    Args:
+        network: Images as the network takes them -> logits [n, C].
+        data: The images.
+        preprocessing: From pixels to the input of the network.
+        device: Where the network is.
+        listener: Receives each batch as a step of "evaluate".
+        memory: Budget for the images that pass together; it counts where `network` has a graph.
+    """
     batches = _batches(network, data, preprocessing, device, listener, memory)
     return torch.cat([network(*inputs).cpu() for inputs in batches])
 
@@ -95,6 +104,14 @@ def top1(
 
     The mode of the network is not changed: call `eval()` on it first.
 
+    Args:
+        network: A classifier.
+        data: Labelled images.
+        preprocessing: From pixels to the input of the network.
+        device: Where the network is.
+        listener: Receives each batch as a step of "evaluate".
+        memory: Budget for the images that pass together; it counts where the network has a graph.
+
     Raises:
         UsageError: The data has no labels.
     """
@@ -119,7 +136,16 @@ def output_similarities(
 ) -> list[Similarity]:
     """Compare each output of a student with its teacher's over all images; labels are not needed.
 
-    The student returns what `teacher.network` does, on the same device.
+    Args:
+        student: Returns what `teacher.network` does, on the same device.
+        teacher: The trained network.
+        data: The images.
+        preprocessing: From pixels to the input of the networks.
+        listener: Receives each batch as a step of "evaluate".
+        memory: Budget for the images that pass together.
+
+    Returns:
+        The similarity of each output, in order.
     """
     network, totals = teacher.network, Totals(teacher.ends)
     for inputs in _batches(network, data, preprocessing, teacher.device, listener, memory):

@@ -330,6 +330,12 @@ def make_images(
 ) -> Tensor:
     """Make the spectral images [N, *input_shape] that are mixed.
 
+    Args:
+        teacher: The trained network.
+        seed: Seed of the images.
+        listener: Receives the steps of making them.
+        memory: Budget for the images that pass together.
+
     Raises:
         UsageError: The source cannot make images for this network.
     """
@@ -347,6 +353,12 @@ def held_out_mixtures(
 ) -> Tensor:
     """Make images and mix them: [N, *input_shape].
 
+    Args:
+        teacher: The trained network.
+        seed: Seed of the run.
+        listener: Receives the steps of making the images.
+        memory: Budget for the images that pass together.
+
     Raises:
         UsageError: The source cannot make images for this network.
     """
@@ -357,7 +369,13 @@ def held_out_mixtures(
 
 
 def mix_images(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
-    """Mixtures λ a + (1 − λ) b [count, ...] of random pairs of images, with random λ in 0.5..1."""
+    """Mixtures λ a + (1 − λ) b [count, ...] of random pairs of images, with random λ in 0.5..1.
+
+    Args:
+        images: [N, ...].
+        count: Number of mixtures.
+        draw: Randomness of the pairs and of λ.
+    """
     first, second = (torch.randint(len(images), (count,), generator=draw) for _ in range(2))
     share = 0.5 + 0.5 * torch.rand(count, generator=draw)
     share = share.to(images.device).view(-1, *([1] * (images.ndim - 1)))

@@ -22,6 +22,7 @@ from gdfq.analysis.knapsack import allocate, check_budget
 from gdfq.deploy.onnx.sizes import WEIGHT_BITS, weight_sizes
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.errors import UsageError
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import MAX_BITS, Bits, code_bounds, fake_quantize
@@ -30,7 +31,8 @@ from gdfq.graph import queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.ends import joined, output_names
-from gdfq.graph.outputs import in_order
+from gdfq.graph.memory import forward_images
+from gdfq.graph.outputs import in_order, in_parts
 from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.sources.base import Batch
@@ -129,6 +131,7 @@ def choose_bits(
     sizes: Sizes,
     *,
     listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> Allocation:
     """Choose the bits of all layers that have no layer bits, so that the ONNX file fits.
 
@@ -139,6 +142,7 @@ def choose_bits(
         size: Largest size of the ONNX file in bytes.
         sizes: The result of `onnx_sizes` for this scheme.
         listener: Receives progress.
+        memory: Budget for the images that pass together.
 
     Raises:
         UsageError: No choice fits in `size` bytes.
@@ -146,7 +150,8 @@ def choose_bits(
     teacher = fold_batch_norms(teacher)
     layers = free_layers(teacher, scheme)
     loss = divergence(teacher)
-    costs = sensitivities(teacher, layers, images[:_MAX_IMAGES], loss=loss, listener=listener)
+    images = images[:_MAX_IMAGES]
+    costs = sensitivities(teacher, layers, images, loss=loss, listener=listener, memory=memory)
     *chosen, _ = allocate([*costs.values(), {0: 0.0}], sizes.groups, size)
     chosen_bits = dict(zip(layers, chosen, strict=True))
     named = tuple(
@@ -198,6 +203,7 @@ def sensitivities(
     *,
     loss: Loss,
     listener: Listener = silent,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> dict[str, dict[int, float]]:
     """The loss of the network when the weight of one layer alone is rounded to its best grid.
 
@@ -207,6 +213,7 @@ def sensitivities(
         images: Normalised images [N, *input_shape].
         loss: Compares the outputs.
         listener: Receives progress.
+        memory: Budget for the images that pass together.
 
     Returns:
         The loss by layer name and bits (`sizes.WEIGHT_BITS`). With fewer bits it is
@@ -214,7 +221,8 @@ def sensitivities(
     """
     network = copy.deepcopy(teacher.network)
     tensors = tensors_of(network)
-    expected = network(images)
+    at_once = forward_images(network.graph, memory, images.device)
+    expected = in_parts(network, [images], at_once)
     costs: dict[str, dict[int, float]] = {}
     for index, (name, nodes) in enumerate(layers.items(), start=1):
         weights = {queries.weight_name(node): queries.weight_layout(node) for node in nodes}
@@ -224,7 +232,7 @@ def sensitivities(
             for weight, layout in weights.items():
                 grid = best_weight_grid(originals[weight], bits, *layout)
                 tensors[weight].copy_(fake_quantize(originals[weight], *grid, bits))
-            worst = max(worst, float(loss(network(images), expected)))
+            worst = max(worst, float(loss(in_parts(network, [images], at_once), expected)))
             costs[name][bits] = worst
         for weight, values in originals.items():
             tensors[weight].copy_(values)

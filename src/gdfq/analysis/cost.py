@@ -31,6 +31,13 @@ def with_costs(
     """Add time and memory to a diagnosis, measured on one step of each stage on this device.
 
     A diagnosis with problems is returned as it is.
+
+    Args:
+        diagnosis: The result of `gdfq.analysis.preflight.diagnose` for the other arguments.
+        teacher: The trained network.
+        scheme: What is quantized, and to how many bits.
+        recipe: The recipe, fitted to the input of the network.
+        memory: Budget for the images that pass together.
     """
     if diagnosis.problems:
         return diagnosis

@@ -217,7 +217,12 @@ def within_classes(features: Tensor, labels: Tensor) -> float | None:
 
 
 def clipped(images: Tensor, preprocessing: Preprocessing) -> float:
-    """Share of the pixels of normalised images, in percent, that are below 0 or above 255."""
+    """Share of the pixels of normalised images, in percent, that are below 0 or above 255.
+
+    Args:
+        images: [N, C, *size], normalised.
+        preprocessing: How they were normalised.
+    """
     shape = (1, -1, *[1] * (images.ndim - 2))
     mean, std = (torch.tensor(v).view(shape) for v in (preprocessing.mean, preprocessing.std))
     unit = images.cpu() * std + mean
@@ -226,7 +231,12 @@ def clipped(images: Tensor, preprocessing: Preprocessing) -> float:
 
 
 def by_class(labels: Tensor | None, count: int) -> list[int]:
-    """Indices of the images to show: four of each of ten classes; without labels the first."""
+    """Indices of the images to show: four of each of ten classes; without labels the first.
+
+    Args:
+        labels: [N], if the images have any.
+        count: N.
+    """
     if labels is None:
         return list(range(min(count, _MAX_CLASSES * _IMAGES_PER_CLASS)))
     shown = [label for label, _ in Counter(labels.tolist()).most_common(_MAX_CLASSES)]
@@ -238,6 +248,10 @@ def thumbnails(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, 
     """Pixels uint8 [N, C, h, w] of normalised images, with no side longer than 64.
 
     Inputs other than images of one or three channels give an empty array [0].
+
+    Args:
+        images: [N, C, h, w], normalised.
+        preprocessing: How they were normalised.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         return np.zeros(0, np.uint8)

@@ -74,6 +74,10 @@ def allocate(
 def check_budget(sizes: Sequence[Mapping[int, int]], budget: int) -> None:
     """Check that the smallest options fit in the budget.
 
+    Args:
+        sizes: The size of each option, by option, of each group.
+        budget: Maximum total size.
+
     Raises:
         UsageError: They do not fit; the message gives the smallest total size.
     """

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from gdfq.analysis.sensitivity import measure_sensitivity, sensitivity_passes
 from gdfq.analysis.work import Work
+from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.grid import code_bounds, dequantize
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
-from gdfq.graph.queries import images_at_once, weights_of
+from gdfq.graph.memory import compared_images
+from gdfq.graph.queries import weights_of
 from gdfq.graph.walk import Visit, Walk
 from gdfq.student.integer_network import ActivationGrid, IntegerLayer, IntegerNetwork
 
@@ -117,13 +119,25 @@ def sqnr(signal: Tensor, other: Tensor) -> float:
 
 
 def saturation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> float:
-    """Share of the values of x, in percent, whose code is outside the range of `bits` bits."""
+    """Share of the values of x, in percent, whose code is outside the range of `bits` bits.
+
+    Args:
+        x: Any shape, unrounded.
+        scale: Scale of the grid, a scalar.
+        zero_point: Zero point of the grid, a scalar.
+        bits: Bits of a code.
+    """
     low, high = code_bounds(bits)
     codes = (x / scale).round() + zero_point
     return 100 * float(((codes < low) | (codes > high)).double().mean())
 
 
-def measure_layers(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) -> Layers:
+def measure_layers(
+    teacher: Captured,
+    network: IntegerNetwork,
+    *inputs: Tensor,
+    memory: MemoryBudget = MemoryBudget(),
+) -> Layers:
     """Compare an integer network with its teacher, layer by layer.
 
     Both networks run node by node at the same time, and only values that later nodes need are kept
@@ -132,18 +146,18 @@ def measure_layers(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) 
     Args:
         teacher: The teacher, with the student's channel scales.
         network: The integer network.
-        inputs: A tensor [N, *shape] for each input; fewer rows are used where activations are
-            large.
+        inputs: A tensor [N, *shape] for each input; at most 32 rows are used.
+        memory: Budget for the activations; only as many rows are used as fit.
     """
     teacher = fold_batch_norms(teacher)
-    count = min(_MAX_IMAGES, images_at_once(teacher.network))
+    count = _images(teacher, memory)
     sample = tuple(tensor[:count].to(teacher.device) for tensor in inputs)
     teacher_weights = weights_of(teacher.network)
     layers_of_student = {layer.node: layer for layer in network.layers}
     pairs = dict(zip(layers_of_student, teacher_weights, strict=True))
     total = sum(map(_stored_bits, layers_of_student.values(), teacher_weights.values()))
     grids = {grid.node: grid for grid in network.activations}
-    sensitivity = measure_sensitivity(teacher, network, *sample)
+    sensitivity = measure_sensitivity(teacher, network, *sample, memory=memory)
 
     layers, activations, spreads, ranges = [], [], [], []
     outputs = (v.value for v in Walk(teacher.network).visits(*sample) if v.node in teacher_weights)
@@ -187,11 +201,16 @@ _PASSES_PER_IMAGE = 13
 signal and error in float64. Measured on three networks: 10 to 17."""
 
 
-def layers_work(teacher: Captured) -> Work:
-    """Return how much work `measure_layers` is."""
-    count = min(_MAX_IMAGES, images_at_once(teacher.network))
+def layers_work(teacher: Captured, memory: MemoryBudget = MemoryBudget()) -> Work:
+    """Return how much work `measure_layers` is with a memory budget."""
+    count = _images(teacher, memory)
     walked = _PASSES_PER_IMAGE * count
     return Work(walked + sensitivity_passes(teacher, count), walked)
+
+
+def _images(teacher: Captured, memory: MemoryBudget) -> int:
+    """Return how many images are measured."""
+    return min(_MAX_IMAGES, compared_images(teacher.network.graph, memory, teacher.device))
 
 
 def _stored_bits(layer: IntegerLayer, weight: Tensor) -> int:

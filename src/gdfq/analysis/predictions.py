@@ -148,6 +148,11 @@ def paired_drop(lost: int, gained: int, images: int) -> tuple[float, float]:
     √((p + q − (p − q)²)/(n + 2)) with p = (b + 1)/(n + 2), q = (c + 1)/(n + 2). The added images
     keep it above 0 when few images are tested and none changes (D. Bonett and R. Price, 2012,
     "Adjusted Wald confidence interval ... based on paired data").
+
+    Args:
+        lost: b, images that the teacher alone classifies correctly.
+        gained: c, images that the student alone classifies correctly.
+        images: n, all images.
     """
     p, q = (lost + 1) / (images + 2), (gained + 1) / (images + 2)
     error = ((p + q - (p - q) ** 2) / (images + 2)) ** 0.5
@@ -172,7 +177,10 @@ def calibration(predictions: Predictions, labels: Tensor) -> Calibration:
 def grown_confusions(labels: Tensor, was: Tensor, now: Tensor) -> tuple[Confusion, ...]:
     """The confusions that the student makes more often than the teacher, largest increase first.
 
-    labels, was, now: labels, teacher predictions and student predictions [N].
+    Args:
+        labels: Labels [N].
+        was: Predictions of the teacher [N].
+        now: Predictions of the student [N].
     """
 
     def confusions(predictions: Tensor) -> dict[tuple[int, int], int]:

@@ -118,6 +118,11 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     """Find out what a recipe would do to a teacher, without running a step.
 
     Errors that the run would raise at its start are returned as `problems`.
+
+    Args:
+        teacher: The trained network.
+        scheme: What is quantized, and to how many bits.
+        recipe: The recipe, fitted to the input of the network.
     """
     folded = recipe.quantizers.prepared(teacher)
     nodes = list(folded.network.graph.nodes)

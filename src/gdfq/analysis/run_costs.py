@@ -13,6 +13,7 @@ from gdfq.analysis.cost import now
 from gdfq.analysis.images import images_work
 from gdfq.analysis.layers import layers_work
 from gdfq.effort import Costs
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.progress import Step
@@ -204,6 +205,7 @@ def _student_costs(
             _seconds_of_pass(teacher.network, batch, clock),
             _seconds_of_pass(network, batch, clock),
             per_image,
+            context.memory,
         )
     step = None
     if tuning.trains:
@@ -249,7 +251,11 @@ def _seconds_of_pass(network: Callable[..., Any], batch: Batch, clock: Clock) ->
 
 
 def _evidence_seconds(
-    teacher: Captured, teacher_pass: float, student_pass: float, per_image: float | None
+    teacher: Captured,
+    teacher_pass: float,
+    student_pass: float,
+    per_image: float | None,
+    memory: MemoryBudget,
 ) -> float:
     """Return the seconds of the evidence for the report; there is little without images."""
     if not takes_images(teacher.inputs):
@@ -257,7 +263,7 @@ def _evidence_seconds(
     images = max_images([spec.zeros(1) for spec in teacher.inputs])
     work = drop_work(teacher) + images_work(images)
     with suppress(LookupError):  # a weight that is computed from an input: layers have no evidence
-        work += layers_work(teacher)
+        work += layers_work(teacher, memory)
     iteration = _ITERATION_PASSES * teacher_pass if per_image is None else per_image
     return work.seconds(teacher_pass, student_pass, iteration)
 

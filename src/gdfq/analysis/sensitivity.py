@@ -1,7 +1,8 @@
 """Layer sensitivity: the error when one layer alone is rounded and all others are the teacher's."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor, fx
 
 from gdfq.analysis.bit_allocation import divergence
 from gdfq.analysis.operations import layer_operations
+from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.grid import fake_quantize
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured
+from gdfq.graph.memory import forward_images
+from gdfq.graph.outputs import in_parts
 from gdfq.graph.queries import weights_of
 from gdfq.graph.walk import Walk
 from gdfq.quantizers.lsq import best_weight_grid
+from gdfq.sources.base import split_inputs
 from gdfq.student.integer_network import IntegerNetwork
 
 _MAX_OPERATIONS = 6 * 10**10
@@ -44,7 +49,12 @@ class Sensitivity:
     by_layer: Mapping[str, float]
 
 
-def measure_sensitivity(teacher: Captured, network: IntegerNetwork, *inputs: Tensor) -> Sensitivity:
+def measure_sensitivity(
+    teacher: Captured,
+    network: IntegerNetwork,
+    *inputs: Tensor,
+    memory: MemoryBudget = MemoryBudget(),
+) -> Sensitivity:
     """Round the teacher's layers one at a time, with the bits and input grids of the student.
 
     Args:
@@ -53,6 +63,7 @@ def measure_sensitivity(teacher: Captured, network: IntegerNetwork, *inputs: Ten
             each layer's input to its grid. Float layers have no sensitivity.
         inputs: A tensor [N, *shape] for each input. Fewer rows are used where a forward pass takes
             many operations.
+        memory: Budget for the images that pass together; the others pass after them.
     """
     weights = weights_of(teacher.network)
     layer_bits: dict[fx.Node, int] = {}
@@ -69,20 +80,21 @@ def measure_sensitivity(teacher: Captured, network: IntegerNetwork, *inputs: Ten
         x = x if grid is None else fake_quantize(x, *grid)
         return (x, fake_quantize(weight, *best, bits), *rest)
 
+    at_once = forward_images(teacher.network.graph, memory, inputs[0].device)
     images = len(inputs[0])
     count = min(images, _fitting_images(weights, len(layer_bits)))
     if count < min(_MIN_IMAGES, images):
-        return Sensitivity("error", _errors(teacher.network, set(layer_bits), rounded, inputs))
+        errors = _errors(teacher.network, set(layer_bits), rounded, split_inputs(inputs, at_once))
+        return Sensitivity("error", errors)
     loss, sample = divergence(teacher), tuple(tensor[:count] for tensor in inputs)
     with torch.no_grad():
-        expected = teacher.network(*sample)
+        expected = in_parts(teacher.network, sample, at_once)
         return Sensitivity(
             "divergence",
             {
-                node.name: float(
-                    loss(_OneLayerRounded(teacher.network, node, rounded).run(*sample), expected)
-                )
+                node.name: float(loss(in_parts(changed.run, sample, at_once), expected))
                 for node in layer_bits
+                for changed in [_OneLayerRounded(teacher.network, node, rounded)]
             },
         )
 
@@ -115,14 +127,18 @@ class _OneLayerRounded(fx.Interpreter):
 
 
 def _errors(
-    network: fx.GraphModule, layers: set[fx.Node], rounded: RoundInputs, inputs: Sequence[Tensor]
+    network: fx.GraphModule,
+    layers: set[fx.Node],
+    rounded: RoundInputs,
+    parts: Iterable[Sequence[Tensor]],
 ) -> dict[str, float]:
     """Σ (y − y_q)² / Σ y² of each layer's output y, with y_q the output for rounded inputs."""
-    errors = {}
-    for visit in Walk(network).visits(*inputs):
+    sums: dict[str, list[Tensor]] = {}
+    for visit in (visit for inputs in parts for visit in Walk(network).visits(*inputs)):
         if visit.node in layers:
             function: Any = visit.node.target
             other = function(*rounded(visit.node, visit.inputs), **visit.node.kwargs)
-            power = visit.value.double().square().sum().clamp_min(1e-300)
-            errors[visit.node.name] = float((other - visit.value).double().square().sum() / power)
-    return errors
+            found = [x.double().square().sum() for x in (other - visit.value, visit.value)]
+            so_far = sums.get(visit.node.name)
+            sums[visit.node.name] = found if so_far is None else list(map(add, so_far, found))
+    return {name: float(noise / power.clamp_min(1e-300)) for name, (noise, power) in sums.items()}

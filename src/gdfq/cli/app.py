@@ -165,6 +165,7 @@ def evaluate_command(folder: Path, test: Path, memory: int | None) -> None:
     is_flag=True,
     help="Use 7-bit weights in layers whose 8-bit sums could saturate on x86 without VNNI.",
 )
+@memory_option
 def export_command(**options: Any) -> None:
     """Write the quantized network in DIR as one file that deploys.
 

@@ -12,7 +12,13 @@ from gdfq.runs.metrics import note_export
 
 
 def export(
-    folder: Path, *, target: str | None, out: Path | None, raw_input: bool, safe_x86: bool
+    folder: Path,
+    *,
+    target: str | None,
+    out: Path | None,
+    raw_input: bool,
+    safe_x86: bool,
+    memory: int | None,
 ) -> None:
     """Export, and print what was written."""
     if target is None and out is None:
@@ -22,7 +28,9 @@ def export(
     path = out or home / f"student.{target}"
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
-    exported = quantized.export(path, target=target, raw_input=raw_input, safe_x86=safe_x86)
+    exported = quantized.export(
+        path, target=target, raw_input=raw_input, safe_x86=safe_x86, memory=memory
+    )
     if folder.is_dir():
         note_export(folder, exported.path, exported.as_values())
     print_export(exported)

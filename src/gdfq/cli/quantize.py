@@ -188,7 +188,7 @@ def quantize_into(
         quantized.save(folder.path)
         check()
         if outputs.onnx:
-            _export_after(quantized, folder.path / ONNX_FILE)
+            _export_after(quantized, folder.path / ONNX_FILE, context.memory.bytes)
         check()
         if outputs.report:
             started = time.perf_counter()
@@ -231,11 +231,11 @@ def report_after(folder: Path) -> None:
     click.echo(f"{'report':10}{page}")
 
 
-def _export_after(quantized: QuantizedNetwork, path: Path) -> None:
+def _export_after(quantized: QuantizedNetwork, path: Path, memory: int | None) -> None:
     """Export a run's ONNX file. The run is of use without it, so a failure is a warning."""
     started = time.perf_counter()
     try:
-        exported = quantized.export(path)
+        exported = quantized.export(path, memory=memory)
     except Exception as error:  # whatever it is, the run is worth more
         what = str(error) if isinstance(error, GdfqError) else f"{type(error).__name__}: {error}"
         warn(f"no ONNX file was written: {what}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gdfq.deploy.card import Card
@@ -17,10 +18,12 @@ from gdfq.deploy.saturation import without_overflow
 from gdfq.deploy.target import Job, Proof, Target, prove_by
 from gdfq.deploy.torch_export import to_program
 from gdfq.errors import UsageError
+from gdfq.execution.budget import MemoryBudget
 from gdfq.files.atomic import make_folder, write_checked
 from gdfq.files.untrusted import header_bytes
 from gdfq.graph.ends import NO_ENDS, output_names
 from gdfq.graph.inputs import image_shape
+from gdfq.graph.memory import training_bytes
 from gdfq.student.integer_network import IntegerNetwork
 
 
@@ -73,8 +76,7 @@ class Exported(Proof):
 
 
 _MAX_NUMBERS = 2**21
-"""Of the examples that a file is compared on (13 of 3x224x224): a comparison holds the codes of all
-activations of the student and of the runtime at once."""
+"""Of the examples that a file is compared on (13 of 3x224x224): more take long and tell no more."""
 
 
 def export(
@@ -88,6 +90,7 @@ def export(
     raw_input: bool = False,
     safe_x86: bool = False,
     accuracy: Mapping[str, float] | None = None,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> Exported:
     """Write an integer network as a file, and keep it if its runtime gives equal outputs.
 
@@ -103,6 +106,8 @@ def export(
         safe_x86: Weights of 8 bits become 7 where sums could overflow on x86 processors without
             VNNI.
         accuracy: Top-1 in percent, by name, for the file's metadata.
+        memory: Budget for the comparison, which holds all activations of its examples; only as
+            many examples are used as fit.
 
     Raises:
         UsageError: The target cannot hold the network.
@@ -120,7 +125,9 @@ def export(
     if safe_x86:
         network = without_overflow(network)
     numbers = sum(math.prod(example.shape[1:]) for example in examples)
-    inputs = tuple(example[: max(1, _MAX_NUMBERS // numbers)].cpu() for example in examples)
+    fits = memory.images(training_bytes(network.graph), torch.device("cpu"))
+    count = min(fits, max(1, _MAX_NUMBERS // numbers))
+    inputs = tuple(example[:count].cpu() for example in examples)
     names = tuple(names or output_names(card, NO_ENDS))
     job = Job(network, card, path, inputs, raw_input, accuracy or {}, names)
     data = kind.write(job)
@@ -142,6 +149,10 @@ def export(
 
 def find_target(target: str | Target | None, path: Path) -> Target:
     """Return the given target, or the one of the path's suffix.
+
+    Args:
+        target: A target, a name in `TARGETS`, or None for that of the suffix.
+        path: The file to write.
 
     Raises:
         UsageError: There is no such target, or the path is a folder.

@@ -83,6 +83,11 @@ def is_equal(network: IntegerNetwork, inputs: Sequence[Tensor], parity: Parity) 
 
     The effect of rounding is the distance of the student from itself where sums are rounded in
     floats (`IntegerNetwork.module`).
+
+    Args:
+        network: The student.
+        inputs: A tensor [N, *shape] for each input of the network.
+        parity: Parity of the runtime with the student on these inputs.
     """
     if parity.within(TOLERANCE, TOLERANCE_OVERALL):
         return True
@@ -120,8 +125,15 @@ def compare_codes(
     """Compare a runtime's codes, by `codes_name`, with the student's, in the student's order.
 
     After each quantizer the student continues with the runtime's codes. So all activations are
-    compared from equal inputs, and no difference is a consequence of another. The student's
-    outputs from the runtime's codes are returned too.
+    compared from equal inputs, and no difference is a consequence of another.
+
+    Args:
+        network: The student.
+        inputs: A tensor [N, *shape] for each input of the network.
+        found: The runtime's codes of each activation, unsigned, for these inputs.
+
+    Returns:
+        The parity of each activation in order, and the student's outputs from the runtime's codes.
     """
     walk = _OnGivenCodes(network, found)
     outputs = in_order(walk.run(*inputs))

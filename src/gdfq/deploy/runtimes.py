@@ -77,6 +77,11 @@ def _errors() -> tuple[type[Exception], ...]:
 def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, object]) -> list[Any]:
     """Return the named outputs of a session, or all.
 
+    Args:
+        session: An ONNX Runtime session.
+        names: Names of the outputs; None for all in order.
+        feed: Arrays by the names of the inputs.
+
     Raises:
         UsageError: The model does not run.
     """
@@ -91,6 +96,10 @@ def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, objec
 
 def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
     """Return a function that runs an ONNX file.
+
+    Args:
+        data: Contents of the file.
+        precise: Whether 8-bit sums must not saturate (see `PRECISE`).
 
     Raises:
         UsageError: ONNX Runtime cannot load the file.
@@ -107,6 +116,12 @@ def onnx_values(
     data: bytes, names: Sequence[str], inputs: Sequence[Tensor], *, precise: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the named values of an ONNX file for some inputs.
+
+    Args:
+        data: Contents of the file.
+        names: Names of values inside it, or of outputs.
+        inputs: A tensor [N, *shape] for each input of the network, in order.
+        precise: Whether 8-bit sums must not saturate (see `PRECISE`).
 
     Raises:
         GdfqError: The file lacks a name.

@@ -51,6 +51,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
     """Unpack int8 codes of the given shape; the inverse of `pack`.
 
+    Args:
+        packed: Bytes, uint8 [n].
+        bits: Bits of a code.
+        shape: Shape of the codes.
+
     Raises:
         ValueError: There are more or fewer bytes than the shape needs.
         TypeError: The shape is not one.

@@ -28,7 +28,7 @@ INTERVAL = 60.0
 """Seconds between two checkpoints of one stage."""
 _MAX_TIME_SHARE = 0.02
 """Largest share of the time that checkpoints may take: a slow one delays the next one."""
-_MAX_BYTES_PER_SECOND, _MAX_WAIT = 2**18, 600.0
+_MAX_BYTES_PER_SECOND, _MAX_WAIT = 200_000, 600.0
 """What checkpoints may write on average, apart from what is written once, and the longest time in
 seconds that a large one delays the next one for this reason."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{32})\.safetensors")

@@ -73,6 +73,15 @@ def forward_images(graph: fx.Graph, budget: MemoryBudget, device: torch.device) 
     return budget.images(_FORWARD_SHARE * forward_bytes(graph), device)
 
 
+_COMPARISON_SHARE = 6
+"""Two networks run node by node, and a comparison holds copies of a tensor in 64 bits."""
+
+
+def compared_images(graph: fx.Graph, budget: MemoryBudget, device: torch.device) -> int:
+    """Return how many images pass two networks of a graph at once to compare all their tensors."""
+    return budget.images(_COMPARISON_SHARE * forward_bytes(graph), device)
+
+
 _PART_SHARE = 2
 """Of a batch that passes layer by layer, whose tensors are held for all images, the work space."""
 

@@ -4,9 +4,10 @@ Inside the package a network's graph returns its tensors in order: the tensor it
 one, else a tuple. `Structure` describes the form in which the user's network returned them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError
@@ -73,6 +74,26 @@ def built(structure: Structure, tensors: Sequence[Tensor]) -> Any:
 def in_order(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors that a graph of the package returned, in order."""
     return [value] if isinstance(value, Tensor) else list(value)
+
+
+def in_parts(network: Callable[..., Any], inputs: Sequence[Tensor], at_once: int) -> Any:
+    """Return what a network returns for a batch that passes in parts.
+
+    Args:
+        network: Returns a tensor [n, ...], or several in order.
+        inputs: A tensor [N, *shape] for each input.
+        at_once: Maximum number of entries of a part.
+
+    Returns:
+        A tensor [N, ...], or several in order.
+    """
+    parts = zip(*(tensor.split(at_once) for tensor in inputs), strict=True)
+    found = [network(*part) for part in parts]
+    if len(found) == 1:
+        return found[0]
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def names_of(structure: Structure, single: str) -> list[str]:

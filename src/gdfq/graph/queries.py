@@ -16,9 +16,6 @@ from gdfq.graph import operators
 from gdfq.graph.operators import name_of
 from gdfq.graph.tensors import tensors_of
 
-_MAX_ELEMENTS = 2**24
-"""Elements of a float32 tensor of 64 MiB."""
-
 
 def inputs(graph: fx.Graph) -> list[fx.Node]:
     """Return the placeholders of a graph, in the order of the network's inputs."""
@@ -198,12 +195,6 @@ def elements_per_image(node: fx.Node) -> int:
     first = inputs(node.graph)[0]
     count = math.prod(map(int, node.meta["val"].shape))
     return count // int(first.meta["val"].shape[0])
-
-
-def images_at_once(network: fx.GraphModule) -> int:
-    """Return how many images pass through a teacher at once with no tensor above 64 MiB."""
-    activations = filter(is_activation, network.graph.nodes)
-    return max(1, _MAX_ELEMENTS // max(map(elements_per_image, activations)))
 
 
 def is_rectifier(node: fx.Node) -> bool:

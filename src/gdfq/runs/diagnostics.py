@@ -85,7 +85,7 @@ def _measures(
             teacher, quantized.network, seed=quantized.card.seed, memory=memory
         ),
         "layers": lambda: measure_layers(
-            observations.teacher, quantized.network, *observations.inputs
+            observations.teacher, quantized.network, *observations.inputs, memory=memory
         ),
         "images": lambda: measure_images(
             teacher, observations.images, observations.labels, preprocessing, memory

@@ -203,7 +203,14 @@ def inputs_of(node: ir.Node) -> tuple[Any, ...]:
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Replace a node by others; the last of them produce its values, one each."""
+    """Replace a node by others; the last of them produce its values, one each.
+
+    Args:
+        graph: The graph, changed in place.
+        node: The node to remove.
+        nodes: The nodes in its place, in an order in which they can run. The last ones have one
+            output each: in order, those of `node`.
+    """
     graph.insert_before(node, nodes)
     makers = nodes[-len(node.outputs) :]
     for old, (new,) in zip(node.outputs, (maker.outputs for maker in makers), strict=True):
