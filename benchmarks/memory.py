@@ -1,8 +1,10 @@
-"""How much memory a whole run takes on a network of large images, by stage.
+"""How much memory a whole run takes on a network of large images, by stage, and what its
+checkpoints write.
 
     python -m benchmarks.memory                      # the whole run; writes results/memory.json
     python -m benchmarks.memory --steps 8 --iterations 4 --images 250
     python -m benchmarks.memory --memory 1GiB
+    python -m benchmarks.memory --bits w4a8
 
 EfficientNet-Lite0 at 224x224 (4.65 M parameters), recipe `quick` at w8a8, one thread, on a CPU: as
 `gdfq quantize` runs it, with a test, checkpoints, an ONNX file and the evidence for the report, all
@@ -98,18 +100,19 @@ def measured(
         source = replace(source, source=replace(source.source, iterations=options.iterations))
     recipe = replace(QUICK, source=source).with_steps(options.steps)
     more: dict[str, Any] = {} if options.memory is None else {"memory": options.memory}
+    checkpoints = Checkpoints(folder / "checkpoints")
     meter.ends("start")
     teacher = capture(model, torch.zeros(1, *SHAPE))
     meter.ends("capture")
     quantized = gdfq.quantize(
         teacher,
         torch.zeros(1, *SHAPE),
-        "w8a8",
+        options.bits,
         recipe,
         test=_some(IMAGES, options.images),
         mean=MEAN,
         std=STD,
-        checkpoints=Checkpoints(folder / "checkpoints"),
+        checkpoints=checkpoints,
         listener=meter.hears,
         **more,
     )
@@ -120,7 +123,8 @@ def measured(
     meter.ends("export")
     write_evidence(gather(teacher, quantized, MemoryBudget.of(options.memory)), folder)
     meter.ends("evidence")
-    return {name: quantized.metrics[name] for name in ("teacher", "student")}
+    accuracy = {name: quantized.metrics[name] for name in ("teacher", "student")}
+    return {"accuracy": accuracy, "written_mb": round(checkpoints.written / 1e6, 1)}
 
 
 def _some(folder: Path, count: int) -> Any:
@@ -137,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--bits", default="w8a8")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--iterations", type=int, help="of each image; the recipe's own by default")
     parser.add_argument("--images", type=int, default=1000, help="to test on")
@@ -151,21 +156,23 @@ def main() -> None:
     keep_freed_memory_()
     meter: Meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
-        accuracy = measured(model, Path(folder), options, meter)
+        found = measured(model, Path(folder), options, meter)
     peak = max(row["peak_mib"] for row in meter.stages.values())
     result = {
         "torch": torch.__version__,
+        "bits": options.bits,
         "steps": options.steps,
         "iterations": options.iterations,
         "images": options.images,
         "memory": options.memory,
         "peak_mib": peak,
-        "accuracy": accuracy,
+        **found,
         "stages": meter.stages,
     }
     for stage, row in meter.stages.items():
         print(f"{stage:12}{row['seconds']:9.1f} s{row['peak_mib']:9.0f} MiB")
     print(f"{'peak':12}{'':11}{peak:9.0f} MiB")
+    print(f"{'checkpoints':12}{found['written_mb']:9.1f} MB written")
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -163,6 +163,7 @@ def test_unchanged_tensor_is_written_once(tmp_path: Path, written: list[int]) ->
     part["still"], part["moving"] = noise(), noise(seed=1)
     checkpoints.save()
     assert 2 * 2**18 <= sum(written) <= 2 * 2**18 + 2 * OVERHEAD
+    assert checkpoints.written == sum(written)
     for step in range(3):
         written.clear()
         part["moving"][7] = float(step)

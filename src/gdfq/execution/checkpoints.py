@@ -67,6 +67,12 @@ class Checkpoints:
         self._found: dict[str, Any] = {}  # states of parts that are not registered yet
         self._kept: list[tuple[Path, set[str]]] = []
         self._pieces = Pieces(folder)
+        self._trees = 0  # bytes written, apart from pieces
+
+    @property
+    def written(self) -> int:
+        """Bytes that were written so far."""
+        return self._trees + self._pieces.written
 
     @classmethod
     def of(cls, folder: "str | Path | Checkpoints", *, writes: bool = True) -> "Checkpoints":
@@ -242,6 +248,7 @@ class Checkpoints:
         path = self.folder / f"checkpoint-{number:06}-{name_of(data)}.safetensors"
         write_atomically(path, data)
         self._bytes = written + len(data)
+        self._trees += len(data)
         self._kept = [*self._kept[-1:], (path, used)]
         self._prune()
 

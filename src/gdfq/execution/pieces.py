@@ -34,10 +34,13 @@ class Pieces:
 
     Args:
         folder: The folder; it exists when pieces are written.
+
+    Attributes:
+        written: Bytes that were written so far.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self.written = folder, 0
         self._names: weakref.WeakKeyDictionary[Frozen, str] = weakref.WeakKeyDictionary()
         self._entries: dict[str, Frozen] = {}  # the piece, without its value, of each stored tensor
 
@@ -61,6 +64,7 @@ class Pieces:
                 data = to_bytes(part.value, name)
                 self._names[part] = name_of(data)
                 write_atomically(self._path(self._names[part]), data)
+                self.written += len(data)
             used.add(self._names[part])
             return self._names[part]
 
