@@ -230,7 +230,12 @@ class Plan:
         return replace(self, recipe=recipe, source=_source(recipe, self.given, self.preprocessing))
 
     def card(self, scheme: Scheme, seed: int) -> Card:
-        """The card of the network that this plan makes with the scheme."""
+        """The card of the network that this plan makes.
+
+        Args:
+            scheme: The scheme with the bits of all layers.
+            seed: Seed of the run.
+        """
         return Card(
             inputs=self.teacher.inputs,
             classes=self.teacher.classes,
@@ -317,6 +322,18 @@ def resolve_method(
 ) -> Method:
     """Parse and check the options that need no network.
 
+    Args:
+        bits: Bits such as "w4a8", or "auto"; None for those of the placement (`DEFAULT_BITS`).
+        recipe: A recipe, or its name.
+        size: See `MethodOptions`, as for all that follow.
+        placement: See `MethodOptions`.
+        layer_bits: See `MethodOptions`.
+        steps: See `MethodOptions`.
+        images: See `MethodOptions`.
+        iterations: See `MethodOptions`.
+        batch: See `MethodOptions`.
+        budget: See `MethodOptions`.
+
     Raises:
         UsageError: One of them cannot be used.
     """
@@ -364,6 +381,17 @@ def resolve_network(
     device: str = "auto",
 ) -> Network:
     """Load and capture a network.
+
+    Args:
+        model: The network: a name as the command line takes it, a module, or a captured network.
+        example_input: Inputs of one call of a module, whose shapes the network keeps.
+        weights: See `NetworkOptions`, as for all that follow.
+        input_shape: See `NetworkOptions`.
+        mean: See `NetworkOptions`.
+        std: See `NetworkOptions`.
+        resize: See `NetworkOptions`.
+        classifier: See `NetworkOptions`.
+        device: See `NetworkOptions`.
 
     Raises:
         UsageError: The network, its weights, its input or the device cannot be used.
@@ -533,6 +561,12 @@ def load_images(
 ) -> GivenData:
     """Read images for a network.
 
+    Args:
+        data: The images, as a path or in memory.
+        teacher: The captured network.
+        preprocessing: From pixels to its inputs.
+        names: Names of the classes, which identify class folders.
+
     Raises:
         UsageError: They cannot be used.
     """
@@ -546,6 +580,12 @@ def load_test_images(
     names: ClassNames | None = None,
 ) -> GivenData:
     """Read test images for a network.
+
+    Args:
+        data: The images, as a path or in memory; with labels for a classifier.
+        teacher: The captured network.
+        preprocessing: From pixels to its inputs.
+        names: Names of the classes, which identify class folders.
 
     Raises:
         UsageError: They cannot be used, or lack the labels that a classifier needs.
