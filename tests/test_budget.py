@@ -189,7 +189,7 @@ def test_stopped_run_resumes_with_the_effort_that_it_started_with(
 
     with pytest.raises(StoppedError):
         quantize(listener=stop)
-    with pytest.raises(UsageError, match=r"its budget was 9\.7 s and is 20 s"):
+    with pytest.raises(UsageError, match=r"its budget was 9\.7 s and is 20\.0 s"):
         quantize(budget=20)
     resumed = quantize()
     assert len(measurements) == 1
@@ -217,7 +217,8 @@ def test_command_records_and_says_what_was_chosen(
     assert config["budget"] == 3600
     assert f"effort    {effort}, about 3" in captured.out
     assert "of 1:00:00 left" in captured.err
-    assert "s of 3600 s" in captured.out.splitlines()[-1]
+    repeated = f"--images {effort.images} --iterations {effort.iterations} --steps {effort.steps}"
+    assert f"s of 3600 s; the same run: {repeated}" in captured.out.splitlines()[-1]
     assert json.loads((place / "out" / "metrics.json").read_text())["effort"] == config["effort"]
 
 

@@ -92,7 +92,7 @@ class EffortRule:
         return round(self.min_iterations + place * (self.max_iterations - self.min_iterations))
 
 
-_MAX_STEPS = 10**6
+MAX_STEPS = 10**6
 """Most steps of any run; published schedules have 80,000."""
 
 
@@ -125,7 +125,7 @@ class Costs:
     calibrated: int = 1
     matched: float = 0.0
     warmup: int = 1
-    steps: int = _MAX_STEPS
+    steps: int = MAX_STEPS
 
     def after(self, seconds: float) -> "Costs":
         """Return these costs after so many seconds, which count as fixed ones."""

@@ -509,21 +509,25 @@ def _within_budget(plan: Plan, method: Method, context: Context, timing: Timing)
     assert plan.budget is not None
     assert timing.started is not None
     recorded = context.checkpointer.recorded(_RECORD)
-    if recorded is not None and recorded["budget"] != plan.budget:
-        raise UsageError(
-            "a run resumes with the settings that it started with; its budget was "
-            f"{recorded['budget']:g} s and is {plan.budget:g} s. Use the old budget, or start in "
-            "another folder."
-        )
-    seconds: float | None
+    seconds: float | None = None
     if recorded is None:
         effort, seconds = _measured_effort(plan, plan.budget, method, context, timing)
     else:
-        effort = Effort(recorded["images"], recorded["iterations"], recorded["steps"])
-        seconds = None
+        effort = _recorded_effort(recorded, plan.budget)
     record = Results(budget=plan.budget, **effort.as_values())
     context.checkpointer.register(_RECORD, record)
     return replace(plan.with_effort(effort), planned_seconds=seconds)
+
+
+def _recorded_effort(recorded: Mapping[str, Any], budget: float) -> Effort:
+    """Return the effort that a checkpoint has for a budget."""
+    before = recorded.get("budget")
+    if before != budget:
+        raise UsageError(
+            f"a run resumes with the settings that it started with; its budget was {before} s and "
+            f"is {budget} s. Use the old budget, or start in another folder."
+        )
+    return Effort(recorded.get("images"), recorded.get("iterations"), recorded.get("steps", 0))
 
 
 def _measured_effort(

@@ -12,7 +12,7 @@ from gdfq.analysis.accuracy_drop import drop_work
 from gdfq.analysis.cost import now
 from gdfq.analysis.images import images_work
 from gdfq.analysis.layers import layers_work
-from gdfq.effort import Costs
+from gdfq.effort import MAX_STEPS, Costs
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.malloc import release_freed_memory
@@ -21,9 +21,9 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.graph.inputs import takes_images
 from gdfq.recipes import Recipe
-from gdfq.sources.base import Batch, Source, labels_in_turn
+from gdfq.sources.base import Batch, labels_in_turn
 from gdfq.sources.recent import max_images
-from gdfq.student.build import build_student
+from gdfq.student.build import Student, build_student
 from gdfq.student.equalization import channel_scales, rescaled
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
@@ -38,7 +38,8 @@ work of Python for each operator. Measured on ResNet-20, ResNet-56 and MobileNet
 1.7, and 0.7 to 1.5."""
 _ITERATION_PASSES = 4.0
 """Forward passes that take as long as one iteration of the images, where that is not measured."""
-_EQUALIZED_IMAGES = 32
+_SAMPLE_IMAGES = 32
+"""Images that equalization looks at, and that pass the networks."""
 _FEW_IMAGES = 2
 """A pass of so few images shows what a stage takes apart from its images."""
 _MEASURED_STEPS = 10_000
@@ -59,14 +60,11 @@ class Following:
     report: bool = False
     capture_seconds: float = 0.0
 
-
-@dataclass(frozen=True)
-class _SourceCosts:
-    """Seconds of a source: its setup, an iteration of a batch (None without), a batch."""
-
-    setup: float
-    iteration: float | None
-    batch: float
+    @property
+    def seconds(self) -> float:
+        """Seconds of export and report, without the evidence."""
+        captures = _EXPORT_CAPTURES * self.export + _REPORT_CAPTURES * self.report
+        return captures * self.capture_seconds
 
 
 def measure_costs(
@@ -97,140 +95,162 @@ def measure_costs(
     Raises:
         UsageError: The scheme finds nothing to quantize, or the source cannot make images.
     """
+    alone = Context(precision=context.precision, memory=context.memory)
     clock = clock or partial(now, teacher.device)
-    processes = context.group.size
-    context = Context(precision=context.precision, memory=context.memory)
-    source = _source_costs(recipe.source, teacher, recipe.steps, context, least, clock)
-    made = recipe.effort.images is not None
-    per_image = None
-    if source.iteration is not None:
-        per_image = source.iteration / recipe.source.bulk(recipe.steps)[0].batch
-    costs = _student_costs(
-        teacher, scheme, recipe, context, processes, per_image, following, least, clock
-    )
+    measurement = _Measurement(teacher, scheme, recipe, alone, least, clock)
+    source = measurement.source()
+    student = measurement.student(context.group.size, following.report)
+    fixed = source.setup + student.setup + following.seconds
+    if following.report:
+        fixed += _evidence_seconds(teacher, student, source.per_image, context.memory)
     release_freed_memory()
-    return replace(
-        costs,
-        fixed=costs.fixed + source.setup,
-        iteration=per_image / processes if made and per_image is not None else None,
-        draw=0.0 if made else source.batch / processes,
-        steps=_most_steps(recipe, costs.steps),
+    made = recipe.effort.images is not None and source.per_image is not None
+    return Costs(
+        fixed=fixed,
+        iteration=(source.per_image or 0.0) / context.group.size if made else None,
+        draw=0.0 if made else source.batch / context.group.size,
+        calibration=student.calibration,
+        matching=student.matching,
+        step=student.step,
+        batch=recipe.source.batch,
+        calibrated=recipe.calibration,
+        matched=student.matched,
+        warmup=recipe.warmup,
+        steps=_most_steps(recipe),
     )
 
 
-def _most_steps(recipe: Recipe, otherwise: int) -> int:
-    """Return how many batches a pool calibrates on without tuning: each image once."""
+def _most_steps(recipe: Recipe) -> int:
+    """Return how many steps are of use: without tuning a pool calibrates with each image once."""
     held = recipe.source.images_held
     if recipe.tuning.trains or not held:
-        return otherwise
+        return MAX_STEPS
     return max(1, held // recipe.source.batch)
 
 
-def _source_costs(
-    source: Source,
-    teacher: Captured,
-    steps: int,
-    context: Context,
-    least: float,
-    clock: Clock,
-) -> _SourceCosts:
-    """Time the second iteration of a source, or the second batch of one without iterations."""
-    source, steps = source.bulk(steps)
-    times: list[float] = []
+@dataclass(frozen=True)
+class _SourceSeconds:
+    """Seconds of a source: its setup, an iteration of one image (None without), and a batch."""
 
-    def listener(step: Step) -> None:
-        del step
-        times.append(clock())
-        if len(times) > 1 and times[-1] - times[0] >= least:
-            raise _MeasuredError
-
-    started = clock()
-    ends: list[float] = []
-    stream = source.stream(
-        teacher, steps=max(2, steps), context=replace(context, listener=listener)
-    )
-    with suppress(_MeasuredError):
-        for _ in stream:
-            ends.append(clock())
-            if len(ends) > 1 and ends[-1] - ends[0] >= least:
-                break
-    marks = times if len(times) > 1 else ends
-    each = (marks[-1] - marks[0]) / max(1, len(marks) - 1)
-    setup = max(0.0, marks[0] - started - each)
-    if len(times) < 2:
-        return _SourceCosts(setup, None, each)
-    return _SourceCosts(setup, each, each * (source.iterations or 1))
+    setup: float
+    per_image: float | None
+    batch: float
 
 
-def _student_costs(
-    teacher: Captured,
-    scheme: Scheme,
-    recipe: Recipe,
-    context: Context,
-    processes: int,
-    per_image: float | None,
-    following: Following,
-    least: float,
-    clock: Clock,
-) -> Costs:
-    """Time calibration, moment matching, an update, and what follows the run."""
-    family, tuning, count = recipe.quantizers, recipe.tuning, recipe.source.batch
-    batch = _noise(teacher, count)
-    few = tuple(tensor[:_FEW_IMAGES] for tensor in batch.inputs)
-    laps = _Laps(clock)
-    prepared = teacher
-    if family.equalizes:
-        sample = [tensor[:_EQUALIZED_IMAGES] for tensor in batch.inputs]
-        prepared = rescaled(teacher, channel_scales(teacher, scheme, *sample))
-    student = build_student(
-        prepared, scheme, quantizers=family, fixed_statistics=tuning.fixed_statistics
-    )
-    calibrate_(student, [replace(batch, inputs=few)], steps=1, context=context)
-    setup = laps.lap()
-    calibrate_(student, [batch], steps=1, context=context)
-    calibration, matching = laps.lap(), 0.0
-    if recipe.match_moments:
-        match_moments_(student, prepared, few, context.memory)
-        preparing = laps.lap()
-        match_moments_(student, prepared, batch.inputs, context.memory)
-        setup, matching = setup + preparing, max(0.0, laps.lap() - preparing)
-    network = freeze(student)
-    setup += laps.lap()
-    after = following.capture_seconds * (
-        _EXPORT_CAPTURES * following.export + _REPORT_CAPTURES * following.report
-    )
-    if following.report:
-        after += _evidence_seconds(
+@dataclass(frozen=True)
+class _StudentSeconds:
+    """Seconds of a student: setup and freezing, a batch of each stage, and a pass of one image.
+
+    `matched` is the most batches whose moments are matched. `step` is None without tuning, and the
+    passes, of teacher and integer network, are 0 where they are not asked for.
+    """
+
+    setup: float
+    calibration: float
+    matching: float
+    matched: float
+    step: float | None
+    teacher_pass: float = 0.0
+    student_pass: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What is measured, with what clock, and for how long at least."""
+
+    teacher: Captured
+    scheme: Scheme
+    recipe: Recipe
+    context: Context
+    least: float
+    clock: Clock
+
+    def source(self) -> _SourceSeconds:
+        """Time the second iteration of the source, or the second batch of one without any."""
+        source, steps = self.recipe.source.bulk(self.recipe.steps)
+        times: list[float] = []
+
+        def listener(step: Step) -> None:
+            del step
+            times.append(self.clock())
+            if self._enough(times):
+                raise _MeasuredError
+
+        started = self.clock()
+        context = replace(self.context, listener=listener)
+        stream = source.stream(self.teacher, steps=max(2, steps), context=context)
+        ends: list[float] = []
+        with suppress(_MeasuredError):
+            for _ in stream:
+                ends.append(self.clock())
+                if self._enough(ends):
+                    break
+        marks = times if len(times) > 1 else ends
+        each = (marks[-1] - marks[0]) / max(1, len(marks) - 1)
+        setup = max(0.0, marks[0] - started - each)
+        if marks is ends:
+            return _SourceSeconds(setup, None, each)
+        return _SourceSeconds(setup, each / source.batch, each * (source.iterations or 1))
+
+    def _enough(self, times: list[float]) -> bool:
+        return len(times) > 1 and times[-1] - times[0] >= self.least
+
+    def student(self, processes: int, passes: bool) -> _StudentSeconds:
+        """Time a batch of calibration, of moment matching and of tuning, shared by processes.
+
+        Args:
+            processes: How many processes share a batch of tuning.
+            passes: Whether to time an image that passes each network.
+        """
+        teacher, recipe = self.teacher, self.recipe
+        batch = _noise(teacher, recipe.source.batch)
+        few = tuple(tensor[:_FEW_IMAGES] for tensor in batch.inputs)
+        laps = _Laps(self.clock)
+        if recipe.quantizers.equalizes:
+            sample = [tensor[:_SAMPLE_IMAGES] for tensor in batch.inputs]
+            teacher = rescaled(teacher, channel_scales(teacher, self.scheme, *sample))
+        student = build_student(
             teacher,
-            _seconds_of_pass(teacher.network, batch, clock),
-            _seconds_of_pass(network, batch, clock),
-            per_image,
-            context.memory,
+            self.scheme,
+            quantizers=recipe.quantizers,
+            fixed_statistics=recipe.tuning.fixed_statistics,
         )
-    step = None
-    if tuning.trains:
-        shard = batch.split(-(-count // processes))[0]
-        seconds = tuning.seconds(
+        calibrate_(student, [Batch(few, None, None)], steps=1, context=self.context)
+        setup = laps.lap()
+        calibrate_(student, [batch], steps=1, context=self.context)
+        calibration, matching = laps.lap(), 0.0
+        if recipe.match_moments:
+            match_moments_(student, teacher, few, self.context.memory)
+            preparing = laps.lap()
+            match_moments_(student, teacher, batch.inputs, self.context.memory)
+            setup, matching = setup + preparing, max(0.0, laps.lap() - preparing)
+        network = freeze(student)
+        setup += laps.lap()
+        timed = [self.teacher.network, network] if passes else []
+        return _StudentSeconds(
+            setup,
+            calibration,
+            matching,
+            matched_images(batch.inputs) / len(batch),
+            self._step(student, teacher, batch.split(-(-len(batch) // processes))[0]),
+            *(_seconds_of_pass(module, batch, self.clock) for module in timed),
+        )
+
+    def _step(self, student: Student, teacher: Captured, batch: Batch) -> float | None:
+        """Return the seconds of an update; None without tuning."""
+        if not self.recipe.tuning.trains:
+            return None
+        seconds = self.recipe.tuning.seconds(
             student,
-            prepared,
-            shard,
+            teacher,
+            batch,
             first_step=0,
             total_steps=_MEASURED_STEPS,
-            clock=clock,
-            least=least,
-            context=context,
+            clock=self.clock,
+            least=self.least,
+            context=self.context,
         )
-        step = seconds / _MEASURED_STEPS
-    return Costs(
-        fixed=setup + after,
-        calibration=calibration,
-        matching=matching,
-        step=step,
-        batch=count,
-        calibrated=recipe.calibration,
-        matched=matched_images(batch.inputs) / count,
-        warmup=recipe.warmup,
-    )
+        return seconds / _MEASURED_STEPS
 
 
 def _noise(teacher: Captured, count: int) -> Batch:
@@ -243,7 +263,7 @@ def _noise(teacher: Captured, count: int) -> Batch:
 @torch.no_grad()
 def _seconds_of_pass(network: Callable[..., Any], batch: Batch, clock: Clock) -> float:
     """Return the seconds of one image in a network, in its second pass: the first prepares it."""
-    inputs = [tensor[:_EQUALIZED_IMAGES] for tensor in batch.inputs]
+    inputs = [tensor[:_SAMPLE_IMAGES] for tensor in batch.inputs]
     network(*inputs)
     started = clock()
     network(*inputs)
@@ -252,8 +272,7 @@ def _seconds_of_pass(network: Callable[..., Any], batch: Batch, clock: Clock) ->
 
 def _evidence_seconds(
     teacher: Captured,
-    teacher_pass: float,
-    student_pass: float,
+    measured: _StudentSeconds,
     per_image: float | None,
     memory: MemoryBudget,
 ) -> float:
@@ -264,8 +283,8 @@ def _evidence_seconds(
     work = drop_work(teacher) + images_work(images)
     with suppress(LookupError):  # a weight that is computed from an input: layers have no evidence
         work += layers_work(teacher, memory)
-    iteration = _ITERATION_PASSES * teacher_pass if per_image is None else per_image
-    return work.seconds(teacher_pass, student_pass, iteration)
+    iteration = _ITERATION_PASSES * measured.teacher_pass if per_image is None else per_image
+    return work.seconds(measured.teacher_pass, measured.student_pass, iteration)
 
 
 class _Laps:

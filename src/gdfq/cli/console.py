@@ -90,6 +90,15 @@ def budget_in_words(plan: Plan) -> str:
     return seconds
 
 
+def repeating_options(plan: Plan) -> str:
+    """Return the options that repeat a run with a budget; images imply the steps without tuning."""
+    effort = plan.effort
+    options = {"images": effort.images, "iterations": effort.iterations}
+    if plan.recipe.tuning.trains or effort.images is None:
+        options["steps"] = effort.steps
+    return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
+
+
 def warn(message: str) -> None:
     """Print a warning on standard error."""
     click.secho(f"warning: {message}", fg="yellow", err=True)

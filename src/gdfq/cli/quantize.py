@@ -16,7 +16,14 @@ import torch
 
 from gdfq.analysis.preflight import diagnose
 from gdfq.analysis.run_costs import Following
-from gdfq.cli.console import budget_in_words, print_bits, print_run, warn, warn_about_normalisation
+from gdfq.cli.console import (
+    budget_in_words,
+    print_bits,
+    print_run,
+    repeating_options,
+    warn,
+    warn_about_normalisation,
+)
 from gdfq.cli.export import print_export
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.budget import MemoryBudget
@@ -115,7 +122,8 @@ def quantize(
     if report:
         report_after(out)
     if countdown is not None:
-        click.echo(f"{'budget':10}{countdown.used():.0f} s of {countdown.seconds:g} s")
+        used = f"{countdown.used():.0f} s of {countdown.seconds:g} s"
+        click.echo(f"{'budget':10}{used}; the same run: {repeating_options(plan)}")
 
 
 def _text(path: object | None) -> str | None:
