@@ -10,6 +10,7 @@ import torch
 from support.narrowing import present
 
 from gdfq.errors import GdfqWarning, UsageError
+from gdfq.execution.checkpointer import NullCheckpointer
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.progress import Step
 from gdfq.files import atomic
@@ -425,3 +426,29 @@ def test_lock_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file")
     with pytest.raises(UsageError, match="must be writable"), Checkpoints(tmp_path / "c"):
         pass
+
+
+def test_state_of_a_part_is_read_before_the_run_begins(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path).recorded("part") is None
+    assert NullCheckpointer().recorded("part") is None
+    checkpoints, part = opened(tmp_path)
+    part["x"] = 1
+    checkpoints.save()
+    fresh = Checkpoints(tmp_path)
+    assert fresh.recorded("part") == {"x": 1}
+    assert fresh.recorded("other") is None
+    _, again = opened(tmp_path)
+    assert again == {"x": 1}
+
+
+def test_recorded_state_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    class Listed:
+        def state_dict(self) -> Any:
+            return [1]
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    checkpoints, _ = opened(tmp_path, Listed())
+    checkpoints.save()
+    with pytest.raises(UsageError, match="state of the part does not fit"):
+        Checkpoints(tmp_path).recorded("part")

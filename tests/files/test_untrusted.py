@@ -30,7 +30,7 @@ from support.valid_files import CLASSES, SHAPE
 from torch import Tensor
 
 import gdfq
-from gdfq.cli.types import Shape, Size
+from gdfq.cli.types import Duration, Shape, Size
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Resize
 from gdfq.data.writers import ImageFiles
@@ -613,7 +613,11 @@ def test_option_of_many_digits_is_refused() -> None:
         Bits.parse("w" + "9" * 5000 + "a4")
     with pytest.raises(UsageError, match="the bits of layers"):
         LayerBits.parse("last=" + "9" * 5000)
-    for kind, text in ((Shape(), "9" * 5000 + "x3"), (Size(), "9" * 5000)):
+    for kind, text in (
+        (Shape(), "9" * 5000 + "x3"),
+        (Size(), "9" * 5000),
+        (Duration(), "9" * 5000),
+    ):
         with pytest.raises(click.BadParameter):
             kind.convert(text, None, None)
 

@@ -49,6 +49,12 @@ def test_sweep_has_every_combination_once(tmp_path: Path) -> None:
     assert cells[-1].folder.startswith("b-w8a8-quick-first=8-last=float-seed1-")
 
 
+@pytest.mark.parametrize(("budget", "word"), [("2m30s", "2m30s"), (90, "90"), (0.5, "0.5")])
+def test_each_run_of_a_sweep_has_its_budget(tmp_path: Path, budget: object, word: str) -> None:
+    (cell,) = read(tmp_path, f"networks: [a]\nbudget: {budget}").cells()
+    assert f"--budget={word}" in cell.words()
+
+
 def test_cell_with_another_option_has_another_folder() -> None:
     one, other = (Sweep((Network("a.py:n", mean=mean),)).cells()[0] for mean in ("0", "0.5"))
     assert one.folder[:-8] == other.folder[:-8]
@@ -91,6 +97,10 @@ def test_model_is_not_read_as_an_option() -> None:
         ("networks: [a]\nseeds: [true]", "got True"),
         ("networks: [a]\nsteps: 1.5", "steps must be whole numbers"),
         ("networks: [a]\nsteps: 1", "needs at least 4"),
+        ("networks: [a]\nbudget: soon", "such as 90s, 5m"),
+        ("networks: [a]\nbudget: [5m, 1h]", "budget must be text or a number"),
+        ("networks: [a]\nbudget: true", "budget must be text or a number"),
+        ("networks: [a]\nbudget: 5m\nsteps: 8", "steps was given, too"),
         ("networks: [{model: a, classifier: maybe}]", "classifier must be true or false"),
         ("networks: [{model: a, test: {b: c}}]", "test must be text or a number"),
         ("networks: [a]\nseeds: 2024-99-99", "valid YAML"),
@@ -126,7 +136,7 @@ def test_read_sweep_refuses_unreadable_files(tmp_path: Path) -> None:
 
 
 _KEYS = st.sampled_from(
-    ["networks", "bits", "seeds", "layer_bits", "steps", "model", "test", "size"]
+    ["networks", "bits", "seeds", "layer_bits", "steps", "budget", "model", "test", "size"]
 )
 
 

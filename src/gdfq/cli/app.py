@@ -301,6 +301,7 @@ def sweep_command(**options: Any) -> int:
               classifier, device, test, data and size; paths are relative to the file
     bits, recipes, placement, layer_bits, seeds: one value or a list of them
     steps:    one number
+    budget:   one time, such as 5m, of each run
     """
     from gdfq.cli.sweep import sweep
 

@@ -133,10 +133,15 @@ class Checkpoints:
         `begin` refuses.
 
         Raises:
-            UsageError: All checkpoints are damaged.
+            UsageError: All checkpoints are damaged, or the part is none.
         """
         found = self._read_newest()
-        state: Mapping[str, Any] | None = None if found is None else found["parts"].get(name)
+        state = None if found is None else found["parts"].get(name)
+        if not (state is None or isinstance(state, Mapping)):
+            raise UsageError(
+                f"a checkpoint must belong to the run that resumes; in {self.folder} the state of "
+                f"the {name} does not fit. Remove the folder to restart."
+            )
         return state
 
     def _take(

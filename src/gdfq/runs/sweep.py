@@ -66,6 +66,7 @@ class Cell:
     layer_bits: tuple[str, ...]
     seed: int
     steps: int | None
+    budget: str | None = None
 
     def words(self) -> list[str]:
         """Return the arguments of `gdfq quantize` for this run, without --out."""
@@ -74,6 +75,7 @@ class Cell:
         words += [f"--placement={self.placement}"] if self.placement else []
         words += [f"--layer-bits={text}" for text in self.layer_bits]
         words += [f"--steps={self.steps}"] if self.steps is not None else []
+        words += [f"--budget={self.budget}"] if self.budget is not None else []
         return [*words, f"--seed={self.seed}", "--", self.network.model]
 
     @property
@@ -100,6 +102,7 @@ class Sweep:
     layer_bits: tuple[tuple[str, ...], ...] = ((),)
     seeds: tuple[int, ...] = (0,)
     steps: int | None = None
+    budget: str | None = None
 
     def __post_init__(self) -> None:
         lists = self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
@@ -125,6 +128,7 @@ class Sweep:
                 placement=placement,
                 layer_bits=layer_bits,
                 steps=self.steps,
+                budget=self.budget,
             )
 
     def cells(self) -> list[Cell]:
@@ -132,7 +136,7 @@ class Sweep:
         grid = product(
             self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
         )
-        return list(dict.fromkeys(Cell(*values, self.steps) for values in grid))
+        return list(dict.fromkeys(Cell(*values, self.steps, self.budget) for values in grid))
 
 
 def _check_normalisation(network: Network) -> None:
@@ -259,6 +263,8 @@ def _sweep(values: Mapping[str, Any]) -> Sweep:
     }
     if "steps" in values:
         found["steps"] = _number(values["steps"], "steps")
+    if "budget" in values:
+        found["budget"] = _text(values["budget"], "budget")
     return Sweep(**found)
 
 
