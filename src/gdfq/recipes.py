@@ -45,6 +45,8 @@ class Recipe:
         quantizers: Family of the quantizers.
         match_moments: Whether the outputs of each layer get the teacher's mean and standard
             deviation after calibration (`gdfq.tuning.moment_matching`).
+        fit_weights: Whether weights are fitted to the teacher's outputs then, and rounded so that
+            later codes compensate the rounding of earlier ones (`gdfq.tuning.weight_fitting`).
 
     Raises:
         UsageError: The parts are incompatible.
@@ -60,6 +62,7 @@ class Recipe:
     placement: Placement
     quantizers: QuantizerFamily = MINMAX
     match_moments: bool = False
+    fit_weights: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.calibration <= self.warmup <= self.steps:
@@ -92,6 +95,11 @@ class Recipe:
                 "block features are matched where batch norms are folded, which students with "
                 f"learned quantizers have; recipe {self.name!r} has {family.name!r}. "
                 "Set features to 0 or quantizers to LSQ."
+            )
+        if self.fit_weights and not self.match_moments:
+            raise UsageError(
+                "weights are fitted where moments are matched; "
+                f"recipe {self.name!r} has match_moments=False. Set it to True."
             )
         if self.match_moments and not family.rescales:
             raise UsageError(
@@ -219,6 +227,7 @@ FAST = Recipe(
     placement="full",
     quantizers=LSQ,
     match_moments=True,
+    fit_weights=True,
 )
 
 QUICK = replace(
@@ -241,6 +250,7 @@ PATCHES = replace(
     calibration=3,
     warmup=3,
     match_moments=False,
+    fit_weights=False,
 )
 
 GENIE = Recipe(

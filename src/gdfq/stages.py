@@ -230,7 +230,13 @@ def calibrate(
     )
     if recipe.match_moments:
         release_freed_memory()
-        match_moments_(student, teacher, joined_inputs(feed.held), context.memory)
+        match_moments_(
+            student,
+            teacher,
+            joined_inputs(feed.held),
+            context.memory,
+            fit_weights=recipe.fit_weights,
+        )
     # All processes saw the same batches: they differ at most by the rounding of their devices.
     context.group.broadcast_(student.state_dict().values())
     marks.end("calibrate")

@@ -43,6 +43,13 @@ class PartsInterpreter(fx.Interpreter):
 
     def run_parts(self, parts: Sequence[Sequence[Tensor]]) -> None:
         """Run on parts [n, *shape] of each input; nothing is returned."""
+        for _ in self.nodes_of_parts(parts):
+            pass
+
+    def nodes_of_parts(
+        self, parts: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[fx.Node, Sequence[dict[fx.Node, Any]]]]:
+        """Run as `run_parts`, and yield each node when all parts have passed it."""
         arguments = list(map(iter, parts))
         envs: list[dict[fx.Node, Any]] = [{} for _ in parts]
         for node in self.graph.nodes:
@@ -55,6 +62,7 @@ class PartsInterpreter(fx.Interpreter):
                 for finished in self.user_to_last_uses.get(node, []):
                     del env[finished]
             self.after(node, envs)
+            yield node, envs
 
     def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
         """Read the inputs of a node in each part, or change the node's module."""

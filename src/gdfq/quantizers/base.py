@@ -55,6 +55,18 @@ class WeightQuantizer(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be rescaled")
 
+    def fit_(self, weight: Tensor, inputs: Tensor, ridge: Tensor) -> None:
+        """Start again from another weight, rounded for the inputs that it gets.
+
+        Only families with `rescales` implement it.
+
+        Args:
+            weight: The weight, in the layout `ROWS`.
+            inputs: Covariance of the inputs of each group, [G, K, K].
+            ridge: λ > 0 of each group, [G] (`gdfq.functional.rounding.compensated_codes`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be fitted")
+
     def rounding_penalty(self, sharpness: float) -> Tensor | None:
         """Return a scalar that is 0 when all rounding is decided; None if none is learned."""
         del sharpness

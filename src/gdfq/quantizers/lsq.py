@@ -22,6 +22,7 @@ from gdfq.functional.grid import (
     weight_grid,
 )
 from gdfq.functional.losses import inner
+from gdfq.functional.rounding import compensated_codes
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.quantizers.recompute import mark_recomputable
 
@@ -51,9 +52,7 @@ class LearnedWeight(WeightQuantizer):
         scale, zero_point = best_weight_grid(weight, bits, layout, groups)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
-        low, high = code_bounds(bits)
-        # Weights that the search clips start outside the bounds, and stay clipped.
-        self.codes = nn.Parameter((weight / scale + zero_point).clamp(low - 0.49, high + 0.49))
+        self.codes = nn.Parameter(_inside(weight / scale + zero_point, bits))
         self.log_scale = nn.Parameter(torch.zeros_like(scale))
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it was read at construction)
@@ -65,6 +64,18 @@ class LearnedWeight(WeightQuantizer):
     def rescale_(self, factor: Tensor) -> None:
         """Multiply each output channel by its factor [O] > 0; the codes stay."""
         self.scale.mul_(self.along_channels(factor, self.codes))
+
+    @torch.no_grad()
+    def fit_(self, weight: Tensor, inputs: Tensor, ridge: Tensor) -> None:
+        scale, zero_point = best_weight_grid(weight, self.bits, self.layout, self.groups)
+        rows, steps, zeros = (
+            part.to(inputs.dtype).reshape(len(inputs), -1, columns)
+            for part, columns in ((weight, inputs.shape[-1]), (scale, 1), (zero_point, 1))
+        )
+        latent = compensated_codes(rows, inputs, ridge, steps, zeros, self.bits)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.codes.copy_(_inside(latent.view_as(weight).to(weight.dtype), self.bits))
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
@@ -110,6 +121,12 @@ class LearnedRange(ActivationQuantizer):
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:
         return self._learned(), self.zero_point
+
+
+def _inside(latent: Tensor, bits: int) -> Tensor:
+    """Return latent codes that round to the bounds where they were beyond; they stay clipped."""
+    low, high = code_bounds(bits)
+    return latent.clamp(low - 0.49, high + 0.49)
 
 
 def best_weight_grid(

@@ -17,11 +17,13 @@ from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.family import MINMAX, QuantizerFamily
 from gdfq.quantizers.recompute import recomputing
-from gdfq.student.placement import activation_bits
+from gdfq.student.placement import activation_bits, layer_input_bits
 from gdfq.student.scheme import Scheme
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
 """Where the student keeps its quantizers and batch norms."""
+LAYER_INPUT = "_into_layers"
+"""End of the names of quantizers that round what is carried again, for layers."""
 
 
 class StudentBatchNorm(nn.Module):
@@ -156,6 +158,7 @@ def build_student(
     """
     teacher = quantizers.prepared(teacher)
     bits_of = activation_bits(teacher, scheme)
+    entering = layer_input_bits(teacher, scheme)
     weights = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     _check_quantizable(teacher, scheme, weights, bits_of)
     teacher_tensors = tensors_of(teacher.network)
@@ -163,6 +166,7 @@ def build_student(
     learned: dict[tuple[object, ...], WeightQuantizer] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
     unquantized: dict[fx.Node, fx.Node] = {}
+    narrowed: dict[fx.Node, fx.Node] = {}
 
     def call(copy: Copy, kind: str, name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
         target = f"{kind}.{name.replace('.', '_')}"
@@ -178,9 +182,22 @@ def build_student(
             learned[key] = quantizers.weight(weight, bits, *layout)
         return learned[key]
 
+    def layer_input(copy: Copy, x: fx.Node) -> fx.Node:
+        """Return a layer's input, rounded again where it is carried with more bits."""
+        source = queries.grid_source(x)
+        if source not in entering:
+            return copy[x]
+        if x not in narrowed:
+            activation = quantizers.activation(entering[source])
+            activation.limits = queries.value_limits(source)
+            narrowed[x] = call(copy, ACTIVATION, f"{x.name}{LAYER_INPUT}", activation, copy[x])
+        return narrowed[x]
+
     def layer(copy: Copy, node: fx.Node) -> fx.Node:
+        x = layer_input(copy, queries.input_of(node))
         new = copy.of(node)
         quantizer = weight_quantizer(node)
+        new.update_arg(0, x)
         with copy.graph.inserting_before(new):
             weight = call(copy, WEIGHT, node.name, quantizer, copy[queries.weight_of(node)])
         new.update_arg(1, weight)

@@ -8,13 +8,17 @@ from gdfq.graph.capture import Captured
 from gdfq.student.attention import gives_scores, stays_float
 from gdfq.student.scheme import Scheme
 
-_SIGNAL_BITS = 8
-"""Bits, in `full` placement, of the network's input, of the outputs of layers without a ReLU, and
-of residual paths (sums that only enter other sums)."""
+_CARRIED_BITS = 8
+"""Bits, in `full` placement, of what is only carried: the network's input, the outputs of layers
+without a ReLU, and residual paths (what enters sums and concatenations)."""
 
 
 def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
-    """Return the nodes of the teacher whose outputs are quantized, and to how many bits."""
+    """Return the nodes of the teacher whose outputs are quantized, and to how many bits.
+
+    An output that enters layers as well as sums may be rounded again, to fewer bits, on its way
+    into the layers (`layer_input_bits`).
+    """
     nodes = list(teacher.network.graph.nodes)
     layers = list(filter(queries.has_weight, nodes))
     weight_bits = scheme.weight_bits(layers)
@@ -32,6 +36,34 @@ def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
                 del found[node]
             elif None not in reader_bits:
                 found[node] = max(found[node], *(bits for bits in reader_bits if bits is not None))
+    return found
+
+
+def layer_input_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
+    """Return the nodes whose outputs enter layers with fewer bits than they are carried with.
+
+    In `full` placement a tensor that enters layers as well as sums is carried in 8 bits, so that
+    the errors of rounding do not add up along a residual path, and multiplied in those of the
+    scheme.
+
+    Returns:
+        Bits of the copies that enter layers, by the nodes that they are copies of.
+    """
+    if scheme.placement == "relu":
+        return {}
+    nodes = list(teacher.network.graph.nodes)
+    signals = _signals(nodes)
+    overridden = scheme.overridden(list(filter(queries.has_weight, nodes)))
+    found = {}
+    for node, carried in activation_bits(teacher, scheme).items():
+        readers = [reader for reader in _entered(node) if reader is not None]
+        if node in signals or not _is_carried(node) or not readers:
+            continue
+        others = [overridden[r].bits for r in readers if r in overridden]
+        own = [_CARRIED_BITS if bits is None else bits for bits in others]
+        needed = max([scheme.bits.activations, *(own if len(own) == len(readers) else [])])
+        if needed < carried:
+            found[node] = needed
     return found
 
 
@@ -59,16 +91,37 @@ def _full_placement(
         and not gives_scores(_after_batch_norm(node))
         and not tail.issuperset(node.users)
     }
-    signals = _input_signals(nodes) | {_after_batch_norm(node) for node in weighted}
-    carriers = {node for node in nodes if _carries_on(node)}
-    joined = {node for node in carriers if operators.name_of(node) in operators.JOINS}
-    signals |= carriers
-    signals |= {queries.grid_source(part) for node in joined for part in node.all_input_nodes}
+    signals = _signals(nodes)
     return {
-        node: _SIGNAL_BITS if node in signals else scheme.bits.activations
+        node: _CARRIED_BITS if node in signals or _is_carried(node) else scheme.bits.activations
         for node in nodes
         if node in quantized
     }
+
+
+def _signals(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that have 8 bits wherever they enter: inputs, and outputs without a ReLU."""
+    signals = _input_signals(nodes)
+    signals |= {
+        _after_batch_norm(node) for node in nodes if operators.name_of(node) in operators.WEIGHTED
+    }
+    carriers = {node for node in nodes if _carries_on(node)}
+    joined = {node for node in carriers if operators.name_of(node) in operators.JOINS}
+    signals |= carriers
+    return signals | {queries.grid_source(part) for node in joined for part in node.all_input_nodes}
+
+
+def _is_carried(node: fx.Node) -> bool:
+    """Return whether a node's output, also moved, enters a sum of two tensors or is joined."""
+    return any(
+        _is_carried(user) if queries.keeps_grid(user) else _merges(user) for user in node.users
+    )
+
+
+def _merges(node: fx.Node) -> bool:
+    """Return whether a node adds or joins tensors that depend on the input."""
+    parts = list(filter(queries.is_activation, node.all_input_nodes))
+    return operators.name_of(node) in operators.SUMS | operators.JOINS and len(parts) > 1
 
 
 def shapes_outputs(nodes: list[fx.Node]) -> set[fx.Node]:

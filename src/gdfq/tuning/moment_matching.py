@@ -1,6 +1,5 @@
 """Moment matching: the correction of a student's biases and weight scales."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,12 @@ from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.memory import part_images
+from gdfq.graph.tensors import tensors_of
 from gdfq.graph.walk import PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.sources.base import split_inputs
 from gdfq.student.build import Student
+from gdfq.tuning.weight_fitting import can_be_fitted, fit_weight_
 
 
 @torch.no_grad()
@@ -24,6 +25,8 @@ def match_moments_(
     teacher: Captured,
     inputs: Sequence[Tensor],
     memory: MemoryBudget = MemoryBudget(),
+    *,
+    fit_weights: bool = False,
 ) -> None:
     """Give each layer's output channels the teacher's mean and standard deviation.
 
@@ -38,27 +41,31 @@ def match_moments_(
     Args:
         student: A student whose weight quantizers rescale, changed in place.
         teacher: The network whose moments are the targets.
-        inputs: [N, *shape] for each input of the network. Only the first entries are used, up to
-            2^24 elements together (111 of 3x224x224), because more large images add nothing.
+        inputs: [N, *shape] for each input of the network. Only the first entries are used, so many
+            that no feature map of all of them has more than 2^26 elements (55 images of 224x224
+            with 96 channels at half the resolution), because more large images add nothing.
         memory: Decides whether the images pass in parts. The moments of a batch in parts differ
             only by the rounding of sums.
+        fit_weights: Whether each weight is fitted to the teacher's outputs and rounded with
+            compensation before (`gdfq.tuning.weight_fitting`).
     """
-    used = tuple(tensor[: matched_images(inputs)] for tensor in inputs)
     network = fold_batch_norms(teacher).network
+    used = tuple(tensor[: matched_images(network.graph)] for tensor in inputs)
     at_once = part_images(network.graph, len(used[0]), memory, used[0].device)
     parts = split_inputs(used, at_once)
-    targets = _OutputMoments(network)
-    targets.run_parts(parts)
-    _MatchMoments(student.network, targets.moments).run_parts(parts)
+    _MatchMoments(student.network, network, parts, fit_weights).run_parts(parts)
 
 
-def matched_images(inputs: Sequence[Tensor]) -> int:
-    """Return how many entries of inputs [N, *shape] are used at most."""
-    return max(1, _MAX_ELEMENTS // sum(math.prod(tensor.shape[1:]) for tensor in inputs))
+def matched_images(graph: fx.Graph) -> int:
+    """Return how many images are used at most of those that pass a teacher's graph."""
+    activations = filter(queries.is_activation, graph.nodes)
+    return max(_MIN_IMAGES, _MAX_ELEMENTS // max(map(queries.elements_per_image, activations)))
 
 
-_MAX_ELEMENTS = 2**24
-"""Maximum elements of the images whose moments are matched."""
+_MAX_ELEMENTS = 2**26
+"""Maximum elements of a feature map of all images whose moments are matched: 256 MiB."""
+_MIN_IMAGES = 32
+"""Images that are used however large their feature maps are."""
 _MIN_SAMPLES = 32
 """Minimum values of a channel for a standard deviation."""
 _MAX_VARIANCE_ERROR = 0.3
@@ -66,54 +73,59 @@ _MAX_VARIANCE_ERROR = 0.3
 all of the variance gives 1, values of a normal distribution give 0.1."""
 
 
-class _OutputMoments(PartsInterpreter):
-    """Runs a network and records mean and variance of the output channels of each layer.
+class _MatchMoments(PartsInterpreter):
+    """Runs a student and corrects each layer before the next one runs.
 
-    A third tensor [O] says which of the variances more than a few values make up.
+    The teacher runs beside it, a layer ahead, so that only the tensors of the present layer are
+    held of both.
     """
 
-    def __init__(self, network: fx.GraphModule) -> None:
-        super().__init__(network)
-        self.moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
-        if queries.has_weight(node):
-            parts = [env[node] for env in envs]
-            mean, variance = _channel_moments(node, parts)
-            error = _variance_error(node, parts, mean, variance)
-            self.moments[node.name] = mean, variance, error <= _MAX_VARIANCE_ERROR
-
-
-class _MatchMoments(PartsInterpreter):
-    """Runs a student and corrects each layer before the next one runs."""
-
     def __init__(
-        self, network: fx.GraphModule, targets: dict[str, tuple[Tensor, Tensor, Tensor]]
+        self,
+        network: fx.GraphModule,
+        teacher: fx.GraphModule,
+        parts: Sequence[Sequence[Tensor]],
+        fit_weights: bool,
     ) -> None:
         super().__init__(network)
-        self.targets = targets
         self.corrected: set[WeightQuantizer] = set()
+        self.fit_weights = fit_weights
+        self._weights = tensors_of(teacher)
+        self._teacher = PartsInterpreter(teacher).nodes_of_parts(parts)
+        self._targets: list[Tensor] = []
 
     def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
         if isinstance(quantizer := self.submodules.get(str(node.target)), ActivationQuantizer):
             quantizer.batches.zero_()
             (source,) = node.all_input_nodes
             quantizer.observe_(*(env[source] for env in envs))
+        elif (weight := self._uncorrected(node)) is not None:
+            layer, self._targets = self._teacher_layer(node.name)
+            if self.fit_weights and can_be_fitted(node, weight):
+                inputs = [env[queries.input_of(node)] for env in envs]
+                old = self._weights[queries.weight_name(layer)]
+                moments = _channel_moments(node, self._targets)
+                error = _variance_error(node, self._targets, *moments)
+                known = error <= _MAX_VARIANCE_ERROR
+                fit_weight_(weight, node, old, inputs, self._targets, known)
+                for env in envs:
+                    env[queries.weight_of(node)] = weight(old)
 
     def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
-        if operators.name_of(node) not in operators.WEIGHTED:
-            return
-        weight = self.submodules.get(queries.weight_name(node))
-        if not isinstance(weight, WeightQuantizer) or weight in self.corrected:
+        weight = self._uncorrected(node)
+        if weight is None:
             return
         self.corrected.add(weight)
-        mean, variance = _channel_moments(node, [env[node] for env in envs])
-        target_mean, target, is_known = self.targets[node.name]
+        values = [env[node] for env in envs]
+        mean, variance = _channel_moments(node, values)
+        target_mean, target = _channel_moments(node, self._targets)
+        error = _variance_error(node, self._targets, target_mean, target)
+        self._targets = []
         # Nearly constant channels, or few samples, do not determine a scale.
         varies = torch.minimum(variance, target) > 1e-6 * target.mean()
-        samples = sum(env[node].numel() for env in envs) // len(mean)
+        samples = sum(value.numel() for value in values) // len(mean)
         ratio = (target / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
-        is_known = is_known | (samples < _MIN_SAMPLES)
+        is_known = (error <= _MAX_VARIANCE_ERROR) | (samples < _MIN_SAMPLES)
         matched = varies & is_known & (samples >= _MIN_SAMPLES)
         factor = torch.where(matched, ratio.clamp(0.5, 2.0), 1.0)
         shift = torch.where(is_known, target_mean - factor * mean, 0.0)
@@ -126,22 +138,44 @@ class _MatchMoments(PartsInterpreter):
         for env in envs:
             env[node] = env[node] * factor.view(shape) + shift.view(shape)
 
+    def _uncorrected(self, node: fx.Node) -> WeightQuantizer | None:
+        """Return the quantizer of a layer's weight, if the node is one and it is the first use."""
+        if operators.name_of(node) not in operators.WEIGHTED:
+            return None
+        weight = self.submodules.get(queries.weight_name(node))
+        is_new = isinstance(weight, WeightQuantizer) and weight not in self.corrected
+        return weight if is_new else None
+
+    def _teacher_layer(self, name: str) -> tuple[fx.Node, list[Tensor]]:
+        """Let the teacher run up to a layer; return its node and its outputs in parts."""
+        for node, envs in self._teacher:
+            if node.name == name:
+                return node, [env[node] for env in envs]
+        raise LookupError(f"the teacher has no layer {name} after the one before")
+
 
 def _channel_moments(layer: fx.Node, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each output channel over all parts [n, ...], each [O]."""
-    channels = queries.channel_dim(layer) % parts[0].ndim
-    others = [d for d in range(parts[0].ndim) if d != channels]
-    found = [torch.var_mean(part, others, correction=0) for part in parts]
-    if len(found) == 1:
-        variance, mean = found[0]
-        return mean, variance
-    total = sum(map(len, parts))
-    shares = torch.tensor([len(part) / total for part in parts], dtype=torch.float64)
-    shares = shares.to(parts[0].device)[:, None]
-    variances, means = (torch.stack(values).double() for values in zip(*found, strict=True))
-    whole = (shares * means).sum(0)
-    spread = (shares * (variances + (means - whole).square())).sum(0)
-    return whole.to(parts[0].dtype), spread.to(parts[0].dtype)
+    """Return mean and biased variance of each output channel over all parts [n, ...], each [O].
+
+    They are found image by image: how the batch is divided changes nothing.
+    """
+    found = [_image_moments(_channels_second(layer, part)) for part in parts]
+    means, variances = (torch.cat(values) for values in zip(*found, strict=True))
+    mean = means.mean(0)
+    variance = (variances + (means - mean).square()).mean(0)
+    return mean.to(parts[0].dtype), variance.to(parts[0].dtype)
+
+
+def _image_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance over the positions of values [n, O, P], each [n, O]."""
+    variance, mean = torch.var_mean(values, 2, correction=0)
+    return mean.double(), variance.double()
+
+
+def _channels_second(layer: fx.Node, values: Tensor) -> Tensor:
+    """Return outputs [n, ...] of a layer as [n, O, P]."""
+    values = values.movedim(queries.channel_dim(layer), 1)
+    return values.reshape(*values.shape[:2], -1)
 
 
 def _variance_error(
@@ -152,11 +186,10 @@ def _variance_error(
     n is the number of values and κ their kurtosis, at most n: a few values then make up all of the
     variance.
     """
-    channels = queries.channel_dim(layer) % parts[0].ndim
-    shape = [1] * parts[0].ndim
-    shape[channels] = -1
-    others = [d for d in range(parts[0].ndim) if d != channels]
-    fourth = sum((part - mean.view(shape)).pow(4).sum(others) for part in parts)
+    found = [
+        (_channels_second(layer, part) - mean[:, None]).pow(4).sum(2).double() for part in parts
+    ]
+    fourth = torch.cat(found).sum(0).to(variance.dtype)
     count = sum(part.numel() for part in parts) // len(mean)
     kurtosis = fourth / (count * variance.square()).clamp_min(torch.finfo(variance.dtype).tiny)
     return ((kurtosis - 1).clamp_min(0) / count).sqrt()

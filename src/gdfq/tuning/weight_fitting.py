@@ -1,0 +1,153 @@
+"""The weight of one layer of a student, fitted to the teacher's outputs and rounded."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from gdfq.functional.grid import Layout
+from gdfq.functional.rounding import fitted_weight
+from gdfq.graph import operators, queries
+from gdfq.quantizers.base import WeightQuantizer
+
+_MAX_SAMPLES = 8192
+"""Positions of all images together at which inputs and outputs of a layer are compared."""
+_RIDGE = 0.3
+"""λ as a share of the mean variance of the layer's inputs. The images are made, so directions that
+they hardly show may matter for real ones."""
+_TINY = torch.finfo(torch.float32).tiny
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+def can_be_fitted(layer: fx.Node, quantizer: WeightQuantizer) -> bool:
+    """Return whether `fit_weight_` applies: not to transposed convolutions."""
+    return quantizer.layout is Layout.ROWS and operators.name_of(layer) in (
+        operators.CONVOLUTIONS | operators.LINEARS
+    )
+
+
+def fit_weight_(
+    quantizer: WeightQuantizer,
+    layer: fx.Node,
+    weight: Tensor,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    trusted: Tensor,
+) -> None:
+    """Fit a layer's weight to the wanted outputs, for the inputs that it gets, and round it.
+
+    The inputs of a student differ from the teacher's by the rounding of the layers before: the
+    fitted weight makes up for a part of that, and the codes for one another's rounding. The less
+    of an output the student's inputs explain, the less its weights are fitted: made images may hold
+    values that the student clips, which real ones do not.
+
+    Args:
+        quantizer: The quantizer of the weight, changed in place.
+        layer: A convolution or linear layer.
+        weight: The teacher's weight, [O, K/g, *k] or [O, K].
+        inputs: The student's inputs of the layer, in parts [n, ...].
+        targets: The teacher's outputs of the layer, in the same parts.
+        trusted: Whether an output's weights may be fitted, [O]; else they are only rounded.
+    """
+    groups = queries.group_count(layer)
+    x = _input_samples(layer, weight.shape[2:], inputs, groups).double()  # [P, G, K]
+    y = _output_samples(layer, targets).double().unflatten(1, (groups, -1))  # [P, G, R]
+    x, y = ((samples - samples.mean(0)).transpose(0, 1) for samples in (x, y))
+    covariance = x.mT @ x / x.shape[1]
+    cross = y.mT @ x / x.shape[1]
+    variance = covariance.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = (_RIDGE * variance).clamp_min(_TINY)
+    rows = weight.detach().double().reshape(groups, -1, x.shape[2])
+    unexplained = (y - x @ rows.mT).square().mean(1) / y.square().mean(1).clamp_min(_TINY)  # [G, R]
+    share = (1 - unexplained).clamp_min(0) * trusted.view_as(unexplained)
+    fitted = rows.lerp(fitted_weight(rows, covariance, cross, ridge), share[:, :, None])
+    quantizer.fit_(fitted.to(weight.dtype).view_as(weight), covariance, ridge)
+
+
+def _positions(images: int, places: int, device: torch.device) -> Tensor:
+    """Return which of the places of each image are sampled: [images, m]; they differ by image."""
+    count = min(places, -(-_MAX_SAMPLES // images))
+    first = torch.arange(images, device=device).double().mul(_GOLDEN_RATIO).frac().mul(places)
+    steps = torch.arange(count, device=device) * places // count
+    return (first.long()[:, None] + steps) % places
+
+
+def _output_samples(layer: fx.Node, parts: Sequence[Tensor]) -> Tensor:
+    """Return outputs [P, O] of a layer at the sampled positions."""
+    if operators.name_of(layer) in operators.LINEARS:
+        return _sampled_rows(parts)
+    places = math.prod(parts[0].shape[2:])
+    return torch.cat(
+        [
+            part.flatten(2).transpose(1, 2)[_images_of(chosen), chosen].flatten(0, 1)
+            for part, chosen in _chosen(parts, places)
+        ]
+    )
+
+
+def _input_samples(
+    layer: fx.Node, kernel: Sequence[int], parts: Sequence[Tensor], groups: int
+) -> Tensor:
+    """Return what a layer multiplies by each row of its weight at these positions, [P, G, K]."""
+    if operators.name_of(layer) in operators.LINEARS:
+        return _sampled_rows(parts)[:, None]
+    found = []
+    shape = _windows(layer, kernel, parts[0][:1]).shape[2 : 2 + len(kernel)]
+    for part, chosen in _chosen(parts, math.prod(shape)):
+        windows = _windows(layer, kernel, part).movedim(1, 1 + len(kernel))  # [n, *out, C, *k]
+        places = torch.unravel_index(chosen, shape)
+        samples = windows[(_images_of(chosen), *places)].flatten(0, 1)  # [n m, C, *k]
+        found.append(samples.unflatten(1, (groups, -1)).flatten(2))
+    return torch.cat(found)
+
+
+def _sampled_rows(parts: Sequence[Tensor]) -> Tensor:
+    rows = torch.cat([part.flatten(0, -2) for part in parts])
+    return rows[:: len(rows) // _MAX_SAMPLES | 1]
+
+
+def _chosen(parts: Sequence[Tensor], places: int) -> list[tuple[Tensor, Tensor]]:
+    """Return each part with the sampled places of its images, [n, m]."""
+    sizes = [len(part) for part in parts]
+    positions = _positions(sum(sizes), places, parts[0].device)
+    return list(zip(parts, positions.split(sizes), strict=True))
+
+
+def _images_of(chosen: Tensor) -> Tensor:
+    return torch.arange(len(chosen), device=chosen.device)[:, None]
+
+
+def _windows(layer: fx.Node, kernel: Sequence[int], x: Tensor) -> Tensor:
+    """Return a view of what a convolution multiplies at each output: [n, C, *out, *k]."""
+    stride, padding, dilation = _geometry(layer, kernel)
+    x = F.pad(x, [side for sides in reversed(padding) for side in sides])
+    for dim, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        x = x.unfold(dim, (size - 1) * spread + 1, step)[..., ::spread]
+    return x
+
+
+def _geometry(
+    layer: fx.Node, kernel: Sequence[int]
+) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """Return stride, padding at both sides, and dilation of a convolution, by dimension."""
+    names = ("stride", "padding", "dilation")
+    given: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1}
+    given |= dict(zip(names, queries.options_of(layer), strict=False))
+    given |= {name: value for name, value in layer.kwargs.items() if name in names}
+    dims = len(kernel)
+    stride, dilation = _each(given["stride"], dims), _each(given["dilation"], dims)
+    if given["padding"] == "valid":
+        return stride, [(0, 0)] * dims, dilation
+    if given["padding"] == "same":
+        totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
+        return stride, [(total // 2, total - total // 2) for total in totals], dilation
+    return stride, [(side, side) for side in _each(given["padding"], dims)], dilation
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    """Return one number for each dimension."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * dims if len(values) == 1 else values

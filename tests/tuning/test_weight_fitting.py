@@ -1,0 +1,95 @@
+"""Weights of a student's layers, fitted to the teacher's outputs and rounded."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.students import noise, student_of
+from torch import Tensor, nn
+
+from gdfq.functional.grid import Layout
+from gdfq.graph import queries
+from gdfq.graph.capture import Captured, capture
+from gdfq.quantizers.lsq import LearnedWeight
+from gdfq.tuning import weight_fitting
+from gdfq.tuning.moment_matching import match_moments_
+from gdfq.tuning.weight_fitting import can_be_fitted, fit_weight_
+
+
+def only_layer(module: nn.Module, x: Tensor) -> tuple[Any, Captured]:
+    teacher = capture(nn.Sequential(module).eval(), x[:2])
+    (layer,) = queries.layers_of(teacher.network)
+    return layer, teacher
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "pointwise": (nn.Conv2d(6, 4, 1), (6, 9, 7)),
+    "plain": (nn.Conv2d(3, 4, 3, padding=1), (3, 9, 7)),
+    "strided": (nn.Conv2d(3, 4, (3, 2), stride=(2, 3), padding=(1, 0)), (3, 9, 8)),
+    "dilated": (nn.Conv2d(4, 6, 3, dilation=(2, 1), padding=2, groups=2), (4, 9, 7)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), (4, 9, 7)),
+    "same": (nn.Conv2d(3, 4, (2, 3), padding="same"), (3, 9, 7)),
+    "valid": (nn.Conv2d(3, 4, 3, padding="valid"), (3, 9, 7)),
+    "signal": (nn.Conv1d(3, 4, 5, stride=2), (3, 30)),
+    "volume": (nn.Conv3d(2, 3, 2, padding=1), (2, 5, 4, 3)),
+    "vector": (nn.Linear(7, 5), (7,)),
+    "tokens": (nn.Linear(7, 5), (11, 7)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("sizes", [(20,), (8, 8, 4)])
+def test_sampled_inputs_times_the_weight_are_the_sampled_outputs(
+    name: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_fitting, "_MAX_SAMPLES", 150)  # fewer than there are positions
+    module, shape = LAYERS[name]
+    x = torch.randn(20, *shape)
+    layer, teacher = only_layer(module, x)
+    groups = queries.group_count(layer)
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    inputs, outputs = x.split(list(sizes)), teacher.network(x).detach().split(list(sizes))
+    samples = weight_fitting._input_samples(layer, weight.shape[2:], inputs, groups)
+    targets = weight_fitting._output_samples(layer, outputs)
+    assert 20 <= len(samples) == len(targets) <= 170
+    rows = weight.reshape(groups, -1, samples.shape[2])
+    found = torch.einsum("pgk,grk->pgr", samples, rows).flatten(1)
+    bias: Tensor = module.bias.detach()  # type: ignore[assignment]
+    torch.testing.assert_close(found + bias, targets, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_whose_inputs_shrank_grows() -> None:
+    """Inputs of half the size need twice the weight; the ridge and the unexplained part hold back."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 6)
+    module = nn.Linear(6, 3)
+    layer, teacher = only_layer(module, x)
+    targets = [teacher.network(x).detach()]
+    all_of_it, none_of_it = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    fitted, rounded = (LearnedWeight(module.weight, 8, Layout.ROWS) for _ in range(2))
+    fit_weight_(fitted, layer, module.weight, [0.9 * x], targets, all_of_it)
+    fit_weight_(rounded, layer, module.weight, [0.9 * x], targets, none_of_it)
+    weight = module.weight.detach()
+    torch.testing.assert_close(rounded(weight), weight, rtol=0, atol=0.02)
+    # (0.9 + 0.3·0.81) / (0.81 + 0.3·0.81) = 1.0855, of which 99 % are taken.
+    ratio = float((fitted(weight) * weight).sum() / weight.square().sum())
+    assert ratio == pytest.approx(1 + 0.99 * 0.0855, abs=0.01)
+
+
+def test_fitting_brings_a_student_nearer_to_its_teacher(teacher: Captured) -> None:
+    images, others = noise(), noise(seed=1)
+    wanted = teacher.network(others)
+    errors = []
+    for fit_weights in (False, True):
+        student = student_of(teacher, images)
+        match_moments_(student, teacher, (images,), fit_weights=fit_weights)
+        errors.append(float((student(others) - wanted).detach().norm()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_transposed_convolutions_are_not_fitted() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    module = nn.ConvTranspose2d(3, 4, 3)
+    layer, _ = only_layer(module, x)
+    quantizer = LearnedWeight(module.weight, 4, *queries.weight_layout(layer))
+    assert not can_be_fitted(layer, quantizer)
