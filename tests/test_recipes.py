@@ -94,7 +94,7 @@ def test_recipe_is_calibrated_without_tuning_where_all_has_8_bits(name: str) -> 
 
 @pytest.mark.parametrize(
     ("bits", "options"),
-    [("w4a8", {}), ("w8a4", {}), ("w8a8", {"steps": 8}), ("w8a8", {"layer_bits": ("last=4",)})],
+    [("w3a8", {}), ("w8a3", {}), ("w8a8", {"steps": 8}), ("w8a8", {"layer_bits": ("last=3",)})],
 )
 def test_recipe_is_tuned_where_some_have_fewer_bits_or_steps_are_given(
     bits: str, options: dict[str, Any]
@@ -102,6 +102,19 @@ def test_recipe_is_tuned_where_some_have_fewer_bits_or_steps_are_given(
     recipe = resolve_method(bits, "quick", **options).recipe
     assert recipe.tuning.trains
     assert recipe.source == find_recipe("quick").source
+
+
+@pytest.mark.parametrize("bits", ["w4a8", "w4a4", "w8a5"])
+def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
+    recipe = resolve_method(bits, "quick").recipe
+    assert recipe.fit_weights
+    assert recipe.effort_in_words == "128 images of 24 iterations, calibrated without tuning"
+    assert resolve_method(bits, "fast").recipe.tuning.trains
+
+
+def test_fitted_weights_need_matched_moments() -> None:
+    with pytest.raises(ValueError, match="Set it to True"):
+        replace(FAST, match_moments=False)
 
 
 def test_recipe_of_the_paper_has_the_same_effort_at_all_bits() -> None:

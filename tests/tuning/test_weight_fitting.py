@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "strided": (nn.Conv2d(3, 4, (3, 2), stride=(2, 3), padding=(1, 0)), (3, 9, 8)),
     "dilated": (nn.Conv2d(4, 6, 3, dilation=(2, 1), padding=2, groups=2), (4, 9, 7)),
     "depthwise": (nn.Conv2d(4, 8, 3, groups=4), (4, 9, 7)),
-    "same": (nn.Conv2d(3, 4, (2, 3), padding="same"), (3, 9, 7)),
+    "same": (nn.Conv2d(3, 4, (5, 3), padding="same", dilation=(1, 2)), (3, 9, 7)),
     "valid": (nn.Conv2d(3, 4, 3, padding="valid"), (3, 9, 7)),
     "signal": (nn.Conv1d(3, 4, 5, stride=2), (3, 30)),
     "volume": (nn.Conv3d(2, 3, 2, padding=1), (2, 5, 4, 3)),
@@ -51,7 +51,7 @@ def test_sampled_inputs_times_the_weight_are_the_sampled_outputs(
     inputs, outputs = x.split(list(sizes)), teacher.network(x).detach().split(list(sizes))
     samples = weight_fitting._input_samples(layer, weight.shape[2:], inputs, groups)
     targets = weight_fitting._output_samples(layer, outputs)
-    assert 20 <= len(samples) == len(targets) <= 170
+    assert 20 <= len(samples) == len(targets) <= 300
     rows = weight.reshape(groups, -1, samples.shape[2])
     found = torch.einsum("pgk,grk->pgr", samples, rows).flatten(1)
     bias: Tensor = module.bias.detach()  # type: ignore[assignment]
@@ -72,19 +72,20 @@ def test_weight_whose_inputs_shrank_grows() -> None:
     weight = module.weight.detach()
     torch.testing.assert_close(rounded(weight), weight, rtol=0, atol=0.02)
     # (0.9 + 0.3·0.81) / (0.81 + 0.3·0.81) = 1.0855, of which 99 % are taken.
-    ratio = float((fitted(weight) * weight).sum() / weight.square().sum())
+    ratio = float((fitted(weight).detach() * weight).sum() / weight.square().sum())
     assert ratio == pytest.approx(1 + 0.99 * 0.0855, abs=0.01)
 
 
 def test_fitting_brings_a_student_nearer_to_its_teacher(teacher: Captured) -> None:
-    images, others = noise(), noise(seed=1)
+    smooth = nn.AvgPool2d(3, stride=1, padding=1)  # inputs that are correlated
+    images, others = smooth(noise()), smooth(torch.randn_like(noise()))
     wanted = teacher.network(others)
     errors = []
     for fit_weights in (False, True):
         student = student_of(teacher, images)
         match_moments_(student, teacher, (images,), fit_weights=fit_weights)
         errors.append(float((student(others) - wanted).detach().norm()))
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.95 * errors[0]
 
 
 def test_transposed_convolutions_are_not_fitted() -> None:

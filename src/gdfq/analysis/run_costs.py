@@ -218,11 +218,14 @@ class _Measurement:
         calibrate_(student, [Batch(few, None, None)], steps=1, context=self.context)
         setup = laps.lap()
         calibrate_(student, [batch], steps=1, context=self.context)
-        calibration, matching = laps.lap(), 0.0
+        calibration, matching, fits = laps.lap(), 0.0, recipe.fit_weights
         if recipe.match_moments:
-            match_moments_(student, teacher, few, self.context.memory)
+            match = partial(
+                match_moments_, student, teacher, memory=self.context.memory, fit_weights=fits
+            )
+            match(few)
             preparing = laps.lap()
-            match_moments_(student, teacher, batch.inputs, self.context.memory)
+            match(batch.inputs)
             setup, matching = setup + preparing, max(0.0, laps.lap() - preparing)
         network = freeze(student)
         setup += laps.lap()
@@ -231,7 +234,7 @@ class _Measurement:
             setup,
             calibration,
             matching,
-            matched_images(batch.inputs) / len(batch),
+            matched_images(teacher.network.graph) / len(batch),
             self._step(student, teacher, batch.split(-(-len(batch) // processes))[0]),
             *(_seconds_of_pass(module, batch, self.clock) for module in timed),
         )
