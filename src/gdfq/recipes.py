@@ -418,7 +418,7 @@ _FITTED = replace(
     warmup=1,
     tuning=NO_TUNING,
 )
-_CALIBRATED = replace(_FITTED, source=_FITTED.source.with_images(128, 10))
+_CALIBRATED = _FITTED.with_images(128, 10)
 _FITTED_BITS = 4
 """Fewest bits at which quick fits weights and does not tune: 80 steps add nothing there."""
 

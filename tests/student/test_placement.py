@@ -6,13 +6,18 @@ import pytest
 import torch
 from support import networks
 from support.students import transformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdfq.functional.grid import Bits
 from gdfq.graph import operators
 from gdfq.graph.capture import Captured, capture
-from gdfq.student.placement import activation_bits
-from gdfq.student.scheme import Placement, Scheme
+from gdfq.quantizers.family import LSQ
+from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
+from gdfq.student.freeze import freeze
+from gdfq.student.placement import activation_bits, layer_input_bits
+from gdfq.student.scheme import LayerBits, Placement, Scheme
+from gdfq.tuning.calibrate import calibrate_
 
 ZEROS = torch.zeros(1, *networks.Transformer.SHAPE)
 
@@ -64,24 +69,72 @@ def test_placement_relu_quantizes_outputs_of_relus_only() -> None:
 
 
 def test_placement_full_of_a_residual_network() -> None:
-    # Input 8; first ReLU 4; the second convolution's output, through its norm, 8 (it enters the
-    # addition without a ReLU); the sum's ReLU 4 (it enters pooling); pooled features 4; no logits.
+    # Input 8; first ReLU 8, because it enters the addition, and 4 on its way into the second
+    # convolution; that one's output, through its norm, 8 (it enters the addition without a ReLU);
+    # the sum's ReLU 4 (it enters pooling); pooled features 4; no logits.
     assert widths("Residual", "full") == {
         "x": 8,
-        "relu": 4,
+        "relu": 8,
         "batch_norm_1": 8,
         "relu_1": 4,
         "avg_pool2d": 4,
     }
+    assert into_layers("Residual") == {"relu": 4}
+    assert into_layers("Residual", "conv2=8") == {}
+    assert into_layers("Residual", "conv2=float") == {}
+    assert into_layers("Residual", "conv2=6") == {"relu": 6}
+    assert into_layers("Residual", "conv2=2") == {"relu": 4}  # never narrower than asked for
+    assert into_layers("Residual", placement="relu") == {}
+
+
+def into_layers(name: str, *keep: str, placement: Placement = "full") -> dict[str, int]:
+    scheme = Scheme(Bits(3, 4), placement, tuple(map(LayerBits.parse, keep)))
+    found = layer_input_bits(networks.captured(name), scheme)
+    return {node.name: bits for node, bits in found.items()}
+
+
+class Bottlenecks(nn.Module):
+    """A sum that enters a layer and the next sum; one part is the pooled output of a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.max_pool2d(torch.relu(self.first(x)), 2)
+        b = self.second(a) + a
+        return torch.mean(self.third(b) + b + 1, (2, 3))
+
+
+def test_what_enters_layers_and_sums_is_carried_in_8_bits() -> None:
+    """`a` and `b` have 8 bits, and 2 on their way into layers; what is pooled has 2."""
+    x = torch.randn(4, 3, 8, 8)
+    teacher, scheme = capture(Bottlenecks().eval(), x), Scheme(Bits(4, 2), "full")
+    carried = {n.name: bits for n, bits in activation_bits(teacher, scheme).items()}
+    assert carried == {
+        "x": 8,
+        "relu": 8,
+        "conv2d_1": 8,
+        "add": 8,
+        "conv2d_2": 8,
+        "add_1": 8,
+        "add_2": 2,
+    }
+    entering = {n.name: bits for n, bits in layer_input_bits(teacher, scheme).items()}
+    assert entering == {"relu": 2, "add": 2}
+    student = build_student(teacher, scheme, quantizers=LSQ)
+    calibrate_(student, [Batch((x,), None, None)], steps=1)
+    layers = freeze(student).layers
+    assert [layer.input.bits for layer in layers if layer.input is not None] == [8, 2, 2]
 
 
 def test_placement_full_of_branches() -> None:
     # Max pooling and padding keep the grid of what they move, so nothing follows them; the
-    # concatenation joins two grids and is quantized again; "same" convolution feeds a ReLU.
+    # concatenation joins two grids, with 8 bits each, and is quantized again; "same" convolution feeds a ReLU.
     assert widths("Branches", "full") == {
         "x": 8,
         "hardtanh": 4,
-        "hardtanh_1": 4,
+        "hardtanh_1": 8,
         "batch_norm_1": 8,
         "cat": 4,
         "relu": 4,

@@ -28,7 +28,7 @@ def test_layer_bits_apply_to_the_layer_and_to_inputs_of_it_alone() -> None:
         return {n.name: bits for n, bits in activation_bits(teacher, scheme).items()}
 
     free = widths("full")
-    assert free == {"x": 8, "relu": 4, "batch_norm_1": 8, "relu_1": 4, "avg_pool2d": 4}
+    assert free == {"x": 8, "relu": 8, "batch_norm_1": 8, "relu_1": 4, "avg_pool2d": 4}
     kept = widths("full", "conv1=float")
     assert kept == {name: bits for name, bits in free.items() if name != "x"}
     # conv2's input also enters the addition, the last layer's enters that alone.
