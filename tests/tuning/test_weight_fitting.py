@@ -47,14 +47,13 @@ def test_sampled_inputs_times_the_weight_are_the_sampled_outputs(
     x = torch.randn(20, *shape)
     layer, teacher = only_layer(module, x)
     groups = queries.group_count(layer)
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    weight, bias = (module.get_parameter(name).detach() for name in ("weight", "bias"))
     inputs, outputs = x.split(list(sizes)), teacher.network(x).detach().split(list(sizes))
     samples = weight_fitting._input_samples(layer, weight.shape[2:], inputs, groups)
     targets = weight_fitting._output_samples(layer, outputs)
     assert 20 <= len(samples) == len(targets) <= 300
     rows = weight.reshape(groups, -1, samples.shape[2])
     found = torch.einsum("pgk,grk->pgr", samples, rows).flatten(1)
-    bias: Tensor = module.bias.detach()  # type: ignore[assignment]
     torch.testing.assert_close(found + bias, targets, rtol=1e-4, atol=1e-5)
 
 
