@@ -30,6 +30,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -66,8 +67,6 @@ STATIC = {kind: f"static-{kind}" for kind in ("ours", "real", "noise")}
 METHODS = (OURS, *STATIC.values(), PEER, LATENCY)
 CALIBRATION = 100
 """Images that `quantize_static` is calibrated on."""
-PEER_IMAGES = 128
-"""As many images as `quick` makes at w8a8."""
 Run = Callable[[Tensor], Tensor]
 Facts = dict[str, Any]
 
@@ -171,8 +170,12 @@ class _First:
 
 def of_file(path: Path) -> Run:
     """An ONNX file as a function from images to logits."""
-    run = onnx_runner(path.read_bytes())
-    return lambda images: torch.cat([first_output(run, part) for part in images.split(25)])
+    return in_parts(partial(first_output, onnx_runner(path.read_bytes())))
+
+
+def in_parts(run: Run) -> Run:
+    """The function, called with few images at once, because its memory is not known."""
+    return lambda images: torch.cat([run(part) for part in images.split(25)])
 
 
 def make_ours(row: Row, subject: Subject) -> Made:
@@ -207,7 +210,7 @@ def make_static(kind: str, row: Row, subject: Subject) -> Made:
     return Made(of_file(file), facts)
 
 
-def make_peer(iterations: int, row: Row, subject: Subject) -> Made:
+def make_peer(count: int, iterations: int, row: Row, subject: Subject) -> Made:
     """Let Sony's toolkit make images and calibrate."""
     if why := peer.why_absent():
         return Made(None, {"skipped": why})
@@ -217,13 +220,13 @@ def make_peer(iterations: int, row: Row, subject: Subject) -> Made:
     torch.manual_seed(row.seed)
     clock = Clock()
     images = peer.generated(
-        model, subject.shape, PEER_IMAGES, iterations,
+        model, subject.shape, count, iterations,
         batch=32, preprocessing=subject.preprocessing,
     )  # fmt: skip
     made = clock.cost()["seconds"]
     student = peer.calibrated(model, images)
     facts = {"images": len(images), "iterations": iterations, "image_seconds": made}
-    return Made(student, facts | clock.cost())
+    return Made(in_parts(student), facts | clock.cost())
 
 
 def measured(row: Row, options: argparse.Namespace) -> Facts:
@@ -237,7 +240,7 @@ def measured(row: Row, options: argparse.Namespace) -> Facts:
     makers: dict[str, Callable[[Row, Subject], Made]] = {
         OURS: make_ours,
         **{name: partial(make_static, kind) for kind, name in STATIC.items()},
-        PEER: partial(make_peer, options.mct_iterations),
+        PEER: partial(make_peer, options.mct_images, options.mct_iterations),
     }
     made = makers[row.method](row, subject)
     facts = made.facts
@@ -292,9 +295,10 @@ def prepare(name: str) -> None:
 
 
 def alone(job: Callable[..., Any], *arguments: object) -> Any:
-    """What a job returns in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(job, arguments)
+    """What a job returns in a process of its own. Raises BrokenProcessPool if that is killed."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(job, *arguments).result()
 
 
 INTRODUCTION = """
@@ -303,9 +307,9 @@ INTRODUCTION = """
 `python -m benchmarks.peers_224`: `quick` of gdfq, ONNX Runtime's `quantize_static` and Sony's model-compression-toolkit
 (`mct`) on the same 1,000 labelled images, one of each class, each in a process of its own (threads of PyTorch:
 {threads}). gdfq and `mct` see no real image. `quantize_static` is calibrated on 100 images: those of the run of gdfq, every
-tenth of the labelled ones, or noise; its seconds are without the images. `mct` makes 128 images ({iterations} iterations;
-its default is 500) and calibrates with its default target. Seconds are of the clock, in brackets of all processors
-together.
+tenth of the labelled ones, or noise; its seconds are without the images. `mct` makes images with fewer iterations than its
+default of 500, because of the time, and calibrates with its default target. Seconds are of the clock, in brackets of all
+processors together.
 
 *gdfq better by* is by how many points gdfq is correct on more images than the row, with the paired 95 % bootstrap interval.
 *900 others* leaves out the images of the calibration on real ones. *Same answers* is the share of images for which the
@@ -323,12 +327,8 @@ NAMES = {
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in markdown: accuracy and cost, then latency."""
     threads = sorted({row["threads"] for row in rows if "threads" in row})
-    iterations = sorted({row["iterations"] for row in rows if "iterations" in row})
     lines = [
-        INTRODUCTION.format(
-            threads=" and ".join(map(str, threads)),
-            iterations=" and ".join(map(str, iterations)) or "none",
-        ),
+        INTRODUCTION.format(threads=" and ".join(map(str, threads))),
         "| network (float32) | bits | seed | method | top-1 | drop (95 % interval) | drop, 900 others "
         "| gdfq better by | seconds (of processors) | peak MiB | file KiB | same answers |",
         "| --- |" + " --- |" * 11,
@@ -338,7 +338,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in sorted(rows, key=_place):
         if row["method"] == LATENCY:
             continue
-        end = f" | {row['bits']} | {row['seed']} | {NAMES[row['method']]} |"
+        name = NAMES[row["method"]]
+        if "iterations" in row:
+            name += f" ({row['images']}, {row['iterations']} iterations)"
+        end = f" | {row['bits']} | {row['seed']} | {name} |"
         if "skipped" in row:
             lines.append(f"| {row['network']}{end} not measured: {row['skipped']} |" + " |" * 7)
             continue
@@ -416,6 +419,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=1000, help="to test on: the first of all")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--mct-images", type=int, default=128, help="as many as quick makes")
     parser.add_argument("--mct-iterations", type=int, default=100, help="its own default is 500")
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import paired, peers_224
+from benchmarks import paired, peers_224, step_speed
 from benchmarks.accuracy import PLAN, Row, settings_of
 from support.places import RESULTS, ROOT
 
@@ -388,6 +388,12 @@ def scale_table() -> str:
     return "\n".join([SCALE.format_map(scale), *first, TO_FLOAT, *second, SCALE_READING])
 
 
+def step_speed_table() -> str:
+    if not step_speed.FILE.exists():
+        return ""
+    return step_speed.table(json.loads(step_speed.FILE.read_text()))
+
+
 def page() -> str:
     """The whole of docs/benchmarks.md."""
     return (
@@ -399,6 +405,7 @@ def page() -> str:
         + peers_table()
         + speed_table()
         + scale_table()
+        + step_speed_table()
     )
 
 
