@@ -27,6 +27,8 @@ INFINITE = math.inf
         (aten.clamp.default, (0,), {}, (0, INFINITE)),
         (aten.clamp_min.default, (-2,), {}, (-2, INFINITE)),
         (aten.clamp_min.default, (), {"min": -2}, (-2, INFINITE)),
+        (aten.clamp_max.default, (2,), {}, (-INFINITE, 2)),
+        (aten.clamp_max.default, (), {"max": 2}, (-INFINITE, 2)),
         (aten.sigmoid.default, (), {}, (-INFINITE, INFINITE)),
     ],
 )
@@ -48,3 +50,15 @@ def test_value_limits_leave_out_what_excludes_zero() -> None:
     assert queries.value_limits(below) == (-3, INFINITE)
     assert queries.clamp_ends(above) == (0.2, 6)
     assert queries.clamp_ends(below) == (-3, -0.1)
+    assert not queries.clamps_around_zero(above)
+    assert not queries.clamps_around_zero(below)
+
+
+def test_value_limits_are_those_of_all_clamps_in_a_row() -> None:
+    graph = fx.Graph()
+    first = graph.call_function(aten.hardtanh.default, (graph.placeholder("x"), -1.0, 4.0))
+    second = graph.call_function(aten.clamp_max.default, (first, 3.0))
+    last = graph.call_function(aten.relu.default, (second,))
+    assert queries.value_limits(second) == (-1, 3)
+    assert queries.value_limits(last) == (0, 3)
+    assert queries.clamps_around_zero(last)

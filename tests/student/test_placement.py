@@ -249,4 +249,39 @@ def test_elementwise_product_that_a_layer_reads_is_quantized() -> None:
             x = torch.relu(self.first(x))
             return self.head(torch.relu(self.last(x.softmax(1) * x)))
 
-    assert names_in_full_placement(Gated(), 3, 4, 4) == {"x", "mul", "relu_1"}
+    # No integer kernel reads the first ReLU, but the layer before it returns codes.
+    assert names_in_full_placement(Gated(), 3, 4, 4) == {"x", "relu", "mul", "relu_1"}
+
+
+class _Clamped(torch.nn.Module):
+    """Clamps behind convolutions, some of them with another reader or none that reads integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d, e, f = self.layers
+        x = a(x).clamp(-1, 2)  # alone: the clamp
+        x = b(x).clamp(0.5, 2)  # excludes 0: the layer, and the clamp
+        x = torch.relu(c(x)).square()  # read by what has no integer form: the ReLU
+        y = d(x)  # read by two: the layer, and both clamps
+        x = e(y.clamp(-1, 1) + torch.relu(y))
+        return f(torch.relu(x).clamp(max=3.0)).mean((2, 3))  # of two clamps the last
+
+
+def test_layer_is_rounded_behind_its_clamp() -> None:
+    teacher = capture(_Clamped().eval(), torch.zeros(1, 3, 8, 8))
+    chosen = activation_bits(teacher, Scheme(Bits(4, 4), "full"))
+    found = {node.name: bits for node, bits in chosen.items()}
+    assert found == {
+        **dict.fromkeys(("x", "conv2d_1", "conv2d_3", "conv2d_5"), 8),
+        "clamp": 4,
+        "clamp_1": 4,
+        "relu": 8,
+        "square": 4,  # no integer kernel reads the ReLU
+        "clamp_2": 4,
+        "relu_1": 4,
+        "add": 4,
+        "clamp_3": 4,
+    }

@@ -57,7 +57,7 @@ def _reason(
         return "no integer form"
     is_fused = (
         queries.keeps_grid(node)
-        or queries.is_rectifier(node)
+        or queries.is_clamp(node)
         or name == operators.BATCH_NORM
         or feeds_softmax_only(node)
         or queries.is_new(node)

@@ -26,6 +26,8 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     _products_to_linear(module.graph)
     _fold_constants(module)
     _number_powers(module)
+    _number_clamps(module)
+    _clamps_before_moves(module.graph)
     _create_on_device_of_input(module.graph)
     module.graph.eliminate_dead_code()
     return flat_module(_renamed(module.graph), tensors_of(module))
@@ -143,6 +145,74 @@ def _number_powers(module: fx.GraphModule) -> None:
         number = attribute(module, str(exponent.target)).item()
         if isinstance(x, fx.Node) and x.meta["val"].shape == node.meta["val"].shape:
             node.target, node.args = power, (x, number)
+
+
+def _number_clamps(module: fx.GraphModule) -> None:
+    """Write a minimum or maximum with one constant number, or two of them, as a clamp.
+
+    The bounds of floats are floats: ONNX has no clamp between an integer and a float.
+    """
+    clamp = operators.resolve(operators.CLAMP)
+
+    def number(bound: Any) -> Any:
+        """The number that a bound is; the node itself if it is computed or of many numbers."""
+        if not isinstance(bound, fx.Node) or bound.op != "get_attr":
+            return bound
+        is_one = bound.meta["val"].numel() == 1
+        return attribute(module, str(bound.target)).item() if is_one else bound
+
+    for node in list(module.graph.nodes):
+        name = operators.name_of(node)
+        if name not in operators.CLAMPS | operators.CLAMPS_BY_TENSORS:
+            continue
+        x, *bounds = (number(argument) for argument in node.args)
+        if not isinstance(x, fx.Node) and name in operators.EXTREMES:  # the number comes first
+            x, bounds = bounds[0], [x]
+        named = {key: number(bound) for key, bound in node.kwargs.items()}
+        if not isinstance(x, fx.Node) or any(
+            isinstance(bound, fx.Node) for bound in (*bounds, *named.values())
+        ):
+            continue
+        value, own = x.meta["val"], node.meta["val"]
+        if (value.shape, value.dtype) != (own.shape, own.dtype):
+            continue  # the bound broadcasts or promotes
+        if own.is_floating_point():
+            bounds = [None if bound is None else float(bound) for bound in bounds]
+            named = {key: None if b is None else float(b) for key, b in named.items()}
+        if name in operators.EXTREMES:
+            low, high = (bounds[0], None) if name == operators.MAXIMUM else (None, bounds[0])
+            bounds = [low, high]
+        if name in operators.CLAMPS_BY_TENSORS:
+            node.target = clamp
+        node.args, node.kwargs = (x, *bounds), named
+    module.graph.eliminate_dead_code()
+
+
+def _clamps_before_moves(graph: fx.Graph) -> None:
+    """Write the clamp around 0 of moved values as moved values of a clamp, which are the same.
+
+    A runtime clips and rounds what a layer returns if nothing stands in between.
+    """
+    for clamp in list(graph.nodes):
+        while queries.clamps_around_zero(clamp) and _only_moves_for(clamp):
+            move = queries.input_of(clamp)
+            source = queries.input_of(move)
+            first = call(
+                move, operators.name_of(clamp), source, *clamp.args[1:], kwargs=clamp.kwargs
+            )
+            second = call(clamp, operators.name_of(move), first, *move.args[1:], kwargs=move.kwargs)
+            clamp.replace_all_uses_with(second)
+            graph.erase_node(clamp)
+            graph.erase_node(move)
+            clamp = first
+
+
+def _only_moves_for(clamp: fx.Node) -> bool:
+    """Return whether the node before a clamp moves one activation for it alone."""
+    move = queries.input_of(clamp)
+    if not queries.keeps_grid(move) or queries.has_several_outputs(move) or len(move.users) > 1:
+        return False
+    return isinstance(move.args[0], fx.Node) and queries.is_activation(move.args[0])
 
 
 def _create_on_device_of_input(graph: fx.Graph) -> None:

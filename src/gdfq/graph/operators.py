@@ -90,8 +90,13 @@ RELU = "aten.relu.default"
 RELU6 = "aten.relu6.default"
 HARDTANH = "aten.hardtanh.default"
 RECTIFIERS = frozenset({RELU, RELU6})
-CLAMPS = frozenset(f"aten.{name}.default" for name in ("clamp", "clamp_min", "clip")) | {HARDTANH}
-"""Operators (input, low, high) that are rectifiers with a low of 0."""
+CLAMP, CLAMP_MIN, CLAMP_MAX = (f"aten.clamp{end}.default" for end in ("", "_min", "_max"))
+CLAMPS = frozenset({CLAMP, CLAMP_MIN, CLAMP_MAX, "aten.clip.default", HARDTANH})
+"""Operators (input, low, high) that are rectifiers with a low of 0; one has a high alone."""
+MINIMUM, MAXIMUM = "aten.minimum.default", "aten.maximum.default"
+EXTREMES = frozenset({MINIMUM, MAXIMUM})
+CLAMPS_BY_TENSORS = EXTREMES | {"aten.clamp.Tensor", "aten.clip.Tensor"}
+"""Clamps whose bounds are tensors; capture writes bounds of one number as such."""
 PADS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
 VIEWS = frozenset({"aten.view.default", "aten._unsafe_view.default"})
 RESHAPES = frozenset({"aten.flatten.using_ints", RESHAPE})
@@ -271,8 +276,7 @@ MOVES = frozenset(
     )
 )
 """Operators that return all numbers of their one tensor, in another shape or order."""
-CLAMP_MIN = "aten.clamp_min.default"
-_CLAMPS = frozenset(f"aten.{name}.default" for name in ("clamp", "clamp_min", "clamp_max", "clip"))
+_CLAMPS = CLAMPS - {HARDTANH}
 SCALINGS = frozenset({MULTIPLY, DIVIDE, "aten.mul.Scalar", "aten.div.Scalar"})
 WITH_NUMBERS = SCALINGS | {ADD, "aten.add.Scalar"}
 """Operators of an end if their second argument is a number."""

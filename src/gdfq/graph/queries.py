@@ -203,8 +203,7 @@ def is_rectifier(node: fx.Node) -> bool:
     if name in operators.RECTIFIERS:
         return True
     if name in operators.CLAMPS:
-        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
-        return isinstance(low, int | float) and low == 0
+        return clamp_ends(node)[0] == 0
     return False
 
 
@@ -222,19 +221,35 @@ def clamp_ends(node: fx.Node) -> tuple[float, float]:
     elif name in operators.CLAMPS:
         if name == operators.HARDTANH:
             given = {"min": -1.0, "max": 1.0}
-        given |= dict(zip(("min", "max"), node.args[1:], strict=False))
+        names = ("max",) if name == operators.CLAMP_MAX else ("min", "max")
+        given |= dict(zip(names, node.args[1:], strict=False))
         given |= {key.removesuffix("_val"): value for key, value in node.kwargs.items()}
     low, high = given.get("min"), given.get("max")
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
 def value_limits(node: fx.Node) -> tuple[float, float]:
-    """Return the `clamp_ends` between which a grid must lie.
+    """Return the ends between which a grid must lie: those of a clamp, and of clamps before it.
 
     An end that excludes 0 counts as none, because every grid contains 0.
     """
+    limits = -math.inf, math.inf
+    while is_clamp(node):
+        low, high = clamp_ends(node)
+        limits = (
+            max(limits[0], -math.inf if low > 0 else low),
+            min(limits[1], math.inf if high < 0 else high),
+        )
+        node = input_of(node)
+    return limits
+
+
+def clamps_around_zero(node: fx.Node) -> bool:
+    """Return whether a node is a clamp whose ends contain 0, so that a grid can clip as it does."""
+    if not is_clamp(node):
+        return False
     low, high = clamp_ends(node)
-    return -math.inf if low > 0 else low, math.inf if high < 0 else high
+    return low <= 0 <= high
 
 
 def keeps_grid(node: fx.Node) -> bool:
@@ -247,6 +262,11 @@ def keeps_grid(node: fx.Node) -> bool:
         values = [a for a in (*node.args[2:], *node.kwargs.values()) if isinstance(a, int | float)]
         return all(value == 0 for value in values)
     return name in operators.GRID_PRESERVING
+
+
+def has_several_outputs(node: fx.Node) -> bool:
+    """Return whether the node only moves values, to several tensors, or is one of these."""
+    return name_of(node) in operators.SEVERAL_OUTPUTS | {operators.GETITEM}
 
 
 def grid_source(node: fx.Node) -> fx.Node:

@@ -9,8 +9,9 @@ from gdfq.student.attention import gives_scores, stays_float
 from gdfq.student.scheme import Scheme
 
 _CARRIED_BITS = 8
-"""Bits, in `full` placement, of what is only carried: the network's input, the outputs of layers
-without a ReLU, and residual paths (what enters sums and concatenations)."""
+"""Bits, in `full` placement, of what is only carried: the network's input, what layers return
+without a ReLU or with one that no integer kernel reads, and residual paths (what enters sums and
+concatenations)."""
 
 
 def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
@@ -83,15 +84,13 @@ def _full_placement(
         if queries.is_activation(source)
     }
     weighted = [node for node in nodes if operators.name_of(node) in operators.WEIGHTED]
-    quantized |= {
-        _after_batch_norm(node)
-        for node in weighted
-        if node not in floats
-        and not _feeds_rectifier_only(node)
-        and not gives_scores(_after_batch_norm(node))
-        and not tail.issuperset(node.users)
-    }
-    signals = _signals(nodes)
+    returned: set[fx.Node] = set()
+    for node in weighted:
+        is_rounded = node not in floats and not tail.issuperset(node.users)
+        if is_rounded and not gives_scores(_after_batch_norm(node)):
+            returned |= _rounded(_after_batch_norm(node), quantized | tail)
+    quantized |= returned
+    signals = _signals(nodes) | returned
     return {
         node: _CARRIED_BITS if node in signals or _is_carried(node) else scheme.bits.activations
         for node in nodes
@@ -164,13 +163,27 @@ def _after_batch_norm(node: fx.Node) -> fx.Node:
     return batch_norm_after(node) or node
 
 
-def _feeds_rectifier_only(node: fx.Node) -> bool:
-    """Return whether only ReLUs use the node's output, also reshaped."""
-    return all(
-        queries.is_rectifier(user)
-        or (queries.keeps_grid(user) and bool(user.users) and _feeds_rectifier_only(user))
-        for user in _after_batch_norm(node).users
-    )
+def _rounded(node: fx.Node, settled: set[fx.Node]) -> set[fx.Node]:
+    """Return what must be quantized for a layer's output to be rounded, at most one node.
+
+    That is the output itself, or the last clamp around 0 that it passes with no other reader on the
+    way. Integer kernels clip where they round, so a grid in front of a clamp would round twice. A
+    clamp that a root reads stays float.
+
+    Args:
+        node: The layer's output.
+        settled: Nodes that are quantized, or stay float.
+    """
+    last = node
+    while last not in settled and len(last.users) == 1:
+        (reader,) = last.users
+        if not queries.clamps_around_zero(reader):
+            break
+        last = reader
+    if last in settled or not last.users:
+        return set()
+    is_read_by_root = last is not node and any(map(queries.is_root, last.users))
+    return set() if is_read_by_root else {last}
 
 
 def feeds_root_only(node: fx.Node) -> bool:

@@ -66,7 +66,7 @@ _GRID_PRESERVING = frozenset(
             "ReduceMax",
             "ReduceMin",
         ),
-        *("Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose"),
+        *("Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose"),
         "Unsqueeze",
     }
 )

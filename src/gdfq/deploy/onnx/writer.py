@@ -274,10 +274,9 @@ class _Writer:
         bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
         lowest, highest = code_bounds(bits)
         unsigned = (constant_values(zero_point) - lowest).astype(np.uint8)
-        maker = x.producer()
-        bounds = (np.array([_bounds(maker)]) / constant_values(scale)).round() + unsigned
-        if bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest - lowest:
-            x = maker.inputs[0]  # the quantizer clips the same values
+        grid = constant_values(scale), unsigned, highest - lowest
+        while (maker := x.producer()) is not None and _clips_less(maker, *grid):
+            x = inputs_of(maker)[0]
         step = self._constant(f"{base}.scale", constant_values(scale))
         new_zero_point = self._constant(f"{base}.zero_point", unsigned)
         quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
@@ -359,12 +358,31 @@ class _Writer:
         return value
 
 
-def _bounds(node: ir.Node | None) -> tuple[float, float]:
-    """Return the bounds of an operator that clips, or NaN for any other."""
-    if node is not None and node.op_type == "Relu":
+def _clips_less(
+    node: ir.Node, scale: np.ndarray[Any, Any], zero_point: np.ndarray[Any, Any], highest: int
+) -> bool:
+    """Return whether a node only clips, and only what codes of 0 to `highest` clip, too."""
+    bounds = (np.array([_bounds(node)]) / scale).round() + zero_point
+    return bool(bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest)
+
+
+def _bounds(node: ir.Node) -> tuple[float, float]:
+    """Return the bounds of an operator that clips its first input, or NaN for any other."""
+    if node.op_type == "Relu":
         return 0.0, np.inf
-    if node is not None and node.op_type == "Clip" and len(node.inputs) == 3:
-        low, high = node.inputs[1:]
-        if all(value is not None and value.const_value is not None for value in (low, high)):
-            return float(constant_values(low)), float(constant_values(high))
+    ends = [_number(value) for value in node.inputs[1:]]
+    if node.op_type == "Clip":
+        low, high = [*ends, None, None][:2]
+        return -np.inf if low is None else low, np.inf if high is None else high
+    if node.op_type in {"Max", "Min"} and len(ends) == 1 and ends[0] is not None:
+        return (ends[0], np.inf) if node.op_type == "Max" else (-np.inf, ends[0])
     return np.nan, np.nan
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """Return a bound: NaN if it is computed or not one number, None if there is none."""
+    if value is None:
+        return None
+    if value.const_value is None or value.const_value.size != 1:
+        return np.nan
+    return float(constant_values(value).item())
