@@ -4,12 +4,13 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
 
-def kernels(data: bytes, images: np.ndarray) -> Counter[str]:  # type: ignore[type-arg]
+def kernels(data: bytes, images: np.ndarray[Any, Any]) -> Counter[str]:
     """Return how often each type of operator runs, by the runtime's profile of one call.
 
     Args:
