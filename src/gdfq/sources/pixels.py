@@ -105,7 +105,7 @@ class OptimisedSource(Source):
             final = images.detach()
             return final if self.cutoff is None else low_passed(final, self.cutoff)
 
-        in_turn = InTurn(start, optimised, steps, context.group)
+        in_turn = InTurn(start, optimised, steps, context.group, teacher.device)
 
         def make(step: int) -> Batch:
             images = in_turn(step)

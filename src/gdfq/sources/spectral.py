@@ -200,7 +200,7 @@ def spectral_batches(
         with torch.no_grad():
             return images_of(coefficients)
 
-    in_turn = InTurn(start, optimised, steps, context.group)
+    in_turn = InTurn(start, optimised, steps, context.group, teacher.device)
 
     def make(step: int) -> Batch:
         images = in_turn(step)

@@ -119,6 +119,7 @@ class InTurn(Generic[Start]):
         make: Returns the images of a batch, given its step and its start.
         steps: Total number of batches.
         group: The processes.
+        device: Where the images are; those of a state that was read from a file are moved there.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class InTurn(Generic[Start]):
         make: Callable[[int, Start], Tensor],
         steps: int,
         group: Group,
+        device: torch.device,
     ) -> None:
         self._draw, self._make, self._steps, self._group = draw, make, steps, group
+        self._device = device
         self._ready: list[Tensor] = []
 
     def __call__(self, step: int) -> Tensor:
@@ -144,7 +147,7 @@ class InTurn(Generic[Start]):
         return {"ready": self._ready}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._ready = list(state["ready"])
+        self._ready = [images.to(self._device) for images in state["ready"]]
 
 
 def stored_batch(part: Frozen, *, stays: bool) -> Any:

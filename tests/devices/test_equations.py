@@ -1,0 +1,167 @@
+"""Every function of gdfq.functional computes on a GPU, and in float32 what layers gave in bfloat16."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
+from torch import Tensor
+
+import gdfq.functional
+from gdfq.functional import grid, integer, losses, moments, upsample_conv
+from gdfq.functional.grid import Layout
+from gdfq.graph.outputs import in_order
+
+Call = Callable[[Callable[..., Tensor]], Any]
+"""Calls a function on tensors that its argument makes: make(shape), drawn in order."""
+
+_ROWS = Layout.ROWS
+_OF = (torch.tensor(0.1), torch.tensor(-3.0))
+"""Scale and zero point of an activation."""
+
+
+def _of_weight(make: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight [4, 3, 3, 3], its scales and its zero points."""
+    weight = make(4, 3, 3, 3)
+    return weight, make(4, 1, 1, 1).detach().abs() + 0.1, make(4, 1, 1, 1).detach().round()
+
+
+def _statistics(make: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(make(c), make(c).abs() + 0.5) for c in (3, 5)]
+
+
+def _labels(make: Callable[..., Tensor]) -> Tensor:
+    return torch.arange(6).to(make(1).device) % 5
+
+
+def _of(make: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    return _OF[0].to(make(1).device), _OF[1].to(make(1).device)
+
+
+CALLS: dict[Callable[..., Any], Call] = {
+    losses.class_boundary_loss: lambda m: losses.class_boundary_loss(m(6, 5), _labels(m)),
+    losses.batch_norm_statistics_loss: lambda m: losses.batch_norm_statistics_loss(_statistics(m), _statistics(m)),
+    losses.standard_deviation_loss: lambda m: losses.standard_deviation_loss(_statistics(m), _statistics(m)),
+    losses.relative_statistics_loss: lambda m: losses.relative_statistics_loss(_statistics(m), _statistics(m)),
+    losses.focal_loss: lambda m: losses.focal_loss(m(6, 5), _labels(m), 2.0),
+    losses.feature_loss: lambda m: losses.feature_loss([m(2, 3, 4, 4), m(2, 7)], [m(2, 3, 4, 4), m(2, 7)]),
+    losses.patch_entropy: lambda m: losses.patch_entropy(m(2, 5, 7)),
+    losses.inner: lambda m: losses.inner(m(2, 3, 4, 4), m(2, 3, 4, 4)),
+    losses.distillation_loss: lambda m: losses.distillation_loss(m(6, 5), m(6, 5), 4.0, "batch"),
+    moments.moments: lambda m: moments.moments(m(4, 3, 5, 5).detach()),
+    moments.norm_with_moments: lambda m: moments.norm_with_moments(m(4, 3, 5, 5), m(1, 3, 1, 1).detach(), m(1, 3, 1, 1).detach()),
+    moments.input_moments: lambda m: moments.input_moments(m(4, 3, 5, 5)),
+    upsample_conv.upsampled_convolution: lambda m: upsample_conv.upsampled_convolution(m(2, 3, 4, 4), m(5, 3, 3, 3), m(5)),
+    grid.affine_grid: lambda m: grid.affine_grid(-m(4).abs(), m(4).abs(), 4),
+    grid.largest_scale: lambda m: grid.largest_scale(_of(m)[1], 8, (-1.0, 1.0)),
+    grid.weight_grid: lambda m: grid.weight_grid(-m(4).abs(), m(4).abs(), 4),
+    grid.along_channels: lambda m: grid.along_channels(m(4), m(4, 3, 3, 3), _ROWS),
+    grid.channel_range: lambda m: grid.channel_range(m(4, 4, 3, 3), Layout.TRANSPOSED, 2),
+    grid.quantize: lambda m: grid.quantize(m(4, 3).detach(), *_of(m), 8),
+    grid.dequantize: lambda m: grid.dequantize(m(4, 3).detach().round().to(torch.int8), *_of(m), 8),
+    grid.dequantize_bias: lambda m: grid.dequantize_bias(m(4).detach().int(), _of(m)[0], _of_weight(m)[1]),
+    grid.quantize_bias: lambda m: grid.quantize_bias(m(4).detach(), _of(m)[0], _of_weight(m)[1]),
+    grid.room_for_bias: lambda m: grid.room_for_bias(m(4).detach(), _of(m)[0], _of_weight(m)[1]),
+    grid.fake_quantize: lambda m: grid.fake_quantize(m(4, 3).detach(), *_of(m), 8),
+    grid.straight_through: lambda m: grid.straight_through(m(4, 3), *_of(m), 8),
+    integer.values: lambda m: integer.values(m(4, 3), _of(m)[0]),
+    integer.products: lambda m: integer.products(F.conv2d, 2, m(2, 3, 5, 5).detach(), *_of_weight(m)[::2]),
+    integer.with_bias: lambda m: integer.with_bias(m(2, 4, 3).detach(), m(4).detach().int(), 1, False),
+    integer.along: lambda m: integer.along(_of_weight(m)[1], 3, 1),
+    integer.rescaled: lambda m: integer.rescaled(m(2, 4, 3), _of(m)[0], _of_weight(m)[1], 1),
+    integer.in_steps: lambda m: integer.in_steps(m(2, 4, 3), _of(m)[0], _of_weight(m)[1], 1, _of(m)[0]),
+    integer.steps_of: lambda m: integer.steps_of(m(4, 3), _of(m)[0]),
+    integer.rounded: lambda m: integer.rounded(m(4, 3).detach(), -3.0, 4.0),
+}  # fmt: skip
+RETURN_NUMBERS: dict[Callable[..., Any], Call] = {
+    grid.clips_alike: lambda m: grid.clips_alike((0.0, 6.0), *_of(m), 8),
+    integer.offset_bounds: lambda m: integer.offset_bounds(_of(m)[1], 8),
+    integer.exact_parts: lambda m: integer.exact_parts(
+        m(4, 3, 3, 3).detach(), _of_weight(m)[2], 255.0
+    ),
+    integer.is_exact: lambda m: integer.is_exact(m(4).detach().int()),
+}
+WITHOUT_TENSORS = {grid.code_bounds}
+
+
+def _made_on(device: str, leaves: list[Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    draw = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> Tensor:
+        leaf = torch.randn(*shape, generator=draw).to(dtype).to(device).requires_grad_()
+        leaves.append(leaf)
+        return leaf
+
+    return make
+
+
+def _computed(
+    call: Call, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Results and gradients of a call."""
+    leaves: list[Tensor] = []
+    found = list(in_order(call(_made_on(device, leaves, dtype))))
+    differentiable = [value for value in found if value.requires_grad]
+    if differentiable:
+        torch.stack([value.sum() for value in differentiable]).sum().backward()
+    return found, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def test_all_equations_are_called() -> None:
+    """A new function of gdfq.functional needs a call here."""
+    names = [module.name for module in pkgutil.iter_modules(gdfq.functional.__path__)]
+    functions = {
+        function
+        for name in names
+        for _, function in inspect.getmembers(
+            importlib.import_module(f"gdfq.functional.{name}"), inspect.isfunction
+        )
+        if function.__module__ == f"gdfq.functional.{name}"
+        and not function.__name__.startswith("_")
+    }
+    assert functions == {*CALLS, *RETURN_NUMBERS} | WITHOUT_TENSORS
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_equation_computes_on_a_gpu(function: Callable[..., Any]) -> None:
+    expected = _computed(CALLS[function], "cpu")
+    with simulated_gpu():
+        actual = _computed(CALLS[function], "cuda")
+        assert all(isinstance(t, GpuTensor) and t.device == GPU for t in (*actual[0], *actual[1]))
+    for one, other in zip(expected, actual, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(values_of(b), a.detach())
+
+
+@pytest.mark.parametrize("function", RETURN_NUMBERS, ids=lambda function: function.__name__)
+def test_equation_of_numbers_computes_on_a_gpu(function: Callable[..., Any]) -> None:
+    expected = RETURN_NUMBERS[function](_made_on("cpu", [], torch.float32))
+    with simulated_gpu():
+        actual = RETURN_NUMBERS[function](_made_on("cuda", [], torch.float32))
+    assert actual == expected
+
+
+READS_LAYERS = (
+    *(losses.class_boundary_loss, losses.focal_loss, losses.feature_loss),
+    *(losses.distillation_loss, moments.norm_with_moments),
+)
+"""Functions whose arguments layers compute."""
+
+
+@pytest.mark.parametrize("function", READS_LAYERS, ids=lambda function: function.__name__)
+def test_equation_computes_in_float32_what_layers_give(function: Callable[..., Any]) -> None:
+    def wide(make: Callable[..., Tensor]) -> Any:
+        return CALLS[function](lambda *shape: make(*shape).float())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, grads = _computed(CALLS[function], "cpu", torch.bfloat16)
+        expected, _ = _computed(wide, "cpu", torch.bfloat16)
+    assert {tensor.dtype for tensor in actual} == {torch.float32}
+    assert {grad.dtype for grad in grads} == {torch.bfloat16}
+    for one, other in zip(expected, actual, strict=True):
+        assert one.equal(other)
