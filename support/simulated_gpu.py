@@ -165,6 +165,9 @@ class _Names(TorchFunctionMode):
             return args[0].to(_STAND_IN)
         if func is Tensor.tolist and isinstance(args[0], GpuTensor):
             return args[0].cpu().tolist()
+        if func is torch.unravel_index and isinstance(args[0], GpuTensor):
+            # It is written in Python, in which the GPU's name is not replaced again.
+            return tuple(found.to(_STAND_IN) for found in func(args[0].cpu(), *args[1:], **kwargs))
         if func is Tensor.new_tensor and isinstance(args[0], GpuTensor):
             kwargs = {"dtype": args[0].dtype, "device": _STAND_IN, **kwargs}
             func, args = torch.tensor, args[1:]

@@ -13,7 +13,7 @@ from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
 from torch import Tensor
 
 import gdfq.functional
-from gdfq.functional import grid, integer, losses, moments, upsample_conv
+from gdfq.functional import grid, integer, losses, moments, rounding, upsample_conv
 from gdfq.functional.grid import Layout
 from gdfq.graph.outputs import in_order
 
@@ -33,6 +33,11 @@ def _of_weight(make: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _statistics(make: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(make(c), make(c).abs() + 0.5) for c in (3, 5)]
+
+
+def _covariance(make: Callable[..., Tensor]) -> Tensor:
+    x = make(2, 4, 9).detach()
+    return x @ x.mT
 
 
 def _labels(make: Callable[..., Tensor]) -> Tensor:
@@ -69,6 +74,8 @@ CALLS: dict[Callable[..., Any], Call] = {
     grid.room_for_bias: lambda m: grid.room_for_bias(m(4).detach(), _of(m)[0], _of_weight(m)[1]),
     grid.fake_quantize: lambda m: grid.fake_quantize(m(4, 3).detach(), *_of(m), 8),
     grid.straight_through: lambda m: grid.straight_through(m(4, 3), *_of(m), 8),
+    rounding.fitted_weight: lambda m: rounding.fitted_weight(m(2, 3, 4).detach(), _covariance(m), m(2, 3, 4).detach(), m(2).detach().abs()),
+    rounding.compensated_codes: lambda m: rounding.compensated_codes(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), m(2, 3, 1).detach().abs() + 0.1, m(2, 3, 1).detach().round(), 4),
     integer.values: lambda m: integer.values(m(4, 3), _of(m)[0]),
     integer.products: lambda m: integer.products(F.conv2d, 2, m(2, 3, 5, 5).detach(), *_of_weight(m)[::2]),
     integer.with_bias: lambda m: integer.with_bias(m(2, 4, 3).detach(), m(4).detach().int(), 1, False),
