@@ -1,6 +1,9 @@
 """A time budget: chosen once, in the plan; repeated by options; recorded for a run that resumes."""
 
 import json
+import os
+import re
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,8 @@ import gdfq
 from gdfq import RECIPES, UsageError
 from gdfq.cli import main
 from gdfq.effort import Costs, Effort
+from gdfq.execution.checkpoints import Checkpoints
+from gdfq.execution.listeners import History
 from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured
 from gdfq.plan import Plan, Timing, resolve
@@ -95,15 +100,16 @@ def test_at_8_bits_all_images_calibrate_once(
 ) -> None:
     monkeypatch.setattr(
         "gdfq.plan.measure_costs",
-        lambda *_, **__: Costs(fixed=1.0, iteration=0.001, calibration=0.1, batch=128),
+        lambda *_, **__: Costs(fixed=100.0, iteration=0.1, calibration=10.0, batch=128),
     )
-    plan = resolve(teacher, None, "w8a8", "fast", budget=10)
-    assert plan.effort == Effort(384, 20, 3)
-    assert (plan.recipe.calibration, plan.recipe.tuning.trains) == (3, False)
-    capped = resolve(teacher, None, "w8a8", "fast", budget=1000)
+    plan = resolve(teacher, None, "w8a8", "fast", budget=1050)
+    assert plan.effort == Effort(416, 20, 4)  # 100 + 852.8 + 32.5 s
+    assert instance(plan.source, ImagePool).batch == 104
+    assert (plan.recipe.calibration, plan.recipe.tuning.trains) == (4, False)
+    capped = resolve(teacher, None, "w8a8", "fast", budget=100_000)
     assert capped.effort == Effort(1024, 24, 8)
-    assert present(capped.planned_seconds) < 30
-    again = resolve(teacher, None, "w8a8", "fast", images=384, iterations=20)
+    assert present(capped.planned_seconds) < 3000
+    again = resolve(teacher, None, "w8a8", "fast", images=416, iterations=20)
     assert again.recipe == plan.recipe
 
 
@@ -219,6 +225,34 @@ def test_command_records_and_says_what_was_chosen(
     assert "of 1:00:00 left" in captured.err
     repeated = f"--images {effort.images} --iterations {effort.iterations} --steps {effort.steps}"
     assert f"s of 3600 s; the same run: {repeated}" in captured.out.splitlines()[-1]
+    assert json.loads((place / "out" / "metrics.json").read_text())["effort"] == config["effort"]
+
+
+def test_stopped_command_resumes_with_its_effort_and_time(
+    place: Path,
+    measurements: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Stops(History):
+        def __call__(self, step: Step) -> None:
+            super().__call__(step)
+            if step.stage == "tune":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    words = command(place, "--budget", "1h")
+    with monkeypatch.context() as patch:
+        patch.setattr("gdfq.cli.quantize.History", Stops)
+        assert main(words) == 143
+    used = present(Checkpoints(place / "out" / "checkpoints").recorded("countdown"))["used"]
+    assert used > 0
+    config = json.loads((place / "out" / "config.json").read_text())
+    capsys.readouterr()
+    assert main(words) == 0
+    assert len(measurements) == 1
+    said = capsys.readouterr().out
+    assert f"effort    {Effort(**config['effort'])}\n" in said
+    assert int(re.findall(r"budget +(\d+) s of 3600 s", said)[0]) >= int(used)
     assert json.loads((place / "out" / "metrics.json").read_text())["effort"] == config["effort"]
 
 

@@ -43,6 +43,7 @@ def test_seconds_are_the_sum_of_all_parts() -> None:
 def test_seconds_without_tuning_calibrate_on_all_steps() -> None:
     costs = Costs(fixed=1.0, iteration=0.001, calibration=2.0, batch=32)
     assert costs.seconds(Effort(96, 10, 3)) == pytest.approx(1 + 1.008 + 6)
+    assert costs.seconds(Effort(48, 10, 2)) == pytest.approx(1 + 0.504 + 3)  # two of 24
 
 
 def test_seconds_of_a_source_without_a_pool_are_those_of_its_batches() -> None:
@@ -67,12 +68,13 @@ def test_used_share_is_left_for_what_is_not_measured() -> None:
 
 
 def test_all_time_goes_into_images_without_tuning_up_to_the_cap() -> None:
-    """Whole batches of 64 calibrate, so 96 images are none of the choices."""
+    """Steps of at most 64 images calibrate with each image once, at 0.1 s for 64 images."""
     costs = Costs(fixed=1.0, iteration=0.001, calibration=0.1, batch=64)
-    assert effort_within(2.2, costs, RULE) == Effort(64, 15, 1)  # 1 + 0.992 + 0.1
+    assert effort_within(1.5, costs, RULE) == Effort(32, 10, 1)
+    assert effort_within(2.1, costs, RULE) == Effort(64, 15, 1)  # 1 + 0.992 + 0.1
+    assert effort_within(2.93, costs, RULE) == Effort(96, 18, 2)  # 1 + 1.776 + 0.15
     assert effort_within(3.9, costs, RULE) == Effort(128, 20, 2)  # 1 + 2.624 + 0.2
     assert effort_within(1e6, costs, RULE) == Effort(128, 20, 2)
-    assert effort_within(1.5, costs, RULE) == Effort(32, 10, 1)
 
 
 def test_source_without_a_pool_chooses_steps_alone() -> None:

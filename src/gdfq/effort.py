@@ -5,7 +5,7 @@ divided. `effort_within` is a pure function of both: equal measurements give an 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +108,7 @@ class Costs:
         calibration: Calibration on one batch.
         matching: Moment matching on one batch.
         step: One update of the student; None if it is not tuned: all steps calibrate.
-        batch: Images of a step.
+        batch: Images of a step, at most.
         calibrated: Most batches that calibrate.
         matched: Most batches whose moments are matched.
         warmup: Most steps before the first update.
@@ -152,7 +152,11 @@ class Costs:
     def seconds(self, effort: Effort) -> float:
         """Return the seconds of a run with an effort."""
         steps, quarter = effort.steps, effort.steps // 4  # as Recipe.with_steps divides them
-        calibrated = steps if self.step is None else min(self.calibrated, quarter)
+        calibrated: float = steps
+        if self.step is not None:
+            calibrated = min(self.calibrated, quarter)
+        elif effort.images is not None:  # each image calibrates once
+            calibrated = effort.images / self.batch
         tuning = 0.0 if self.step is None else self.step * (steps - min(self.warmup, quarter))
         return (
             self.fixed
@@ -208,17 +212,9 @@ def _image_efforts(costs: Costs, rule: EffortRule) -> Iterator[Effort]:
     if costs.iteration is None:
         yield Effort(None, None, 1 if costs.step is None else rule.min_steps)
         return
-    counts = range(rule.min_images, rule.max_images + 1, rule.min_images)
-    for images in counts if costs.step is not None else _whole_batches(counts, costs.batch):
-        steps = max(1, images // costs.batch) if costs.step is None else rule.min_steps
+    for images in range(rule.min_images, rule.max_images + 1, rule.min_images):
+        steps = -(-images // costs.batch) if costs.step is None else rule.min_steps
         yield Effort(images, rule.iterations(images), steps)
-
-
-def _whole_batches(counts: range, batch: int) -> Sequence[int]:
-    """Return the counts up to a batch, and above it the multiples of a batch."""
-    multiples = range(batch, counts.stop, batch)
-    found = {n for n in counts if n <= batch} | {n for n in multiples if n >= counts.start}
-    return sorted(found) or counts[:1]
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:

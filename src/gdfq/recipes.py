@@ -143,7 +143,8 @@ class Recipe:
         for name, value in (("images", images), ("iterations", iterations)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1; got {value}.")
-        source = self.source if images is None else self.source.with_images(images)
+        source, once = self.source, not self.tuning.trains
+        source = source if images is None else source.with_images(images, once=once)
         source = source if iterations is None else source.with_iterations(iterations)
         recipe = replace(self, source=source)
         if images is None or self.tuning.trains:

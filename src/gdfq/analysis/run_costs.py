@@ -32,10 +32,10 @@ from gdfq.tuning.moment_matching import match_moments_, matched_images
 
 Clock = Callable[[], float]
 
-_EXPORT_CAPTURES, _REPORT_CAPTURES = 1.5, 1.2
+_EXPORT_CAPTURES, _REPORT_CAPTURES = 1.35, 0.85
 """Seconds of an export, and of writing a report, in those of capturing the network: all three are
 work of Python for each operator. Measured on ResNet-20, ResNet-56 and MobileNetV1 x0.25: 1.2 to
-1.7, and 0.7 to 1.5."""
+1.7, and 0.7 to 0.9."""
 _ITERATION_PASSES = 4.0
 """Forward passes that take as long as one iteration of the images, where that is not measured."""
 _SAMPLE_IMAGES = 32

@@ -180,12 +180,17 @@ class Source(Protocol):
         """Return this source with `batch` images per batch."""
         return replace(self, batch=batch)  # type: ignore[type-var]
 
-    def with_images(self, images: int) -> Self:
+    def with_images(self, images: int, *, once: bool = False) -> Self:
         """Return this source with `images` images, which it makes before the student learns.
+
+        Args:
+            images: Number of images.
+            once: Whether all batches of an epoch get one size: hardly any image is left out.
 
         Raises:
             UsageError: Its images come while the student learns.
         """
+        del once
         raise UsageError(
             "a number of images is for recipes with a pool of synthetic images, such as fast; the "
             f"images of this recipe come while the student learns. Remove images; got {images}."

@@ -94,8 +94,12 @@ class ImagePool(Source):
         """Return this pool with `batch` images per batch, of its own and of its source."""
         return replace(self, batch=batch, source=self.source.with_batch(batch))
 
-    def with_images(self, images: int) -> Self:
+    def with_images(self, images: int, *, once: bool = False) -> Self:
         """Return this pool with `images` images, which its source makes in batches of equal size.
+
+        Args:
+            images: Number of images.
+            once: Whether all batches of an epoch get one size: hardly any image is left out.
 
         Raises:
             UsageError: The images are given.
@@ -106,7 +110,9 @@ class ImagePool(Source):
                 f"got {images}."
             )
         batches = -(-images // self.source.batch)
-        return replace(self, images=images, source=self.source.with_batch(-(-images // batches)))
+        source = self.source.with_batch(-(-images // batches))
+        batch = images // -(-images // self.batch) if once else self.batch
+        return replace(self, images=images, batch=batch, source=source)
 
     def with_iterations(self, iterations: int) -> Self:
         """Return this pool with `iterations` updates of each image by its source."""
