@@ -21,6 +21,7 @@ from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool, StoredImages
 from gdfq.student.scheme import Scheme
+from gdfq.tuning.moment_matching import matched_images
 
 FULL = Scheme(Bits(4, 8), "full")
 
@@ -54,7 +55,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine.takes("analysis.run_costs.channel_scales", lambda *_: 2.0)
     machine.takes("analysis.run_costs.build_student", lambda *_: 3.0)
     machine.takes("analysis.run_costs.calibrate_", lambda _, b: 0.5 + 0.125 * len(b[0]))
-    machine.takes("analysis.run_costs.match_moments_", lambda s, t, x, m: 1 + 0.25 * len(x[0]))
+    machine.takes("analysis.run_costs.match_moments_", lambda s, t, x: 1 + 0.25 * len(x[0]))
     machine.takes("analysis.run_costs.freeze", lambda _: 5.0)
     machine.takes("tuning.distill.check_finite", lambda *_: 0.75)
     return machine
@@ -75,7 +76,7 @@ def test_each_part_is_measured_once(teacher: Captured, machine: Machine) -> None
         step=0.75,
         batch=8,
         calibrated=10,
-        matched=2**24 // (3 * 8 * 8) / 8,
+        matched=matched_images(teacher.network.graph) / 8,
         warmup=10,
     )
     costs = measured(teacher, small(find_recipe("fast")), machine)
