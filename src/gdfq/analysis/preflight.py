@@ -21,7 +21,7 @@ from gdfq.graph.ends import describe, output_names
 from gdfq.graph.tensors import tensors_of
 from gdfq.recipes import Recipe
 from gdfq.student.build import check_scheme
-from gdfq.student.placement import activation_bits
+from gdfq.student.placement import activation_bits, layer_input_bits
 from gdfq.student.scheme import Scheme
 
 
@@ -130,15 +130,17 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     problems: list[str] = []
     try:
         check_scheme(teacher, scheme, recipe.quantizers)
-        input_bits = activation_bits(folded, scheme)
+        output_bits = activation_bits(folded, scheme)
+        entering = layer_input_bits(folded, scheme)
         weight_bits = scheme.weight_bits(layers)
     except GdfqError as error:
-        problems, input_bits, weight_bits = [str(error)], {}, {}
+        problems, output_bits, entering, weight_bits = [str(error)], {}, {}, {}
     try:
         recipe.source.stream(teacher, steps=1)
     except GdfqError as error:
         problems.append(str(error))
     weights = {node: tensors_of(folded.network)[queries.weight_name(node)] for node in layers}
+    input_bits = output_bits | entering
     found = tuple(_layer(node, weights[node], weight_bits, input_bits) for node in layers)
     tensors = tensors_of(teacher.network)
     norms = len(teacher.batch_norms)
@@ -154,8 +156,8 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         layers=found,
         batch_norms=norms,
         folded=norms - len(fold_batch_norms(teacher).batch_norms),
-        activations=dict(sorted(Counter(input_bits.values()).items())),
-        float_operators=find_float_operators(nodes, weight_bits, input_bits, scheme),
+        activations=dict(sorted(Counter([*output_bits.values(), *entering.values()]).items())),
+        float_operators=find_float_operators(nodes, weight_bits, output_bits, scheme),
         parameters=sum(t.numel() for t in tensors.values() if isinstance(t, torch.nn.Parameter)),
         operations=sum(layer.operations for layer in found) + sum(map(product_operations, nodes)),
         float_bytes=sum(t.nbytes for t in tensors_of(fold_batch_norms(teacher).network).values()),

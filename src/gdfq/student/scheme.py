@@ -90,6 +90,7 @@ class Scheme:
             only the outputs of ReLUs. "full" (deployable): all weights, and every tensor that
             enters a convolution, linear layer, addition, multiplication, concatenation or pooling,
             and every convolution or linear output without a ReLU; the network's outputs stay float.
+            Activations have 8 bits where they are only carried (`gdfq.student.placement`).
         layer_bits: Layers with other bits; the first that matches a layer counts.
     """
 
