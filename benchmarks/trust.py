@@ -80,7 +80,7 @@ def _calibrated(name: str, pool: ImagePool) -> Recipe:
     """Direct rounding with ranges from a pool."""
     steps = -(-pool.images // pool.batch)
     return replace(
-        QUICK, name=name, source=pool, tuning=NO_TUNING, quantizers=MINMAX, match_moments=False,
+        QUICK, name=name, source=pool, tuning=NO_TUNING, quantizers=MINMAX, match_moments=False, fit_weights=False,
         steps=steps, calibration=steps, warmup=steps,
     )  # fmt: skip
 

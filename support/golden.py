@@ -13,7 +13,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,22 @@ class Digits:
         )
 
 
+def _has_field(value: Any, name: str) -> bool:
+    return name in {field.name for field in fields(value)}
+
+
 def _small(name: str, steps: int, *, images: int = 64, batch: int = 16, iterations: int = 6) -> Any:
     """A recipe with a small pool and few steps."""
     recipe: Any = gdfq.RECIPES[name]
     source: Any = recipe.source
     if hasattr(source, "source"):
         inner = replace(source.source, batch=batch)
-        if hasattr(inner, "iterations"):
+        if _has_field(inner, "iterations"):
             inner = replace(inner, iterations=iterations)
         source = replace(source, source=inner, images=images, batch=batch)
     else:
         source = replace(source, batch=batch)
-        if hasattr(source, "iterations"):
+        if _has_field(source, "iterations"):
             source = replace(source, iterations=iterations)
     tuning: Any = recipe.tuning
     if hasattr(tuning, "images"):

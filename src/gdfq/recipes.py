@@ -28,7 +28,7 @@ from gdfq.tuning.grid_adam import GridAdam
 from gdfq.tuning.reconstruct import Reconstruction
 
 
-@tagged("Recipe", spellings={"relu": "t1"}, ignored=("summary",))
+@tagged("Recipe", spellings={"relu": "t1"}, ignored=("summary",), added={"fit_weights": False})
 @dataclass(frozen=True)
 class Recipe:
     """A complete method. A step is a batch that is taken from the source.

@@ -129,7 +129,8 @@ def test_bits_are_those_of_the_run() -> None:
         ("conv2", 3, 4),
         ("fc", None, None),
     ]
-    assert diagnosis.activations == {4: 2, 8: 2}
+    # The first ReLU's output has 8 bits for the sum, and 4 for conv2.
+    assert diagnosis.activations == {4: 2, 8: 3}
     assert (diagnosis.batch_norms, diagnosis.folded) == (2, 2)
     assert "2 of 3 layers quantized" in diagnosis.summary()
 

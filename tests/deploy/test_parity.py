@@ -17,6 +17,9 @@ from gdfq.deploy.parity import CodesParity, compare_codes
 from gdfq.deploy.runtimes import onnx_values
 from gdfq.quantized import QuantizedNetwork
 
+NARROW = "relu_into_layers.clip"
+"""Codes of the first ReLU's output, as they enter a layer."""
+
 
 def test_file_that_differs_is_not_kept(
     small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -51,12 +54,12 @@ def test_first_activation_that_differs_is_named(
 
     def shifted(*arguments: Any, **options: Any) -> Any:
         found = real(*arguments, **options)
-        found["relu.clip"].reshape(-1)[0] += 1
+        found[NARROW].reshape(-1)[0] += 1
         return found
 
     monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_values", shifted)
     ((name, share), *_) = small.export(tmp_path / "q.onnx").differs_first
-    assert name == "relu.clip"
+    assert name == NARROW
     assert share == pytest.approx(1 / (16 * 8 * 64))
 
 
@@ -66,10 +69,10 @@ def test_codes_that_differ_from_equal_inputs_are_refused(
     real = onnx_values
 
     def shifted(*arguments: Any, **options: Any) -> Any:
-        return {n: v + (n == "relu.clip") for n, v in real(*arguments, **options).items()}
+        return {n: v + (n == NARROW) for n, v in real(*arguments, **options).items()}
 
     monkeypatch.setattr("gdfq.deploy.onnx.target.onnx_values", shifted)
-    with pytest.raises(GdfqError, match=r"at most.*from equal inputs: 100.00% of 'relu.clip', "):
+    with pytest.raises(GdfqError, match=rf"at most.*from equal inputs: 100.00% of '{NARROW}', "):
         small.export(tmp_path / "q.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -94,7 +97,7 @@ def test_codes_are_compared_from_equal_inputs(small: QuantizedNetwork) -> None:
 def test_activation_that_the_file_lacks_is_an_error(small: QuantizedNetwork) -> None:
     data = to_onnx(small.network, small.card.inputs, {})
     with pytest.raises(GdfqError, match=r"has no 'elsewhere\.q'"):
-        onnx_values(data, ["relu.clip", "elsewhere.q"], [networks.images(1)])
+        onnx_values(data, [NARROW, "elsewhere.q"], [networks.images(1)])
 
 
 def test_file_is_proven_by_its_codes_where_a_network_amplifies_rounding(

@@ -45,6 +45,6 @@ def test_bfloat16_is_used_in_layers_only(teacher: Captured) -> None:
         == {"generator", "bns", "boundary", "student", "ce", "kd", "features"}
     )
     for name, value in full.items():
-        assert float(low[name]) == pytest.approx(float(value), rel=0.03), name
+        assert float(low[name]) == pytest.approx(float(value), rel=0.1), name
     assert any(low[name] != full[name] for name in full)
     assert difference(full_grads, low_grads) < 0.1

@@ -26,7 +26,11 @@ def test_measured_rows_stay_valid() -> None:
     there = [row for row in accuracy.PLAN if row.path.exists()]
     for row in there:
         found = json.loads(row.path.read_text())["settings"]
-        assert found == accuracy.settings_of(row), row.path.name
+        # Rows of students whose weights were not fitted have a mark in the tables.
+        earlier = row.recipe in RECIPES and fingerprint(
+            replace(RECIPES[row.recipe], fit_weights=False).with_steps(row.steps)
+        )
+        assert found in {accuracy.settings_of(row), earlier}, row.path.name
     assert {row.recipe for row in there} >= {"fast", "quick", "genie", "synq", "real", "mct"}
 
 

@@ -40,17 +40,17 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("sizes", [(20,), (8, 8, 4)])
 def test_sampled_inputs_times_the_weight_are_the_sampled_outputs(
-    name: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    name: str, sizes: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(weight_fitting, "_MAX_SAMPLES", 150)  # fewer than there are positions
+    most = 150  # fewer than there are positions
     module, shape = LAYERS[name]
     x = torch.randn(20, *shape)
     layer, teacher = only_layer(module, x)
     groups = queries.group_count(layer)
     weight, bias = (module.get_parameter(name).detach() for name in ("weight", "bias"))
     inputs, outputs = x.split(list(sizes)), teacher.network(x).detach().split(list(sizes))
-    samples = weight_fitting._input_samples(layer, weight.shape[2:], inputs, groups)
-    targets = weight_fitting._output_samples(layer, outputs)
+    samples = weight_fitting._input_samples(layer, weight.shape[2:], inputs, groups, most)
+    targets = weight_fitting._output_samples(layer, outputs, most)
     assert 20 <= len(samples) == len(targets) <= 300
     rows = weight.reshape(groups, -1, samples.shape[2])
     found = torch.einsum("pgk,grk->pgr", samples, rows).flatten(1)

@@ -31,12 +31,14 @@ class _Tag:
         renamed: The frozen name of each field that has another name today.
         spellings: The frozen spelling of each string that is spelled otherwise today.
         ignored: Fields that say nothing about the configuration, such as a summary.
+        added: Fields that were added later, with the value that stands for how it was before.
     """
 
     name: str
     renamed: Mapping[str, str] = field(default_factory=dict)
     spellings: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    added: Mapping[str, object] = field(default_factory=dict)
 
 
 _ATTRIBUTE = "_gdfq_tag"
@@ -48,6 +50,7 @@ def tagged(
     renamed: Mapping[str, str] | None = None,
     spellings: Mapping[str, str] | None = None,
     ignored: tuple[str, ...] = (),
+    added: Mapping[str, object] | None = None,
 ) -> Callable[[Class], Class]:
     """Return a class decorator that freezes the names by which a dataclass is identified.
 
@@ -59,8 +62,10 @@ def tagged(
         spellings: For each string value that was respelled since, its present spelling and its
             frozen one.
         ignored: Fields that are left out, because they only describe.
+        added: Fields that were added since, with the value at which they are left out, because it
+            means what was there before.
     """
-    tag = _Tag(name, renamed or {}, spellings or {}, frozenset(ignored))
+    tag = _Tag(name, renamed or {}, spellings or {}, frozenset(ignored), added or {})
 
     def declare(cls: Class) -> Class:
         setattr(cls, _ATTRIBUTE, tag)
@@ -115,6 +120,8 @@ def _frozen_object(value: Any) -> dict[str, Any]:
     tag = _tag_of(value) or _Tag(f"{cls.__module__}.{cls.__qualname__}")
     found: dict[str, Any] = {"class": tag.name}
     for name in (f.name for f in fields(value) if f.name not in tag.ignored):
+        if name in tag.added and getattr(value, name) == tag.added[name]:
+            continue
         plain = frozen_values(getattr(value, name))
         spelled = tag.spellings.get(plain, plain) if isinstance(plain, str) else plain
         found[tag.renamed.get(name, name)] = spelled

@@ -251,7 +251,11 @@ def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
         unread[str(node.target)] = alone and unread.get(str(node.target), True)
     for name in (name for name, alone in unread.items() if alone):
         owner, _, attribute = name.rpartition(".")
-        weight = getattr(module := modules[owner], attribute).detach()
+        module = modules.get(owner)
+        # A layer inside a layer may have its weight below the name of the outer one's.
+        if module is None or any(other.startswith(f"{name}.") for other in unread):
+            continue
+        weight = getattr(module, attribute).detach()
         delattr(module, attribute)
         module.register_buffer(attribute, weight, persistent=False)
 

@@ -13,8 +13,9 @@ from gdfq.functional.rounding import fitted_weight
 from gdfq.graph import operators, queries
 from gdfq.quantizers.base import WeightQuantizer
 
-_MAX_SAMPLES = 8192
-"""Positions of all images together at which inputs and outputs of a layer are compared."""
+_MAX_SAMPLES, _MAX_ELEMENTS = 8192, 2**25
+"""Positions of all images together at which inputs and outputs of a layer are compared, and the
+elements of the sampled inputs: 128 MiB."""
 _RIDGE = 0.3
 """λ as a share of the mean variance of the layer's inputs. The images are made, so directions that
 they hardly show may matter for real ones."""
@@ -53,50 +54,53 @@ def fit_weight_(
         trusted: Whether an output's weights may be fitted, [O]; else they are only rounded.
     """
     groups = queries.group_count(layer)
-    x = _input_samples(layer, weight.shape[2:], inputs, groups).double()  # [P, G, K]
-    y = _output_samples(layer, targets).double().unflatten(1, (groups, -1))  # [P, G, R]
+    columns = groups * weight[0].numel()
+    most = min(_MAX_SAMPLES, max(1, _MAX_ELEMENTS // columns))
+    x = _input_samples(layer, weight.shape[2:], inputs, groups, most)  # [P, G, K]
+    y = _output_samples(layer, targets, most).unflatten(1, (groups, -1))  # [P, G, R]
     x, y = ((samples - samples.mean(0)).transpose(0, 1) for samples in (x, y))
-    covariance = x.mT @ x / x.shape[1]
-    cross = y.mT @ x / x.shape[1]
+    covariance = (x.mT @ x / x.shape[1]).double()
+    cross = (y.mT @ x / x.shape[1]).double()
     variance = covariance.diagonal(dim1=1, dim2=2).mean(1)
     ridge = (_RIDGE * variance).clamp_min(_TINY)
     rows = weight.detach().double().reshape(groups, -1, x.shape[2])
-    unexplained = (y - x @ rows.mT).square().mean(1) / y.square().mean(1).clamp_min(_TINY)  # [G, R]
+    missed, power = (part.double().square().mean(1) for part in (y - x @ rows.to(x.dtype).mT, y))
+    unexplained = missed / power.clamp_min(_TINY)  # [G, R]
     share = (1 - unexplained).clamp_min(0) * trusted.view_as(unexplained)
     fitted = rows.lerp(fitted_weight(rows, covariance, cross, ridge), share[:, :, None])
     quantizer.fit_(fitted.to(weight.dtype).view_as(weight), covariance, ridge)
 
 
-def _positions(images: int, places: int, device: torch.device) -> Tensor:
+def _positions(images: int, places: int, most: int, device: torch.device) -> Tensor:
     """Return which of the places of each image are sampled: [images, m]; they differ by image."""
-    count = min(places, -(-_MAX_SAMPLES // images))
+    count = min(places, -(-most // images))
     first = torch.arange(images, device=device).double().mul(_GOLDEN_RATIO).frac().mul(places)
     steps = torch.arange(count, device=device) * places // count
     return (first.long()[:, None] + steps) % places
 
 
-def _output_samples(layer: fx.Node, parts: Sequence[Tensor]) -> Tensor:
+def _output_samples(layer: fx.Node, parts: Sequence[Tensor], most: int) -> Tensor:
     """Return outputs [P, O] of a layer at the sampled positions."""
     if operators.name_of(layer) in operators.LINEARS:
-        return _sampled_rows(parts)
+        return _sampled_rows(parts, most)
     places = math.prod(parts[0].shape[2:])
     return torch.cat(
         [
             part.flatten(2).transpose(1, 2)[_images_of(chosen), chosen].flatten(0, 1)
-            for part, chosen in _chosen(parts, places)
+            for part, chosen in _chosen(parts, places, most)
         ]
     )
 
 
 def _input_samples(
-    layer: fx.Node, kernel: Sequence[int], parts: Sequence[Tensor], groups: int
+    layer: fx.Node, kernel: Sequence[int], parts: Sequence[Tensor], groups: int, most: int
 ) -> Tensor:
     """Return what a layer multiplies by each row of its weight at these positions, [P, G, K]."""
     if operators.name_of(layer) in operators.LINEARS:
-        return _sampled_rows(parts)[:, None]
+        return _sampled_rows(parts, most)[:, None]
     found = []
     shape = _windows(layer, kernel, parts[0][:1]).shape[2 : 2 + len(kernel)]
-    for part, chosen in _chosen(parts, math.prod(shape)):
+    for part, chosen in _chosen(parts, math.prod(shape), most):
         windows = _windows(layer, kernel, part).movedim(1, 1 + len(kernel))  # [n, *out, C, *k]
         places = torch.unravel_index(chosen, shape)
         samples = windows[(_images_of(chosen), *places)].flatten(0, 1)  # [n m, C, *k]
@@ -104,15 +108,15 @@ def _input_samples(
     return torch.cat(found)
 
 
-def _sampled_rows(parts: Sequence[Tensor]) -> Tensor:
+def _sampled_rows(parts: Sequence[Tensor], most: int) -> Tensor:
     rows = torch.cat([part.flatten(0, -2) for part in parts])
-    return rows[:: len(rows) // _MAX_SAMPLES | 1]
+    return rows[:: len(rows) // most | 1]
 
 
-def _chosen(parts: Sequence[Tensor], places: int) -> list[tuple[Tensor, Tensor]]:
+def _chosen(parts: Sequence[Tensor], places: int, most: int) -> list[tuple[Tensor, Tensor]]:
     """Return each part with the sampled places of its images, [n, m]."""
     sizes = [len(part) for part in parts]
-    positions = _positions(sum(sizes), places, parts[0].device)
+    positions = _positions(sum(sizes), places, most, parts[0].device)
     return list(zip(parts, positions.split(sizes), strict=True))
 
 
