@@ -212,7 +212,7 @@ def command(place: Path, *more: str) -> list[str]:
 def test_command_records_and_says_what_was_chosen(
     place: Path, measurements: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(place, "--budget", "1h")) == 0
+    assert main(command(place, "--budget", "1h", "--recipe", "fast")) == 0
     (options,) = measurements
     following = options["following"]
     assert (following.export, following.report) == (True, False)

@@ -280,8 +280,8 @@ def test_layer_is_rounded_behind_its_clamp() -> None:
         "clamp_1": 4,
         "relu": 8,
         "square": 4,  # no integer kernel reads the ReLU
-        "clamp_2": 4,
-        "relu_1": 4,
+        "clamp_2": 8,  # it enters a sum, as the next does
+        "relu_1": 8,
         "add": 4,
         "clamp_3": 4,
     }
