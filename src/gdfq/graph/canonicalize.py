@@ -8,6 +8,7 @@ from gdfq.graph import operators, queries
 from gdfq.graph.constants import constants_of
 from gdfq.graph.fakes import call
 from gdfq.graph.frozen_norms import recognise_batch_norms_
+from gdfq.graph.paddings import merge_paddings_
 from gdfq.graph.tensors import attribute, flat_module, tensors_of
 from gdfq.graph.writes import write_functionally_
 
@@ -15,11 +16,12 @@ from gdfq.graph.writes import write_functionally_
 def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     """Return the canonical graph of an exported program.
 
-    Batch norms, reshapes and products with weight matrices have one form each. What depends only on
-    tensors of the network is a constant. Operators are named in order.
+    Batch norms, reshapes, paddings and products with weight matrices have one form each. What
+    depends only on tensors of the network is a constant. Operators are named in order.
     """
     _simplify(module)
     write_functionally_(module)
+    merge_paddings_(module.graph)
     recognise_batch_norms_(module)
     _parts_to_softmax(module.graph)
     _fold_constants(module)  # a weight may be written transposed

@@ -17,6 +17,8 @@ from gdfq.functional import grid
 CONVOLUTIONS = frozenset(
     f"aten.conv{d}d.{form}" for d in (1, 2, 3) for form in ("default", "padding")
 )
+PADDED_CONVOLUTIONS = frozenset(f"aten.conv{d}d.default" for d in (1, 2, 3))
+"""Convolutions whose padding is given in numbers."""
 CONVOLUTIONS_2D = frozenset(f"aten.conv2d.{form}" for form in ("default", "padding"))
 TRANSPOSED_CONVOLUTIONS = frozenset(
     {"aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"}
