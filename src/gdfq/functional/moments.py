@@ -7,13 +7,17 @@ evaluation form a scale and shift per channel) and the moments of its input are 
     y = s x + t;   m = E[x];   v = E[(x − m)²]
     ∂x = s ∂y + (2/n) ∂v x + (∂m − 2 ∂v m)/n        n elements a channel
 
-so the backward pass is two fused multiply-adds over the tensor, exact to rounding.
+so the backward pass is two fused multiply-adds over the tensor, exact to rounding. A clamp of y
+that passes gradients strictly inside its ends, such as a ReLU6, is part of the operator: y itself
+is then never saved, because the clamped tensor says where gradients pass.
 `benchmarks/speed.py` compares the formulations.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gdfq.execution.precision import to_float32
@@ -33,34 +37,55 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _NormWithMoments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, low: float, high: float
+    ) -> tuple[Tensor, ...]:
         mean, variance = moments(x)
-        ctx.save_for_backward(x, scale, mean)
-        return torch.addcmul(shift, x, scale), mean, variance
+        y = torch.addcmul(shift, x, scale)
+        ctx.ends = (low, high)
+        if ctx.ends == UNCLAMPED:
+            ctx.save_for_backward(x, scale, mean)
+        else:
+            F.hardtanh_(y, low, high)
+            ctx.save_for_backward(x, scale, mean, y)
+        return y, mean, variance
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad_y, grad_mean, grad_variance = grads
-        x, scale, mean = ctx.saved_tensors
+        x, scale, mean, *clamped = ctx.saved_tensors
+        if clamped:
+            grad_y = torch.ops.aten.hardtanh_backward(grad_y, *clamped, *ctx.ends)
         n = x.numel() / mean.numel()
         slope = (2 / n) * grad_variance
         offset = grad_mean / n - slope * mean
         grad_x = torch.addcmul(offset.view_as(scale), x, slope.view_as(scale))
-        return grad_x.addcmul_(grad_y, scale), None, None
+        return grad_x.addcmul_(grad_y, scale), None, None, None, None
 
 
-def norm_with_moments(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y = s x + t, and mean and biased variance of each channel of x, all with gradients.
+UNCLAMPED = (-math.inf, math.inf)
+"""The ends of a clamp that does nothing."""
+
+
+def norm_with_moments(
+    x: Tensor, scale: Tensor, shift: Tensor, ends: tuple[float, float] = UNCLAMPED
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y = clamp(s x + t), and mean and biased variance of each channel of x.
+
+    All have gradients; the clamp passes them strictly inside its ends, as a ReLU6 does.
 
     Args:
         x: [N, C, *].
         scale: s, [1, C, 1, ...].
         shift: t, [1, C, 1, ...].
+        ends: The lowest and the highest value of y.
 
     Returns:
         y [N, C, *], mean [C] and variance [C].
     """
-    result: tuple[Tensor, Tensor, Tensor] = _NormWithMoments.apply(to_float32(x), scale, shift)
+    result: tuple[Tensor, Tensor, Tensor] = _NormWithMoments.apply(
+        to_float32(x), scale, shift, *ends
+    )
     return result
 
 

@@ -99,6 +99,8 @@ MINIMUM, MAXIMUM = "aten.minimum.default", "aten.maximum.default"
 EXTREMES = frozenset({MINIMUM, MAXIMUM})
 CLAMPS_BY_TENSORS = EXTREMES | {"aten.clamp.Tensor", "aten.clip.Tensor"}
 """Clamps whose bounds are tensors; capture writes bounds of one number as such."""
+OPEN_CLAMPS = RECTIFIERS | {HARDTANH}
+"""Clamps that pass gradients strictly inside their ends; `aten.clamp` passes them at its ends."""
 PADS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
 VIEWS = frozenset({"aten.view.default", "aten._unsafe_view.default"})
 RESHAPES = frozenset({"aten.flatten.using_ints", RESHAPE})

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.distributed import Statistics
-from gdfq.functional.moments import input_moments, norm_with_moments
-from gdfq.graph import queries
+from gdfq.functional.moments import UNCLAMPED, input_moments, norm_with_moments
+from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import BatchNorm, batch_norm_of
 from gdfq.graph.blocks import block_ends
 from gdfq.graph.capture import Captured
@@ -78,12 +78,20 @@ def _with_moments(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Return a graph with outputs (outputs, [(mean, variance) of each batch norm's input]).
 
-    Its nodes at the ends of the teacher's blocks are returned too.
+    A rectifier that alone reads a batch norm is part of it. The graph's nodes at the ends of the
+    teacher's blocks are returned too.
     """
     tensors = tensors_of(teacher.network)
     values = dict(zip(teacher.batch_norms, norms, strict=True))
     observed: list[tuple[fx.Node, fx.Node]] = []
-    normalised: dict[str, fx.Node] = {}
+    changed: dict[str, fx.Node] = {}
+
+    def rectifier_of(norm: fx.Node) -> fx.Node | None:
+        """Return the only reader of one of the batch norms, if it is a rectifier."""
+        if norm not in values or len(norm.users) != 1:
+            return None
+        (reader,) = norm.users
+        return reader if operators.name_of(reader) in operators.OPEN_CLAMPS else None
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         graph = copy.graph
@@ -92,20 +100,28 @@ def _with_moments(
             names = (f"scale_of_{node.name}", f"shift_of_{node.name}")
             for name, value in zip(names, values[node].scale_and_shift(), strict=True):
                 tensors[name] = value.view(shape)
-            arguments = (copy[queries.input_of(node)], *map(graph.get_attr, names))
+            rectifier = rectifier_of(node)
+            ends = UNCLAMPED if rectifier is None else queries.clamp_ends(rectifier)
+            arguments = (copy[queries.input_of(node)], *map(graph.get_attr, names), ends)
             triple = graph.call_function(norm_with_moments, arguments)
             y, mean, variance = (
                 graph.call_function(operator.getitem, (triple, i)) for i in range(3)
             )
             observed.append((mean, variance))
-            y.meta, normalised[node.name] = dict(node.meta), y
+            y.meta, changed[node.name] = dict(node.meta), y
+            for moment in (mean, variance):
+                moment.meta["val"] = torch.empty(len(values[node].mean), device="meta")
+            triple.meta["val"] = tuple(part.meta["val"] for part in (y, mean, variance))
             return y
+        if node.all_input_nodes and rectifier_of(node.all_input_nodes[0]) is node:
+            changed[node.name] = copy[node.all_input_nodes[0]]
+            return changed[node.name]
         if node.op == "output":
             return copy.output((copy.mapped(node.args[0]), observed))
         return None
 
     graph = rewrite(teacher.network.graph, change)
     graph.eliminate_dead_code()
-    by_name = {node.name: node for node in graph.nodes} | normalised
+    by_name = {node.name: node for node in graph.nodes} | changed
     names = (end.name for end in block_ends(teacher.network.graph))
     return fx.GraphModule(tensors, graph), [by_name[name] for name in names if name in by_name]
