@@ -102,7 +102,7 @@ def _with_moments(
                 tensors[name] = value.view(shape)
             rectifier = rectifier_of(node)
             ends = UNCLAMPED if rectifier is None else queries.clamp_ends(rectifier)
-            arguments = (copy[queries.input_of(node)], *map(graph.get_attr, names), ends)
+            arguments: Any = (copy[queries.input_of(node)], *map(graph.get_attr, names), ends)
             triple = graph.call_function(norm_with_moments, arguments)
             y, mean, variance = (
                 graph.call_function(operator.getitem, (triple, i)) for i in range(3)
