@@ -234,7 +234,7 @@ FAST = Recipe(
 QUICK = replace(
     FAST,
     name="quick",
-    summary="fast with few images and few steps: a minute",
+    summary="weights fitted to few images; below 4 bits also tuned: a minute",
     source=ImagePool(SpectralSource(), images=256, batch=100, pixels=_MAX_POOL_PIXELS),
     steps=80,
     calibration=3,
