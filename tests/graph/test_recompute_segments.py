@@ -24,7 +24,7 @@ def gradient_of(network: StatisticsNetwork, images: Tensor) -> Tensor:
     return grad
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
 def test_recomputed_statistics_have_the_same_gradient(teacher: Captured, share: float) -> None:
     images = networks.images(6)
     unit = unit_input(teacher)

@@ -86,6 +86,8 @@ def keep_codes(graph: ir.Graph) -> None:
         codes, scale, zero_point = found
         if node.op_type == "Resize" and _mode(node) != "nearest":
             continue  # it computes new values
+        if node.op_type == "MaxPool" and len(node.outputs) > 1:
+            continue  # it also returns positions
         if node.op_type == "Pad" and _mode(node) == "constant":
             if len(others) > 1 and others[1] is not None and constant_values(others[1]).any():
                 continue  # what it pads with need not lie on the grid
