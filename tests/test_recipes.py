@@ -108,7 +108,8 @@ def test_recipe_is_tuned_where_some_have_fewer_bits_or_steps_are_given(
 def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
     recipe = resolve_method(bits, "quick").recipe
     assert recipe.fit_weights
-    assert recipe.effort_in_words == "128 images of 24 iterations, calibrated without tuning"
+    assert recipe.effort_in_words == "256 images of 24 iterations, calibrated without tuning"
+    assert recipe.fitted((3, 224, 224)).source.images_held == 128
     assert resolve_method(bits, "fast").recipe.tuning.trains
 
 

@@ -411,15 +411,17 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+_FITTED_PIXELS = 128 * 224 * 224
+"""Pixels of all images together that weights are fitted to: 128 images of 224x224."""
 _FITTED = replace(
     FAST,
-    source=ImagePool(SpectralSource(), images=128, batch=128, pixels=_MAX_POOL_PIXELS),
+    source=ImagePool(SpectralSource(), images=256, batch=256, pixels=_FITTED_PIXELS),
     steps=1,
     calibration=1,
     warmup=1,
     tuning=NO_TUNING,
 )
-_CALIBRATED = _FITTED.with_images(128, 10)
+_CALIBRATED = _FITTED.with_images(128, 10).with_batch(128)
 _FITTED_BITS = 4
 """Fewest bits at which quick fits weights and does not tune: 80 steps add nothing there."""
 
