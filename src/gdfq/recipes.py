@@ -422,6 +422,8 @@ _FITTED = replace(
     tuning=NO_TUNING,
 )
 _CALIBRATED = _FITTED.with_images(128, 10).with_batch(128)
+_EFFORT_BY_BITS = frozenset({FAST.name, QUICK.name})
+"""Recipes by name whose effort follows the bits."""
 _FITTED_BITS = 4
 """Fewest bits at which quick fits weights and does not tune: 80 steps add nothing there."""
 
@@ -429,16 +431,18 @@ _FITTED_BITS = 4
 def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     """Return a recipe by its name, with the effort that the bits need, or the recipe itself.
 
-    Where all weights and activations have 8 bits, tuning changes nothing, for fast nor quick; with
-    4 bits and more quick fits the weights, and does not tune.
+    Where all weights and activations have 8 bits, fast and quick do not tune: it changes nothing.
+    With 4 bits and more quick does not tune either.
 
     Raises:
         UsageError: There is no such name.
     """
+    if isinstance(recipe, Recipe):
+        return recipe
     overrides = [layer.bits for layer in scheme.layer_bits if layer.bits is not None]
     fewest = min(scheme.bits.weights, scheme.bits.activations, *overrides)
-    if recipe in {FAST.name, QUICK.name} and fewest == MAX_BITS:
-        return replace(_CALIBRATED, name=str(recipe))
+    if recipe in _EFFORT_BY_BITS and fewest == MAX_BITS:
+        return replace(_CALIBRATED, name=recipe)
     if recipe == QUICK.name and fewest >= _FITTED_BITS:
         return replace(_FITTED, name=QUICK.name)
     return find_recipe(recipe)
@@ -475,7 +479,7 @@ def effort_rule(recipe: Recipe, input_shape: Sequence[int]) -> EffortRule:
     if iterations is None or not recipe.source.images_held:
         return EFFORT_RULE
     rule = EFFORT_RULE
-    if recipe.name not in {FAST.name, QUICK.name}:
+    if recipe.name not in _EFFORT_BY_BITS:
         rule = rule.with_iterations(iterations)
     most = recipe.source.with_images(rule.max_images).fitted(input_shape).images_held
     return rule.limited(most)

@@ -13,7 +13,7 @@ from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
 from torch import Tensor
 
 import gdfq.functional
-from gdfq.functional import grid, integer, losses, moments, rounding, upsample_conv
+from gdfq.functional import grid, integer, losses, moments, rounding, upsample_conv, windows
 from gdfq.functional.grid import Layout
 from gdfq.graph.outputs import in_order
 
@@ -83,6 +83,7 @@ CALLS: dict[Callable[..., Any], Call] = {
     integer.rescaled: lambda m: integer.rescaled(m(2, 4, 3), _of(m)[0], _of_weight(m)[1], 1),
     integer.in_steps: lambda m: integer.in_steps(m(2, 4, 3), _of(m)[0], _of_weight(m)[1], 1, _of(m)[0]),
     integer.steps_of: lambda m: integer.steps_of(m(4, 3), _of(m)[0]),
+    windows.zero_padded: lambda m: windows.zero_padded(m(2, 3, 4), [(1, 0), (0, 2)]),
     integer.rounded: lambda m: integer.rounded(m(4, 3).detach(), -3.0, 4.0),
 }  # fmt: skip
 RETURN_NUMBERS: dict[Callable[..., Any], Call] = {
@@ -93,7 +94,7 @@ RETURN_NUMBERS: dict[Callable[..., Any], Call] = {
     ),
     integer.is_exact: lambda m: integer.is_exact(m(4).detach().int()),
 }
-WITHOUT_TENSORS = {grid.code_bounds}
+WITHOUT_TENSORS = {grid.code_bounds, windows.per_axis, windows.padding_ends}
 
 
 def _made_on(device: str, leaves: list[Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -1,5 +1,4 @@
-"""Weights fitted to what a layer shall compute, and rounded so that later codes make up for earlier
-ones.
+"""Weights that are fitted to wanted outputs, and rounding whose errors compensate one another.
 
 For a layer y = W x with inputs x [K] and outputs y [R], in G groups that share nothing. Covariances
 are over images and positions; a bias takes care of the means.

@@ -1,10 +1,10 @@
 """Paddings that convolutions can do themselves."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
+from gdfq.functional.windows import per_axis
 from gdfq.graph import operators
 
 
@@ -26,7 +26,7 @@ def merge_paddings_(graph: fx.Graph) -> None:
         # (input, weight, bias, stride, padding, dilation, groups)
         defaults = (None, [1] * spatial, [0] * spatial)
         arguments: list[Any] = [*node.args, *defaults[max(0, len(node.args) - 2) :]]
-        own = _each(arguments[4], spatial)
+        own = per_axis(arguments[4], spatial)
         arguments[0] = x.args[0]
         arguments[4] = [old + new for old, new in zip(own, widths, strict=True)]
         node.args = tuple(arguments)
@@ -48,9 +48,3 @@ def _symmetric_widths(node: fx.Node, spatial: int) -> list[int] | None:
     if not all(type(end) is int and end >= 0 for end in ends) or ends[::2] != ends[1::2]:
         return None
     return [0] * (spatial - len(ends) // 2) + list(ends[::2])[::-1]
-
-
-def _each(value: int | Sequence[int], count: int) -> list[int]:
-    """Return one number for each axis, of which one may stand for all."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * count if len(values) == 1 else values

@@ -22,7 +22,7 @@ from gdfq.student.scheme import Scheme
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
 """Where the student keeps its quantizers and batch norms."""
-LAYER_INPUT = "_into_layers"
+_LAYER_INPUT = "_into_layers"
 """End of the names of quantizers that round what is carried again, for layers."""
 
 
@@ -190,7 +190,7 @@ def build_student(
         if x not in narrowed:
             activation = quantizers.activation(entering[source])
             activation.limits = queries.value_limits(source)
-            narrowed[x] = call(copy, ACTIVATION, f"{x.name}{LAYER_INPUT}", activation, copy[x])
+            narrowed[x] = call(copy, ACTIVATION, f"{x.name}{_LAYER_INPUT}", activation, copy[x])
         return narrowed[x]
 
     def layer(copy: Copy, node: fx.Node) -> fx.Node:

@@ -100,27 +100,19 @@ def _full_placement(
 
 def _signals(nodes: list[fx.Node]) -> set[fx.Node]:
     """Return the nodes that have 8 bits wherever they enter: inputs, and outputs without a ReLU."""
-    signals = _input_signals(nodes)
-    signals |= {
+    return _input_signals(nodes) | {
         _after_batch_norm(node) for node in nodes if operators.name_of(node) in operators.WEIGHTED
     }
-    carriers = {node for node in nodes if _carries_on(node)}
-    joined = {node for node in carriers if operators.name_of(node) in operators.JOINS}
-    signals |= carriers
-    return signals | {queries.grid_source(part) for node in joined for part in node.all_input_nodes}
 
 
 def _is_carried(node: fx.Node) -> bool:
-    """Return whether a node's output, also moved, enters a sum of two tensors or is joined."""
+    """Return whether a node's output, also moved, enters a sum or a concatenation."""
     return any(
-        _is_carried(user) if queries.keeps_grid(user) else _merges(user) for user in node.users
+        _is_carried(user)
+        if queries.keeps_grid(user)
+        else operators.name_of(user) in operators.SUMS | operators.JOINS
+        for user in node.users
     )
-
-
-def _merges(node: fx.Node) -> bool:
-    """Return whether a node adds or joins tensors that depend on the input."""
-    parts = list(filter(queries.is_activation, node.all_input_nodes))
-    return operators.name_of(node) in operators.SUMS | operators.JOINS and len(parts) > 1
 
 
 def shapes_outputs(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -196,21 +188,6 @@ def feeds_root_only(node: fx.Node) -> bool:
     return bool(node.users) and all(
         queries.is_root(user) or feeds_root_only(user) for user in node.users
     )
-
-
-def _carries_on(node: fx.Node) -> bool:
-    """Return whether a node is on a residual path: a sum or concatenation that only enters sums.
-
-    No layer or product reads it; a norm may.
-    """
-    if operators.name_of(node) not in operators.SUMS | operators.JOINS:
-        return False
-    users = list(node.users)
-    for user in users:
-        if queries.keeps_grid(user):
-            users += user.users
-    names = {operators.name_of(user) for user in users}
-    return bool(names & operators.SUMS) and not names & (operators.WEIGHTED | operators.PRODUCTS)
 
 
 def _input_signals(nodes: list[fx.Node]) -> set[fx.Node]:

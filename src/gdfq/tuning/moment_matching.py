@@ -1,6 +1,7 @@
-"""Moment matching: the correction of a student's biases and weight scales."""
+"""Moment matching: the correction of a student, layer by layer, to its teacher's outputs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,6 +74,24 @@ _MAX_VARIANCE_ERROR = 0.3
 all of the variance gives 1, values of a normal distribution give 0.1."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """Mean and variance of a teacher's output channels, and which of the variances are known.
+
+    A variance that a few values make up is not. All have the shape [O].
+    """
+
+    mean: Tensor
+    variance: Tensor
+    known: Tensor
+
+    @classmethod
+    def of(cls, layer: fx.Node, outputs: Sequence[Tensor]) -> "_Target":
+        mean, variance = _channel_moments(layer, outputs)
+        error = _variance_error(layer, outputs, mean, variance)
+        return cls(mean, variance, error <= _MAX_VARIANCE_ERROR)
+
+
 class _MatchMoments(PartsInterpreter):
     """Runs a student and corrects each layer before the next one runs.
 
@@ -92,7 +111,7 @@ class _MatchMoments(PartsInterpreter):
         self.fit_weights = fit_weights
         self._weights = tensors_of(teacher)
         self._teacher = PartsInterpreter(teacher).nodes_of_parts(parts)
-        self._targets: list[Tensor] = []
+        self._target: _Target | None = None
 
     def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
         if isinstance(quantizer := self.submodules.get(str(node.target)), ActivationQuantizer):
@@ -100,35 +119,31 @@ class _MatchMoments(PartsInterpreter):
             (source,) = node.all_input_nodes
             quantizer.observe_(*(env[source] for env in envs))
         elif (weight := self._uncorrected(node)) is not None:
-            layer, self._targets = self._teacher_layer(node.name)
+            layer, outputs = self._teacher_layer(node.name)
+            self._target = _Target.of(layer, outputs)
             if self.fit_weights and can_be_fitted(node, weight):
                 inputs = [env[queries.input_of(node)] for env in envs]
                 old = self._weights[queries.weight_name(layer)]
-                moments = _channel_moments(node, self._targets)
-                error = _variance_error(node, self._targets, *moments)
-                known = error <= _MAX_VARIANCE_ERROR
-                fit_weight_(weight, node, old, inputs, self._targets, known)
+                fit_weight_(weight, node, old, inputs, outputs, self._target.known)
                 for env in envs:
                     env[queries.weight_of(node)] = weight(old)
 
     def after(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
-        weight = self._uncorrected(node)
+        weight, target = self._uncorrected(node), self._target
         if weight is None:
             return
+        assert target is not None
         self.corrected.add(weight)
         values = [env[node] for env in envs]
         mean, variance = _channel_moments(node, values)
-        target_mean, target = _channel_moments(node, self._targets)
-        error = _variance_error(node, self._targets, target_mean, target)
-        self._targets = []
         # Nearly constant channels, or few samples, do not determine a scale.
-        varies = torch.minimum(variance, target) > 1e-6 * target.mean()
+        varies = torch.minimum(variance, target.variance) > 1e-6 * target.variance.mean()
         samples = sum(value.numel() for value in values) // len(mean)
-        ratio = (target / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
-        is_known = (error <= _MAX_VARIANCE_ERROR) | (samples < _MIN_SAMPLES)
+        ratio = (target.variance / variance.clamp_min(torch.finfo(variance.dtype).tiny)).sqrt()
+        is_known = target.known | (samples < _MIN_SAMPLES)
         matched = varies & is_known & (samples >= _MIN_SAMPLES)
         factor = torch.where(matched, ratio.clamp(0.5, 2.0), 1.0)
-        shift = torch.where(is_known, target_mean - factor * mean, 0.0)
+        shift = torch.where(is_known, target.mean - factor * mean, 0.0)
         bias_node = queries.bias_of(node)
         assert bias_node is not None
         weight.rescale_(factor)

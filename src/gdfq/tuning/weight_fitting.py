@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from gdfq.functional.grid import Layout
 from gdfq.functional.rounding import fitted_weight
+from gdfq.functional.windows import padding_ends, per_axis, zero_padded
 from gdfq.graph import operators, queries
 from gdfq.quantizers.base import WeightQuantizer
 
@@ -126,32 +126,11 @@ def _images_of(chosen: Tensor) -> Tensor:
 
 def _windows(layer: fx.Node, kernel: Sequence[int], x: Tensor) -> Tensor:
     """Return a view of what a convolution multiplies at each output: [n, C, *out, *k]."""
-    stride, padding, dilation = _geometry(layer, kernel)
-    x = F.pad(x, [side for sides in reversed(padding) for side in sides])
-    for dim, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
-        x = x.unfold(dim, (size - 1) * spread + 1, step)[..., ::spread]
-    return x
-
-
-def _geometry(
-    layer: fx.Node, kernel: Sequence[int]
-) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    """Return stride, padding at both sides, and dilation of a convolution, by dimension."""
-    names = ("stride", "padding", "dilation")
     given: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1}
-    given |= dict(zip(names, queries.options_of(layer), strict=False))
-    given |= {name: value for name, value in layer.kwargs.items() if name in names}
-    dims = len(kernel)
-    stride, dilation = _each(given["stride"], dims), _each(given["dilation"], dims)
-    if given["padding"] == "valid":
-        return stride, [(0, 0)] * dims, dilation
-    if given["padding"] == "same":
-        totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
-        return stride, [(total // 2, total - total // 2) for total in totals], dilation
-    return stride, [(side, side) for side in _each(given["padding"], dims)], dilation
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    """Return one number for each dimension."""
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return values * dims if len(values) == 1 else values
+    given |= dict(zip(given, queries.options_of(layer), strict=False))
+    given |= {name: value for name, value in layer.kwargs.items() if name in given}
+    stride, dilation = (per_axis(given[name], len(kernel)) for name in ("stride", "dilation"))
+    x = zero_padded(x, padding_ends(given["padding"], kernel, dilation))
+    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        x = x.unfold(dim, (size - 1) * gap + 1, step)[..., ::gap]
+    return x

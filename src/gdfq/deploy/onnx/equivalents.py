@@ -6,7 +6,7 @@ that what only moves codes still moves codes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from gdfq.functional.windows import padding_ends, per_axis, zero_padded
 from gdfq.graph import operators, queries
 from gdfq.graph.operators import name_of
 from gdfq.graph.rewrite import Copy, rewrite
@@ -122,13 +123,13 @@ def _average(dimensions: int) -> Callable[..., Tensor]:
         if divisor is None:
             whole: Tensor = pool(x, kernel, stride or kernel, padding, ceil_mode, count_include_pad)
             return whole
-        sides = _each(kernel, dimensions)
-        steps, pads = _each(stride or kernel, dimensions), _each(padding, dimensions)
+        sides = per_axis(kernel, dimensions)
+        steps, pads = per_axis(stride or kernel, dimensions), per_axis(padding, dimensions)
         room = []
         for side, k, s, p in zip(x.shape[2:], sides, steps, pads, strict=True):
             windows = _windows(side, k, s, p, ceil_mode)
             room.append((p, max(0, (windows - 1) * s + k - side - p)))
-        mean: Tensor = pool(_padded(x, room), sides, steps)
+        mean: Tensor = pool(zero_padded(x, room), sides, steps)
         return mean * (math.prod(sides) / divisor)
 
     return pooled
@@ -141,11 +142,6 @@ def _windows(side: int, kernel: int, stride: int, padding: int, ceil_mode: bool)
         return room // stride + 1
     windows = -(-room // stride) + 1
     return windows - ((windows - 1) * stride >= side + padding)
-
-
-def _each(values: Sequence[int], count: int) -> list[int]:
-    """Return a value per dimension; one value stands for all."""
-    return list(values) * count if len(values) == 1 else list(values)
 
 
 def _bins(side: int, count: int) -> list[range]:
@@ -161,7 +157,7 @@ def _adaptive_maximum(dimensions: int) -> Callable[..., tuple[Tensor]]:
 
     def pooled(x: Tensor, size: Sequence[int]) -> tuple[Tensor]:
         windows = []
-        for dimension, count in enumerate(_each(size, dimensions), start=-dimensions):
+        for dimension, count in enumerate(per_axis(size, dimensions), start=-dimensions):
             bins = _bins(x.shape[dimension], count)
             windows.append(max(map(len, bins)))
             entries = [b[min(i, len(b) - 1)] for b in bins for i in range(windows[-1])]
@@ -180,7 +176,7 @@ def _adaptive_average(dimensions: int) -> Callable[..., Tensor]:
     """
 
     def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
-        sides, counts = list(x.shape[-dimensions:]), _each(size, dimensions)
+        sides, counts = list(x.shape[-dimensions:]), per_axis(size, dimensions)
         if not any(side % count for side, count in zip(sides, counts, strict=True)):
             windows = [side // count for side, count in zip(sides, counts, strict=True)]
             pool: Any = _AVG_POOL[dimensions - 1]
@@ -211,11 +207,11 @@ def _convolution_of_each(
     Shapes: x [1, g C, *S], weight [g O, C, *K] -> [1, g O, *T].
     """
     count = weight.ndim - 2
-    gaps = _each(dilation, count)
+    gaps = per_axis(dilation, count)
     x = x.reshape(-1, weight.shape[1], *x.shape[2:])
-    x = _padded(x, list(_paddings(padding, weight.shape[2:], gaps)))
+    x = zero_padded(x, padding_ends(padding, weight.shape[2:], gaps))
     weight = weight.reshape(x.shape[0], weight.shape[0] // groups, *weight.shape[1:])
-    return _products(x, weight, bias, _each(stride, count), gaps)
+    return _products(x, weight, bias, per_axis(stride, count), gaps)
 
 
 def _transposed_convolution_of_each(
@@ -234,8 +230,8 @@ def _transposed_convolution_of_each(
     Shapes: x [1, g C, *S], weight [g C, O, *K] -> [1, g O, *T].
     """
     count = weight.ndim - 2
-    steps, gaps, pads = (_each(values, count) for values in (stride, dilation, padding))
-    more = _each(output_padding, count)
+    steps, gaps, pads = (per_axis(values, count) for values in (stride, dilation, padding))
+    more = per_axis(output_padding, count)
     x = x.reshape(-1, weight.shape[0] // groups, *x.shape[2:])
     for d, step in enumerate(steps, start=2):
         if step > 1:
@@ -243,15 +239,10 @@ def _transposed_convolution_of_each(
             x = F.pad(x.unsqueeze(d + 1), [*[0, 0] * (x.ndim - d - 1), 0, step - 1])
             x = x.flatten(d, d + 1).narrow(d, 0, (side - 1) * step + 1)
     room = [gap * (k - 1) - p for k, gap, p in zip(weight.shape[2:], gaps, pads, strict=True)]
-    x = _padded(x, [(r, r + m) for r, m in zip(room, more, strict=True)])
+    x = zero_padded(x, [(r, r + m) for r, m in zip(room, more, strict=True)])
     weight = weight.reshape(x.shape[0], x.shape[1], *weight.shape[1:])
     weight = weight.transpose(1, 2).flip([*range(3, 3 + count)])
     return _products(x, weight, bias, [1] * count, gaps)
-
-
-def _padded(x: Tensor, ends: Sequence[tuple[int, int]]) -> Tensor:
-    """Return x with zeros at both ends of its last dimensions."""
-    return F.pad(x, [n for pair in reversed(ends) for n in pair]) if any(map(any, ends)) else x
 
 
 def _products(
@@ -280,18 +271,6 @@ def _products(
     columns = torch.stack(parts, 2).flatten(1, 2).flatten(2)
     result = (weight.flatten(2) @ columns).reshape(1, -1, *sides)
     return result if bias is None else result + bias.reshape(1, -1, *[1] * len(kernel))
-
-
-def _paddings(
-    padding: Sequence[int] | str, kernel: Sequence[int], dilation: Sequence[int]
-) -> Iterator[tuple[int, int]]:
-    """Yield the padding at both ends of each dimension."""
-    if isinstance(padding, str):
-        for k, gap in zip(kernel, dilation, strict=True):
-            total = gap * (k - 1) if padding == "same" else 0
-            yield total // 2, total - total // 2
-    else:
-        yield from ((p, p) for p in _each(padding, len(kernel)))
 
 
 _EQUIVALENTS: Mapping[str, Callable[..., Any]] = {
