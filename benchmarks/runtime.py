@@ -62,7 +62,9 @@ def network_of(name: str) -> tuple[nn.Module, tuple[int, ...], Preprocessing]:
 
 def variants(name: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Widths and kept layers of the files that are made of a network, by their name."""
-    made: dict[str, tuple[str, tuple[str, ...]]] = {bits: (bits, ()) for bits in ("w4a4", "w8a8")}
+    made: dict[str, tuple[str, tuple[str, ...]]] = {
+        bits: (bits, ()) for bits in ("w4a4", "w4a8", "w8a8")
+    }
     return made | ({KEPT: ("w4a4", STEM)} if "mobilenet" in name else {})
 
 

@@ -11,13 +11,13 @@ import torch
 from support import networks
 
 from gdfq import GdfqError
-from gdfq.deploy.onnx.names import codes_name
+from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.parity import CodesParity, compare_codes
 from gdfq.deploy.runtimes import onnx_values
 from gdfq.quantized import QuantizedNetwork
 
-NARROW = "relu_into_layers.clip"
+NARROW = "relu_into_layers.q"
 """Codes of the first ReLU's output, as they enter a layer."""
 
 
@@ -80,7 +80,7 @@ def test_codes_that_differ_from_equal_inputs_are_refused(
 def test_codes_are_compared_from_equal_inputs(small: QuantizedNetwork) -> None:
     """One code of the first activation is changed by hand; later codes follow from it and are right."""
     data = to_onnx(small.network, small.card.inputs, {})
-    names = list(map(codes_name, small.network.activations))
+    names = [codes.name for codes in stored_codes(small.network).values()]
     x = networks.images(4)
     found = onnx_values(data, names, [x], precise=True)
     assert all(one.differ == 0 for one in compare_codes(small.network, [x], found)[0])

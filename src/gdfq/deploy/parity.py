@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from gdfq.deploy.onnx.names import codes_name
+from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.functional.integer import rounded
 from gdfq.graph.outputs import in_order
 from gdfq.student.integer_form import SCALE
@@ -122,7 +122,7 @@ class CodesParity:
 def compare_codes(
     network: IntegerNetwork, inputs: Sequence[Tensor], found: Mapping[str, np.ndarray[Any, Any]]
 ) -> tuple[list[CodesParity], list[Tensor]]:
-    """Compare a runtime's codes, by `codes_name`, with the student's, in the student's order.
+    """Compare a runtime's codes, as `stored_codes` names them, with the student's, in its order.
 
     After each quantizer the student continues with the runtime's codes. So all activations are
     compared from equal inputs, and no difference is a consequence of another.
@@ -144,6 +144,7 @@ class _OnGivenCodes(fx.Interpreter):
     def __init__(self, network: IntegerNetwork, found: Mapping[str, np.ndarray[Any, Any]]) -> None:
         super().__init__(network.integer_form)
         self.grids = {str(scale_of(grid.node).target): grid for grid in network.activations}
+        self.stored = stored_codes(network)
         self.found = found
         self.parities: list[CodesParity] = []
 
@@ -151,12 +152,13 @@ class _OnGivenCodes(fx.Interpreter):
         if SCALE not in n.meta:
             return super().run_node(n)
         (steps, *bounds), _ = self.fetch_args_kwargs_from_env(n)
-        grid = self.grids[n.meta[SCALE]]
-        unsigned = torch.from_numpy(self.found[codes_name(grid)]).to(steps.dtype)
+        stored = self.stored[self.grids[n.meta[SCALE]].name]
+        unsigned = torch.from_numpy(self.found[stored.name]).to(steps.dtype)
         lowest, _ = bounds
-        actual = unsigned.reshape(steps.shape) + lowest  # the file may flatten after the quantizer
+        # The file may flatten after the quantizer.
+        actual = unsigned.reshape(steps.shape) - stored.lowest + lowest
         differ = actual != rounded(steps, *bounds)
         wrong = differ & ~((actual - steps.clamp(*bounds)).abs() <= _MAX_CODE_ERROR)
         shares = [float(mask.double().mean()) for mask in (differ, wrong)]
-        self.parities.append(CodesParity(codes_name(grid), shares[0], shares[1], actual.numel()))
+        self.parities.append(CodesParity(stored.name, shares[0], shares[1], actual.numel()))
         return actual

@@ -1,25 +1,32 @@
 """Saturation: layers whose 16-bit sums may overflow in kernels of integer runtimes."""
 
-from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.integer_network import IntegerLayer, IntegerNetwork
 
 _SAFE_PRODUCT = 2**15 - 1
 """Largest 16-bit sum of two adjacent products, on processors without VNNI."""
 
 
 def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
-    """Return layers that may saturate on x86 processors without VNNI, by their codes' names.
+    """Return layers that may saturate on x86 processors without VNNI, by their codes' names."""
+    return [
+        layer.weight.codes_name
+        for layer in network.layers
+        if layer.weight is not None
+        and layer.input is not None
+        and may_overflow(layer, 2**layer.input.bits - 1)
+    ]
 
-    Kernels there add two products of unsigned activations and signed weights in 16 bits.
+
+def may_overflow(layer: IntegerLayer, highest: int) -> bool:
+    """Return whether a layer may saturate for unsigned codes of its input up to `highest`.
+
+    Kernels of x86 processors without VNNI add two products of unsigned activations and signed
+    weights in 16 bits.
     """
-    found = []
-    for layer in network.layers:
-        weight, entering = layer.weight, layer.input
-        if weight is None or entering is None:
-            continue
-        reach = float((weight.codes.float() - weight.zero_point).abs().max())
-        if 2 * (2**entering.bits - 1) * reach > _SAFE_PRODUCT:
-            found.append(weight.codes_name)
-    return found
+    if layer.weight is None:
+        return False
+    reach = float((layer.weight.codes.float() - layer.weight.zero_point).abs().max())
+    return 2 * highest * reach > _SAFE_PRODUCT
 
 
 def without_overflow(network: IntegerNetwork) -> IntegerNetwork:

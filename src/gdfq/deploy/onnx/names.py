@@ -5,9 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from gdfq.functional.grid import MAX_BITS
-from gdfq.student.integer_network import ActivationGrid
-
 _CONSTANT_NAME = re.compile(r"\.(weight|bias)\.")
 _GENERATED_PREFIXES = ("codes.", "float.", "val_", "min_val", "max_val")
 """Prefixes of generated names of constants, which do not name a layer."""
@@ -39,11 +36,6 @@ def rename(graph: ir.Graph, titles: Mapping[ir.Node, str]) -> None:
         for value, new in zip(node.outputs, names, strict=True):
             if not value.is_graph_output():
                 value.name = new
-
-
-def codes_name(grid: ActivationGrid) -> str:
-    """Return the name of an activation's codes in the ONNX graph."""
-    return f"{grid.name}.{'clip' if grid.bits != MAX_BITS else 'q'}"
 
 
 def _numbered(name: str, count: int) -> list[str]:

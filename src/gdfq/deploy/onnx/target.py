@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gdfq.deploy.metadata import metadata_of
-from gdfq.deploy.onnx.names import codes_name
+from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.passes import PIXELS
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes
@@ -42,7 +42,8 @@ def _prove(job: Job, written: Path) -> Proof:
 
 def _compare(job: Job, data: bytes, *, precise: bool) -> Proof:
     run = onnx_runner(data, precise=precise)
-    names, outputs = list(map(codes_name, job.network.activations)), job.outputs
+    names = [codes.name for codes in stored_codes(job.network).values()]
+    outputs = job.outputs
 
     def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
         found = onnx_values(data, [*names, *outputs], examples.file, precise=precise)

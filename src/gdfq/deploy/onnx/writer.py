@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.equivalents import with_equivalents
 from gdfq.deploy.onnx.names import kind_of, rename, strip
 from gdfq.deploy.onnx.passes import (
@@ -142,9 +143,25 @@ def _symbol(
 
 
 def _fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, title: str = ""
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    title: str,
+    lowest: int,
+    needs_clip: bool,
+    adds_zero: bool,
 ) -> Tensor:
-    return _symbol("FakeQuantize", x, (x, scale, zero_point), bits=bits, title=title)
+    return _symbol(
+        "FakeQuantize",
+        x,
+        (x, scale, zero_point),
+        bits=bits,
+        title=title,
+        lowest=lowest,
+        needs_clip=int(needs_clip),
+        adds_zero=int(adds_zero),
+    )
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -164,16 +181,21 @@ _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 def _opaque(network: IntegerNetwork) -> fx.GraphModule:
     """Return the network with quantization operators that tracing does not enter."""
-    titles = {grid.node: grid.name for grid in network.activations}
+    grids = {grid.node: grid.name for grid in network.activations}
+    stored = stored_codes(network)
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         if node.target not in _OPAQUE:
             return None
         new = copy.of(node)
         new.target = _OPAQUE[node.target]
-        if node in titles:
+        if node in grids:
             # Constants of equal value become one in the export, so they cannot tell the name.
-            new.update_kwarg("title", titles[node])
+            codes = stored[grids[node]]
+            new.update_kwarg("title", grids[node])
+            new.update_kwarg("lowest", codes.lowest)
+            new.update_kwarg("needs_clip", codes.needs_clip)
+            new.update_kwarg("adds_zero", codes.adds_zero)
         return new
 
     graph = with_equivalents(rewrite(network.graph, change))
@@ -254,6 +276,8 @@ class _Writer:
         self.graph = graph
         self.titles: dict[ir.Node, str] = {}
         """Names of the nodes that quantize activations."""
+        self.zero: ir.Value | None = None
+        """0 on a grid, once it is needed."""
 
     def write(self, node: ir.Node) -> None:
         form = {
@@ -269,26 +293,43 @@ class _Writer:
                 del self.graph.initializers[value.name]
 
     def _activation(self, node: ir.Node) -> list[ir.Node]:
-        """Write signed codes of k bits as unsigned ones, q + 2^(k−1), with the same shift of z."""
+        """Write signed codes as unsigned ones (`StoredCodes`), with the same shift of z."""
         x, scale, zero_point = inputs_of(node)
         bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
+        stored_lowest = node.attributes["lowest"].as_int()
         lowest, highest = code_bounds(bits)
         unsigned = (constant_values(zero_point) - lowest).astype(np.uint8)
         grid = constant_values(scale), unsigned, highest - lowest
         while (maker := x.producer()) is not None and _clips_less(maker, *grid):
             x = inputs_of(maker)[0]
         step = self._constant(f"{base}.scale", constant_values(scale))
-        new_zero_point = self._constant(f"{base}.zero_point", unsigned)
-        quantized = ir.node("QuantizeLinear", [x, step, new_zero_point])
-        nodes = [quantized]
-        if bits < 8:
+        shifted = (unsigned + stored_lowest).astype(np.uint8)
+        new_zero_point = self._constant(f"{base}.zero_point", shifted)
+        nodes: list[ir.Node] = []
+        if node.attributes["adds_zero"].as_int():
+            nodes.append(ir.node("Add", [x, self._zero()]))
+            x = nodes[-1].outputs[0]
+        nodes.append(ir.node("QuantizeLinear", [x, step, new_zero_point]))
+        if node.attributes["needs_clip"].as_int():
             # Unsigned codes are never below 0.
             top = self._constant(f"codes.{highest - lowest}", np.array(highest - lowest, np.uint8))
-            nodes.append(ir.node("Clip", [quantized.outputs[0], None, top]))
+            nodes.append(ir.node("Clip", [nodes[-1].outputs[0], None, top]))
         codes = nodes[-1].outputs[0]
         nodes.append(ir.node("DequantizeLinear", [codes, step, new_zero_point]))
         self.titles |= {made: f"{base}.{kind_of(made)}" for made in nodes}
         return nodes
+
+    def _zero(self) -> ir.Value:
+        """Return 0 on a grid, as integer kernels need it."""
+        if self.zero is None:
+            code = self._constant("codes.zero", np.array(0, np.uint8))
+            step = self._constant("codes.one", np.array(1, np.float32))
+            # ONNX Runtime reshapes the code of 0, and would copy a shared zero point in each call.
+            zero_point = self._constant("codes.zero_point", np.array(0, np.uint8))
+            made = ir.node("DequantizeLinear", [code, step, zero_point])
+            self.graph.insert_before(self.graph[0], [made])
+            (self.zero,) = made.outputs
+        return self.zero
 
     def _weight(self, node: ir.Node) -> list[ir.Node]:
         codes, scale, zero_point = inputs_of(node)

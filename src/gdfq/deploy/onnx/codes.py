@@ -1,0 +1,81 @@
+"""How an ONNX file stores the codes of activations: as uint8, whatever their bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdfq.deploy.saturation import may_overflow
+from gdfq.functional import integer
+from gdfq.functional.grid import MAX_BITS, code_bounds
+from gdfq.student.integer_network import ActivationGrid, IntegerNetwork, activation_grid
+
+_HIGHEST = 2**MAX_BITS - 1
+"""The highest code of uint8."""
+_TIE_DISTANCE = 2.0**-14
+"""Distance from n + 1/2, in steps of a grid, from which kernels that add integers round as the
+student does. They add the zero point (up to 255) before they round; each of their two sums is then
+2^-17 off at most, and the products less."""
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """The codes of an activation in a file."""
+
+    name: str
+    """Name of the value in the graph."""
+    lowest: int
+    """What is stored for the lowest code."""
+    needs_clip: bool
+    """Whether QuantizeLinear may return codes that k bits do not have, which a Clip removes."""
+    adds_zero: bool = False
+    """Whether 0 is added before QuantizeLinear: ONNX Runtime fuses a sum to one integer kernel, but
+    has none that rounds the values of a grid to the next grid."""
+
+
+def stored_codes(network: IntegerNetwork) -> dict[str, StoredCodes]:
+    """Return how a file stores the codes of each activation, by the name of its grid.
+
+    Codes of k < 8 bits are stored as 0 to 2^k − 1, and a Clip follows QuantizeLinear. Values that
+    were on a grid before are bounded. Where the bounds lie within the codes, no Clip is needed.
+    Where they exceed the highest alone, as after a ReLU, codes are stored as 256 − 2^k to 255:
+    then QuantizeLinear itself saturates at the highest.
+    """
+    tensors = network.tensors
+    overflowing = {
+        layer.input.name
+        for layer in network.layers
+        if layer.input is not None and may_overflow(layer, _HIGHEST)
+    }
+    return {
+        grid.name: _stored(grid, tensors, may_shift=grid.name not in overflowing)
+        for grid in network.activations
+    }
+
+
+def _stored(grid: ActivationGrid, tensors: Mapping[str, Tensor], may_shift: bool) -> StoredCodes:
+    source = activation_grid(grid.node.all_input_nodes[0], tensors)
+    lowest, highest = integer.offset_bounds(grid.zero_point, grid.bits)
+    steps = None if source is None else _steps(grid, source)
+    if steps is None or _has_ties(steps[(steps > lowest - 1) & (steps < highest + 1)]):
+        needs_clip = grid.bits < MAX_BITS
+        return StoredCodes(f"{grid.name}.{'clip' if needs_clip else 'q'}", 0, needs_clip)
+    spare = _HIGHEST - (2**grid.bits - 1)
+    is_below, is_above = bool(steps.min() < lowest - 0.5), bool(steps.max() > highest + 0.5)
+    if spare and (is_below or (is_above and not may_shift)):
+        return StoredCodes(f"{grid.name}.clip", 0, needs_clip=True, adds_zero=True)
+    return StoredCodes(f"{grid.name}.q", spare if is_above else 0, needs_clip=False, adds_zero=True)
+
+
+def _steps(grid: ActivationGrid, source: ActivationGrid) -> Tensor:
+    """Return all values of a grid in units of the next grid's scale."""
+    lowest, highest = code_bounds(source.bits)
+    codes = torch.arange(lowest, highest + 1, device=source.scale.device)
+    values = integer.values(codes - source.zero_point, source.scale)
+    return integer.steps_of(values, grid.scale)
+
+
+def _has_ties(steps: Tensor) -> bool:
+    """Return whether numbers are so near n + 1/2 that kernels may round them otherwise."""
+    return bool(((steps - steps.floor() - 0.5).abs() < _TIE_DISTANCE).any())

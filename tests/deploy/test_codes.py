@@ -1,0 +1,133 @@
+"""How ONNX files store codes, and that a tensor which is rounded again has the codes of its values."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from support import networks
+from support.small_runs import quantized_by_fast
+
+from gdfq.deploy.onnx.codes import StoredCodes, stored_codes
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.deploy.runtimes import onnx_values
+from gdfq.quantized import QuantizedNetwork
+from gdfq.student.integer_network import ActivationGrid, IntegerNetwork
+
+CARRIED, NARROW = "relu", "relu_into_layers"
+"""A ReLU's output with 8 bits, and as it enters a layer with 4."""
+AT_THE_TOP = StoredCodes(f"{NARROW}.q", 240, needs_clip=False, adds_zero=True)
+AS_THEY_ARE = StoredCodes(f"{NARROW}.q", 0, needs_clip=False, adds_zero=True)
+CLIPPED = StoredCodes(f"{NARROW}.clip", 0, needs_clip=True, adds_zero=True)
+WITH_TIES = StoredCodes(f"{NARROW}.clip", 0, needs_clip=True, adds_zero=False)
+
+
+def grid_of(network: IntegerNetwork, name: str) -> ActivationGrid:
+    return next(grid for grid in network.activations if grid.name == name)
+
+
+def with_grids(
+    small: QuantizedNetwork, carried: tuple[float, int], narrow: tuple[float, int]
+) -> IntegerNetwork:
+    """A copy whose two grids have these scales and zero points of signed codes."""
+    network = copy.deepcopy(small.network)
+    for name, (scale, zero_point) in ((CARRIED, carried), (NARROW, narrow)):
+        grid = grid_of(network, name)
+        grid.scale.fill_(scale)
+        grid.zero_point.fill_(zero_point)
+    return network
+
+
+GRIDS = [
+    # 8 bits of step 0.103 from 0 reach 26.3; 4 bits of step 1 from 0 reach 15.
+    ((0.103, -128), (1.0, -8), AT_THE_TOP),
+    # 15.49 rounds to 15, and 15.51 to 16.
+    ((15.49 / 255, -128), (1.0, -8), AS_THEY_ARE),
+    ((15.51 / 255, -128), (1.0, -8), AT_THE_TOP),
+    # From −13.2 to 13.1 around 0: 4 bits of step 1 from −8 are exceeded on both sides,
+    ((0.103, 0), (1.0, 0), CLIPPED),
+    # of step 2 (−16 to 14) on none, from −15 to 0 above alone, from 0 to 15 below alone.
+    ((0.103, 0), (2.0, 0), AS_THEY_ARE),
+    ((0.103, 0), (1.0, 7), AT_THE_TOP),
+    ((0.103, 0), (1.0, -8), CLIPPED),
+    # Each tenth code lies between two codes; 0.09999 · 5 is 0.00005 off, and 0.0999 · 5 0.0005.
+    ((0.1, -128), (1.0, -8), WITH_TIES),
+    ((0.09999, -128), (1.0, -8), WITH_TIES),
+    ((0.0999, -128), (1.0, -8), AT_THE_TOP),
+]
+
+
+@pytest.mark.parametrize(("carried", "narrow", "expected"), GRIDS)
+def test_codes_need_a_clip_where_values_reach_below_them_or_between_two(
+    carried: tuple[float, int],
+    narrow: tuple[float, int],
+    expected: StoredCodes,
+    small: QuantizedNetwork,
+) -> None:
+    network = with_grids(small, carried, narrow)
+    assert stored_codes(network)[NARROW] == expected
+
+
+@pytest.mark.parametrize(("carried", "narrow", "expected"), GRIDS)
+def test_file_holds_the_codes_that_the_values_round_to(
+    carried: tuple[float, int],
+    narrow: tuple[float, int],
+    expected: StoredCodes,
+    small: QuantizedNetwork,
+) -> None:
+    """Computed by hand from the codes that ONNX Runtime carries, up to the highest."""
+    network = with_grids(small, carried, narrow)
+    network.weights[0].scale.mul_(100)
+    data = to_onnx(network, small.card.inputs, {})
+    x = networks.images(16)
+    found = onnx_values(data, [f"{CARRIED}.q", expected.name], [x], precise=True)
+    codes = found[f"{CARRIED}.q"].astype(np.float32) - 128 - carried[1]
+    steps = (codes * np.float32(carried[0])) / np.float32(narrow[0])
+    rounded = np.clip(np.round(steps) + narrow[1], -8, 7)
+    assert np.array_equal(found[expected.name], rounded + 8 + expected.lowest)
+    assert found[f"{CARRIED}.q"].max() == 255
+    assert len(np.unique(rounded)) > 5 or narrow[1] == 7  # which has no positive codes
+
+
+def test_codes_of_other_activations_are_clipped(small: QuantizedNetwork) -> None:
+    """What a layer or a float operator returns is not bounded."""
+    stored = stored_codes(small.network)
+    assert stored["x"] == StoredCodes("x.q", 0, needs_clip=False)  # 8 bits
+    assert stored[CARRIED] == StoredCodes("relu.q", 0, needs_clip=False)
+    assert stored["relu_1"] == StoredCodes("relu_1.clip", 0, needs_clip=True)
+    assert stored[NARROW] == AT_THE_TOP
+
+
+@pytest.mark.parametrize(("bits", "expected"), [("w6a4", AT_THE_TOP), ("w8a4", CLIPPED)])
+def test_codes_stay_low_where_sums_would_saturate(bits: str, expected: StoredCodes) -> None:
+    """2 · 255 · 127 is beyond 16 bits, 2 · 15 · 127 and 2 · 255 · 63 are not."""
+    quantized = quantized_by_fast(networks.captured("Residual"), bits)
+    assert stored_codes(quantized.network)[NARROW] == expected
+
+
+def test_narrowed_tensors_are_rounded_by_one_integer_kernel(
+    small: QuantizedNetwork, tmp_path: Path
+) -> None:
+    exported = small.export(tmp_path / "q.onnx")
+    assert exported.differs_first == ()
+    assert exported.inside.relative_error < 1e-6
+    assert exported.beyond.relative_error < 1e-6
+    seen = optimized(tmp_path)
+    (narrowing,) = (n for n in seen if n.output[0] == f"{NARROW}.q")
+    assert narrowing.op_type == "QLinearAdd"
+    (carried,) = (n for n in seen if n.output[0] == narrowing.input[0])
+    assert carried.op_type == "QLinearConv"
+    (reader,) = (n for n in seen if f"{NARROW}.q" in n.input)
+    assert reader.op_type == "QLinearConv"
+
+
+def optimized(folder: Path) -> list[onnx.NodeProto]:
+    """The nodes of `q.onnx` after the optimizations that are the same on all processors."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / "seen.onnx")
+    onnxruntime.InferenceSession(folder / "q.onnx", options, providers=["CPUExecutionProvider"])
+    return list(onnx.load(folder / "seen.onnx").graph.node)
