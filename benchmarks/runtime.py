@@ -35,7 +35,7 @@ from gdfq.execution.listeners import Terminal
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture
 from gdfq.models.registry import load_weights_
-from gdfq.recipes import QUICK, find_recipe
+from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
 from gdfq.student.integer_network import IntegerNetwork
@@ -79,7 +79,9 @@ def make(name: str) -> None:
     for variant, (bits, keep) in variants(name).items():
         if (folder / variant / "student.onnx").exists():
             continue
-        recipe, data = QUICK, None
+        # By its name, as a user gives it: its effort then follows the bits.
+        recipe: str | Recipe = "quick"
+        data = None
         if name == RANDOM:
             data = torch.randn(32, *shape, generator=torch.Generator().manual_seed(0))
             pool = ImagePool(GivenImages(batch=16), images=32, batch=16)
@@ -225,7 +227,7 @@ def main() -> None:
     for name in options.networks:
         rows = [row for row in rows if row["network"] != name]
         for row in measure(name, options.seconds):
-            rows.append(row)
+            rows = sorted([*rows, row], key=lambda row: NAMES.index(row["network"]))
             FILE.write_text(json.dumps(rows, indent=1) + "\n")
             one = row["timings"][0]["median"]  # type: ignore[index]
             print(name, row["file"], row["bytes"], f"{one:.3f} ms", row.get("top1"), flush=True)

@@ -245,8 +245,9 @@ def time_table() -> str:
 RUNTIME = """
 ## Exported files
 
-`python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick` in an earlier form. All files of
-a network are timed in turn in one process of ONNX Runtime 1.32 on a CPU with VNNI, 1.5 seconds for each file and setting. Times are
+`python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick`, for ResNet-20 as it is now (its times with two
+threads were measured while other work used one of the two cores), for the others in an earlier form. All files of a network are
+timed in turn in one process of ONNX Runtime 1.32 on a CPU with VNNI, 1.5 seconds for each file and setting. Times are
 median [first, third quartile] milliseconds per call. `quantize_static` is ONNX Runtime's own quantization of the same
 float32 file with the same images (uint8 activations, int8 weights per channel, QDQ). Parity is the agreement of
 the file with the simulation on all test images. ResNet-18 has random weights. *Stem kept* means
@@ -257,6 +258,20 @@ layers of MobileNetV1 have 3 and 8 channels, for which there is no fast integer 
 against 111 and 49 in float, whose kernel works on 16 channels at once. If they stay float, with nothing quantized between them,
 the file is faster than float32. ResNet-18 spends 6,400 of 6,900 in QLinearConv, 1,150 of them in the first layer (3
 channels), as the file of `quantize_static` does: the kernels decide its time, not the graph around them.
+
+w4a4 is a few percent slower than w4a8: codes of 4 bits need a `Clip` behind each layer, and tensors that enter layers and sums
+are rounded again for the layers. What the forms of this rounding cost on ResNet-20 at w4a4 (batch 1, one thread, in turn
+in one process; all give the same outputs):
+
+| what rounds again | latency |
+| --- | --- |
+| nothing (sums are carried in 4 bits, as in an earlier version; other outputs) | 0.92 |
+| `QuantizeLinear`, `Clip` (three nodes in the runtime, the first a `DequantizeLinear`) | 1.00 |
+| `QuantizeLinear` with codes that end at 255, without `Clip` | 0.98 |
+| `Mul` by 1 and `QuantizeLinear`, codes that end at 255 (`QLinearMul`) | 0.98 |
+| `LeakyRelu` with slope 1 and `QuantizeLinear`, codes that end at 255 (a table of 256 codes) | 1.01 |
+| `AveragePool` of one pixel and `QuantizeLinear`, codes that end at 255 (`QLinearAveragePool`; busy machine) | 1.47 |
+| **`Add` of 0 and `QuantizeLinear`, codes that end at 255 (`QLinearAdd`): what files have** | **0.94** |
 """
 
 
