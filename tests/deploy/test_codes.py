@@ -2,17 +2,21 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from support import networks
 from support.small_runs import quantized_by_fast
 
-from gdfq.deploy.onnx.codes import StoredCodes, stored_codes
+from gdfq.deploy.onnx.codes import StoredCodes, has_ties, stored_codes
 from gdfq.deploy.onnx.writer import to_onnx
-from gdfq.deploy.runtimes import onnx_values
+from gdfq.deploy.runtimes import onnx_session, onnx_values
 from gdfq.quantized import QuantizedNetwork
 from gdfq.student.integer_network import ActivationGrid, IntegerNetwork
 
@@ -131,3 +135,61 @@ def optimized(folder: Path) -> list[onnx.NodeProto]:
     options.optimized_model_filepath = str(folder / "seen.onnx")
     onnxruntime.InferenceSession(folder / "q.onnx", options, providers=["CPUExecutionProvider"])
     return list(onnx.load(folder / "seen.onnx").graph.node)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=st.floats(0.02, 1),
+    scale=st.floats(1e-3, 10),
+    carried_zero=st.integers(0, 255),
+    bits=st.integers(2, 7),
+    zero=st.integers(0, 127),
+    at_the_top=st.booleans(),
+)
+def test_integer_kernel_rounds_as_the_student_where_there_are_no_ties(
+    ratio: float, scale: float, carried_zero: int, bits: int, zero: int, at_the_top: bool
+) -> None:
+    """All 256 codes, in the sum that ONNX Runtime fuses, against the student's equation."""
+    highest = 2**bits - 1
+    zero = min(zero, highest)
+    carried_scale, narrow_scale = np.float32(scale * ratio), np.float32(scale)
+    codes = np.arange(256, dtype=np.uint8)
+    steps = (codes.astype(np.float32) - carried_zero) * carried_scale / narrow_scale
+    inside = (steps > -zero - 1) & (steps < highest - zero + 1)
+    assume(not has_ties(torch.from_numpy(steps[inside])))
+    stored_zero = zero + (255 - highest if at_the_top else 0)
+    found = summed(codes, (carried_scale, carried_zero), (narrow_scale, stored_zero))
+    expected = np.round(steps[inside]) + stored_zero
+    assert np.array_equal(found[inside], expected.clip(0, 255))
+
+
+def summed(
+    codes: np.ndarray[Any, Any], carried: tuple[np.float32, int], narrow: tuple[np.float32, int]
+) -> np.ndarray[Any, Any]:
+    """Codes of 0 plus dequantized codes, from ONNX Runtime's QLinearAdd."""
+    make = onnx.helper.make_node
+    constants = {
+        "carried": np.array(carried[0]),
+        "carried_zero": np.array(carried[1], np.uint8),
+        "narrow": np.array(narrow[0]),
+        "narrow_zero": np.array(narrow[1], np.uint8),
+        "zero": np.array(0, np.uint8),
+        "one": np.array(1, np.float32),
+        "no_shift": np.array(0, np.uint8),
+    }
+    graph = onnx.helper.make_graph(
+        [
+            make("DequantizeLinear", ["codes", "carried", "carried_zero"], ["x"]),
+            make("DequantizeLinear", ["zero", "one", "no_shift"], ["0"]),
+            make("Add", ["x", "0"], ["y"]),
+            make("QuantizeLinear", ["y", "narrow", "narrow_zero"], ["found"]),
+        ],
+        "sum",
+        [onnx.helper.make_tensor_value_info("codes", onnx.TensorProto.UINT8, [len(codes)])],
+        [onnx.helper.make_tensor_value_info("found", onnx.TensorProto.UINT8, [len(codes)])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opset = [onnx.helper.make_opsetid("", 21)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    (found,) = onnx_session(model.SerializeToString()).run(None, {"codes": codes})
+    return np.asarray(found)

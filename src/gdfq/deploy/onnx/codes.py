@@ -58,7 +58,7 @@ def _stored(grid: ActivationGrid, tensors: Mapping[str, Tensor], may_shift: bool
     source = activation_grid(grid.node.all_input_nodes[0], tensors)
     lowest, highest = integer.offset_bounds(grid.zero_point, grid.bits)
     steps = None if source is None else _steps(grid, source)
-    if steps is None or _has_ties(steps[(steps > lowest - 1) & (steps < highest + 1)]):
+    if steps is None or has_ties(steps[(steps > lowest - 1) & (steps < highest + 1)]):
         needs_clip = grid.bits < MAX_BITS
         return StoredCodes(f"{grid.name}.{'clip' if needs_clip else 'q'}", 0, needs_clip)
     spare = _HIGHEST - (2**grid.bits - 1)
@@ -76,6 +76,6 @@ def _steps(grid: ActivationGrid, source: ActivationGrid) -> Tensor:
     return integer.steps_of(values, grid.scale)
 
 
-def _has_ties(steps: Tensor) -> bool:
+def has_ties(steps: Tensor) -> bool:
     """Return whether numbers are so near n + 1/2 that kernels may round them otherwise."""
     return bool(((steps - steps.floor() - 0.5).abs() < _TIE_DISTANCE).any())
