@@ -168,7 +168,7 @@ def summed(
 ) -> np.ndarray[Any, Any]:
     """Codes of 0 plus dequantized codes, from ONNX Runtime's QLinearAdd."""
     make = onnx.helper.make_node
-    constants = {
+    constants: dict[str, np.ndarray[Any, Any]] = {
         "carried": np.array(carried[0]),
         "carried_zero": np.array(carried[1], np.uint8),
         "narrow": np.array(narrow[0]),
