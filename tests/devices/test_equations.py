@@ -82,6 +82,7 @@ CALLS: dict[Callable[..., Any], Call] = {
     integer.along: lambda m: integer.along(_of_weight(m)[1], 3, 1),
     integer.rescaled: lambda m: integer.rescaled(m(2, 4, 3), _of(m)[0], _of_weight(m)[1], 1),
     integer.in_steps: lambda m: integer.in_steps(m(2, 4, 3), _of(m)[0], _of_weight(m)[1], 1, _of(m)[0]),
+    integer.mean_in_steps: lambda m: integer.mean_in_steps(m(2, 4, 3), [1, 2], True, _of(m)[0], _of(m)[0]),
     integer.steps_of: lambda m: integer.steps_of(m(4, 3), _of(m)[0]),
     windows.zero_padded: lambda m: windows.zero_padded(m(2, 3, 4), [(1, 0), (0, 2)]),
     integer.rounded: lambda m: integer.rounded(m(4, 3).detach(), -3.0, 4.0),

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import gdfq
+from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.deploy.runtimes import onnx_runner
 from gdfq.errors import UsageError
 from gdfq.functional import integer
 from gdfq.functional.grid import code_bounds
 from gdfq.graph import operators
+from gdfq.graph.inputs import InputSpec
 from gdfq.graph.outputs import in_order
 from gdfq.graph.tensors import flat_module
 from gdfq.student.integer_form import SCALE
@@ -69,6 +72,18 @@ def test_bias_beyond_24_bits_is_rounded_once() -> None:
     sums, bias = torch.tensor([[2.0**24 - 1]]), torch.tensor([2**24 + 2], dtype=torch.int32)
     found = integer.with_bias(sums, bias, -1, exact=False)
     assert found.equal(torch.tensor([[2**25 + 1]], dtype=torch.int32).float())
+
+
+def test_mean_in_steps_has_hand_computed_values() -> None:
+    u = torch.tensor([[[1.0, -3.0], [4.0, 8.0]]])
+    scales = torch.tensor(0.5), torch.tensor(0.25)
+    assert integer.mean_in_steps(u, [1, 2], True, *scales).tolist() == [[[5.0]]]  # 10 · 2 / 4
+    assert integer.mean_in_steps(u, [-1], False, *scales).tolist() == [[-2.0, 12.0]]
+    # float32 cannot hold the sum of these.
+    many = torch.full((1, 2**17), 255.0)
+    many[0, 0] = 254
+    exact = torch.tensor(255 * 2**17 - 1).float() * (2 * 2.0**-17)
+    assert integer.mean_in_steps(many, [1], False, *scales).item() == exact
 
 
 class _Residual(nn.Module):
@@ -265,3 +280,84 @@ def test_form_computes_what_the_graph_says(bits: str) -> None:
     for one, other in zip(expected, actual, strict=True):
         near = torch.isclose(one, other, rtol=1e-4, atol=1e-5)
         assert float(near.double().mean()) > 0.98  # rounding may move single codes
+
+
+def _pooled(ratio: int, size: Any) -> IntegerNetwork:
+    """Return a network of a mean between two quantizers, whose scales are as `ratio` to 255."""
+    scale = torch.tensor(0.037)
+    tensors = {
+        "quantized.x.scale": scale,
+        "quantized.x.zero_point": torch.tensor(-128.0),
+        "quantized.y.scale": scale * ratio / 255,
+        "quantized.y.zero_point": torch.tensor(-127.0),
+    }
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = {name: graph.get_attr(name) for name in tensors}
+    for name in "xy":
+        grid = (node[f"quantized.{name}.scale"], node[f"quantized.{name}.zero_point"], 8)
+        x = graph.call_function(operators.resolve(operators.FAKE_QUANTIZE), (x, *grid))
+        if name == "x":
+            x = graph.call_function(operators.resolve(size[0]), (x, *size[1:]))
+    graph.output(x)
+    return IntegerNetwork(flat_module(graph, tensors))
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        ("aten.adaptive_avg_pool2d.default", [1, 1]),
+        ("aten.mean.dim", [2, 3], True),
+        ("aten.mean.dim", [-1, -2]),
+    ],
+)
+def test_means_at_ties_are_rounded_as_in_the_file(mean: Any) -> None:
+    """The range of a mean is often a code of its input, whose scale is then a ratio to its own."""
+    codes = torch.randint(0, 256, (4096, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    x = codes * torch.tensor(0.037)
+    for ratio in range(110, 256, 12)[::2]:
+        network = _pooled(ratio, mean)
+        data = to_onnx(network, [InputSpec("x", (1, 2, 2))], {}, outputs=["y"])
+        assert network(x).equal(onnx_runner(data)(x)[0])
+
+
+class _Excited(nn.Module):
+    """Squeeze-and-excitation blocks: each kind of mean and gate, with and without a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(32, 32, 3, 1, 1, groups=8), nn.BatchNorm2d(32))
+            for _ in range(4)
+        )
+        self.inner = nn.ModuleList(nn.Conv2d(32, 8, 1) for _ in range(4))
+        self.outer = nn.ModuleList(nn.Conv2d(8, 32, 1) for _ in range(4))
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for i, layer in enumerate(self.layers):
+            y = torch.relu(layer(x))
+            pooled = nn.functional.adaptive_avg_pool2d(y, 1) if i < 2 else y.mean((2, 3), True)
+            gate = self.outer[i](torch.relu(self.inner[i](pooled)))
+            y = y * (torch.sigmoid(gate) if i % 2 else nn.functional.hardsigmoid(gate))
+            x = torch.relu(x + y) if i else y
+        return self.last(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w4a4"])
+def test_file_of_squeeze_and_excitation_equals_the_network(bits: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = _Excited().train()
+    with torch.no_grad():
+        for _ in range(10):
+            network(torch.randn(32, 3, 4, 4))
+    data = torch.randn(64, 3, 4, 4)
+    quantized = gdfq.quantize(network.eval(), data[:1], bits, "quick", steps=4, data=data)
+    exported = quantized.export(tmp_path / "s.onnx")
+    assert exported.differs_first == ()
+    x = torch.randn(1024, 3, 4, 4)
+    (found,) = onnx_runner((tmp_path / "s.onnx").read_bytes())(x)
+    same = torch.isclose(found, quantized(x), rtol=1e-5, atol=1e-6).all(1)
+    assert same.all()

@@ -12,10 +12,12 @@ grid (Δ_y, z) rounds once:
 
     q − z = clamp(round(a · Δ_x Δ_w / Δ_y), lowest − z, highest − z)
 
-which is how ONNX Runtime's kernels compute it: one factor in float32, rounding half to even.
+which is how ONNX Runtime's kernels compute it: one factor in float32, rounding half to even. The
+mean of n values on a grid is such a sum, too, with the factor Δ_x / (Δ_y n).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from gdfq.functional.grid import code_bounds
 
 _EXACT = 2**24
 """Whole numbers up to here are exact in float32."""
+_MAX_OFFSET = 255
+"""Largest |q − z| of an activation."""
 
 
 def values(u: Tensor, scale: Tensor) -> Tensor:
@@ -141,6 +145,24 @@ def in_steps(
 def steps_of(x: Tensor, scale: Tensor) -> Tensor:
     """Return x / Δ."""
     return x / scale
+
+
+def mean_in_steps(
+    u: Tensor, dims: Sequence[int], keepdim: bool, input_scale: Tensor, scale: Tensor
+) -> Tensor:
+    """Return y / Δ_y = Σ u · Δ_x / (Δ_y n) of a mean y over n values on a grid, its sum exact.
+
+    Args:
+        u: Whole numbers [N, *], at most 255 in magnitude.
+        dims: The dimensions of the mean.
+        keepdim: Whether they stay, of size 1.
+        input_scale: Δ_x.
+        scale: Δ_y.
+    """
+    count = math.prod(u.shape[dim] for dim in dims)
+    dtype = torch.float32 if count * _MAX_OFFSET <= _EXACT else torch.float64
+    sums = u.sum(tuple(dims), keepdim, dtype=dtype).float()
+    return sums * (input_scale / (scale * count))
 
 
 def rounded(steps: Tensor, lowest: float, highest: float) -> Tensor:

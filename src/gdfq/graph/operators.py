@@ -104,7 +104,8 @@ OPEN_CLAMPS = RECTIFIERS | {HARDTANH}
 PADS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
 VIEWS = frozenset({"aten.view.default", "aten._unsafe_view.default"})
 RESHAPES = frozenset({"aten.flatten.using_ints", RESHAPE})
-MEANS = frozenset({"aten.mean.dim", "aten.sum.dim_IntList"})
+MEAN = "aten.mean.dim"
+MEANS = frozenset({MEAN, "aten.sum.dim_IntList"})
 """Means and sums (input, dimensions)."""
 SCALE_EQUIVARIANT = frozenset(
     f"aten.{name}.default" for name in ("relu", "leaky_relu", "clone", "contiguous")

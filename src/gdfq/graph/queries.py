@@ -190,6 +190,22 @@ def pools_powers(node: fx.Node) -> bool:
     return is_pooling and name_of(grid_source(input_of(node))) in operators.POWERS
 
 
+def mean_of(node: fx.Node) -> tuple[list[int], bool] | None:
+    """Return the dimensions of a mean and whether they stay, or None if the node is none.
+
+    Adaptive pooling to one value is the mean over the last dimensions.
+    """
+    name = name_of(node)
+    if name == operators.MEAN and not node.kwargs and 2 <= len(node.args) <= 3:
+        dims: Any = node.args[1]
+        return (list(dims), len(node.args) == 3 and bool(node.args[2])) if dims else None
+    for count, adaptive in operators.ADAPTIVE_AVERAGE_POOLING.items():
+        if name == adaptive:
+            size: Any = node.args[1]
+            return (list(range(-count, 0)), True) if set(size) == {1} else None
+    return None
+
+
 def elements_per_image(node: fx.Node) -> int:
     """Return the elements of a node's tensor for one entry of the batch."""
     first = inputs(node.graph)[0]

@@ -2,9 +2,9 @@
 
 The graph of an `IntegerNetwork` says what is computed in real numbers. Two ways to compute that in
 floats differ by the rounding of sums, which moves a few codes by one; a deep network amplifies
-them. In the integer form (`gdfq.functional.integer`) sums are exact and each is rounded once, so
-that the order of summation does not matter, and a runtime with integer kernels gives the same
-codes.
+them. In the integer form (`gdfq.functional.integer`) the sums of layers and of means are exact and
+each is rounded once, so that the order of summation does not matter, and a runtime with integer
+kernels gives the same codes.
 """
 
 from collections.abc import Mapping
@@ -60,6 +60,9 @@ class _IntegerForm:
                     self._round(chain[-1], steps)
                 else:
                     self.floats[node] = self._call(integer.rescaled, sums, *self._scales(node))
+            elif self._is_mean_of_offsets(node) and (chain := self._quantized_by(node)):
+                fused |= set(chain)
+                self._round(chain[-1], self._mean(node, chain[-1].args[1]))
             elif self._moves_offsets(node):
                 self.offsets[node] = self._moved(node, node.all_input_nodes[0])
             else:
@@ -109,6 +112,17 @@ class _IntegerForm:
         if operators.name_of(node) not in _ONE_OUTPUT or not queries.keeps_grid(node):
             return False
         return node.all_input_nodes[0] in self.offsets
+
+    def _is_mean_of_offsets(self, node: fx.Node) -> bool:
+        return queries.mean_of(node) is not None and queries.input_of(node) in self.offsets
+
+    def _mean(self, node: fx.Node, scale: Any) -> fx.Node:
+        """Write a mean of values on a grid, given in units of a scale."""
+        mean = queries.mean_of(node)
+        assert mean is not None
+        x = queries.input_of(node)
+        input_scale = queries.grid_source(x).args[1]
+        return self._call(integer.mean_in_steps, self.offsets[x], *mean, input_scale, scale)
 
     def _is_integer_layer(self, node: fx.Node) -> bool:
         if not queries.is_layer(node) or node.kwargs:
