@@ -56,3 +56,21 @@ def test_possible_results_are_those_of_all_pairs() -> None:
     assert results(operators.MULTIPLY) == [0.5, -3, 1, -6]
     assert results(operators.ADD, alpha=2) is None
     assert results(operators.DIVIDE) is None
+
+
+def test_possible_results_of_a_function_are_those_of_all_codes() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+
+    def results(name: str, *arguments: object) -> list[float] | None:
+        node = graph.call_function(operators.resolve(name), arguments)  # type: ignore[arg-type]
+        found = possible_results(node, tensor([-2.0, 0.0, 4.0]))
+        return None if found is None else found.tolist()
+
+    assert results("aten.hardsigmoid.default", x) == [1 / 6, 0.5, 1]
+    assert results("aten.leaky_relu.default", x, 0.5) == [-1, 0, 4]
+    assert results(operators.MULTIPLY, x, 3) == [-6, 0, 12]
+    assert results("aten.relu.default", x) is None
+    assert results("aten.mean.dim", x, [1]) is None
+    assert results(operators.ADD, x, y) is None
+    assert results(operators.ADD, x, x) is None

@@ -272,6 +272,14 @@ LOG_SOFTMAX = frozenset({"aten.log_softmax.int"})
 SIGMOIDS = frozenset(f"aten.{name}.default" for name in ("sigmoid", "log_sigmoid", "hardsigmoid"))
 LOGARITHM, EXPONENTIAL = "aten.log.default", "aten.exp.default"
 MULTIPLY, DIVIDE = "aten.mul.Tensor", "aten.div.Tensor"
+FUNCTIONS = SIGMOIDS | frozenset(
+    f"aten.{name}.default"
+    for name in (
+        *("abs", "elu", "erf", "exp", "gelu", "hardswish", "leaky_relu", "log", "mish", "neg"),
+        *("reciprocal", "rsqrt", "silu", "softplus", "sqrt", "square", "tanh"),
+    )
+)
+"""Functions of each number of their one tensor."""
 MOVES = frozenset(
     f"aten.{name}"
     for name in (

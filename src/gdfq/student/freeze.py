@@ -143,17 +143,17 @@ class _Freezer:
         return self.graph.call_function(operators.resolve(operators.FAKE_QUANTIZE), arguments)
 
     def _possible_results(self, node: fx.Node) -> Tensor | None:
-        """Return all results of a sum or product of two quantized tensors, else None."""
+        """Return all results of an operator on one or two quantized tensors, else None."""
         grids = [activation_grid(source, self.tensors) for source in node.all_input_nodes]
-        if len(grids) != 2 or None in grids:
+        if len(grids) not in {1, 2} or None in grids:
             return None
-        first, second = (
+        values = (
             dequantize(torch.arange(low, high + 1, device=g.scale.device), *g.grid)
             for g in grids
             if g is not None
             for low, high in [code_bounds(g.bits)]
         )
-        return possible_results(node, first, second)
+        return possible_results(node, *values)
 
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()

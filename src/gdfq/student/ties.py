@@ -1,7 +1,8 @@
 """Scales on which no result lies at a tie between two codes.
 
-A sum of two quantized tensors takes few values: one for each pair of codes. Some of them lie so
-near the middle between two codes of the sum's own grid that float rounding decides, and runtimes
+A sum of two quantized tensors takes few values: one for each pair of codes. So does a function of
+one, such as a sigmoid: one for each code. Some of them lie so
+near the middle between two codes of the result's own grid that float rounding decides, and runtimes
 differ there. A change of the scale by a few millionths moves them off the middle.
 """
 
@@ -25,20 +26,26 @@ _OPERATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def possible_results(node: fx.Node, first: Tensor, second: Tensor) -> Tensor | None:
-    """Return all results of an operator on two quantized tensors, or None for other operators.
+def possible_results(node: fx.Node, *values: Tensor) -> Tensor | None:
+    """Return all results of an operator on quantized tensors, or None for other operators.
 
     Args:
         node: A node that calls an operator.
-        first: All values of its first argument.
-        second: All values of its second argument.
+        *values: All values of each tensor that it reads, in order.
     """
-    if node.kwargs or len(node.args) != 2:
+    name = operators.name_of(node)
+    if len(values) == 1 and (name in operators.FUNCTIONS or name in operators.WITH_NUMBERS):
+        first, *others = node.args
+        only = isinstance(first, fx.Node) and not any(isinstance(one, fx.Node) for one in others)
+        if not only or not callable(node.target):
+            return None
+        results: Tensor = node.target(values[0].double(), *others, **node.kwargs)
+        return results
+    operation = _OPERATIONS.get(name)
+    if operation is None or node.kwargs or len(values) != 2 or len(node.args) != 2:
         return None
-    operation = _OPERATIONS.get(operators.name_of(node))
-    if operation is None:
-        return None
-    return operation(first.double()[:, None], second.double()[None]).flatten()
+    rows, columns = (one.double() for one in values)
+    return operation(rows[:, None], columns[None]).flatten()
 
 
 def clamped(node: fx.Node) -> fx.Node:
