@@ -16,7 +16,7 @@ from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import best_range
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
-from gdfq.student.equalization import channel_scales, rescaled
+from gdfq.student.equalization import activation_noise_share, channel_scales, rescaled
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 
@@ -86,6 +86,26 @@ def test_channel_factors_are_roots_of_their_scales() -> None:
         after["depthwise.weight"], before["depthwise.weight"] * scale.view(2, 1, 1, 1)
     )
     assert changed(teacher, equalized) == {"first.weight", "first.bias", "depthwise.weight"}
+
+
+@pytest.mark.parametrize(
+    ("bits", "share"), [((4, 4), 1 / 2), ((8, 8), 1 / 2), ((4, 3), 1 / 5), ((8, 4), 1 / 257)]
+)
+def test_activation_noise_share_is_that_of_the_noise_power(
+    bits: tuple[int, int], share: float
+) -> None:
+    assert activation_noise_share(*bits) == pytest.approx(share)
+
+
+def test_wide_activations_leave_narrow_weights_as_they_are() -> None:
+    teacher = capture(Chain(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
+    images = networks.images(16, seed=1, shape=(1, 8, 8))
+    narrow, wide = (
+        next(iter(channel_scales(teacher, Scheme(Bits(4, bits), "full"), images).values()))
+        for bits in (4, 8)
+    )
+    assert float(narrow[1] / narrow[0]) > 1.9
+    torch.testing.assert_close(wide, torch.ones(2), rtol=0.01, atol=0)
 
 
 class Offset(nn.Module):

@@ -22,11 +22,9 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.lsq import best_range, scales_of_channels
-from gdfq.student.placement import activation_bits
+from gdfq.student.placement import activation_bits, layer_input_bits
 from gdfq.student.scheme import Scheme
 
-_NEXT_WEIGHT_SHARE = 0.5
-"""Share of the logarithmic differences between channels that moves into the next weights."""
 _MAX_FACTOR = 8.0
 """Channels that are almost always 0 would get arbitrary factors without this limit."""
 
@@ -37,10 +35,11 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
 
     For each channel c of each activation that the scheme quantizes, Δ_c is the scale of the best
     grid for this channel, and Δ that of the best grid for all channels. The channel's divisor is
-    (Δ_c / Δ)^½, because the weights of the next layer, which are multiplied by it, share grids
-    too. Activations that must agree, such as the terms of a sum, share the mean of their
-    logarithms. Channels have no divisor if any operator reads them other than convolutions,
-    linear layers, ReLUs, sums, poolings and padding with zeros.
+    (Δ_c / Δ)^σ. The weights of the next layer, which are multiplied by it, share grids too, so σ is
+    the activation's share of the noise of rounding (`activation_noise_share`). Activations that
+    must agree, such as the terms of a sum, share the mean of their logarithms. Channels have no
+    divisor if any operator reads them other than convolutions, linear layers, ReLUs, sums, poolings
+    and padding with zeros.
 
     Args:
         teacher: The trained network.
@@ -49,9 +48,19 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
     """
     teacher = fold_batch_norms(teacher)
     ties = _ties(teacher.network.graph)
-    recorder = _ChannelRatios(teacher.network, activation_bits(teacher, scheme), ties)
+    bits_of = activation_bits(teacher, scheme) | layer_input_bits(teacher, scheme)
+    recorder = _ChannelRatios(teacher.network, bits_of, scheme.bits.weights, ties)
     recorder.run(*inputs)
     return {node.name: recorder.scale(top) for node, top in ties.items() if top in recorder.found}
+
+
+def activation_noise_share(activation_bits: int, weight_bits: int) -> float:
+    """Return which share of the noise of rounding is that of activations: σ = 1 / (1 + 4^(a − w)).
+
+    The noise power of a grid of k bits is proportional to 4^−k. At equal bits σ is ½; 8-bit
+    activations leave 4-bit weights as they are.
+    """
+    return 1 / (1 + 4.0 ** (activation_bits - weight_bits))
 
 
 @torch.no_grad()
@@ -80,16 +89,17 @@ def rescaled(teacher: Captured, scales: Mapping[str, Tensor]) -> Captured:
 
 
 class _ChannelRatios(fx.Interpreter):
-    """Runs a network and records log(Δ_c / Δ) of the channels of its activations."""
+    """Runs a network and records σ log(Δ_c / Δ) of the channels of its activations."""
 
     def __init__(
         self,
         network: fx.GraphModule,
         bits_of: Mapping[fx.Node, int],
+        weight_bits: int,
         ties: Mapping[fx.Node, fx.Node],
     ) -> None:
         super().__init__(network)
-        self.bits_of, self.ties = bits_of, ties
+        self.bits_of, self.weight_bits, self.ties = bits_of, weight_bits, ties
         self.found: dict[fx.Node, list[Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -99,12 +109,13 @@ class _ChannelRatios(fx.Interpreter):
             apart = (scales_of_channels(value, bits) / best_range(value, bits)[0]).log()
             silent = value.transpose(0, 1).flatten(1).abs().amax(1) == 0
             apart.masked_fill_(silent, 0.0)
-            self.found.setdefault(self.ties[n], []).append(apart)
+            share = activation_noise_share(bits, self.weight_bits)
+            self.found.setdefault(self.ties[n], []).append(share * apart)
         return value
 
     def scale(self, top: fx.Node) -> Tensor:
         """Return the divisor of each channel, [C]."""
-        apart = _NEXT_WEIGHT_SHARE * torch.stack(self.found[top]).mean(0)
+        apart = torch.stack(self.found[top]).mean(0)
         return apart.clamp(-math.log(_MAX_FACTOR), math.log(_MAX_FACTOR)).exp()
 
 
