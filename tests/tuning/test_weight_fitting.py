@@ -75,6 +75,21 @@ def test_weight_whose_inputs_shrank_grows() -> None:
     assert ratio == pytest.approx(1 + 0.99 * 0.0855, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("samples", "noise_of_targets", "expected"), [(400, 0.0, 0.3), (20, 10.0, 10.0), (1, 0.0, 10.0)]
+)
+def test_ridge_is_as_large_as_unseen_outputs_want(
+    samples: int, noise_of_targets: float, expected: float
+) -> None:
+    """With few noisy outputs the old weight predicts others best; with many exact ones the new."""
+    draw = torch.Generator().manual_seed(0)
+    old, new = torch.randn(2, 1, 5, 16, generator=draw, dtype=torch.double)
+    x = torch.randn(1, samples, 16, generator=draw)
+    y = x @ (new if noise_of_targets == 0 else old).mT.float()
+    y += noise_of_targets * torch.randn(y.shape, generator=draw)
+    assert weight_fitting._best_fit_ridge(old, x, y) == expected
+
+
 def test_fitting_brings_a_student_nearer_to_its_teacher(teacher: Captured) -> None:
     smooth = nn.AvgPool2d(3, stride=1, padding=1)  # inputs that are correlated
     images, others = smooth(noise()), smooth(torch.randn_like(noise()))

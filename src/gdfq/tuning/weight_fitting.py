@@ -16,9 +16,11 @@ from gdfq.quantizers.base import WeightQuantizer
 _MAX_SAMPLES, _MAX_ELEMENTS = 8192, 2**25
 """Positions of all images together at which inputs and outputs of a layer are compared, and the
 elements of the sampled inputs: 128 MiB."""
-_RIDGE = 0.3
-"""λ as a share of the mean variance of the layer's inputs. The images are made, so directions that
-they hardly show may matter for real ones."""
+_FIT_RIDGES = (0.3, 1.0, 3.0, 10.0)
+"""λ of the fit that are tried, as shares of the mean variance of the layer's inputs. The images are
+made, so directions that they hardly show may matter for real ones: none is smaller."""
+_ROUNDING_RIDGE = 0.1
+"""λ of the compensation, as a share of the same variance."""
 _TINY = torch.finfo(torch.float32).tiny
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -59,16 +61,43 @@ def fit_weight_(
     x = _input_samples(layer, weight.shape[2:], inputs, groups, most)  # [P, G, K]
     y = _output_samples(layer, targets, most).unflatten(1, (groups, -1))  # [P, G, R]
     x, y = ((samples - samples.mean(0)).transpose(0, 1) for samples in (x, y))
-    covariance = (x.mT @ x / x.shape[1]).double()
-    cross = (y.mT @ x / x.shape[1]).double()
-    variance = covariance.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = (_RIDGE * variance).clamp_min(_TINY)
     rows = weight.detach().double().reshape(groups, -1, x.shape[2])
-    missed, power = (part.double().square().mean(1) for part in (y - x @ rows.to(x.dtype).mT, y))
-    unexplained = missed / power.clamp_min(_TINY)  # [G, R]
+    covariance, cross, variance = _second_moments(x, y)
+    wanted = fitted_weight(rows, covariance, cross, _best_fit_ridge(rows, x, y) * variance)
+    unexplained = _unexplained(rows, x, y)
     share = (1 - unexplained).clamp_min(0) * trusted.view_as(unexplained)
-    fitted = rows.lerp(fitted_weight(rows, covariance, cross, ridge), share[:, :, None])
+    fitted = rows.lerp(wanted, share[:, :, None])
+    ridge = _ROUNDING_RIDGE * variance
     quantizer.fit_(fitted.to(weight.dtype).view_as(weight), covariance, ridge)
+
+
+def _second_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return E[x xᵀ] [G, K, K], E[y xᵀ] [G, R, K] and the mean variance of x, > 0, [G]."""
+    inputs, cross = ((part.mT @ x / x.shape[1]).double() for part in (x, y))
+    return inputs, cross, inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_TINY)
+
+
+def _unexplained(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return E|y − W x|² / E|y|² of each output, [G, R]."""
+    missed, power = (part.double().square().mean(1) for part in (y - x @ weight.to(x.dtype).mT, y))
+    return missed / power.clamp_min(_TINY)
+
+
+def _best_fit_ridge(weight: Tensor, x: Tensor, y: Tensor) -> float:
+    """Return which of `_FIT_RIDGES` predicts the outputs of images best that it was not fitted to.
+
+    The weight is fitted to one half of the images and judged by the other, and the reverse.
+    """
+    if x.shape[1] < 2:
+        return _FIT_RIDGES[-1]
+    first, second = zip(x.tensor_split(2, 1), y.tensor_split(2, 1), strict=True)
+    errors = torch.zeros(len(_FIT_RIDGES), dtype=torch.float64, device=x.device)
+    for known, unseen in ((first, second), (second, first)):
+        inputs, cross, variance = _second_moments(*known)
+        for i, share in enumerate(_FIT_RIDGES):
+            fitted = fitted_weight(weight, inputs, cross, share * variance)
+            errors[i] += _unexplained(fitted, *unseen).clamp_max(1).mean()
+    return _FIT_RIDGES[int(errors.argmin())]
 
 
 def _positions(images: int, places: int, most: int, device: torch.device) -> Tensor:
