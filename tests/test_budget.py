@@ -206,7 +206,7 @@ def test_stopped_run_resumes_with_the_effort_that_it_started_with(
 def command(place: Path, *more: str) -> list[str]:
     words = arguments(place, *more)
     at = words.index("--recipe")
-    return [*words[:at], "--recipe", "fast", *words[at + 4 :]]
+    return [*words[:at], "--recipe", "fast", "--bits", "w4a4", *words[at + 4 :]]
 
 
 def test_command_records_and_says_what_was_chosen(

@@ -110,7 +110,25 @@ def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
     assert recipe.fit_weights
     assert recipe.effort_in_words == "256 images of 24 iterations, calibrated without tuning"
     assert recipe.fitted((3, 224, 224)).source.images_held == 128
-    assert resolve_method(bits, "fast").recipe.tuning.trains
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "trains"),
+    [
+        ("w4a8", {}, False),
+        ("w6a8", {}, False),
+        ("w3a8", {}, True),
+        ("w4a7", {}, True),
+        ("w4a8", {"layer_bits": ("first=8", "last=float")}, False),
+        ("w8a8", {"layer_bits": ("last=4",)}, True),
+    ],
+)
+def test_fast_tunes_where_activations_or_weights_are_narrow(
+    bits: str, options: dict[str, Any], trains: bool
+) -> None:
+    recipe = resolve_method(bits, "fast", **options).recipe
+    assert recipe.fit_weights
+    assert recipe.tuning.trains is trains
 
 
 def test_fitted_weights_need_matched_moments() -> None:

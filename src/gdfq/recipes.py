@@ -219,7 +219,7 @@ _FAST_TUNING = Distillation(
 
 FAST = Recipe(
     name="fast",
-    summary="learned grids, tuned on a pool of spectral images: minutes on a CPU",
+    summary="as quick at w4a8 and above; below: also tuned on a pool of images, for minutes",
     source=_FAST_POOL,
     steps=2400,
     calibration=10,
@@ -425,14 +425,16 @@ _CALIBRATED = _FITTED.with_images(128, 10).with_batch(128)
 _EFFORT_BY_BITS = frozenset({FAST.name, QUICK.name})
 """Recipes by name whose effort follows the bits."""
 _FITTED_BITS = 4
-"""Fewest bits at which quick fits weights and does not tune: 80 steps add nothing there."""
+"""Fewest bits of weights and activations from which quick fits weights and does not tune, and of
+weights from which fast does not, where activations have 8 bits: tuning on made images gains nothing
+there, or loses."""
 
 
 def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     """Return a recipe by its name, with the effort that the bits need, or the recipe itself.
 
     Where all weights and activations have 8 bits, fast and quick do not tune: it changes nothing.
-    With 4 bits and more quick does not tune either.
+    With 4 bits and more quick does not tune either, and fast does not where all activations have 8.
 
     Raises:
         UsageError: There is no such name.
@@ -440,11 +442,13 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     overrides = [layer.bits for layer in scheme.layer_bits if layer.bits is not None]
-    fewest = min(scheme.bits.weights, scheme.bits.activations, *overrides)
+    activations = min(scheme.bits.activations, *overrides, MAX_BITS)
+    fewest = min(scheme.bits.weights, activations)
     if recipe in _EFFORT_BY_BITS and fewest == MAX_BITS:
         return replace(_CALIBRATED, name=recipe)
-    if recipe == QUICK.name and fewest >= _FITTED_BITS:
-        return replace(_FITTED, name=QUICK.name)
+    gains_by_tuning = recipe == FAST.name and activations < MAX_BITS
+    if recipe in _EFFORT_BY_BITS and fewest >= _FITTED_BITS and not gains_by_tuning:
+        return replace(_FITTED, name=recipe)
     return find_recipe(recipe)
 
 

@@ -277,6 +277,15 @@ def test_advice_names_options_that_help() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("bits", "is_advised"), [("w4a8", False), ("w3a8", True), ("4.5 bits", True)]
+)
+def test_fast_is_advised_where_it_does_more_than_quick(bits: str, is_advised: bool) -> None:
+    config = {"bits": bits, "recipe": {"name": "quick"}}
+    advice = verdict(made(**measured(90.0, 70.0), config=config)).advice
+    assert any("--recipe fast" in line for line in advice) is is_advised
+
+
 def test_sensitive_layers_are_none_where_all_are_equal() -> None:
     same = [{"name": f"l{i}", "sensitivity": 1.0, "bits": 4, "weights": 9} for i in range(5)]
     assert sensitive_layers(same) == ()

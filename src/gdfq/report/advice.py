@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gdfq.functional.grid import MAX_BITS
+from gdfq.errors import UsageError
+from gdfq.functional.grid import MAX_BITS, Bits
+from gdfq.recipes import FAST, recipe_for
 from gdfq.report.drop import Level
 from gdfq.report.read import Record, Run, number
 from gdfq.report.sensitive_layers import SENSITIVITY_NAMES, sensitive_layers
 from gdfq.report.wording import size_words
+from gdfq.student.scheme import Scheme
 
 
 def advice(run: Run, level: Level, warnings: Sequence[str]) -> Iterator[str]:
@@ -21,10 +24,11 @@ def advice(run: Run, level: Level, warnings: Sequence[str]) -> Iterator[str]:
                 f"{layer.option} gives more bits to a layer with {layer.share:.0f} % of {whole}; "
                 f"it adds {size_words(layer.bytes)}."
             )
-        yield from _more_bits(str(run.config.get("bits", "")))
+        bits = str(run.config.get("bits", ""))
+        yield from _more_bits(bits)
         name = _recipe(run.config)
-        if name in {"quick", "round", "zeroq"}:
-            yield f"--recipe fast tunes longer than {name} and loses less accuracy."
+        if name in {"round", "zeroq"} or (name == "quick" and _fast_tunes(bits)):
+            yield f"--recipe fast loses less accuracy than {name} and takes longer."
         if not run.config.get("data"):
             yield (
                 "A few hundred real images, if you have them, can be better than synthetic ones: "
@@ -52,6 +56,15 @@ def _more_bits(bits: str) -> Iterator[str]:
         yield f"--bits w{weights}a{MAX_BITS}: more activation bits do not make the file larger."
     elif int(weights) < MAX_BITS:
         yield f"--bits w{MAX_BITS}a{MAX_BITS}: more weight bits make the file larger."
+
+
+def _fast_tunes(bits: str) -> bool:
+    """Whether fast does more than quick at these bits of the whole network."""
+    try:
+        scheme = Scheme(Bits.parse(bits), "full")
+    except UsageError:  # bits of each layer, or none
+        return True
+    return recipe_for(FAST.name, scheme).tuning.trains
 
 
 def _recipe(config: Record) -> str:
