@@ -34,12 +34,12 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
     """Return the divisors of channels [C] of activations, by the names of their nodes.
 
     For each channel c of each activation that the scheme quantizes, Δ_c is the scale of the best
-    grid for this channel, and Δ that of the best grid for all channels. The channel's divisor is
-    (Δ_c / Δ)^σ. The weights of the next layer, which are multiplied by it, share grids too, so σ is
-    the activation's share of the noise of rounding (`activation_noise_share`). Activations that
-    must agree, such as the terms of a sum, share the mean of their logarithms. Channels have no
-    divisor if any operator reads them other than convolutions, linear layers, ReLUs, sums, poolings
-    and padding with zeros.
+    grid for this channel, and Δ that of the best grid for all channels, with the bits that enter
+    layers where it is rounded again for them. The channel's divisor is (Δ_c / Δ)^σ. The weights of
+    the next layer, which are multiplied by it, share grids too, so σ is the activation's share of
+    the noise of rounding (`activation_noise_share`). Activations that must agree, such as the terms
+    of a sum, share the mean of their logarithms. Channels have no divisor if any operator reads
+    them other than convolutions, linear layers, ReLUs, sums, poolings and padding with zeros.
 
     Args:
         teacher: The trained network.

@@ -1,4 +1,4 @@
-"""The integer form of a frozen student: its layers add whole numbers, as integer runtimes do.
+"""The integer form of a frozen student: it adds whole numbers, as integer runtimes do.
 
 The graph of an `IntegerNetwork` says what is computed in real numbers. Two ways to compute that in
 floats differ by the rounding of sums, which moves a few codes by one; a deep network amplifies
@@ -23,7 +23,7 @@ _ONE_OUTPUT = operators.GRID_PRESERVING - operators.SEVERAL_OUTPUTS
 
 
 def integer_form(source: fx.Graph, tensors: Mapping[str, Tensor]) -> fx.Graph:
-    """Return a graph that computes the same from the same tensors, layers in whole numbers.
+    """Return a graph that computes the same from the same tensors, layers and means in integers.
 
     Layers stay float whose weight or input is float, and transposed convolutions, which integer
     runtimes compute in floats.

@@ -103,7 +103,7 @@ class IntegerNetwork(nn.Module):
 
     @property
     def integer_form(self) -> fx.GraphModule:
-        """The graph that is computed: its layers add whole numbers (`gdfq.student.integer_form`).
+        """The graph that is computed: it adds whole numbers (`gdfq.student.integer_form`).
 
         It shares the tensors of `module`, and is written again when these are replaced, as by a
         move to another device, or changed, as by `load_state_dict`.

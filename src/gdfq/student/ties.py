@@ -1,9 +1,9 @@
 """Scales on which no result lies at a tie between two codes.
 
 A sum of two quantized tensors takes few values: one for each pair of codes. So does a function of
-one, such as a sigmoid: one for each code. Some of them lie so
-near the middle between two codes of the result's own grid that float rounding decides, and runtimes
-differ there. A change of the scale by a few millionths moves them off the middle.
+one, such as a sigmoid: one for each code. Some of them lie so near the middle between two codes of
+the result's own grid that float rounding decides, and runtimes differ there. A change of the scale
+by a few millionths moves them off the middle.
 """
 
 from collections.abc import Callable, Mapping

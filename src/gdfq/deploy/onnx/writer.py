@@ -3,8 +3,8 @@
 `torch.onnx.export` writes the graph, in which the three quantization operators stay opaque; a pass
 over the result then replaces each by standard operators. Weights of 4 bits and below are
 packed INT4 (INT2 at 2 bits), followed by a `Cast` to INT8 that a runtime folds when it loads the
-file: small on disk, and kernels read 8-bit integers. Activations are unsigned 8-bit codes that an
-integer `Clip` limits to their number of bits.
+file: small on disk, and kernels read 8-bit integers. Activations are unsigned 8-bit codes; where
+values may lie beyond those of their number of bits, an integer `Clip` follows (`StoredCodes`).
 """
 
 import logging
