@@ -15,8 +15,9 @@ _HIGHEST = 2**MAX_BITS - 1
 """The highest code of uint8."""
 _TIE_DISTANCE = 2.0**-14
 """Distance from n + 1/2, in steps of a grid, from which kernels that add integers round as the
-student does. They add the zero point (up to 255) before they round; each of their two sums is then
-2^-17 off at most, and the products less."""
+student does, if the ratio r of the scales is at most 1. They multiply code and zero point by r and
+add the new zero point (all up to 255) before they round: each of their two products and two sums is
+2^-17 off at most, and the ratio and the student's own steps less."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,15 @@ def stored_codes(network: IntegerNetwork) -> dict[str, StoredCodes]:
 
 def _stored(grid: ActivationGrid, tensors: Mapping[str, Tensor], may_shift: bool) -> StoredCodes:
     source = activation_grid(grid.node.all_input_nodes[0], tensors)
+    needs_clip = grid.bits < MAX_BITS
+    of_any_values = StoredCodes(f"{grid.name}.{'clip' if needs_clip else 'q'}", 0, needs_clip)
+    if source is None:
+        return of_any_values
     lowest, highest = integer.offset_bounds(grid.zero_point, grid.bits)
-    steps = None if source is None else _steps(grid, source)
-    if steps is None or has_ties(steps[(steps > lowest - 1) & (steps < highest + 1)]):
-        needs_clip = grid.bits < MAX_BITS
-        return StoredCodes(f"{grid.name}.{'clip' if needs_clip else 'q'}", 0, needs_clip)
+    steps = _steps(grid, source)
+    inside = steps[(steps > lowest - 1) & (steps < highest + 1)]
+    if has_ties(inside, float(source.scale / grid.scale)):
+        return of_any_values
     spare = _HIGHEST - (2**grid.bits - 1)
     is_below, is_above = bool(steps.min() < lowest - 0.5), bool(steps.max() > highest + 0.5)
     if spare and (is_below or (is_above and not may_shift)):
@@ -76,6 +81,13 @@ def _steps(grid: ActivationGrid, source: ActivationGrid) -> Tensor:
     return integer.steps_of(values, grid.scale)
 
 
-def has_ties(steps: Tensor) -> bool:
-    """Return whether numbers are so near n + 1/2 that kernels may round them otherwise."""
-    return bool(((steps - steps.floor() - 0.5).abs() < _TIE_DISTANCE).any())
+def has_ties(steps: Tensor, ratio: float) -> bool:
+    """Return whether numbers are so near n + 1/2 that kernels may round them otherwise.
+
+    Args:
+        steps: Values of a grid in units of the next grid's scale.
+        ratio: The first scale, in the same units. Above 1 the kernel adds numbers beyond 255, whose
+            rounding grows alike.
+    """
+    distance = _TIE_DISTANCE * (2 * ratio if ratio > 1 else 1)
+    return bool(((steps - steps.floor() - 0.5).abs() < distance).any())
