@@ -304,20 +304,22 @@ def _pooled(ratio: int, size: Any) -> IntegerNetwork:
 
 
 @pytest.mark.parametrize(
-    "mean",
+    ("shape", "mean"),
     [
-        ("aten.adaptive_avg_pool2d.default", [1, 1]),
-        ("aten.mean.dim", [2, 3], True),
-        ("aten.mean.dim", [-1, -2]),
+        ((1, 2, 2), ("aten.adaptive_avg_pool2d.default", [1, 1])),
+        ((1, 2, 2), ("aten.mean.dim", [2, 3], True)),
+        ((1, 2, 2), ("aten.mean.dim", [-1, -2])),
+        ((1, 4), ("aten.adaptive_avg_pool1d.default", [1])),
+        ((1, 2, 2, 1), ("aten.adaptive_avg_pool3d.default", [1, 1, 1])),
     ],
 )
-def test_means_at_ties_are_rounded_as_in_the_file(mean: Any) -> None:
+def test_means_at_ties_are_rounded_as_in_the_file(shape: tuple[int, ...], mean: Any) -> None:
     """The range of a mean is often a code of its input, whose scale is then a ratio to its own."""
-    codes = torch.randint(0, 256, (4096, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, 256, (4096, *shape), generator=torch.Generator().manual_seed(0))
     x = codes * torch.tensor(0.037)
-    for ratio in range(110, 256, 12)[::2]:
+    for ratio in range(110, 256, 24):
         network = _pooled(ratio, mean)
-        data = to_onnx(network, [InputSpec("x", (1, 2, 2))], {}, outputs=["y"])
+        data = to_onnx(network, [InputSpec("x", shape)], {}, outputs=["y"])
         assert network(x).equal(onnx_runner(data)(x)[0])
 
 
