@@ -109,7 +109,8 @@ def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
     recipe = resolve_method(bits, "quick").recipe
     assert recipe.fit_weights
     assert recipe.effort_in_words == "256 images of 24 iterations, calibrated without tuning"
-    assert recipe.fitted((3, 224, 224)).source.images_held == 128
+    large = instance(recipe.fitted((3, 224, 224)).source, ImagePool)
+    assert (large.images, large.batch, large.source.batch) == (128, 128, 32)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ from gdfq.sources.augment import (
 from gdfq.sources.base import Batch, Source, first_images, joined_inputs
 from gdfq.sources.stream import Shuffled, Stream, restored_batch, stored_batch
 
+_MAX_BATCH_PIXELS = 2**21
+"""Maximum pixels of the images that are made together. Fewer images have worse statistics."""
+
 
 @tagged("ImagePool")
 @dataclass(frozen=True)
@@ -34,10 +37,9 @@ class ImagePool(Source):
     """Batches from the first `images` images of another source, in a new order for each epoch.
 
     Large images cost more, and fewer of them suffice. A pool takes only as many batches of the
-    source as have `pixels` pixels together, but at least one. No batch has more than 1/32 of
-    `pixels`: 32 images of 224x224, whose statistics are as good as those of more images. The
-    batches of the pool shrink in proportion, to the next power of two, so that processes can divide
-    them.
+    source as have `pixels` pixels together, but at least one. No batch has more than 2^21 pixels:
+    32 images of 224x224, whose statistics are as good as those of more images. The batches of the
+    pool shrink in proportion, to the next power of two, so that processes can divide them.
 
     If the teacher's predictions are consistent under augmentation (`gdfq.sources.augment`), each
     batch is shifted by up to an eighth of the image's side and flipped at random; all its images
@@ -62,8 +64,11 @@ class ImagePool(Source):
         """Return this pool with as many images, and images per batch, as the inputs allow."""
         if self.pixels is None:
             return self
-        room = self.pixels // math.prod(input_shape[1:])
-        at_once = min(self.source.batch, 1 << max(1, room // 32).bit_length() - 1)
+        of_image = math.prod(input_shape[1:])
+        room = self.pixels // of_image
+        at_once = min(
+            self.source.batch, 1 << max(1, _MAX_BATCH_PIXELS // of_image).bit_length() - 1
+        )
         images = min(self.images, max(1, room // at_once) * at_once)
         share = -(-self.batch * images // self.images)
         batch = min(self.batch, 1 << (share - 1).bit_length())
