@@ -107,4 +107,12 @@ def test_transposed_convolutions_are_not_fitted() -> None:
     module = nn.ConvTranspose2d(3, 4, 3)
     layer, _ = only_layer(module, x)
     quantizer = LearnedWeight(module.weight, 4, *queries.weight_layout(layer))
-    assert not can_be_fitted(layer, quantizer)
+    assert not can_be_fitted(layer, quantizer, module.weight)
+
+
+@pytest.mark.parametrize(("inputs", "is_fitted"), [(8192, True), (8193, False)])
+def test_layers_with_very_many_inputs_are_not_fitted(inputs: int, is_fitted: bool) -> None:
+    module = nn.Linear(inputs, 2)
+    layer, _ = only_layer(module, torch.randn(4, inputs))
+    quantizer = LearnedWeight(module.weight, 4, Layout.ROWS)
+    assert can_be_fitted(layer, quantizer, module.weight) is is_fitted

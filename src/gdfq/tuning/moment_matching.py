@@ -121,9 +121,9 @@ class _MatchMoments(PartsInterpreter):
         elif (weight := self._uncorrected(node)) is not None:
             layer, outputs = self._teacher_layer(node.name)
             self._target = _Target.of(layer, outputs)
-            if self.fit_weights and can_be_fitted(node, weight):
+            old = self._weights[queries.weight_name(layer)]
+            if self.fit_weights and can_be_fitted(node, weight, old):
                 inputs = [env[queries.input_of(node)] for env in envs]
-                old = self._weights[queries.weight_name(layer)]
                 fit_weight_(weight, node, old, inputs, outputs, self._target.known)
                 for env in envs:
                     env[queries.weight_of(node)] = weight(old)
