@@ -54,13 +54,13 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
     return {node.name: recorder.scale(top) for node, top in ties.items() if top in recorder.found}
 
 
-def activation_noise_share(activation_bits: int, weight_bits: int) -> float:
+def activation_noise_share(bits: int, weight_bits: int) -> float:
     """Return which share of the noise of rounding is that of activations: σ = 1 / (1 + 4^(a − w)).
 
     The noise power of a grid of k bits is proportional to 4^−k. At equal bits σ is ½; 8-bit
     activations leave 4-bit weights as they are.
     """
-    return 1 / (1 + 4.0 ** (activation_bits - weight_bits))
+    return 1 / (1 + 4.0 ** (bits - weight_bits))
 
 
 @torch.no_grad()
