@@ -91,6 +91,8 @@ def quantize(
             bytes. The default is 1.5 GiB on a CPU and half of the free memory of a GPU.
         **options: Further options, by name:
 
+            - target: Where the result is to run: a name in `gdfq.TARGETS` or a `Target`. What it
+              cannot express is refused before the run. `QuantizedNetwork.export` writes the file.
             - size: With bits "auto": the size of the ONNX file in bytes, at most.
             - placement: "full" (deployable) or "relu" (the protocol of the published tables).
             - layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].

@@ -22,6 +22,8 @@ from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisa
 from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tensors import TensorData
 from gdfq.deploy.card import Card
+from gdfq.deploy.export import named_target
+from gdfq.deploy.target import Target
 from gdfq.effort import Effort, effort_within
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
@@ -105,6 +107,8 @@ class MethodOptions(TypedDict, total=False):
         batch: Images in a batch. By default the recipe's own.
         budget: The time of the whole run, in seconds or as "5m": images, iterations and steps are
             chosen for it from one measured step of each kind.
+        target: Where the result is to run: a name in `gdfq.TARGETS` or a `Target`. What it cannot
+            express is refused before the run.
     """
 
     size: int | None
@@ -115,6 +119,7 @@ class MethodOptions(TypedDict, total=False):
     iterations: int | None
     batch: int | None
     budget: str | float | None
+    target: str | Target | None
 
 
 class PlanOptions(NetworkOptions, MethodOptions, total=False):
@@ -159,6 +164,7 @@ class Method:
         images: Images that are made, where the user says it.
         iterations: Updates of each image, where the user says it.
         budget: Seconds of the whole run, where images, iterations and steps are chosen for them.
+        target: Where the result is to run, where the user says it.
     """
 
     scheme: Scheme
@@ -168,6 +174,7 @@ class Method:
     images: int | None = None
     iterations: int | None = None
     budget: float | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +210,7 @@ class Plan:
         budget: Seconds of the whole run, for which images, iterations and steps were chosen.
         planned_seconds: Seconds that the run was expected to take, where they were chosen; None for
             a run that resumes.
+        target: Where the result is to run, where the user says it.
     """
 
     teacher: Captured
@@ -218,6 +226,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     budget: float | None = None
     planned_seconds: float | None = None
+    target: Target | None = None
 
     @property
     def effort(self) -> Effort:
@@ -262,6 +271,7 @@ class Plan:
             "recipe": as_values(self.recipe),
             "effort": self.effort.as_values(),
             "budget": self.budget,
+            "target": None if self.target is None else self.target.name,
         }
 
 
@@ -319,6 +329,7 @@ def resolve_method(
     iterations: int | None = None,
     batch: int | None = None,
     budget: str | float | None = None,
+    target: str | Target | None = None,
 ) -> Method:
     """Parse and check the options that need no network.
 
@@ -333,10 +344,14 @@ def resolve_method(
         iterations: See `MethodOptions`.
         batch: See `MethodOptions`.
         budget: See `MethodOptions`.
+        target: See `MethodOptions`.
 
     Raises:
         UsageError: One of them cannot be used.
     """
+    aim = None if target is None else named_target(target)
+    if aim is not None:
+        _check_target(aim, size)
     seconds = None if budget is None else seconds_of(budget)
     if seconds is not None:
         _check_budget(size=size, steps=steps, images=images, iterations=iterations)
@@ -350,7 +365,17 @@ def resolve_method(
     # These refuse what cannot be used before a network is loaded.
     chosen.with_batch(batch).with_images(images, iterations)
     chosen = replace(chosen, placement=placed)
-    return Method(scheme, chosen, size, batch, images, iterations, seconds)
+    return Method(scheme, chosen, size, batch, images, iterations, seconds, aim)
+
+
+def _check_target(target: Target, size: int | None) -> None:
+    """Raise UsageError for a target whose files cannot be proven here, or have no known size."""
+    target.require_runtime()
+    if size is not None and not target.takes_size:
+        raise UsageError(
+            "bits are chosen for the size of the file of target 'onnx'; the target is "
+            f"{target.name!r}. Give the bits, as w4a8, or remove the target."
+        )
 
 
 def _check_budget(**others: int | None) -> None:
@@ -474,6 +499,8 @@ def plan_of(
     source = _source(recipe, given, preprocessing)
     if given is None and not source.within_limits:
         teacher = replace(teacher, input_limits=None)  # the student would clip these images
+    if method.target is not None:
+        method.target.check_scheme(teacher, method.scheme)
     plan = Plan(
         _limited_by(teacher, given, tested),
         method.scheme,
@@ -487,6 +514,7 @@ def plan_of(
         network.seconds,
         network.notes,
         method.budget,
+        target=method.target,
     )
     if method.budget is None:
         return plan

@@ -192,9 +192,8 @@ class QuantizedNetwork(nn.Module):
         The folder of the path is created if it does not exist.
 
         Args:
-            path: The file. Its suffix is the target, unless that is given.
-            target: A name in `gdfq.TARGETS` ("onnx", "pt2", "safetensors"), or a `Target` of your
-                own.
+            path: The file. The target is that of its suffix, unless it is given.
+            target: A name in `gdfq.TARGETS`, or a `Target` of your own.
             format: The old spelling of `target`.
             raw_input: Write an ONNX file that takes uint8 pixels and normalises them itself.
             safe_x86: Use 7-bit weights in layers whose 8-bit sums could saturate on x86 processors
@@ -205,7 +204,8 @@ class QuantizedNetwork(nn.Module):
             What was written, and how its outputs compare with those of this network.
 
         Raises:
-            UsageError: The target cannot express the network, or an option does not fit it.
+            UsageError: The target cannot express the network, its runtime is not installed, or an
+                option does not fit it.
             GdfqError: The outputs differ. Nothing is written, and an existing file stays.
         """
         if format is not None:

@@ -25,6 +25,8 @@ def test_doctor_prints_json_or_a_table(capsys: pytest.CaptureFixture[str], tmp_p
     assert "2 of 2 batch norms fold" in printed
     assert "1 conv2d, 1 add, 1 linear (its input is not the output of a ReLU" in printed
     assert "measured on one step of each" in printed
+    assert main([*arguments, "--target", "onnx"]) == 0
+    assert "target      onnx: the network fits; file student.onnx, " in capsys.readouterr().out
 
 
 def test_doctor_says_what_is_taken_of_weights_and_images(

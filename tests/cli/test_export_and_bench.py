@@ -1,5 +1,6 @@
 """`gdfq export` and `gdfq bench`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import onnx
 import pytest
 from support.command_line import arguments
 
+from gdfq import TARGETS
 from gdfq.cli import main
 
 
@@ -88,3 +90,39 @@ def test_bench_compares_with_other_files(place: Path, capsys: pytest.CaptureFixt
     (place / "against.onnx").write_bytes(b"hello")
     assert main(["bench", out, "--against", str(place / "against.onnx")]) == 2
     assert "must be an ONNX model" in capsys.readouterr().err
+
+
+def test_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets"]) == 0
+    printed = capsys.readouterr().out
+    for name, target in TARGETS.items():
+        assert f"{name:14}{target.summary}" in printed
+        assert f"file         {target.file_name}" in printed
+    assert "ONNX Runtime 1.18 or newer (1.21 for weights below 8 bits, 1.23 for" in printed
+
+
+def test_run_writes_the_file_of_its_target(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files of other targets beside student.onnx are noted by their names."""
+    assert main(arguments(place, "--target", "pt2")) == 0
+    out = place / "out"
+    assert "student.pt2, " in capsys.readouterr().out
+    assert not (out / "student.onnx").exists()
+    assert json.loads((out / "config.json").read_text())["target"] == "pt2"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert "export" not in metrics
+    assert metrics["exports"]["student.pt2"]["inside"]["agreement"] == 100
+    assert main(["export", str(out), "--target", "onnxruntime"]) == 0
+    assert "needs ONNX Runtime 1.23 or newer" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["export"]["path"] == "student.onnx"
+    assert list(metrics["exports"]) == ["student.pt2"]
+
+
+def test_unknown_target_is_refused_before_anything_is_read(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(place / "nothing"), "--target", "toaster"]) == 2
+    assert "the target must be one of onnx, " in capsys.readouterr().err
+    assert main(arguments(place, "--target", "toaster")) == 2
+    assert "got 'toaster'" in capsys.readouterr().err
+    assert not (place / "out").exists()

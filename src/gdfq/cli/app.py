@@ -13,6 +13,7 @@ from gdfq.cli.exit_codes import exit_code_of, warnings_in_a_line
 from gdfq.cli.options import (
     batch_option,
     effort_options,
+    export_target_option,
     layer_bits_option,
     memory_option,
     network_options,
@@ -58,6 +59,7 @@ def cli() -> None:
     help="With --bits auto: maximum size of the ONNX file, such as 300KB or 1.5MiB.",
 )
 @recipe_option
+@target_option
 @placement_option
 @layer_bits_option
 @effort_options
@@ -79,7 +81,10 @@ def cli() -> None:
     help="Precision of the products in layers while images are made and the student is tuned.",
 )
 @click.option(
-    "--onnx/--no-onnx", default=True, show_default=True, help="Export the result as an ONNX file."
+    "--onnx/--no-onnx",
+    default=True,
+    show_default=True,
+    help="Export the result: as an ONNX file, or as the file of --target.",
 )
 @click.option(
     "--report/--no-report",
@@ -121,6 +126,7 @@ def quantize_command(**options: Any) -> None:
     help="Bits of weights and activations, 2 to 8 each.  [default: w4a8; w4a4 in placement relu]",
 )
 @recipe_option
+@target_option
 @placement_option
 @layer_bits_option
 @effort_options
@@ -153,8 +159,10 @@ def evaluate_command(folder: Path, test: Path, memory: int | None) -> None:
 
 @cli.command("export")
 @click.argument("folder", metavar="DIR", type=PATH)
-@target_option
-@click.option("--out", type=PATH, help="The file.  [default: DIR/student.TARGET]")
+@export_target_option
+@click.option(
+    "--out", type=PATH, help="The file.  [default: student and the suffix of the target, in DIR]"
+)
 @click.option(
     "--raw-input",
     is_flag=True,
@@ -170,12 +178,8 @@ def export_command(**options: Any) -> None:
     """Write the quantized network in DIR as one file that deploys.
 
     The file is loaded by its own runtime and compared with the network, on usual images and on
-    images three times as large. It is kept only if its outputs are the same.
-
-    \b
-    onnx         standard operators; 4-bit weights on disk, integer kernels at run time
-    pt2          torch.export program; needs torch alone
-    safetensors  weights packed at their true bits; gdfq.load reads it
+    images three times as large. It is kept only if its outputs are the same. A target that cannot
+    hold the network as it is says which layers would have to be quantized again.
     """
     from gdfq.cli.export import export
 
@@ -272,6 +276,14 @@ def recipes_command() -> None:
 
     for recipe in RECIPES.values():
         click.echo(f"{recipe.name:24}{recipe.summary}")
+
+
+@cli.command("targets")
+def targets_command() -> None:
+    """List where a quantized network can run: files, runtimes, versions, what is proven."""
+    from gdfq.cli.targets import targets
+
+    targets()
 
 
 @cli.command("sweep")

@@ -13,6 +13,7 @@ from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import Diagnosis, Layer, diagnose
 from gdfq.analysis.run_costs import Following
 from gdfq.cli.console import budget_in_words
+from gdfq.cli.targets import facts
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
@@ -53,12 +54,20 @@ def doctor(
     )
     diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
     diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe, budget)
-    inputs = _inputs(plan)
+    inputs = _target(plan) | _inputs(plan)
     if as_json:
         click.echo(json.dumps({**diagnosis.as_values(), **inputs}, indent=1))
     else:
         _print(diagnosis, inputs)
     return 1 if diagnosis.problems else 0
+
+
+def _target(plan: Plan) -> dict[str, str]:
+    """Where the result is to run, and what that asks of the network, if the user says it."""
+    if plan.target is None:
+        return {}
+    what = ", ".join(f"{title} {text}" for title, text in facts(plan.target).items())
+    return {"target": f"{plan.target.name}: the network fits; {what}"}
 
 
 def _inputs(plan: Plan) -> dict[str, str]:

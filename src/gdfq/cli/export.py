@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from gdfq.api import load
-from gdfq.deploy.export import Exported
+from gdfq.deploy.export import Exported, named_target
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
 from gdfq.runs.metrics import note_export
@@ -23,13 +23,14 @@ def export(
     """Export, and print what was written."""
     if target is None and out is None:
         target = "onnx"
+    chosen = None if target is None else named_target(target)
     quantized = load(folder)
     home = folder if folder.is_dir() else folder.parent
-    path = out or home / f"student.{target}"
+    path = out or home / (chosen.file_name if chosen else "")
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
     exported = quantized.export(
-        path, target=target, raw_input=raw_input, safe_x86=safe_x86, memory=memory
+        path, target=chosen, raw_input=raw_input, safe_x86=safe_x86, memory=memory
     )
     if folder.is_dir():
         note_export(folder, exported.path, exported.as_values())

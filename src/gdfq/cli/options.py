@@ -62,17 +62,22 @@ def _target(
     return value or context.params.get("target")
 
 
-_TARGETS = click.Choice(["onnx", "pt2", "safetensors"])
-target_option = together(
+target_option = click.option(
+    "--target",
+    metavar="NAME",
+    help="Where the result is to run (gdfq targets lists all). What it cannot express is refused "
+    "before the run, and the exported file is of this kind.  [default: onnx]",
+)
+export_target_option = together(
     click.option(
         "--target",
-        type=_TARGETS,
+        metavar="NAME",
         callback=_target,
-        help="Where the file is to run.  [default: from the name of --out, else onnx]",
+        help="Where the file is to run (gdfq targets lists all).  [default: from the name of "
+        "--out, else onnx]",
     ),
     click.option(
         "--format",
-        type=_TARGETS,
         hidden=True,
         is_eager=True,
         expose_value=False,

@@ -25,6 +25,8 @@ from gdfq.cli.console import (
     warn_about_normalisation,
 )
 from gdfq.cli.export import print_export
+from gdfq.deploy.export import TARGETS
+from gdfq.deploy.target import Target
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpoints import Checkpoints
@@ -43,8 +45,7 @@ from gdfq.report import write_report
 from gdfq.report.read import read_run
 from gdfq.runs.diagnostics import gather, write_evidence
 from gdfq.runs.folder import RunFolder
-from gdfq.runs.metrics import EXPORT
-from gdfq.runs.names import ONNX_FILE
+from gdfq.runs.metrics import noted_export
 from gdfq.version import __version__
 
 
@@ -196,7 +197,8 @@ def quantize_into(
         quantized.save(folder.path)
         check()
         if outputs.onnx:
-            _export_after(quantized, folder.path / ONNX_FILE, context.memory.bytes)
+            target = plan.target or TARGETS["onnx"]
+            _export_after(quantized, folder.path, target, context.memory.bytes)
         check()
         if outputs.report:
             started = time.perf_counter()
@@ -239,15 +241,18 @@ def report_after(folder: Path) -> None:
     click.echo(f"{'report':10}{page}")
 
 
-def _export_after(quantized: QuantizedNetwork, path: Path, memory: int | None) -> None:
-    """Export a run's ONNX file. The run is of use without it, so a failure is a warning."""
+def _export_after(
+    quantized: QuantizedNetwork, folder: Path, target: Target, memory: int | None
+) -> None:
+    """Export a run's file. The run is of use without it, so a failure is a warning."""
     started = time.perf_counter()
     try:
-        exported = quantized.export(path, memory=memory)
+        exported = quantized.export(folder / target.file_name, target=target, memory=memory)
     except Exception as error:  # whatever it is, the run is worth more
         what = str(error) if isinstance(error, GdfqError) else f"{type(error).__name__}: {error}"
-        warn(f"no ONNX file was written: {what}")
+        warn(f"no {target.name.upper()} file was written: {what}")
         return
     seconds = round(time.perf_counter() - started, 3)
-    quantized.metrics[EXPORT] = {"seconds": seconds, **exported.as_values()}
+    values = {"seconds": seconds, **exported.as_values()}
+    quantized.metrics |= noted_export(folder, exported.path, values, quantized.metrics)
     print_export(exported)

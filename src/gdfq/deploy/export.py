@@ -15,7 +15,7 @@ from gdfq.deploy.onnx.target import ONNX
 from gdfq.deploy.runtimes import Run, program_runner
 from gdfq.deploy.safetensors import from_safetensors, to_safetensors
 from gdfq.deploy.saturation import without_overflow
-from gdfq.deploy.target import Job, Proof, Target, prove_by
+from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_by
 from gdfq.deploy.torch_export import to_program
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
@@ -43,6 +43,8 @@ TARGETS: Mapping[str, Target] = {
             lambda job: to_program(job.network, job.card.inputs),
             prove_by(program_runner),
             lambda *_: ["needs only torch; weights take one byte per code"],
+            runtime=Runtime("PyTorch", "torch"),
+            activations=Carrier("float of whole numbers"),
         ),
         Target(
             "safetensors",
@@ -53,10 +55,15 @@ TARGETS: Mapping[str, Target] = {
             lambda _job, data, _proof: [
                 f"{header_bytes(data)} of {len(data)} bytes are the header (graph and card)"
             ],
+            runtime=Runtime("gdfq", "gdfq"),
+            weights=Carrier("packed at their true bits"),
+            activations=Carrier("float of whole numbers"),
         ),
     )
 }
 """The targets by name."""
+OTHER_NAMES: Mapping[str, str] = {"onnxruntime": "onnx"}
+"""Further names of targets, each with the name that results use."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ def export(
         GdfqError: The outputs differ. Nothing is written; an existing file is kept.
     """
     kind = find_target(target, path)
+    kind.require_runtime()
     if raw_input and not kind.raw_input:
         raise UsageError(
             f"raw input is for ONNX files; the target is {kind.name!r}. Remove raw_input."
@@ -124,6 +132,7 @@ def export(
     network = copy.deepcopy(network).cpu().eval()
     if safe_x86:
         network = without_overflow(network)
+    kind.check_network(network)
     numbers = sum(math.prod(example.shape[1:]) for example in examples)
     fits = memory.images(training_bytes(network.graph), torch.device("cpu"))
     count = min(fits, max(1, _MAX_NUMBERS // numbers))
@@ -134,7 +143,7 @@ def export(
 
     def check(written: Path) -> tuple[Proof, Sequence[str]]:
         proof = kind.prove(job, written)
-        return proof, kind.notes(job, data, proof)
+        return proof, [*kind.notes(job, data, proof), *_oldest_version(kind, network)]
 
     proof, notes = write_checked(path, data, check)
     return Exported(
@@ -147,8 +156,30 @@ def export(
     )
 
 
+def _oldest_version(kind: Target, network: IntegerNetwork) -> list[str]:
+    """Return a note that says which version of its runtime a file needs, if that is known."""
+    oldest = None if kind.runtime is None else kind.runtime.oldest_for(network)
+    if kind.runtime is None or oldest is None:
+        return []
+    return [f"needs {kind.runtime.name} {oldest} or newer"]
+
+
+def named_target(target: str | Target) -> Target:
+    """Return a target by its name; a target stays as it is.
+
+    Raises:
+        UsageError: There is no target of this name.
+    """
+    if isinstance(target, Target):
+        return target
+    name = OTHER_NAMES.get(target, target)
+    if name not in TARGETS:
+        raise UsageError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
+    return TARGETS[name]
+
+
 def find_target(target: str | Target | None, path: Path) -> Target:
-    """Return the given target, or the one of the path's suffix.
+    """Return the given target, or the one whose suffix is the longest that ends the path.
 
     Args:
         target: A target, a name in `TARGETS`, or None for that of the suffix.
@@ -159,15 +190,11 @@ def find_target(target: str | Target | None, path: Path) -> Target:
     """
     if path.is_dir():
         raise UsageError(f"an export is a file; {path} is a folder. Give the name of a file in it.")
-    if isinstance(target, Target):
-        return target
     if target is not None:
-        if target not in TARGETS:
-            raise UsageError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
-        return TARGETS[target]
-    for known in TARGETS.values():
-        if path.suffix == known.suffix:
-            return known
+        return named_target(target)
+    fitting = [known for known in TARGETS.values() if path.name.endswith(known.suffix)]
+    if fitting:
+        return max(fitting, key=lambda known: len(known.suffix))
     suffixes = ", ".join(known.suffix for known in TARGETS.values())
     raise UsageError(
         f"the name of an exported file must end with {suffixes}; got {path.name!r}. "

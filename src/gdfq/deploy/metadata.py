@@ -6,16 +6,21 @@ from gdfq.deploy.card import Card
 from gdfq.deploy.runtimes import PRECISE
 from gdfq.graph.inputs import takes_images
 
+_LOADS_ALL = "1.24"
+"""Oldest version of ONNX Runtime that loads files of all bits."""
 
-def metadata_of(card: Card, accuracy: Mapping[str, float], *, safe: bool) -> dict[str, str]:
+
+def metadata_of(
+    card: Card, accuracy: Mapping[str, float], *, safe: bool, oldest: str = _LOADS_ALL
+) -> dict[str, str]:
     """Return the metadata of an ONNX file.
 
     Args:
         card: The card of the network.
         accuracy: Top-1 in percent, by name.
         safe: Whether no 16-bit sum can overflow on x86 processors without VNNI.
+        oldest: Oldest version of ONNX Runtime that loads the file; by default one that loads any.
     """
-
     return {
         "gdfq": card.gdfq_version,
         "bits": str(card.bits),
@@ -26,6 +31,7 @@ def metadata_of(card: Card, accuracy: Mapping[str, float], *, safe: bool) -> dic
         **({} if card.classes is None else {"classes": str(card.classes)}),
         **_input_values(card),
         **{f"top1_{name}": f"{value:.4f}" for name, value in accuracy.items()},
+        "onnxruntime": f">={oldest}",
         "x86_without_vnni": (
             "safe" if safe else f"may saturate: set {'='.join(PRECISE)}, or export with --safe-x86"
         ),

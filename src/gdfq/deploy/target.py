@@ -1,6 +1,7 @@
-"""Targets: kinds of files that an integer network is written as, each with its parity check.
+"""Targets: where an integer network is to run, in which file, and how that file is proven.
 
-A target is a frozen value. User code can define its own, for instance
+A target is a frozen value. It states what its runtime needs; the layers above ask it and never test
+which target it is. User code can define its own, for instance
 
     def write(job):
         return my_format(job.network, job.card)      # -> bytes
@@ -12,24 +13,32 @@ A target is a frozen value. User code can define its own, for instance
     quantized.export("student.mine", target=MINE)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from gdfq.deploy.card import Card
 from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, is_equal
 from gdfq.deploy.runtimes import Run
-from gdfq.errors import GdfqError
+from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.seeding import stream
+from gdfq.functional.grid import MAX_BITS, MIN_BITS
+from gdfq.graph import queries
+from gdfq.graph.capture import Captured
 from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.placement import activation_bits
+from gdfq.student.scheme import Scheme
 
 RANGE_FACTOR = 3.0
 """Float inputs are also compared at this multiple, where activations are clipped."""
 MAX_NAMED = 3
 """Maximum number of activations that an error names when codes differ."""
+ALL_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
 
 
 @dataclass(frozen=True)
@@ -98,19 +107,111 @@ def _no_notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
     return ()
 
 
+def _supports_all(_graph: fx.Graph) -> Sequence[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The software that runs the files of a target, and proves them.
+
+    Attributes:
+        name: Its name, such as `ONNX Runtime`.
+        module: The Python module that it is checked with.
+        extra: The extra of gdfq that installs it; empty if gdfq itself needs it.
+        oldest: The oldest version that runs a file, by the fewest bits of its weights: in
+            ascending order the bits from which on a version is enough, and that version. Empty if
+            it is not known.
+    """
+
+    name: str
+    module: str
+    extra: str = ""
+    oldest: tuple[tuple[int, str], ...] = ()
+
+    def oldest_for(self, network: IntegerNetwork) -> str | None:
+        """Return the oldest version that runs the file of a network; None if it is not known."""
+        fewest = min(network.code_bits().values(), default=MAX_BITS)
+        found = [version for bits, version in self.oldest if bits <= fewest]
+        return found[-1] if found else None
+
+    def require(self) -> None:
+        """Check that the runtime is installed, without importing it.
+
+        Raises:
+            UsageError: It is not.
+        """
+        if find_spec(self.module) is None:
+            raise UsageError(
+                f"a file for {self.name} is kept only if it is equal there, so {self.name} must be "
+                f"installed; the module {self.module!r} is not found. Install it with: "
+                f"pip install 'gdfq[{self.extra}]'"
+            )
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """The integers that hold codes in a runtime, and which grids they can hold.
+
+    Attributes:
+        kind: Their type, for people: `int8`.
+        bits: Bits that the student's codes may have.
+        symmetric: Whether zero points must be 0.
+    """
+
+    kind: str
+    bits: tuple[int, ...] = ALL_BITS
+    symmetric: bool = False
+
+    def refusal(self, bits: int, zero_point: Tensor | None = None) -> str:
+        """Return why a grid does not fit, or an empty text.
+
+        Args:
+            bits: Bits of its codes.
+            zero_point: Its zero points, where they are known.
+        """
+        if bits not in self.bits:
+            return f"{bits} bits"
+        if self.symmetric and zero_point is not None and bool(zero_point.any()):
+            return "zero points other than 0"
+        return ""
+
+    def in_words(self) -> str:
+        """Return type and grids: `int8, 2 to 8 bits, zero points of 0`."""
+        return f"{self.kind}, {self.grids_in_words()}"
+
+    def grids_in_words(self) -> str:
+        """Return the grids that fit: `2 to 8 bits, zero points of 0`."""
+        first, last = self.bits[0], self.bits[-1]
+        bits = f"{first} to {last}"
+        if first == last:
+            bits = str(first)
+        elif self.bits != tuple(range(first, last + 1)):
+            bits = " or ".join(map(str, self.bits))
+        return f"{bits} bits{', zero points of 0' if self.symmetric else ''}"
+
+
 @dataclass(frozen=True)
 class Target:
-    """A kind of file for deployment.
+    """Where an integer network is to run, and the file that it becomes for that.
 
     Attributes:
         name: Name of the target in options.
-        suffix: Suffix of its files, such as `.onnx`.
+        suffix: End of the names of its files, such as `.onnx`.
         summary: Purpose, in a few words.
         write: Returns the contents of the file. Raises UsageError for an unsupported network.
         prove: Loads the written file in its own runtime and compares it with the student. Raises
             GdfqError if they differ.
         notes: Returns remarks about the written file for the user.
         raw_input: Whether its files can take uint8 pixels.
+        runtime: The runtime that proves its files.
+        weights: What holds the codes of weights.
+        activations: What holds the codes of activations.
+        layout: Order of the dimensions of images.
+        equality: What is compared before a file is kept, for people.
+        unsupported: Returns the operators of a teacher's or an integer network's graph that the
+            runtime cannot express, each named with its layer or node.
+        takes_size: Whether `--bits auto` can choose bits for the size of its files.
     """
 
     name: str
@@ -120,6 +221,100 @@ class Target:
     prove: Callable[[Job, Path], Proof]
     notes: Callable[[Job, bytes, Proof], Sequence[str]] = _no_notes
     raw_input: bool = False
+    runtime: Runtime | None = None
+    weights: Carrier = Carrier("int8")
+    activations: Carrier = Carrier("int8")
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    equality: str = "outputs"
+    unsupported: Callable[[fx.Graph], Sequence[str]] = _supports_all
+    takes_size: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """Name of its file in the folder of a run."""
+        return f"student{self.suffix}"
+
+    def require_runtime(self) -> None:
+        """Raise UsageError if the runtime that proves its files is not installed."""
+        if self.runtime is not None:
+            self.runtime.require()
+
+    def check_scheme(self, teacher: Captured, scheme: Scheme) -> None:
+        """Check, before a run, that its result will fit this target.
+
+        Args:
+            teacher: The captured network.
+            scheme: What is quantized, to how many bits.
+
+        Raises:
+            UsageError: An operator has no form in the runtime, or a layer or an activation has
+                bits that it cannot hold.
+        """
+        self._check_operators(teacher.network.graph)
+        layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
+        misfits = [
+            *_misfits(
+                (queries.layer_name(node), self.weights.refusal(bits))
+                for node, bits in scheme.weight_bits(layers).items()
+            ),
+            *_misfits(
+                (node.name, self.activations.refusal(bits))
+                for node, bits in activation_bits(teacher, scheme).items()
+            ),
+        ]
+        if misfits:
+            raise UsageError(f"{self._needs()} the run would give {_listed(misfits)}.")
+
+    def check_network(self, network: IntegerNetwork) -> None:
+        """Check that a finished network fits this target.
+
+        Raises:
+            UsageError: It does not; the text says which layers and activations would have to be
+                quantized again.
+        """
+        self._check_operators(network.graph)
+        misfits = [
+            *_misfits(
+                (weight.name, self.weights.refusal(weight.bits, weight.zero_point))
+                for weight in network.weights
+            ),
+            *_misfits(
+                (grid.name, self.activations.refusal(grid.bits, grid.zero_point))
+                for grid in network.activations
+            ),
+        ]
+        if misfits:
+            raise UsageError(
+                f"{self._needs()} this network has {_listed(misfits)}. Quantize the network again "
+                f"with --target {self.name}, or choose another target: gdfq targets."
+            )
+
+    def _check_operators(self, graph: fx.Graph) -> None:
+        if found := list(self.unsupported(graph)):
+            raise UsageError(
+                f"each operator of the network must have a form in a file of target {self.name!r}; "
+                f"there is none for: {_listed(found)}. Choose another target: gdfq targets."
+            )
+
+    def _needs(self) -> str:
+        return (
+            f"target {self.name!r} takes weights of {self.weights.grids_in_words()} and "
+            f"activations of {self.activations.grids_in_words()};"
+        )
+
+
+def _misfits(found: Iterator[tuple[str, str]]) -> Iterator[str]:
+    return (f"{name} ({why})" for name, why in found if why)
+
+
+_MAX_LISTED = 20
+"""Maximum number of layers and activations that a refusal names."""
+
+
+def _listed(found: Sequence[str]) -> str:
+    """Return names as a list that stays readable for a deep network."""
+    more = len(found) - _MAX_LISTED
+    return ", ".join(found[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def prove_by(load: Callable[[bytes], Run]) -> Callable[[Job, Path], Proof]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gdfq.deploy.export import TARGETS
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
 from gdfq.execution.checkpoints import INTERVAL, Checkpoints
@@ -28,13 +29,13 @@ from gdfq.runs.names import (
     HISTORY,
     LOCK,
     METRICS,
-    ONNX_FILE,
     REPORT,
     REPORT_NUMBERS,
 )
 
 _REPORTED = (EVIDENCE, EVIDENCE_ARRAYS, REPORT, REPORT_NUMBERS)
-_MADE = (HISTORY, STUDENT_FILE, EXAMPLES, ONNX_FILE, *_REPORTED)
+_EXPORTED = tuple(target.file_name for target in TARGETS.values())
+_MADE = (HISTORY, STUDENT_FILE, EXAMPLES, *_EXPORTED, *_REPORTED)
 _FILES = (CONFIG, METRICS, *_MADE)
 
 

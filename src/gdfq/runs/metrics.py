@@ -13,6 +13,8 @@ from gdfq.runs.names import CONFIG, METRICS, ONNX_FILE
 EXPORT: Final = "export"
 BENCH: Final = "bench"
 """Keys of the metrics that describe the run's ONNX file."""
+EXPORTS: Final = "exports"
+"""Key of the metrics that describe the run's other exported files, by their names."""
 
 
 class Top1(TypedDict, total=False):
@@ -45,6 +47,7 @@ class Metrics(TypedDict, total=False):
     collapsed: str
     """Why a generator restarted."""
     export: dict[str, Any]
+    exports: dict[str, dict[str, Any]]
     bench: list[dict[str, Any]]
 
 
@@ -72,7 +75,7 @@ def read_metrics(folder: Path) -> Metrics:
         return {}
     try:
         metrics: dict[str, Any] = read_json(path)
-        for part in ("teacher", "student", EXPORT):
+        for part in ("teacher", "student", EXPORT, EXPORTS):
             if not isinstance(metrics.get(part, {}), dict):
                 raise ValueError(f"its {part!r} is no object")
         for who in ("teacher", "student"):
@@ -87,12 +90,29 @@ def read_metrics(folder: Path) -> Metrics:
 
 
 def note_export(folder: Path, path: Path, exported: Mapping[str, Any]) -> None:
-    """Write into the metrics of a run what its ONNX file is, if `path` is that file.
+    """Write into the metrics of a run what an exported file is, if it is in the run's folder."""
+    if (folder / METRICS).exists():
+        _note(folder, noted_export(folder, path, exported, read_metrics(folder)))
 
-    What was measured of the file before it is dropped.
+
+def noted_export(
+    folder: Path, path: Path, exported: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the metrics that an exported file changes.
+
+    What was measured of an ONNX file before it is dropped.
+
+    Args:
+        folder: The run folder.
+        path: The exported file.
+        exported: What was written.
+        metrics: The metrics of the run.
     """
     if path.resolve() == (folder / ONNX_FILE).resolve():
-        _note(folder, {EXPORT: exported, BENCH: []})
+        return {EXPORT: dict(exported), **({BENCH: []} if BENCH in metrics else {})}
+    if path.resolve().parent != folder.resolve():
+        return {}
+    return {EXPORTS: {**metrics.get(EXPORTS, {}), path.name: dict(exported)}}
 
 
 def note_bench(folder: Path, timings: Sequence[Mapping[str, Any]]) -> None:

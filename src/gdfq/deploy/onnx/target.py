@@ -14,14 +14,31 @@ from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes
 from gdfq.deploy.runtimes import PRECISE, computed_in_float, onnx_runner, onnx_values
 from gdfq.deploy.saturation import layers_that_may_overflow
-from gdfq.deploy.target import MAX_NAMED, Examples, Job, Proof, Target, compare
+from gdfq.deploy.target import (
+    MAX_NAMED,
+    Carrier,
+    Examples,
+    Job,
+    Proof,
+    Runtime,
+    Target,
+    compare,
+)
 from gdfq.errors import GdfqError
+
+ONNX_RUNTIME = Runtime(
+    "ONNX Runtime", "onnxruntime", oldest=((2, "1.24"), (3, "1.23"), (5, "1.21"), (8, "1.18"))
+)
+"""The type INT2 came with 1.24, a kernel that casts INT4 with 1.23, one that subtracts zero points
+of INT8 with 1.21, and opset 21 with 1.18."""
 
 
 def _write(job: Job) -> bytes:
     pixels = job.card.preprocessing if job.raw_input else None
     safe = not layers_that_may_overflow(job.network)
-    metadata = metadata_of(job.card, job.accuracy or {}, safe=safe)
+    oldest = ONNX_RUNTIME.oldest_for(job.network)
+    assert oldest is not None
+    metadata = metadata_of(job.card, job.accuracy or {}, safe=safe, oldest=oldest)
     return to_onnx(job.network, job.card.inputs, metadata, pixels, job.outputs)
 
 
@@ -104,4 +121,9 @@ ONNX = Target(
     _prove,
     _notes,
     raw_input=True,
+    runtime=ONNX_RUNTIME,
+    weights=Carrier("int2, int4 or int8"),
+    activations=Carrier("uint8"),
+    equality="every code and the outputs",
+    takes_size=True,
 )
