@@ -75,7 +75,10 @@ def test_quantize_gives_the_same_bits_for_one_seed(teacher: Captured, tiny: Reci
 def test_codes_fit_in_the_bits_at_every_placement(
     teacher: Captured, tiny: Recipe, bits: str, placement: str
 ) -> None:
-    result = gdfq.quantize(teacher, networks.images(1), bits, tiny, placement=placement)
+    ends = [f"first={bits[1]}", f"last={bits[1]}"]
+    result = gdfq.quantize(
+        teacher, networks.images(1), bits, tiny, placement=placement, layer_bits=ends
+    )
     codes = [t for n, t in result.network.named_buffers() if n.endswith("codes")]
     assert max(len(t.unique()) for t in codes) <= 2 ** int(bits[1])
     assert result.card.placement == placement

@@ -41,7 +41,13 @@ from gdfq.models.registry import Loaded, load_model, weights_hash
 from gdfq.recipes import Recipe, effort_rule, find_recipe, recipe_for
 from gdfq.sources.base import Source
 from gdfq.sources.given import load_given, on_images
-from gdfq.student.scheme import LayerBits, Placement, Scheme, parse_placement
+from gdfq.student.scheme import (
+    LayerBits,
+    Placement,
+    Scheme,
+    parse_placement,
+    with_ends,
+)
 
 Model = str | nn.Module | Captured
 """A network: a name as the command line takes it, a module, or a network that was captured."""
@@ -100,7 +106,8 @@ class MethodOptions(TypedDict, total=False):
         placement: "full" (deployable) or "relu" (weights and ReLU outputs alone, the protocol of
             the published tables). By default the recipe's own.
         layer_bits: Layers with other bits, as "stage1.*=float" or "last=8"; the first pattern that
-            matches a layer counts.
+            matches a layer counts. With 2 bits of weights or activations the first and the last
+            layer of a deployable network have 8 unless they are named here.
         steps: Batches in total. By default the recipe's own.
         images: Images that are made before the student learns. By default the recipe's own.
         iterations: Updates of each of these images. By default the recipe's own.
@@ -358,7 +365,10 @@ def resolve_method(
     chosen = find_recipe(recipe)
     placed = parse_placement(placement or chosen.placement)
     overrides = tuple(map(LayerBits.parse, layer_bits))
-    scheme = Scheme(parse_bits(bits or DEFAULT_BITS[placed], size), placed, overrides)
+    wanted = parse_bits(bits or DEFAULT_BITS[placed], size)
+    if size is None:
+        overrides = with_ends(overrides, wanted, placed)
+    scheme = Scheme(wanted, placed, overrides)
     if steps is None and size is None:
         chosen = recipe_for(recipe, scheme)
     chosen = chosen.with_steps(steps)

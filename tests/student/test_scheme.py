@@ -7,6 +7,7 @@ import gdfq
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
+from gdfq.plan import resolve_method
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import LearnedWeight
 from gdfq.student.build import build_student
@@ -48,6 +49,30 @@ def test_layer_bits_apply_to_weights() -> None:
         if isinstance(module, LearnedWeight)
     }
     assert bits == {"conv2d_1": 3, "conv2d_2": 3, "conv2d_3": 3, "linear": 8}
+
+
+@pytest.mark.parametrize(
+    ("bits", "placement", "said", "expected"),
+    [
+        ("w2a2", "full", [], ["first=8", "last=8"]),
+        ("w2a8", "full", [], ["first=8", "last=8"]),
+        ("w4a2", "full", [], ["first=8", "last=8"]),
+        ("w2a2", "full", ["fc=4"], ["fc=4", "first=8", "last=8"]),  # the first match counts
+        ("w2a2", "full", ["last=2"], ["last=2", "first=8"]),
+        ("w2a2", "full", ["first=float", "last=2"], ["first=float", "last=2"]),
+        ("w3a3", "full", [], []),
+        ("w2a2", "relu", [], []),
+    ],
+)
+def test_ends_have_8_bits_by_default_below_3(
+    bits: str, placement: str, said: list[str], expected: list[str]
+) -> None:
+    scheme = resolve_method(bits, placement=placement, layer_bits=said).scheme
+    assert list(map(str, scheme.layer_bits)) == expected
+
+
+def test_size_instead_of_bits_leaves_the_ends_to_the_choice() -> None:
+    assert resolve_method("auto", size=1000).scheme.layer_bits == ()
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,31 @@ class LayerBits:
         return fnmatchcase(name, self.pattern)
 
 
+_FEWEST_BITS_OF_ENDS = 3
+"""Fewest bits of weights and activations with which the first and the last layer have them, too."""
+
+
+def with_ends(
+    layer_bits: Sequence[LayerBits], bits: Bits, placement: Placement
+) -> tuple[LayerBits, ...]:
+    """Return the bits of layers with those that the first and the last layer have by default.
+
+    With 2 bits of weights or activations these two layers of a deployable network have 8: they
+    hold few of the weights, and their rounding costs more than that of others. What the user says
+    about them counts. The published protocol has the same bits everywhere.
+
+    Args:
+        layer_bits: The layers with other bits, as the user says.
+        bits: Bits of all other layers.
+        placement: Where activations are quantized.
+    """
+    if placement != "full" or min(bits.weights, bits.activations) >= _FEWEST_BITS_OF_ENDS:
+        return tuple(layer_bits)
+    said = {layers.pattern for layers in layer_bits}
+    ends = (LayerBits(position, MAX_BITS) for position in _POSITIONS if position not in said)
+    return (*layer_bits, *ends)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What is quantized, and to how many bits.
