@@ -8,6 +8,7 @@ from support.students import noise, student_of
 from torch import Tensor, nn
 
 from gdfq.functional.grid import Layout
+from gdfq.functional.rounding import fitted_weight
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.lsq import LearnedWeight
@@ -88,6 +89,44 @@ def test_ridge_is_as_large_as_unseen_outputs_want(
     y = x @ (new if noise_of_targets == 0 else old).mT.float()
     y += noise_of_targets * torch.randn(y.shape, generator=draw)
     assert weight_fitting._best_fit_ridge(old, x, y) == expected
+
+
+def test_ridge_of_many_columns_is_found_in_the_span_of_the_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The choice is that of the whole problem, whose systems would have a row for each column."""
+    sizes, choices = set(), set()
+
+    def recorded(weight: Tensor, inputs: Tensor, *others: Tensor) -> Tensor:
+        sizes.add(inputs.shape[-1])
+        return fitted_weight(weight, inputs, *others)
+
+    monkeypatch.setattr(weight_fitting, "fitted_weight", recorded)
+    for seed in range(12):
+        draw = torch.Generator().manual_seed(seed)
+        old, change = torch.randn(2, 2, 5, 40, generator=draw, dtype=torch.double)
+        x = torch.randn(2, 12, 40, generator=draw) * (torch.arange(40) % 5 + 1) / 3
+        y = x @ (old + 2.0 ** (-seed / 2) * change).mT.float()
+        y += 2.0 ** (seed / 2) * torch.randn(y.shape, generator=draw)
+        found = weight_fitting._best_fit_ridge(old, x, y)
+        errors = [_error_of_unseen_halves(old, x, y, share) for share in (0.3, 1.0, 3.0, 10.0)]
+        assert found == (0.3, 1.0, 3.0, 10.0)[errors.index(min(errors))]
+        choices.add(found)
+    assert len(choices) > 2
+    assert sizes == {12}
+
+
+def _error_of_unseen_halves(old: Tensor, x: Tensor, y: Tensor, share: float) -> float:
+    """Return the mean unexplained part of the half that a ridge regression did not see."""
+    x, y, found = x.double(), y.double(), 0.0
+    for known, unseen in ((slice(6), slice(6, None)), (slice(6, None), slice(6))):
+        covariance = x[:, known].mT @ x[:, known] / 6
+        cross = y[:, known].mT @ x[:, known] / 6
+        ridge = share * x[:, known].square().mean((1, 2))
+        missed = y[:, unseen] - x[:, unseen] @ fitted_weight(old, covariance, cross, ridge).mT
+        ratio = missed.square().mean(1) / y[:, unseen].square().mean(1)
+        found += float(ratio.clamp_max(1).mean())
+    return found
 
 
 def test_fitting_brings_a_student_nearer_to_its_teacher(teacher: Captured) -> None:

@@ -91,16 +91,23 @@ def _unexplained(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _best_fit_ridge(weight: Tensor, x: Tensor, y: Tensor) -> float:
     """Return which of `_FIT_RIDGES` predicts the outputs of images best that it was not fitted to.
 
-    The weight is fitted to one half of the images and judged by the other, and the reverse.
+    The weight is fitted to one half of the images and judged by the other, and the reverse. (One
+    image is halved itself.)
     """
-    if x.shape[1] < 2:
+    samples, columns = x.shape[1:]
+    if samples < 2:
         return _FIT_RIDGES[-1]
+    if columns > samples:  # the weight changes in the span of the samples alone: a smaller problem
+        basis = torch.linalg.qr(x.mT).Q  # [G, K, P]
+        weight, x = weight @ basis.to(weight.dtype), x @ basis
+    share_of_columns = x.shape[2] / columns
     first, second = zip(x.tensor_split(2, 1), y.tensor_split(2, 1), strict=True)
     errors = torch.zeros(len(_FIT_RIDGES), dtype=torch.float64, device=x.device)
     for known, unseen in ((first, second), (second, first)):
         inputs, cross, variance = _second_moments(*known)
         for i, share in enumerate(_FIT_RIDGES):
-            fitted = fitted_weight(weight, inputs, cross, share * variance)
+            ridge = share * share_of_columns * variance
+            fitted = fitted_weight(weight, inputs, cross, ridge)
             errors[i] += _unexplained(fitted, *unseen).clamp_max(1).mean()
     return _FIT_RIDGES[int(errors.argmin())]
 
