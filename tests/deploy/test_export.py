@@ -45,10 +45,10 @@ def test_file_is_compared_on_as_many_examples_as_fit(
 
 
 def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"must end with \.onnx, \.pt2, \.safetensors"):
-        small.export(tmp_path / "q.tflite")
-    with pytest.raises(UsageError, match=r"one of onnx, pt2, safetensors; got 'tflite'"):
-        small.export(tmp_path / "q.onnx", target="tflite")
+    with pytest.raises(UsageError, match=r"must end with \.onnx, \.tflite, \.pt2, "):
+        small.export(tmp_path / "q.gguf")
+    with pytest.raises(UsageError, match=r"one of onnx, litert, pt2, safetensors; got 'gguf'"):
+        small.export(tmp_path / "q.onnx", target="gguf")
     with pytest.raises(UsageError, match="raw input is for ONNX"):
         small.export(tmp_path / "q.pt2", raw_input=True)
     assert small.export(tmp_path / "new" / "q.bin", target="safetensors").target == "safetensors"

@@ -80,13 +80,14 @@ def test_codes_that_differ_from_equal_inputs_are_refused(
 def test_codes_are_compared_from_equal_inputs(small: QuantizedNetwork) -> None:
     """One code of the first activation is changed by hand; later codes follow from it and are right."""
     data = to_onnx(small.network, small.card.inputs, {})
-    names = [codes.name for codes in stored_codes(small.network).values()]
+    stored = stored_codes(small.network)
+    names = [codes.name for codes in stored.values()]
     x = networks.images(4)
     found = onnx_values(data, names, [x], precise=True)
-    assert all(one.differ == 0 for one in compare_codes(small.network, [x], found)[0])
+    assert all(one.differ == 0 for one in compare_codes(small.network, [x], found, stored)[0])
     changed = dict(found)
     changed[names[0]] = 255 - found[names[0]]
-    (first, second, *_), outputs = compare_codes(small.network, [x], changed)
+    (first, second, *_), outputs = compare_codes(small.network, [x], changed, stored)
     torch.testing.assert_close(outputs[0], small(x))  # from codes that were not changed
     assert (first.name, first.differ, first.only_rounded) == (names[0], 1, False)
     assert second.differ > 0.2  # its inputs are now others than the runtime had

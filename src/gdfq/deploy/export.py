@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdfq.deploy.card import Card
+from gdfq.deploy.litert.target import LITERT
 from gdfq.deploy.onnx.target import ONNX
 from gdfq.deploy.runtimes import Run, program_runner
 from gdfq.deploy.safetensors import from_safetensors, to_safetensors
@@ -36,6 +37,7 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         ONNX,
+        LITERT,
         Target(
             "pt2",
             ".pt2",

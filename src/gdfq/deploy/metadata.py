@@ -22,6 +22,22 @@ def metadata_of(
         oldest: Oldest version of ONNX Runtime that loads the file; by default one that loads any.
     """
     return {
+        **facts_of(card, accuracy),
+        "onnxruntime": f">={oldest}",
+        "x86_without_vnni": (
+            "safe" if safe else f"may saturate: set {'='.join(PRECISE)}, or export with --safe-x86"
+        ),
+    }
+
+
+def facts_of(card: Card, accuracy: Mapping[str, float]) -> dict[str, str]:
+    """Return the metadata of a file of any runtime.
+
+    Args:
+        card: The card of the network.
+        accuracy: Top-1 in percent, by name.
+    """
+    return {
         "gdfq": card.gdfq_version,
         "bits": str(card.bits),
         "placement": card.placement,
@@ -31,10 +47,6 @@ def metadata_of(
         **({} if card.classes is None else {"classes": str(card.classes)}),
         **_input_values(card),
         **{f"top1_{name}": f"{value:.4f}" for name, value in accuracy.items()},
-        "onnxruntime": f">={oldest}",
-        "x86_without_vnni": (
-            "safe" if safe else f"may saturate: set {'='.join(PRECISE)}, or export with --safe-x86"
-        ),
     }
 
 

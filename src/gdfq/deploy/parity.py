@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.functional.integer import rounded
 from gdfq.graph.outputs import in_order
 from gdfq.student.integer_form import SCALE
@@ -118,11 +117,28 @@ class CodesParity:
         return self.wrong <= _MAX_ROUNDED_SHARE or self.wrong * self.count <= _MAX_ROUNDED_CODES
 
 
+class Stored(Protocol):
+    """How a file stores the codes of an activation."""
+
+    @property
+    def name(self) -> str:
+        """Name of the codes in the file."""
+        ...
+
+    @property
+    def lowest(self) -> int:
+        """What is stored for the lowest code."""
+        ...
+
+
 @torch.no_grad()
 def compare_codes(
-    network: IntegerNetwork, inputs: Sequence[Tensor], found: Mapping[str, np.ndarray[Any, Any]]
+    network: IntegerNetwork,
+    inputs: Sequence[Tensor],
+    found: Mapping[str, np.ndarray[Any, Any]],
+    stored: Mapping[str, Stored],
 ) -> tuple[list[CodesParity], list[Tensor]]:
-    """Compare a runtime's codes, as `stored_codes` names them, with the student's, in its order.
+    """Compare a runtime's codes with the student's, in its order.
 
     After each quantizer the student continues with the runtime's codes. So all activations are
     compared from equal inputs, and no difference is a consequence of another.
@@ -130,21 +146,27 @@ def compare_codes(
     Args:
         network: The student.
         inputs: A tensor [N, *shape] for each input of the network.
-        found: The runtime's codes of each activation, unsigned, for these inputs.
+        found: The runtime's codes of each activation for these inputs, by the name in the file.
+        stored: How the file stores the codes of each activation, by the name of its grid.
 
     Returns:
         The parity of each activation in order, and the student's outputs from the runtime's codes.
     """
-    walk = _OnGivenCodes(network, found)
+    walk = _OnGivenCodes(network, found, stored)
     outputs = in_order(walk.run(*inputs))
     return walk.parities, outputs
 
 
 class _OnGivenCodes(fx.Interpreter):
-    def __init__(self, network: IntegerNetwork, found: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def __init__(
+        self,
+        network: IntegerNetwork,
+        found: Mapping[str, np.ndarray[Any, Any]],
+        stored: Mapping[str, Stored],
+    ) -> None:
         super().__init__(network.integer_form)
         self.grids = {str(scale_of(grid.node).target): grid for grid in network.activations}
-        self.stored = stored_codes(network)
+        self.stored = stored
         self.found = found
         self.parities: list[CodesParity] = []
 
@@ -153,10 +175,10 @@ class _OnGivenCodes(fx.Interpreter):
             return super().run_node(n)
         (steps, *bounds), _ = self.fetch_args_kwargs_from_env(n)
         stored = self.stored[self.grids[n.meta[SCALE]].name]
-        unsigned = torch.from_numpy(self.found[stored.name]).to(steps.dtype)
+        numbers = torch.from_numpy(self.found[stored.name]).to(steps.dtype)
         lowest, _ = bounds
         # The file may flatten after the quantizer.
-        actual = unsigned.reshape(steps.shape) - stored.lowest + lowest
+        actual = numbers.reshape(steps.shape) - stored.lowest + lowest
         differ = actual != rounded(steps, *bounds)
         wrong = differ & ~((actual - steps.clamp(*bounds)).abs() <= _MAX_CODE_ERROR)
         shares = [float(mask.double().mean()) for mask in (differ, wrong)]

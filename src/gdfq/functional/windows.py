@@ -1,7 +1,9 @@
-"""Arguments of convolutions and pooling, by axis, and the zeros that they pad with."""
+"""Arguments of convolutions, pooling and upsampling, by axis, and the zeros that they pad with."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,3 +34,20 @@ def padding_ends(
 def zero_padded(x: Tensor, ends: Sequence[tuple[int, int]]) -> Tensor:
     """Return x with zeros at both ends of its last axes; x itself where there are none to add."""
     return F.pad(x, [n for pair in reversed(ends) for n in pair]) if any(map(any, ends)) else x
+
+
+def source_pixels(side: int, count: int, factor: float | None) -> list[int]:
+    """Return the pixels that PyTorch's nearest upsampling takes along a dimension.
+
+    Args:
+        side: Pixels before.
+        count: Pixels after.
+        factor: The factor if one was given instead of a size.
+    """
+    scale = np.float32(1 / factor) if factor else np.float32(side) / np.float32(count)
+    return floored(np.arange(count, dtype=np.float32) * scale, side)
+
+
+def floored(positions: np.ndarray[Any, Any], side: int) -> list[int]:
+    """Return positions along a dimension as the indices of its entries."""
+    return [min(int(position), side - 1) for position in np.floor(positions)]

@@ -50,9 +50,9 @@ class _IntegerForm:
             if operators.name_of(node) == operators.FAKE_QUANTIZE:
                 x, scale, *_ = node.args
                 self._round(node, self._call(integer.steps_of, self._float(x), scale))
-            elif self._is_integer_layer(node):
+            elif is_integer_layer(node, tensors):
                 sums = self._sums(node)
-                chain = self._quantized_by(node)
+                chain = quantized_by(node, tensors)
                 if chain:
                     fused |= set(chain)
                     scale = chain[-1].args[1]
@@ -60,7 +60,7 @@ class _IntegerForm:
                     self._round(chain[-1], steps)
                 else:
                     self.floats[node] = self._call(integer.rescaled, sums, *self._scales(node))
-            elif self._is_mean_of_offsets(node) and (chain := self._quantized_by(node)):
+            elif self._is_mean_of_offsets(node) and (chain := quantized_by(node, tensors)):
                 fused |= set(chain)
                 self._round(chain[-1], self._mean(node, chain[-1].args[1]))
             elif self._moves_offsets(node):
@@ -81,7 +81,7 @@ class _IntegerForm:
         """Return the lowest and the highest u of an activation."""
         _, _, zero_point, bits = quantizer.args
         assert isinstance(bits, int)
-        return integer.offset_bounds(self._tensor(zero_point), bits)
+        return integer.offset_bounds(_tensor(zero_point, self.tensors), bits)
 
     def _call(self, function: Any, *arguments: Any) -> fx.Node:
         def mapped(node: fx.Node) -> fx.Node:
@@ -124,28 +124,6 @@ class _IntegerForm:
         input_scale = queries.grid_source(x).args[1]
         return self._call(integer.mean_in_steps, self.offsets[x], *mean, input_scale, scale)
 
-    def _is_integer_layer(self, node: fx.Node) -> bool:
-        if not queries.is_layer(node) or node.kwargs:
-            return False
-        weight, bias = queries.weight_of(node), queries.bias_of(node)
-        source = queries.grid_source(queries.input_of(node))
-        return (
-            operators.name_of(weight) == operators.DEQUANTIZE
-            and operators.name_of(source) == operators.FAKE_QUANTIZE
-            and (bias is None or self._counts_in_products(bias, source, weight))
-            and queries.weight_layout(node)[0] is Layout.ROWS
-        )
-
-    def _counts_in_products(self, bias: fx.Node, source: fx.Node, weight: fx.Node) -> bool:
-        """Return whether a bias counts in units of the scales of the layer's input and weight."""
-        if operators.name_of(bias) != operators.DEQUANTIZE_BIAS:
-            return False
-        pairs = zip(bias.args[1:], (source.args[1], weight.args[1]), strict=True)
-        return all(self._tensor(own) is self._tensor(other) for own, other in pairs)
-
-    def _tensor(self, node: Any) -> Tensor:
-        return self.tensors[str(node.target)]
-
     def _largest(self, node: fx.Node) -> float:
         """Return the largest |u| of a layer's input."""
         return max(map(abs, self._bounds(queries.grid_source(queries.input_of(node)))))
@@ -153,8 +131,8 @@ class _IntegerForm:
     def _parts(self, node: fx.Node) -> int:
         codes, _, zero_point, _ = queries.weight_of(node).args
         return integer.exact_parts(
-            self._tensor(codes),
-            self._tensor(zero_point),
+            _tensor(codes, self.tensors),
+            _tensor(zero_point, self.tensors),
             self._largest(node),
             queries.group_count(node),
         )
@@ -177,7 +155,7 @@ class _IntegerForm:
         if bias is None:
             return self._call(torch.Tensor.float, sums)
         stored = bias.args[0]
-        exact = integer.is_exact(self._tensor(stored))
+        exact = integer.is_exact(_tensor(stored, self.tensors))
         return self._call(integer.with_bias, sums, stored, queries.channel_dim(node), exact)
 
     def _scales(self, node: fx.Node) -> tuple[Any, Any, int]:
@@ -185,21 +163,55 @@ class _IntegerForm:
         source = queries.grid_source(queries.input_of(node))
         return source.args[1], queries.weight_of(node).args[1], queries.channel_dim(node)
 
-    def _quantized_by(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes from after a layer to the quantizer that alone reads it, or none.
 
-        Clamps in between must clip as the grid does.
-        """
-        chain: list[fx.Node] = []
-        while len(node.users) == 1:
-            (node,) = node.users
-            chain.append(node)
-            if operators.name_of(node) == operators.FAKE_QUANTIZE:
-                _, scale, zero_point, bits = node.args
-                assert isinstance(bits, int)
-                grid = self._tensor(scale), self._tensor(zero_point), bits
-                limits = map(queries.clamp_ends, chain[:-1])
-                return chain if all(clips_alike(ends, *grid) for ends in limits) else []
-            if not queries.is_clamp(node):
-                return []
-        return []
+def is_integer_layer(node: fx.Node, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a node is a layer whose products are added as whole numbers.
+
+    Args:
+        node: A node of an integer network.
+        tensors: The tensors of the network by name.
+    """
+    if not queries.is_layer(node) or node.kwargs:
+        return False
+    weight, bias = queries.weight_of(node), queries.bias_of(node)
+    source = queries.grid_source(queries.input_of(node))
+    return (
+        operators.name_of(weight) == operators.DEQUANTIZE
+        and operators.name_of(source) == operators.FAKE_QUANTIZE
+        and (bias is None or counts_in_products(bias, source, weight, tensors))
+        and queries.weight_layout(node)[0] is Layout.ROWS
+    )
+
+
+def counts_in_products(
+    bias: fx.Node, source: fx.Node, weight: fx.Node, tensors: Mapping[str, Tensor]
+) -> bool:
+    """Return whether a bias counts in units of the scales of the layer's input and weight."""
+    if operators.name_of(bias) != operators.DEQUANTIZE_BIAS:
+        return False
+    pairs = zip(bias.args[1:], (source.args[1], weight.args[1]), strict=True)
+    return all(_tensor(own, tensors) is _tensor(other, tensors) for own, other in pairs)
+
+
+def quantized_by(node: fx.Node, tensors: Mapping[str, Tensor]) -> list[fx.Node]:
+    """Return the nodes from after a node to the quantizer that alone reads it, or none.
+
+    Clamps in between must clip as the grid does.
+    """
+    chain: list[fx.Node] = []
+    while len(node.users) == 1:
+        (node,) = node.users
+        chain.append(node)
+        if operators.name_of(node) == operators.FAKE_QUANTIZE:
+            _, scale, zero_point, bits = node.args
+            assert isinstance(bits, int)
+            grid = _tensor(scale, tensors), _tensor(zero_point, tensors), bits
+            limits = map(queries.clamp_ends, chain[:-1])
+            return chain if all(clips_alike(ends, *grid) for ends in limits) else []
+        if not queries.is_clamp(node):
+            return []
+    return []
+
+
+def _tensor(node: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    return tensors[str(node.target)]

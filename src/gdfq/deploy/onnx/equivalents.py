@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from gdfq.functional.windows import padding_ends, per_axis, zero_padded
+from gdfq.functional.windows import (
+    floored,
+    padding_ends,
+    per_axis,
+    source_pixels,
+    zero_padded,
+)
 from gdfq.graph import operators, queries
 from gdfq.graph.operators import name_of
 from gdfq.graph.rewrite import Copy, rewrite
@@ -82,26 +88,10 @@ def _nearest(dimensions: int) -> Callable[..., Tensor]:
     return upsampled
 
 
-def source_pixels(side: int, count: int, factor: float | None) -> list[int]:
-    """Return the pixels that PyTorch's nearest upsampling takes along a dimension.
-
-    Args:
-        side: Pixels before.
-        count: Pixels after.
-        factor: The factor if one was given instead of a size.
-    """
-    scale = np.float32(1 / factor) if factor else np.float32(side) / np.float32(count)
-    return _floored(np.arange(count, dtype=np.float32) * scale, side)
-
-
 def _pixels_of_onnx(side: int, count: int, factor: float | None) -> list[int]:
     """Return the pixels that ONNX Runtime takes."""
     scale = np.float32(factor) if factor else np.float32(count) / np.float32(side)
-    return _floored(np.arange(count, dtype=np.float32) / scale, side)
-
-
-def _floored(positions: np.ndarray[Any, Any], side: int) -> list[int]:
-    return [min(int(position), side - 1) for position in np.floor(positions)]
+    return floored(np.arange(count, dtype=np.float32) / scale, side)
 
 
 def _average(dimensions: int) -> Callable[..., Tensor]:

@@ -59,12 +59,13 @@ def _prove(job: Job, written: Path) -> Proof:
 
 def _compare(job: Job, data: bytes, *, precise: bool) -> Proof:
     run = onnx_runner(data, precise=precise)
-    names = [codes.name for codes in stored_codes(job.network).values()]
+    stored = stored_codes(job.network)
+    names = [codes.name for codes in stored.values()]
     outputs = job.outputs
 
     def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
         found = onnx_values(data, [*names, *outputs], examples.file, precise=precise)
-        codes, expected = compare_codes(job.network, examples.student, found)
+        codes, expected = compare_codes(job.network, examples.student, found, stored)
         actual = [torch.from_numpy(found[name]) for name in outputs]
         parity = compare(job, run, examples, codes, actual)
         error = Parity.of(expected, actual, classes=False).relative_error

@@ -1,0 +1,353 @@
+"""`.tflite` files against the student, in LiteRT with XNNPACK."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support import networks
+from support.small_runs import quantized_by_fast
+from torch import Tensor, nn
+
+from gdfq import GdfqError, UsageError
+from gdfq.deploy.litert.carriers import carriers_of
+from gdfq.deploy.litert.flatbuffer import schema
+from gdfq.deploy.litert.runtime import LiteInterpreter, litert_runner, litert_values
+from gdfq.deploy.litert.target import LITERT
+from gdfq.deploy.litert.writer import to_litert
+from gdfq.deploy.parity import compare_codes
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured, capture
+from gdfq.graph.inputs import InputSpec
+from gdfq.quantized import QuantizedNetwork
+from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
+from gdfq.student.freeze import freeze
+from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.scheme import Placement, Scheme
+from gdfq.tuning.calibrate import calibrate_
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ai_edge_litert") is None,
+    reason="needs the optional library ai_edge_litert",
+)
+SHAPE = (4, 11, 9)
+"""Odd and unequal sides, so that no padding is symmetric by chance."""
+
+
+class Around(nn.Module):
+    """Convolutions around the module that is tested, so that it reads a grid."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(SHAPE[0], 8, 3, padding=1)
+        self.inner = inner
+        self.head = nn.LazyConv2d(6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(self.inner(F.relu(self.stem(x))))
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+def teacher_of(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> Captured:
+    """A network with random weights, as `capture` returns it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network.eval()(torch.zeros(1, *shape))  # lazy layers take their shape
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, 0, 0.5 / max(1, parameter[0].numel()) ** 0.5)
+    return capture(network, torch.zeros(1, *shape))
+
+
+def frozen(teacher: Captured, bits: str, shape: tuple[int, ...] = SHAPE) -> IntegerNetwork:
+    """A calibrated student."""
+    student = build_student(teacher, Scheme(Bits.parse(bits), "full"))
+    images = networks.images(64, shape=shape)
+    logits = teacher.network(images)
+    outputs = logits if isinstance(logits, Tensor) else logits[0]
+    calibrate_(student, [Batch((images,), outputs.flatten(1).argmax(1), logits)], steps=1)
+    return freeze(student)
+
+
+def check_equal(network: IntegerNetwork, shape: tuple[int, ...] = SHAPE) -> None:
+    """All codes are the student's, and the outputs beside them, also far out of the range."""
+    inputs = [InputSpec("images", shape)]
+    names = [f"out{i}" for i in range(len(network.outputs(networks.images(1, shape=shape))))]
+    written = to_litert(network, inputs, {}, names)
+    images = networks.images(8, seed=3, shape=shape)
+    for x in (images, 3 * images):
+        found = litert_values(written.data, written.orders, [x])
+        codes, expected = compare_codes(network, [x], found, carriers_of(network))
+        # Floats are rounded otherwise: a number next to n + 1/2 may become either code.
+        few = [one.differ * one.count <= max(1, one.count / 1000) for one in codes]
+        assert [
+            one for one, is_equal in zip(codes, few, strict=True) if one.wrong or not is_equal
+        ] == []
+        for name, output in zip(names, expected, strict=True):
+            actual = torch.from_numpy(found[name].copy())
+            torch.testing.assert_close(actual, output, rtol=1e-4, atol=1e-4)
+    for count in (1, 3):  # the batch is dynamic
+        actuals = litert_runner(written.data)(images[:count])
+        for actual, output in zip(actuals, network.outputs(images[:count]), strict=True):
+            assert actual.shape == output.shape
+
+
+@pytest.mark.parametrize(("bits", "placement"), [("w4a4", "full"), ("w8a8", "relu")])
+@pytest.mark.parametrize(
+    "name", [*networks.NETWORKS, "Detector", "Segmenter", "Audio", "Transformer"]
+)
+def test_litert_file_matches_the_student_for_every_network(
+    name: str, bits: str, placement: Placement, tmp_path: Path
+) -> None:
+    if (name, placement) == ("Transformer", "relu"):
+        pytest.skip("it has no ReLU")
+    shape = networks.shape_of(name)
+    quantized = quantized_by_fast(networks.captured(name), bits, placement, shape)
+    exported = quantized.export(tmp_path / "q.tflite")
+    assert exported.inside.relative_error < 1e-5
+    assert exported.beyond.relative_error < 1e-5
+    assert exported.differs_first == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["q.tflite"]
+
+
+@pytest.mark.parametrize("weights", range(2, 9))
+def test_litert_file_keeps_the_codes_of_all_bits(weights: int, tmp_path: Path) -> None:
+    bits = Bits(weights, 10 - weights)
+    quantized = quantized_by_fast(networks.captured("Branches"), str(bits))
+    exported = quantized.export(tmp_path / "q.tflite")
+    assert exported.inside.agreement == exported.beyond.agreement == 100
+    assert exported.differs_first == ()
+    stored = constants_of((tmp_path / "q.tflite").read_bytes())
+    weight = next(w for w in quantized.network.weights if w.name == "grouped")
+    offsets = (weight.codes - weight.zero_point).permute(0, 2, 3, 1)
+    assert np.array_equal(stored["grouped.weight"], offsets.numpy())
+    depthwise = next(w for w in quantized.network.weights if w.name == "depthwise")
+    offsets = (depthwise.codes - depthwise.zero_point).permute(1, 2, 3, 0)
+    assert np.array_equal(stored["depthwise.weight"], offsets.numpy())
+    for grid in quantized.network.activations:
+        carrier = carriers_of(quantized.network)[grid.name]
+        assert carrier.lowest == 128 - 2**grid.bits  # the highest code is 127
+
+
+def constants_of(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
+    """The int8 constants of a file by name."""
+    model = schema().ModelT.InitFromPackedBuf(data)
+    (graph,) = model.subgraphs
+    return {
+        tensor.name.decode(): np.array(model.buffers[tensor.buffer].data, np.uint8)
+        .view(np.int8)
+        .reshape(tensor.shape)
+        for tensor in graph.tensors
+        if tensor.type == schema().TensorType.INT8 and model.buffers[tensor.buffer].data is not None
+    }
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "strided": lambda: nn.Conv2d(8, 8, 3, 2, 1),
+    "strided_even_kernel": lambda: nn.Conv2d(8, 8, 4, 2, 1),
+    "one_sided_same": lambda: nn.Conv2d(8, 8, 4, padding="same"),
+    "uneven": lambda: nn.Conv2d(8, 8, (3, 5), (2, 1), (0, 2)),
+    "dilated": lambda: nn.Conv2d(8, 8, 3, 1, 2, 2),
+    "dilated_strided": lambda: nn.Conv2d(8, 8, 3, 2, 2, (2, 1)),
+    "wide_padding": lambda: nn.Conv2d(8, 8, 3, 1, 3),
+    "grouped": lambda: nn.Conv2d(8, 12, 3, 1, 1, groups=4),
+    "depthwise": lambda: nn.Conv2d(8, 8, 3, 2, 1, groups=8),
+    "depthwise_multiplied": lambda: nn.Conv2d(8, 16, 5, 1, 2, groups=8, bias=False),
+    "depthwise_dilated": lambda: nn.Conv2d(8, 8, 3, 1, 2, 2, groups=8),
+    "transposed": lambda: nn.ConvTranspose2d(8, 6, 2, 2),
+    "transposed_padded": lambda: nn.ConvTranspose2d(8, 6, 4, 2, 1),
+    "transposed_odd": lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, 1),
+    "transposed_uneven": lambda: nn.ConvTranspose2d(8, 6, (3, 2), (1, 2), (2, 0)),
+    "transposed_dilated": lambda: nn.ConvTranspose2d(8, 6, 3, 3, 1, 1, dilation=2),
+    "transposed_grouped": lambda: nn.ConvTranspose2d(8, 12, 3, 2, 1, groups=2),
+    "transposed_depthwise": lambda: nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8, bias=False),
+    "transposed_stride_beyond_kernel": lambda: nn.ConvTranspose2d(8, 6, 1, 2),
+    "max_pool": lambda: nn.MaxPool2d(2),
+    "max_pool_padded": lambda: nn.MaxPool2d(3, 2, 1),
+    "max_pool_ceil": lambda: nn.MaxPool2d(2, 2, ceil_mode=True),
+    "avg_pool": lambda: nn.AvgPool2d(2),
+    "avg_pool_padded": lambda: nn.AvgPool2d(3, 2, 1),
+    "avg_pool_without_padding": lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "avg_pool_ceil": lambda: nn.AvgPool2d(2, 2, ceil_mode=True),
+    "avg_pool_divisor": lambda: nn.AvgPool2d(3, 2, divisor_override=5),
+    "avg_pool_large": lambda: nn.AvgPool2d(7, 2),
+    "adaptive_avg": lambda: nn.AdaptiveAvgPool2d((4, 3)),
+    "adaptive_avg_one": lambda: nn.AdaptiveAvgPool2d(1),
+    "adaptive_max": lambda: nn.AdaptiveMaxPool2d((4, 3)),
+    "nearest": lambda: nn.Upsample(scale_factor=2),
+    "nearest_odd": lambda: nn.Upsample(size=(16, 10)),
+    "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "bilinear_aligned": lambda: nn.Upsample(size=(15, 20), mode="bilinear", align_corners=True),
+    "reflected": lambda: nn.ReflectionPad2d((1, 2, 3, 0)),
+    "replicated": lambda: nn.ReplicationPad2d((1, 2, 3, 0)),
+    "padded": lambda: nn.ZeroPad2d((1, 0, 2, 3)),
+    "hard_swish": nn.Hardswish,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "sigmoid": nn.Sigmoid,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "tanh": nn.Tanh,
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),
+    "prelu": lambda: nn.PReLU(8),
+    "relu6": nn.ReLU6,
+    "hardtanh": lambda: nn.Hardtanh(-0.5, 0.7),
+    "softmax": lambda: nn.Softmax(1),
+    "channel_shuffle": lambda: nn.ChannelShuffle(4),
+    "pixel_shuffle": lambda: nn.PixelShuffle(2),
+    "pixel_unshuffle": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.PixelUnshuffle(2)),
+    "batch_norm": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", LAYERS)
+def test_litert_operator_gives_the_codes_of_the_student(name: str) -> None:
+    teacher = teacher_of(Around(LAYERS[name]()))
+    for bits in ("w8a8", "w3a4"):
+        check_equal(frozen(teacher, bits))
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "residual": lambda x: x + F.hardtanh(x, -1, 0.5),
+    "difference": lambda x: x - x.roll(1, 2),
+    "product": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
+    "constant_sum": lambda x: x + torch.linspace(-1, 1, 8).view(8, 1, 1),
+    "cat": lambda x: torch.cat([x, F.silu(x)], 1),
+    "cat_of_one_grid": lambda x: torch.cat([x[:, :3], x[:, 5:]], 1),
+    "cat_rows": lambda x: torch.cat([x, F.tanh(x)], 2),
+    "stack": lambda x: torch.stack([x, F.silu(x)], 1).flatten(1, 2),
+    "sliced": lambda x: x[:, 1:7, ::2, 1:],
+    "flipped": lambda x: x.flip(2, 3),
+    "rolled": lambda x: x.roll((1, -2), (2, 3)),
+    "shuffled": lambda x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2),
+    "transposed": lambda x: x.transpose(2, 3),
+    "largest": lambda x: x * x.amax((2, 3), keepdim=True),
+    "maximum": lambda x: torch.maximum(x, F.silu(x)),
+    "root": lambda x: torch.sqrt(x + 0.1),
+    "divided": lambda x: x / (x.mean(1, keepdim=True) + 1),
+    "squeeze_and_excite": lambda x: x * F.hardsigmoid(x.mean((2, 3))).unsqueeze(2).unsqueeze(3),
+    "normalised": lambda x: F.layer_norm(x, x.shape[1:]),
+    "attention": lambda x: (
+        (x.flatten(2).transpose(1, 2) @ x.flatten(2) / 3).softmax(-1)
+        @ x.flatten(2).transpose(1, 2)
+    ).transpose(1, 2).unflatten(2, (11, 9)),
+}  # fmt: skip
+
+
+class Of(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_litert_function_gives_the_codes_of_the_student(name: str) -> None:
+    teacher = teacher_of(Around(Of(FUNCTIONS[name])))
+    for bits in ("w8a8", "w4a5"):
+        check_equal(frozen(teacher, bits))
+
+
+class Flat(nn.Module):
+    """Linear layers behind a flattened map, and on its last dimension; two outputs, one a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(SHAPE[0], 3, 3, 2, 1)
+        self.fc = nn.Linear(3 * 6 * 5, 7)
+        self.columns = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = F.relu(self.stem(x))
+        return self.fc(x.flatten(1)), F.relu(self.columns(x)), x
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_litert_linear_layers_read_the_columns_of_a_map(bits: str) -> None:
+    network = frozen(teacher_of(Flat()), bits)
+    check_equal(network)
+    inputs = [InputSpec("images", SHAPE)]
+    data = to_litert(network, inputs, {}, ["a", "b", "c"]).data
+    kinds = [d["op_name"] for d in LiteInterpreter(data).interpreter._get_ops_details()]
+    assert kinds.count("TRANSPOSE") == 2  # around the second linear layer alone
+
+
+def test_litert_inputs_and_outputs_have_channels_last(tmp_path: Path) -> None:
+    quantized = quantized_by_fast(networks.captured("Segmenter"), "w8a8")
+    quantized.export(tmp_path / "q.tflite")
+    loaded = LiteInterpreter((tmp_path / "q.tflite").read_bytes())
+    (image,), (scores,) = loaded.inputs, loaded.outputs
+    assert (image["name"], image["dtype"]) == ("images", np.float32)
+    assert list(image["shape_signature"]) == [-1, 8, 8, 3]
+    assert (scores["name"], scores["dtype"]) == ("output", np.float32)
+    assert list(scores["shape_signature"]) == [-1, 8, 8, 3]
+    signatures = loaded.interpreter.get_signature_list()
+    assert signatures == {"serving_default": {"inputs": ["images"], "outputs": ["output"]}}
+
+
+def test_litert_file_has_metadata(small: QuantizedNetwork, tmp_path: Path) -> None:
+    small.export(tmp_path / "q.tflite")
+    model = schema().ModelT.InitFromPackedBuf((tmp_path / "q.tflite").read_bytes())
+    found = {
+        entry.name.decode(): bytes(model.buffers[entry.buffer].data).decode()
+        for entry in model.metadata
+    }
+    assert (found["bits"], found["input_shape"]) == ("w4a4", "3x8x8")
+    assert not {"onnxruntime", "layer_bits"} & set(found)  # of another runtime; empty
+
+
+def test_litert_network_runs_whole_in_xnnpack(small: QuantizedNetwork, tmp_path: Path) -> None:
+    """An operator outside would split the network, and TensorFlow Lite's kernels round otherwise."""
+    small.export(tmp_path / "q.tflite")
+    loaded = LiteInterpreter((tmp_path / "q.tflite").read_bytes())
+    loaded([networks.images(2)])
+    kinds = [detail["op_name"] for detail in loaded.interpreter._get_ops_details()]
+    assert kinds.count("DELEGATE") == 1
+    assert kinds.count("CONV_2D") == 2
+    # The map that is narrowed, the mean's input, the input and the weight of the last layer.
+    assert kinds.count("DEQUANTIZE") == 4
+
+
+def test_litert_codes_that_differ_are_refused(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = litert_values
+    path = tmp_path / "q.tflite"
+    path.write_bytes(b"before")
+
+    def shifted(*arguments: Any) -> Any:
+        return {n: v - (n == "relu_1.q") for n, v in real(*arguments).items()}
+
+    monkeypatch.setattr("gdfq.deploy.litert.target.litert_values", shifted)
+    with pytest.raises(GdfqError, match=r"from equal inputs: 100.00% of 'relu_1\.q'"):
+        small.export(path)
+    assert path.read_bytes() == b"before"
+
+
+def test_litert_refuses_operators_without_a_form_by_layer(tmp_path: Path) -> None:
+    quantized = quantized_by_fast(
+        networks.captured("Volume"), "w8a8", shape=networks.shape_of("Volume")
+    )
+    with pytest.raises(
+        UsageError, match=r"3 dimensions \('stem\.0'\).*upsample_nearest3d.*another target"
+    ):
+        quantized.export(tmp_path / "q.tflite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_litert_without_its_package_is_a_clear_error(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
+    with pytest.raises(UsageError, match=r"pip install 'gdfq\[litert\]'"):
+        small.export(tmp_path / "q.tflite")
+    assert LITERT.suffix == ".tflite"
