@@ -50,6 +50,21 @@ OPTIONAL := docs openvino nncf hf ptcv browser tensorboard audit
 	    && $(PIP) install --quiet huggingface_hub pyyaml || echo "not installed: torchvision, timm"
 	touch $@
 
+# Runtimes that files must also run in, each in a folder of its own: tests start a process for each.
+# Versions before 1.19 need the first NumPy.
+OLD_RUNTIMES := onnxruntime==1.16.3 onnxruntime==1.18.1
+RUNTIMES := $(foreach v,1.20.1 1.21.1 1.22.1 1.23.2 1.24.4,onnxruntime==$(v)) tract==0.23.9
+.venv/runtimes/installed: .venv/installed
+	for runtime in $(OLD_RUNTIMES) $(RUNTIMES); do \
+	    $(PIP) install --quiet --no-deps --target ".venv/runtimes/$$runtime" "$$runtime" \
+	    || echo "not installed: $$runtime"; \
+	done
+	for runtime in $(OLD_RUNTIMES); do \
+	    $(PIP) install --quiet --no-deps --target ".venv/runtimes/$$runtime" "numpy<2" \
+	    || { rm -r ".venv/runtimes/$$runtime"; echo "not installed: numpy<2"; }; \
+	done
+	mkdir -p .venv/runtimes && touch $@
+
 hooks: .venv/dev ## Run format, lint and types before each commit
 	$(BIN)/pre-commit install
 
@@ -63,7 +78,7 @@ test: lint types unit ## Lint, types and all tests of `make unit`
 unit: install ## The tests alone
 	$(PYTEST)
 
-check: .venv/checked ## Tests that take long or need optional libraries: site, browser, more networks
+check: .venv/checked .venv/runtimes/installed ## Tests that take long or need optional libraries: site, browser, more networks
 	$(PYTEST) -m check
 
 format: install ## Format the code and apply the fixes of the linter

@@ -47,7 +47,7 @@ def test_file_is_compared_on_as_many_examples_as_fit(
 def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end with \.onnx, \.tflite, \.pt2, "):
         small.export(tmp_path / "q.gguf")
-    with pytest.raises(UsageError, match=r"one of onnx, litert, pt2, safetensors; got 'gguf'"):
+    with pytest.raises(UsageError, match=r"one of onnx, litert, pt2, safetensors, .*; got 'gguf'"):
         small.export(tmp_path / "q.onnx", target="gguf")
     with pytest.raises(UsageError, match="raw input is for ONNX"):
         small.export(tmp_path / "q.pt2", raw_input=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdfq.deploy.card import Card
 from gdfq.deploy.litert.target import LITERT
-from gdfq.deploy.onnx.target import ONNX
+from gdfq.deploy.onnx.target import ONNX, ONNX_COMPAT
 from gdfq.deploy.runtimes import Run, program_runner
 from gdfq.deploy.safetensors import from_safetensors, to_safetensors
 from gdfq.deploy.saturation import without_overflow
@@ -61,6 +61,7 @@ TARGETS: Mapping[str, Target] = {
             weights=Carrier("packed at their true bits"),
             activations=Carrier("float of whole numbers"),
         ),
+        ONNX_COMPAT,
     )
 }
 """The targets by name."""

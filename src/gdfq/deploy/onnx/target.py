@@ -1,14 +1,16 @@
-"""The target `onnx`: files of `writer`, compared with the student in ONNX Runtime code by code."""
+"""Targets with ONNX files, compared with the student in ONNX Runtime code by code."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.codes import stored_codes
+from gdfq.deploy.onnx.form import COMPATIBLE, PACKED_WEIGHTS, Form
 from gdfq.deploy.onnx.passes import PIXELS
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes
@@ -33,13 +35,17 @@ ONNX_RUNTIME = Runtime(
 of INT8 with 1.21, and opset 21 with 1.18."""
 
 
-def _write(job: Job) -> bytes:
+COMPATIBLE_RUNTIME = replace(ONNX_RUNTIME, oldest=((2, "1.16"),))
+"""ONNX Runtime 1.16 reads opset 19, and integer kernels for these operators are older."""
+
+
+def _write(job: Job, form: Form = PACKED_WEIGHTS, runtime: Runtime = ONNX_RUNTIME) -> bytes:
     pixels = job.card.preprocessing if job.raw_input else None
     safe = not layers_that_may_overflow(job.network)
-    oldest = ONNX_RUNTIME.oldest_for(job.network)
+    oldest = runtime.oldest_for(job.network)
     assert oldest is not None
     metadata = metadata_of(job.card, job.accuracy or {}, safe=safe, oldest=oldest)
-    return to_onnx(job.network, job.card.inputs, metadata, pixels, job.outputs)
+    return to_onnx(job.network, job.card.inputs, metadata, pixels, job.outputs, form)
 
 
 def _prove(job: Job, written: Path) -> Proof:
@@ -127,4 +133,18 @@ ONNX = Target(
     activations=Carrier("uint8"),
     equality="every code and the outputs",
     takes_size=True,
+)
+
+ONNX_COMPAT = Target(
+    "onnx-compat",
+    ".compat.onnx",
+    "runs in older versions of ONNX Runtime and in other runtimes; weights of 8 bits on disk",
+    partial(_write, form=COMPATIBLE, runtime=COMPATIBLE_RUNTIME),
+    _prove,
+    _notes,
+    raw_input=True,
+    runtime=COMPATIBLE_RUNTIME,
+    weights=Carrier("int8"),
+    activations=Carrier("uint8"),
+    equality="every code and the outputs",
 )

@@ -3,7 +3,8 @@
 `torch.onnx.export` writes the graph, in which the three quantization operators stay opaque; a pass
 over the result then replaces each by standard operators. Weights of 4 bits and below are
 packed INT4 (INT2 at 2 bits), followed by a `Cast` to INT8 that a runtime folds when it loads the
-file: small on disk, and kernels read 8-bit integers. Activations are unsigned 8-bit codes; where
+file: small on disk, and kernels read 8-bit integers (other
+forms: `deploy.onnx.form`). Activations are unsigned 8-bit codes; where
 values may lie beyond those of their number of bits, an integer `Clip` follows (`StoredCodes`).
 """
 
@@ -21,6 +22,8 @@ from torch import Tensor, fx
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.equivalents import with_equivalents
+from gdfq.deploy.onnx.form import PACKED_WEIGHTS, Form
+from gdfq.deploy.onnx.lowering import lower
 from gdfq.deploy.onnx.names import kind_of, rename, strip
 from gdfq.deploy.onnx.passes import (
     DOMAIN,
@@ -54,6 +57,7 @@ def to_onnx(
     metadata: Mapping[str, str],
     raw_input: Preprocessing | None = None,
     outputs: Sequence[str] = ("logits",),
+    form: Form = PACKED_WEIGHTS,
 ) -> bytes:
     """Return an integer network as an ONNX model, which takes batches of any length.
 
@@ -63,14 +67,15 @@ def to_onnx(
         metadata: Metadata of the file.
         raw_input: Normalisation in the model, which then takes uint8 pixels.
         outputs: Names of the outputs.
+        form: The variant of the file.
 
     Raises:
-        UsageError: ONNX has no form for an operator.
+        UsageError: ONNX, or the opset of the form, has no form for an operator.
         GdfqError: The result is not a valid model.
     """
     model = _exported(_opaque(network), inputs)
     try:
-        _rewrite(model, metadata, raw_input, [spec.name for spec in inputs], outputs)
+        _rewrite(model, metadata, raw_input, [spec.name for spec in inputs], outputs, form)
         return _serialised(model)
     except GdfqError:
         raise
@@ -87,6 +92,7 @@ def _rewrite(
     raw_input: Preprocessing | None,
     inputs: Sequence[str],
     outputs: Sequence[str],
+    form: Form,
 ) -> None:
     """Turn the exported graph into standard operators, with readable names and metadata."""
     graph = model.graph
@@ -98,7 +104,9 @@ def _rewrite(
     for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
         value.name = name
     pool_globally(graph)
-    writer = _Writer(graph)
+    if form.lowest_opset:
+        lower(model)
+    writer = _Writer(graph, form)
     for node in list(graph):
         if node.domain == DOMAIN:
             writer.write(node)
@@ -272,8 +280,9 @@ def _reason(error: BaseException) -> str:
 class _Writer:
     """Replaces the quantization operators of a graph by standard ones."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, form: Form) -> None:
         self.graph = graph
+        self.form = form
         self.titles: dict[ir.Node, str] = {}
         """Names of the nodes that quantize activations."""
         self.zero: ir.Value | None = None
@@ -340,8 +349,12 @@ class _Writer:
             constant_values(scale),
             constant_values(zero_point),
         )
+        reach = int(np.abs(values - offsets).max(initial=0))
         nodes: list[ir.Node] = []
-        if bits in PACKED:
+        if self.form.folds_weights:
+            current = self._constant(base, (values - offsets).astype(np.int8))
+            offsets = np.zeros_like(offsets)
+        elif bits in PACKED:
             kind, numbers = PACKED[bits]
             stored = self._constant(base, values.astype(numbers), kind)
             nodes.append(ir.node("Cast", [stored], {"to": ir.DataType.INT8}))
@@ -363,7 +376,7 @@ class _Writer:
         attributes = {"axis": axes[0]} if axes else {}
         factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
         inputs = [current, factor]
-        wide = int(np.abs(values - offsets).max(initial=0)) > _MAX_SAFE_CODE
+        wide = reach > _MAX_SAFE_CODE
         if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
             # ONNX Runtime fuses a Gemm only with an explicit zero point, and where it
             # makes 8-bit weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.

@@ -1,0 +1,61 @@
+"""Runtimes that `make check` installs beside the project, each run in a process of its own.
+
+A folder such as `.venv/runtimes/onnxruntime==1.16.3` holds one runtime, which cannot be imported
+together with the installed version.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+FOLDER = Path(os.environ.get("GDFQ_RUNTIMES", Path(sys.prefix) / "runtimes"))
+"""Where `make check` installs them."""
+_ONNX_RUNTIME = """
+import sys, numpy, onnxruntime
+onnxruntime.set_default_logger_severity(4)
+try:
+    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+except Exception as error:
+    sys.exit(f"does not load: {error}")
+(name,) = [value.name for value in session.get_inputs()]
+numpy.save(sys.argv[3], session.run(None, {name: numpy.load(sys.argv[2])})[0])
+"""
+_TRACT = """
+import sys, numpy, tract
+x = numpy.load(sys.argv[2])
+runnable = tract.onnx().load(sys.argv[1]).into_model().into_runnable()
+numpy.save(sys.argv[3], runnable.run([x])[0].to_numpy())
+"""
+
+
+def first_output(runtime: str, file: Path, x: Tensor) -> Tensor | None:
+    """Return the first output of an ONNX file in another runtime; None if it does not load there.
+
+    Args:
+        runtime: Name of its folder, such as `onnxruntime==1.16.3`.
+        file: The file.
+        x: Its one input.
+    """
+    folder = FOLDER / runtime
+    if not folder.is_dir():
+        pytest.skip(f"needs {runtime} in {FOLDER}, where make check installs it")
+    script = _TRACT if runtime.startswith("tract") else _ONNX_RUNTIME
+    with tempfile.TemporaryDirectory() as place:
+        given, found = Path(place) / "x.npy", Path(place) / "y.npy"
+        np.save(given, x.numpy())
+        done = subprocess.run(
+            [sys.executable, "-c", script, file, given, found],
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode and "does not load" in done.stderr:
+            return None
+        assert done.returncode == 0, done.stderr
+        return torch.from_numpy(np.load(found))
