@@ -110,7 +110,7 @@ class Costs:
         step: One update of the student; None if it is not tuned: all steps calibrate.
         batch: Images of a step, at most.
         calibrated: Most batches that calibrate.
-        matched: Most batches whose moments are matched.
+        matched: Most batches whose moments are matched, on the average of the layers.
         warmup: Most steps before the first update.
         steps: Most steps; more of them would calibrate on the same images again.
     """

@@ -15,8 +15,9 @@ from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
+from gdfq.tuning import moment_matching
 from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.moment_matching import match_moments_
+from gdfq.tuning.moment_matching import match_moments_, matched_images
 
 
 @pytest.fixture
@@ -101,3 +102,24 @@ def test_channel_whose_variance_few_values_make_up_is_left_as_it_is() -> None:
     torch.testing.assert_close(scale, torch.zeros_like(scale))
     expected, actual = teacher.network(x[1:]), student(x[1:]).detach()
     assert float((actual - expected).norm() / expected.norm()) < 0.1  # the range is wider
+
+
+def test_images_join_where_feature_maps_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer still reads a map of 8·16·16; from the third on they have 8·8·8."""
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 4, 1)
+    net = nn.Sequential(*(part for layer in convolutions for part in (layer, nn.ReLU()))).eval()
+    images = torch.randn(12, 3, 16, 16)
+    teacher = capture(net, images[:1])
+    monkeypatch.setattr(moment_matching, "_MAX_ELEMENTS", 4 * 8 * 16 * 16)
+    monkeypatch.setattr(moment_matching, "_MIN_IMAGES", 1)
+    assert list(matched_images(teacher.network.graph, 100).values()) == [4, 4, 16]
+    assert list(matched_images(teacher.network.graph, 12).values()) == [4, 4, 12]
+    student = student_of(teacher, images)
+    match_moments_(student, teacher, (images,))
+    expected = layer_moments(teacher.network, images)
+    few = layer_moments(teacher.network, images[:4])
+    for (name, goal), of_few in zip(expected.items(), few.values(), strict=True):
+        used = images if name == list(expected)[-1] else images[:4]
+        found = layer_moments(student.network, used)[name]
+        torch.testing.assert_close(found, goal if len(used) == 12 else of_few, rtol=1e-3, atol=1e-4)

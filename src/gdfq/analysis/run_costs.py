@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.graph.inputs import takes_images
-from gdfq.recipes import Recipe
+from gdfq.recipes import EFFORT_RULE, Recipe
 from gdfq.sources.base import Batch, labels_in_turn
 from gdfq.sources.recent import max_images
 from gdfq.student.build import Student, build_student
@@ -141,8 +142,9 @@ class _SourceSeconds:
 class _StudentSeconds:
     """Seconds of a student: setup and freezing, a batch of each stage, and a pass of one image.
 
-    `matched` is the most batches whose moments are matched. `step` is None without tuning, and the
-    passes, of teacher and integer network, are 0 where they are not asked for.
+    `matched` is the most batches whose moments are matched, on the average of the layers. `step` is
+    None without tuning, and the passes, of teacher and integer network, are 0 where they are not
+    asked for.
     """
 
     setup: float
@@ -229,12 +231,13 @@ class _Measurement:
             setup, matching = setup + preparing, max(0.0, laps.lap() - preparing)
         network = freeze(student)
         setup += laps.lap()
+        counts = matched_images(teacher.network.graph, EFFORT_RULE.max_images)
         timed = [self.teacher.network, network] if passes else []
         return _StudentSeconds(
             setup,
             calibration,
             matching,
-            matched_images(teacher.network.graph) / len(batch),
+            fmean(counts.values()) / len(batch),
             self._step(student, teacher, batch.split(-(-len(batch) // processes))[0]),
             *(_seconds_of_pass(module, batch, self.clock) for module in timed),
         )

@@ -1,7 +1,8 @@
 """Moment matching: the correction of a student, layer by layer, to its teacher's outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.memory import part_images
 from gdfq.graph.tensors import tensors_of
-from gdfq.graph.walk import PartsInterpreter
+from gdfq.graph.walk import Inputs, PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.sources.base import split_inputs
 from gdfq.student.build import Student
@@ -42,29 +43,43 @@ def match_moments_(
     Args:
         student: A student whose weight quantizers rescale, changed in place.
         teacher: The network whose moments are the targets.
-        inputs: [N, *shape] for each input of the network. Only the first entries are used, so many
-            that no feature map of all of them has more than 2^26 elements (55 images of 224x224
-            with 96 channels at half the resolution), because more large images add nothing.
+        inputs: [N, *shape] for each input of the network. Each layer is corrected with so many of
+            them that no feature map from this layer on has more than 2^26 elements: 55 images while
+            there are 96 channels at half the resolution of 224x224, all of 256 at an eighth.
         memory: Decides whether the images pass in parts. The moments of a batch in parts differ
             only by the rounding of sums.
         fit_weights: Whether each weight is fitted to the teacher's outputs and rounded with
             compensation before (`gdfq.tuning.weight_fitting`).
     """
     network = fold_batch_norms(teacher).network
-    used = tuple(tensor[: matched_images(network.graph)] for tensor in inputs)
-    at_once = part_images(network.graph, len(used[0]), memory, used[0].device)
-    parts = split_inputs(used, at_once)
-    _MatchMoments(student.network, network, parts, fit_weights).run_parts(parts)
+    counts = matched_images(network.graph, len(inputs[0]))
+    at_once = part_images(network.graph, max(counts.values()), memory, inputs[0].device)
+    parts: dict[str, list[tuple[Tensor, ...]]] = {}
+    for name, (before, count) in zip(counts, pairwise([0, *counts.values()]), strict=True):
+        if count > before:
+            joining = tuple(tensor[before:count] for tensor in inputs)
+            parts[name] = split_inputs(joining, at_once)
+    first = parts.pop(next(iter(counts)))
+    _MatchMoments(student.network, network, first, parts, fit_weights).run_parts(first, parts)
 
 
-def matched_images(graph: fx.Graph) -> int:
-    """Return how many images are used at most of those that pass a teacher's graph."""
-    activations = filter(queries.is_activation, graph.nodes)
-    return max(_MIN_IMAGES, _MAX_ELEMENTS // max(map(queries.elements_per_image, activations)))
+def matched_images(graph: fx.Graph, images: int) -> dict[str, int]:
+    """Return how many of the images each layer of a teacher's graph is corrected with, by name.
+
+    The number never falls, because an image stays from the layer on at which it joins.
+    """
+    counts: dict[str, int] = {}
+    largest = 1
+    for node in reversed(graph.nodes):
+        read = filter(queries.is_activation, (node, *node.all_input_nodes))
+        largest = max([largest, *map(queries.elements_per_image, read)])
+        if operators.name_of(node) in operators.WEIGHTED:
+            counts[node.name] = min(images, max(_MIN_IMAGES, _MAX_ELEMENTS // largest))
+    return dict(reversed(counts.items()))
 
 
 _MAX_ELEMENTS = 2**26
-"""Maximum elements of a feature map of all images whose moments are matched: 256 MiB."""
+"""Maximum elements of a feature map of all images that are used together: 256 MiB."""
 _MIN_IMAGES = 32
 """Images that are used however large their feature maps are."""
 _MIN_SAMPLES = 32
@@ -103,14 +118,15 @@ class _MatchMoments(PartsInterpreter):
         self,
         network: fx.GraphModule,
         teacher: fx.GraphModule,
-        parts: Sequence[Sequence[Tensor]],
+        parts: Sequence[Inputs],
+        later: Mapping[str, Sequence[Inputs]],
         fit_weights: bool,
     ) -> None:
         super().__init__(network)
         self.corrected: set[WeightQuantizer] = set()
         self.fit_weights = fit_weights
         self._weights = tensors_of(teacher)
-        self._teacher = PartsInterpreter(teacher).nodes_of_parts(parts)
+        self._teacher = PartsInterpreter(teacher).nodes_of_parts(parts, later)
         self._target: _Target | None = None
 
     def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
