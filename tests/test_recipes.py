@@ -108,9 +108,9 @@ def test_recipe_is_tuned_where_some_have_fewer_bits_or_steps_are_given(
 def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
     recipe = resolve_method(bits, "quick").recipe
     assert recipe.fit_weights
-    assert recipe.effort_in_words == "256 images of 24 iterations, calibrated without tuning"
+    assert recipe.effort_in_words == "512 images of 24 iterations, calibrated without tuning"
     large = instance(recipe.fitted((3, 224, 224)).source, ImagePool)
-    assert (large.images, large.batch, large.source.batch) == (128, 128, 32)
+    assert (large.images, large.batch, large.source.batch) == (256, 256, 32)
 
 
 @pytest.mark.parametrize(

@@ -411,11 +411,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-_FITTED_PIXELS = 128 * 224 * 224
-"""Pixels of all images together that weights are fitted to: 128 images of 224x224."""
+_FITTED_PIXELS = 256 * 224 * 224
+"""Pixels of all images together that weights are fitted to: 256 images of 224x224."""
 _FITTED = replace(
     FAST,
-    source=ImagePool(SpectralSource(), images=256, batch=256, pixels=_FITTED_PIXELS),
+    source=ImagePool(SpectralSource(), images=512, batch=512, pixels=_FITTED_PIXELS),
     steps=1,
     calibration=1,
     warmup=1,

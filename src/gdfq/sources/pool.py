@@ -71,7 +71,7 @@ class ImagePool(Source):
         )
         images = min(self.images, max(1, room // at_once) * at_once)
         share = -(-self.batch * images // self.images)
-        batch = min(self.batch, 1 << (share - 1).bit_length())
+        batch = min(self.batch, images, 1 << (share - 1).bit_length())
         source = self.source.with_batch(at_once)
         return replace(self, source=source, images=images, batch=batch, pixels=None)
 
