@@ -49,7 +49,7 @@ def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -
         small.export(tmp_path / "q.gguf")
     with pytest.raises(UsageError, match=r"one of onnx, litert, pt2, safetensors, .*; got 'gguf'"):
         small.export(tmp_path / "q.onnx", target="gguf")
-    with pytest.raises(UsageError, match="raw input is for ONNX"):
+    with pytest.raises(UsageError, match="raw input is for the targets onnx, "):
         small.export(tmp_path / "q.pt2", raw_input=True)
     assert small.export(tmp_path / "new" / "q.bin", target="safetensors").target == "safetensors"
     with pytest.warns(gdfq.errors.GdfqDeprecationWarning, match="is now called target"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import networks
+from support import networks, real_networks
 from support.small_runs import quantized_by_fast
 from torch import Tensor, nn
 
@@ -19,11 +19,12 @@ from gdfq.deploy.litert.carriers import carriers_of
 from gdfq.deploy.litert.flatbuffer import schema
 from gdfq.deploy.litert.runtime import LiteInterpreter, litert_runner, litert_values
 from gdfq.deploy.litert.target import LITERT
-from gdfq.deploy.litert.writer import to_litert
+from gdfq.deploy.litert.writer import to_litert, unsupported
 from gdfq.deploy.parity import compare_codes
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.inputs import InputSpec
+from gdfq.models.registry import load_weights_
 from gdfq.quantized import QuantizedNetwork
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
@@ -36,6 +37,12 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ai_edge_litert") is None,
     reason="needs the optional library ai_edge_litert",
 )
+SHARED_NETWORKS = {
+    "cifar10_resnet20": (3, 32, 32),
+    "cifar10_resnet32": (3, 32, 32),
+    "cifar100_resnet56": (3, 32, 32),
+    "imagenet_mobilenetv1_025": (3, 224, 224),
+}
 SHAPE = (4, 11, 9)
 """Odd and unequal sides, so that no padding is symmetric by chance."""
 
@@ -196,12 +203,18 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "leaky_relu": lambda: nn.LeakyReLU(0.1),
     "prelu": lambda: nn.PReLU(8),
+    "elu": nn.ELU,
+    "elu_scaled": lambda: nn.ELU(0.5),
+    "softplus": nn.Softplus,
+    "mish": nn.Mish,
     "relu6": nn.ReLU6,
     "hardtanh": lambda: nn.Hardtanh(-0.5, 0.7),
     "softmax": lambda: nn.Softmax(1),
     "channel_shuffle": lambda: nn.ChannelShuffle(4),
     "pixel_shuffle": lambda: nn.PixelShuffle(2),
     "pixel_unshuffle": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.PixelUnshuffle(2)),
+    "group_norm": lambda: nn.GroupNorm(2, 8),
+    "instance_norm": lambda: nn.InstanceNorm2d(8, affine=True),
     "batch_norm": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8)),
 }
 
@@ -234,6 +247,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "divided": lambda x: x / (x.mean(1, keepdim=True) + 1),
     "squeeze_and_excite": lambda x: x * F.hardsigmoid(x.mean((2, 3))).unsqueeze(2).unsqueeze(3),
     "normalised": lambda x: F.layer_norm(x, x.shape[1:]),
+    "root_mean_square": lambda x: F.rms_norm(x, x.shape[2:]),
     "attention": lambda x: (
         (x.flatten(2).transpose(1, 2) @ x.flatten(2) / 3).softmax(-1)
         @ x.flatten(2).transpose(1, 2)
@@ -281,6 +295,19 @@ def test_litert_linear_layers_read_the_columns_of_a_map(bits: str) -> None:
     assert kinds.count("TRANSPOSE") == 2  # around the second linear layer alone
 
 
+@pytest.mark.check
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w4a4"])
+@pytest.mark.parametrize("name", SHARED_NETWORKS)
+def test_litert_file_of_a_real_network_has_the_codes_of_the_student(
+    name: str, bits: str, shared: Path
+) -> None:
+    shape = SHARED_NETWORKS[name]
+    model = getattr(real_networks, name)()
+    load_weights_(model, shared / "models" / f"{name}.safetensors")
+    teacher = capture(model.eval(), torch.zeros(1, *shape))
+    check_equal(frozen(teacher, bits, shape), shape)
+
+
 def test_litert_inputs_and_outputs_have_channels_last(tmp_path: Path) -> None:
     quantized = quantized_by_fast(networks.captured("Segmenter"), "w8a8")
     quantized.export(tmp_path / "q.tflite")
@@ -292,6 +319,19 @@ def test_litert_inputs_and_outputs_have_channels_last(tmp_path: Path) -> None:
     assert list(scores["shape_signature"]) == [-1, 8, 8, 3]
     signatures = loaded.interpreter.get_signature_list()
     assert signatures == {"serving_default": {"inputs": ["images"], "outputs": ["output"]}}
+
+
+def test_litert_raw_input_takes_pixels(small: QuantizedNetwork, tmp_path: Path) -> None:
+    exported = small.export(tmp_path / "q.tflite", raw_input=True)
+    assert exported.beyond.images == exported.inside.images + 2  # black and white
+    assert exported.beyond.relative_error < 1e-3
+    loaded = LiteInterpreter((tmp_path / "q.tflite").read_bytes())
+    assert loaded.inputs[0]["dtype"] == np.uint8
+    pixels = torch.randint(256, (5, *networks.SHAPE), dtype=torch.uint8)
+    expected = small(small.card.preprocessing(pixels))
+    torch.testing.assert_close(
+        torch.from_numpy(loaded([pixels])["logits"]), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_litert_file_has_metadata(small: QuantizedNetwork, tmp_path: Path) -> None:
@@ -342,6 +382,26 @@ def test_litert_refuses_operators_without_a_form_by_layer(tmp_path: Path) -> Non
     ):
         quantized.export(tmp_path / "q.tflite")
     assert list(tmp_path.iterdir()) == []
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "dilated_pooling": (lambda x: F.max_pool2d(x, 3, 1, 1, 2), "maximum pooling with dilation"),
+    "part_of_the_batch": (lambda x: x[-1:].expand_as(x), "a part of the batch"),
+    "flipped_batch": (lambda x: x.flip(0), "an operator on entries of the batch"),
+    "function": (lambda x: torch.erf(x), "erf"),
+    "three_dimensions": (lambda x: F.avg_pool3d(x[:, None], 2)[:, 0], "avg_pool3d"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_litert_refusal_names_the_operator_before_a_run(name: str) -> None:
+    function, reason = REFUSED[name]
+    teacher = teacher_of(Around(Of(function)))
+    found = unsupported(teacher.network.graph)
+    assert any(text.startswith(reason) for text in found), found
+    with pytest.raises(UsageError, match=rf"a form in a file of target 'litert'.*{reason}"):
+        LITERT.check_scheme(teacher, Scheme(Bits(8, 8), "full"))
+    assert unsupported(teacher_of(Around(nn.ReLU())).network.graph) == []
 
 
 def test_litert_without_its_package_is_a_clear_error(

@@ -166,7 +166,7 @@ def evaluate_command(folder: Path, test: Path, memory: int | None) -> None:
 @click.option(
     "--raw-input",
     is_flag=True,
-    help="ONNX: take uint8 pixels and normalise them inside the file.",
+    help="ONNX and LiteRT: take uint8 pixels and normalise them inside the file.",
 )
 @click.option(
     "--safe-x86",

@@ -127,7 +127,8 @@ def export(
     kind.require_runtime()
     if raw_input and not kind.raw_input:
         raise UsageError(
-            f"raw input is for ONNX files; the target is {kind.name!r}. Remove raw_input."
+            f"raw input is for the targets {_with_raw_input()}; the target is {kind.name!r}. "
+            "Remove raw_input."
         )
     if raw_input:
         image_shape(card.inputs)  # raises for a network that takes more than images
@@ -165,6 +166,10 @@ def _oldest_version(kind: Target, network: IntegerNetwork) -> list[str]:
     if kind.runtime is None or oldest is None:
         return []
     return [f"needs {kind.runtime.name} {oldest} or newer"]
+
+
+def _with_raw_input() -> str:
+    return ", ".join(target.name for target in TARGETS.values() if target.raw_input)
 
 
 def named_target(target: str | Target) -> Target:

@@ -12,6 +12,7 @@ from gdfq.deploy.litert.carriers import Carrier
 from gdfq.deploy.litert.flatbuffer import Array, FileBuilder, FileTensor, Grid
 from gdfq.deploy.litert.layout import (
     Order,
+    depends_on_batch,
     identity,
     in_file,
     permuted,
@@ -66,6 +67,8 @@ class Emitter:
         grid: Grid | None = None,
     ) -> Value:
         """Add a tensor that no operator writes yet, given its shape in the network."""
+        if any(map(depends_on_batch, shape)):
+            raise NoFormError("a tensor with a part of the batch")
         stored = in_file(permuted(shape, order))
         return Value(self.file.tensor(name, stored, dtype, grid), order, tuple(shape))
 

@@ -66,7 +66,7 @@ class FileTensor:
     grid: Grid | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FileBuilder:
     """Collects tensors and operators of a file.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.litert.emitter import Emitter, NoFormError, Value
 from gdfq.deploy.litert.layout import in_file
 from gdfq.deploy.litert.moves import as_map, from_map, over, padded_for
@@ -80,6 +81,33 @@ def _hard_sigmoid(emit: Emitter, name: str, _shape: Shape, x: Value) -> Value:
 
 def _gelu(emit: Emitter, name: str, _shape: Shape, x: Value, approximate: str = "none") -> Value:
     return emit.unary("GELU", name, x, "GeluOptions", approximate=approximate == "tanh")
+
+
+def _softplus(
+    emit: Emitter, name: str, _shape: Shape, x: Value, beta: float = 1.0, _threshold: float = 20.0
+) -> Value:
+    """log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|), which does not overflow."""
+    if beta != 1:
+        raise NoFormError("softplus with a factor")
+    size = emit.unary("NEG", f"{name}.neg", emit.unary("ABS", f"{name}.abs", x))
+    more = calculate(emit, "ADD", f"{name}.one", emit.unary("EXP", f"{name}.exp", size), 1.0)
+    rest = emit.unary("LOG", f"{name}.log", more)
+    return emit.binary("ADD", name, emit.unary("RELU", f"{name}.relu", x), rest)
+
+
+def _mish(emit: Emitter, name: str, shape: Shape, x: Value) -> Value:
+    soft = _softplus(emit, f"{name}.softplus", shape, x)
+    return emit.binary("MUL", name, x, emit.unary("TANH", f"{name}.tanh", soft))
+
+
+def _elu(emit: Emitter, name: str, _shape: Shape, x: Value, alpha: float = 1.0) -> Value:
+    """max(x, 0) + α (e^min(x, 0) − 1)."""
+    if alpha == 1:
+        return emit.unary("ELU", name, x)
+    below = calculate(emit, "MINIMUM", f"{name}.low", x, 0.0)
+    less = calculate(emit, "SUB", f"{name}.less", emit.unary("EXP", f"{name}.exp", below), 1.0)
+    scaled = calculate(emit, "MUL", f"{name}.alpha", less, alpha)
+    return emit.binary("ADD", name, emit.unary("RELU", f"{name}.relu", x), scaled)
 
 
 def _leaky(emit: Emitter, name: str, _shape: Shape, x: Value, slope: float = 0.01) -> Value:
@@ -249,6 +277,17 @@ def _bilinear(
     )
 
 
+def normalised_pixels(emit: Emitter, pixels: Value, preprocessing: Preprocessing) -> Value:
+    """Return (x / 255 − mean) / std of uint8 pixels, as one factor and one shift by channel."""
+    numbers = emit.operator("CAST", emit.new("pixels", pixels.shape, pixels.order), [pixels])
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std)
+    )
+    shape = (-1, *(1,) * (len(pixels.shape) - 2))
+    scaled = calculate(emit, "MUL", "pixels.scaled", numbers, (1 / (255 * std)).reshape(shape))
+    return calculate(emit, "ADD", "pixels.normalised", scaled, (-mean / std).reshape(shape))
+
+
 def normalised(
     emit: Emitter,
     name: str,
@@ -271,6 +310,25 @@ def normalised(
     return calculate(emit, "ADD", name, scaled, shift.reshape(shape))
 
 
+def _standardised(emit: Emitter, name: str, x: Value, dims: Sequence[int], eps: float) -> Value:
+    """Return x with mean 0 and variance 1 over some dimensions."""
+    shape = tuple(1 if dim in dims else length for dim, length in enumerate(x.shape))
+    mean = over(emit, "MEAN", f"{name}.mean", x, dims, shape)
+    centred = emit.binary("SUB", f"{name}.centred", x, mean)
+    square = emit.unary("SQUARE", f"{name}.square", centred)
+    variance = over(emit, "MEAN", f"{name}.variance", square, dims, shape)
+    safe = calculate(emit, "ADD", f"{name}.safe", variance, eps)
+    return emit.binary("MUL", f"{name}.unit", centred, emit.unary("RSQRT", f"{name}.factor", safe))
+
+
+def _scaled(
+    emit: Emitter, name: str, x: Value, weight: Tensor | None, bias: Tensor | None
+) -> Value:
+    if weight is not None:
+        x = calculate(emit, "MUL", f"{name}.scaled", x, weight)
+    return x if bias is None else calculate(emit, "ADD", name, x, bias)
+
+
 def _layer_norm(
     emit: Emitter,
     name: str,
@@ -282,17 +340,66 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Value:
-    last = list(range(len(x.shape) - len(dims), len(x.shape)))
+    last = range(len(x.shape) - len(dims), len(x.shape))
+    return _scaled(emit, name, _standardised(emit, name, x, last, eps), weight, bias)
+
+
+def _rms_norm(
+    emit: Emitter,
+    name: str,
+    _shape: Shape,
+    x: Value,
+    dims: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Value:
+    last = range(len(x.shape) - len(dims), len(x.shape))
     shape = tuple(1 if dim in last else length for dim, length in enumerate(x.shape))
-    mean = over(emit, "MEAN", f"{name}.mean", x, last, shape)
-    centred = emit.binary("SUB", f"{name}.centred", x, mean)
-    square = emit.unary("SQUARE", f"{name}.square", centred)
-    variance = over(emit, "MEAN", f"{name}.variance", square, last, shape)
-    safe = calculate(emit, "ADD", f"{name}.safe", variance, eps)
-    y = emit.binary("MUL", f"{name}.unit", centred, emit.unary("RSQRT", f"{name}.factor", safe))
-    if weight is not None:
-        y = calculate(emit, "MUL", f"{name}.scaled", y, weight)
-    return y if bias is None else calculate(emit, "ADD", name, y, bias)
+    square = over(
+        emit, "MEAN", f"{name}.mean", emit.unary("SQUARE", f"{name}.square", x), last, shape
+    )
+    small = torch.finfo(torch.float32).eps if eps is None else eps
+    safe = calculate(emit, "ADD", f"{name}.safe", square, small)
+    unit = emit.binary("MUL", f"{name}.unit", x, emit.unary("RSQRT", f"{name}.factor", safe))
+    return _scaled(emit, name, unit, weight, None)
+
+
+def _group_norm(
+    emit: Emitter,
+    name: str,
+    shape: Shape,
+    x: Value,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Value:
+    batch, channels, *sides = shape
+    split = emit.reshaped(x, (batch, groups, channels // groups, *sides), f"{name}.groups")
+    unit = _standardised(emit, name, split, range(2, len(split.shape)), eps)
+    rank = (-1, *(1,) * len(sides))
+    weight, bias = (None if v is None else v.reshape(rank) for v in (weight, bias))
+    return _scaled(emit, name, emit.reshaped(unit, shape, f"{name}.joined"), weight, bias)
+
+
+def _instance_norm(
+    emit: Emitter,
+    name: str,
+    shape: Shape,
+    x: Value,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    _mean: Tensor | None,
+    _variance: Tensor | None,
+    of_input: bool,
+    _momentum: float,
+    eps: float,
+    *_: Any,
+) -> Value:
+    if not of_input:
+        raise NoFormError("an instance norm of stored statistics")
+    return _group_norm(emit, name, shape, x, shape[1], weight, bias, eps)
 
 
 def _product(emit: Emitter, name: str, shape: Shape, x: Operand, y: Operand) -> Value:
@@ -384,6 +491,12 @@ FUNCTIONS: Mapping[str, Function] = {
     "upsample_bilinear2d": _bilinear,
     "batch_norm": normalised,
     "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "rms_norm": _rms_norm,
+    "softplus": _softplus,
+    "mish": _mish,
+    "elu": _elu,
     **dict.fromkeys(("bmm", "matmul"), _product),
 }
 """By the short name of the operator (`operators.short_name`)."""

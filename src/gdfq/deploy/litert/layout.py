@@ -15,9 +15,19 @@ CHANNELS_LAST = {4: (0, 2, 3, 1)}
 Order = tuple[int, ...]
 
 
+def grows_with_batch(length: int) -> bool:
+    """Return whether a length is a multiple of the batch's."""
+    return length != 0 and length % BATCH == 0
+
+
+def depends_on_batch(length: int) -> bool:
+    """Return whether a length depends on the batch in another way, as one less than it does."""
+    return length > BATCH // 4 and not grows_with_batch(length)
+
+
 def in_file(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape in which −1 stands for lengths that grow with the batch."""
-    return tuple(-1 if length and length % BATCH == 0 else length for length in shape)
+    return tuple(-1 if grows_with_batch(length) else length for length in shape)
 
 
 def identity(rank: int) -> Order:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdfq.deploy.litert.emitter import Emitter, NoFormError, Value
-from gdfq.deploy.litert.layout import in_file
+from gdfq.deploy.litert.layout import grows_with_batch, in_file
 from gdfq.deploy.litert.windows import VALID, Windows, pooling_windows
 from gdfq.functional.windows import per_axis, source_pixels
 
@@ -65,6 +65,8 @@ def part(emit: Emitter, name: str, x: Value, dim: int, start: int, count: int) -
     shape = [count if d == dim else length for d, length in enumerate(x.shape)]
     if shape == list(x.shape):
         return x
+    if grows_with_batch(x.shape[dim]):
+        raise NoFormError("a part of the batch")
     begin, size = [0] * len(shape), [-1] * len(shape)
     begin[x.axis(dim)], size[x.axis(dim)] = start, count
     result = emit.new(name, shape, x.order, x.tensor.dtype, x.grid)
@@ -74,6 +76,8 @@ def part(emit: Emitter, name: str, x: Value, dim: int, start: int, count: int) -
 def gathered(emit: Emitter, name: str, x: Value, dim: int, entries: Sequence[int]) -> Value:
     """Return some entries of a dimension, in this order."""
     dim %= len(x.shape)
+    if grows_with_batch(x.shape[dim]):
+        raise NoFormError("an operator on entries of the batch")
     if list(entries) == list(range(x.shape[dim])):
         return x
     shape = [len(entries) if d == dim else length for d, length in enumerate(x.shape)]
@@ -120,6 +124,8 @@ def rolled(
         raise NoFormError("a roll over all entries")
     for dim, shift in zip(dims, per_axis(shifts, len(dims)), strict=True):
         side = x.shape[dim]
+        if grows_with_batch(side):
+            raise NoFormError("a roll over the batch")
         x = gathered(emit, name, x, dim, [(i - shift) % side for i in range(side)])
     return x
 
@@ -244,6 +250,8 @@ def max_pooled(
 ) -> Value:
     """aten.max_pool1d and aten.max_pool2d."""
     windows = pooling_windows(x.shape[2:], kernel, stride, padding, dilation, ceil)
+    if set(windows.dilation) != {1}:
+        raise NoFormError("maximum pooling with dilation")
     low = float(np.finfo(np.float32).min)
     if x.grid is not None:
         lowest = _lowest(x)

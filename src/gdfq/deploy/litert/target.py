@@ -24,7 +24,8 @@ from gdfq.errors import GdfqError
 
 def _file(job: Job) -> WrittenFile:
     known = {name: text for name, text in facts_of(job.card, job.accuracy or {}).items() if text}
-    return to_litert(job.network, job.card.inputs, known, job.outputs)
+    pixels = job.card.preprocessing if job.raw_input else None
+    return to_litert(job.network, job.card.inputs, known, job.outputs, pixels)
 
 
 def _write(job: Job) -> bytes:
@@ -61,6 +62,7 @@ LITERT = Target(
     "runs as integers in LiteRT (TensorFlow Lite)",
     _write,
     _prove,
+    raw_input=True,
     runtime=Runtime("LiteRT", "ai_edge_litert", "litert"),
     weights=Carrier("int8"),
     activations=Carrier("int8"),

@@ -10,16 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
+from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.litert import integers
 from gdfq.deploy.litert.carriers import Carrier, carrier_of
 from gdfq.deploy.litert.emitter import Emitter, NoFormError, Value
 from gdfq.deploy.litert.flatbuffer import FileBuilder, FileTensor
-from gdfq.deploy.litert.functions import FUNCTIONS, clamped, for_each_image
+from gdfq.deploy.litert.functions import FUNCTIONS, clamped, for_each_image, normalised_pixels
 from gdfq.deploy.litert.layers import codes_layer, float_layer
-from gdfq.deploy.litert.layout import Order, identity, usual
+from gdfq.deploy.litert.layout import Order, identity, in_file, usual
 from gdfq.deploy.litert.moves import MOVES, joined, reshaped
 from gdfq.deploy.litert.shapes import values_by_node
 from gdfq.errors import UsageError
@@ -52,6 +54,7 @@ def to_litert(
     inputs: Sequence[InputSpec],
     metadata: Mapping[str, str],
     outputs: Sequence[str] = ("logits",),
+    raw_input: Preprocessing | None = None,
 ) -> WrittenFile:
     """Return an integer network as a `.tflite` file, which takes batches of any length.
 
@@ -62,11 +65,12 @@ def to_litert(
         inputs: Specifications of its inputs.
         metadata: Metadata of the file.
         outputs: Names of the outputs.
+        raw_input: Normalisation in the file, which then takes uint8 pixels.
 
     Raises:
         UsageError: The file has no form for an operator, or the LiteRT package is not installed.
     """
-    return _Writer(network, inputs).run(metadata, outputs)
+    return _Writer(network, inputs, raw_input).run(metadata, outputs)
 
 
 def unsupported(graph: fx.Graph) -> list[str]:
@@ -91,10 +95,16 @@ def unsupported(graph: fx.Graph) -> list[str]:
 class _Writer:
     """Writes a file; a tensor on a grid is held as codes, and as floats on demand."""
 
-    def __init__(self, network: IntegerNetwork, inputs: Sequence[InputSpec]) -> None:
+    def __init__(
+        self,
+        network: IntegerNetwork,
+        inputs: Sequence[InputSpec],
+        raw_input: Preprocessing | None = None,
+    ) -> None:
         self.graph = network.graph
         self.tensors = network.tensors
         self.specs = inputs
+        self.raw_input = raw_input
         self.emit = Emitter(FileBuilder())
         self.known = values_by_node(network.module, inputs)
         self.carriers = {grid.node: carrier_of(grid) for grid in network.activations}
@@ -135,14 +145,17 @@ class _Writer:
                 self.constants[node] = self._folded(node)
             elif isinstance(self.known[node], Tensor | tuple | list):
                 written |= set(self._written(node))
-        return self.refused
+        constant = [n for n in queries.outputs(self.graph) if n not in {*self.codes, *self.floats}]
+        return [*self.refused, *(f"a constant output ({node.name!r})" for node in constant)]
 
     def _input(self, node: fx.Node, spec: InputSpec) -> None:
         shape = self._shape(node)
-        dtype = str(spec.dtype).removeprefix("torch.")
+        dtype = str(torch.uint8 if self.raw_input else spec.dtype).removeprefix("torch.")
         value = self.emit.new(spec.name, shape, usual(len(shape)), dtype)
-        self.floats[node] = value
         self.inputs[spec.name] = value.tensor
+        if self.raw_input:
+            value = normalised_pixels(self.emit, value, self.raw_input)
+        self.floats[node] = value
 
     def _output(self, node: fx.Node, name: str, taken: Sequence[FileTensor]) -> FileTensor:
         """Return an output under its name, in the usual order of its dimensions.
@@ -190,7 +203,7 @@ class _Writer:
             self.refused.append(f"{error} ({self._title(node)!r})")
             known = self.known[node]
             made = [
-                self.emit.new(node.name, _shape_of(one), identity(one.ndim))
+                _stand_in(_shape_of(one))
                 for one in (known if isinstance(known, tuple | list) else [known])
             ]
             self.floats[node] = made if isinstance(known, tuple | list) else made[0]
@@ -428,6 +441,11 @@ def _dim(node: fx.Node) -> int:
     """Return the dimension along which a node joins tensors."""
     given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return int(given)
+
+
+def _stand_in(shape: Shape) -> Value:
+    """Return a tensor for an operator without a form, so that those after it are judged, too."""
+    return Value(FileTensor(0, in_file(shape), np.dtype(np.float32)), identity(len(shape)), shape)
 
 
 def _shape_of(value: Tensor) -> Shape:
