@@ -110,7 +110,7 @@ def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
     assert recipe.fit_weights
     assert recipe.effort_in_words == "512 images of 24 iterations, calibrated without tuning"
     large = instance(recipe.fitted((3, 224, 224)).source, ImagePool)
-    assert (large.images, large.batch, large.source.batch) == (256, 256, 32)
+    assert (large.images, large.batch, large.source.batch) == (256, 64, 32)
 
 
 @pytest.mark.parametrize(

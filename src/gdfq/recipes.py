@@ -415,10 +415,10 @@ _FITTED_PIXELS = 256 * 224 * 224
 """Pixels of all images together that weights are fitted to: 256 images of 224x224."""
 _FITTED = replace(
     FAST,
-    source=ImagePool(SpectralSource(), images=512, batch=512, pixels=_FITTED_PIXELS),
-    steps=1,
-    calibration=1,
-    warmup=1,
+    source=ImagePool(SpectralSource(), images=512, batch=128, pixels=_FITTED_PIXELS),
+    steps=4,
+    calibration=4,
+    warmup=4,
     tuning=NO_TUNING,
 )
 _CALIBRATED = _FITTED.with_images(128, 10).with_batch(128)
