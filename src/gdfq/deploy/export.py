@@ -13,6 +13,7 @@ from torch import Tensor
 from gdfq.deploy.card import Card
 from gdfq.deploy.litert.target import LITERT
 from gdfq.deploy.onnx.target import ONNX, ONNX_COMPAT
+from gdfq.deploy.openvino.target import OPENVINO
 from gdfq.deploy.runtimes import Run, program_runner
 from gdfq.deploy.safetensors import from_safetensors, to_safetensors
 from gdfq.deploy.saturation import without_overflow
@@ -62,6 +63,7 @@ TARGETS: Mapping[str, Target] = {
             activations=Carrier("float of whole numbers"),
         ),
         ONNX_COMPAT,
+        OPENVINO,
     )
 }
 """The targets by name."""
@@ -136,7 +138,7 @@ def export(
     network = copy.deepcopy(network).cpu().eval()
     if safe_x86:
         network = without_overflow(network)
-    kind.check_network(network)
+    kind.check_network(network, card.placement)
     numbers = sum(math.prod(example.shape[1:]) for example in examples)
     fits = memory.images(training_bytes(network.graph), torch.device("cpu"))
     count = min(fits, max(1, _MAX_NUMBERS // numbers))

@@ -126,6 +126,17 @@ def onnx_values(
     Raises:
         GdfqError: The file lacks a name.
     """
+    session = onnx_session(with_outputs(data, names), precise=precise)
+    found = run_once(session, names, _named_inputs(session, inputs))
+    return dict(zip(names, found, strict=True))
+
+
+def with_outputs(data: bytes, names: Sequence[str]) -> bytes:
+    """Return an ONNX file whose named values are outputs, too.
+
+    Raises:
+        GdfqError: The file lacks a name.
+    """
     import onnx
 
     model = onnx.load_from_string(data)
@@ -137,9 +148,7 @@ def onnx_values(
         )
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
-    session = onnx_session(model.SerializeToString(), precise=precise)
-    found = run_once(session, names, _named_inputs(session, inputs))
-    return dict(zip(names, found, strict=True))
+    return bytes(model.SerializeToString())
 
 
 def _named_inputs(session: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from gdfq.deploy.card import Card
-from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, is_equal
+from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes, is_equal
 from gdfq.deploy.runtimes import Run
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.seeding import stream
@@ -32,7 +33,7 @@ from gdfq.graph import queries
 from gdfq.graph.capture import Captured
 from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.placement import activation_bits
-from gdfq.student.scheme import Scheme
+from gdfq.student.scheme import PLACEMENTS, Placement, Scheme
 
 RANGE_FACTOR = 3.0
 """Float inputs are also compared at this multiple, where activations are clipped."""
@@ -207,6 +208,7 @@ class Target:
         runtime: The runtime that proves its files.
         weights: What holds the codes of weights.
         activations: What holds the codes of activations.
+        placements: The placements that the runtime computes as the student does.
         layout: Order of the dimensions of images.
         equality: What is compared before a file is kept, for people.
         unsupported: Returns the operators of a teacher's or an integer network's graph that the
@@ -224,6 +226,7 @@ class Target:
     runtime: Runtime | None = None
     weights: Carrier = Carrier("int8")
     activations: Carrier = Carrier("int8")
+    placements: tuple[Placement, ...] = PLACEMENTS
     layout: Literal["nchw", "nhwc"] = "nchw"
     equality: str = "outputs"
     unsupported: Callable[[fx.Graph], Sequence[str]] = _supports_all
@@ -251,6 +254,7 @@ class Target:
                 bits that it cannot hold.
         """
         self._check_operators(teacher.network.graph)
+        self._check_placement(scheme.placement)
         layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
         misfits = [
             *_misfits(
@@ -265,14 +269,19 @@ class Target:
         if misfits:
             raise UsageError(f"{self._needs()} the run would give {_listed(misfits)}.")
 
-    def check_network(self, network: IntegerNetwork) -> None:
+    def check_network(self, network: IntegerNetwork, placement: Placement) -> None:
         """Check that a finished network fits this target.
+
+        Args:
+            network: The frozen student.
+            placement: Its placement.
 
         Raises:
             UsageError: It does not; the text says which layers and activations would have to be
                 quantized again.
         """
         self._check_operators(network.graph)
+        self._check_placement(placement)
         misfits = [
             *_misfits(
                 (weight.name, self.weights.refusal(weight.bits, weight.zero_point))
@@ -294,6 +303,13 @@ class Target:
             raise UsageError(
                 f"each operator of the network must have a form in a file of target {self.name!r}; "
                 f"there is none for: {_listed(found)}. Choose another target: gdfq targets."
+            )
+
+    def _check_placement(self, placement: Placement) -> None:
+        if placement not in self.placements:
+            raise UsageError(
+                f"target {self.name!r} needs placement {' or '.join(self.placements)}; the "
+                f"network's is {placement}. Quantize it with --placement {self.placements[0]}."
             )
 
     def _needs(self) -> str:
@@ -331,6 +347,58 @@ def prove_by(load: Callable[[bytes], Run]) -> Callable[[Job, Path], Proof]:
         return Proof(inside, beyond)
 
     return prove
+
+
+Values = Callable[[Sequence[str], Sequence[Tensor]], Mapping[str, np.ndarray[Any, Any]]]
+"""Names of values inside a file, or of outputs, and a tensor for each input -> these values."""
+
+
+def prove_codes(
+    job: Job,
+    run: Run,
+    values: Values,
+    stored: Mapping[str, Any],
+    *,
+    same_beside_codes: bool = False,
+) -> Proof:
+    """Compare the outputs of a file with the student's, and each code from equal inputs.
+
+    Args:
+        job: The export.
+        run: The runtime.
+        values: The runtime, asked for values inside the file.
+        stored: How the file stores the codes of each activation, as `compare_codes` takes it.
+        same_beside_codes: Whether the outputs must be the same when no codes are asked for. A
+            runtime that fuses the rounding of a code away computes others.
+
+    Raises:
+        GdfqError: The outputs differ by more than rounding does, or codes do.
+    """
+    names = [codes.name for codes in stored.values()]
+
+    def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
+        found = values([*names, *job.outputs], examples.file)
+        codes, expected = compare_codes(job.network, examples.student, found, stored)
+        beside = [torch.from_numpy(found[name]) for name in job.outputs]
+        parity = compare(job, run, examples, codes, beside)
+        _check_from_equal_codes(job, expected, beside)
+        if same_beside_codes:
+            _check_from_equal_codes(job, beside, run(*examples.file))
+        return parity, codes
+
+    (inside, codes), (beyond, _) = map(of, job.inputs())
+    differing = [(found.name, found.differ) for found in codes if found.differ]
+    return Proof(inside, beyond, tuple(differing[:MAX_NAMED]))
+
+
+def _check_from_equal_codes(job: Job, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
+    """Raise GdfqError where outputs from equal codes differ by more than the rounding of floats."""
+    error = Parity.of(expected, actual, classes=False).relative_error
+    if not error <= FROM_EQUAL_CODES:
+        raise GdfqError(
+            "outputs must differ by the rounding of floats alone where codes are equal; those "
+            f"of {job.path.name} are {error:.2%} off. It was not kept; report the network."
+        )
 
 
 @torch.no_grad()

@@ -315,6 +315,8 @@ SPELLINGS: Mapping[str, str] = {
 AFFINE = frozenset({ADD, DIFFERENCE, MULTIPLY, DIVIDE})
 ADDCMUL = "aten.addcmul.default"
 """(t, x, y): t + x y."""
+ANTIALIASED = frozenset({"aten._upsample_bicubic2d_aa.vec", "aten._upsample_bilinear2d_aa.vec"})
+"""Resizing that weighs all pixels that a new one covers."""
 SQUARE_ROOT = "aten.sqrt.default"
 ROOTS = frozenset({"aten.rsqrt.default", SQUARE_ROOT, POWER})
 """Operators that make a standard deviation of a variance."""

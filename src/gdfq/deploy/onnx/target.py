@@ -6,26 +6,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.form import COMPATIBLE, PACKED_WEIGHTS, Form
 from gdfq.deploy.onnx.passes import PIXELS
 from gdfq.deploy.onnx.writer import to_onnx
-from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes
 from gdfq.deploy.runtimes import PRECISE, computed_in_float, onnx_runner, onnx_values
 from gdfq.deploy.saturation import layers_that_may_overflow
-from gdfq.deploy.target import (
-    MAX_NAMED,
-    Carrier,
-    Examples,
-    Job,
-    Proof,
-    Runtime,
-    Target,
-    compare,
-)
+from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
 from gdfq.errors import GdfqError
 
 ONNX_RUNTIME = Runtime(
@@ -39,7 +27,14 @@ COMPATIBLE_RUNTIME = replace(ONNX_RUNTIME, oldest=((2, "1.16"),))
 """ONNX Runtime 1.16 reads opset 19, and integer kernels for these operators are older."""
 
 
-def _write(job: Job, form: Form = PACKED_WEIGHTS, runtime: Runtime = ONNX_RUNTIME) -> bytes:
+def write_onnx(job: Job, form: Form = PACKED_WEIGHTS, runtime: Runtime = ONNX_RUNTIME) -> bytes:
+    """Return the ONNX file of an export.
+
+    Args:
+        job: The export.
+        form: The variant of the file.
+        runtime: The versions of ONNX Runtime that load it.
+    """
     pixels = job.card.preprocessing if job.raw_input else None
     safe = not layers_that_may_overflow(job.network)
     oldest = runtime.oldest_for(job.network)
@@ -64,27 +59,8 @@ def _prove(job: Job, written: Path) -> Proof:
 
 
 def _compare(job: Job, data: bytes, *, precise: bool) -> Proof:
-    run = onnx_runner(data, precise=precise)
-    stored = stored_codes(job.network)
-    names = [codes.name for codes in stored.values()]
-    outputs = job.outputs
-
-    def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
-        found = onnx_values(data, [*names, *outputs], examples.file, precise=precise)
-        codes, expected = compare_codes(job.network, examples.student, found, stored)
-        actual = [torch.from_numpy(found[name]) for name in outputs]
-        parity = compare(job, run, examples, codes, actual)
-        error = Parity.of(expected, actual, classes=False).relative_error
-        if not error <= FROM_EQUAL_CODES:
-            raise GdfqError(
-                "outputs must differ by the rounding of floats alone where codes are equal; those "
-                f"of {job.path.name} are {error:.2%} off. It was not kept; report the network."
-            )
-        return parity, codes
-
-    (inside, codes), (beyond, _) = map(of, job.inputs())
-    differing = [(found.name, found.differ) for found in codes if found.differ]
-    return Proof(inside, beyond, tuple(differing[:MAX_NAMED]))
+    run, values = onnx_runner(data, precise=precise), partial(onnx_values, data, precise=precise)
+    return prove_codes(job, run, values, stored_codes(job.network))
 
 
 def _notes(job: Job, data: bytes, proof: Proof) -> list[str]:
@@ -124,7 +100,7 @@ ONNX = Target(
     "onnx",
     ".onnx",
     "runs as integers in ONNX Runtime",
-    _write,
+    write_onnx,
     _prove,
     _notes,
     raw_input=True,
@@ -139,7 +115,7 @@ ONNX_COMPAT = Target(
     "onnx-compat",
     ".compat.onnx",
     "runs in older versions of ONNX Runtime and in other runtimes; weights of 8 bits on disk",
-    partial(_write, form=COMPATIBLE, runtime=COMPATIBLE_RUNTIME),
+    partial(write_onnx, form=COMPATIBLE, runtime=COMPATIBLE_RUNTIME),
     _prove,
     _notes,
     raw_input=True,

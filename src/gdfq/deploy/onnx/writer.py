@@ -35,6 +35,7 @@ from gdfq.deploy.onnx.passes import (
     pool_globally,
     remove_unused,
     replace_node,
+    round_before_sums,
 )
 from gdfq.deploy.onnx.sizes import PACKED
 from gdfq.errors import GdfqError, UsageError, first_line
@@ -111,6 +112,8 @@ def _rewrite(
         if node.domain == DOMAIN:
             writer.write(node)
     keep_codes(graph)
+    if form.rounds_before_sums:
+        round_before_sums(graph)
     keep_float(graph)
     if raw_input is not None:
         normalise_pixels(graph, raw_input)
@@ -355,7 +358,7 @@ class _Writer:
             current = self._constant(base, (values - offsets).astype(np.int8))
             offsets = np.zeros_like(offsets)
         elif bits in PACKED:
-            kind, numbers = PACKED[bits]
+            kind, numbers = PACKED[bits if self.form.has_int2 else max(bits, 3)]
             stored = self._constant(base, values.astype(numbers), kind)
             nodes.append(ir.node("Cast", [stored], {"to": ir.DataType.INT8}))
             current = nodes[-1].outputs[0]

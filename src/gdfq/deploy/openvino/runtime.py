@@ -1,0 +1,63 @@
+"""OpenVINO, which runs ONNX files on the CPU."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdfq.deploy.runtimes import Run, with_outputs
+from gdfq.errors import UsageError, first_line
+
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+"""Property of a compiled model. By default OpenVINO rounds floats to 16 bits on processors that
+compute with them."""
+
+
+def openvino_runner(data: bytes) -> Run:
+    """Return a function that runs an ONNX file in OpenVINO.
+
+    Raises:
+        UsageError: OpenVINO cannot read the file.
+    """
+    compiled = _compiled(data)
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        found = compiled([tensor.contiguous().numpy() for tensor in inputs])
+        return [torch.from_numpy(np.array(found[output])) for output in compiled.outputs]
+
+    return run
+
+
+def openvino_values(
+    data: bytes, names: Sequence[str], inputs: Sequence[Tensor]
+) -> Mapping[str, np.ndarray[Any, Any]]:
+    """Return named values of an ONNX file for some inputs, computed by OpenVINO.
+
+    Args:
+        data: Contents of the file.
+        names: Names of values inside it, or of outputs.
+        inputs: A tensor [N, *shape] for each input of the network, in order.
+
+    Raises:
+        GdfqError: The file lacks a name.
+        UsageError: OpenVINO cannot read the file.
+    """
+    compiled = _compiled(with_outputs(data, names))
+    found = compiled([tensor.contiguous().numpy() for tensor in inputs])
+    return {name: np.array(found[compiled.output(name)]) for name in names}
+
+
+def _compiled(data: bytes) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    try:
+        return core.compile_model(core.read_model(io.BytesIO(data)), "CPU", FLOAT32)
+    except RuntimeError as error:
+        raise UsageError(
+            "OpenVINO must be able to read each operator of the network; it says: "
+            f"{first_line(error)}. Choose another target: gdfq targets."
+        ) from error

@@ -1,0 +1,149 @@
+"""Files of the target `openvino`, in OpenVINO."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support import networks
+from support.small_runs import quantized_by_fast
+from torch import Tensor, nn
+
+import gdfq
+from gdfq import TARGETS, GdfqError, UsageError
+from gdfq.deploy.onnx.target import write_onnx
+from gdfq.deploy.openvino.target import OPENVINO
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import capture
+from gdfq.quantized import QuantizedNetwork
+from gdfq.recipes import Recipe
+from gdfq.student.scheme import Scheme
+
+needs_openvino = pytest.mark.needs("openvino")
+
+
+def single_pools(path: Path) -> list[str]:
+    """The inputs of poolings of one element."""
+    return [
+        node.input[0]
+        for node in onnx.load(path).graph.node
+        if node.op_type == "MaxPool" and [*node.attribute[0].ints] == [1, 1]
+    ]
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_file_is_equal_in_openvino_for_every_network(
+    name: str, tiny: Recipe, tmp_path: Path
+) -> None:
+    teacher, image = networks.captured(name), networks.images(1)
+    quantized = gdfq.quantize(teacher, image, "w4a4", tiny, placement="full")
+    exported = quantized.export(tmp_path / "q.openvino.onnx")
+    assert exported.target == "openvino"
+    assert exported.inside.typical_error < 1e-3
+    assert exported.beyond.typical_error < 1e-3
+
+
+@needs_openvino
+@pytest.mark.parametrize("weights", range(2, 9))
+def test_file_with_a_residual_is_equal_at_all_bits(weights: int, tmp_path: Path) -> None:
+    bits = f"w{weights}a{10 - weights}"
+    quantized = quantized_by_fast(networks.captured("Residual"), bits)
+    exported = quantized.export(tmp_path / "q.openvino.onnx")
+    assert exported.inside.agreement == exported.beyond.agreement == 100
+    assert exported.beyond.typical_error < 1e-5
+    assert len(single_pools(tmp_path / "q.openvino.onnx")) == 1
+
+
+@needs_openvino
+def test_default_file_with_a_residual_is_refused(small: QuantizedNetwork, tmp_path: Path) -> None:
+    """OpenVINO adds the convolution's output before it is rounded."""
+    fused = replace(OPENVINO, write=write_onnx)
+    with pytest.raises(GdfqError, match=r"% off. It was not kept"):
+        small.export(tmp_path / "q.openvino.onnx", target=fused)
+    assert list(tmp_path.iterdir()) == []
+    small.export(tmp_path / "q.openvino.onnx")
+
+
+class Perceptron(nn.Module):
+    """A residual of linear layers: its tensors [N, C] have no positions to pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).relu()
+        return self.last((self.second(x) + x).relu())
+
+
+@needs_openvino
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_residual_without_positions_is_equal(bits: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantized = quantized_by_fast(Perceptron().eval(), bits, shape=(3, 2, 2))
+    exported = quantized.export(tmp_path / "q.openvino.onnx")
+    assert exported.beyond.typical_error < 1e-5
+    kinds = [node.op_type for node in onnx.load(tmp_path / "q.openvino.onnx").graph.node]
+    assert {"Pad", "Slice"} <= set(kinds)
+
+
+@needs_openvino
+def test_file_takes_pixels(small: QuantizedNetwork, tmp_path: Path) -> None:
+    exported = small.export(tmp_path / "q.openvino.onnx", raw_input=True)
+    assert exported.beyond.typical_error < 1e-3
+
+
+def test_barrier_changes_no_code_in_onnx_runtime(small: QuantizedNetwork, tmp_path: Path) -> None:
+    """Weights of 2 bits are INT4: OpenVINO has no INT2."""
+    job = replace(TARGETS["onnx"], write=OPENVINO.write)
+    exported = small.export(tmp_path / "q.onnx", target=job)
+    assert exported.inside.max_difference == exported.beyond.max_difference == 0
+    (codes,) = single_pools(tmp_path / "q.onnx")
+    assert codes.startswith("conv2d_1.")
+    narrow = small.network.with_bits({small.network.weights[0].codes_name: 2})
+    quantized = gdfq.QuantizedNetwork(narrow, small.card, examples=small.examples)
+    quantized.export(tmp_path / "q.onnx", target=job)
+    model = onnx.load(tmp_path / "q.onnx")
+    stored = {value.name: value for value in model.graph.initializer}["conv1.weight"]
+    assert stored.data_type == onnx.TensorProto.INT4
+    assert np.abs(onnx.numpy_helper.to_array(stored).astype(int)).max() <= 2
+    assert model.opset_import[0].version == 21
+
+
+def test_what_openvino_computes_otherwise_is_refused(
+    small: QuantizedNetwork, tmp_path: Path
+) -> None:
+    """In placement relu the sums are float; resizing with anti-aliasing has other weights."""
+    protocol = gdfq.QuantizedNetwork(
+        small.network, replace(small.card, placement="relu"), examples=small.examples
+    )
+    proven = replace(OPENVINO, runtime=None)  # so that the check is reached without OpenVINO
+    with pytest.raises(UsageError, match=r"needs placement full; the network's is relu"):
+        protocol.export(tmp_path / "q.openvino.onnx", target=proven)
+
+    teacher = capture(Resized(), networks.images(1), classifier=False)
+    with pytest.raises(UsageError, match=r"none for: .* \(_upsample_bilinear2d_aa\)"):
+        OPENVINO.check_scheme(teacher, Scheme(Bits(8, 8), "full"))
+
+
+class Resized(nn.Module):
+    """Half of the size, each pixel a weighted mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, size=4, mode="bilinear", antialias=True)
+        return self.convolution(x)
+
+
+def test_missing_openvino_names_the_extra(
+    small: QuantizedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gdfq.deploy.target.find_spec", lambda module: None)
+    with pytest.raises(UsageError, match=r"OpenVINO must be .*pip install 'gdfq\[openvino\]'"):
+        small.export(tmp_path / "q.openvino.onnx")
