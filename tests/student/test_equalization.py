@@ -17,7 +17,7 @@ from gdfq.quantizers.lsq import best_range
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student
 from gdfq.student.equalization import activation_noise_share, channel_scales, rescaled
-from gdfq.student.scheme import Scheme
+from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.calibrate import calibrate_
 
 T1 = Scheme(Bits(4, 4), "relu")
@@ -89,12 +89,17 @@ def test_channel_factors_are_roots_of_their_scales() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "share"), [((4, 4), 1 / 2), ((8, 8), 1 / 2), ((4, 3), 1 / 5), ((8, 4), 1 / 257)]
+    ("bits", "readers", "share"),
+    [
+        *((4, [4], 1 / 2), (8, [8], 1 / 2), (4, [3], 1 / 5), (8, [4, 4, 4], 1 / 257)),
+        # Several layers: the mean of 1 and 256; a weight that stays float has no noise.
+        *((8, [8, 4], 2 / 259), (4, [4, None], 2 / 3), (8, [None], 1), (8, [], 1)),
+    ],
 )
 def test_activation_noise_share_is_that_of_the_noise_power(
-    bits: tuple[int, int], share: float
+    bits: int, readers: list[int | None], share: float
 ) -> None:
-    assert activation_noise_share(*bits) == pytest.approx(share)
+    assert activation_noise_share(bits, readers) == pytest.approx(share)
 
 
 def test_wide_activations_leave_narrow_weights_as_they_are() -> None:
@@ -106,6 +111,24 @@ def test_wide_activations_leave_narrow_weights_as_they_are() -> None:
     )
     assert float(narrow[1] / narrow[0]) > 1.9
     torch.testing.assert_close(wide, torch.ones(2), rtol=0.01, atol=0)
+
+
+def test_channel_factors_follow_the_bits_of_the_layer_that_reads_them() -> None:
+    """A depthwise layer of 8 bits behind activations of 8 bits takes the factors of equal bits."""
+    teacher = capture(Chain(nn.Identity()).eval(), networks.images(2, shape=(1, 8, 8)))
+    images = networks.images(16, seed=1, shape=(1, 8, 8))
+
+    def factors(scheme: Scheme) -> dict[str, float]:
+        scales = channel_scales(teacher, scheme, images)
+        return {name: float(scale.amax() / scale.amin()) for name, scale in scales.items()}
+
+    wide, narrow = (factors(Scheme(Bits(bits, 8), "full")) for bits in (8, 4))
+    assert min(wide.values()) > 1.9
+    assert max(narrow.values()) < 1.02
+    for own, expected in ((8, wide), (4, narrow)):
+        assert factors(Scheme(Bits(12 - own, 8), "full", (LayerBits("*", own),))) == expected
+    found = factors(Scheme(Bits(4, 8), "full", (LayerBits("depthwise", 8),)))
+    assert found == wide | {"conv2d_1": narrow["conv2d_1"]}  # which the last layer reads
 
 
 class Offset(nn.Module):

@@ -9,7 +9,7 @@ ranges of weights; here they follow from the scales of the grids.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +38,9 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
     layers where it is rounded again for them. The channel's divisor is (Δ_c / Δ)^σ. The weights of
     the next layer, which are multiplied by it, share grids too, so σ is the activation's share of
     the noise of rounding (`activation_noise_share`). Activations that must agree, such as the terms
-    of a sum, share the mean of their logarithms. Channels have no divisor if any operator reads
-    them other than convolutions, linear layers, ReLUs, sums, poolings and padding with zeros.
+    of a sum, share the mean of their logarithms, and the layers that read any of them. Channels
+    have no divisor if any operator reads them other than convolutions, linear layers, ReLUs, sums,
+    poolings and padding with zeros.
 
     Args:
         teacher: The trained network.
@@ -49,18 +50,26 @@ def channel_scales(teacher: Captured, scheme: Scheme, *inputs: Tensor) -> dict[s
     teacher = fold_batch_norms(teacher)
     ties = _ties(teacher.network.graph)
     bits_of = activation_bits(teacher, scheme) | layer_input_bits(teacher, scheme)
-    recorder = _ChannelRatios(teacher.network, bits_of, scheme.bits.weights, ties)
+    recorder = _ChannelRatios(teacher.network, bits_of, _reader_bits(teacher, scheme, ties), ties)
     recorder.run(*inputs)
     return {node.name: recorder.scale(top) for node, top in ties.items() if top in recorder.found}
 
 
-def activation_noise_share(bits: int, weight_bits: int) -> float:
-    """Return which share of the noise of rounding is that of activations: σ = 1 / (1 + 4^(a − w)).
+def activation_noise_share(bits: int, weight_bits: Sequence[int | None]) -> float:
+    """Return which share of the noise of rounding is that of an activation.
+
+        σ = 1 / (1 + mean over layers of 4^(a − w))
 
     The noise power of a grid of k bits is proportional to 4^−k. At equal bits σ is ½; 8-bit
     activations leave 4-bit weights as they are.
+
+    Args:
+        bits: Bits of the activation, a.
+        weight_bits: Bits of the weight of each layer that reads it, w; None for float, which adds
+            no noise.
     """
-    return 1 / (1 + 4.0 ** (bits - weight_bits))
+    noise = sum(4.0 ** (bits - w) for w in weight_bits if w is not None)
+    return 1 / (1 + noise / max(1, len(weight_bits)))
 
 
 @torch.no_grad()
@@ -95,11 +104,11 @@ class _ChannelRatios(fx.Interpreter):
         self,
         network: fx.GraphModule,
         bits_of: Mapping[fx.Node, int],
-        weight_bits: int,
+        reader_bits: Mapping[fx.Node, Sequence[int | None]],
         ties: Mapping[fx.Node, fx.Node],
     ) -> None:
         super().__init__(network)
-        self.bits_of, self.weight_bits, self.ties = bits_of, weight_bits, ties
+        self.bits_of, self.reader_bits, self.ties = bits_of, reader_bits, ties
         self.found: dict[fx.Node, list[Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -109,14 +118,37 @@ class _ChannelRatios(fx.Interpreter):
             apart = (scales_of_channels(value, bits) / best_range(value, bits)[0]).log()
             silent = value.transpose(0, 1).flatten(1).abs().amax(1) == 0
             apart.masked_fill_(silent, 0.0)
-            share = activation_noise_share(bits, self.weight_bits)
-            self.found.setdefault(self.ties[n], []).append(share * apart)
+            top = self.ties[n]
+            share = activation_noise_share(bits, self.reader_bits.get(top, ()))
+            self.found.setdefault(top, []).append(share * apart)
         return value
 
     def scale(self, top: fx.Node) -> Tensor:
         """Return the divisor of each channel, [C]."""
         apart = torch.stack(self.found[top]).mean(0)
         return apart.clamp(-math.log(_MAX_FACTOR), math.log(_MAX_FACTOR)).exp()
+
+
+def _reader_bits(
+    teacher: Captured, scheme: Scheme, ties: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, list[int | None]]:
+    """Return the bits of the weights of the layers that read activations with the same divisors.
+
+    Args:
+        teacher: The network, batch norms folded.
+        scheme: Bits of its layers.
+        ties: For each activation that may be scaled, the activation whose divisors it has.
+
+    Returns:
+        Bits, None for float, by the activations that others have the divisors of.
+    """
+    layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
+    weight_bits = scheme.weight_bits(layers)
+    found: dict[fx.Node, list[int | None]] = {}
+    for layer in layers:
+        if (source := queries.input_of(layer)) in ties:
+            found.setdefault(ties[source], []).append(weight_bits.get(layer))
+    return found
 
 
 def _ties(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
