@@ -25,6 +25,7 @@ from gdfq.graph.outputs import in_order
 from gdfq.graph.tensors import flat_module
 from gdfq.student.integer_form import SCALE
 from gdfq.student.integer_network import IntegerNetwork, scale_of
+from gdfq.student.ties import scale_off_ties
 
 
 def test_layer_and_rounding_have_hand_computed_values() -> None:
@@ -282,25 +283,61 @@ def test_form_computes_what_the_graph_says(bits: str) -> None:
         assert float(near.double().mean()) > 0.98  # rounding may move single codes
 
 
+def _between_grids(
+    operator: tuple[Any, ...], x_scale: Tensor, *y_grids: tuple[Tensor, float]
+) -> IntegerNetwork:
+    """Return a network of an operator between quantizers of 8 bits, one for each output.
+
+    Args:
+        operator: Its name, and what follows the tensor among its arguments.
+        x_scale: Scale of its input, whose zero point is -128.
+        *y_grids: Scale and zero point of each output.
+    """
+    grids = [(x_scale, -128.0), *y_grids]
+    graph, tensors = fx.Graph(), {}
+    x, outputs = graph.placeholder("x"), []
+    for i, (scale, zero_point) in enumerate(grids):
+        parts = {"scale": scale, "zero_point": torch.tensor(zero_point)}
+        tensors |= {f"quantized.{i}.{name}": value for name, value in parts.items()}
+        constants = [graph.get_attr(f"quantized.{i}.{name}") for name in parts]
+        rounded = graph.call_function(
+            operators.resolve(operators.FAKE_QUANTIZE), (x, *constants, 8)
+        )
+        if i == 0:
+            x = graph.call_function(operators.resolve(operator[0]), (rounded, *operator[1:]))
+        else:
+            outputs.append(rounded)
+    graph.output(tuple(outputs) if len(outputs) > 1 else outputs[0])
+    return IntegerNetwork(flat_module(graph, tensors))
+
+
 def _pooled(ratio: int, size: Any) -> IntegerNetwork:
     """Return a network of a mean between two quantizers, whose scales are as `ratio` to 255."""
     scale = torch.tensor(0.037)
-    tensors = {
-        "quantized.x.scale": scale,
-        "quantized.x.zero_point": torch.tensor(-128.0),
-        "quantized.y.scale": scale * ratio / 255,
-        "quantized.y.zero_point": torch.tensor(-127.0),
-    }
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    node = {name: graph.get_attr(name) for name in tensors}
-    for name in "xy":
-        grid = (node[f"quantized.{name}.scale"], node[f"quantized.{name}.zero_point"], 8)
-        x = graph.call_function(operators.resolve(operators.FAKE_QUANTIZE), (x, *grid))
-        if name == "x":
-            x = graph.call_function(operators.resolve(size[0]), (x, *size[1:]))
-    graph.output(x)
-    return IntegerNetwork(flat_module(graph, tensors))
+    return _between_grids(size, scale, (scale * ratio / 255, -127.0))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *((f"aten.{name}.default",) for name in ("celu", "log1p", "selu", "sin")),
+        *(("aten.pow.Tensor_Scalar", 3), ("aten.rsub.Scalar", 0.3)),
+    ],
+)
+def test_functions_that_had_results_at_ties_are_rounded_as_in_the_file(function: Any) -> None:
+    """The scale of the result would put one code of the input in the middle of two codes."""
+    name, *numbers = function
+    values = torch.arange(256) * torch.tensor(0.0123)
+    results = operators.resolve(name)(values.double(), *numbers)
+    ties = [(results[code].abs() / 90.5).float() for code in range(40, 256, 43)]
+    zero = torch.tensor(0.0)
+    grids = [(scale_off_ties(results, tie, zero, 8), 0.0) for tie in ties]
+    network = _between_grids(function, torch.tensor(0.0123), *grids)
+    data = to_onnx(network, [InputSpec("x", (256,))], {}, outputs=[f"y{i}" for i in range(6)])
+    for expected, actual in zip(
+        network(values[None]), onnx_runner(data)(values[None]), strict=True
+    ):
+        assert expected.equal(actual)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Scales on which no sum lies at a tie between two codes."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,36 +42,74 @@ def test_results_keep_their_distance_or_the_largest(
     assert _distance(results, found) >= min(best, 1e-4)
 
 
-def test_possible_results_are_those_of_all_pairs() -> None:
-    graph = fx.Graph()
-    x, y = graph.placeholder("x"), graph.placeholder("y")
-    first, second = tensor([1.0, 2.0]), tensor([0.5, -3.0])
+VALUES = {
+    "x": tensor([-2.0, 0.0, 4.0]),
+    "y": tensor([0.5, -3.0]),
+    "slope": tensor([0.25, 0.5]),
+    "many": torch.arange(2.0**16 // 3 + 1),
+}
 
-    def results(name: str, *arguments: object, **keywords: object) -> list[float] | None:
-        node = graph.call_function(operators.resolve(name), (x, y, *arguments), keywords)  # type: ignore[arg-type]
-        found = possible_results(node, first, second)
+
+class Results:
+    """A graph whose tensors have the values above, but for one of any values."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.x, self.y, self.any = map(self.graph.placeholder, ("x", "y", "any"))
+        self.slope, self.many = (self.graph.create_node("get_attr", n) for n in ("slope", "many"))
+
+    def call(self, name: str, *arguments: object, **keywords: object) -> fx.Node:
+        return self.graph.call_function(operators.resolve(name), arguments, keywords)  # type: ignore[arg-type]
+
+    def of(self, node: fx.Node) -> list[float] | None:
+        found = possible_results(node, lambda n: VALUES.get(str(n.target)))
         return None if found is None else found.tolist()
 
-    assert results(operators.ADD) == [1.5, -2, 2.5, -1]
-    assert results(operators.DIFFERENCE) == [0.5, 4, 1.5, 5]
-    assert results(operators.MULTIPLY) == [0.5, -3, 1, -6]
-    assert results(operators.ADD, alpha=2) is None
-    assert results(operators.DIVIDE) is None
+
+def test_possible_results_of_two_tensors_are_those_of_all_pairs() -> None:
+    g = Results()
+    assert g.of(g.call(operators.ADD, g.x, g.y)) == [-1.5, -5, 0.5, -3, 4.5, 1]
+    assert g.of(g.call(operators.ADD, g.x, g.y, alpha=2)) == [-1, -8, 1, -6, 5, -2]
+    assert g.of(g.call(operators.DIFFERENCE, g.y, g.x)) == [2.5, 0.5, -3.5, -1, -3, -7]
+    assert g.of(g.call(operators.DIVIDE, g.x, g.y)) == [-4, 2 / 3, 0, 0, 8, -4 / 3]
+    assert g.of(g.call(operators.MAXIMUM, g.x, g.y)) == [0.5, -2, 0.5, 0, 4, 4]
+    assert g.of(g.call(operators.ADD, g.x, g.any)) is None
 
 
-def test_possible_results_of_a_function_are_those_of_all_codes() -> None:
-    graph = fx.Graph()
-    x, y = graph.placeholder("x"), graph.placeholder("y")
+def test_possible_results_of_one_tensor_are_those_of_all_codes() -> None:
+    g = Results()
+    assert g.of(g.call("aten.hardsigmoid.default", g.x)) == [1 / 6, 0.5, 1]
+    assert g.of(g.call("aten.leaky_relu.default", g.x, 0.5)) == [-1, 0, 4]
+    assert g.of(g.call(operators.MULTIPLY, g.x, 3)) == [-6, 0, 12]
+    assert g.of(g.call(operators.ADD, g.x, g.x)) == [-4, 0, 8]
+    squared = g.call(operators.POWER, g.call("aten.neg.default", g.x), 2)
+    assert g.of(squared) == [4, 0, 16]
+    assert g.of(g.call(operators.ADD, squared, g.x)) == [2, 0, 20]
+    assert g.of(g.x) is None
+    assert g.of(g.call("aten.mean.dim", g.x, [1])) is None
+    assert g.of(g.call("aten.softmax.int", g.x, 1)) is None
+    assert g.of(g.call("aten.neg.default", g.call("aten.flip.default", squared, [1]))) is None
 
-    def results(name: str, *arguments: object) -> list[float] | None:
-        node = graph.call_function(operators.resolve(name), arguments)  # type: ignore[arg-type]
-        found = possible_results(node, tensor([-2.0, 0.0, 4.0]))
-        return None if found is None else found.tolist()
 
-    assert results("aten.hardsigmoid.default", x) == [1 / 6, 0.5, 1]
-    assert results("aten.leaky_relu.default", x, 0.5) == [-1, 0, 4]
-    assert results(operators.MULTIPLY, x, 3) == [-6, 0, 12]
-    assert results("aten.relu.default", x) is None
-    assert results("aten.mean.dim", x, [1]) is None
-    assert results(operators.ADD, x, y) is None
-    assert results(operators.ADD, x, x) is None
+def test_possible_results_with_a_constant_are_those_of_all_its_values() -> None:
+    g = Results()
+    assert g.of(g.call(operators.MULTIPLY, g.x, g.slope)) == [-0.5, -1, 0, 0, 1, 2]
+    assert g.of(g.call("aten.prelu.default", g.x, g.slope)) == [-0.5, -1, 0, 0, 4, 4]
+    assert g.of(g.call("aten.exp.default", g.slope)) is None
+    assert g.of(g.call(operators.MULTIPLY, g.x, g.many)) is None  # more than a step can look at
+    assert len(g.of(g.call(operators.MULTIPLY, g.y, g.many)) or ()) == 2 * len(VALUES["many"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("abs", "celu", "cos", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish", "log"),
+        *("log1p", "log_sigmoid", "mish", "neg", "reciprocal", "rsqrt", "selu", "sigmoid", "sign"),
+        *("silu", "sin", "softplus", "sqrt", "square", "tanh"),
+    ],
+)
+def test_functions_of_one_number_have_known_results(name: str) -> None:
+    g = Results()
+    function = operators.resolve(f"aten.{name}.default")
+    expected = [pytest.approx(float(function(x)), rel=1e-6, nan_ok=True) for x in VALUES["x"]]
+    assert g.of(g.call(f"aten.{name}.default", g.x)) == expected

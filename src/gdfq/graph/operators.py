@@ -272,14 +272,17 @@ LOG_SOFTMAX = frozenset({"aten.log_softmax.int"})
 SIGMOIDS = frozenset(f"aten.{name}.default" for name in ("sigmoid", "log_sigmoid", "hardsigmoid"))
 LOGARITHM, EXPONENTIAL = "aten.log.default", "aten.exp.default"
 MULTIPLY, DIVIDE = "aten.mul.Tensor", "aten.div.Tensor"
-FUNCTIONS = SIGMOIDS | frozenset(
-    f"aten.{name}.default"
+PRELU = "aten.prelu.default"
+"""(x, slopes): one slope, or one for each channel."""
+_UNTAGGED_POINTWISE = {PRELU} | frozenset(
+    f"aten.{name}"
     for name in (
-        *("abs", "elu", "erf", "exp", "gelu", "hardswish", "leaky_relu", "log", "mish", "neg"),
-        *("reciprocal", "rsqrt", "silu", "softplus", "sqrt", "square", "tanh"),
+        *("hardswish.default", "log_sigmoid.default", "floor_divide.default"),
+        *("where.Scalar", "where.ScalarOther", "where.ScalarSelf"),
     )
 )
-"""Functions of each number of their one tensor."""
+"""Operators that compute each number of their result from one of each tensor, and that PyTorch does
+not mark as such."""
 MOVES = frozenset(
     f"aten.{name}"
     for name in (
@@ -487,6 +490,12 @@ def name_of(node: fx.Node) -> str:
         return ""
     target: Any = node.target
     return _PYTHON_NAMES.get(target) or str(target)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Return whether an operator computes each number from one number of each of its tensors."""
+    tags: Any = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or name_of(node) in _UNTAGGED_POINTWISE
 
 
 def function_of(name: str) -> Callable[..., Any]:

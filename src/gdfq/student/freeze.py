@@ -132,7 +132,7 @@ class _Freezer:
         base = self._base(str(node.target).removeprefix(f"{ACTIVATION}."))
         (x,) = node.all_input_nodes
         scale, zero_point = module.grid()
-        results = self._possible_results(clamped(self.new[x]))
+        results = possible_results(clamped(self.new[x]), self._values_of)
         if results is not None:
             scale = scale_off_ties(results, scale, zero_point, module.bits)
         constants = [
@@ -142,18 +142,16 @@ class _Freezer:
         arguments: Any = (self.new[x], *constants, module.bits)
         return self.graph.call_function(operators.resolve(operators.FAKE_QUANTIZE), arguments)
 
-    def _possible_results(self, node: fx.Node) -> Tensor | None:
-        """Return all results of an operator on one or two quantized tensors, else None."""
-        grids = [activation_grid(source, self.tensors) for source in node.all_input_nodes]
-        if len(grids) not in {1, 2} or None in grids:
+    def _values_of(self, node: fx.Node) -> Tensor | None:
+        """Return all values of a constant or of a tensor on a grid, else None."""
+        if node.op == "get_attr":
+            return self.tensors[str(node.target)].unique()
+        found = activation_grid(node, self.tensors)
+        if found is None:
             return None
-        values = (
-            dequantize(torch.arange(low, high + 1, device=g.scale.device), *g.grid)
-            for g in grids
-            if g is not None
-            for low, high in [code_bounds(g.bits)]
-        )
-        return possible_results(node, *values)
+        low, high = code_bounds(found.bits)
+        codes = torch.arange(low, high + 1, device=found.scale.device)
+        return dequantize(codes, *found.grid)
 
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()

@@ -1,12 +1,14 @@
 """Scales on which no result lies at a tie between two codes.
 
 A sum of two quantized tensors takes few values: one for each pair of codes. So does a function of
-one, such as a sigmoid: one for each code. Some of them lie so near the middle between two codes of
+one, such as a sigmoid: one for each code, and whatever else computes a number from one number of
+each of a few tensors. Some of them lie so near the middle between two codes of
 the result's own grid that float rounding decides, and runtimes differ there. A change of the scale
 by a few millionths moves them off the middle.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
@@ -19,33 +21,55 @@ _CANDIDATE_COUNT, _RELATIVE_STRIDE = 64, 2.0**-20
 _SAFE_DISTANCE = 1e-4
 """In codes: float32 computes a sum of two tensors of 8 bits more exactly than that."""
 
-_OPERATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    operators.ADD: torch.add,
-    operators.DIFFERENCE: torch.sub,
-    operators.MULTIPLY: torch.mul,
-}
+_MAX_RESULTS = 2**16
+"""Those of two tensors of 8 bits."""
 
 
-def possible_results(node: fx.Node, *values: Tensor) -> Tensor | None:
-    """Return all results of an operator on quantized tensors, or None for other operators.
+def possible_results(node: fx.Node, values_of: Callable[[fx.Node], Tensor | None]) -> Tensor | None:
+    """Return all results of a function of tensors with few values, or None where there is none.
+
+    The function may consist of several operators, each of which computes a number from one number
+    of each tensor. A tensor that several of them read has the same value in all.
 
     Args:
-        node: A node that calls an operator.
-        *values: All values of each tensor that it reads, in order.
+        node: The node of the last operator.
+        values_of: Returns all values that a tensor on a grid or a constant has, else None.
+
+    Returns:
+        The results [M] in float64, for all combinations of values.
     """
-    name = operators.name_of(node)
-    if len(values) == 1 and (name in operators.FUNCTIONS or name in operators.WITH_NUMBERS):
-        first, *others = node.args
-        only = isinstance(first, fx.Node) and not any(isinstance(one, fx.Node) for one in others)
-        if not only or not callable(node.target):
+    if values_of(node) is not None:
+        return None  # it only moves values of a grid
+    inner, found, left = set[fx.Node](), dict[fx.Node, Tensor](), [node]
+    while left:
+        function = left.pop()
+        if not operators.is_pointwise(function):
             return None
-        results: Tensor = node.target(values[0].double(), *others, **node.kwargs)
-        return results
-    operation = _OPERATIONS.get(name)
-    if operation is None or node.kwargs or len(values) != 2 or len(node.args) != 2:
+        inner.add(function)
+        for source in function.all_input_nodes:
+            if source in inner or source in found:
+                continue
+            values = values_of(source)
+            if values is None:
+                left.append(source)
+            else:
+                found[source] = values
+    is_constant = all(source.op == "get_attr" for source in found)
+    if is_constant or math.prod(values.numel() for values in found.values()) > _MAX_RESULTS:
         return None
-    rows, columns = (one.double() for one in values)
-    return operation(rows[:, None], columns[None]).flatten()
+    wide = [v.double() if v.is_floating_point() else v for v in found.values()]
+    results = dict(zip(found, torch.meshgrid(*wide, indexing="ij"), strict=True))
+    for function in sorted(inner):
+        arguments, keywords = fx.node.map_arg((function.args, function.kwargs), results.__getitem__)
+        results[function] = _pointwise_form(function)(*arguments, **keywords)
+    return results[node].flatten()
+
+
+def _pointwise_form(node: fx.Node) -> Callable[..., Tensor]:
+    """Return a node's operator, in a form that has one parameter for each number."""
+    is_prelu = operators.name_of(node) == operators.PRELU
+    form: Callable[..., Tensor] = torch._prelu_kernel if is_prelu else node.target  # type: ignore[assignment]
+    return form
 
 
 def clamped(node: fx.Node) -> fx.Node:
