@@ -294,7 +294,8 @@ def _between_grids(
         *y_grids: Scale and zero point of each output.
     """
     grids = [(x_scale, -128.0), *y_grids]
-    graph, tensors = fx.Graph(), {}
+    graph = fx.Graph()
+    tensors: dict[str, Tensor] = {}
     x, outputs = graph.placeholder("x"), []
     for i, (scale, zero_point) in enumerate(grids):
         parts = {"scale": scale, "zero_point": torch.tensor(zero_point)}

@@ -145,7 +145,8 @@ class _Freezer:
     def _values_of(self, node: fx.Node) -> Tensor | None:
         """Return all values of a constant or of a tensor on a grid, else None."""
         if node.op == "get_attr":
-            return self.tensors[str(node.target)].unique()
+            values: Tensor = self.tensors[str(node.target)].unique()
+            return values
         found = activation_grid(node, self.tensors)
         if found is None:
             return None
