@@ -115,3 +115,13 @@ def test_functions_of_one_number_have_known_results(name: str) -> None:
     function = operators.resolve(f"aten.{name}.default")
     expected: Any = [pytest.approx(float(function(x)), rel=1e-6, nan_ok=True) for x in VALUES["x"]]
     assert g.of(g.call(f"aten.{name}.default", g.x)) == expected
+
+
+def test_results_with_a_constant_of_whole_numbers_are_found() -> None:
+    graph = fx.Graph()
+    x, constant = graph.placeholder("x"), graph.get_attr("constant")
+    product = graph.call_function(torch.ops.aten.mul.Tensor, (x, constant))
+    values = {x: torch.tensor([0.5, 1.0, 1.5]), constant: torch.tensor([2, 3])}
+    found = possible_results(product, values.get)
+    assert found is not None
+    assert found.tolist() == [1.0, 1.5, 2.0, 3.0, 3.0, 4.5]

@@ -57,8 +57,12 @@ def possible_results(node: fx.Node, values_of: Callable[[fx.Node], Tensor | None
     is_constant = all(source.op == "get_attr" for source in found)
     if is_constant or math.prod(values.numel() for values in found.values()) > _MAX_RESULTS:
         return None
-    wide = [v.double() if v.is_floating_point() else v for v in found.values()]
-    results = dict(zip(found, torch.meshgrid(*wide, indexing="ij"), strict=True))
+    counts = [values.numel() for values in found.values()]
+    results = {}
+    for i, (source, values) in enumerate(found.items()):  # of several types, which meshgrid refuses
+        shape = [-1 if i == j else 1 for j in range(len(counts))]
+        wide = values.double() if values.is_floating_point() else values
+        results[source] = wide.view(shape).expand(counts)
     for function in sorted(inner):
         arguments, keywords = fx.node.map_arg((function.args, function.kwargs), results.__getitem__)
         results[function] = _pointwise_form(function)(*arguments, **keywords)
