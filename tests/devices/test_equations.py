@@ -95,7 +95,9 @@ RETURN_NUMBERS: dict[Callable[..., Any], Call] = {
     ),
     integer.is_exact: lambda m: integer.is_exact(m(4).detach().int()),
 }
-WITHOUT_TENSORS = {grid.code_bounds, windows.per_axis, windows.padding_ends}
+WITHOUT_TENSORS = {grid.code_bounds} | {
+    *(windows.per_axis, windows.padding_ends, windows.source_pixels, windows.floored),
+}
 
 
 def _made_on(device: str, leaves: list[Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
