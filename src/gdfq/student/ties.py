@@ -2,9 +2,9 @@
 
 A sum of two quantized tensors takes few values: one for each pair of codes. So does a function of
 one, such as a sigmoid: one for each code, and whatever else computes a number from one number of
-each of a few tensors. Some of them lie so near the middle between two codes of
-the result's own grid that float rounding decides, and runtimes differ there. A change of the scale
-by a few millionths moves them off the middle.
+each of a few tensors. Some of them lie so near the middle between two codes of the result's own
+grid that float rounding decides, and runtimes differ there. A change of the scale by a few
+millionths moves them off the middle.
 """
 
 import math

@@ -11,7 +11,7 @@ _, HIGHEST = code_bounds(MAX_BITS)
 
 
 @dataclass(frozen=True)
-class Carrier:
+class StoredCodes:
     """The codes of an activation in a file.
 
     Codes of k < 8 bits are stored as the highest 2^k of int8: 112 to 127 for 4 bits. So they
@@ -45,14 +45,14 @@ class Carrier:
         return self.bits == MAX_BITS
 
 
-def carrier_of(grid: ActivationGrid) -> Carrier:
+def carrier_of(grid: ActivationGrid) -> StoredCodes:
     """Return how a file stores the codes of an activation."""
     lowest_code, highest_code = code_bounds(grid.bits)
     shift = HIGHEST - highest_code
     stored = Grid((float(grid.scale),), int(grid.zero_point) + shift)
-    return Carrier(f"{grid.name}.q", lowest_code + shift, stored, grid.bits)
+    return StoredCodes(f"{grid.name}.q", lowest_code + shift, stored, grid.bits)
 
 
-def carriers_of(network: IntegerNetwork) -> dict[str, Carrier]:
+def carriers_of(network: IntegerNetwork) -> dict[str, StoredCodes]:
     """Return how a file stores the codes of each activation, by the name of its grid."""
     return {grid.name: carrier_of(grid) for grid in network.activations}

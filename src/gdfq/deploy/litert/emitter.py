@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdfq.deploy.litert.carriers import Carrier
+from gdfq.deploy.litert.carriers import StoredCodes
 from gdfq.deploy.litert.flatbuffer import Array, FileBuilder, FileTensor, Grid
 from gdfq.deploy.litert.layout import (
     Order,
@@ -76,7 +76,7 @@ class Emitter:
         """Add a tensor with the shape and numbers of another."""
         return self.new(name, x.shape, x.order, x.tensor.dtype, x.grid)
 
-    def carried(self, carrier: Carrier, shape: Sequence[int], order: Order) -> Value:
+    def carried(self, carrier: StoredCodes, shape: Sequence[int], order: Order) -> Value:
         """Add a tensor of codes."""
         return self.new(carrier.name, shape, order, np.int8, carrier.grid)
 
@@ -179,7 +179,7 @@ class Emitter:
         result = self.new(f"{self.name_of(x)}.float", x.shape, x.order)
         return self.operator("DEQUANTIZE", replace(result, columns=x.columns), [x])
 
-    def quantized(self, x: Value, carrier: Carrier, *, may_be_below: bool) -> Value:
+    def quantized(self, x: Value, carrier: StoredCodes, *, may_be_below: bool) -> Value:
         """Return the codes of floats.
 
         Args:
@@ -198,7 +198,7 @@ class Emitter:
     def integer(
         self,
         kind: str,
-        carrier: Carrier,
+        carrier: StoredCodes,
         result: tuple[Sequence[int], Order],
         inputs: Sequence[Value | FileTensor | None],
         options: str,

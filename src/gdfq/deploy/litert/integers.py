@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gdfq.deploy.litert.carriers import Carrier
+from gdfq.deploy.litert.carriers import StoredCodes
 from gdfq.deploy.litert.emitter import Emitter, Value
 from gdfq.deploy.litert.flatbuffer import Grid
 from gdfq.deploy.litert.functions import depthwise_options
@@ -31,13 +31,13 @@ _MAX_WINDOW = 25
 are faster in floats."""
 
 
-def fits_layer(products: float, carrier: Carrier) -> bool:
+def fits_layer(products: float, carrier: StoredCodes) -> bool:
     """Return whether XNNPACK has an integer layer for the largest scale of its products."""
     return products / carrier.scale < _MAX_LAYER_RATIO
 
 
 def arithmetic(
-    emit: Emitter, kind: str, x: Value, y: Value, shape: Shape, carrier: Carrier
+    emit: Emitter, kind: str, x: Value, y: Value, shape: Shape, carrier: StoredCodes
 ) -> Value | None:
     """Write a sum, difference or product of two tensors of codes."""
     assert x.grid is not None
@@ -54,7 +54,7 @@ def arithmetic(
 
 
 def average(
-    emit: Emitter, name: str, x: Value, shape: Shape, carrier: Carrier, options: tuple[Any, ...]
+    emit: Emitter, name: str, x: Value, shape: Shape, carrier: StoredCodes, options: tuple[Any, ...]
 ) -> Value | None:
     """Write an average over equal windows: a depthwise convolution with codes 1.
 
@@ -81,7 +81,7 @@ def average(
     steps = Grid((scale * x.grid.scales[0],) * channels)
     bias = emit.file.constant("zeros", np.zeros(channels, np.int32), steps)
     title = carrier.name if len(shape) == 4 else f"{carrier.name}.map"
-    inner = Carrier(title, carrier.lowest, carrier.grid, carrier.bits)
+    inner = StoredCodes(title, carrier.lowest, carrier.grid, carrier.bits)
     codes = emit.integer(
         "DEPTHWISE_CONV_2D",
         inner,

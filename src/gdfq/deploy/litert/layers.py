@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from gdfq.deploy.litert.carriers import Carrier
+from gdfq.deploy.litert.carriers import StoredCodes
 from gdfq.deploy.litert.emitter import Emitter, NoFormError, Value
 from gdfq.deploy.litert.flatbuffer import Array, Grid
 from gdfq.deploy.litert.functions import convolution_options, depthwise_options
@@ -140,7 +140,7 @@ def _linear(emit: Emitter, weight: Tensor, x: Value, shape: Shape) -> Form:
 
 
 def codes_layer(
-    emit: Emitter, layer: IntegerLayer, x: Value, shape: Shape, carrier: Carrier
+    emit: Emitter, layer: IntegerLayer, x: Value, shape: Shape, carrier: StoredCodes
 ) -> Value:
     """Write a layer that adds products of codes, and return the codes of its output."""
     assert layer.weight is not None

@@ -1,25 +1,16 @@
 """The target `litert`: files of `writer`, compared with the student in LiteRT code by code."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from gdfq.deploy.litert.carriers import carriers_of
 from gdfq.deploy.litert.runtime import litert_runner, litert_values
 from gdfq.deploy.litert.writer import WrittenFile, to_litert, unsupported
 from gdfq.deploy.metadata import facts_of
-from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes
-from gdfq.deploy.target import (
-    MAX_NAMED,
-    Carrier,
-    Examples,
-    Job,
-    Proof,
-    Runtime,
-    Target,
-    compare,
-)
-from gdfq.errors import GdfqError
+from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
 
 
 def _file(job: Job) -> WrittenFile:
@@ -34,26 +25,11 @@ def _write(job: Job) -> bytes:
 
 def _prove(job: Job, written: Path) -> Proof:
     data, orders = written.read_bytes(), _file(job).orders
-    run = litert_runner(data)
 
-    def of(examples: Examples) -> tuple[Parity, list[CodesParity]]:
-        found = litert_values(data, orders, examples.file)
-        codes, expected = compare_codes(
-            job.network, examples.student, found, carriers_of(job.network)
-        )
-        actual = [torch.from_numpy(found[name].copy()) for name in job.outputs]
-        parity = compare(job, run, examples, codes, actual)
-        error = Parity.of(expected, actual, classes=False).relative_error
-        if not error <= FROM_EQUAL_CODES:
-            raise GdfqError(
-                "outputs must differ by the rounding of floats alone where codes are equal; those "
-                f"of {job.path.name} are {error:.2%} off. It was not kept; report the network."
-            )
-        return parity, codes
+    def values(_names: Sequence[str], inputs: Sequence[Tensor]) -> Mapping[str, Any]:
+        return litert_values(data, orders, inputs)  # these are all names
 
-    (inside, codes), (beyond, _) = map(of, job.inputs())
-    differing = [(found.name, found.differ) for found in codes if found.differ]
-    return Proof(inside, beyond, tuple(differing[:MAX_NAMED]))
+    return prove_codes(job, litert_runner(data), values, carriers_of(job.network))
 
 
 LITERT = Target(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.litert import integers
-from gdfq.deploy.litert.carriers import Carrier, carrier_of
+from gdfq.deploy.litert.carriers import StoredCodes, carrier_of
 from gdfq.deploy.litert.emitter import Emitter, NoFormError, Value
 from gdfq.deploy.litert.flatbuffer import FileBuilder, FileTensor
 from gdfq.deploy.litert.functions import FUNCTIONS, clamped, for_each_image, normalised_pixels
@@ -249,7 +249,7 @@ class _Writer:
         below = self._may_be_below(x, carrier)
         return self.emit.quantized(self._float(x), carrier, may_be_below=below)
 
-    def _may_be_below(self, node: fx.Node, carrier: Carrier) -> bool:
+    def _may_be_below(self, node: fx.Node, carrier: StoredCodes) -> bool:
         """Return whether values of a node may round to a number below a grid's lowest code."""
         return self._lowest(node) < carrier.low - carrier.scale / 2
 
@@ -297,7 +297,7 @@ class _Writer:
         weight = queries.weight_of(node)
         return counts_in_products(bias, layer.input.node, weight, self.tensors)
 
-    def _integer_layer(self, node: fx.Node, carrier: Carrier) -> Value | None:
+    def _integer_layer(self, node: fx.Node, carrier: StoredCodes) -> Value | None:
         layer = self.layers[node]
         assert layer.weight is not None
         assert layer.input is not None
@@ -306,7 +306,7 @@ class _Writer:
         x = self._codes(queries.input_of(node))
         return codes_layer(self.emit, layer, x, self._shape(node), carrier)
 
-    def _requantized(self, node: fx.Node, carrier: Carrier) -> list[Value]:
+    def _requantized(self, node: fx.Node, carrier: StoredCodes) -> list[Value]:
         """Return the parts of a concatenation, each rounded to the grid of the result."""
         parts = []
         for index, source in enumerate(_parts(node)):
@@ -373,7 +373,7 @@ class _Writer:
                 held[node] = values[index]
 
     def _joined(
-        self, node: fx.Node, parts: Sequence[Value], carrier: Carrier | None = None
+        self, node: fx.Node, parts: Sequence[Value], carrier: StoredCodes | None = None
     ) -> Value:
         shape = self._shape(node)
         dim = _dim(node) % len(shape)

@@ -21,8 +21,6 @@ ONNX_RUNTIME = Runtime(
 )
 """The type INT2 came with 1.24, a kernel that casts INT4 with 1.23, one that subtracts zero points
 of INT8 with 1.21, and opset 21 with 1.18."""
-
-
 COMPATIBLE_RUNTIME = replace(ONNX_RUNTIME, oldest=((2, "1.16"),))
 """ONNX Runtime 1.16 reads opset 19, and integer kernels for these operators are older."""
 
@@ -111,16 +109,14 @@ ONNX = Target(
     takes_size=True,
 )
 
-ONNX_COMPAT = Target(
-    "onnx-compat",
-    ".compat.onnx",
-    "runs in older versions of ONNX Runtime and in other runtimes; weights of 8 bits on disk",
-    partial(write_onnx, form=COMPATIBLE, runtime=COMPATIBLE_RUNTIME),
-    _prove,
-    _notes,
-    raw_input=True,
+ONNX_COMPAT = replace(
+    ONNX,
+    name="onnx-compat",
+    suffix=".compat.onnx",
+    summary="runs in older versions of ONNX Runtime and in other runtimes; weights of 8 bits on "
+    "disk",
+    write=partial(write_onnx, form=COMPATIBLE, runtime=COMPATIBLE_RUNTIME),
     runtime=COMPATIBLE_RUNTIME,
     weights=Carrier("int8"),
-    activations=Carrier("uint8"),
-    equality="every code and the outputs",
+    takes_size=False,
 )
