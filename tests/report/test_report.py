@@ -32,6 +32,7 @@ from gdfq.report.source_warnings import (
 )
 from gdfq.report.verdict import verdict
 from gdfq.report.wording import faster, lost_or_gained, size_words
+from gdfq.runs.names import CONFIG, METRICS
 
 TITLES = (
     "Expected accuracy drop",
@@ -750,3 +751,17 @@ def test_missing_tensorboard_is_reported_before_the_run(
     assert main(words) == 2
     assert "pip install 'gdfq[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_report_is_of_the_file_of_the_runs_target(run: Path, undrawn: None) -> None:
+    (run / "student.tflite").write_bytes(b"x" * 12345)
+    config, metrics = (json.loads((run / name).read_text()) for name in (CONFIG, METRICS))
+    inside = {"agreement": 100.0, "images": 32}
+    exported = {"path": "student.tflite", "target": "litert", "sha256": "abc", "inside": inside}
+    (run / CONFIG).write_text(json.dumps(config | {"target": "litert"}))
+    (run / METRICS).write_text(json.dumps(metrics | {"exports": {"student.tflite": exported}}))
+    page = gdfq.write_report(run).read_text()
+    assert "student.tflite has 12,345 bytes" in page
+    assert "LiteRT predicts the same class as the simulation for 100.0 % of 32 images" in page
+    assert "SHA-256 of student.tflite" in page
+    assert "gdfq bench" not in page.split("What to do next")[0]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gdfq.deploy.export import TARGETS
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import parse_json, read_json, read_npz, within
@@ -32,7 +33,7 @@ class Run:
         history: Losses and rates by step.
         evidence: Measurements by section, with the keys of the current version.
         arrays: Arrays of the evidence as `section.name`.
-        sizes: Bytes of the files that hold the network.
+        sizes: Bytes of the files that hold the network, the one to deploy first.
         problems: Why a part is empty, by file.
     """
 
@@ -51,11 +52,16 @@ class Run:
 
     @property
     def file(self) -> tuple[str, int] | None:
-        """Name and bytes of the file to deploy: the ONNX file if there is one."""
-        for name in (ONNX_FILE, STUDENT_FILE):
-            if name in self.sizes:
-                return name, self.sizes[name]
-        return None
+        """Name and bytes of the file to deploy: that of the run's target if there is one."""
+        return next(iter(self.sizes.items()), None)
+
+    @property
+    def exported(self) -> Record:
+        """What was written and proven as the file to deploy; empty if nothing was."""
+        name, _ = self.file or ("", 0)
+        if name == ONNX_FILE:
+            return self.metrics.get("export") or {}
+        return (self.metrics.get("exports") or {}).get(name) or {}
 
     @property
     def drop(self) -> float | None:
@@ -108,9 +114,11 @@ def read_run(folder: str | Path) -> Run:
             f"the run was made by gdfq {newer}, which is newer than this version ({__version__}). "
             "The page leaves out what this version does not know."
         )
+    target = TARGETS.get(str((config or {}).get("target")))
+    deployed = () if target is None else (target.file_name,)
     sizes = {
         name: (folder / name).stat().st_size
-        for name in (ONNX_FILE, STUDENT_FILE)
+        for name in (*deployed, ONNX_FILE, STUDENT_FILE)
         if (folder / name).exists()
     }
     return Run(

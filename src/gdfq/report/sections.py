@@ -220,9 +220,8 @@ def repeat(run: Run) -> Content | str:
         "test": "test data",
     }
     values = {label: run.config[key] for key, label in names.items() if run.config.get(key)}
-    exported = run.metrics.get("export") or {}
-    if exported.get("sha256"):
-        values["SHA-256 of the ONNX file"] = exported["sha256"]
+    if run.exported.get("sha256"):
+        values[f"SHA-256 of {run.exported.get('path', 'the file')}"] = run.exported["sha256"]
     recipe: Any = run.config.get("recipe")
     values["recipe"] = recipe.get("name") if isinstance(recipe, dict) else recipe
     values["seed"] = run.config.get("seed")

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from gdfq.deploy.export import TARGETS
+from gdfq.deploy.onnx.target import ONNX
 from gdfq.report.advice import advice
 from gdfq.report.drop import Drop, Level, drop_of
 from gdfq.report.read import Record, Run, number
@@ -125,13 +127,14 @@ def _evidence(run: Run, drop: Drop | None) -> Iterator[str]:
         yield _similarity(trust)
     if drop is None:
         yield f"Expected accuracy drop: no estimate. {why_not_estimated(run) or _NO_ESTIMATE}"
-    if faster(run.metrics) is None:
+    target = TARGETS.get(str(run.exported.get("target", ONNX.name)))
+    if faster(run.metrics) is None and target is ONNX:
         yield f"Speed: not measured. Measure it with gdfq bench {run.folder}."
-    exported = (run.metrics.get("export") or {}).get("inside") or {}
-    if exported.get("agreement") is not None:
+    inside = run.exported.get("inside") or {}
+    if inside.get("agreement") is not None and target is not None and target.runtime is not None:
         yield (
-            "File: ONNX Runtime predicts the same class as the simulation for "
-            f"{exported['agreement']:.1f} % of {exported.get('images', '')} images."
+            f"File: {target.runtime.name} predicts the same class as the simulation for "
+            f"{inside['agreement']:.1f} % of {inside.get('images', '')} images."
         )
 
 
