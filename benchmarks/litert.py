@@ -27,7 +27,8 @@ from torch import Tensor
 import gdfq
 from gdfq.data.datasets import load_data
 from gdfq.deploy.litert.runtime import LiteInterpreter, litert_runner
-from gdfq.deploy.runtimes import onnx_runner, onnx_session
+from gdfq.deploy.onnx.session import onnx_session
+from gdfq.deploy.runtimes import onnx_runner
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import find_recipe
 from gdfq.sources.given import GivenImages

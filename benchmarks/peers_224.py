@@ -51,7 +51,8 @@ import gdfq
 from gdfq.analysis.accuracy import logits_of
 from gdfq.data.datasets import load_data
 from gdfq.data.tensors import network_inputs
-from gdfq.deploy.benchmark import side_by_side
+from gdfq.deploy.benchmark import Candidate, side_by_side
+from gdfq.deploy.onnx.target import ONNX_RUNTIME
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.runtimes import onnx_runner
 from gdfq.execution.malloc import keep_freed_memory_
@@ -274,7 +275,11 @@ def latencies(row: Row, subject: Subject) -> Facts:
     files |= {method: row.of(method).path.with_suffix(".onnx") for method in methods}
     there = {name: path for name, path in files.items() if path.exists()}
     ((*timings,),) = side_by_side(
-        list(there.values()), subject.shape, seconds=5.0, batches=(1,), threads=(1,)
+        [Candidate(name, path, ONNX_RUNTIME) for name, path in there.items()],
+        [subject.shape],
+        seconds=5.0,
+        batches=(1,),
+        threads=(1,),
     )
     return {
         "ms": {

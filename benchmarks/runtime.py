@@ -28,7 +28,8 @@ import gdfq
 from gdfq.analysis.accuracy import logits_of
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
-from gdfq.deploy.benchmark import side_by_side
+from gdfq.deploy.benchmark import Candidate, side_by_side
+from gdfq.deploy.onnx.target import ONNX_RUNTIME
 from gdfq.deploy.onnx.writer import to_onnx
 from gdfq.deploy.runtimes import onnx_runner
 from gdfq.execution.listeners import Terminal
@@ -186,7 +187,8 @@ def measure(name: str, seconds: float) -> Iterator[dict[str, object]]:
     }
     contents = {kind: path.read_bytes() for kind, path in files.items()}
     _, shape, _ = network_of(name)
-    settings = list(side_by_side(list(contents.values()), shape, seconds=seconds))
+    candidates = [Candidate(kind, path, ONNX_RUNTIME) for kind, path in files.items()]
+    settings = list(side_by_side(candidates, [shape], seconds=seconds))
     examples = gdfq.load(folder / "w4a4").examples[0]
     for index, (kind, data) in enumerate(contents.items()):
         row: dict[str, object] = {"network": name, "file": kind, "bytes": len(data)}

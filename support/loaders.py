@@ -39,7 +39,8 @@ from gdfq.cli.types import Numbers, Shape, Size
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
-from gdfq.deploy.benchmark import side_by_side, size_of
+from gdfq.deploy.benchmark import size_of
+from gdfq.deploy.onnx.session import onnx_calls
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.checkpoints import Checkpoints
@@ -118,7 +119,7 @@ def read_onnx(data: bytes, folder: Path) -> None:
     (folder / "b.bin").write_bytes(bytes(16))
     (folder / "m.onnx").write_bytes(data)
     size_of(folder / "m.onnx")
-    next(side_by_side([folder / "m.onnx"], SHAPE, seconds=1e-9, batches=(1,), threads=(1,)))
+    onnx_calls(folder / "m.onnx", 1)([(1, *SHAPE)])()
 
 
 def read_text(data: bytes, _: Path) -> None:

@@ -17,7 +17,7 @@ from gdfq import UsageError
 from gdfq.analysis.accuracy import Predictions
 from gdfq.analysis.accuracy_drop import measure_expected_drop
 from gdfq.cli import main
-from gdfq.deploy.runtimes import onnx_session
+from gdfq.deploy.onnx.session import onnx_session
 from gdfq.graph.capture import Captured, capture
 from gdfq.quantized import QuantizedNetwork
 from gdfq.runs.diagnostics import gather

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gdfq
 from gdfq import UsageError
 from gdfq.data.tensors import load_tensors
-from gdfq.deploy.runtimes import onnx_session
+from gdfq.deploy.onnx.session import onnx_session
 from gdfq.graph.capture import capture
 from gdfq.graph.inputs import InputSpec
 from gdfq.quantized import QuantizedNetwork

@@ -1,6 +1,9 @@
 """`gdfq export` and `gdfq bench`."""
 
 import json
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,11 @@ from support.command_line import arguments
 
 from gdfq import TARGETS
 from gdfq.cli import main
+from gdfq.deploy.benchmark import Candidate
+from gdfq.deploy.onnx.session import onnx_calls
+from gdfq.errors import UsageError
+
+_QUICK = ("--batch", "1", "--threads", "1")
 
 
 def test_export_writes_files_that_bench_measures(
@@ -27,20 +35,22 @@ def test_export_writes_files_that_bench_measures(
     assert "100.0 % same predictions on 32 extreme images" in printed
     assert main(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
     assert main(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
-    assert main(["bench", str(out), "--seconds", "0.01"]) == 0
+    assert main(["bench", str(out), "--seconds", "0.01", *_QUICK, "--batch", "3"]) == 0
     table = capsys.readouterr().out
     assert "times smaller" in table
-    assert table.count("full precision") == table.count("w4a4") == 5
+    assert table.count("full precision") == table.count("student.onnx") == 2
+    assert f"{'student.safetensors':24}{'gdfq':14}" in table
+    assert "not measured: gdfq reads it" in table
     before = (out / "student.safetensors").read_bytes()
     assert main(["export", str(out), "--format", "safetensors"]) == 2
     assert "is the network itself" in capsys.readouterr().err
     assert (out / "student.safetensors").read_bytes() == before
     assert main(["bench", f"{place}/new/net.safetensors"]) == 2
-    assert "the folder of a run that holds student.onnx" in capsys.readouterr().err
+    assert "the folder of a run that holds exported files" in capsys.readouterr().err
     options = ["--raw-input", "--safe-x86"]
     assert main(["export", str(out), *options]) == 0
     assert "32 usual images" in capsys.readouterr().out
-    assert main(["bench", str(out), "--seconds", "0.01"]) == 0
+    assert main(["bench", str(out), "--seconds", "0.01", *_QUICK]) == 0
     model = onnx.load(out / "student.onnx")
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     model.doc_string = "changed"
@@ -69,27 +79,76 @@ def _network(inputs: list[list[Any]], folder: Path, outside: bool = False) -> st
     return str(path)
 
 
-def test_bench_compares_with_other_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_compares_with_other_files(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = str(place / "out")
     assert main(arguments(place)) == 0
     file = _network([["N", 3, 8, 8]], place, outside=True)
     assert (place / "against.data").stat().st_size >= 4 * 3 * 64
-    assert main(["bench", out, "--against", file, "--seconds", "0.01"]) == 0
+    (place / "out" / "student.openvino.onnx").write_bytes(b"12345")
+    monkeypatch.setattr(
+        "gdfq.deploy.target.find_spec", lambda name: None if name == "openvino" else find_spec(name)
+    )
+    assert main(["bench", out, "--against", file, "--seconds", "0.01", *_QUICK]) == 0
     size = sum((place / name).stat().st_size for name in ("against.onnx", "against.data"))
-    assert f"size      {size / 1024:.1f} KiB full precision" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{'full precision':24}{'ONNX Runtime':14}{f'{size / 1024:.1f} KiB':>10}" in printed
+    missing = (
+        r"student\.openvino\.onnx +OpenVINO .* not installed: pip install 'gdfq\[openvino\]'\n"
+    )
+    assert re.search(missing, printed)
     for inputs in (
         [[1, 3, 8, 8]],
         [["N", 3, 8, 8], ["N", 3, 8, 8]],
         [["N", "C", 8, 8]],
         [["N", 3, 4, 4]],
     ):
-        call = ["bench", out, "--against", _network(inputs, place), "--seconds", "0.01"]
-        assert main(call) == 2
-        error = capsys.readouterr().err
-        assert "must take one batch of images Nx3x8x8 of any size N" in error
+        with pytest.raises(UsageError, match="must take batches Nx3x8x8 of any size N"):
+            onnx_calls(Path(_network(inputs, place)), 1)([(1, 3, 8, 8)])
+    assert main(["bench", out, "--against", file, "--seconds", "0.01", *_QUICK]) == 2
+    assert "must take batches Nx3x8x8 of any size N" in capsys.readouterr().err
     (place / "against.onnx").write_bytes(b"hello")
     assert main(["bench", out, "--against", str(place / "against.onnx")]) == 2
     assert "must be an ONNX model" in capsys.readouterr().err
+
+
+def test_bench_does_not_load_a_file_that_may_hold_code(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A .pt2 file is written again from the network: one that others wrote could run code."""
+    out = place / "out"
+    assert main(arguments(place, "--target", "pt2")) == 0
+    (out / "student.pt2").write_bytes(b"not the file that was compared")
+    assert main(["bench", str(out)]) == 2
+    assert "student.pt2 must be the file that was compared" in capsys.readouterr().err
+    metrics = (out / "metrics.json").read_text()
+    (out / "metrics.json").write_text(metrics.replace('"sha256"', '"unknown"'))
+    contents: dict[str, bytes] = {}
+
+    def read(files: Sequence[Candidate], *_: object, **__: object) -> list[Any]:
+        contents.update({file.name: file.path.read_bytes() for file in files})
+        return []
+
+    monkeypatch.setattr("gdfq.cli.bench.side_by_side", read)
+    assert main(["bench", str(out)]) == 0
+    assert list(contents) == ["full precision", "student.pt2"]
+    assert contents["student.pt2"].startswith(b"PK")
+
+
+def test_bench_measures_a_run_without_an_onnx_file(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ai_edge_litert", reason="needs LiteRT: pip install 'gdfq[litert]'")
+    assert main(arguments(place, "--target", "litert")) == 0
+    capsys.readouterr()
+    assert main(["bench", str(place / "out"), "--seconds", "0.01", *_QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"full precision +LiteRT .*\nstudent\.tflite +LiteRT .* smaller .*x\n", printed
+    )
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    assert [t["runtime"] for t in metrics["bench"]] == ["LiteRT", "LiteRT"]
 
 
 def test_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from support import networks
 from support.small_runs import quantized_by_fast
 
 from gdfq.deploy.onnx.codes import StoredCodes, has_ties, stored_codes
+from gdfq.deploy.onnx.session import onnx_session
 from gdfq.deploy.onnx.writer import to_onnx
-from gdfq.deploy.runtimes import onnx_session, onnx_values
+from gdfq.deploy.runtimes import onnx_values
 from gdfq.quantized import QuantizedNetwork
 from gdfq.student.integer_network import ActivationGrid, IntegerNetwork
 

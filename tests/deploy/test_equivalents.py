@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import gdfq
 from gdfq import UsageError
 from gdfq.deploy.onnx.equivalents import with_equivalents
+from gdfq.deploy.onnx.session import onnx_session
 from gdfq.deploy.onnx.writer import _exported
-from gdfq.deploy.runtimes import onnx_session
 from gdfq.functional.windows import source_pixels
 from gdfq.graph import operators
 from gdfq.graph.capture import capture

@@ -14,7 +14,8 @@ from torch import nn
 
 import gdfq
 from gdfq import GdfqError, UsageError
-from gdfq.deploy.runtimes import onnx_runner, onnx_session
+from gdfq.deploy.onnx.session import onnx_session, run_once
+from gdfq.deploy.runtimes import onnx_runner
 from gdfq.functional.grid import Bits
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
@@ -169,7 +170,7 @@ def test_invalid_model_is_a_clear_error(
         small.export(tmp_path / "q.onnx")
     session = onnx_session(_identity())
     with pytest.raises(UsageError, match="run the file on these images"):
-        gdfq.deploy.runtimes.run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
+        run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
 
 
 def _identity() -> onnx.ModelProto:

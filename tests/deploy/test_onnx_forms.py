@@ -17,8 +17,9 @@ import gdfq
 from gdfq import UsageError
 from gdfq.deploy.onnx.equivalents import with_equivalents
 from gdfq.deploy.onnx.lowering import lower
+from gdfq.deploy.onnx.session import onnx_session
 from gdfq.deploy.onnx.writer import _exported
-from gdfq.deploy.runtimes import computed_in_float, onnx_session
+from gdfq.deploy.runtimes import computed_in_float
 from gdfq.graph import operators
 from gdfq.graph.capture import capture
 from gdfq.graph.tensors import flat_module, tensors_of

@@ -11,7 +11,8 @@ from support.small_runs import quantized_by_fast
 from torch import Tensor
 
 from gdfq import GdfqError
-from gdfq.deploy.runtimes import PRECISE, onnx_runner
+from gdfq.deploy.onnx.session import PRECISE
+from gdfq.deploy.runtimes import onnx_runner
 from gdfq.deploy.saturation import layers_that_may_overflow, without_overflow
 from gdfq.quantized import QuantizedNetwork
 

@@ -36,7 +36,7 @@ from gdfq.data.preprocessing import Resize
 from gdfq.data.writers import ImageFiles
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.benchmark import size_of
-from gdfq.deploy.runtimes import onnx_session
+from gdfq.deploy.onnx.session import onnx_session
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.checkpoints import Checkpoints

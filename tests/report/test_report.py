@@ -305,9 +305,21 @@ def test_faster_is_for_one_image_on_one_thread() -> None:
         return {"batch": batch, "threads": 1, "median": median}
 
     timings = [timing(1, 3.0), timing(1, 2.0), timing(32, 9.0), timing(32, 1.0)]
-    assert faster({"bench": timings}) == 1.5
-    assert faster({}) is None
+    assert faster({"bench": timings}, "student.onnx") == 1.5  # of a version that timed it alone
+    assert faster({"bench": timings}, "student.tflite") is None
+    assert faster({}, "student.onnx") is None
     assert "1.5 times as fast" in verdict(made(metrics={"bench": timings})).sentence
+
+
+def test_faster_is_of_the_file_of_the_run() -> None:
+    def timing(file: str, median: float) -> dict[str, Any]:
+        return {"file": file, "runtime": "R", "batch": 1, "threads": 1, "median": median}
+
+    rows = [("full precision", 8.0), ("student.onnx", 4.0), ("full precision", 6.0)]
+    bench = [timing(*row) for row in (*rows, ("student.tflite", 2.0))]
+    assert faster({"bench": bench}, "student.tflite") == 4
+    assert faster({"bench": bench}, "student.onnx") == 2
+    assert faster({"bench": bench}, "student.pt2") is None
 
 
 def test_verdict_says_gained_and_slower() -> None:
@@ -717,9 +729,10 @@ def test_print_run_says_why_the_drop_is_not_estimated(
 
 
 def test_bench_adds_its_timings_to_the_run(run: Path, undrawn: None) -> None:
-    assert main(["bench", str(run), "--seconds", "0.01"]) == 0
+    setting = ["--batch", "1", "--threads", "1"]
+    assert main(["bench", str(run), "--seconds", "0.01", *setting]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
-    assert {t["file"] for t in metrics["bench"]} == {"full precision", "w4a4"}
+    assert [t["file"] for t in metrics["bench"]] == ["full precision", "student.onnx"]
     assert re.search("times (as fast|slower)", str(page_of(run)))
 
 
@@ -764,4 +777,4 @@ def test_report_is_of_the_file_of_the_runs_target(run: Path, undrawn: None) -> N
     assert "student.tflite has 12,345 bytes" in page
     assert "LiteRT predicts the same class as the simulation for 100.0 % of 32 images" in page
     assert "SHA-256 of student.tflite" in page
-    assert "gdfq bench" not in page.split("What to do next")[0]
+    assert "gdfq bench" in page.split("What to do next")[0]

@@ -200,15 +200,33 @@ def export_command(**options: Any) -> None:
     show_default=True,
     help="Time for each measurement.",
 )
-def bench_command(folder: Path, against: Path | None, seconds: float) -> None:
-    """Measure size, latency and throughput of DIR's ONNX file in ONNX Runtime.
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 32),
+    show_default=True,
+    help="Images in a call; repeat it for several.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="Threads of the runtime; repeat it for several. More than there are cores are left out.",
+)
+def bench_command(**options: Any) -> None:
+    """Compare DIR's exported files in their runtimes: size, memory, latency and throughput.
 
-    Without --against, the file is compared with the same network in float32, which has the size and
-    speed of full precision.
+    Each file runs in a process of its own, in the runtime of its target. A file whose runtime is
+    not installed is listed with the extra that installs it. They are compared with the same network
+    in float32, once for each runtime, or with the file of --against.
     """
     from gdfq.cli.bench import bench
 
-    bench(folder, against, seconds)
+    bench(**options)
 
 
 @cli.command("report")

@@ -21,8 +21,8 @@ def facts(target: Target) -> dict[str, str]:
         found["also"] = ", ".join(others)
     if target.runtime is not None:
         found["runs in"] = _versions(target.runtime)
-        extra = target.runtime.extra
-        found["install"] = f"pip install 'gdfq[{extra}]'" if extra else "installed with gdfq"
+        comes_along = not target.runtime.extra
+        found["install"] = "installed with gdfq" if comes_along else target.runtime.installation
     found["weights"] = target.weights.in_words()
     found["activations"] = target.activations.in_words()
     found["images"] = target.layout.upper()

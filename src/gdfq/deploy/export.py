@@ -18,6 +18,7 @@ from gdfq.deploy.runtimes import Run, program_runner
 from gdfq.deploy.safetensors import from_safetensors, to_safetensors
 from gdfq.deploy.saturation import without_overflow
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_by
+from gdfq.deploy.torch_calls import program_calls
 from gdfq.deploy.torch_export import to_program
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
@@ -46,7 +47,8 @@ TARGETS: Mapping[str, Target] = {
             lambda job: to_program(job.network, job.card.inputs),
             prove_by(program_runner),
             lambda *_: ["needs only torch; weights take one byte per code"],
-            runtime=Runtime("PyTorch", "torch"),
+            runtime=Runtime("PyTorch", "torch", calls=program_calls),
+            loads_code=True,
             activations=Carrier("float of whole numbers"),
         ),
         Target(

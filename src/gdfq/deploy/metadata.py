@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from gdfq.deploy.card import Card
-from gdfq.deploy.runtimes import PRECISE
+from gdfq.deploy.onnx.session import PRECISE
 from gdfq.graph.inputs import takes_images
 
 _LOADS_ALL = "1.24"

@@ -2,7 +2,7 @@
 
 import io
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,88 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdfq.errors import GdfqError, UsageError, first_line
+from gdfq.deploy.onnx.session import loaded, onnx_session, run_once, session_options
+from gdfq.errors import GdfqError, first_line
 from gdfq.execution.tracing import exclusive_tracing
 from gdfq.graph.outputs import in_order
 
 Run = Callable[..., list[Tensor]]
 """One tensor [N, *shape] for each input -> the network's outputs in order, all on the CPU."""
-
-PRECISE = ("session.x64quantprecision", "1")
-"""Session option that prevents saturation of 8-bit sums on x86 processors without VNNI. ONNX
-Runtime then uses slower kernels there; other processors ignore it."""
-
-_PROVIDERS = ["CPUExecutionProvider"]
-
-
-def onnx_session(file: bytes | Path, threads: int = 0, *, precise: bool = False) -> Any:
-    """Return a session of ONNX Runtime on the CPU.
-
-    Args:
-        file: Its contents, or its path if it has external weights.
-        threads: Number of threads; 0 is the number of cores.
-        precise: Whether 8-bit sums must not saturate (see `PRECISE`).
-
-    Raises:
-        UsageError: ONNX Runtime cannot load the file.
-    """
-    options = _options()
-    options.intra_op_num_threads = threads
-    if precise:
-        options.add_session_config_entry(*PRECISE)
-    return _loaded(file, options)
-
-
-def _options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised instead
-    return options
-
-
-def _loaded(file: bytes | Path, options: Any) -> Any:
-    import onnxruntime
-
-    content = str(file) if isinstance(file, Path) else file
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=_PROVIDERS)
-    except _errors() as error:
-        raise UsageError(
-            "the file must be an ONNX model that ONNX Runtime can load; it says: "
-            f"{first_line(error)}. Export it again."
-        ) from error
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of ONNX Runtime, whose types have no public name."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = (
-        *("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel"),
-        *("NoSuchFile", "NotImplemented", "RuntimeException"),
-    )
-    return (RuntimeError, ValueError, *(getattr(state, name) for name in names))
-
-
-def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, object]) -> list[Any]:
-    """Return the named outputs of a session, or all.
-
-    Args:
-        session: An ONNX Runtime session.
-        names: Names of the outputs; None for all in order.
-        feed: Arrays by the names of the inputs.
-
-    Raises:
-        UsageError: The model does not run.
-    """
-    try:
-        return list(session.run(names, feed))
-    except _errors() as error:
-        raise UsageError(
-            "ONNX Runtime must be able to run the file on these images; it says: "
-            f"{first_line(error)}. Export it again."
-        ) from error
 
 
 def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
@@ -187,11 +112,11 @@ def computed_in_float(data: bytes) -> list[tuple[str, str]]:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
-        options, path = _options(), Path(folder) / "optimized.onnx"
+        options, path = session_options(), Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)
         # Higher levels change the memory layout for this processor.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        _loaded(data, options)
+        loaded(data, options)
         graph = onnx.load(path).graph
     before = onnx.load_from_string(data).graph.node
     by_weight = {node.input[1]: node.name for node in before if len(node.input) > 1}

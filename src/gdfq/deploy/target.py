@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from gdfq.deploy.calls import Load
 from gdfq.deploy.card import Card
 from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_codes, is_equal
 from gdfq.deploy.runtimes import Run
@@ -123,12 +124,23 @@ class Runtime:
         oldest: The oldest version that runs a file, by the fewest bits of its weights: in
             ascending order the bits from which on a version is enough, and that version. Empty if
             it is not known.
+        calls: Loads a file to be timed; None if files of this runtime are not timed.
     """
 
     name: str
     module: str
     extra: str = ""
     oldest: tuple[tuple[int, str], ...] = ()
+    calls: Load | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        return find_spec(self.module) is not None
+
+    @property
+    def installation(self) -> str:
+        """The command that installs it; what installs gdfq if gdfq itself needs it."""
+        return f"pip install '{f'gdfq[{self.extra}]' if self.extra else 'gdfq'}'"
 
     def oldest_for(self, network: IntegerNetwork) -> str | None:
         """Return the oldest version that runs the file of a network; None if it is not known."""
@@ -142,11 +154,11 @@ class Runtime:
         Raises:
             UsageError: It is not.
         """
-        if find_spec(self.module) is None:
+        if not self.is_installed:
             raise UsageError(
                 f"a file for {self.name} is kept only if it is equal there, so {self.name} must be "
                 f"installed; the module {self.module!r} is not found. Install it with: "
-                f"pip install 'gdfq[{self.extra}]'"
+                f"{self.installation}"
             )
 
 
@@ -214,6 +226,8 @@ class Target:
         unsupported: Returns the operators of a teacher's or an integer network's graph that the
             runtime cannot express, each named with its layer or node.
         takes_size: Whether `--bits auto` can choose bits for the size of its files.
+        loads_code: Whether a file can hold code that runs when it is loaded. Files that others may
+            have written are then not loaded.
     """
 
     name: str
@@ -231,6 +245,7 @@ class Target:
     equality: str = "outputs"
     unsupported: Callable[[fx.Graph], Sequence[str]] = _supports_all
     takes_size: bool = False
+    loads_code: bool = False
 
     @property
     def file_name(self) -> str:

@@ -55,7 +55,7 @@ def verdict(run: Run, warnings: Sequence[str] = ()) -> Verdict:
     """
     drop = drop_of(run)
     level = "unknown" if drop is None else drop.level()
-    parts = list(filter(None, (_size(run), _speed(run.metrics), _lost(run, drop))))
+    parts = list(filter(None, (_size(run), _speed(run), _lost(run, drop))))
     start = _UNKNOWN if drop is None else _SENTENCES[drop.kind][level]
     sentence = f"{start}: {', '.join(parts)}." if parts else f"{start}."
     facts, actions = tuple(_evidence(run, drop)), tuple(advice(run, level, warnings))
@@ -78,11 +78,15 @@ def _size(run: Run) -> str | None:
     return size if before is None else f"{size}, {smaller(before, run.file[1])}"
 
 
-def _speed(metrics: Record) -> str | None:
-    times = faster(metrics)
+def _speed(run: Run) -> str | None:
+    times = _faster(run)
     if times is None:
         return None
     return f"{times:.1f} times as fast" if times >= 1 else f"{1 / times:.1f} times slower"
+
+
+def _faster(run: Run) -> float | None:
+    return None if run.file is None else faster(run.metrics, run.file[0])
 
 
 def _lost(run: Run, drop: Drop | None) -> str:
@@ -128,7 +132,8 @@ def _evidence(run: Run, drop: Drop | None) -> Iterator[str]:
     if drop is None:
         yield f"Expected accuracy drop: no estimate. {why_not_estimated(run) or _NO_ESTIMATE}"
     target = TARGETS.get(str(run.exported.get("target", ONNX.name)))
-    if faster(run.metrics) is None and target is ONNX:
+    is_timed = target is not None and target.runtime is not None and target.runtime.calls
+    if is_timed and _faster(run) is None:
         yield f"Speed: not measured. Measure it with gdfq bench {run.folder}."
     inside = run.exported.get("inside") or {}
     if inside.get("agreement") is not None and target is not None and target.runtime is not None:

@@ -1,6 +1,7 @@
 """Sizes, drops and speeds in words."""
 
 from gdfq.report.read import Record
+from gdfq.runs.names import ONNX_FILE
 
 
 def size_words(count: float) -> str:
@@ -24,12 +25,22 @@ def lost_or_gained(points: float) -> str:
     return f"{abs(points):.2f} points {'lost' if points >= 0 else 'gained'}"
 
 
-def faster(metrics: Record) -> float | None:
+def faster(metrics: Record, name: str) -> float | None:
     """Speed relative to full precision for one image on one thread; None if not measured.
 
     `gdfq bench` measures it.
+
+    Args:
+        metrics: The metrics of a run.
+        name: Name of its file.
     """
     timings = [t for t in metrics.get("bench") or [] if (t["batch"], t["threads"]) == (1, 1)]
-    if len(timings) != 2:
+    measured = [t for t in timings[1:] if _file_of(t) == name]
+    if not measured:
         return None
-    return float(timings[0]["median"]) / float(timings[1]["median"])
+    return float(timings[0]["median"]) / float(measured[0]["median"])
+
+
+def _file_of(timing: Record) -> object:
+    """Return the file that was measured. Older versions measured student.onnx alone."""
+    return timing.get("file") if "runtime" in timing else ONNX_FILE

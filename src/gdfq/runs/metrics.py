@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypedDict, cast
 
+from gdfq.deploy.export import TARGETS
+from gdfq.deploy.target import Target
 from gdfq.errors import UsageError, first_line
 from gdfq.files.atomic import write_json
 from gdfq.files.untrusted import read_json, within
@@ -12,7 +14,7 @@ from gdfq.runs.names import CONFIG, METRICS, ONNX_FILE
 
 EXPORT: Final = "export"
 BENCH: Final = "bench"
-"""Keys of the metrics that describe the run's ONNX file."""
+"""Keys of the metrics that describe the run's ONNX file, and the speed of all exported files."""
 EXPORTS: Final = "exports"
 """Key of the metrics that describe the run's other exported files, by their names."""
 
@@ -100,7 +102,7 @@ def noted_export(
 ) -> dict[str, Any]:
     """Return the metrics that an exported file changes.
 
-    What was measured of an ONNX file before it is dropped.
+    What was measured of another file with this name is dropped.
 
     Args:
         folder: The run folder.
@@ -108,15 +110,25 @@ def noted_export(
         exported: What was written.
         metrics: The metrics of the run.
     """
-    if path.resolve() == (folder / ONNX_FILE).resolve():
-        return {EXPORT: dict(exported), **({BENCH: []} if BENCH in metrics else {})}
     if path.resolve().parent != folder.resolve():
         return {}
-    return {EXPORTS: {**metrics.get(EXPORTS, {}), path.name: dict(exported)}}
+    bench = {BENCH: _without(metrics[BENCH], path.name)} if BENCH in metrics else {}
+    if path.name == ONNX_FILE:
+        return {EXPORT: dict(exported), **bench}
+    return {EXPORTS: {**metrics.get(EXPORTS, {}), path.name: dict(exported)}, **bench}
+
+
+def _without(timings: Sequence[Any], name: str) -> list[Any]:
+    """Return timings without those of a file, or of an older version, which names no files."""
+    return [
+        timing
+        for timing in timings
+        if isinstance(timing, dict) and "runtime" in timing and timing.get("file") != name
+    ]
 
 
 def note_bench(folder: Path, timings: Sequence[Mapping[str, Any]]) -> None:
-    """Write into the metrics of a run how fast its ONNX file is."""
+    """Write into the metrics of a run how fast its exported files are."""
     _note(folder, {BENCH: list(timings)})
 
 
@@ -126,18 +138,51 @@ def _note(folder: Path, changes: Mapping[str, Any]) -> None:
         write_json(folder / METRICS, {**read_metrics(folder), **changes})
 
 
-def check_export(folder: Path) -> None:
-    """Check that the ONNX file of a run is the one that was compared with the network.
+def exported_files(folder: Path) -> dict[Path, Target]:
+    """Return the exported files of a run, each with its target, in the order of the targets.
+
+    They are those with the usual names, and those that an export noted.
+
+    Raises:
+        UsageError: A file was changed since it was compared with the network.
+    """
+    noted = {
+        name: str(exported.get("target"))
+        for name, exported in read_metrics(folder).get(EXPORTS, {}).items()
+        if isinstance(exported, dict)
+    }
+    usual = {target.file_name: target.name for target in TARGETS.values()}
+    names = {**usual, **{name: target for name, target in noted.items() if name not in usual}}
+    found = {}
+    for name, target in sorted(names.items(), key=lambda item: _place(item[1])):
+        if target in TARGETS and within(folder, folder / name).is_file():
+            check_export(folder, name)
+            found[folder / name] = TARGETS[target]
+    return found
+
+
+def _place(target: str) -> int:
+    return list(TARGETS).index(target) if target in TARGETS else len(TARGETS)
+
+
+def check_export(folder: Path, name: str = ONNX_FILE) -> None:
+    """Check that an exported file of a run is the one that was compared with the network.
 
     A folder that no run wrote has nothing to compare with.
+
+    Args:
+        folder: The run folder.
+        name: Name of the file.
 
     Raises:
         UsageError: The file was changed.
     """
-    expected = read_metrics(folder).get(EXPORT, {}).get("sha256")
-    found = hashlib.sha256(within(folder, folder / ONNX_FILE).read_bytes()).hexdigest()
+    metrics = read_metrics(folder)
+    noted: Any = metrics.get(EXPORT) if name == ONNX_FILE else metrics.get(EXPORTS, {}).get(name)
+    expected = noted.get("sha256") if isinstance(noted, dict) else None
+    found = hashlib.sha256(within(folder, folder / name).read_bytes()).hexdigest()
     if expected is not None and found != expected:
         raise UsageError(
-            f"{folder / ONNX_FILE} must be the file that was compared with the network; it was "
+            f"{folder / name} must be the file that was compared with the network; it was "
             f"changed afterwards. Export it again: gdfq export {folder}"
         )

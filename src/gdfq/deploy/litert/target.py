@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gdfq.deploy.litert.calls import litert_calls
 from gdfq.deploy.litert.carriers import carriers_of
 from gdfq.deploy.litert.runtime import litert_runner, litert_values
 from gdfq.deploy.litert.writer import WrittenFile, to_litert, unsupported
@@ -39,7 +40,7 @@ LITERT = Target(
     _write,
     _prove,
     raw_input=True,
-    runtime=Runtime("LiteRT", "ai_edge_litert", "litert"),
+    runtime=Runtime("LiteRT", "ai_edge_litert", "litert", calls=litert_calls),
     weights=Carrier("int8"),
     activations=Carrier("int8"),
     layout="nhwc",

@@ -10,14 +10,18 @@ from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.form import COMPATIBLE, PACKED_WEIGHTS, Form
 from gdfq.deploy.onnx.passes import PIXELS
+from gdfq.deploy.onnx.session import PRECISE, onnx_calls
 from gdfq.deploy.onnx.writer import to_onnx
-from gdfq.deploy.runtimes import PRECISE, computed_in_float, onnx_runner, onnx_values
+from gdfq.deploy.runtimes import computed_in_float, onnx_runner, onnx_values
 from gdfq.deploy.saturation import layers_that_may_overflow
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
 from gdfq.errors import GdfqError
 
 ONNX_RUNTIME = Runtime(
-    "ONNX Runtime", "onnxruntime", oldest=((2, "1.24"), (3, "1.23"), (5, "1.21"), (8, "1.18"))
+    "ONNX Runtime",
+    "onnxruntime",
+    oldest=((2, "1.24"), (3, "1.23"), (5, "1.21"), (8, "1.18")),
+    calls=onnx_calls,
 )
 """The type INT2 came with 1.24, a kernel that casts INT4 with 1.23, one that subtracts zero points
 of INT8 with 1.21, and opset 21 with 1.18."""

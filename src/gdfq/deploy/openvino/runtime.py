@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdfq.deploy.openvino.calls import FLOAT32
 from gdfq.deploy.runtimes import Run, with_outputs
 from gdfq.errors import UsageError, first_line
-
-FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
-"""Property of a compiled model. By default OpenVINO rounds floats to 16 bits on processors that
-compute with them."""
 
 
 def openvino_runner(data: bytes) -> Run:

@@ -9,7 +9,8 @@ from torch import fx
 from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.form import UNFUSED_SUMS
 from gdfq.deploy.onnx.target import write_onnx
-from gdfq.deploy.openvino.runtime import FLOAT32, openvino_runner, openvino_values
+from gdfq.deploy.openvino.calls import FLOAT32, openvino_calls
+from gdfq.deploy.openvino.runtime import openvino_runner, openvino_values
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
 from gdfq.graph import operators
 
@@ -42,7 +43,7 @@ OPENVINO = Target(
     _prove,
     _notes,
     raw_input=True,
-    runtime=Runtime("OpenVINO", "openvino", "openvino"),
+    runtime=Runtime("OpenVINO", "openvino", "openvino", calls=openvino_calls),
     weights=Carrier("int4 or int8"),
     activations=Carrier("uint8"),
     placements=("full",),
