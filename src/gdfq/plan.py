@@ -42,6 +42,7 @@ from gdfq.recipes import Recipe, effort_rule, find_recipe, recipe_for
 from gdfq.sources.base import Source
 from gdfq.sources.given import load_given, on_images
 from gdfq.student.scheme import (
+    GridRules,
     LayerBits,
     Placement,
     Scheme,
@@ -368,7 +369,8 @@ def resolve_method(
     wanted = parse_bits(bits or DEFAULT_BITS[placed], size)
     if size is None:
         overrides = with_ends(overrides, wanted, placed)
-    scheme = Scheme(wanted, placed, overrides)
+    grids = GridRules() if aim is None else aim.grids
+    scheme = Scheme(wanted, placed, overrides, grids)
     if steps is None and size is None:
         chosen = recipe_for(recipe, scheme)
     chosen = chosen.with_steps(steps)

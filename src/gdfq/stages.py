@@ -337,6 +337,7 @@ def identity_of(plan: Plan, context: Context) -> dict[str, Any]:
         "size": plan.size,
         "recipe": frozen_values(plan.recipe),
         "card": frozen_values(plan.card(plan.scheme, context.seed)),
+        "grids": frozen_values(plan.scheme.grids),
         "precision": context.precision,
     }
 

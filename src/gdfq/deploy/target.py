@@ -34,7 +34,7 @@ from gdfq.graph import queries
 from gdfq.graph.capture import Captured
 from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.placement import activation_bits
-from gdfq.student.scheme import PLACEMENTS, Placement, Scheme
+from gdfq.student.scheme import PLACEMENTS, GridRules, Placement, Scheme
 
 RANGE_FACTOR = 3.0
 """Float inputs are also compared at this multiple, where activations are clipped."""
@@ -228,6 +228,7 @@ class Target:
         takes_size: Whether `--bits auto` can choose bits for the size of its files.
         loads_code: Whether a file can hold code that runs when it is loaded. Files that others may
             have written are then not loaded.
+        one_grid_for_joins: Whether the inputs of a concatenation and its result must have one grid.
     """
 
     name: str
@@ -246,11 +247,19 @@ class Target:
     unsupported: Callable[[fx.Graph], Sequence[str]] = _supports_all
     takes_size: bool = False
     loads_code: bool = False
+    one_grid_for_joins: bool = False
 
     @property
     def file_name(self) -> str:
         """Name of its file in the folder of a run."""
         return f"student{self.suffix}"
+
+    @property
+    def grids(self) -> GridRules:
+        """What the grids of a network must fulfil for this target, beside their bits."""
+        return GridRules(
+            self.weights.symmetric, self.activations.symmetric, self.one_grid_for_joins
+        )
 
     def require_runtime(self) -> None:
         """Raise UsageError if the runtime that proves its files is not installed."""

@@ -100,6 +100,30 @@ def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, zero_point
 
 
+def symmetric_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of the grid of zero point 0 that covers [low, high].
+
+    The scale is m / (2^(k−1) − 1) with m = max(|low|, |high|). A range that is only 0 gets the
+    scale 1.
+
+    Args:
+        low: Lower ends, of any shape.
+        high: Upper ends, of the same shape.
+        bits: k.
+
+    Returns:
+        Scale (> 0) and zero point (0 in the dtype of `low`), both shaped as `low`.
+    """
+    scale = torch.maximum(high.abs(), low.abs()) / code_bounds(bits)[1]
+    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+    return scale, torch.zeros_like(scale)
+
+
+def range_grid(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return the grid over a range: `symmetric_grid`, or else `affine_grid`."""
+    return (symmetric_grid if symmetric else affine_grid)(low, high, bits)
+
+
 UNLIMITED = (-math.inf, math.inf)
 """Limits of values that have none."""
 
@@ -143,18 +167,26 @@ def clips_alike(limits: tuple[float, float], scale: Tensor, zero_point: Tensor, 
     return low <= lowest and high >= highest
 
 
-def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def weight_grid(
+    low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the `affine_grid` of weights, whose codes minus zero point fit into 8 signed bits.
 
     Integer runtimes multiply by q − z as one int8 number. Where |q − z| could exceed 127 the range
     is widened: to contain 0, and at 8 bits, where only z = 0 leaves room, to [−m, m].
+
+    Args:
+        low: Lower ends, of any shape.
+        high: Upper ends, of the same shape.
+        bits: k.
+        symmetric: Whether z must be 0 with any number of bits.
+
+    Returns:
+        Scale (> 0) and zero point, both shaped as `low`.
     """
     lowest, highest = code_bounds(bits)
-    if highest - lowest > _MAX_INT8_CODE:
-        reach = torch.maximum(high.abs(), low.abs())
-        scale = reach / _MAX_INT8_CODE
-        scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
-        return scale, torch.zeros_like(scale)
+    if symmetric or highest - lowest > _MAX_INT8_CODE:
+        return symmetric_grid(low, high, bits)
     scale, zero_point = affine_grid(low, high, bits)
     fits = (lowest - zero_point >= -_MAX_INT8_CODE) & (highest - zero_point <= _MAX_INT8_CODE)
     wide_scale, wide_zero_point = affine_grid(low.clamp(max=0), high.clamp(min=0), bits)

@@ -45,6 +45,11 @@ class PartsInterpreter(fx.Interpreter):
     nodes read stay in memory, with the work space of one part.
     """
 
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        # A module that several nodes call is found under each of its names.
+        self.submodules = dict(network.named_modules(remove_duplicate=False))
+
     def run_parts(
         self, parts: Sequence[Inputs], later: Mapping[str, Sequence[Inputs]] = MappingProxyType({})
     ) -> None:

@@ -24,10 +24,18 @@ class RoundedWeight(WeightQuantizer):
     zero_point: Tensor
     base: Tensor
 
-    def __init__(self, weight: Tensor, bits: int, layout: Layout, groups: int = 1) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        layout: Layout,
+        groups: int = 1,
+        *,
+        symmetric: bool = False,
+    ) -> None:
         super().__init__(bits, layout, groups)
         weight = weight.detach()
-        scale, zero_point = best_weight_grid(weight, bits, layout, groups)
+        scale, zero_point = best_weight_grid(weight, bits, layout, groups, symmetric=symmetric)
         scaled = weight / scale
         base = scaled.floor()
         low, high = _STRETCH

@@ -4,6 +4,7 @@ A weight quantizer is called with the layer's weight, an activation quantizer wi
 whose range it finds while `observing`. Both give their final grid to `freeze`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,6 +113,9 @@ class ActivationQuantizer(nn.Module, ABC):
             to the last codes of the grid, so that its codes saturate where the values do.
         known_range: The range that the grid starts from, where it is known without observing, as
             that of the network's input.
+        symmetric: Whether the zero point must be 0.
+        places: Number of activations of the network that share the grid. Its range is that of all
+            of them together; they pass as they are until it is known.
     """
 
     clips_gradient: ClassVar[bool] = False
@@ -123,18 +127,28 @@ class ActivationQuantizer(nn.Module, ABC):
         self.dropping: QDrop | None = None
         self.limits = UNLIMITED
         self.known_range: tuple[float, float] | None = None
+        self.symmetric, self.places = False, 1
+        self._seen: list[list[Tensor]] = []
         self.register_buffer("batches", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_float32(x)
         if self.observing:
             self.observe_(x.detach())
+        if self._seen and not self.batches:
+            return x
         quantized = self.fake_quantize(x)
         return quantized if self.dropping is None else self.dropping(x, quantized)
 
     @torch.no_grad()
     def observe_(self, *parts: Tensor) -> None:
-        """Update the range with one batch, in one part or several."""
+        """Update the range with one batch of one activation, in one part or several."""
+        if self.places > 1:
+            self._seen.append([_sample(part) for part in parts])
+            if len(self._seen) < self.places:
+                return
+            parts = tuple(part for seen in self._seen for part in seen)
+            self._seen = []
         self.batches += 1
         known = self.known_range
         self._update_(parts if known is None else [parts[0].new_tensor(known)])
@@ -153,10 +167,32 @@ class ActivationQuantizer(nn.Module, ABC):
 
     def limited(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the scale, lowered where the grid would leave `limits`; its gradient stays."""
-        if self.limits == UNLIMITED:
+        limits = _farther_limits(self.limits) if self.symmetric else self.limits
+        if limits == UNLIMITED:
             return scale
-        largest = largest_scale(zero_point, self.bits, self.limits)
+        largest = largest_scale(zero_point, self.bits, limits)
         return torch.where(scale > largest, largest + (scale - scale.detach()), scale)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+
+_SAMPLE_ELEMENTS = 2**16
+"""Elements of a part of an activation that are held until the others of a shared grid pass."""
+
+
+def _sample(part: Tensor) -> Tensor:
+    """Return about _SAMPLE_ELEMENTS elements of a tensor with its minimum and maximum, as [M]."""
+    flat = part.flatten()
+    stride = len(flat) // _SAMPLE_ELEMENTS | 1  # odd: an even one may visit the same columns
+    return torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]])
+
+
+def _farther_limits(limits: tuple[float, float]) -> tuple[float, float]:
+    """Return the limit that is farther from 0, or both if they are as far, and no other.
+
+    A grid of zero point 0 that ended at the nearer one would not cover the values up to the other.
+    """
+    low, high = limits
+    farther = max(-low, high)
+    return (low if -low == farther else -math.inf, high if high == farther else math.inf)

@@ -5,6 +5,7 @@ A recipe names a family. A new kind of quantizer is a new value of `QuantizerFam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ class QuantizerFamily:
         equalizes: Channels are equalized by the first images (`gdfq.student.equalization`).
         rescales: Weight quantizers have `rescale_`, which moment matching needs.
         learns_rounding: The rounding of weights is learned, which only some tunings do.
+        symmetric_weight: Makes the quantizer of a weight whose zero points are 0, from the same
+            arguments as `weight`; None if the family has none.
     """
 
     name: str
@@ -40,6 +43,7 @@ class QuantizerFamily:
     equalizes: bool = False
     rescales: bool = False
     learns_rounding: bool = False
+    symmetric_weight: Callable[[Tensor, int, Layout, int], WeightQuantizer] | None = None
 
     def prepared(self, teacher: Captured) -> Captured:
         """Return the teacher in the form that students of this family start from."""
@@ -50,14 +54,35 @@ class QuantizerFamily:
         return self.name
 
 
-def _min_max_weight(weight: Tensor, bits: int, layout: Layout, groups: int) -> WeightQuantizer:
+def _min_max_weight(
+    weight: Tensor, bits: int, layout: Layout, groups: int, *, symmetric: bool = False
+) -> WeightQuantizer:
     del weight  # the grid is that of the current weight
-    return MinMaxWeight(bits, layout, groups)
+    return MinMaxWeight(bits, layout, groups, symmetric=symmetric)
 
 
-MINMAX = QuantizerFamily("min-max", _min_max_weight, MovingRange, folds=False)
+MINMAX = QuantizerFamily(
+    "min-max",
+    _min_max_weight,
+    MovingRange,
+    folds=False,
+    symmetric_weight=partial(_min_max_weight, symmetric=True),
+)
 """GDFQ's: grids over the minimum and maximum of the weights and of the batches."""
-LSQ = QuantizerFamily("learned", LearnedWeight, LearnedRange, equalizes=True, rescales=True)
+LSQ = QuantizerFamily(
+    "learned",
+    LearnedWeight,
+    LearnedRange,
+    equalizes=True,
+    rescales=True,
+    symmetric_weight=partial(LearnedWeight, symmetric=True),
+)
 """Grids that are trained with the student."""
-ADAROUND = QuantizerFamily("rounded", RoundedWeight, LearnedRange, learns_rounding=True)
+ADAROUND = QuantizerFamily(
+    "rounded",
+    RoundedWeight,
+    LearnedRange,
+    learns_rounding=True,
+    symmetric_weight=partial(RoundedWeight, symmetric=True),
+)
 """Learned rounding of weights, and trained grids."""

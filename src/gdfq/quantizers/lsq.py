@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from gdfq.functional.grid import (
     Layout,
-    affine_grid,
     along_channels,
     channel_range,
     code_bounds,
     fake_quantize,
+    range_grid,
     weight_grid,
 )
 from gdfq.functional.losses import inner
@@ -46,10 +46,19 @@ class LearnedWeight(WeightQuantizer):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor, bits: int, layout: Layout, groups: int = 1) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        layout: Layout,
+        groups: int = 1,
+        *,
+        symmetric: bool = False,
+    ) -> None:
         super().__init__(bits, layout, groups)
+        self.symmetric = symmetric
         weight = weight.detach()
-        scale, zero_point = best_weight_grid(weight, bits, layout, groups)
+        scale, zero_point = best_weight_grid(weight, bits, layout, groups, symmetric=symmetric)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.codes = nn.Parameter(_inside(weight / scale + zero_point, bits))
@@ -67,7 +76,9 @@ class LearnedWeight(WeightQuantizer):
 
     @torch.no_grad()
     def fit_(self, weight: Tensor, inputs: Tensor, ridge: Tensor) -> None:
-        scale, zero_point = best_weight_grid(weight, self.bits, self.layout, self.groups)
+        scale, zero_point = best_weight_grid(
+            weight, self.bits, self.layout, self.groups, symmetric=self.symmetric
+        )
         rows, steps, zeros = (
             part.to(inputs.dtype).reshape(len(inputs), -1, columns)
             for part, columns in ((weight, inputs.shape[-1]), (scale, 1), (zero_point, 1))
@@ -109,9 +120,10 @@ class LearnedRange(ActivationQuantizer):
 
     def _update_(self, parts: Sequence[Tensor]) -> None:
         if self.known_range is None:
-            scale, zero_point = best_range_of_parts(parts, self.bits)
+            scale, zero_point = best_range_of_parts(parts, self.bits, symmetric=self.symmetric)
         else:
-            scale, zero_point = affine_grid(parts[0].amin(), parts[0].amax(), self.bits)
+            ends = parts[0].amin(), parts[0].amax()
+            scale, zero_point = range_grid(*ends, self.bits, symmetric=self.symmetric)
         if self.batches == 1:
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
@@ -130,7 +142,7 @@ def _inside(latent: Tensor, bits: int) -> Tensor:
 
 
 def best_weight_grid(
-    weight: Tensor, bits: int, layout: Layout, groups: int = 1
+    weight: Tensor, bits: int, layout: Layout, groups: int = 1, *, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point of each output channel with the least Σ|w_q − w|^2.4.
 
@@ -142,16 +154,18 @@ def best_weight_grid(
         bits: Bits of a code.
         layout: Which dimension holds the output channels.
         groups: Groups of a convolution.
+        symmetric: Whether zero points must be 0.
 
     Returns:
         Scale and zero point, shaped to broadcast against the weight.
     """
+    grid_of = partial(weight_grid, bits=bits, symmetric=symmetric)
     low, high = channel_range(weight, layout, groups)
 
     def best_of(ranges: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         least, best = torch.full_like(low, torch.inf), (low, high)
         for ends in ranges:
-            rounded = fake_quantize(weight, *weight_grid(*ends, bits), bits)
+            rounded = fake_quantize(weight, *grid_of(*ends), bits)
             error = _channel_sum((rounded - weight).abs().pow(2.4), layout, groups)
             better = error < least
             least = torch.where(better, error, least)
@@ -172,7 +186,7 @@ def best_weight_grid(
         (coarse[0] + i * low_share, coarse[1] + i * high_share)
         for i in range(1 - _COARSE_STRIDE, _COARSE_STRIDE)
     )
-    return weight_grid(*fine, bits)
+    return grid_of(*fine)
 
 
 def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
@@ -192,8 +206,13 @@ def best_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return best_range_of_parts([x], bits)
 
 
-def best_range_of_parts(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
-    """Return `best_range` of a batch in parts [n, ...]: the same values without the whole batch."""
+def best_range_of_parts(
+    parts: Sequence[Tensor], bits: int, *, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `best_range` of a batch in parts [n, ...]: the same values without the whole batch.
+
+    With `symmetric` the zero point is 0.
+    """
     stride = _stride(sum(part.numel() for part in parts), _SAMPLE_ELEMENTS)
     samples, lows, highs, passed = [], [], [], 0
     for part in parts:
@@ -204,7 +223,7 @@ def best_range_of_parts(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Ten
         passed += len(flat)
     sample = samples[0] if len(samples) == 1 else torch.cat(samples)
     ends = torch.stack(lows).amin().view(1, 1), torch.stack(highs).amax().view(1, 1)
-    scale, zero_point = _best_ranges(sample[None], *ends, bits)
+    scale, zero_point = _best_ranges(sample[None], *ends, bits, symmetric=symmetric)
     return scale.view(()), zero_point.view(())
 
 
@@ -225,7 +244,13 @@ def _stride(numbers: int, most: int) -> int:
 
 
 def _best_ranges(
-    sample: Tensor, low: Tensor, high: Tensor, bits: int, *, every: int = 1
+    sample: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    *,
+    every: int = 1,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point, [R, 1], that suit each row of a sample [R, M] best.
 
@@ -235,12 +260,14 @@ def _best_ranges(
         high: Maximum of all elements of each row, [R, 1].
         bits: Bits of a code.
         every: Stride over the candidate ranges.
+        symmetric: Whether zero points must be 0.
     """
+    grid_of = partial(range_grid, bits=bits, symmetric=symmetric)
     low, high = low.clamp(max=0), high.clamp(min=0)
     least = torch.full_like(low, torch.inf)
-    best = affine_grid(low, high, bits)
+    best = grid_of(low, high)
     for i in range(0, _CANDIDATE_COUNT, every):
-        grid = affine_grid(low * (1 - i / 100), high * (1 - i / 100), bits)
+        grid = grid_of(low * (1 - i / 100), high * (1 - i / 100))
         errors = (fake_quantize(sample, *grid, bits) - sample).square().mean(1, keepdim=True)
         better = errors < least
         least = torch.where(better, errors, least)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from gdfq.functional.grid import (
-    affine_grid,
+    Layout,
     channel_range,
     quantize,
+    range_grid,
     straight_through,
     weight_grid,
 )
@@ -21,10 +22,14 @@ class MinMaxWeight(WeightQuantizer):
     At 8 bits the grid is symmetric (see `grid.weight_grid`); the paper's is not.
     """
 
+    def __init__(self, bits: int, layout: Layout, groups: int, *, symmetric: bool = False) -> None:
+        super().__init__(bits, layout, groups)
+        self.symmetric = symmetric
+
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point, shaped to broadcast against the weight."""
         low, high = channel_range(weight.detach(), self.layout, self.groups)
-        return weight_grid(low, high, self.bits)
+        return weight_grid(low, high, self.bits, symmetric=self.symmetric)
 
     def forward(self, weight: Tensor) -> Tensor:
         return straight_through(weight, *self.grid(weight), self.bits)
@@ -67,7 +72,9 @@ class MovingRange(ActivationQuantizer):
         self.low.lerp_(low.clamp_(max=0), 1 - self.momentum)
         self.high.lerp_(high.clamp_(min=0), 1 - self.momentum)
         correction = 1 - self.momentum**self.batches
-        scale, zero_point = affine_grid(self.low / correction, self.high / correction, self.bits)
+        scale, zero_point = range_grid(
+            self.low / correction, self.high / correction, self.bits, symmetric=self.symmetric
+        )
         self.scale.copy_(self.limited(scale, zero_point))
         self.zero_point.copy_(zero_point)
 

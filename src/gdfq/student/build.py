@@ -1,13 +1,13 @@
 """The student: a trainable copy of the teacher's graph with fake quantizers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
-from gdfq.functional.grid import code_bounds
+from gdfq.functional.grid import Layout, code_bounds
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import BatchNorm, batch_norm_of, is_batch_norm
 from gdfq.graph.blocks import WithFeatures, with_features
@@ -17,7 +17,7 @@ from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.family import MINMAX, QuantizerFamily
 from gdfq.quantizers.recompute import recomputing
-from gdfq.student.placement import activation_bits, layer_input_bits
+from gdfq.student.placement import activation_bits, joined_groups, layer_input_bits
 from gdfq.student.scheme import Scheme
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
@@ -165,6 +165,9 @@ def build_student(
     attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
     learned: dict[tuple[object, ...], WeightQuantizer] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
+    groups = _shared_grids(teacher, scheme, bits_of)
+    shared: dict[fx.Node, ActivationQuantizer] = {}
+    make_weight = _weight_quantizers(scheme, quantizers)
     unquantized: dict[fx.Node, fx.Node] = {}
     narrowed: dict[fx.Node, fx.Node] = {}
 
@@ -179,8 +182,28 @@ def build_student(
         # A weight that is used twice is one, unless its channels lie along another dimension.
         key = (id(weight), bits, *layout)
         if key not in learned:
-            learned[key] = quantizers.weight(weight, bits, *layout)
+            learned[key] = make_weight(weight, bits, *layout)
         return learned[key]
+
+    def activation_quantizer(node: fx.Node, bits: int) -> ActivationQuantizer:
+        made = quantizers.activation(bits)
+        made.symmetric = scheme.grids.symmetric_activations
+        made.limits = queries.value_limits(node)
+        return made
+
+    def quantizer_of(node: fx.Node) -> ActivationQuantizer:
+        """Return the quantizer of an activation: its own, or that of its group."""
+        if node not in groups:
+            made = activation_quantizer(node, bits_of[node])
+            if node.op == "placeholder":
+                made.known_range = _range_of_inputs(teacher)
+            return made
+        group = groups[node]
+        if group[0] not in shared:
+            made = shared[group[0]] = activation_quantizer(node, bits_of[node])
+            lows, highs = zip(*map(queries.value_limits, group), strict=True)
+            made.limits = min(lows), max(highs)
+        return shared[group[0]]
 
     def layer_input(copy: Copy, x: fx.Node) -> fx.Node:
         """Return a layer's input, rounded again where it is carried with more bits."""
@@ -188,8 +211,7 @@ def build_student(
         if source not in entering:
             return copy[x]
         if x not in narrowed:
-            activation = quantizers.activation(entering[source])
-            activation.limits = queries.value_limits(source)
+            activation = activation_quantizer(source, entering[source])
             narrowed[x] = call(copy, ACTIVATION, f"{x.name}{_LAYER_INPUT}", activation, copy[x])
         return narrowed[x]
 
@@ -221,20 +243,47 @@ def build_student(
             new = layer(copy, node) if node in weights else copy.of(node)
         if node not in bits_of:
             return new
-        activation = quantizers.activation(bits_of[node])
-        activation.limits = queries.value_limits(node)
-        if node.op == "placeholder":
-            activation.known_range = _range_of_inputs(teacher)
         unquantized[node] = new
-        return call(copy, ACTIVATION, node.name, activation, new)
+        return call(copy, ACTIVATION, node.name, quantizer_of(node), new)
 
     graph = rewrite(teacher.network.graph, change)
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
+    for activation in shared.values():
+        calls = graph.find_nodes(op="call_module")
+        activation.places = sum(attributes[str(call.target)] is activation for call in calls)
     used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
     chosen = {name: value for name, value in attributes.items() if name in used}
     network = fx.GraphModule(chosen, graph)
     _set_unread_weights_apart_(network)
     return Student(network).to(teacher.device)
+
+
+def _shared_grids(
+    teacher: Captured, scheme: Scheme, bits_of: Mapping[fx.Node, int]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Return the groups of activations with one grid, by each activation of them."""
+    if not scheme.grids.one_grid_for_joins:
+        return {}
+    groups = joined_groups(list(teacher.network.graph.nodes), bits_of)
+    return {node: group for group in groups for node in group}
+
+
+def _weight_quantizers(
+    scheme: Scheme, quantizers: QuantizerFamily
+) -> Callable[[Tensor, int, Layout, int], WeightQuantizer]:
+    """Return what makes the weight quantizers of a scheme.
+
+    Raises:
+        UsageError: The family has no symmetric ones.
+    """
+    if not scheme.grids.symmetric_weights:
+        return quantizers.weight
+    if quantizers.symmetric_weight is None:
+        raise UsageError(
+            "a scheme with symmetric weights needs quantizers whose zero points are 0; the family "
+            f"{quantizers.name!r} has no symmetric_weight. Use another recipe or target."
+        )
+    return quantizers.symmetric_weight
 
 
 def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
@@ -262,6 +311,7 @@ def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
 
 def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily) -> None:
     """Raise the errors of `build_student`, without a search for grids."""
+    _weight_quantizers(scheme, quantizers)
     teacher = quantizers.prepared(teacher)
     layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
     _check_quantizable(

@@ -132,8 +132,9 @@ class _Freezer:
         base = self._base(str(node.target).removeprefix(f"{ACTIVATION}."))
         (x,) = node.all_input_nodes
         scale, zero_point = module.grid()
+        # Activations with one grid keep one scale.
         results = possible_results(clamped(self.new[x]), self._values_of)
-        if results is not None:
+        if results is not None and module.places == 1:
             scale = scale_off_ties(results, scale, zero_point, module.bits)
         constants = [
             self._constant(f"{base}.{part}", value)
@@ -216,11 +217,16 @@ class _Freezer:
 def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
     """Return the quantized tensor times `factor`, which broadcasts as its scale; codes are exact.
 
-    −(q − z) = (−1−q) − (−1−z): a negative factor mirrors the codes within their bounds.
+    −(q − z) = (p−q) − (p−z): a negative factor mirrors the codes. With p = −1 they stay within
+    their bounds. Where z is 0 and no code is the lowest, p = 0 keeps z, too.
     """
     negative, zero = factor < 0, factor == 0
-    codes = torch.where(negative, -1 - tensor.codes, tensor.codes)
-    zero_point = torch.where(negative, -1 - tensor.zero_point, tensor.zero_point)
+    alike = [dim for dim, size in enumerate(tensor.zero_point.shape) if size == 1]
+    lowest = tensor.codes.amin(alike, keepdim=True)
+    keeps = (tensor.zero_point == 0) & (lowest > code_bounds(tensor.bits)[0])
+    pivot = keeps.to(tensor.codes.dtype) - 1
+    codes = torch.where(negative, pivot - tensor.codes, tensor.codes)
+    zero_point = torch.where(negative, pivot - tensor.zero_point, tensor.zero_point)
     return QuantizedTensor(
         codes.masked_fill(zero, 0),
         torch.where(zero, 1.0, tensor.scale * factor.abs()),

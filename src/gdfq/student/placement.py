@@ -1,5 +1,7 @@
 """Which activations of a network a scheme quantizes."""
 
+from collections.abc import Collection, Sequence
+
 from torch import fx
 
 from gdfq.graph import operators, queries
@@ -37,7 +39,32 @@ def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
                 del found[node]
             elif None not in reader_bits:
                 found[node] = max(found[node], *(bits for bits in reader_bits if bits is not None))
+    if scheme.grids.one_grid_for_joins:
+        for group in joined_groups(nodes, found):
+            found |= dict.fromkeys(group, max(found[node] for node in group))
     return found
+
+
+def joined_groups(nodes: Sequence[fx.Node], quantized: Collection[fx.Node]) -> list[list[fx.Node]]:
+    """Return the activations that share a grid if a concatenation and its inputs have one.
+
+    Args:
+        nodes: The nodes of a network, in order.
+        quantized: Those whose outputs are quantized.
+
+    Returns:
+        Groups of two activations or more, each in the order of the network.
+    """
+    groups = {node: [node] for node in nodes if node in quantized}
+    for node in nodes:
+        if operators.name_of(node) not in operators.JOINS:
+            continue
+        sources = filter(queries.is_activation, node.all_input_nodes)
+        joined = [groups[s] for s in (*map(queries.grid_source, sources), node) if s in groups]
+        members = {member for group in joined for member in group}
+        whole = [member for member in groups if member in members]
+        groups |= dict.fromkeys(whole, whole)
+    return [group for node, group in groups.items() if len(group) > 1 and group[0] is node]
 
 
 def layer_input_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
@@ -45,7 +72,7 @@ def layer_input_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
 
     In `full` placement a tensor that enters layers as well as sums is carried in 8 bits, so that
     the errors of rounding do not add up along a residual path, and multiplied in those of the
-    scheme.
+    scheme. A concatenation that has the grid of its inputs is carried alike.
 
     Returns:
         Bits of the copies that enter layers, by the nodes that they are copies of.
@@ -54,11 +81,16 @@ def layer_input_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
         return {}
     nodes = list(teacher.network.graph.nodes)
     signals = _signals(nodes)
+    activations = activation_bits(teacher, scheme)
+    joined: set[fx.Node] = set()
+    if scheme.grids.one_grid_for_joins:
+        joined = joined.union(*joined_groups(nodes, activations))
     overridden = scheme.overridden(list(filter(queries.has_weight, nodes)))
     found = {}
-    for node, carried in activation_bits(teacher, scheme).items():
+    for node, carried in activations.items():
         readers = [reader for reader in _entered(node) if reader is not None]
-        if node in signals or not _is_carried(node) or not readers:
+        is_carried = _is_carried(node) or node in joined
+        if node in signals or not is_carried or not readers:
             continue
         others = [overridden[r].bits for r in readers if r in overridden]
         own = [_CARRIED_BITS if bits is None else bits for bits in others]

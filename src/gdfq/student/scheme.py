@@ -9,6 +9,7 @@ from typing import Literal
 from torch import fx
 
 from gdfq.errors import UsageError, warn_renamed
+from gdfq.files.plain_values import tagged
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits
 from gdfq.graph import queries
 
@@ -105,6 +106,24 @@ def with_ends(
     return (*layer_bits, *ends)
 
 
+@tagged("GridRules")
+@dataclass(frozen=True)
+class GridRules:
+    """What grids must fulfil beside their bits. A target sets it for its runtime.
+
+    Attributes:
+        symmetric_weights: Zero points of weights are 0.
+        symmetric_activations: Zero points of activations are 0 in signed codes. Values above 0
+            alone, as behind a ReLU, then have half of the codes.
+        one_grid_for_joins: The inputs of a concatenation and its result have one grid, of the most
+            bits of any of them.
+    """
+
+    symmetric_weights: bool = False
+    symmetric_activations: bool = False
+    one_grid_for_joins: bool = False
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What is quantized, and to how many bits.
@@ -117,11 +136,13 @@ class Scheme:
             and every convolution or linear output without a ReLU; the network's outputs stay float.
             Activations have 8 bits where they are only carried (`gdfq.student.placement`).
         layer_bits: Layers with other bits; the first that matches a layer counts.
+        grids: What grids must fulfil beside their bits.
     """
 
     bits: Bits
     placement: Placement
     layer_bits: tuple[LayerBits, ...] = ()
+    grids: GridRules = GridRules()
 
     def overridden(self, layers: Sequence[fx.Node]) -> dict[fx.Node, LayerBits]:
         """Return the layers with other bits, and these bits.
