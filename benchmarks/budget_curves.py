@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks import memory
+from benchmarks import memory, peers_224
 from benchmarks.accuracy import NETWORKS, compared
 from benchmarks.defaults import EFFICIENTNET, network_of
 from support.places import RESULTS, ROOT, SHARED
@@ -49,6 +49,12 @@ TITLES = {
     EFFICIENTNET: "EfficientNet-Lite0, ImageNet sample",
 }
 BITS = ("w8a8", "w4a8", "w4a4")
+PEERS = {
+    "static-real": ("P", "quantize_static, w8a8, real images"),
+    "mct": ("X", "Sony's toolkit, w8a8, its images"),
+}
+"""Mark and name of the rows of `peers_224` that stand beside the curves, by method."""
+PEER_BITS = "w8a8"
 BUDGETS = ("30s", "1m", "2m", "5m", "10m", "30m")
 Row = Mapping[str, Any]
 
@@ -181,8 +187,8 @@ def curve(rows: Sequence[Row], network: str, bits: str) -> list[tuple[float, flo
     )
 
 
-def draw(rows: Sequence[Row], path: Path = FIGURE) -> None:
-    """Accuracy over time: a panel for each network, a curve for each bit width."""
+def draw(rows: Sequence[Row], peers: Sequence[Row], path: Path = FIGURE) -> None:
+    """Accuracy over time: a panel for each network, a curve for each bit width, and the peers."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -201,6 +207,11 @@ def draw(rows: Sequence[Row], path: Path = FIGURE) -> None:
             points = curve(rows, name, bits)
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=f"C{index}", label=bits)
+        for toolkit, (mark, label) in PEERS.items():
+            found = [row for row in peers if (row["network"], row["method"]) == (name, toolkit)]
+            points = [(row["seconds"], row["student"]["all"]) for row in found if "student" in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), mark, color="black", label=label)
         teacher = next(row["teacher"]["all"] for row in done if row["network"] == name)
         axes.axhline(teacher, color="grey", linestyle="--", linewidth=1, label="full precision")
         axes.set_xscale("log")
@@ -239,7 +250,8 @@ def main() -> None:
         FILE.write_text(json.dumps(rows, indent=1) + "\n")
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
-    draw(rows)
+    peers = json.loads(peers_224.FILE.read_text())
+    draw(rows, [row for row in peers if row["bits"] == PEER_BITS])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Other toolkits beside `quick` on networks of 224x224: accuracy, time, memory and latency.
+"""Other toolkits beside `quick`, on images of 224x224 above all: accuracy, time, memory, latency.
 
     python -m benchmarks.peers_224                  # every row that is not there yet, at w8a8
     python -m benchmarks.peers_224 --bits w8a8 w4a8
@@ -62,7 +62,7 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.student.integer_network import IntegerNetwork
 
 FILE = RESULTS / "peers_224.json"
-NETWORKS = (EFFICIENTNET, "imagenet_mobilenetv1_025")
+NETWORKS = (EFFICIENTNET, "imagenet_mobilenetv1_025", "cifar10_resnet20")
 OURS, PEER, LATENCY = "gdfq", "mct", "latency"
 STATIC = {kind: f"static-{kind}" for kind in ("ours", "real", "noise")}
 METHODS = (OURS, *STATIC.values(), PEER, LATENCY)

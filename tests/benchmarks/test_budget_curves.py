@@ -39,12 +39,16 @@ def test_table_shows_deviations_and_refusals() -> None:
 
 
 def test_picture_has_a_curve_for_each_width(tmp_path: Path) -> None:
-    budget_curves.draw(ROWS, tmp_path / "curves.svg")
-    first = (tmp_path / "curves.svg").read_bytes()
+    file, others = tmp_path / "curves.svg", tmp_path / "others.svg"
+    budget_curves.draw(ROWS, [], file)
+    first = file.read_bytes()
     assert b"<svg" in first
-    budget_curves.draw(ROWS, tmp_path / "curves.svg")
-    assert (tmp_path / "curves.svg").read_bytes() == first
-    budget_curves.draw([REFUSED], tmp_path / "none.svg")
+    budget_curves.draw(ROWS, [], file)
+    assert file.read_bytes() == first
+    budget_curves.draw(ROWS, [row(9, 9, 70, method="mct")], others)
+    assert "Sony" in others.read_text()
+    assert "Sony" not in file.read_text()
+    budget_curves.draw([REFUSED], [], tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
 
 
