@@ -120,7 +120,7 @@ def _written(quantized: QuantizedNetwork, target: Target, network: IntegerNetwor
 def _why_not_measured(runtime: Runtime | None) -> str:
     """Return why files of a runtime are not measured, or an empty text."""
     if runtime is None or runtime.calls is None:
-        return "not measured: gdfq reads it, and simulates integers"
+        return "not measured on this machine"
     return "" if runtime.is_installed else f"not installed: {runtime.installation}"
 
 

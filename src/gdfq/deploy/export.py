@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gdfq.deploy.card import Card
 from gdfq.deploy.litert.target import LITERT
+from gdfq.deploy.litert_micro.target import LITERT_MICRO
 from gdfq.deploy.onnx.target import ONNX, ONNX_COMPAT
 from gdfq.deploy.openvino.target import OPENVINO
 from gdfq.deploy.runtimes import Run, program_runner
@@ -66,6 +67,7 @@ TARGETS: Mapping[str, Target] = {
         ),
         ONNX_COMPAT,
         OPENVINO,
+        LITERT_MICRO,
     )
 }
 """The targets by name."""

@@ -72,9 +72,11 @@ class FileBuilder:
 
     Attributes:
         batch: The batch that dynamic lengths stand for until an application sets another.
+        is_dynamic: Whether an application can.
     """
 
     batch: int = 1
+    is_dynamic: bool = True
     tensors: list[Any] = field(default_factory=list)
     operators: list[Any] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
@@ -114,7 +116,7 @@ class FileBuilder:
             name=name,
             hasRank=True,
         )
-        if any(length < 0 for length in shape):
+        if self.is_dynamic and any(length < 0 for length in shape):
             made.shapeSignature = list(shape)
         if grid is not None:
             count = len(grid.scales)

@@ -140,15 +140,29 @@ def _linear(emit: Emitter, weight: Tensor, x: Value, shape: Shape) -> Form:
 
 
 def codes_layer(
-    emit: Emitter, layer: IntegerLayer, x: Value, shape: Shape, carrier: StoredCodes
+    emit: Emitter,
+    layer: IntegerLayer,
+    x: Value,
+    shape: Shape,
+    carrier: StoredCodes,
+    headroom: int = 1,
 ) -> Value:
-    """Write a layer that adds products of codes, and return the codes of its output."""
+    """Write a layer that adds products of codes, and return the codes of its output.
+
+    Args:
+        emit: The file.
+        layer: The layer.
+        x: The codes of its input.
+        shape: Shape of its output.
+        carrier: How to store the codes of its output.
+        headroom: Power of two by which weight and bias are stored larger; the scales are smaller.
+    """
     assert layer.weight is not None
     assert layer.input is not None
-    form = form_of(emit, layer.node, _offsets(layer), x, shape)
-    weight = _stored_codes(emit, layer, form)
+    form = form_of(emit, layer.node, _offsets(layer) * headroom, x, shape)
+    weight = _stored_codes(emit, layer, form, headroom)
     count = shape[queries.channel_dim(layer.node)]
-    bias = torch.zeros(count, dtype=torch.int32) if layer.bias is None else layer.bias
+    bias = torch.zeros(count, dtype=torch.int32) if layer.bias is None else layer.bias * headroom
     assert weight.grid is not None
     steps = Grid(tuple(float(layer.input.scale) * scale for scale in weight.grid.scales))
     added = emit.file.constant(f"{layer.weight.name}.bias", form.along(bias), steps)
@@ -206,9 +220,9 @@ def _offsets(layer: IntegerLayer) -> Tensor:
     return (layer.weight.codes - layer.weight.zero_point).to(torch.int8)
 
 
-def _stored_codes(emit: Emitter, layer: IntegerLayer, form: Form) -> Any:
+def _stored_codes(emit: Emitter, layer: IntegerLayer, form: Form, headroom: int = 1) -> Any:
     """Add a weight of codes, with the scale of each output channel."""
     assert layer.weight is not None
-    scales = tuple(form.along(layer.weight.scale).astype(np.float64).tolist())
+    scales = tuple(form.along(layer.weight.scale / headroom).astype(np.float64).tolist())
     grid = Grid(scales, dim=form.channels)
     return emit.file.constant(f"{layer.weight.name}.weight", form.weight, grid)

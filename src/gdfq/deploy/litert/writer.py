@@ -70,7 +70,7 @@ def to_litert(
     Raises:
         UsageError: The file has no form for an operator, or the LiteRT package is not installed.
     """
-    return _Writer(network, inputs, raw_input).run(metadata, outputs)
+    return Writer(network, inputs, raw_input).run(metadata, outputs)
 
 
 def unsupported(graph: fx.Graph) -> list[str]:
@@ -89,11 +89,17 @@ def unsupported(graph: fx.Graph) -> list[str]:
         InputSpec(node.name, tuple(map(int, value.shape[1:])), value.dtype)
         for node, value in zip(inputs, values, strict=True)
     ]
-    return _Writer(IntegerNetwork(module), specs).refusals()
+    return Writer(IntegerNetwork(module), specs).refusals()
 
 
-class _Writer:
-    """Writes a file; a tensor on a grid is held as codes, and as floats on demand."""
+class Writer:
+    """Writes a file; a tensor on a grid is held as codes, and as floats on demand.
+
+    Attributes:
+        is_dynamic: Whether the file takes batches of any length.
+    """
+
+    is_dynamic = True
 
     def __init__(
         self,
@@ -105,7 +111,7 @@ class _Writer:
         self.tensors = network.tensors
         self.specs = inputs
         self.raw_input = raw_input
-        self.emit = Emitter(FileBuilder())
+        self.emit = Emitter(FileBuilder(is_dynamic=self.is_dynamic))
         self.known = values_by_node(network.module, inputs)
         self.carriers = {grid.node: carrier_of(grid) for grid in network.activations}
         self.layers = {layer.node: layer for layer in network.layers}
@@ -200,7 +206,8 @@ class _Writer:
         try:
             return self._write(node)
         except NoFormError as error:
-            self.refused.append(f"{error} ({self._title(node)!r})")
+            if str(error):  # it is not the consequence of another
+                self.refused.append(f"{error} ({self._title(node)!r})")
             known = self.known[node]
             made = [
                 _stand_in(_shape_of(one))
