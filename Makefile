@@ -65,6 +65,13 @@ RUNTIMES := $(foreach v,1.20.1 1.21.1 1.22.1 1.23.2 1.24.4,onnxruntime==$(v)) tr
 	done
 	mkdir -p .venv/runtimes && touch $@
 
+# The JavaScript that examples/web needs, in the version that it names.
+.venv/web/installed: examples/web/package.json .venv/installed
+	mkdir -p .venv/web && cp examples/web/package.json .venv/web/
+	npm install --prefix .venv/web --ignore-scripts --no-audit --no-fund --silent \
+	    || echo "not installed: onnxruntime-web"
+	touch $@
+
 hooks: .venv/dev ## Run format, lint and types before each commit
 	$(BIN)/pre-commit install
 
@@ -78,7 +85,7 @@ test: lint types unit ## Lint, types and all tests of `make unit`
 unit: install ## The tests alone
 	$(PYTEST)
 
-check: .venv/checked .venv/runtimes/installed ## Tests that take long or need optional libraries: site, browser, more networks
+check: .venv/checked .venv/runtimes/installed .venv/web/installed ## Tests that take long or need optional libraries: site, browser, more networks
 	$(PYTEST) -m check
 
 format: install ## Format the code and apply the fixes of the linter

@@ -71,7 +71,7 @@ TARGETS: Mapping[str, Target] = {
     )
 }
 """The targets by name."""
-OTHER_NAMES: Mapping[str, str] = {"onnxruntime": "onnx"}
+OTHER_NAMES: Mapping[str, str] = {"onnxruntime": "onnx", "web": "onnx"}
 """Further names of targets, each with the name that results use."""
 
 
