@@ -127,6 +127,16 @@ def test_barrier_changes_no_code_in_onnx_runtime(small: QuantizedNetwork, tmp_pa
     assert stored.data_type == onnx.TensorProto.INT4
     assert np.abs(onnx.numpy_helper.to_array(stored).astype(int)).max() <= 2
     assert model.opset_import[0].version == 21
+    assert {value.key: value.value for value in model.metadata_props}["onnxruntime"] == ">=1.23"
+
+
+def test_oldest_versions_depend_on_the_bits(small: QuantizedNetwork) -> None:
+    """INT4 came to OpenVINO with 2024.4; files of 6 and 8 bits were loaded in 2023.3."""
+    runtime = OPENVINO.runtime
+    assert runtime is not None
+    assert runtime.oldest_for(small.network) == "2024.4"
+    eight = quantized_by_fast(networks.captured("Residual"), "w8a8").network
+    assert runtime.oldest_for(eight) == "2023.3"
 
 
 def test_what_openvino_computes_otherwise_is_refused(
@@ -143,6 +153,33 @@ def test_what_openvino_computes_otherwise_is_refused(
     teacher = capture(Resized(), networks.images(1), classifier=False)
     with pytest.raises(UsageError, match=r"none for: .* \(_upsample_bilinear2d_aa\)"):
         OPENVINO.check_scheme(teacher, Scheme(Bits(8, 8), "full"))
+
+
+class Pooled(nn.Module):
+    """Average pooling between convolutions."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.stem(x).relu())).flatten(1)
+
+
+def test_average_beyond_the_border_is_refused_before_the_run() -> None:
+    """8 + 2 pixels in windows of 3, 2 apart: the fifth window ends one behind the border."""
+    scheme = Scheme(Bits(4, 4), "full")
+    teacher = capture(Pooled(nn.AvgPool2d(3, 2, 1, ceil_mode=True)), networks.images(1))
+    with pytest.raises(UsageError, match=r"none for: avg_pool2d \(avg_pool2d\)"):
+        OPENVINO.check_scheme(teacher, scheme)
+    for fits in (
+        nn.AvgPool2d(3, 2, 1),
+        nn.AvgPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d(2, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    ):
+        OPENVINO.check_scheme(capture(Pooled(fits), networks.images(1)), scheme)
 
 
 class Resized(nn.Module):

@@ -1,18 +1,21 @@
 """The target `openvino`: an ONNX file that OpenVINO computes as the student does."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.form import UNFUSED_SUMS
-from gdfq.deploy.onnx.target import write_onnx
+from gdfq.deploy.onnx.target import ONNX_RUNTIME, write_onnx
 from gdfq.deploy.openvino.calls import FLOAT32, openvino_calls
 from gdfq.deploy.openvino.runtime import openvino_runner, openvino_values
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
-from gdfq.graph import operators
+from gdfq.functional.windows import per_axis
+from gdfq.graph import operators, queries
 
 
 def _prove(job: Job, written: Path) -> Proof:
@@ -22,12 +25,44 @@ def _prove(job: Job, written: Path) -> Proof:
 
 
 def _unsupported(graph: fx.Graph) -> list[str]:
-    """Return resizing with anti-aliasing, which OpenVINO computes otherwise than PyTorch."""
+    """Return what OpenVINO computes otherwise than PyTorch.
+
+    It is resizing with anti-aliasing, and averages of windows that reach beyond the border.
+    """
     return [
         f"{node.name} ({operators.short_name(node)})"
         for node in graph.nodes
-        if operators.name_of(node) in operators.ANTIALIASED
+        if operators.name_of(node) in operators.ANTIALIASED or _averages_beyond_the_border(node)
     ]
+
+
+def _averages_beyond_the_border(node: fx.Node) -> bool:
+    """Return whether a window of average pooling with a counted border reaches beyond it.
+
+    OpenVINO divides its sum by another number. A graph that does not know its shapes is not
+    judged; its file is compared.
+    """
+    if operators.name_of(node) not in operators.AVERAGE_POOLING.values():
+        return False
+    value = queries.input_of(node).meta.get("val")
+    given: tuple[Any, ...] = node.args[1:]
+    kernel, stride, padding, ceil, include, divisor = (*given, *_DEFAULTS[len(given) - 1 :])
+    if not isinstance(value, Tensor) or not ceil or not include or divisor is not None:
+        return False
+    sides = [int(side) for side in value.shape[2:]]
+    lengths = [per_axis(option, len(sides)) for option in (kernel, stride or kernel, padding)]
+    return any(map(_reaches_beyond, sides, *lengths))
+
+
+_DEFAULTS: tuple[Any, ...] = ((), 0, False, True, None)
+"""Stride, padding, ceiling mode, whether padding counts, and divisor of average pooling."""
+
+
+def _reaches_beyond(side: int, kernel: int, stride: int, padding: int) -> bool:
+    """Return whether the last window along an axis with a border begins before and ends behind."""
+    room = side + 2 * padding - kernel
+    last = (room // stride + 1) * stride
+    return padding > 0 and room % stride != 0 and last < side + padding
 
 
 def _notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
@@ -35,15 +70,24 @@ def _notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
     return [f"compile it with {name}={value}: OpenVINO rounds floats to 16 bits on some processors"]
 
 
+_ONNX_RUNTIME = replace(ONNX_RUNTIME, oldest=((2, "1.23"), *ONNX_RUNTIME.oldest[2:]))
+"""The versions of ONNX Runtime that load the file, whose weights of 2 bits are INT4."""
+
 OPENVINO = Target(
     "openvino",
     ".openvino.onnx",
     "runs as integers in OpenVINO",
-    partial(write_onnx, form=UNFUSED_SUMS),
+    partial(write_onnx, form=UNFUSED_SUMS, runtime=_ONNX_RUNTIME),
     _prove,
     _notes,
     raw_input=True,
-    runtime=Runtime("OpenVINO", "openvino", "openvino", calls=openvino_calls),
+    runtime=Runtime(
+        "OpenVINO",
+        "openvino",
+        "openvino",
+        oldest=((2, "2024.4"), (5, "2023.3")),
+        calls=openvino_calls,
+    ),
     weights=Carrier("int4 or int8"),
     activations=Carrier("uint8"),
     placements=("full",),
