@@ -19,6 +19,8 @@ def facts(target: Target) -> dict[str, str]:
     found = {"file": target.file_name}
     if others := [other for other, name in OTHER_NAMES.items() if name == target.name]:
         found["also"] = ", ".join(others)
+    if target.made_for:
+        found["made for"] = f"{target.made_for}; {target.unproven}"
     if target.runtime is not None:
         found["runs in"] = _versions(target.runtime)
         comes_along = not target.runtime.extra

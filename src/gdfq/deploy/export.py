@@ -13,6 +13,7 @@ from torch import Tensor
 from gdfq.deploy.card import Card
 from gdfq.deploy.litert.target import LITERT
 from gdfq.deploy.litert_micro.target import LITERT_MICRO
+from gdfq.deploy.onnx.devices import QNN, TENSORRT
 from gdfq.deploy.onnx.target import ONNX, ONNX_COMPAT
 from gdfq.deploy.openvino.target import OPENVINO
 from gdfq.deploy.runtimes import Run, program_runner
@@ -23,7 +24,7 @@ from gdfq.deploy.torch_calls import program_calls
 from gdfq.deploy.torch_export import to_program
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
-from gdfq.files.atomic import make_folder, write_checked
+from gdfq.files.atomic import make_folder, write_atomically, write_checked
 from gdfq.files.untrusted import header_bytes
 from gdfq.graph.ends import NO_ENDS, output_names
 from gdfq.graph.inputs import image_shape
@@ -68,6 +69,8 @@ TARGETS: Mapping[str, Target] = {
         ONNX_COMPAT,
         OPENVINO,
         LITERT_MICRO,
+        TENSORRT,
+        QNN,
     )
 }
 """The targets by name."""
@@ -151,11 +154,20 @@ def export(
     job = Job(network, card, path, inputs, raw_input, accuracy or {}, names)
     data = kind.write(job)
 
+    beside: dict[Path, bytes] = {}
+
     def check(written: Path) -> tuple[Proof, Sequence[str]]:
         proof = kind.prove(job, written)
-        return proof, [*kind.notes(job, data, proof), *_oldest_version(kind, network)]
+        for suffix, contents in kind.beside(job, data).items():
+            beside[kind.path_beside(path, suffix)] = contents
+        unproven = [kind.unproven] if kind.unproven else []
+        written_beside = [f"with {other.name} beside it" for other in beside]
+        remarks = kind.notes(job, data, proof)
+        return proof, [*unproven, *remarks, *written_beside, *_oldest_version(kind, network)]
 
     proof, notes = write_checked(path, data, check)
+    for other, contents in beside.items():
+        write_atomically(other, contents)
     return Exported(
         **vars(proof),
         path=path,

@@ -19,17 +19,18 @@ Run = Callable[..., list[Tensor]]
 """One tensor [N, *shape] for each input -> the network's outputs in order, all on the CPU."""
 
 
-def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
+def onnx_runner(data: bytes, *, precise: bool = False, as_written: bool = False) -> Run:
     """Return a function that runs an ONNX file.
 
     Args:
         data: Contents of the file.
         precise: Whether 8-bit sums must not saturate (see `PRECISE`).
+        as_written: Whether each operator is computed as the file has it.
 
     Raises:
         UsageError: ONNX Runtime cannot load the file.
     """
-    session = onnx_session(data, precise=precise)
+    session = onnx_session(data, precise=precise, as_written=as_written)
 
     def run(*inputs: Tensor) -> list[Tensor]:
         return list(map(torch.from_numpy, run_once(session, None, _named_inputs(session, inputs))))
@@ -38,7 +39,12 @@ def onnx_runner(data: bytes, *, precise: bool = False) -> Run:
 
 
 def onnx_values(
-    data: bytes, names: Sequence[str], inputs: Sequence[Tensor], *, precise: bool = False
+    data: bytes,
+    names: Sequence[str],
+    inputs: Sequence[Tensor],
+    *,
+    precise: bool = False,
+    as_written: bool = False,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the named values of an ONNX file for some inputs.
 
@@ -47,11 +53,12 @@ def onnx_values(
         names: Names of values inside it, or of outputs.
         inputs: A tensor [N, *shape] for each input of the network, in order.
         precise: Whether 8-bit sums must not saturate (see `PRECISE`).
+        as_written: Whether each operator is computed as the file has it.
 
     Raises:
         GdfqError: The file lacks a name.
     """
-    session = onnx_session(with_outputs(data, names), precise=precise)
+    session = onnx_session(with_outputs(data, names), precise=precise, as_written=as_written)
     found = run_once(session, names, _named_inputs(session, inputs))
     return dict(zip(names, found, strict=True))
 

@@ -109,6 +109,10 @@ def _no_notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
     return ()
 
 
+def _nothing_beside(_job: Job, _data: bytes) -> Mapping[str, bytes]:
+    return {}
+
+
 def _supports_all(_graph: fx.Graph) -> Sequence[str]:
     return ()
 
@@ -229,6 +233,11 @@ class Target:
         loads_code: Whether a file can hold code that runs when it is loaded. Files that others may
             have written are then not loaded.
         one_grid_for_joins: Whether the inputs of a concatenation and its result must have one grid.
+        beside: Returns further files that are written beside the file, from its contents: the ends
+            of their names, in place of the suffix, with their contents. Raises GdfqError for one
+            that is not equal; then none of them is written.
+        made_for: What its files are made for, where that is not here to run them: their form is
+            checked, and they are proven in `runtime`. Empty if they are made for `runtime`.
     """
 
     name: str
@@ -248,6 +257,8 @@ class Target:
     takes_size: bool = False
     loads_code: bool = False
     one_grid_for_joins: bool = False
+    beside: Callable[[Job, bytes], Mapping[str, bytes]] = _nothing_beside
+    made_for: str = ""
 
     @property
     def file_name(self) -> str:
@@ -260,6 +271,15 @@ class Target:
         return GridRules(
             self.weights.symmetric, self.activations.symmetric, self.one_grid_for_joins
         )
+
+    def path_beside(self, path: Path, suffix: str) -> Path:
+        """Return the path of a further file beside one of its files."""
+        return path.with_name(path.name.removesuffix(self.suffix) + suffix)
+
+    @property
+    def unproven(self) -> str:
+        """What was not proven, for people; empty if its files run in the runtime they are for."""
+        return self.made_for and f"form checked, not run in {self.made_for}"
 
     def require_runtime(self) -> None:
         """Raise UsageError if the runtime that proves its files is not installed."""
@@ -315,6 +335,7 @@ class Target:
                 (grid.name, self.activations.refusal(grid.bits, grid.zero_point))
                 for grid in network.activations
             ),
+            *(_misfits(_unequal_joins(network)) if self.one_grid_for_joins else ()),
         ]
         if misfits:
             raise UsageError(
@@ -339,8 +360,17 @@ class Target:
     def _needs(self) -> str:
         return (
             f"target {self.name!r} takes weights of {self.weights.grids_in_words()} and "
-            f"activations of {self.activations.grids_in_words()};"
+            f"activations of {self.activations.grids_in_words()}"
+            f"{', with one grid for each concatenation' if self.one_grid_for_joins else ''};"
         )
+
+
+def _unequal_joins(network: IntegerNetwork) -> Iterator[tuple[str, str]]:
+    """Yield the concatenations with more than one grid, by the names of these."""
+    for join in network.joins:
+        grids = {(float(grid.scale), float(grid.zero_point), grid.bits) for grid in join}
+        if len(grids) > 1:
+            yield " and ".join(dict.fromkeys(grid.name for grid in join)), "several grids"
 
 
 def _misfits(found: Iterator[tuple[str, str]]) -> Iterator[str]:

@@ -146,6 +146,19 @@ class IntegerNetwork(nn.Module):
         return [_grid(node, tensors) for node in self._calls(operators.FAKE_QUANTIZE)]
 
     @property
+    def joins(self) -> list[list[ActivationGrid]]:
+        """Return the grids of each concatenation: those of its inputs, then that of its result."""
+        tensors = self.tensors
+        found = []
+        for node in self.graph.nodes:
+            if operators.name_of(node) not in operators.JOINS:
+                continue
+            rounded = [user for user in node.users if _is_quantizer(user)]
+            inputs = [activation_grid(source, tensors) for source in node.all_input_nodes]
+            found.append([*filter(None, inputs), *(_grid(user, tensors) for user in rounded)])
+        return found
+
+    @property
     def input_range(self) -> tuple[float, float] | None:
         """Return the lowest and the highest value of the grid of the first input, if it has one."""
         first = queries.inputs(self.graph)[0]
@@ -268,8 +281,11 @@ def check_quantizer(node: fx.Node) -> None:
 def activation_grid(node: fx.Node, tensors: Mapping[str, Tensor]) -> ActivationGrid | None:
     """Return the quantizer of the grid that a tensor lies on, or None for a float tensor."""
     source = queries.grid_source(node)
-    is_quantizer = operators.name_of(source) == operators.FAKE_QUANTIZE
-    return _grid(source, tensors) if is_quantizer else None
+    return _grid(source, tensors) if _is_quantizer(source) else None
+
+
+def _is_quantizer(node: fx.Node) -> bool:
+    return operators.name_of(node) == operators.FAKE_QUANTIZE
 
 
 def scale_of(node: fx.Node) -> fx.Node:

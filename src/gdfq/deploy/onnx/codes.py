@@ -1,4 +1,4 @@
-"""How an ONNX file stores the codes of activations: as uint8, whatever their bits."""
+"""How an ONNX file stores the codes of activations: in 8 bits, whatever their own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdfq.deploy.onnx.form import PACKED_WEIGHTS, Form
 from gdfq.deploy.saturation import may_overflow
 from gdfq.functional import integer
 from gdfq.functional.grid import MAX_BITS, code_bounds
@@ -35,14 +36,20 @@ class StoredCodes:
     has none that rounds the values of a grid to the next grid."""
 
 
-def stored_codes(network: IntegerNetwork) -> dict[str, StoredCodes]:
+def stored_codes(network: IntegerNetwork, form: Form = PACKED_WEIGHTS) -> dict[str, StoredCodes]:
     """Return how a file stores the codes of each activation, by the name of its grid.
 
     Codes of k < 8 bits are stored as 0 to 2^k − 1, and a Clip follows QuantizeLinear. Values that
     were on a grid before are bounded. Where the bounds lie within the codes, no Clip is needed.
     Where they exceed the highest alone, as after a ReLU, codes are stored as 256 − 2^k to 255:
     then QuantizeLinear itself saturates at the highest.
+
+    Forms of pairs alone have 8 bits, signed ones from −128 on.
     """
+    if form.only_pairs:
+        lowest = code_bounds(MAX_BITS)[0] if form.signed else 0
+        codes = [StoredCodes(f"{grid.name}.q", lowest, False) for grid in network.activations]
+        return {grid.name: c for grid, c in zip(network.activations, codes, strict=True)}
     tensors = network.tensors
     overflowing = {
         layer.input.name

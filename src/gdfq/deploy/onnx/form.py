@@ -15,12 +15,18 @@ class Form:
             from their DequantizeLinear. It changes no code, and keeps OpenVINO from adding a
             layer's unrounded output.
         has_int2: Whether weights of 2 bits are INT2; they are INT4 otherwise.
+        only_pairs: Whether every QuantizeLinear is read by its DequantizeLinear alone, so that all
+            other operators compute with floats, and what moves values is quantized again. Clamps
+            stay where they are. Activations must have 8 bits, and each weight one axis of channels.
+        signed: Whether codes of activations are INT8 with zero points of 0, and biases are float.
     """
 
     folds_weights: bool = False
     lowest_opset: bool = False
     rounds_before_sums: bool = False
     has_int2: bool = True
+    only_pairs: bool = False
+    signed: bool = False
 
 
 PACKED_WEIGHTS = Form()
@@ -29,3 +35,7 @@ COMPATIBLE = Form(folds_weights=True, lowest_opset=True)
 """The file that most runtimes read."""
 UNFUSED_SUMS = Form(rounds_before_sums=True, has_int2=False)
 """The file for OpenVINO."""
+TENSORRT = Form(folds_weights=True, lowest_opset=True, only_pairs=True, signed=True)
+"""The file for TensorRT."""
+QNN = Form(folds_weights=True, only_pairs=True)
+"""The file for Qualcomm's QNN."""

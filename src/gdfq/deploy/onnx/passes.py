@@ -81,22 +81,55 @@ def keep_codes(graph: ir.Graph) -> None:
             continue
         first, *others = inputs_of(node)
         found = _codes_and_grid(first)
-        if found is None:
+        if found is None or not _only_moves(node):
             continue
         codes, scale, zero_point = found
-        if node.op_type == "Resize" and _mode(node) != "nearest":
-            continue  # it computes new values
-        if node.op_type == "MaxPool" and len(node.outputs) > 1:
-            continue  # it also returns positions
         if node.op_type == "Pad" and _mode(node) == "constant":
-            if len(others) > 1 and others[1] is not None and constant_values(others[1]).any():
-                continue  # what it pads with need not lie on the grid
             others[1:2] = [zero_point]
         count = len(node.outputs)
         moved = ir.node(node.op_type, [codes, *others], node.attributes, num_outputs=count)
         after = [ir.node("DequantizeLinear", [value, scale, zero_point]) for value in moved.outputs]
         replace_node(graph, node, [moved, *after])
         remove_unused(graph, first)
+
+
+def _only_moves(node: ir.Node) -> bool:
+    """Return whether all outputs of a grid-preserving operator are values of its first input."""
+    if node.op_type == "Resize":
+        return _mode(node) == "nearest"  # otherwise it computes new values
+    if node.op_type == "MaxPool":
+        return len(node.outputs) == 1  # otherwise it also returns positions
+    if node.op_type == "Pad" and _mode(node) == "constant":
+        _, _, *values = inputs_of(node)
+        # What it pads with need not lie on the grid.
+        return not values or values[0] is None or not constant_values(values[0]).any()
+    return True
+
+
+def quantize_after_moves(graph: ir.Graph) -> None:
+    """Quantize what only moves values of a grid again, to the same codes.
+
+    Runtimes that read quantization from pairs of QuantizeLinear and DequantizeLinear then find one
+    on each side of every operator.
+    """
+    for node in list(graph):
+        if node.op_type not in _GRID_PRESERVING:
+            continue
+        dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not _only_moves(node):
+            continue
+        codes, scale, *zero_points = inputs_of(dequantize)
+        if codes.is_initializer():
+            continue  # a weight
+        for value in node.outputs:
+            if not (users := list(value.uses())):
+                continue
+            quantize = ir.node("QuantizeLinear", [value, scale, *zero_points])
+            after = ir.node("DequantizeLinear", [quantize.outputs[0], scale, *zero_points])
+            after.outputs[0].shape, after.outputs[0].type = value.shape, value.type
+            graph.insert_after(node, [quantize, after])
+            for use in users:
+                use.node.replace_input_with(use.idx, after.outputs[0])
 
 
 def _join_codes(graph: ir.Graph, node: ir.Node) -> None:

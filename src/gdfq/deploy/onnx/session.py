@@ -14,18 +14,26 @@ Runtime then uses slower kernels there; other processors ignore it."""
 _PROVIDERS = ["CPUExecutionProvider"]
 
 
-def onnx_session(file: bytes | Path, threads: int = 0, *, precise: bool = False) -> Any:
+def onnx_session(
+    file: bytes | Path, threads: int = 0, *, precise: bool = False, as_written: bool = False
+) -> Any:
     """Return a session of ONNX Runtime on the CPU.
 
     Args:
         file: Its contents, or its path if it has external weights.
         threads: Number of threads; 0 is the number of cores.
         precise: Whether 8-bit sums must not saturate (see `PRECISE`).
+        as_written: Whether each operator is computed as the file has it: nothing is fused.
 
     Raises:
         UsageError: ONNX Runtime cannot load the file.
     """
     options = session_options()
+    if as_written:
+        import onnxruntime
+
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.graph_optimization_level = level
     options.intra_op_num_threads = threads
     if precise:
         options.add_session_config_entry(*PRECISE)

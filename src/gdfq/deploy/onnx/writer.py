@@ -33,6 +33,7 @@ from gdfq.deploy.onnx.passes import (
     keep_float,
     normalise_pixels,
     pool_globally,
+    quantize_after_moves,
     remove_unused,
     replace_node,
     round_before_sums,
@@ -74,7 +75,7 @@ def to_onnx(
         UsageError: ONNX, or the opset of the form, has no form for an operator.
         GdfqError: The result is not a valid model.
     """
-    model = _exported(_opaque(network), inputs)
+    model = _exported(_opaque(network, form), inputs)
     try:
         _rewrite(model, metadata, raw_input, [spec.name for spec in inputs], outputs, form)
         return _serialised(model)
@@ -111,10 +112,13 @@ def _rewrite(
     for node in list(graph):
         if node.domain == DOMAIN:
             writer.write(node)
-    keep_codes(graph)
-    if form.rounds_before_sums:
-        round_before_sums(graph)
-    keep_float(graph)
+    if form.only_pairs:
+        quantize_after_moves(graph)
+    else:
+        keep_codes(graph)
+        if form.rounds_before_sums:
+            round_before_sums(graph)
+        keep_float(graph)
     if raw_input is not None:
         normalise_pixels(graph, raw_input)
     rename(graph, writer.titles)
@@ -190,10 +194,10 @@ _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
-def _opaque(network: IntegerNetwork) -> fx.GraphModule:
+def _opaque(network: IntegerNetwork, form: Form) -> fx.GraphModule:
     """Return the network with quantization operators that tracing does not enter."""
     grids = {grid.node: grid.name for grid in network.activations}
-    stored = stored_codes(network)
+    stored = stored_codes(network, form)
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         if node.target not in _OPAQUE:
@@ -298,26 +302,35 @@ class _Writer:
             "DequantizeBias": self._bias,
         }[node.op_type]
         inputs = inputs_of(node)
-        replace_node(self.graph, node, form(node))
+        if node.op_type == "DequantizeBias" and self.form.signed:
+            ir.convenience.replace_all_uses_with(node.outputs[0], self._float_bias(node))
+            self.graph.remove(node, safe=True)
+        else:
+            replace_node(self.graph, node, form(node))
         remove_unused(self.graph, inputs[0])
         for value in inputs:  # of what was the operator's own
             if not value.uses() and value.name in self.graph.initializers:
                 del self.graph.initializers[value.name]
 
     def _activation(self, node: ir.Node) -> list[ir.Node]:
-        """Write signed codes as unsigned ones (`StoredCodes`), with the same shift of z."""
+        """Write codes as they are stored (`StoredCodes`), with the same shift of z."""
         x, scale, zero_point = inputs_of(node)
         bits, base = node.attributes["bits"].as_int(), node.attributes["title"].as_string()
         stored_lowest = node.attributes["lowest"].as_int()
         lowest, highest = code_bounds(bits)
         unsigned = (constant_values(zero_point) - lowest).astype(np.uint8)
         grid = constant_values(scale), unsigned, highest - lowest
-        while (maker := x.producer()) is not None and _clips_less(maker, *grid):
-            x = inputs_of(maker)[0]
-        step = self._constant(f"{base}.scale", constant_values(scale))
-        shifted = (unsigned + stored_lowest).astype(np.uint8)
-        new_zero_point = self._constant(f"{base}.zero_point", shifted)
         nodes: list[ir.Node] = []
+        if not self.form.only_pairs:
+            while (maker := x.producer()) is not None and _clips_less(maker, *grid):
+                x = inputs_of(maker)[0]
+        elif self.form.signed and (clamped := _rectified(x.producer(), *grid)) is not None:
+            nodes.append(ir.node("Relu", [clamped]))
+            x = nodes[-1].outputs[0]
+        step = self._constant(f"{base}.scale", constant_values(scale))
+        kind = np.int8 if self.form.signed else np.uint8
+        shifted = (unsigned.astype(np.int16) + stored_lowest).astype(kind)
+        new_zero_point = self._constant(f"{base}.zero_point", shifted)
         if node.attributes["adds_zero"].as_int():
             nodes.append(ir.node("Add", [x, self._zero()]))
             x = nodes[-1].outputs[0]
@@ -379,7 +392,7 @@ class _Writer:
         attributes = {"axis": axes[0]} if axes else {}
         factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
         inputs = [current, factor]
-        wide = reach > _MAX_SAFE_CODE
+        wide = reach > _MAX_SAFE_CODE or self.form.only_pairs
         if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
             # ONNX Runtime fuses a Gemm only with an explicit zero point, and where it
             # makes 8-bit weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
@@ -397,6 +410,12 @@ class _Writer:
             return [ir.node("DequantizeLinear", [stored, factor])]
         factor = self._constant(f"{base}_scale", steps)
         return [ir.node("DequantizeLinear", [stored, factor], {"axis": 0})]
+
+    def _float_bias(self, node: ir.Node) -> ir.Value:
+        codes, activation_scale, weight_scale = inputs_of(node)
+        steps = constant_values(activation_scale) * constant_values(weight_scale).reshape(-1)
+        bias = constant_values(codes).astype(np.float32) * steps
+        return self._constant(f"{stem(str(codes.name))}.bias", bias)
 
     def _constant(
         self, name: str, array: np.ndarray[Any, Any], kind: ir.DataType | None = None
@@ -421,6 +440,23 @@ def _clips_less(
     """Return whether a node only clips, and only what codes of 0 to `highest` clip, too."""
     bounds = (np.array([_bounds(node)]) / scale).round() + zero_point
     return bool(bounds[..., 0].max() <= 0 and bounds[..., 1].min() >= highest)
+
+
+def _rectified(
+    node: ir.Node | None,
+    scale: np.ndarray[Any, Any],
+    zero_point: np.ndarray[Any, Any],
+    highest: int,
+) -> ir.Value | None:
+    """Return what a node clips at 0 and at an upper end that clips no more than codes do, or None.
+
+    A Relu then does the same.
+    """
+    low, high = (np.nan, np.nan) if node is None else _bounds(node)
+    clips_alike = low == 0 and float((high / scale).round() + zero_point) >= highest
+    if node is None or node.op_type == "Relu" or not clips_alike:
+        return None
+    return node.inputs[0]
 
 
 def _bounds(node: ir.Node) -> tuple[float, float]:
