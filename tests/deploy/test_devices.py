@@ -265,7 +265,7 @@ def _rounded_by(encodings: Any, model: Any) -> Any:
             array = array if by_channel else array[0]
             constants.append(onnx.numpy_helper.from_array(array, f"{name}.{part}"))
         grid = [f"{name}.s", f"{name}.z"]
-        axis = {"axis": int(name in channels_second)} if by_channel else {}
+        axis: Any = {"axis": int(name in channels_second)} if by_channel else {}
         nodes.append(onnx.helper.make_node("QuantizeLinear", [name, *grid], [f"{name}.q"], **axis))
         nodes.append(
             onnx.helper.make_node("DequantizeLinear", [f"{name}.q", *grid], [f"{name}.r"], **axis)
