@@ -55,6 +55,8 @@ PEERS = {
 }
 """Mark and name of the rows of `peers_224` that stand beside the curves, by method."""
 PEER_BITS = "w8a8"
+LEAST_SPAN = 5
+"""Points of top-1 that an axis spans at least: chance alone makes a tenth of it."""
 BUDGETS = ("30s", "1m", "2m", "5m", "10m", "30m")
 Row = Mapping[str, Any]
 
@@ -200,7 +202,7 @@ def draw(rows: Sequence[Row], peers: Sequence[Row], path: Path = FIGURE) -> None
     if not names:
         return
     figure, panels = plt.subplots(
-        1, len(names), figsize=(3.6 * len(names), 3.2), squeeze=False, layout="constrained"
+        1, len(names), figsize=(3.6 * len(names), 3.4), squeeze=False, layout="constrained"
     )
     for axes, name in zip(panels[0], names, strict=True):
         for index, bits in enumerate(BITS):
@@ -219,10 +221,19 @@ def draw(rows: Sequence[Row], peers: Sequence[Row], path: Path = FIGURE) -> None
         axes.set_xticks(ticks, BUDGETS)
         axes.minorticks_off()
         axes.set(title=TITLES[name], xlabel="time of the whole command")
+        low, _ = axes.get_ylim()
+        axes.set_ylim(min(low, teacher - LEAST_SPAN), teacher + 1)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[0][0].set_ylabel("top-1, %")
-    panels[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    named = {
+        label: handle
+        for axes in panels[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        named.values(), named, loc="outside lower center", ncols=len(named), frameon=False, fontsize=8
+    )
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
