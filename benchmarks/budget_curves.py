@@ -232,7 +232,12 @@ def draw(rows: Sequence[Row], peers: Sequence[Row], path: Path = FIGURE) -> None
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        named.values(), named, loc="outside lower center", ncols=len(named), frameon=False, fontsize=8
+        named.values(),
+        named,
+        loc="outside lower center",
+        ncols=len(named),
+        frameon=False,
+        fontsize=8,
     )
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
