@@ -13,7 +13,16 @@ from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
 from torch import Tensor
 
 import gdfq.functional
-from gdfq.functional import grid, integer, losses, moments, rounding, upsample_conv, windows
+from gdfq.functional import (
+    gemmlowp,
+    grid,
+    integer,
+    losses,
+    moments,
+    rounding,
+    upsample_conv,
+    windows,
+)
 from gdfq.functional.grid import Layout
 from gdfq.graph.outputs import in_order
 
@@ -44,6 +53,10 @@ def _labels(make: Callable[..., Tensor]) -> Tensor:
     return torch.arange(6).to(make(1).device) % 5
 
 
+def _sums(make: Callable[..., Tensor]) -> Tensor:
+    return make(3, 4).detach().mul(100).long()
+
+
 def _of(make: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     return _OF[0].to(make(1).device), _OF[1].to(make(1).device)
 
@@ -63,6 +76,8 @@ CALLS: dict[Callable[..., Any], Call] = {
     moments.input_moments: lambda m: moments.input_moments(m(4, 3, 5, 5)),
     upsample_conv.upsampled_convolution: lambda m: upsample_conv.upsampled_convolution(m(2, 3, 4, 4), m(5, 3, 3, 3), m(5)),
     grid.affine_grid: lambda m: grid.affine_grid(-m(4).abs(), m(4).abs(), 4),
+    grid.symmetric_grid: lambda m: grid.symmetric_grid(-m(4).abs(), m(4).abs(), 4),
+    grid.range_grid: lambda m: grid.range_grid(-m(4).abs(), m(4).abs(), 4, symmetric=True),
     grid.largest_scale: lambda m: grid.largest_scale(_of(m)[1], 8, (-1.0, 1.0)),
     grid.weight_grid: lambda m: grid.weight_grid(-m(4).abs(), m(4).abs(), 4),
     grid.along_channels: lambda m: grid.along_channels(m(4), m(4, 3, 3, 3), _ROWS),
@@ -84,6 +99,10 @@ CALLS: dict[Callable[..., Any], Call] = {
     integer.in_steps: lambda m: integer.in_steps(m(2, 4, 3), _of(m)[0], _of_weight(m)[1], 1, _of(m)[0]),
     integer.mean_in_steps: lambda m: integer.mean_in_steps(m(2, 4, 3), [1, 2], True, _of(m)[0], _of(m)[0]),
     integer.steps_of: lambda m: integer.steps_of(m(4, 3), _of(m)[0]),
+    gemmlowp.doubling_high_product: lambda m: gemmlowp.doubling_high_product(_sums(m), 2**30),
+    gemmlowp.rounding_right_shift: lambda m: gemmlowp.rounding_right_shift(_sums(m), 3),
+    gemmlowp.requantized: lambda m: gemmlowp.requantized(_sums(m), [0.1, 0.2, 0.3, 0.4], 1),
+    gemmlowp.requantized_sum: lambda m: gemmlowp.requantized_sum(_sums(m), _sums(m), (0.1, 0.2), 0.3),
     windows.zero_padded: lambda m: windows.zero_padded(m(2, 3, 4), [(1, 0), (0, 2)]),
     integer.rounded: lambda m: integer.rounded(m(4, 3).detach(), -3.0, 4.0),
 }  # fmt: skip
@@ -96,6 +115,7 @@ RETURN_NUMBERS: dict[Callable[..., Any], Call] = {
     integer.is_exact: lambda m: integer.is_exact(m(4).detach().int()),
 }
 WITHOUT_TENSORS = {grid.code_bounds} | {
+    gemmlowp.quantized_multiplier,
     *(windows.per_axis, windows.padding_ends, windows.source_pixels, windows.floored),
 }
 

@@ -63,7 +63,7 @@ def requantized(a: Tensor, factors: float | Sequence[float], dim: int = 0) -> Te
     if len(every) > 1:
         shape[dim] = -1
     multipliers, shifts = (
-        torch.tensor(part, dtype=torch.int64).reshape(shape)
+        torch.tensor(part, dtype=torch.int64, device=a.device).reshape(shape)
         for part in zip(*map(quantized_multiplier, every), strict=True)
     )
     shifted = a << shifts.clamp(min=0)
