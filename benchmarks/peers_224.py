@@ -1,4 +1,4 @@
-"""Other toolkits beside `quick`, on images of 224x224 above all: accuracy, time, memory, latency.
+"""Other toolkits beside `quick`, above all at 224x224: accuracy, time, memory, latency.
 
     python -m benchmarks.peers_224                  # every row that is not there yet, at w8a8
     python -m benchmarks.peers_224 --bits w8a8 w4a8
@@ -307,11 +307,11 @@ def alone(job: Callable[..., Any], *arguments: object) -> Any:
 
 
 INTRODUCTION = """
-## Other toolkits at 224x224
+## Other toolkits
 
 `python -m benchmarks.peers_224`: `quick` of gdfq, ONNX Runtime's `quantize_static` and Sony's model-compression-toolkit
-(`mct`) on the same 1,000 labelled images, one of each class, each in a process of its own (threads of PyTorch:
-{threads}). gdfq and `mct` see no real image. `quantize_static` is calibrated on 100 images: those of the run of gdfq, every
+(`mct`) on the same 1,000 labelled images (of ImageNet's classes one each), each in a process of its own (threads of PyTorch:
+{threads}; `mct` with one, the machine was busy). gdfq and `mct` see no real image. `quantize_static` is calibrated on 100 images: those of the run of gdfq, every
 tenth of the labelled ones, or noise; its seconds are without the images. `mct` makes images with fewer iterations than its
 default of 500, because of the time, and calibrates with its default target. Seconds are of the clock, in brackets of all
 processors together.
