@@ -42,7 +42,7 @@ from torch import Tensor
 import gdfq
 from gdfq import pipeline
 from gdfq.analysis.accuracy import logits_of
-from gdfq.data.datasets import ArrayData, ImageData, load_data
+from gdfq.data.datasets import ArrayData, load_data
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
@@ -161,6 +161,22 @@ def float_step_seconds(teacher: Captured, batch: int) -> float:
     return statistics.median(times[1:])
 
 
+def tested(
+    student: Callable[[Tensor], Tensor],
+    teacher: Captured,
+    images: Path,
+    preprocessing: Preprocessing,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of student and teacher on all test images, and the labels of these."""
+    test = load_data(images, teacher.input_shape, teacher.classes)
+    assert test.labels is not None
+    student_logits, teacher_logits = (
+        logits_of(module, test, preprocessing, device=torch.device("cpu"))
+        for module in (student, teacher.network)
+    )
+    return student_logits, teacher_logits, test.labels
+
+
 def compared(student: Tensor, teacher: Tensor, labels: Tensor) -> Facts:
     """Accuracies, agreement and the paired 95 % bootstrap interval of the drop, in percent.
 
@@ -231,17 +247,12 @@ def run_row(row: Row) -> dict[str, object]:
         student, facts, batch = run_recipe(row, network, teacher)
     seconds |= facts.pop("seconds")
     float_step = float_step_seconds(teacher, batch)
-    test: ImageData = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
-    student_logits, teacher_logits = (
-        logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
-        for module in (student, teacher.network)
-    )
-    assert test.labels is not None
+    found = tested(student, teacher, SHARED / "data" / network.test, network.preprocessing)
     seconds["total"] = sum(seconds.values())
     return {
         "network": row.network, "bits": row.bits, "placement": row.placement,
         "recipe": row.recipe, "settings": settings_of(row), "code": hash_of("**/*.py"), "seed": row.seed, **facts,
-        **compared(student_logits, teacher_logits, test.labels),
+        **compared(*found),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "float_step_seconds": round(float_step, 4),
         "float_steps": round(seconds["total"] / float_step),

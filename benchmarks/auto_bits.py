@@ -21,14 +21,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmarks.accuracy import NETWORKS, Row, compared, hash_of, stored
+from benchmarks.accuracy import NETWORKS, Row, compared, hash_of, stored, tested
 from support.narrowing import instance
 from support.places import RESULTS, SHARED
 
 from gdfq import pipeline
-from gdfq.analysis.accuracy import logits_of
 from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
-from gdfq.data.datasets import load_data
 from gdfq.deploy.card import Card
 from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
@@ -62,13 +60,8 @@ def run(
     seconds = time.perf_counter() - started
     card = card_of(name, teacher, scheme, recipe, seed)
     data = to_onnx(student, teacher.inputs, metadata_of(card, {}, safe=False))
-    test = load_data(SHARED / "data" / network.test, network.shape, teacher.classes)
-    student_logits, teacher_logits = (
-        logits_of(module, test, network.preprocessing, device=torch.device("cpu"))
-        for module in (student, teacher.network)
-    )
-    assert test.labels is not None
-    facts = compared(student_logits, teacher_logits, test.labels)
+    images = SHARED / "data" / network.test
+    facts = compared(*tested(student, teacher, images, network.preprocessing))
     return {
         "bytes": len(data), "top1": facts["student"]["all"], "teacher": facts["teacher"]["all"],
         "drop_interval": facts["drop_interval"], "seconds": round(seconds, 1),

@@ -29,13 +29,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks import memory, peers_224
-from benchmarks.accuracy import NETWORKS, compared
+from benchmarks.accuracy import NETWORKS, compared, tested
 from benchmarks.defaults import EFFICIENTNET, network_of
 from support.places import RESULTS, ROOT, SHARED
 
 import gdfq
-from gdfq.analysis.accuracy import logits_of
-from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.durations import as_text, seconds_of
 from gdfq.functional.grid import Bits
@@ -126,17 +124,10 @@ def accuracy(name: str, run: Path) -> dict[str, Any]:
     """Accuracy of the student in a run folder, and its KL to the teacher, on all test images."""
     model, shape, preprocessing, path = network_of(name)
     teacher = capture(model, torch.zeros(1, *shape))
-    test = load_data(path, shape, teacher.classes)
-    assert test.labels is not None
-    student_logits, teacher_logits = (
-        logits_of(module, test, preprocessing, device=torch.device("cpu"))
-        for module in (gdfq.load(run).network, teacher.network)
-    )
-    found = compared(student_logits, teacher_logits, test.labels)
-    student, teacher_log = (
-        logits.double().log_softmax(1) for logits in (student_logits, teacher_logits)
-    )
-    kl = F.kl_div(student, teacher_log, reduction="batchmean", log_target=True)
+    student, full, labels = tested(gdfq.load(run).network, teacher, path, preprocessing)
+    found = compared(student, full, labels)
+    student_log, teacher_log = (each.double().log_softmax(1) for each in (student, full))
+    kl = F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
     drop = found["teacher"]["all"] - found["student"]["all"]
     return {**found, "drop": round(drop, 3), "kl": round(float(kl), 5)}
 

@@ -24,14 +24,12 @@ from typing import Any
 
 import torch
 from benchmarks import memory
-from benchmarks.accuracy import NETWORKS, compared
+from benchmarks.accuracy import NETWORKS, compared, tested
 from benchmarks.unix import peak_resident_mib
 from support.places import RESULTS, SHARED
 from torch import nn
 
 import gdfq
-from gdfq.analysis.accuracy import logits_of
-from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.graph.capture import capture
@@ -69,17 +67,11 @@ def measured(name: str, bits: str, seed: int) -> dict[str, Any]:
         exported = quantized.export(Path(folder) / "student.onnx")
         seconds = time.perf_counter() - started
         peak = int(peak_resident_mib())
-    test = load_data(path, shape, teacher.classes)
-    assert test.labels is not None
-    student_logits, teacher_logits = (
-        logits_of(module, test, preprocessing, device=torch.device("cpu"))
-        for module in (quantized.network, teacher.network)
-    )
     return {
         "network": name,
         "bits": bits,
         "seed": seed,
-        **compared(student_logits, teacher_logits, test.labels),
+        **compared(*tested(quantized.network, teacher, path, preprocessing)),
         "seconds": round(seconds, 1),
         "peak_mib": peak,
         "bytes": exported.bytes,

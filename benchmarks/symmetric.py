@@ -18,13 +18,11 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmarks.accuracy import NETWORKS, compared
+from benchmarks.accuracy import NETWORKS, compared, tested
 from benchmarks.defaults import network_of
 from support.places import RESULTS
 
 import gdfq
-from gdfq.analysis.accuracy import logits_of
-from gdfq.data.datasets import load_data
 from gdfq.graph.capture import capture
 
 FILE = RESULTS / "symmetric.json"
@@ -42,18 +40,12 @@ def measured(name: str, bits: str, seed: int, grids: str) -> dict[str, Any]:
         teacher, None, bits, "quick", seed=seed, target=None if grids == DEFAULT else grids,
         mean=preprocessing.mean, std=preprocessing.std,
     )  # fmt: skip
-    test = load_data(path, shape, teacher.classes)
-    assert test.labels is not None
-    student_logits, teacher_logits = (
-        logits_of(module, test, preprocessing, device=torch.device("cpu"))
-        for module in (quantized.network, teacher.network)
-    )
     return {
         "network": name,
         "bits": bits,
         "seed": seed,
         "grids": grids,
-        **compared(student_logits, teacher_logits, test.labels),
+        **compared(*tested(quantized.network, teacher, path, preprocessing)),
         "torch": torch.__version__,
     }
 
@@ -70,7 +62,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, bits in dict.fromkeys((row["network"], row["bits"]) for row in rows):
-        seeds = [seed for seed in range(100) if (name, bits, DEFAULT, seed) in top1]
+        seeds = sorted(seed for *key, seed in top1 if key == [name, bits, DEFAULT])
         cells = []
         for grids in GRIDS:
             found = [top1[name, bits, grids, s] for s in seeds if (name, bits, grids, s) in top1]

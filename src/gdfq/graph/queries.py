@@ -6,6 +6,7 @@ node is the tensor that capture recorded there, with a batch of a few entries.
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -204,6 +205,27 @@ def mean_of(node: fx.Node) -> tuple[list[int], bool] | None:
             size: Any = node.args[1]
             return (list(range(-count, 0)), True) if set(size) == {1} else None
     return None
+
+
+@dataclass(frozen=True)
+class AveragePooling:
+    """Options of average pooling, as PyTorch names them; an empty stride is the kernel."""
+
+    kernel_size: Any
+    stride: Any = ()
+    padding: Any = 0
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+
+def average_pooling_of(node: fx.Node) -> AveragePooling | None:
+    """Return the options of an average over windows, or None if the node is none."""
+    if name_of(node) not in operators.AVERAGE_POOLING.values():
+        return None
+    options: Any = node.args[1:]
+    named: Any = node.kwargs
+    return AveragePooling(*options, **named)
 
 
 def elements_per_image(node: fx.Node) -> int:

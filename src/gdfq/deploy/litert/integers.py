@@ -6,7 +6,6 @@ int8 `QUANTIZE` multiplies by a number of 8 fractional bits.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from gdfq.deploy.litert.emitter import Emitter, Value
 from gdfq.deploy.litert.flatbuffer import Grid
 from gdfq.deploy.litert.functions import depthwise_options
 from gdfq.deploy.litert.moves import as_map, from_map, padded_for
-from gdfq.deploy.litert.windows import pooling_windows, same_divisor
+from gdfq.deploy.litert.windows import average_windows
+from gdfq.graph.queries import AveragePooling
 
 Shape = tuple[int, ...]
 ARITHMETIC = frozenset({"add", "sub", "mul"})
@@ -54,7 +54,7 @@ def arithmetic(
 
 
 def average(
-    emit: Emitter, name: str, x: Value, shape: Shape, carrier: StoredCodes, options: tuple[Any, ...]
+    emit: Emitter, name: str, x: Value, shape: Shape, carrier: StoredCodes, pool: AveragePooling
 ) -> Value | None:
     """Write an average over equal windows: a depthwise convolution with codes 1.
 
@@ -64,17 +64,15 @@ def average(
         x: The input.
         shape: Shape of the output.
         carrier: How to store its codes.
-        options: Arguments of average pooling after its input.
+        pool: Options of the average pooling.
     """
     if len(shape) > 4:
         return None
-    kernel, stride, padding, ceil, include, divisor = (*options, *_DEFAULTS[len(options) - 1 :])
-    windows = pooling_windows(x.shape[2:], kernel, stride, padding, 1, ceil)
-    count = divisor or same_divisor(windows, count_include_pad=include)
+    windows, count = average_windows(pool, x.shape[2:])
     if count is None or math.prod(windows.kernel) > _MAX_WINDOW:
         return None
     mapped, pad = padded_for(emit, as_map(emit, x), windows, name)
-    channels, scale = shape[1], 1 / float(count)
+    channels, scale = shape[1], 1 / count
     ones = np.ones((1, *windows.kernel, channels), np.int8)
     factor = emit.file.constant("ones", ones, Grid((scale,) * channels, dim=3))
     assert x.grid is not None
@@ -91,7 +89,3 @@ def average(
         **depthwise_options(windows, pad),
     )
     return from_map(emit, codes, shape, carrier.name)
-
-
-_DEFAULTS: tuple[Any, ...] = ((), 0, False, True, None)
-"""Stride, padding, ceiling mode, whether padding counts, and divisor of average pooling."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gdfq.functional.windows import padding_ends, per_axis
+from gdfq.graph.queries import AveragePooling
 
 Ends = tuple[tuple[int, int], ...]
 """Entries that are added before and after each axis."""
@@ -138,8 +139,19 @@ def _over_two(
     )
 
 
-def same_divisor(windows: Windows, *, count_include_pad: bool) -> float | None:
-    """Return the number that each window's sum is divided by, or None if they differ."""
-    divisors = windows.divisors(count_include_pad=count_include_pad)
+def average_windows(pool: AveragePooling, sides: Sequence[int]) -> tuple[Windows, float | None]:
+    """Return the windows of an average over positions, and what each sum is divided by.
+
+    Args:
+        pool: Options of the average pooling.
+        sides: Sides of its input.
+
+    Returns:
+        The number is None if windows have several.
+    """
+    windows = pooling_windows(sides, pool.kernel_size, pool.stride, pool.padding, 1, pool.ceil_mode)
+    if pool.divisor_override:
+        return windows, float(pool.divisor_override)
+    divisors = windows.divisors(count_include_pad=pool.count_include_pad)
     first = float(divisors.flat[0])
-    return first if math.isclose(divisors.min(), divisors.max()) else None
+    return windows, first if math.isclose(divisors.min(), divisors.max()) else None

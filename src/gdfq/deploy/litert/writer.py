@@ -289,9 +289,8 @@ class Writer:
             if node.kwargs:
                 return None
             return integers.arithmetic(self.emit, kind, x, y, shape, carrier)
-        if name_of(node) in operators.AVERAGE_POOLING.values() and not node.kwargs:
-            options: Any = node.args[1:]
-            return integers.average(self.emit, node.name, codes[0], shape, carrier, options)
+        if (pool := queries.average_pooling_of(node)) is not None:
+            return integers.average(self.emit, node.name, codes[0], shape, carrier, pool)
         return None
 
     def _adds_codes(self, node: fx.Node) -> bool:

@@ -6,12 +6,11 @@ holds: the first of the two roundings is to a whole number, which is finer where
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
-from gdfq.deploy.litert.windows import Windows, pooling_windows, same_divisor
+from gdfq.deploy.litert.windows import Windows, average_windows, pooling_windows
 from gdfq.graph import operators, queries
 from gdfq.graph.operators import name_of
 from gdfq.student.integer_network import IntegerLayer
@@ -46,22 +45,7 @@ def layer_factors(layer: IntegerLayer, output_scale: Tensor) -> list[float]:
     return [scale * own / result for own in stored.tolist()]
 
 
-def mean_over_positions(node: fx.Node, shape: Shape) -> bool | None:
-    """Return whether the dimensions of a mean over all positions stay; None for another node.
-
-    Args:
-        node: The node.
-        shape: Shape of its input.
-    """
-    found = queries.mean_of(node)
-    if found is None or len(shape) not in {3, 4}:
-        return None
-    dims, keeps = found
-    positions = list(range(2, len(shape)))
-    return keeps if sorted(dim % len(shape) for dim in dims) == positions else None
-
-
-def average_windows(node: fx.Node, shape: Shape) -> tuple[Windows, float] | None:
+def windows_of_average(node: fx.Node, shape: Shape) -> tuple[Windows, float] | None:
     """Return the windows of an average, and the number that their sums are divided by.
 
     Args:
@@ -71,21 +55,21 @@ def average_windows(node: fx.Node, shape: Shape) -> tuple[Windows, float] | None
     Returns:
         None if the node is no average over positions, or divides sums by several numbers.
     """
-    if mean_over_positions(node, shape) is not None:
-        return pooling_windows(shape[2:], shape[2:]), float(math.prod(shape[2:]))
-    if name_of(node) not in operators.AVERAGE_POOLING.values() or node.kwargs:
-        return None
-    options: tuple[Any, ...] = node.args[1:]
     if len(shape) not in {3, 4}:
         return None
-    kernel, stride, padding, ceil, include, divisor = (*options, *_DEFAULTS[len(options) - 1 :])
-    windows = pooling_windows(shape[2:], kernel, stride, padding, 1, ceil)
-    count = divisor or same_divisor(windows, count_include_pad=include)
-    return None if count is None else (windows, float(count))
+    sides = shape[2:]
+    if _is_mean_over_positions(node, len(shape)):
+        return pooling_windows(sides, sides), float(math.prod(sides))
+    pool = queries.average_pooling_of(node)
+    if pool is None:
+        return None
+    windows, count = average_windows(pool, sides)
+    return None if count is None else (windows, count)
 
 
-_DEFAULTS: tuple[Any, ...] = ((), 0, False, True, None)
-"""Stride, padding, ceiling mode, whether padding counts, and divisor of average pooling."""
+def _is_mean_over_positions(node: fx.Node, rank: int) -> bool:
+    found = queries.mean_of(node)
+    return found is not None and sorted(dim % rank for dim in found[0]) == list(range(2, rank))
 
 
 def mean_scale(count: float) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, fx
 
 from gdfq.deploy.litert.moves import MOVES
-from gdfq.deploy.litert_micro.arithmetic import average_windows
+from gdfq.deploy.litert_micro.arithmetic import windows_of_average
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.operators import name_of, short_name
@@ -75,4 +75,4 @@ def _is_average(node: fx.Node) -> bool:
     value = queries.input_of(node).meta.get("val")
     if not isinstance(value, Tensor):  # the graph of an integer network; its writer knows shapes
         return True
-    return average_windows(node, tuple(map(int, value.shape))) is not None
+    return windows_of_average(node, tuple(map(int, value.shape))) is not None

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from gdfq.deploy.litert.integers import ARITHMETIC
 from gdfq.deploy.litert.windows import Windows
 from gdfq.deploy.litert_micro.arithmetic import (
     ONE,
-    average_windows,
     headroom,
     layer_factors,
     mean_scale,
+    windows_of_average,
 )
 from gdfq.functional.gemmlowp import requantized, requantized_sum
 from gdfq.functional.integer import offset_bounds, rounded, steps_of
@@ -119,10 +120,10 @@ class _Simulation:
             joined: Tensor = function(parts, *node.args[1:], **node.kwargs)
             return joined
         terms = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        if short_name(node) in _ARITHMETIC:
+        if short_name(node) in ARITHMETIC:
             return self._arithmetic(node, terms, grid)
         (x, *_) = terms
-        average = average_windows(node, tuple(self.values[x].shape))
+        average = windows_of_average(node, tuple(self.values[x].shape))
         return None if average is None else self._average(node, *average, grid)
 
     def _layer(self, layer: IntegerLayer, grid: ActivationGrid) -> Tensor:
@@ -155,16 +156,13 @@ class _Simulation:
         sums = _window_sums(u, windows)
         factor = float(self._grid(x).scale) * mean_scale(count) / float(grid.scale)
         function: Any = node.target
-        shape = function(u, *node.args[1:]).shape
+        shape = function(u, *node.args[1:], **node.kwargs).shape
         return requantized(ONE * sums.reshape(shape).long(), factor)
 
     def _moved(self, node: fx.Node) -> Any:
         function: Any = node.target
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         return function(*args, **kwargs)
-
-
-_ARITHMETIC = frozenset({"add", "sub", "mul"})
 
 
 def _window_sums(u: Tensor, windows: Windows) -> Tensor:

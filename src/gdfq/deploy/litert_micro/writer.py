@@ -15,7 +15,7 @@ from gdfq.deploy.litert.layers import codes_layer
 from gdfq.deploy.litert.layout import usual
 from gdfq.deploy.litert.moves import as_map, padded_for
 from gdfq.deploy.litert.writer import Writer, WrittenFile
-from gdfq.deploy.litert_micro.arithmetic import ONE, Shape, average_windows, headroom, mean_scale
+from gdfq.deploy.litert_micro.arithmetic import ONE, Shape, headroom, mean_scale, windows_of_average
 from gdfq.graph import operators, queries
 from gdfq.graph.inputs import InputSpec
 from gdfq.graph.operators import name_of, short_name
@@ -117,7 +117,7 @@ class _MicroWriter(Writer):
             kind = short_name(node).upper()
             options = f"{kind.capitalize()}Options"
             return self.emit.integer(kind, carrier, (shape, x.order), [x, y], options)
-        average = average_windows(node, self._shape(terms[0])) if terms else None
+        average = windows_of_average(node, self._shape(terms[0])) if terms else None
         if average is None:
             return None
         return self._average(node, self._codes(terms[0]), *average, shape, carrier)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -42,20 +41,15 @@ def _averages_beyond_the_border(node: fx.Node) -> bool:
     OpenVINO divides its sum by another number. A graph that does not know its shapes is not
     judged; its file is compared.
     """
-    if operators.name_of(node) not in operators.AVERAGE_POOLING.values():
+    pool = queries.average_pooling_of(node)
+    if pool is None or not pool.ceil_mode or not pool.count_include_pad or pool.divisor_override:
         return False
     value = queries.input_of(node).meta.get("val")
-    given: tuple[Any, ...] = node.args[1:]
-    kernel, stride, padding, ceil, include, divisor = (*given, *_DEFAULTS[len(given) - 1 :])
-    if not isinstance(value, Tensor) or not ceil or not include or divisor is not None:
+    if not isinstance(value, Tensor):
         return False
     sides = [int(side) for side in value.shape[2:]]
-    lengths = [per_axis(option, len(sides)) for option in (kernel, stride or kernel, padding)]
-    return any(map(_reaches_beyond, sides, *lengths))
-
-
-_DEFAULTS: tuple[Any, ...] = ((), 0, False, True, None)
-"""Stride, padding, ceiling mode, whether padding counts, and divisor of average pooling."""
+    options = pool.kernel_size, pool.stride or pool.kernel_size, pool.padding
+    return any(map(_reaches_beyond, sides, *(per_axis(each, len(sides)) for each in options)))
 
 
 def _reaches_beyond(side: int, kernel: int, stride: int, padding: int) -> bool:
