@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support import networks, real_networks
 from support.small_runs import quantized_by_fast
+from support.surrounded import Of, surrounded, teacher_of
 from torch import Tensor, nn
 
 from gdfq import GdfqError, UsageError
@@ -45,31 +46,6 @@ SHARED_NETWORKS = {
 }
 SHAPE = (4, 11, 9)
 """Odd and unequal sides, so that no padding is symmetric by chance."""
-
-
-class Around(nn.Module):
-    """Convolutions around the module that is tested, so that it reads a grid."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(SHAPE[0], 8, 3, padding=1)
-        self.inner = inner
-        self.head = nn.LazyConv2d(6, 1)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(self.inner(F.relu(self.stem(x))))
-        return self.fc(F.relu(x).mean((2, 3)))
-
-
-def teacher_of(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> Captured:
-    """A network with random weights, as `capture` returns it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network.eval()(torch.zeros(1, *shape))  # lazy layers take their shape
-        for parameter in network.parameters():
-            nn.init.normal_(parameter, 0, 0.5 / max(1, parameter[0].numel()) ** 0.5)
-    return capture(network, torch.zeros(1, *shape))
 
 
 def frozen(teacher: Captured, bits: str, shape: tuple[int, ...] = SHAPE) -> IntegerNetwork:
@@ -222,7 +198,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
 def test_litert_operator_gives_the_codes_of_the_student(name: str) -> None:
-    teacher = teacher_of(Around(LAYERS[name]()))
+    teacher = surrounded(LAYERS[name](), SHAPE)
     for bits in ("w8a8", "w3a4"):
         check_equal(frozen(teacher, bits))
 
@@ -255,18 +231,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-class Of(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_litert_function_gives_the_codes_of_the_student(name: str) -> None:
-    teacher = teacher_of(Around(Of(FUNCTIONS[name])))
+    teacher = surrounded(Of(FUNCTIONS[name]), SHAPE)
     for bits in ("w8a8", "w4a5"):
         check_equal(frozen(teacher, bits))
 
@@ -287,7 +254,7 @@ class Flat(nn.Module):
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
 def test_litert_linear_layers_read_the_columns_of_a_map(bits: str) -> None:
-    network = frozen(teacher_of(Flat()), bits)
+    network = frozen(teacher_of(Flat(), SHAPE), bits)
     check_equal(network)
     inputs = [InputSpec("images", SHAPE)]
     data = to_litert(network, inputs, {}, ["a", "b", "c"]).data
@@ -396,12 +363,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_litert_refusal_names_the_operator_before_a_run(name: str) -> None:
     function, reason = REFUSED[name]
-    teacher = teacher_of(Around(Of(function)))
+    teacher = surrounded(Of(function), SHAPE)
     found = unsupported(teacher.network.graph)
     assert any(text.startswith(reason) for text in found), found
     with pytest.raises(UsageError, match=rf"a form in a file of target 'litert'.*{reason}"):
         LITERT.check_scheme(teacher, Scheme(Bits(8, 8), "full"))
-    assert unsupported(teacher_of(Around(nn.ReLU())).network.graph) == []
+    assert unsupported(surrounded(nn.ReLU(), SHAPE).network.graph) == []
 
 
 def test_litert_without_its_package_is_a_clear_error(

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from support import networks
 from support.small_runs import quantized_by_fast
-from torch import Tensor, nn
+from support.surrounded import Of, surrounded, teacher_of
+from torch import nn
 
 from gdfq import GdfqError, UsageError
 from gdfq.deploy.litert.carriers import carriers_of
@@ -24,7 +25,6 @@ from gdfq.deploy.litert_micro.outputs import with_output_grids
 from gdfq.deploy.litert_micro.simulation import Simulated, simulated
 from gdfq.deploy.target import Job
 from gdfq.functional.grid import Bits
-from gdfq.graph.capture import Captured, capture
 from gdfq.graph.ends import output_names
 from gdfq.quantized import QuantizedNetwork
 from gdfq.student.scheme import Scheme
@@ -38,39 +38,6 @@ needs_micro = pytest.mark.skipif(
     reason="needs the optional library tflite_micro",
 )
 SHAPE = (3, 9, 7)
-
-
-class Net(nn.Module):
-    """The module that is tested, between convolutions."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.inner = inner
-        self.head = nn.LazyConv2d(6, 1)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(self.inner(F.relu(self.stem(x))))
-        return self.fc(F.relu(x).mean((2, 3)))
-
-
-class Of(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def teacher_of(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> Captured:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network.eval()(torch.zeros(1, *shape))
-        for parameter in network.parameters():
-            nn.init.normal_(parameter, 0, 0.5 / max(1, parameter[0].numel()) ** 0.5)
-    return capture(network, torch.zeros(1, *shape))
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -107,7 +74,7 @@ def test_micro_operator_has_the_codes_of_the_simulation(
     name: str, bits: str, tmp_path: Path
 ) -> None:
     """The export compares every code in TFLite Micro, on usual and on extreme inputs."""
-    quantized = quantized_by_fast(teacher_of(Net(LAYERS[name]())), bits, "full", SHAPE)
+    quantized = quantized_by_fast(surrounded(LAYERS[name](), SHAPE), bits, "full", SHAPE)
     exported = quantized.export(tmp_path / "net.micro.tflite")
     assert exported.target == "litert-micro"
     assert exported.inside.relative_error < 0.1
@@ -217,7 +184,7 @@ def test_micro_names_operators_without_an_integer_form() -> None:
         nn.PixelUnshuffle(2),
         nn.AdaptiveAvgPool2d((3, 3)),
     )
-    refused = unsupported(teacher_of(Net(nn.Sequential(*modules))).network.graph)
+    refused = unsupported(surrounded(nn.Sequential(*modules), SHAPE).network.graph)
     kinds = [text.rpartition("(")[2].removesuffix(")") for text in refused]
     operators = "avg_pool2d conv_transpose2d hardtanh batch_norm add mul pixel_unshuffle"
     assert kinds == [*operators.split(), "adaptive_avg_pool2d"]
@@ -261,7 +228,7 @@ def test_simulation_rounds_twice(small: QuantizedNetwork) -> None:
 @needs_litert
 def test_micro_file_ends_before_a_softmax(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(140, 5))
-    quantized = quantized_by_fast(teacher_of(nn.Sequential(network, nn.Softmax(1))), "w8a8",
+    quantized = quantized_by_fast(teacher_of(nn.Sequential(network, nn.Softmax(1)), SHAPE), "w8a8",
                                   "full", SHAPE)  # fmt: skip
     job = _job(quantized, tmp_path / "net.micro.tflite")
     assert job.outputs == ("probabilities",)
