@@ -222,7 +222,8 @@ def bench_command(**options: Any) -> None:
 
     Each file runs in a process of its own, in the runtime of its target. A file whose runtime is
     not installed is listed with the extra that installs it. They are compared with the same network
-    in float32, once for each runtime, or with the file of --against.
+    in float32, once for each runtime, or with the file of --against. "faster" is relative to the
+    first row.
     """
     from gdfq.cli.bench import bench
 

@@ -34,8 +34,8 @@ def print_run(run: Run) -> None:
         table.add_row(output, "", "", f"cosine {cosine:.4f} with the original's")
     for output, share in (student.get("decisions_percent") or {}).items():
         table.add_row(output, "", "", f"{share:.2f} % of the decisions are the original's")
-    seconds = metrics["seconds"]["total"]
-    table.add_row("time", "", f"{seconds:.0f} s", f"{metrics['steps']} steps")
+    seconds, steps = metrics["seconds"]["total"], metrics["steps"]
+    table.add_row("time", "", f"{seconds:.0f} s", f"{steps} step{'s' * (steps != 1)}")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     found = verdict(run, source_warnings(run.evidence.get("images"), run.history))
