@@ -31,6 +31,7 @@ from gdfq.plan import (
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs.folder import load_folder
+from gdfq.sources.candidates import Candidates
 
 
 class RunOptions(PlanOptions, total=False):
@@ -51,6 +52,7 @@ def quantize(
     *,
     data: Data | None = None,
     test: Data | None = None,
+    proxy: Data | Candidates | None = None,
     seed: int = 0,
     listener: Listener = silent,
     checkpoints: str | Path | Checkpoints | None = None,
@@ -78,6 +80,10 @@ def quantize(
         test: Labelled images. Teacher and student are measured on them at the end, into the
             result's `metrics`; they are used for nothing else. For a network that is no classifier
             they need no labels: the error of its outputs against the teacher's is measured.
+        proxy: Unlabelled photographs that have nothing to do with the lost data, in the forms of
+            `data`; a folder may have any folders in it, and images are resized. Those that the
+            network knows join the synthetic images (see "Images from elsewhere" in the docs);
+            `metrics["candidates"]` has what was kept and why. They must not be private.
         seed: Seed of all randomness.
         listener: Called with every step of the run.
         checkpoints: A folder that the run writes its state into about once a minute, and whenever
@@ -133,6 +139,7 @@ def quantize(
         recipe,
         data=data,
         test=test,
+        proxy=proxy,
         context=context,
         timing=timing,
         **_renamed(options),

@@ -74,8 +74,18 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
     }
     if allocation is not None:
         metrics["allocation"] = allocation
-    observed = Observations(*(feed.recent.inputs() or (feed.examples, None)), teacher, tested)
+    screening = plan.source.screening_of(feed.stream)
     card = plan.card(scheme, seed)
+    if screening is not None:
+        metrics["candidates"] = screening.as_values()
+        card = replace(card, candidates=str(screening))
+    observed = Observations(
+        *(feed.recent.inputs() or (feed.examples, None)),
+        teacher,
+        tested,
+        plan.candidates,
+        screening,
+    )
     return QuantizedNetwork(network, card, metrics, feed.examples, observed, plan.teacher.ends)
 
 

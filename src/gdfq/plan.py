@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gdfq.analysis.bit_allocation import parse_bits
 from gdfq.analysis.run_costs import Following, measure_costs
 from gdfq.data.class_names import ClassNames
-from gdfq.data.datasets import ImageData, how_labelled
+from gdfq.data.datasets import ImageData, how_labelled, load_unlabelled
 from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
 from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tensors import TensorData
@@ -40,6 +40,7 @@ from gdfq.models.loaded import names_of
 from gdfq.models.registry import Loaded, load_model, weights_hash
 from gdfq.recipes import Recipe, effort_rule, find_recipe, recipe_for
 from gdfq.sources.base import Source
+from gdfq.sources.candidates import Candidates
 from gdfq.sources.given import load_given, on_images
 from gdfq.student.scheme import (
     GridRules,
@@ -211,6 +212,7 @@ class Plan:
         size: The size of the ONNX file in bytes, where bits are to be chosen for it.
         given: Real images that the source draws from.
         test: Images that teacher and student are measured on, and that nothing else sees.
+        candidates: Images from elsewhere, of which a screen adds some to those of the source.
         weights_sha256: A hash of the weights, as the user's network has them; by it, runs of the
             same network are recognised.
         seconds: How long loading and capturing the network took.
@@ -229,6 +231,7 @@ class Plan:
     size: int | None = None
     given: GivenData | None = None
     test: GivenData | None = None
+    candidates: Candidates | None = None
     weights_sha256: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
@@ -244,7 +247,8 @@ class Plan:
     def with_effort(self, effort: Effort) -> "Plan":
         """Return this plan with other images, iterations and steps."""
         recipe = self.recipe.with_effort(effort)
-        return replace(self, recipe=recipe, source=_source(recipe, self.given, self.preprocessing))
+        source = _source(recipe, self.given, self.preprocessing, self.candidates)
+        return replace(self, recipe=recipe, source=source)
 
     def card(self, scheme: Scheme, seed: int) -> Card:
         """The card of the network that this plan makes.
@@ -291,6 +295,7 @@ def resolve(
     *,
     data: Data | None = None,
     test: Data | None = None,
+    proxy: Data | Candidates | None = None,
     context: Context = Context(),
     timing: Timing = Timing(),
     **options: Unpack[PlanOptions],
@@ -307,6 +312,7 @@ def resolve(
         recipe: A name in `gdfq.RECIPES`, or a recipe.
         data: Real images instead of synthetic ones.
         test: Images to measure on.
+        proxy: Images that have nothing to do with the network, to join the synthetic ones.
         context: Context of the run. A plan with a budget depends on it.
         timing: What the time of the run consists of. A plan with a budget depends on it.
         **options: See `PlanOptions`.
@@ -322,7 +328,9 @@ def resolve(
         )
     method = resolve_method(bits, recipe, **_chosen(options, MethodOptions))
     network = resolve_network(model, example_input, **_chosen(options, NetworkOptions))
-    return plan_of(network, method, data=data, test=test, context=context, timing=timing)
+    return plan_of(
+        network, method, data=data, test=test, proxy=proxy, context=context, timing=timing
+    )
 
 
 def resolve_method(
@@ -474,6 +482,7 @@ def plan_of(
     *,
     data: Data | None = None,
     test: Data | None = None,
+    proxy: Data | Candidates | None = None,
     context: Context = Context(),
     timing: Timing = Timing(),
 ) -> Plan:
@@ -484,6 +493,7 @@ def plan_of(
         method: What is to be done.
         data: Real images instead of synthetic ones.
         test: Images to measure on.
+        proxy: Images that have nothing to do with the network, to join the others.
         context: Context of the run, whose checkpoint may have the effort. Only a budget needs it.
         timing: What the time of the run consists of. Only a budget needs it.
 
@@ -505,16 +515,19 @@ def plan_of(
             "images and iterations are for synthetic images; real ones were given as data. Remove "
             "images and iterations, or data."
         )
+    if proxy is not None:
+        check_takes_candidates(method)
     names = network.class_names
     given = None if data is None else load_images(data, teacher, preprocessing, names)
     tested = None if test is None else load_test_images(test, teacher, preprocessing, names)
-    source = _source(recipe, given, preprocessing)
+    candidates = None if proxy is None else load_candidates(proxy, teacher, preprocessing)
+    source = _source(recipe, given, preprocessing, candidates)
     if given is None and not source.within_limits:
         teacher = replace(teacher, input_limits=None)  # the student would clip these images
     if method.target is not None:
         method.target.check_scheme(teacher, method.scheme)
     plan = Plan(
-        _limited_by(teacher, given, tested),
+        _limited_by(teacher, given, tested, None if candidates is None else candidates.data),
         method.scheme,
         recipe,
         source,
@@ -522,6 +535,7 @@ def plan_of(
         method.size,
         given,
         tested,
+        candidates,
         network.weights_sha256,
         network.seconds,
         network.notes,
@@ -592,9 +606,65 @@ def _measured_effort(
     return effort, costs.seconds(effort)
 
 
-def _source(recipe: Recipe, given: GivenData | None, preprocessing: Preprocessing) -> Source:
-    """Return the recipe's source, or that of the given images."""
-    return recipe.source if given is None else on_images(recipe.source, given, preprocessing)
+def _source(
+    recipe: Recipe,
+    given: GivenData | None,
+    preprocessing: Preprocessing,
+    candidates: Candidates | None = None,
+) -> Source:
+    """Return the recipe's source, or that of the given images, with candidates if there are any.
+
+    At most as many candidates join as the recipe has images, so that they are at most half of those
+    that the run makes.
+    """
+    source = recipe.source
+    if given is not None:
+        source = on_images(source, given, preprocessing)
+    if candidates is None:
+        return source
+    return source.with_candidates(candidates, recipe.source.images_held)
+
+
+def check_takes_candidates(method: Method) -> None:
+    """Check that a method can use images without labels beside those of its source.
+
+    Raises:
+        UsageError: It learns labels, or has a budget, which does not count the screen.
+    """
+    if method.recipe.tuning.learns_labels:
+        raise UsageError(
+            "images from elsewhere have no labels but the teacher's predictions; recipe "
+            f"{method.recipe.name!r} learns labels. Use a recipe that learns the teacher's outputs "
+            "alone, such as fast, or remove the images."
+        )
+    if method.budget is not None:
+        raise UsageError(
+            "a budget does not count the time of judging images from elsewhere. Give images, "
+            "iterations and steps instead of the budget, or remove the images."
+        )
+
+
+def load_candidates(
+    proxy: Data | Candidates,
+    teacher: Captured,
+    preprocessing: Preprocessing,
+    kind: str = "proxy",
+) -> Candidates:
+    """Read images that have nothing to do with a network.
+
+    Args:
+        proxy: The images, as a path or in memory; or candidates, which are taken as they are.
+        teacher: The captured network.
+        preprocessing: From pixels to its inputs.
+        kind: What they are, for the user.
+
+    Raises:
+        UsageError: They cannot be used, or the network takes something else than images.
+    """
+    if isinstance(proxy, Candidates):
+        return proxy
+    images = load_unlabelled(proxy, image_shape(teacher.inputs), preprocessing.resize)
+    return Candidates(images, preprocessing, kind)
 
 
 def load_images(

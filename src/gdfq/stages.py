@@ -334,6 +334,13 @@ def identity_of(plan: Plan, context: Context) -> dict[str, Any]:
         "gdfq": __version__,
         "network": [weights_hash(network), name_of(network.code.encode())],
         "data": None if plan.given is None else summary_of(plan.given),
+        "candidates": None
+        if plan.candidates is None
+        else [
+            plan.candidates.kind,
+            summary_of(plan.candidates.data),
+            frozen_values(plan.candidates.screen),
+        ],
         "size": plan.size,
         "recipe": frozen_values(plan.recipe),
         "card": frozen_values(plan.card(plan.scheme, context.seed)),

@@ -13,6 +13,7 @@ from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.memory import forward_bytes
 from gdfq.graph.statistics import StatisticsNetwork
+from gdfq.sources.noise import noise_like_inputs
 from gdfq.sources.spectral import SpectralSource, natural_noise
 
 UNIT = Preprocessing((0.0,), (1.0,))
@@ -86,7 +87,7 @@ def test_distances_do_not_depend_on_the_batch(teacher: Captured) -> None:
 
 def test_images_of_noise_have_the_distances_of_noise(teacher: Captured) -> None:
     """And the diversity of noise."""
-    noise = images._noise(64, teacher)["natural"]
+    noise = noise_like_inputs(64, teacher)["natural"]
     found = images.measure_images(teacher, noise, None, UNIT)
     assert all(d.synthetic == pytest.approx(d.natural) for d in found.distances)
     assert found.diversity.features == pytest.approx(1)
@@ -98,7 +99,7 @@ def test_noise_has_the_input_statistics_of_the_network() -> None:
     draw = torch.Generator().manual_seed(0)
     pixels = 120 + 60 * natural_noise(64, (3, 16, 16), SpectralSource(), draw)
     teacher = capture(networks.that_saw(pixels), pixels[:1])
-    noise = images._noise(64, teacher)["white"]
+    noise = noise_like_inputs(64, teacher)["white"]
     assert float(noise.mean()) == pytest.approx(120, abs=12)
     assert float(noise.std()) == pytest.approx(60, abs=12)
     (distance,) = images.measure_images(teacher, pixels, None, UNIT).distances

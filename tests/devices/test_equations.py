@@ -20,6 +20,7 @@ from gdfq.functional import (
     losses,
     moments,
     rounding,
+    screening,
     upsample_conv,
     windows,
 )
@@ -42,6 +43,11 @@ def _of_weight(make: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _statistics(make: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(make(c), make(c).abs() + 0.5) for c in (3, 5)]
+
+
+def _of_images(make: Callable[..., Tensor], channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each of four images."""
+    return make(4, channels).detach(), make(4, channels).detach().abs()
 
 
 def _covariance(make: Callable[..., Tensor]) -> Tensor:
@@ -69,8 +75,14 @@ CALLS: dict[Callable[..., Any], Call] = {
     losses.focal_loss: lambda m: losses.focal_loss(m(6, 5), _labels(m), 2.0),
     losses.feature_loss: lambda m: losses.feature_loss([m(2, 3, 4, 4), m(2, 7)], [m(2, 3, 4, 4), m(2, 7)]),
     losses.patch_entropy: lambda m: losses.patch_entropy(m(2, 5, 7)),
+    losses.patch_entropies: lambda m: losses.patch_entropies(m(2, 5, 7)),
     losses.inner: lambda m: losses.inner(m(2, 3, 4, 4), m(2, 3, 4, 4)),
     losses.distillation_loss: lambda m: losses.distillation_loss(m(6, 5), m(6, 5), 4.0, "batch"),
+    screening.energy: lambda m: screening.energy(m(6, 5), 2.0),
+    screening.image_moments: lambda m: screening.image_moments(m(4, 3, 5, 5)),
+    screening.joint_moments: lambda m: screening.joint_moments(*_of_images(m, 3)),
+    screening.moments_without_each: lambda m: screening.moments_without_each(*_of_images(m, 3)),
+    screening.batch_norm_sensitivity: lambda m: screening.batch_norm_sensitivity([_of_images(m, c) for c in (3, 5)], _statistics(m)),
     moments.moments: lambda m: moments.moments(m(4, 3, 5, 5).detach()),
     moments.norm_with_moments: lambda m: moments.norm_with_moments(m(4, 3, 5, 5), m(1, 3, 1, 1).detach(), m(1, 3, 1, 1).detach()),
     moments.input_moments: lambda m: moments.input_moments(m(4, 3, 5, 5)),
@@ -179,7 +191,7 @@ def test_equation_of_numbers_computes_on_a_gpu(function: Callable[..., Any]) -> 
 
 READS_LAYERS = (
     *(losses.class_boundary_loss, losses.focal_loss, losses.feature_loss),
-    *(losses.distillation_loss, moments.norm_with_moments),
+    *(losses.distillation_loss, moments.norm_with_moments, screening.energy),
 )
 """Functions whose arguments layers compute."""
 

@@ -37,6 +37,7 @@ from gdfq.runs.names import CONFIG, METRICS
 TITLES = (
     "Expected accuracy drop",
     "Images",
+    "Images from elsewhere",
     "Layers",
     "Training",
     "Test images",

@@ -13,7 +13,6 @@ from gdfq.analysis.work import Work
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.distributed import Statistics
-from gdfq.execution.seeding import stream
 from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph import queries
 from gdfq.graph.batch_norms import batch_norm_name
@@ -21,8 +20,7 @@ from gdfq.graph.blocks import with_features
 from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_images
 from gdfq.graph.statistics import StatisticsNetwork
-from gdfq.sources.input_scale import estimate_input_statistics
-from gdfq.sources.spectral import SpectralSource, natural_noise
+from gdfq.sources.noise import noise_like_inputs
 
 _MAX_CLASSES, _IMAGES_PER_CLASS = 10, 4
 """The classes and images per class that the report shows."""
@@ -30,8 +28,6 @@ _MAX_BATCH_IMAGES = 32
 """Largest batch; larger ones are not faster."""
 _MAX_SIDE_PIXELS = 64
 """Longest side of a thumbnail."""
-_SCALE_IMAGES = 32
-"""Noise images that the input statistics of the network are found with."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,9 @@ def measure_images(
         memory: Limits the batch.
     """
     images = images.to(teacher.device)
-    noises = {kind: noise.to(images) for kind, noise in _noise(len(images), teacher).items()}
+    noises = {
+        kind: noise.to(images) for kind, noise in noise_like_inputs(len(images), teacher).items()
+    }
     batch = min(_MAX_BATCH_IMAGES, forward_images(teacher.network.graph, memory, teacher.device))
     distances = _distances(teacher, images, noises, batch)
     nearest = min(noises, key=lambda kind: sum(getattr(d, kind) for d in distances))
@@ -260,22 +258,6 @@ def thumbnails(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, 
         size = [max(1, round(side * _MAX_SIDE_PIXELS / longest)) for side in images.shape[2:]]
         images = F.interpolate(images.float(), size, mode="area")
     return preprocessing.pixels(images).numpy()
-
-
-def _noise(count: int, teacher: Captured) -> dict[str, Tensor]:
-    """Images of white and of 1/f noise [count, *input_shape] with the network's input statistics.
-
-    For a network without batch norms they have mean 0 and variance 1.
-    """
-    draw, shape = stream(0, "evidence.noise"), teacher.input_shape
-    white = torch.randn(count, *shape, generator=draw)
-    natural = natural_noise(count, shape, SpectralSource(), draw)
-    noises = {"white": white.to(teacher.device), "natural": natural.to(teacher.device)}
-    if not teacher.batch_norms:
-        return noises
-    mean, deviation = estimate_input_statistics(teacher, noises["natural"][:_SCALE_IMAGES])
-    mean = mean.view(-1, *[1] * (len(shape) - 1))
-    return {kind: torch.addcmul(mean, noise, deviation) for kind, noise in noises.items()}
 
 
 def _distances(

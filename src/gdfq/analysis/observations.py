@@ -12,6 +12,7 @@ from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener
 from gdfq.graph.capture import Captured
 from gdfq.graph.inputs import image_shape
+from gdfq.sources.candidates import Candidates, Screening
 from gdfq.student.integer_network import IntegerNetwork
 
 
@@ -63,12 +64,16 @@ class Observations:
         teacher: The teacher with the channel scales of the student
             (`gdfq.student.equalization`).
         tested: Predictions for the test images; None without test images or without classes.
+        candidates: Images from elsewhere, if there were any.
+        screening: What the screen found of them.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None
     teacher: Captured
     tested: TestPredictions | None
+    candidates: Candidates | None = None
+    screening: Screening | None = None
 
     @property
     def images(self) -> Tensor:

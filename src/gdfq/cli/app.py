@@ -14,10 +14,12 @@ from gdfq.cli.options import (
     batch_option,
     effort_options,
     export_target_option,
+    generation_options,
     layer_bits_option,
     memory_option,
     network_options,
     placement_option,
+    proxy_option,
     recipe_option,
     seed_option,
     steps_option,
@@ -67,6 +69,8 @@ def cli() -> None:
 @memory_option
 @seed_option
 @click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
+@proxy_option
+@generation_options
 @click.option(
     "--test",
     type=DataPath(),
@@ -116,7 +120,15 @@ def quantize_command(**options: Any) -> None:
     started = time.perf_counter()
     from gdfq.cli.quantize import quantize
 
-    quantize(started=started, **options)
+    quantize(started=started, generation=_generation(options), **options)
+
+
+def _generation(options: dict[str, Any]) -> Any:
+    """Take the options of generated images out of others."""
+    from gdfq.cli.generation import Generation
+
+    names = ("generate_with", "classes", "guidance", "denoising_steps", "classes_per_prompt")
+    return Generation.of(**{name: options.pop(name) for name in (*names, "generate_batch")})
 
 
 @cli.command("doctor")
@@ -132,6 +144,7 @@ def quantize_command(**options: Any) -> None:
 @effort_options
 @memory_option
 @click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
+@proxy_option
 @click.option("--test", type=DataPath(), help="DATA to measure on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(**options: Any) -> int:
@@ -273,6 +286,7 @@ def compare_command(folders: tuple[Path, ...], out: Path) -> None:
 )
 @click.option("--out", type=PATH, required=True, help="Folder for the files.")
 @click.option("--png", is_flag=True, help="Also write PNG files, in a folder for each class.")
+@generation_options
 def generate_command(**options: Any) -> None:
     """Make synthetic images from MODEL alone.
 
@@ -282,10 +296,13 @@ def generate_command(**options: Any) -> None:
     images.npz           uint8 `images` and `labels`, as --test and --data read them
     images.npy           normalised float32, as the network takes them
     png/CLASS/N.png      with --png: an image folder, as --test and --data read it
+
+    With --generate-with the images are PNG files of a text-to-image model, which gdfq quantize
+    reads with --proxy. They are made once, for any network with these classes.
     """
     from gdfq.cli.generate import generate
 
-    generate(**options)
+    generate(generation=_generation(options), **options)
 
 
 @cli.command("recipes")

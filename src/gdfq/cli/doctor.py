@@ -28,6 +28,7 @@ def doctor(
     as_json: bool,
     memory: int | None,
     data: Data | None = None,
+    proxy: Data | None = None,
     test: Data | None = None,
     **options: Unpack[PlanOptions],
 ) -> int:
@@ -48,6 +49,7 @@ def doctor(
         recipe,
         data=data,
         test=test,
+        proxy=proxy,
         context=Context(memory=budget),
         timing=Timing(following=Following(export=True, report=True)),
         **options,

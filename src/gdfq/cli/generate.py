@@ -6,6 +6,7 @@ from typing import Unpack
 import click
 
 from gdfq.cli.console import warn_about_normalisation
+from gdfq.cli.generation import Generation
 from gdfq.data.writers import ImageFiles
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
@@ -25,9 +26,14 @@ def generate(
     seed: int,
     png: bool,
     memory: int | None,
+    generation: Generation | None = None,
     **options: Unpack[NetworkOptions],
 ) -> None:
     """Make images and write their files."""
+    if generation is not None:
+        made = generation.folder(resolve_network(model, **options), out, count, seed)
+        click.echo(f"{count} images: {made}")
+        return
     files = ImageFiles(out, png)
     chosen = find_recipe(recipe)
     network = resolve_network(model, **options)

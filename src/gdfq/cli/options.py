@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gdfq.cli.types import PATH, Duration, Numbers, Shape, Size
+from gdfq.cli.types import PATH, DataPath, Duration, Numbers, Shape, Size
 from gdfq.errors import warn_renamed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -176,6 +176,56 @@ layer_bits_option = together(
         "--keep", multiple=True, hidden=True, is_eager=True, expose_value=False, callback=_renamed
     ),
 )
+proxy_option = click.option(
+    "--proxy",
+    type=DataPath(),
+    help="Unlabelled photographs that have nothing to do with the lost data: a folder of images, "
+    "or an .npz file. Those that the network knows join the synthetic images.",
+)
+generation_options = together(
+    click.option(
+        "--generate-with",
+        metavar="diffusers:ID",
+        help="A text-to-image or class-conditional pipeline, as diffusers:ID_OR_FOLDER, whose "
+        "images of the network's classes join the synthetic ones as those of --proxy do (pip "
+        "install 'gdfq[diffusion]').",
+    ),
+    click.option(
+        "--classes",
+        type=PATH,
+        metavar="FILE",
+        help="Text file with the name of one class a line, in the order of the network's outputs.  "
+        "[default: the network's own names]",
+    ),
+    click.option(
+        "--guidance",
+        type=click.FloatRange(min=0),
+        default=3.5,
+        show_default=True,
+        help="Scale of classifier-free guidance of --generate-with.",
+    ),
+    click.option(
+        "--denoising-steps",
+        type=click.IntRange(min=1),
+        help="Steps of an image of --generate-with.  [default: the pipeline's own]",
+    ),
+    click.option(
+        "--classes-per-prompt",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Classes that a prompt of --generate-with names.",
+    ),
+    click.option(
+        "--generate-batch",
+        type=click.IntRange(min=1),
+        default=4,
+        show_default=True,
+        help="Images that --generate-with makes together.",
+    ),
+)
+"""Images of a text-to-image model."""
+
 seed_option = click.option(
     "--seed",
     type=click.IntRange(min=0),

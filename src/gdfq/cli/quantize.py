@@ -25,6 +25,7 @@ from gdfq.cli.console import (
     warn_about_normalisation,
 )
 from gdfq.cli.export import print_export
+from gdfq.cli.generation import Generation
 from gdfq.deploy.export import TARGETS
 from gdfq.deploy.target import Target
 from gdfq.errors import GdfqError, UsageError
@@ -39,13 +40,26 @@ from gdfq.execution.signals import stoppable
 from gdfq.execution.stopwatch import Countdown
 from gdfq.execution.tensorboard import TensorBoard, require_tensorboard
 from gdfq.pipeline import run
-from gdfq.plan import NetworkOptions, Plan, Timing, plan_of, resolve_method, resolve_network
+from gdfq.plan import (
+    Method,
+    Network,
+    NetworkOptions,
+    Plan,
+    Timing,
+    check_takes_candidates,
+    load_candidates,
+    plan_of,
+    resolve_method,
+    resolve_network,
+)
 from gdfq.quantized import QuantizedNetwork
 from gdfq.report import write_report
 from gdfq.report.read import read_run
 from gdfq.runs.diagnostics import gather, write_evidence
 from gdfq.runs.folder import RunFolder
 from gdfq.runs.metrics import noted_export
+from gdfq.runs.names import GENERATED
+from gdfq.sources.candidates import Candidates
 from gdfq.version import __version__
 
 
@@ -65,6 +79,8 @@ def quantize(
     recipe: str,
     out: Path,
     data: Path | None,
+    proxy: Path | None,
+    generation: Generation | None,
     test: Path | None,
     seed: int,
     memory: int | None,
@@ -80,6 +96,11 @@ def quantize(
     """Quantize, by as many processes as torchrun started."""
     if tensorboard:
         require_tensorboard()
+    if proxy is not None and generation is not None:
+        raise UsageError(
+            "images from elsewhere are photographs or generated ones; both were given. "
+            "Give either --proxy or --generate-with."
+        )
     folder = RunFolder(out, checkpoint_every)
     if resume and not folder.checkpoints.exists():
         raise UsageError(
@@ -103,7 +124,12 @@ def quantize(
             else folder.checkpoints,
         )
         timing = Timing(started, Following(export=onnx, report=report))
-        plan = plan_of(network, method, data=data, test=test, context=context, timing=timing)
+        elsewhere: Path | Candidates | None = proxy
+        if generation is not None:
+            elsewhere = _generated(generation, network, method, folder, context)
+        plan = plan_of(
+            network, method, data=data, test=test, proxy=elsewhere, context=context, timing=timing
+        )
         _check(plan, says=group.rank == 0)
         if group.rank:
             _take_part(plan, context)
@@ -112,6 +138,7 @@ def quantize(
             "model": model,
             "weights": _text(of_network["weights"]),
             "data": _text(data),
+            "proxy": _text(proxy) if generation is None else generation.pipeline,
             "test": _text(test),
         }
         countdown = None if plan.budget is None else Countdown(plan.budget, started)
@@ -119,12 +146,39 @@ def quantize(
         quantized = quantize_into(folder, config, plan, context, outputs, countdown)
     if allocation := quantized.metrics.get("allocation"):
         print_bits(allocation["bits"])
+    if quantized.card.candidates is not None:
+        click.echo(f"{'images':10}{quantized.card.candidates}")
     print_run(read_run(out))
     if report:
         report_after(out)
     if countdown is not None:
         used = f"{countdown.used():.0f} s of {countdown.seconds:g} s"
         click.echo(f"{'budget':10}{used}; the same run: {repeating_options(plan)}")
+
+
+_GENERATED_SHARE = 2
+"""Images that are generated, relative to those that the recipe makes. The screen drops about half
+of them."""
+
+
+def _generated(
+    generation: Generation, network: Network, method: Method, folder: RunFolder, context: Context
+) -> Candidates:
+    """Make the images of a text-to-image model in the run folder; the first process does it."""
+    check_takes_candidates(method)
+    recipe = method.recipe.fitted(network.teacher.input_shape)
+    recipe = recipe.with_batch(method.batch).with_images(method.images, method.iterations)
+    count = _GENERATED_SHARE * recipe.source.images_held
+    if not count:
+        raise UsageError(
+            "generated images join a pool of images, such as that of recipe fast; recipe "
+            f"{recipe.name!r} has none. Use fast or quick."
+        )
+    place = folder.path / GENERATED
+    if context.group.rank == 0:
+        generation.folder(network, place, count, context.seed)
+    context.group.wait()
+    return load_candidates(place, network.teacher, network.preprocessing, kind="generated")
 
 
 def _text(path: object | None) -> str | None:

@@ -10,11 +10,12 @@ from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gdfq.data.class_names import ClassNames
 from gdfq.data.decoding import check_image, decoded
-from gdfq.data.folders import SUFFIXES, read_folder
+from gdfq.data.folders import SUFFIXES, image_files, read_folder
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import GdfqWarning, UsageError, first_line
 from gdfq.files.untrusted import read_npz
@@ -79,8 +80,13 @@ class FolderData:
             image = self.resize(decoded(file, channels), (width, height))
         except Exception as error:  # each decoder has types of its own for damaged files
             raise _unreadable(file, error) from error
-        pixels = torch.from_numpy(np.array(image))
-        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+        return _channels_first(np.array(image), channels)
+
+
+def _channels_first(image: np.ndarray[Any, Any], channels: int) -> Tensor:
+    """Return pixels [H, W] of one channel, or [H, W, C], as [C, H, W]."""
+    pixels = torch.from_numpy(image)
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
 def _unreadable(file: Path, error: Exception) -> UsageError:
@@ -112,26 +118,115 @@ def load_data(
         UsageError: The data are missing, unreadable or empty, or have another shape or labels out
             of range.
     """
-    if isinstance(data, str | Path):
-        path = Path(data)
-        if path.is_dir():
-            loaded: ImageData = _folder(path, input_shape, classes, resize, names)
-        else:
-            loaded = _npz(path)
-    elif isinstance(data, Tensor | np.ndarray):
-        loaded = ArrayData(_array(data), None)
-    elif isinstance(data, tuple | list) and len(data) == 2:
-        images, labels = data
-        loaded = ArrayData(_array(images), as_labels(labels, classes))
-    elif hasattr(data, "images") and hasattr(data, "labels"):
-        loaded = data
+    if isinstance(data, str | Path) and Path(data).is_dir():
+        loaded: ImageData = _folder(Path(data), input_shape, classes, resize, names)
     else:
-        raise UsageError(
-            "data must be an .npz file, an image folder, a tensor of images or a pair of images "
-            f"and labels; got a {type(data).__name__}."
-        )
+        loaded = _in_one(data, classes)
     _check(loaded, input_shape, classes)
     return loaded
+
+
+def load_unlabelled(data: Any, input_shape: tuple[int, ...], resize: Resize) -> ImageData:
+    """Read images that have nothing to do with the classes of a network.
+
+    All images of a folder are taken, whatever folders they lie in. Images of another size are
+    resized and cropped, those of an `.npz` file or a tensor of pixels too.
+
+    Args:
+        data: As in `load_data`; labels are dropped.
+        input_shape: Shape of one input of the network, [C, *size].
+        resize: How an image gets the network's size.
+
+    Raises:
+        UsageError: The data are missing, unreadable or empty, or have other channels.
+    """
+    if isinstance(data, str | Path) and Path(data).is_dir():
+        size = _image_size(input_shape)
+        files = image_files(Path(data))
+        if not files:
+            raise UsageError(
+                f"a folder of photographs must hold images ({', '.join(sorted(SUFFIXES))}); "
+                f"{data} holds none."
+            )
+        _check_headers(Path(data), files, (size[2], size[1]))
+        return FolderData(files, None, size, resize)
+    found = _in_one(data, None)
+    if not isinstance(found, ArrayData):
+        loaded: ImageData = found
+    elif _needs_resizing(found.array, input_shape):
+        loaded = ResizedData(found.array, _image_size(input_shape), resize)
+        _warn_of_small(found.array, input_shape)
+    else:
+        loaded = ArrayData(found.array, None)
+    _check(loaded, input_shape, None)
+    return loaded
+
+
+@dataclass(frozen=True, eq=False)
+class ResizedData:
+    """Pixels in memory that are resized when they are needed.
+
+    Attributes:
+        array: uint8 [N, C, h, w].
+        shape: What the network takes, [C, H, W].
+        resize: How an image gets this size.
+    """
+
+    array: Tensor
+    shape: tuple[int, int, int]
+    resize: Resize
+    labels: None = None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def images(self, chosen: Tensor) -> Tensor:
+        return torch.stack([self._resized(self.array[int(i)]) for i in chosen])
+
+    def _resized(self, image: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        pixels = image[0] if channels == 1 else image.permute(1, 2, 0)
+        resized = self.resize(Image.fromarray(pixels.numpy()), (width, height))
+        return _channels_first(np.array(resized), channels)
+
+
+def _needs_resizing(array: Tensor, input_shape: tuple[int, ...]) -> bool:
+    """Whether pixels [N, C, h, w] have the channels of a network and another size."""
+    return (
+        array.dtype == torch.uint8
+        and array.ndim == len(input_shape) + 1 == 4
+        and array.shape[1] == input_shape[0]
+        and tuple(array.shape[2:]) != input_shape[1:]
+        and len(array) > 0
+    )
+
+
+def _warn_of_small(array: Tensor, input_shape: tuple[int, ...]) -> None:
+    if any(side < least for side, least in zip(array.shape[2:], input_shape[1:], strict=True)):
+        warnings.warn(
+            f"the images are {array.shape[3]}x{array.shape[2]}, smaller than the network's input, "
+            "and are enlarged, which blurs them.",
+            GdfqWarning,
+            stacklevel=3,
+        )
+
+
+def _in_one(data: Any, classes: int | None) -> ImageData:
+    """Read what is one file, or in memory."""
+    if isinstance(data, str | Path):
+        return _npz(Path(data))
+    if isinstance(data, Tensor | np.ndarray):
+        return ArrayData(_array(data), None)
+    if isinstance(data, tuple | list) and len(data) == 2:
+        images, labels = data
+        return ArrayData(_array(images), as_labels(labels, classes))
+    if hasattr(data, "images") and hasattr(data, "labels"):
+        given: ImageData = data
+        return given
+    raise UsageError(
+        "data must be an .npz file, an image folder, a tensor of images or a pair of images "
+        f"and labels; got a {type(data).__name__}."
+    )
 
 
 def _array(images: Any) -> Tensor:
@@ -255,34 +350,45 @@ def _folder(
     resize: Resize,
     names: ClassNames | None,
 ) -> FolderData:
-    if len(input_shape) != 3 or input_shape[0] not in (1, 3):
-        raise UsageError(
-            "an image folder needs a network with 1 or 3 input channels [C, H, W]; "
-            f"this one takes {list(input_shape)}. Use an .npz file."
-        )
+    shape = _image_size(input_shape)
     found = read_folder(path, classes, names)
     _check_headers(path, found.files)
-    channels, height, width = input_shape
     return FolderData(
         found.files,
         None if found.labels is None else torch.tensor(found.labels, dtype=torch.long),
-        (channels, height, width),
+        shape,
         resize,
         found.rule,
     )
 
 
-def _check_headers(path: Path, files: Sequence[Path]) -> None:
+def _image_size(input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return the shape [C, H, W] of what image files become.
+
+    Raises:
+        UsageError: The network does not take such images.
+    """
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+        raise UsageError(
+            "an image folder needs a network with 1 or 3 input channels [C, H, W]; "
+            f"this one takes {list(input_shape)}. Use an .npz file."
+        )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def _check_headers(path: Path, files: Sequence[Path], least: tuple[int, int] = (0, 0)) -> None:
     """Refuse files that are no images before anything runs, and tell what of them is not used."""
     unused: Counter[str] = Counter()
     for file in files:
         try:
-            unused.update(check_image(file))
+            unused.update(check_image(file, least))
         except Exception as error:  # each decoder has types of its own for damaged files
             raise _unreadable(file, error) from error
     told = {
         "frames": "hold several frames, of which the first is used",
         "orientation": "have an EXIF orientation, which is not applied (nor is it in torchvision)",
+        "small": "are smaller than the network's input and are enlarged, which blurs them",
     }
     for what, count in sorted(unused.items()):
         warnings.warn(

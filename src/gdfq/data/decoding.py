@@ -20,11 +20,15 @@ _TIFF_UNSIGNED = 1
 _CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
 
-def check_image(path: Path) -> frozenset[str]:
+def check_image(path: Path, least: tuple[int, int] = (0, 0)) -> frozenset[str]:
     """Read the header of an image file.
 
+    Args:
+        path: The file.
+        least: Width and height below which it is "small".
+
     Returns:
-        What is not used of it: "frames", "orientation".
+        What the user should know of it: "frames" and "orientation", which are not used; "small".
 
     Raises:
         Exception: It is no image that `decoded` can read; each decoder has types of its own.
@@ -38,6 +42,8 @@ def check_image(path: Path) -> frozenset[str]:
             found.add("frames")
         if image.format == "JPEG" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             found.add("orientation")
+        if image.width < least[0] or image.height < least[1]:
+            found.add("small")
         return frozenset(found)
 
 

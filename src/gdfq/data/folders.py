@@ -97,6 +97,17 @@ def read_folder(path: Path, classes: int | None, names: ClassNames | None = None
     )
 
 
+def image_files(path: Path) -> tuple[Path, ...]:
+    """Return all image files of a folder and of the folders in it, whatever these stand for.
+
+    Raises:
+        UsageError: A link leads out of the folder.
+    """
+    files = list(_walk(path, path))
+    _warn_of_other_images(files)
+    return tuple(file for file in files if _is_image(file))
+
+
 def class_indices(
     folders: Sequence[str],
     classes: int,
@@ -214,18 +225,29 @@ def _by_name(
 def _names_in(path: Path, classes: int) -> ClassNames | None:
     """The names of `classes.txt` in the folder, if it is there."""
     file = path / CLASSES_FILE
-    if not within(path, file).is_file():
-        return None
+    return class_names_of(file, classes) if within(path, file).is_file() else None
+
+
+def class_names_of(file: Path, classes: int) -> ClassNames:
+    """Read names of classes, one a line.
+
+    Args:
+        file: A text file.
+        classes: Number of classes of the network.
+
+    Raises:
+        UsageError: The file cannot be read, or has another number of names.
+    """
     try:
         if file.stat().st_size > _CLASSES_BYTES:
             raise ValueError("it is too large")
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
-        raise UsageError(f"{CLASSES_FILE} must be text; {file} cannot be read: {error}.") from error
+        raise UsageError(f"{file.name} must be text; {file} cannot be read: {error}.") from error
     names = tuple((line,) for line in lines if line)
     if len(names) != classes:
         raise UsageError(
-            f"{CLASSES_FILE} must have a line for each of the network's {classes} classes; {file} "
+            f"{file.name} must have a line for each of the network's {classes} classes; {file} "
             f"has {len(names)}: {_few([name for (name,) in names])}."
         )
     return names

@@ -11,7 +11,9 @@ from gdfq.student.scheme import Placement
 from gdfq.version import __version__
 
 
-@tagged("Card", renamed={"layer_bits": "keep"}, spellings={"relu": "t1"})
+@tagged(
+    "Card", renamed={"layer_bits": "keep"}, spellings={"relu": "t1"}, added={"candidates": None}
+)
 @dataclass(frozen=True)
 class Card:
     """What a user must know to use the network."""
@@ -28,6 +30,8 @@ class Card:
     seed: int
     layer_bits: tuple[str, ...] = ()
     gdfq_version: str = __version__
+    candidates: str | None = None
+    """Which images from elsewhere it was tuned on, in words; None if there were none."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ def facts_of(card: Card, accuracy: Mapping[str, float]) -> dict[str, str]:
         "recipe": card.recipe,
         "seed": str(card.seed),
         **({} if card.classes is None else {"classes": str(card.classes)}),
+        **({} if card.candidates is None else {"candidates": card.candidates}),
         **_input_values(card),
         **{f"top1_{name}": f"{value:.4f}" for name, value in accuracy.items()},
     }

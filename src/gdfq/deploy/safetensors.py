@@ -166,7 +166,10 @@ def _card_values(card: Card) -> dict[str, Any]:
         {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype)}
         for spec in card.inputs
     ]
-    return {**asdict(card), "inputs": inputs, "bits": str(card.bits)}
+    values = {**asdict(card), "inputs": inputs, "bits": str(card.bits)}
+    if card.candidates is None:  # files of other runs do not change
+        del values["candidates"]
+    return values
 
 
 def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +198,7 @@ def _card(values: dict[str, Any]) -> Card:
             "outputs": read_structure(values["outputs"]),
             "inputs": inputs,
             "placement": parse_placement(values["placement"]),
+            "candidates": None if "candidates" not in values else str(values["candidates"]),
             "layer_bits": tuple(str(pattern) for pattern in values["layer_bits"]),
             "preprocessing": Preprocessing.of(channels, mean, std, resize),
         }

@@ -119,6 +119,11 @@ class _RelativeError(torch.autograd.Function):
 
 
 def patch_entropy(patches: Tensor) -> Tensor:
+    """Return the mean of `patch_entropies` over M groups of P patches, [M, P, d]; a scalar."""
+    return -_logarithms(patches).mean() * _SPACING
+
+
+def patch_entropies(patches: Tensor) -> Tensor:
     """Return H = −∫ f(t) log f(t) dt, the diversity of patch similarity of arXiv 2203.02250.
 
     f is the density of the cosine similarities of patches: a Gaussian kernel estimate over the
@@ -129,8 +134,13 @@ def patch_entropy(patches: Tensor) -> Tensor:
         patches: M groups of P patches, [M, P, d].
 
     Returns:
-        A scalar, the mean over the groups.
+        The entropy of each group, [M].
     """
+    return -_logarithms(patches) * _SPACING
+
+
+def _logarithms(patches: Tensor) -> Tensor:
+    """Return Σ_t f(t) log f(t) over the points of the grid, [M]."""
     unit = F.normalize(patches, dim=-1)
     similarity = (unit @ unit.transpose(1, 2)).flatten(1)  # [M, P²]
     count = patches.shape[1]
@@ -138,14 +148,14 @@ def patch_entropy(patches: Tensor) -> Tensor:
     similarity = similarity[:, different]
     points = torch.linspace(-1.2, 1.2, _POINTS, device=patches.device)
     kernel = (-((similarity[:, :, None] - points) / _BANDWIDTH).square() / 2).exp()
-    spacing = float(points[1] - points[0])
     density = kernel.mean(1) / (_BANDWIDTH * math.sqrt(2 * math.pi))  # [M, points]
-    return -(density * density.clamp_min(1e-12).log()).sum(1).mean() * spacing
+    return (density * density.clamp_min(1e-12).log()).sum(1)
 
 
 _POINTS, _BANDWIDTH = 49, 0.1
 """Points of the density's grid, and standard deviation of its kernel. The grid reaches from −1.2 to
 1.2, so that the tails of the kernels lie inside."""
+_SPACING = float(torch.linspace(-1.2, 1.2, _POINTS)[1] + 1.2)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

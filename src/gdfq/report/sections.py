@@ -57,6 +57,25 @@ def images(run: Run) -> Content | str:
     )
 
 
+def candidates(run: Run) -> Content | str:
+    """The images from elsewhere: what the screen kept and dropped."""
+    found = run.evidence.get("candidates")
+    if not found:
+        if not run.config.get("proxy"):
+            return "No images from elsewhere were given (--proxy)."
+        return f"The images from elsewhere were not measured: {_missing(run, 'candidates')}"
+    shown = {
+        kind: [
+            {**example, "uri": data_uri(pixels)}
+            for example, pixels in zip(
+                found[kind], run.arrays[f"candidates.{kind}_images"], strict=False
+            )
+        ]
+        for kind in ("kept", "dropped")
+    }
+    return Content({"facts": found["facts"], "sentence": found["sentence"], **shown})
+
+
 def _means(distances: Sequence[Record]) -> Mapping[str, float]:
     """The mean distance of each kind of image over all batch norms."""
     kinds = ("synthetic", "white", "natural")
@@ -240,6 +259,7 @@ def _missing(run: Run, section: str) -> str:
 SECTIONS: Mapping[str, tuple[str, Callable[[Run], Content | str]]] = {
     "trust": ("Expected accuracy drop", trust),
     "images": ("Images", images),
+    "candidates": ("Images from elsewhere", candidates),
     "layers": ("Layers", layers),
     "training": ("Training", training),
     "test": ("Test images", test),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gdfq.analysis.accuracy_drop import measure_expected_drop
+from gdfq.analysis.candidates import measure_candidates
 from gdfq.analysis.images import measure_images
 from gdfq.analysis.layers import measure_layers
 from gdfq.analysis.observations import Observations
@@ -32,7 +33,7 @@ VERSION = 2
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Numbers by section (`trust`, `layers`, `images`, `test`), and arrays as `section.name`.
+    """Numbers by section (such as `trust`), and arrays as `section.name`.
 
     A section that could not be measured is in `missing`, with the reason.
     """
@@ -91,6 +92,9 @@ def _measures(
             teacher, observations.images, observations.labels, preprocessing, memory
         ),
     }
+    candidates, screening = observations.candidates, observations.screening
+    if candidates is not None and screening is not None:
+        measures["candidates"] = lambda: measure_candidates(candidates, screening)
     tested = observations.tested
     if tested is not None:
         measures["test"] = lambda: measure_changes(tested, preprocessing)

@@ -46,6 +46,8 @@ class Metrics(TypedDict, total=False):
     """Of the full-precision network."""
     allocation: dict[str, Any]
     """Of bits "auto": the size asked for, the size reached, and the bits of each layer."""
+    candidates: dict[str, Any]
+    """Of images from elsewhere: how many were kept, why the others were not, distances."""
     collapsed: str
     """Why a generator restarted."""
     export: dict[str, Any]

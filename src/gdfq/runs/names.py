@@ -9,6 +9,7 @@ __all__ = [
     "EVIDENCE",
     "EVIDENCE_ARRAYS",
     "EXAMPLES",
+    "GENERATED",
     "HISTORY",
     "LOCK",
     "METRICS",
@@ -21,5 +22,6 @@ __all__ = [
 CONFIG, METRICS, HISTORY = "config.json", "metrics.json", "history.jsonl"
 ONNX_FILE = "student.onnx"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+GENERATED = "generated"
 EVIDENCE, EVIDENCE_ARRAYS = "evidence.json", "evidence.npz"
 REPORT, REPORT_NUMBERS = "report.html", "report.json"

@@ -13,6 +13,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group
 from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured
+from gdfq.sources.candidates import Candidates, Screening
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,27 @@ class Source(Protocol):
         """
         del count
         return given.with_batch(self.batch)
+
+    def with_candidates(self, candidates: Candidates, places: int) -> "Source":
+        """Return this source with images from elsewhere among its own.
+
+        Args:
+            candidates: Images, of which a screen keeps some.
+            places: Maximum number of images that are kept.
+
+        Raises:
+            UsageError: It makes its images while the student learns.
+        """
+        del places
+        raise UsageError(
+            f"{candidates.kind} images join a pool of images, such as that of recipe fast; the "
+            "images of this recipe come while the student learns. Use fast or quick."
+        )
+
+    def screening_of(self, stream: Iterator[Batch]) -> Screening | None:
+        """Return what a screen found for a stream of this source; None without a screen."""
+        del stream
+        return None
 
     def bulk(self, steps: int) -> tuple["Source", int]:
         """Return the source whose batches take the time of a run, and how many of them it makes.

@@ -1,7 +1,8 @@
 """A pool: images are made once, and batches are drawn from them and augmented."""
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self, cast
@@ -9,7 +10,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from gdfq.errors import UsageError
+from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.malloc import release_freed_memory
 from gdfq.execution.seeding import stream as random_stream
@@ -25,13 +26,15 @@ from gdfq.sources.augment import (
     random_move,
 )
 from gdfq.sources.base import Batch, Source, first_images, joined_inputs
+from gdfq.sources.candidates import Candidates, Screening
+from gdfq.sources.screen import screened
 from gdfq.sources.stream import Shuffled, Stream, restored_batch, stored_batch
 
 _MAX_BATCH_PIXELS = 2**21
 """Maximum pixels of the images that are made together. Fewer images have worse statistics."""
 
 
-@tagged("ImagePool")
+@tagged("ImagePool", added={"candidates": None, "places": 0})
 @dataclass(frozen=True)
 class ImagePool(Source):
     """Batches from the first `images` images of another source, in a new order for each epoch.
@@ -52,6 +55,9 @@ class ImagePool(Source):
         batch: Images per batch.
         augmented: Whether batches may be shifted and flipped.
         pixels: Maximum pixels of all images together; None for no limit.
+        candidates: Images from elsewhere, of which a screen adds some to the pool
+            (`gdfq.sources.candidates`).
+        places: Maximum number of these images.
     """
 
     source: Source
@@ -59,6 +65,8 @@ class ImagePool(Source):
     batch: int
     augmented: bool = True
     pixels: int | None = None
+    candidates: Candidates | None = None
+    places: int = 0
 
     def fitted(self, input_shape: Sequence[int]) -> "ImagePool":
         """Return this pool with as many images, and images per batch, as the inputs allow."""
@@ -83,7 +91,7 @@ class ImagePool(Source):
     @property
     def images_held(self) -> int:
         """Images that stay in memory: all of them."""
-        return self.images
+        return self.images + self.places
 
     @property
     def iterations(self) -> int | None:
@@ -127,6 +135,14 @@ class ImagePool(Source):
         """Return this pool with all given images in it."""
         source = given.with_batch(self.batch)
         return replace(self, source=source, images=count, pixels=None)
+
+    def with_candidates(self, candidates: Candidates, places: int) -> "ImagePool":
+        """Return this pool with at most `places` of the candidates in it."""
+        return replace(self, candidates=candidates, places=min(places, len(candidates)))
+
+    def screening_of(self, stream: Iterator[Batch]) -> Screening | None:
+        """Return what the screen found for a stream of this pool; None before its first batch."""
+        return cast(PoolStream, stream).screening
 
     def bulk(self, steps: int) -> tuple[Source, int]:
         """Return the source that fills this pool, and how many batches that takes."""
@@ -225,7 +241,21 @@ class PoolStream(Stream):
         teacher: Captured,
         context: Context,
     ) -> None:
-        self._collected = _Collected(made, pool.images, teacher.device)
+        def added(own: Tensor) -> tuple[Screening, Tensor, Tensor | None]:
+            assert pool.candidates is not None
+            found = screened(teacher, own, pool.candidates, pool.places, context)
+            if found[0].refused:
+                warnings.warn(
+                    f"{found[0]}. The run continues with its own images alone: give other images, "
+                    "or none.",
+                    GdfqWarning,
+                    stacklevel=2,
+                )
+            return found
+
+        self._collected = _Collected(
+            made, pool.images, teacher.device, None if pool.candidates is None else added
+        )
         draw = random_stream(context.seed, "pool.order")
         augmented = pool.augmented and takes_images(teacher.inputs)
         moves = Results({} if augmented else {"them": False})
@@ -240,8 +270,9 @@ class PoolStream(Stream):
             inputs, _labels = self._collected()
             if not moves:
                 (images,) = inputs
+                own = images[: pool.images]  # photographs are more consistent than made images
                 consistency = prediction_consistency(
-                    teacher, images, random_stream(context.seed, "pool.moved")
+                    teacher, own, random_stream(context.seed, "pool.moved")
                 )
                 context.group.broadcast_(
                     [consistency]
@@ -264,6 +295,11 @@ class PoolStream(Stream):
         parts: dict[str, Stateful] = {"order": order, "images": self._collected, "moves": moves}
         super().__init__(make, steps, [draw], parts, again=taken)
 
+    @property
+    def screening(self) -> Screening | None:
+        """What the screen found; None without candidates and before the first batch."""
+        return self._collected.screening
+
     def images(self) -> Tensor:
         """Return all images of the pool [images, *input_shape], in the order of making."""
         inputs, _ = self._collected()
@@ -275,15 +311,23 @@ class PoolStream(Stream):
         return inputs[0]
 
 
-class _Collected:
-    """The first `count` images of a stream and their labels; they are made once.
+Add = Callable[[Tensor], tuple[Screening, Tensor, Tensor | None]]
+"""Images of a pool -> what a screen found, and the images that it adds, with their labels."""
 
-    Each batch is a part of the state that is written when it is finished.
+
+class _Collected:
+    """The first `count` images of a stream, those that are added to them, and all their labels.
+
+    They are made once. Each batch is a part of the state that is written when it is finished.
     """
 
-    def __init__(self, made: Iterator[Batch], count: int, device: torch.device) -> None:
-        self._made, self._count, self._device = made, count, device
+    def __init__(
+        self, made: Iterator[Batch], count: int, device: torch.device, add: Add | None = None
+    ) -> None:
+        self._made, self._count, self._device, self._add = made, count, device, add
         self._parts: list[Frozen] = []
+        self._added: Frozen | None = None
+        self.screening: Screening | None = None
         self._all: tuple[tuple[Tensor, ...], Tensor | None] | None = None
         self._digests: list[str] | None = None
 
@@ -293,25 +337,43 @@ class _Collected:
             while taken < self._count and (batch := next(self._made, None)) is not None:
                 self._parts.append(Frozen(vars(replace(batch, teacher_logits=None, losses={}))))
                 taken += len(batch)
+            if self._add is not None and self._added is None:
+                own, _ = first_images(self._count, [Batch(**part.value) for part in self._parts])
+                self.screening, images, labels = self._add(own)
+                self._added = Frozen(vars(Batch((images,), labels, None)))
             self._all = self._joined()
             release_freed_memory()
         return self._all
 
     def _joined(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Return all images and labels. The parts become views of them, not to be held twice."""
-        batches = [Batch(**part.value) for part in self._parts]
+        parts = self._parts if self._added is None else [*self._parts, self._added]
+        batches = [Batch(**part.value) for part in parts]
         inputs = joined_inputs(batches)
         views = zip(*(tensor.split(list(map(len, batches))) for tensor in inputs), strict=True)
-        for part, batch, own in zip(self._parts, batches, views, strict=True):
+        for part, batch, own in zip(parts, batches, views, strict=True):
             part.value = vars(replace(batch, inputs=own))
+        made = sum(map(len, batches[: len(self._parts)]))
+
+        def used(tensor: Tensor) -> Tensor:
+            """Return the first images that were made, and all that were added."""
+            if self._added is None or made <= self._count:
+                return tensor if self._added is not None else tensor[: self._count]
+            return torch.cat([tensor[: self._count], tensor[made:]])
+
         labels = [batch.labels for batch in batches if batch.labels is not None]
-        first = tuple(tensor[: self._count] for tensor in inputs)
-        return first, torch.cat(labels)[: self._count] if labels else None
+        return tuple(map(used, inputs)), used(torch.cat(labels)) if labels else None
 
     def state_dict(self) -> dict[str, Any]:
         stream = self._made.state_dict() if hasattr(self._made, "state_dict") else None
         parts = [stored_batch(part, stays=True) for part in self._parts]
-        return {"parts": parts, "digests": self._digests_of_all(), "stream": stream}
+        return {
+            "parts": parts,
+            "digests": self._digests_of_all(),
+            "stream": stream,
+            "added": self._added,
+            "screening": None if self.screening is None else dict(vars(self.screening)),
+        }
 
     def _digests_of_all(self) -> list[str] | None:
         """Return hashes of all inputs, once they are there and unless they are stored."""
@@ -329,6 +391,9 @@ class _Collected:
         elif state["digests"] is None:  # it makes its batches again
             next(islice(self._made, len(parts), len(parts)), None)
         self._parts = [restored_batch(part, self._made, self._device) for part in parts]
+        if state["screening"] is not None:
+            self._added = state["added"].to(self._device)
+            self.screening = Screening(**state["screening"])
         if state["digests"] is not None:
             self._all = self._joined()
             if self._digests_of_all() != state["digests"]:

@@ -67,6 +67,11 @@ class Tuning(Protocol):
         return False
 
     @property
+    def learns_labels(self) -> bool:
+        """Whether it learns the labels of images beside the teacher's outputs."""
+        return False
+
+    @property
     def learns_rounding(self) -> bool:
         """Whether it learns the rounding of weights, which needs quantizers that do."""
         return False

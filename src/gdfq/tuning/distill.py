@@ -71,6 +71,11 @@ class Distillation(Tuning):
         return ("optimizer",)
 
     @property
+    def learns_labels(self) -> bool:
+        """Whether it learns labels: the cross-entropy does."""
+        return bool(self.cross_entropy)
+
+    @property
     def needs_folded_batch_norms(self) -> bool:
         """Whether batch norms must be folded: block features are matched where they are."""
         return bool(self.features)

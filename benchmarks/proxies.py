@@ -1,0 +1,186 @@
+"""What images from elsewhere bring: proxies beside optimised and real images, with recipe `quick`.
+
+    python -m benchmarks.proxies                       # every row that is not there yet
+    python -m benchmarks.proxies --networks cifar10_resnet20 --seeds 0 --bits w3a3
+    python -m benchmarks.proxies --table
+
+Placement `full`, all test images, the last step; recipe, steps and seed of the rows of one table
+line are the same. The proxies of CIFAR-10 networks are CIFAR-100 images and the reverse; those of
+MobileNetV1 are CIFAR-10 images, enlarged. `alone` is on as many images as the mixture has. The last
+column is on real training images, which the user of proxies does not have. Rows are kept in
+results/proxies.json.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmarks.accuracy import NETWORKS, compared, tested
+from benchmarks.defaults import network_of
+from support.places import RESULTS, SHARED
+from torch import Tensor
+
+import gdfq
+from gdfq.data.datasets import ArrayData, load_unlabelled
+from gdfq.data.preprocessing import Resize
+from gdfq.execution.context import Context
+from gdfq.execution.seeding import stream
+from gdfq.graph.capture import Captured, capture
+from gdfq.recipes import QUICK
+from gdfq.sources.candidates import Candidates, Screen
+from gdfq.sources.pool import ImagePool, collect
+from gdfq.sources.screen import screened
+
+FILE = RESULTS / "proxies.json"
+BITS = {
+    "cifar10_resnet20": ("w3a3",),
+    "cifar100_resnet56": ("w4a4", "w3a3"),
+    "imagenet_mobilenetv1_025": ("w4a4", "w4a8"),
+}
+PROXIES = {
+    "cifar10_resnet20": "cifar100_train5k.npz",
+    "cifar100_resnet56": "cifar10_train5k.npz",
+    "imagenet_mobilenetv1_025": "cifar10_train5k.npz",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the options of a row are made of."""
+
+    teacher: Captured
+    screened: Candidates
+    seed: int
+    real: Path | None
+
+    @property
+    def unscreened(self) -> Candidates:
+        return replace(self.screened, screen=Screen(filters=False))
+
+    @property
+    def pool(self) -> ImagePool:
+        """The pool of recipe `quick` for the network."""
+        pool = QUICK.fitted(self.teacher.input_shape).source
+        assert isinstance(pool, ImagePool)
+        return pool
+
+    def alone(self, candidates: Candidates) -> Tensor:
+        """As many kept candidates as the mixture has images."""
+        pool, context = self.pool, Context(seed=self.seed)
+        own, _ = collect(pool.source, self.teacher, pool.images, context=context)
+        return screened(self.teacher, own, candidates, 2 * pool.images, context)[1]
+
+    def training(self) -> ArrayData:
+        """As many training images as the mixture has, at random."""
+        assert self.real is not None
+        data = load_unlabelled(self.real, self.teacher.input_shape, Resize())
+        order = torch.randperm(len(data), generator=stream(self.seed, "benchmark.proxies"))
+        return ArrayData(data.images(order[: 2 * self.pool.images]), None)
+
+
+POOLS: Mapping[str, Callable[[Setting], dict[str, Any]]] = {
+    "optimised": lambda _: {},
+    "alone, unscreened": lambda setting: {"data": setting.alone(setting.unscreened)},
+    "alone, screened": lambda setting: {"data": setting.alone(setting.screened)},
+    "mixed, unscreened": lambda setting: {"proxy": setting.unscreened},
+    "mixed": lambda setting: {"proxy": setting.screened},
+    "real": lambda setting: {"data": setting.training()},
+}
+"""What `gdfq.quantize` gets in each row."""
+
+
+def measured(name: str, bits: str, seed: int, pool: str) -> dict[str, Any]:
+    """One row."""
+    model, shape, preprocessing, path = network_of(name)
+    teacher = capture(model, torch.zeros(1, *shape))
+    proxies = load_unlabelled(SHARED / "data" / PROXIES[name], shape, preprocessing.resize)
+    train = NETWORKS[name].train
+    real = None if train is None else SHARED / "data" / train
+    started = time.process_time()
+    options = POOLS[pool](Setting(teacher, Candidates(proxies, preprocessing), seed, real))
+    quantized = gdfq.quantize(
+        teacher, None, bits, "quick", seed=seed, mean=preprocessing.mean, std=preprocessing.std,
+        **options,
+    )  # fmt: skip
+    seconds = time.process_time() - started
+    student, expected, labels = tested(quantized.network, teacher, path, preprocessing)
+    return {
+        "network": name,
+        "bits": bits,
+        "seed": seed,
+        "pool": pool,
+        **compared(student, expected, labels),
+        "kl": kl(student[::2], expected[::2]),
+        "cpu_seconds": round(seconds, 1),
+        "candidates": quantized.metrics.get("candidates"),
+        "torch": torch.__version__,
+    }
+
+
+def kl(student: Tensor, teacher: Tensor) -> float:
+    """KL(teacher ‖ student) of the predictions for some images, in nats."""
+    found = F.kl_div(
+        student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True
+    )
+    return round(float(found), 4)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in markdown, seeds together: drop of top-1 in points and KL on the even half."""
+    lines = [
+        f"| network (full precision) | bits | seeds | {' | '.join(POOLS)} |",
+        "| --- |" + " --- |" * (2 + len(POOLS)),
+    ]
+    for name, bits in dict.fromkeys((row["network"], row["bits"]) for row in rows):
+        group = [row for row in rows if (row["network"], row["bits"]) == (name, bits)]
+        cells = []
+        for pool in POOLS:
+            found = [row for row in group if row["pool"] == pool]
+            if not found:
+                cells.append("")
+                continue
+            drop = statistics.mean(row["teacher"]["all"] - row["student"]["all"] for row in found)
+            cells.append(f"{drop:.2f} ({statistics.mean(row['kl'] for row in found):.3f})")
+        seeds = len({row["seed"] for row in group})
+        full = group[0]["teacher"]["all"]
+        lines.append(f"| {name} ({full:.2f}) | {bits} | {seeds} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=BITS, default=[*BITS])
+    parser.add_argument("--bits", nargs="+")
+    parser.add_argument("--pools", nargs="+", choices=POOLS, default=[*POOLS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
+    done = {(row["network"], row["bits"], row["seed"], row["pool"]) for row in rows}
+    wanted = product(options.networks, options.seeds, options.pools)
+    for name, seed, pool in () if options.table else wanted:
+        if pool == "real" and NETWORKS[name].train is None:
+            continue
+        for bits in BITS[name]:
+            if (name, bits, seed, pool) in done or (options.bits and bits not in options.bits):
+                continue
+            rows.append(measured(name, bits, seed, pool))
+            print(
+                {key: rows[-1][key] for key in ("network", "bits", "seed", "pool", "student", "kl")}
+            )
+            FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A folder of generated images, which is made once and used by any number of networks."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gdfq.errors import UsageError
+from gdfq.execution.progress import Listener, Step, silent
+from gdfq.execution.seeding import stream as random_stream
+from gdfq.files.atomic import make_folder, write_atomically, write_json
+from gdfq.files.plain_values import as_values
+from gdfq.files.untrusted import read_json, within
+from gdfq.generation.pipelines import Pipeline, Request
+from gdfq.generation.prompts import Prompts
+
+_SETTINGS = "generated.json"
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """What the images of a pool depend on, apart from their number.
+
+    Attributes:
+        pipeline: Name of the pipeline.
+        classes: Names of the classes.
+        prompts: What is asked for.
+        guidance: Scale of classifier-free guidance.
+        steps: Denoising steps; None for the pipeline's own number.
+        seed: Seed of all images.
+    """
+
+    pipeline: str
+    classes: tuple[str, ...]
+    prompts: Prompts = field(default_factory=Prompts)
+    guidance: float = 3.5
+    steps: int | None = None
+    seed: int = 0
+
+    def request(self, index: int) -> Request:
+        """Return what is asked for in one image; it depends on no other image."""
+        return Request(
+            self.prompts.text_of(index, self.classes),
+            self.prompts.classes_of(index, len(self.classes))[0],
+            random_stream(self.seed, f"generated.{index}").initial_seed(),
+        )
+
+    def as_values(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        values = {**vars(self), "prompts": as_values(self.prompts), "classes": list(self.classes)}
+        return dict(json.loads(json.dumps(values)))
+
+
+def make_pool(
+    folder: Path,
+    settings: PoolSettings,
+    count: int,
+    load: Callable[[], Pipeline],
+    *,
+    batch: int = 4,
+    listener: Listener = silent,
+) -> Path:
+    """Write images 0..count − 1 of a pool as PNG files; those that are there stay.
+
+    A stopped call resumes at the first batch that is not there.
+
+    Args:
+        folder: The folder. It is made if it does not exist.
+        settings: What the images depend on.
+        count: Number of images.
+        load: Loads the pipeline; it is called only if an image is missing.
+        batch: Images that are made together.
+        listener: Receives each batch as a step of the stage "diffusion".
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: The folder holds images with other settings.
+    """
+    make_folder(folder)
+    _check_settings(folder, settings)
+    missing = [index for index in range(count) if not _file(folder, index).exists()]
+    if not missing:
+        return folder
+    pipeline = load()
+    done = count - len(missing)
+    for start in range(0, len(missing), batch):
+        chosen = missing[start : start + batch]
+        for index, image in zip(chosen, pipeline(_requests(settings, chosen)), strict=True):
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, format="PNG")
+            write_atomically(_file(folder, index), buffer.getvalue())
+        done += len(chosen)
+        listener(Step("diffusion", done, count, {}))
+    return folder
+
+
+def _requests(settings: PoolSettings, indices: Sequence[int]) -> list[Request]:
+    return [settings.request(index) for index in indices]
+
+
+def _file(folder: Path, index: int) -> Path:
+    return within(folder, folder / f"{index:06d}.png")
+
+
+def _check_settings(folder: Path, settings: PoolSettings) -> None:
+    """Note the settings in a new folder, and compare them with those of an old one."""
+    path = within(folder, folder / _SETTINGS)
+    if not path.exists():
+        write_json(path, settings.as_values())
+        return
+    found = read_json(path)
+    if found != settings.as_values():
+        raise UsageError(
+            f"{folder} holds images that were generated with other settings ({_SETTINGS}). Use "
+            "these, remove the folder, or choose another one."
+        )

@@ -1,0 +1,152 @@
+"""Candidates: images that nobody selected for a network, and what a screen found of them.
+
+Photographs from elsewhere (proxies) and images of a text-to-image model are the same here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfq.data.datasets import ImageData
+from gdfq.data.preprocessing import Preprocessing
+from gdfq.files.plain_values import tagged
+
+KEPT, ENERGY, SENSITIVITY, ENTROPY = "kept", "energy", "sensitivity", "entropy"
+VERDICTS = (KEPT, ENERGY, SENSITIVITY, ENTROPY)
+"""What happened to a candidate: it was kept, or the filter that dropped it."""
+_REASONS = {
+    ENERGY: "unlike what the network knows",
+    SENSITIVITY: "worsen the statistics",
+    ENTROPY: "have less structure than noise",
+}
+"""Of each filter, what is wrong with the images that it drops."""
+
+
+@tagged("Screen")
+@dataclass(frozen=True)
+class Screen:
+    """Rules that decide which candidates are kept.
+
+    Candidates are judged in a random order until enough are kept. One is dropped, in this order,
+
+    - if its energy is above that of the share `known_share` of the run's own images,
+    - if its batch-norm sensitivity is positive: the others match the network's statistics better
+      without it,
+    - in a network without batch norms, if its entropy of patch similarity is below that of most
+      noise images.
+
+    The whole pool is unsuitable if fewer than `least_share` of the judged images pass, or if those
+    that pass are no nearer to the network's batch-norm statistics than 1/f noise.
+
+    Attributes:
+        temperature: T of the energy.
+        known_share: Share of the run's own images that a candidate's energy is compared with.
+        least_share: Smallest share of a suitable pool that is kept.
+        filters: Whether images are filtered at all; if not, all pools are suitable.
+    """
+
+    temperature: float = 1.0
+    known_share: float = 0.95
+    least_share: float = 0.05
+    filters: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """A pool of images that nobody selected for the network.
+
+    Attributes:
+        data: The images. Labels are not used: the teacher's own predictions are the labels.
+        preprocessing: From pixels to the input space of the network.
+        kind: What they are, for the user: "proxy" or "generated".
+        screen: Rules that decide which are kept.
+    """
+
+    data: ImageData
+    preprocessing: Preprocessing
+    kind: str = "proxy"
+    screen: Screen = field(default_factory=Screen)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def images(self, chosen: Tensor, device: torch.device) -> Tensor:
+        """Return normalised images of the given indices, [N, *input_shape]."""
+        return self.preprocessing(self.data.images(chosen)).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Screening:
+    """What the screen found.
+
+    Attributes:
+        kind: What the candidates are.
+        candidates: Number of candidates.
+        judged: Indices of those that were judged, in their order, [n].
+        verdicts: Of each, its place in "kept", "energy", "sensitivity", "entropy", [n].
+        energies: Of each, [n]; empty for a network without classes.
+        scores: Sensitivity of each or, without batch norms, entropy, [n]; NaN where an image was
+            dropped before; empty if the network has neither.
+        own: Number of images that the run makes or is given.
+        max_energy: Highest energy of a candidate that is kept; None without classes.
+        min_entropy: Lowest entropy of a candidate that is kept; None with batch norms.
+        distances: Batch-norm distance of up to 128 images of each pool: "noise", "own",
+            "candidates", "kept"; empty without batch norms.
+        refused: Why no candidate is used; None if some are.
+    """
+
+    kind: str
+    candidates: int
+    judged: Tensor
+    verdicts: Tensor
+    energies: Tensor
+    scores: Tensor
+    own: int
+    max_energy: float | None
+    min_entropy: float | None
+    distances: dict[str, float]
+    refused: str | None
+
+    @property
+    def kept(self) -> Tensor:
+        """Indices of the candidates that are used."""
+        chosen: Tensor = self.judged[self.verdicts == VERDICTS.index(KEPT)]
+        return chosen[:0] if self.refused else chosen
+
+    def of(self, verdict: str) -> Tensor:
+        """Return the places in `judged` of the candidates with a verdict."""
+        return (self.verdicts == VERDICTS.index(verdict)).nonzero().flatten()
+
+    def as_values(self) -> dict[str, Any]:
+        """Return plain values for the metrics of a run."""
+        used = len(self.kept)
+        return {
+            "kind": self.kind,
+            "candidates": self.candidates,
+            "judged": len(self.judged),
+            "kept": used,
+            "dropped": {name: len(self.of(name)) for name in VERDICTS[1:] if len(self.of(name))},
+            "own": self.own,
+            "share": round(used / (used + self.own), 4),
+            "max_energy": self.max_energy,
+            "min_entropy": self.min_entropy,
+            "distances": self.distances,
+            "refused": self.refused,
+        }
+
+    def __str__(self) -> str:
+        """Return what was kept and why, in one line."""
+        noun = f"{self.candidates} {self.kind} images"
+        if self.refused:
+            return f"none of {noun} used: {self.refused}"
+        counts = {name: len(self.of(name)) for name in _REASONS}
+        parts = [f"{counts[name]} {why}" for name, why in _REASONS.items() if counts[name]]
+        judged = f" of {len(self.judged)} judged" if len(self.judged) < self.candidates else ""
+        dropped = f"; {', '.join(parts)}" if parts else ""
+        values = self.as_values()
+        return (
+            f"{len(self.kept)}{judged} of {noun} kept{dropped}; "
+            f"{100 * values['share']:.0f} % of the images"
+        )
