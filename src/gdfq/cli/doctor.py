@@ -79,7 +79,8 @@ def _inputs(plan: Plan) -> dict[str, str]:
     if plan.budget is not None:
         found["budget"] = budget_in_words(plan).removeprefix(", ")
     found["pixels"] = f"(pixel / 255 - mean) / std, mean {mean}, std {std}"
-    for name, images in (("data", plan.given), ("test", plan.test)):
+    proxy = None if plan.candidates is None else plan.candidates.data
+    for name, images in (("data", plan.given), ("proxy", proxy), ("test", plan.test)):
         if images is not None:
             rule = getattr(images, "rule", "")
             found[name] = f"{len(images)} images" + (f"; {rule}" if rule else "")
