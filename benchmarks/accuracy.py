@@ -51,11 +51,10 @@ from gdfq.files.plain_values import fingerprint
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.models.registry import load_weights_
-from gdfq.plan import Plan
-from gdfq.recipes import Recipe, find_recipe
-from gdfq.sources.given import GivenImages, on_images
+from gdfq.plan import resolve, resolve_method
+from gdfq.recipes import Recipe
+from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool, StoredImages, collect
-from gdfq.student.scheme import Scheme
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 REAL_IMAGES = 1024
@@ -213,7 +212,8 @@ def settings_of(row: Row) -> str:
     """A short name for all values of the row's recipe."""
     if row.recipe == PEER:
         return f"{peer.IMAGES} images, {peer.ITERATIONS} iterations, {peer.EPOCHS} epochs"
-    return fingerprint(find_recipe(row.recipe).with_steps(row.steps))
+    method = resolve_method(row.bits, row.recipe, placement=row.placement, steps=row.steps)
+    return fingerprint(method.recipe)
 
 
 def forget_peak_() -> None:
@@ -263,23 +263,23 @@ def run_row(row: Row) -> dict[str, object]:
 
 def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, Facts, int]:
     """The student of one of our recipes, what the run was, and the batch it tuned on."""
-    recipe = find_recipe(row.recipe).with_steps(row.steps)
-    recipe = replace(recipe, placement=row.placement).fitted(teacher.input_shape)  # type: ignore[arg-type]
+    few = None
+    if row.recipe in {"real", "paper-real"}:
+        assert network.train is not None
+        train = load_data(SHARED / "data" / network.train, network.shape, teacher.classes)
+        first = torch.arange(REAL_IMAGES)
+        few = ArrayData(train.images(first), present(train.labels)[:REAL_IMAGES])
+    plan = resolve(
+        teacher, None, row.bits, row.recipe, placement=row.placement, steps=row.steps, data=few,
+        mean=network.preprocessing.mean, std=network.preprocessing.std,
+    )  # fmt: skip
     with Terminal() as listener:
-        recipe, made = stored(recipe, teacher, row, listener)
-        source = recipe.source
-        if row.recipe in {"real", "paper-real"}:
-            assert network.train is not None
-            train = load_data(SHARED / "data" / network.train, network.shape, teacher.classes)
-            few = ArrayData(
-                train.images(torch.arange(REAL_IMAGES)), present(train.labels)[:REAL_IMAGES]
-            )
-            source = on_images(source, few, network.preprocessing)
+        recipe, made = stored(replace(plan.recipe, source=plan.source), teacher, row, listener)
         started = time.perf_counter()
-        scheme = Scheme(Bits.parse(row.bits), recipe.placement)
-        plan = Plan(teacher, scheme, recipe, source, network.preprocessing)
+        plan = replace(plan, recipe=recipe, source=recipe.source)
         student = pipeline.run(plan, Context(seed=row.seed, listener=listener)).network
     seconds = {"images": made, "student": time.perf_counter() - started}
+    source = recipe.source
     images = source.images if isinstance(source, ImagePool) else recipe.steps * source.batch
     return student, {"steps": recipe.steps, "images": images, "seconds": seconds}, source.batch
 
@@ -294,27 +294,29 @@ def run_peer(row: Row, network: Network, model: torch.nn.Module) -> tuple[Module
 
 
 R20, R32, R56, MOBILE = NETWORKS
-TARGETS = [
-    (R20, "w4a4", "relu"), (R20, "w3a3", "relu"), (R20, "w4a4", "full"), (R20, "w8a8", "relu"),
-    (MOBILE, "w4a4", "relu"), (R56, "w4a4", "relu"), (R56, "w3a3", "relu"), (MOBILE, "w8a8", "relu"),
-    (R20, "w2a2", "relu"), (R32, "w4a4", "relu"), (R32, "w3a3", "relu"),
-]  # fmt: skip
-"""Network, widths and placement of the tables."""
 SEEDS = (0, 1, 2)
-RIVALS = [(R20, "w4a4", "relu"), (R20, "w3a3", "relu")]
-"""Where the rivals run too."""
+LOW_BITS = [(name, bits) for bits in ("w4a4", "w3a3", "w2a2") for name in (R20, R32, R56)]
+"""Networks and widths that `fast` tunes."""
+OTHERS = ("quick", "genie", "synq", "zeroq", "round")
+"""Recipes that `fast` is compared with."""
 PAPER_STEPS = 200
 """Of `paper`, whose own 80,000 take more than a day on two cores."""
 PLAN = (
-    [Row(*target, "fast", seed) for seed in SEEDS for target in TARGETS]
-    + [Row(R20, "w4a4", "relu", "quick", seed) for seed in SEEDS]
-    + [Row(*target, "real", seed) for seed in SEEDS for target in TARGETS if target[0] != MOBILE]
-    + [Row(*target, "paper", seed, PAPER_STEPS) for seed in SEEDS for target in RIVALS]
-    + [Row(*target, recipe, seed) for seed in SEEDS for recipe in ("genie", "synq", PEER) for target in RIVALS]
-    + [Row(R20, "w4a4", "relu", "fast", 0, steps) for steps in (50, 100, 200, 400, 800)]
-    + [Row(*target, recipe, seed) for recipe in ("zeroq", "round") for seed in SEEDS for target in TARGETS]
-)  # fmt: skip
-"""All rows in the order in which they are to be measured."""
+    [Row(name, bits, "full", "fast", seed) for seed in SEEDS for name, bits in LOW_BITS]
+    + [Row(MOBILE, "w4a4", "full", "fast", seed) for seed in SEEDS]
+    + [Row(R20, "w3a3", "full", recipe, 0) for recipe in OTHERS]
+    + [Row(name, bits, "full", "real", 0) for name, bits in LOW_BITS]
+    + [Row(R20, bits, "relu", "fast", seed) for seed in SEEDS for bits in ("w4a4", "w3a3")]
+    + [Row(R56, bits, "relu", "fast", 0) for bits in ("w4a4", "w3a3")]
+    + [
+        Row(R20, bits, "relu", recipe, 0)
+        for bits in ("w4a4", "w3a3")
+        for recipe in (*OTHERS, "real", PEER)
+    ]
+    + [Row(R20, "w4a4", "relu", "paper", 0, PAPER_STEPS)]
+)
+"""All rows in the order in which they are to be measured: the deployable placement first, then
+that of published tables."""
 
 
 def main() -> None:

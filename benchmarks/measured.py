@@ -2,8 +2,8 @@
 
     python -m benchmarks.measured
 
-The rows are those of `fast` in full, in the placement of published tables, one for each network and
-number of bits.
+The rows are those of `fast` in full in the deployable placement, one for each network and widths:
+of `benchmarks.accuracy` where it tunes, of `benchmarks.defaults` where it does what `quick` does.
 """
 
 import argparse
@@ -12,7 +12,12 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.defaults import EFFICIENTNET
+from benchmarks.defaults import FILE as DEFAULTS
 from support.places import RESULTS, ROOT
+
+from gdfq.functional.grid import Bits
+from gdfq.recipes import find_recipe
 
 FILE = ROOT / "src" / "gdfq" / "analysis" / "measured.json"
 NETWORKS = {
@@ -20,36 +25,48 @@ NETWORKS = {
     "cifar10_resnet32": "CIFAR-10 ResNet-32",
     "cifar100_resnet56": "CIFAR-100 ResNet-56",
     "imagenet_mobilenetv1_025": "MobileNetV1 x0.25 (ImageNet)",
+    EFFICIENTNET: "EfficientNet-Lite0 (ImageNet)",
 }
-STEPS = 2400  # of `fast` in full
-PLACEMENT = "relu"
+STEPS = find_recipe("fast").steps
+PLACEMENT = "full"
+UNTUNED = ("w8a8", "w4a8")
+"""Widths of the rows of `benchmarks.defaults` at which `fast` and `quick` are the same."""
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The mean drop over the seeds, for each network and number of bits."""
-    drops: dict[tuple[str, int], list[float]] = {}
+    """The mean drop over the seeds, for each network and widths."""
+    drops: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        weights, activations = row["bits"][1:].split("a")
-        in_full = row["recipe"] == "fast" and row.get("steps") == STEPS
-        if in_full and row["placement"] == PLACEMENT and weights == activations:
+        tuned = (row.get("recipe"), row.get("steps"), row.get("placement")) == (
+            "fast",
+            STEPS,
+            PLACEMENT,
+        )
+        if tuned or ("recipe" not in row and row["bits"] in UNTUNED):
             drop = row["teacher"]["all"] - row["student"]["all"]
-            drops.setdefault((row["network"], int(weights)), []).append(drop)
+            drops.setdefault((row["network"], row["bits"]), []).append(drop)
     return [
         {
-            "network": name,
+            "network": NETWORKS[network],
             "bits": bits,
-            "drop": round(statistics.fmean(drops[key, bits]), 2),
-            "seeds": len(drops[key, bits]),
+            "drop": round(statistics.fmean(found), 2),
+            "seeds": len(found),
         }
-        for key, name in NETWORKS.items()
-        for bits in range(8, 1, -1)
-        if (key, bits) in drops
+        for (network, bits), found in sorted(drops.items(), key=place)
     ]
 
 
+def place(item: tuple[tuple[str, str], list[float]]) -> tuple[int, list[int]]:
+    """Order of the rows: by network, then from many bits to few."""
+    (network, bits), _ = item
+    widths = Bits.parse(bits)
+    return list(NETWORKS).index(network), [-widths.weights, -widths.activations]
+
+
 def rows() -> list[dict[str, Any]]:
-    """The rows of all accuracy benchmarks."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s*.json"))]
+    """The rows of both benchmarks; those of `benchmarks.defaults` name no recipe."""
+    tuned = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-s[0-9]*.json"))]
+    return [*tuned, *json.loads(DEFAULTS.read_text())]
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from gdfq.recipes import PAPER, effort_rule, find_recipe
 
 RULE = EffortRule(
     min_images=32,
+    many_images=128,
     max_images=128,
     min_iterations=10,
     max_iterations=20,
@@ -29,7 +30,8 @@ def test_rule_spreads_iterations_over_the_logarithm_of_images() -> None:
     assert [RULE.iterations(n) for n in (32, 64, 96, 128)] == [10, 15, 18, 20]
     assert RULE.with_iterations(7).iterations(96) == 7
     assert RULE.limited(32).iterations(32) == 20
-    assert RULE.limited(16) == replace(RULE, min_images=16, max_images=16)
+    assert RULE.limited(16) == replace(RULE, min_images=16, many_images=16, max_images=16)
+    assert replace(RULE, max_images=512).iterations(160) == 20
 
 
 def test_seconds_are_the_sum_of_all_parts() -> None:
@@ -60,6 +62,21 @@ def test_images_take_their_share_and_steps_the_rest() -> None:
     assert effort_within(24.4, COSTS, RULE) == Effort(128, 20, 21)
     slow = replace(COSTS, iteration=0.004)  # 96 images take 7.104 s, 128 take 10.496
     assert effort_within(24.4, slow, RULE) == Effort(96, 18, 12)
+
+
+def test_time_for_which_images_may_not_be_seen_makes_more_images() -> None:
+    """Steps of 32 images, each seen 4 times at most: a step for each 8 images.
+
+    Images are slow here: their share is for the fewest. 32 of them take 10.336 s with the fixed
+    part. The rest of 15.5 s is enough for 8 steps: 2 that calibrate (2 s) and 6 updates (3 s); but
+    4 are allowed. 64 images take 10.992 s. The rest is enough for 7 steps, one of which calibrates
+    (1 s) and 6 are updates (3 s), and 8 are allowed: so these are chosen.
+    """
+    rule = replace(RULE, max_views=4, image_share=0.05)
+    costs = replace(COSTS, batch=32)
+    assert effort_within(15.5, costs, replace(rule, max_views=None)) == Effort(32, 10, 8)
+    assert effort_within(15.5, costs, rule) == Effort(64, 15, 7)
+    assert effort_within(1e6, costs, rule) == Effort(128, 20, 16)
 
 
 def test_used_share_is_left_for_what_is_not_measured() -> None:
@@ -95,11 +112,12 @@ def test_budget_below_the_least_effort_is_refused_with_the_least() -> None:
 
 seconds = st.floats(1e-4, 10.0)
 rules = st.builds(
-    lambda fewest, times, low, more, share, steps: EffortRule(
-        fewest, fewest * times, low, low + more, share, steps, 0.97
+    lambda fewest, many, most, low, more, share, views, steps: EffortRule(
+        fewest, fewest * many, fewest * many * most, low, low + more, share, views, steps, 0.97
     ),
-    *(st.integers(1, 40), st.integers(1, 32), st.integers(1, 30), st.integers(0, 30)),
-    *(st.floats(0.05, 0.95), st.integers(4, 40)),
+    *(st.integers(1, 40), st.integers(1, 8), st.integers(1, 8)),
+    *(st.integers(1, 30), st.integers(0, 30)),
+    *(st.floats(0.05, 0.95), st.none() | st.integers(1, 100), st.integers(4, 40)),
 )
 costs_of_any_run = st.builds(
     Costs,
@@ -163,7 +181,9 @@ def test_one_more_step_of_a_tuned_student_does_not_fit(
     costs: Costs, rule: EffortRule, budget: float
 ) -> None:
     effort = within(budget, costs, rule)
-    if effort is None or costs.step is None or effort.steps == costs.steps:
+    if effort is None or costs.step is None:
+        return
+    if effort.steps >= min(costs.steps, rule.max_steps(effort.images, costs.batch)):
         return
     more = costs.seconds(replace(effort, steps=effort.steps + 1))
     assert more > rule.used_share * budget
@@ -188,12 +208,13 @@ def test_processes_agree_on_the_measurements_of_the_first() -> None:
 def test_rule_of_a_recipe_knows_its_iterations_and_the_size_of_its_input() -> None:
     small, large, huge = (3, 32, 32), (3, 224, 224), (3, 1024, 1024)
     fast = find_recipe("fast")
-    assert effort_rule(fast, small).max_images == 1024
-    assert effort_rule(fast, large).max_images == 1024  # 1,312 would fit
+    assert effort_rule(fast, small).max_images == 4096
+    assert effort_rule(fast, large).max_images == 1312
     assert effort_rule(fast, huge).max_images == 64  # 2^26 pixels
     assert effort_rule(fast, small).min_iterations == 10
     eight_bits = resolve_method("w8a8").recipe
-    assert effort_rule(eight_bits, small) == effort_rule(fast, small)
+    assert effort_rule(eight_bits, small).max_images == 1024
+    assert effort_rule(eight_bits, small).max_views is None
     patches = effort_rule(find_recipe("patches"), large)
     assert (patches.min_iterations, patches.max_iterations) == (60, 60)
     assert effort_rule(PAPER, small) == effort_rule(find_recipe("zeroq"), small)

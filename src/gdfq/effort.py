@@ -7,6 +7,7 @@ divided. `effort_within` is a pure function of both: equal measurements give an 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,32 +54,43 @@ class EffortRule:
     """How a time is divided. All numbers that decide about it are here.
 
     Images come in multiples of `min_images`. The iterations of each image grow with the logarithm
-    of the number of images, from `min_iterations` for the fewest to `max_iterations` for the most.
+    of the number of images, from `min_iterations` for the fewest to `max_iterations` for
+    `many_images` and more.
 
     Attributes:
         min_images: Fewest images.
+        many_images: Images from which on each has `max_iterations`.
         max_images: Most images.
         min_iterations: Iterations of the fewest images.
-        max_iterations: Iterations of the most images.
+        max_iterations: Iterations of many images.
         image_share: Share of the time for images, of the time that is left after the fixed parts of
             a run. The rest is for tuning. Without tuning images get all of it.
+        max_views: How often tuning sees an image, at most; time that is left makes more images.
+            None for no limit.
         min_steps: Fewest steps of a student that is tuned.
         used_share: Share of the whole time that is planned. The rest is for what is not measured,
             such as checkpoints.
     """
 
     min_images: int = 32
+    many_images: int = 1024
     max_images: int = 1024
     min_iterations: int = 10
     max_iterations: int = 24
     image_share: float = 1 / 3
+    max_views: int | None = None
     min_steps: int = 4
     used_share: float = 0.97
 
     def limited(self, images: int) -> "EffortRule":
         """Return this rule with at most so many images, but at least one."""
         most = max(1, min(self.max_images, images))
-        return replace(self, max_images=most, min_images=min(self.min_images, most))
+        return replace(
+            self,
+            min_images=min(self.min_images, most),
+            many_images=min(self.many_images, most),
+            max_images=most,
+        )
 
     def with_iterations(self, iterations: int) -> "EffortRule":
         """Return this rule with a fixed number of iterations."""
@@ -86,10 +98,16 @@ class EffortRule:
 
     def iterations(self, images: int) -> int:
         """Return the iterations of each of so many images."""
-        if self.max_images == self.min_images:
+        if images >= self.many_images:
             return self.max_iterations
-        place = math.log(images / self.min_images) / math.log(self.max_images / self.min_images)
+        place = math.log(images / self.min_images) / math.log(self.many_images / self.min_images)
         return round(self.min_iterations + place * (self.max_iterations - self.min_iterations))
+
+    def max_steps(self, images: int | None, batch: int) -> int:
+        """Return the most steps of tuning on so many images, `batch` of them in each step."""
+        if images is None or self.max_views is None:
+            return MAX_STEPS
+        return max(self.min_steps, self.max_views * images // batch)
 
 
 MAX_STEPS = 10**6
@@ -171,8 +189,9 @@ class Costs:
 def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
     """Return the largest effort whose seconds are within a time.
 
-    More time never gives fewer images or iterations. It gives fewer steps only together with more
-    images.
+    Images take their share of the time, and steps the rest. Where the images may not be seen so
+    often, there are more images and fewer steps. More time never gives fewer images or iterations.
+    It gives fewer steps only together with more images.
 
     Args:
         seconds: The time of the whole run.
@@ -187,6 +206,9 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
     def fits(effort: Effort) -> bool:
         return costs.seconds(effort) <= planned
 
+    def fits_with(effort: Effort, steps: int) -> bool:
+        return fits(replace(effort, steps=steps))
+
     efforts = list(_image_efforts(costs, rule))
     least = efforts[0]
     if not fits(least):
@@ -198,13 +220,18 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
         )
     tunes = costs.step is not None
     room = (rule.image_share if tunes else 1.0) * (planned - costs.fixed)
-    chosen = [effort for effort in efforts if costs.of_images(effort) <= room and fits(effort)]
-    effort = chosen[-1] if chosen else least
-    if effort.images is not None and not tunes:
-        return effort
-    most = max(effort.steps, costs.steps)
-    steps = _largest(effort.steps, most, lambda n: fits(replace(effort, steps=n)))
-    return replace(effort, steps=steps)
+    affordable = [effort for effort in efforts if fits(effort)]
+    in_room = [effort for effort in affordable if costs.of_images(effort) <= room]
+    chosen = in_room[-1] if in_room else least
+    if chosen.images is not None and not tunes:
+        return chosen
+    for effort in affordable[affordable.index(chosen) :]:
+        most = min(costs.steps, rule.max_steps(effort.images, costs.batch))
+        steps = _largest(effort.steps, max(effort.steps, most), partial(fits_with, effort))
+        chosen = replace(effort, steps=steps)
+        if steps < most:
+            break
+    return chosen
 
 
 def _image_efforts(costs: Costs, rule: EffortRule) -> Iterator[Effort]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 
+from gdfq.functional.grid import Bits
+
 
 @dataclass(frozen=True)
 class MeasuredDrop:
@@ -16,13 +18,13 @@ class MeasuredDrop:
 
     Attributes:
         network: Name of the network.
-        bits: Bits of weights and activations, both the same.
+        bits: Bits of weights and activations, such as "w4a8".
         drop: Points of top-1 accuracy that were lost, the mean over the seeds.
         seeds: Number of seeds.
     """
 
     network: str
-    bits: int
+    bits: str
     drop: float
     seeds: int
 
@@ -30,9 +32,9 @@ class MeasuredDrop:
         return f"{self.drop:.1f} points on a {self.network}"
 
 
-def measured_drops(bits: int) -> Iterator[MeasuredDrop]:
+def measured_drops(bits: Bits) -> Iterator[MeasuredDrop]:
     """Yield the measured drops at these bits, in the order of the file."""
     text = files("gdfq.analysis").joinpath("measured.json").read_text(encoding="utf-8")
     for values in json.loads(text):
-        if values["bits"] == bits:
+        if values["bits"] == str(bits):
             yield MeasuredDrop(**values)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from gdfq.analysis.measured import measured_drops
-from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits
+from gdfq.functional.grid import MAX_BITS, Bits
 
 MAX_NARROW_CHANNELS = 16
 """Depthwise layers of so few channels lose the most accuracy and are slow in integer kernels."""
@@ -32,8 +32,7 @@ def preflight_advice(
         )
     if smallest == MAX_BITS:
         return
-    if drops := ", ".join(map(str, measured_drops(smallest))):
-        usable = ": the network will be of little use" if smallest == MIN_BITS else ""
-        yield f"with recipe fast, {smallest} bits lost {drops}{usable}."
-    if smallest > MIN_BITS:
+    if drops := ", ".join(map(str, measured_drops(bits))):
+        yield f"with recipe fast, {bits} lost {drops}."
+    if bits.activations < MAX_BITS:
         yield "activations of 8 bits, such as w4a8, lose less and do not make the file larger."
