@@ -94,7 +94,7 @@ def quantize(
         group: The processes that do the work together (see "Use several GPUs" in the docs). All
             of them make the same call; the first alone measures on `test` and writes checkpoints.
         memory: Memory for the activations of images that pass a network together, as "2GiB" or in
-            bytes. The default is 1.5 GiB on a CPU and half of the free memory of a GPU.
+            bytes. The default is 1.25 GiB on a CPU and half of the free memory of a GPU.
         **options: Further options, by name:
 
             - target: Where the result is to run: a name in `gdfq.TARGETS` or a `Target`. What it

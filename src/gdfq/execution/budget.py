@@ -10,8 +10,8 @@ from gdfq.errors import UsageError
 if TYPE_CHECKING:  # the command line parses sizes without torch
     import torch
 
-_CPU_BYTES = 3 * 2**29
-"""1.5 GiB: a run on images of 224x224 then stays below 3 GiB in all (benchmarks/memory.py).
+_CPU_BYTES = 5 * 2**28
+"""1.25 GiB: a run on images of 224x224 then stays below 3 GiB in all (benchmarks/memory.py).
 The rest is for the process itself, the networks, and the images that are held."""
 _GPU_SHARE = 0.5
 """Of a GPU's free memory: the rest is for weights, gradients, optimizer and work space."""
@@ -38,7 +38,7 @@ class MemoryBudget:
     decides what is computed together and what is computed twice, not what is computed.
 
     Attributes:
-        bytes: Bytes of activations; None for the default of the device: 1.5 GiB on a CPU, half of
+        bytes: Bytes of activations; None for the default of the device: 1.25 GiB on a CPU, half of
             the free memory of a GPU.
     """
 
