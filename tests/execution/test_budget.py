@@ -57,7 +57,7 @@ def test_budget_refuses_invalid_sizes(memory: Any) -> None:
 
 def test_budget_fits_at_least_one_image() -> None:
     assert [MemoryBudget(100).images(size, CPU) for size in (30, 100, 101)] == [3, 1, 1]
-    assert MemoryBudget().room(CPU) == 3 * 2**29
+    assert MemoryBudget().room(CPU) == 5 * 2**28
 
 
 QUICKEST = replace(
