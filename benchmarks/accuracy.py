@@ -27,16 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks import paired, peer
+from benchmarks.networks import EFFICIENTNET, MOBILE, NETWORKS, R20, R32, R56, Network
 from benchmarks.unix import peak_resident_mib
 from safetensors.torch import load_file, save_file
 from support.narrowing import present
 from support.places import CACHE, RESULTS, SHARED
-from support.real_networks import (
-    cifar10_resnet20,
-    cifar10_resnet32,
-    cifar100_resnet56,
-    imagenet_mobilenetv1_025,
-)
 from torch import Tensor
 
 import gdfq
@@ -50,13 +45,11 @@ from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.files.plain_values import fingerprint
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
-from gdfq.models.registry import load_weights_
 from gdfq.plan import resolve, resolve_method
 from gdfq.recipes import Recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool, StoredImages, collect
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 REAL_IMAGES = 1024
 PEER = "mct"
 IMAGE_CODE = (
@@ -69,32 +62,6 @@ IMAGE_CODE = (
 """What images depend on besides the sources themselves."""
 Module = Callable[[Tensor], Tensor]
 Facts = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Network:
-    factory: Callable[[], torch.nn.Module]
-    shape: tuple[int, int, int]
-    preprocessing: Preprocessing
-    test: str
-    train: str | None
-
-
-HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
-NETWORKS = {
-    "cifar10_resnet20": Network(
-        cifar10_resnet20, (3, 32, 32), Preprocessing(*IMAGENET), "cifar10_test.npz", "cifar10_train5k.npz"
-    ),
-    "cifar10_resnet32": Network(
-        cifar10_resnet32, (3, 32, 32), Preprocessing(*IMAGENET), "cifar10_test.npz", "cifar10_train5k.npz"
-    ),
-    "cifar100_resnet56": Network(
-        cifar100_resnet56, (3, 32, 32), HALF, "cifar100_test.npz", "cifar100_train5k.npz"
-    ),
-    "imagenet_mobilenetv1_025": Network(
-        imagenet_mobilenetv1_025, (3, 224, 224), Preprocessing(*IMAGENET), "imagenet_1000", None
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,8 +201,7 @@ def peak_mib() -> int:
 def run_row(row: Row) -> dict[str, object]:
     forget_peak_()
     network = NETWORKS[row.network]
-    model = network.factory().eval()
-    load_weights_(model, SHARED / "models" / f"{row.network}.safetensors")
+    model = network.load()
     started = time.perf_counter()
     captured = capture(model, torch.zeros(1, *network.shape))
     teacher = replace(captured, input_limits=network.preprocessing.limits)
@@ -247,7 +213,7 @@ def run_row(row: Row) -> dict[str, object]:
         student, facts, batch = run_recipe(row, network, teacher)
     seconds |= facts.pop("seconds")
     float_step = float_step_seconds(teacher, batch)
-    found = tested(student, teacher, SHARED / "data" / network.test, network.preprocessing)
+    found = tested(student, teacher, network.test, network.preprocessing)
     seconds["total"] = sum(seconds.values())
     return {
         "network": row.network, "bits": row.bits, "placement": row.placement,
@@ -266,7 +232,7 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
     few = None
     if row.recipe in {"real", "paper-real"}:
         assert network.train is not None
-        train = load_data(SHARED / "data" / network.train, network.shape, teacher.classes)
+        train = load_data(network.train, network.shape, teacher.classes)
         first = torch.arange(REAL_IMAGES)
         few = ArrayData(train.images(first), present(train.labels)[:REAL_IMAGES])
     plan = resolve(
@@ -293,7 +259,6 @@ def run_peer(row: Row, network: Network, model: torch.nn.Module) -> tuple[Module
     return student, {"steps": peer.EPOCHS, "images": peer.IMAGES, "seconds": seconds}
 
 
-R20, R32, R56, MOBILE = NETWORKS
 SEEDS = (0, 1, 2)
 LOW_BITS = [(name, bits) for bits in ("w4a4", "w3a3", "w2a2") for name in (R20, R32, R56)]
 """Networks and widths that `fast` tunes."""
@@ -303,7 +268,7 @@ PAPER_STEPS = 200
 """Of `paper`, whose own 80,000 take more than a day on two cores."""
 PLAN = (
     [Row(name, bits, "full", "fast", seed) for seed in SEEDS for name, bits in LOW_BITS]
-    + [Row(MOBILE, "w4a4", "full", "fast", seed) for seed in SEEDS]
+    + [Row(name, "w4a4", "full", "fast", seed) for seed in SEEDS for name in (MOBILE, EFFICIENTNET)]
     + [Row(R20, "w3a3", "full", recipe, 0) for recipe in OTHERS]
     + [Row(name, bits, "full", "real", 0) for name, bits in LOW_BITS]
     + [Row(R20, bits, "relu", "fast", seed) for seed in SEEDS for bits in ("w4a4", "w3a3")]

@@ -21,7 +21,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmarks.accuracy import NETWORKS, Row, compared, hash_of, stored, tested
+from benchmarks.accuracy import Row, compared, hash_of, stored, tested
+from benchmarks.networks import NETWORKS
 from support.narrowing import instance
 from support.places import RESULTS, SHARED
 
@@ -35,7 +36,6 @@ from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
-from gdfq.models.registry import load_weights_
 from gdfq.plan import Plan
 from gdfq.recipes import QUICK, Recipe
 from gdfq.sources.pool import ImagePool, StoredImages
@@ -60,8 +60,7 @@ def run(
     seconds = time.perf_counter() - started
     card = card_of(name, teacher, scheme, recipe, seed)
     data = to_onnx(student, teacher.inputs, metadata_of(card, {}, safe=False))
-    images = SHARED / "data" / network.test
-    facts = compared(*tested(student, teacher, images, network.preprocessing))
+    facts = compared(*tested(student, teacher, network.test, network.preprocessing))
     return {
         "bytes": len(data), "top1": facts["student"]["all"], "teacher": facts["teacher"]["all"],
         "drop_interval": facts["drop_interval"], "seconds": round(seconds, 1),
@@ -87,9 +86,7 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a network and seed: uniform ones, then one a budget."""
     network = NETWORKS[name]
-    model = network.factory().eval()
-    load_weights_(model, SHARED / "models" / f"{name}.safetensors")
-    teacher = capture(model, torch.zeros(1, *network.shape))
+    teacher = capture(network.load(), torch.zeros(1, *network.shape))
     recipe = replace(QUICK.with_steps(STEPS.get(name)), placement="full")
     common: dict[str, Any] = {
         "network": name,

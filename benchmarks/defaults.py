@@ -23,41 +23,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import memory
-from benchmarks.accuracy import NETWORKS, compared, tested
+from benchmarks.accuracy import compared, tested
+from benchmarks.networks import NETWORKS
 from benchmarks.unix import peak_resident_mib
-from support.places import RESULTS, SHARED
-from torch import nn
+from support.places import RESULTS
 
 import gdfq
-from gdfq.data.preprocessing import Preprocessing
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.graph.capture import capture
-from gdfq.models.registry import load_weights_
 
 FILE = RESULTS / "defaults.json"
-EFFICIENTNET = "efficientnet_lite0"
 BITS = ("w8a8", "w4a8", "w4a4")
-
-
-def network_of(name: str) -> tuple[nn.Module, tuple[int, int, int], Preprocessing, Path]:
-    """A network with its weights, the shape of its input, its normalisation and test images."""
-    if name == EFFICIENTNET:
-        model = memory.network()
-        assert model is not None, "EfficientNet-Lite0 needs the extra bench-efficientnet"
-        return model, memory.SHAPE, Preprocessing(memory.MEAN, memory.STD), memory.IMAGES
-    network = NETWORKS[name]
-    model = network.factory()
-    load_weights_(model, SHARED / "models" / f"{name}.safetensors")
-    return model.eval(), network.shape, network.preprocessing, SHARED / "data" / network.test
 
 
 def measured(name: str, bits: str, seed: int) -> dict[str, Any]:
     """One row, in the process that calls it."""
     torch.set_num_threads(2)
     keep_freed_memory_()
-    model, shape, preprocessing, path = network_of(name)
-    teacher = capture(model, torch.zeros(1, *shape))
+    network = NETWORKS[name]
+    preprocessing = network.preprocessing
+    teacher = capture(network.load(), torch.zeros(1, *network.shape))
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         quantized = gdfq.quantize(
@@ -71,7 +56,7 @@ def measured(name: str, bits: str, seed: int) -> dict[str, Any]:
         "network": name,
         "bits": bits,
         "seed": seed,
-        **compared(*tested(quantized.network, teacher, path, preprocessing)),
+        **compared(*tested(quantized.network, teacher, network.test, preprocessing)),
         "seconds": round(seconds, 1),
         "peak_mib": peak,
         "bytes": exported.bytes,
@@ -107,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", default=[*NETWORKS, EFFICIENTNET])
+    parser.add_argument("--networks", nargs="+", default=[*NETWORKS])
     parser.add_argument("--bits", nargs="+", default=BITS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchmarks.accuracy import NETWORKS
+from benchmarks.networks import NETWORKS
 from benchmarks.runtime import network_of
 from support.places import RESULTS, SHARED
 from torch import Tensor

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.defaults import EFFICIENTNET
 from benchmarks.defaults import FILE as DEFAULTS
+from benchmarks.networks import EFFICIENTNET, MOBILE, R20, R32, R56
 from support.places import RESULTS, ROOT
 
 from gdfq.functional.grid import Bits
@@ -21,10 +21,10 @@ from gdfq.recipes import find_recipe
 
 FILE = ROOT / "src" / "gdfq" / "analysis" / "measured.json"
 NETWORKS = {
-    "cifar10_resnet20": "CIFAR-10 ResNet-20",
-    "cifar10_resnet32": "CIFAR-10 ResNet-32",
-    "cifar100_resnet56": "CIFAR-100 ResNet-56",
-    "imagenet_mobilenetv1_025": "MobileNetV1 x0.25 (ImageNet)",
+    R20: "CIFAR-10 ResNet-20",
+    R32: "CIFAR-10 ResNet-32",
+    R56: "CIFAR-100 ResNet-56",
+    MOBILE: "MobileNetV1 x0.25 (ImageNet)",
     EFFICIENTNET: "EfficientNet-Lite0 (ImageNet)",
 }
 STEPS = find_recipe("fast").steps

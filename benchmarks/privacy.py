@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.accuracy import NETWORKS, Network
+from benchmarks.networks import NETWORKS, R20, R32, R56, Network
+from support.narrowing import present
 from support.places import RESULTS, ROOT, SHARED
 from torch import Tensor, nn
 
@@ -35,7 +36,6 @@ from gdfq.api import generate
 from gdfq.data.datasets import load_data
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.graph.capture import Captured, capture
-from gdfq.models.registry import load_weights_
 from gdfq.recipes import FAST, PAPER, Recipe
 from gdfq.sources.generator import GeneratorSource
 
@@ -43,7 +43,6 @@ FILE = RESULTS / "privacy.json"
 PAGE, MARK, END = ROOT / "docs" / "privacy.md", "<!-- benchmarks/privacy.py -->", "<!-- end -->"
 REFERENCES = 5000
 RESAMPLED = 2000
-R20, R32, R56, _ = NETWORKS
 GENERATOR = replace(PAPER, source=GeneratorSource(batch=64)).with_steps(300)
 PLAN: list[tuple[str, str, Recipe, int, tuple[int, ...]]] = [
     (R20, "fast", FAST, 512, (0, 1, 2)),
@@ -92,11 +91,9 @@ def without_contrast(pixels: Tensor) -> Tensor:
 
 def subject(name: str) -> Subject:
     network = NETWORKS[name]
-    model = network.factory().eval()
-    load_weights_(model, SHARED / "models" / f"{name}.safetensors")
+    model = network.load()
     train, test = (
-        load_data(SHARED / "data" / str(file), network.shape, None)
-        for file in (network.train, network.test)
+        load_data(file, network.shape, None) for file in (present(network.train), network.test)
     )
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     held, others = test.images(order[:REFERENCES]), test.images(order[REFERENCES:])

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.accuracy import NETWORKS
+from benchmarks.networks import NETWORKS
 from support.places import CACHE, RESULTS, SHARED
 from support.real_networks import resnet18
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from gdfq.deploy.runtimes import onnx_runner
 from gdfq.execution.listeners import Terminal
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import capture
-from gdfq.models.registry import load_weights_
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool
@@ -56,9 +55,7 @@ def network_of(name: str) -> tuple[nn.Module, tuple[int, ...], Preprocessing]:
         torch.manual_seed(0)
         return resnet18().eval(), (3, 224, 224), Preprocessing((0.0,) * 3, (1.0,) * 3)
     network = NETWORKS[name]
-    model = network.factory().eval()
-    load_weights_(model, SHARED / "models" / f"{name}.safetensors")
-    return model, network.shape, network.preprocessing
+    return network.load(), network.shape, network.preprocessing
 
 
 def variants(name: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -133,7 +130,7 @@ def accuracy_of(name: str, run: Callable[[Tensor], Tensor]) -> Tensor | None:
     if name == RANDOM:
         return None
     network = NETWORKS[name]
-    test = load_data(SHARED / "data" / network.test, network.shape, 1000)
+    test = load_data(network.test, network.shape, 1000)
     return logits_of(run, test, network.preprocessing, device=torch.device("cpu"))
 
 
@@ -142,7 +139,7 @@ def first_output(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor) -> T
 
 
 def labels_of(name: str) -> Tensor:
-    labels = load_data(SHARED / "data" / NETWORKS[name].test, NETWORKS[name].shape, 1000).labels
+    labels = load_data(NETWORKS[name].test, NETWORKS[name].shape, 1000).labels
     assert labels is not None
     return labels
 

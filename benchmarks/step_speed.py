@@ -34,7 +34,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmarks.defaults import EFFICIENTNET, network_of
+from benchmarks.networks import EFFICIENTNET, MOBILE, NETWORKS
 from support.narrowing import instance
 from support.places import RESULTS
 from support.torchvision_shim import define_missing_operators
@@ -67,7 +67,7 @@ from gdfq.tuning.distill import Distillation, _images_at_once
 
 FILE = RESULTS / "step_speed.json"
 RESNET = "torchvision:resnet50"
-BATCHES = {EFFICIENTNET: 16, "imagenet_mobilenetv1_025": 32, RESNET: 4}
+BATCHES = {EFFICIENTNET: 16, MOBILE: 32, RESNET: 4}
 """Images of a batch that are made together, by network."""
 PARTS = 4
 """Of a batch of tuning; a part has as many images as a run takes at once."""
@@ -92,9 +92,9 @@ def teacher_of(name: str) -> Captured:
         captured = capture(load_model(name, RANDOM).module, torch.zeros(1, 3, *SIDES))
         del kept
         return captured
-    model, shape, preprocessing, _ = network_of(name)
-    captured = capture(model, torch.zeros(1, *shape))
-    return replace(captured, input_limits=preprocessing.limits)
+    network = NETWORKS[name]
+    captured = capture(network.load(), torch.zeros(1, *network.shape))
+    return replace(captured, input_limits=network.preprocessing.limits)
 
 
 def contiguous(network: fx.GraphModule) -> fx.GraphModule:

@@ -18,8 +18,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmarks.accuracy import NETWORKS, compared, tested
-from benchmarks.defaults import network_of
+from benchmarks.accuracy import compared, tested
+from benchmarks.networks import NETWORKS
 from support.places import RESULTS
 
 import gdfq
@@ -34,8 +34,9 @@ BITS = ("w8a8", "w4a8")
 
 def measured(name: str, bits: str, seed: int, grids: str) -> dict[str, Any]:
     """One row."""
-    model, shape, preprocessing, path = network_of(name)
-    teacher = capture(model, torch.zeros(1, *shape))
+    network = NETWORKS[name]
+    preprocessing = network.preprocessing
+    teacher = capture(network.load(), torch.zeros(1, *network.shape))
     quantized = gdfq.quantize(
         teacher, None, bits, "quick", seed=seed, target=None if grids == DEFAULT else grids,
         mean=preprocessing.mean, std=preprocessing.std,
@@ -45,7 +46,7 @@ def measured(name: str, bits: str, seed: int, grids: str) -> dict[str, Any]:
         "bits": bits,
         "seed": seed,
         "grids": grids,
-        **compared(*tested(quantized.network, teacher, path, preprocessing)),
+        **compared(*tested(quantized.network, teacher, network.test, preprocessing)),
         "torch": torch.__version__,
     }
 

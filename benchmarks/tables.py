@@ -30,15 +30,13 @@ READING = """
 100), so read the odd half. ResNet-56 showed mistakes of the images, and MobileNetV1 (both with seed 100) showed how many images of how
 many iterations it needs, when not to shift them, that equalizing channels helps, and that images should be optimised
 further ([research](research/index.md)). `fast` is one recipe for all networks, but MobileNetV1 does not confirm it independently.
-The rows of MobileNetV1 are of version 0.1, which made large images 128 at a time; the present version makes 32 of 224x224 at a
-time.
 
-Seconds are of the whole run, from capture to the frozen student, on one thread of a machine whose other core was also busy.
-Runs on two threads with nothing else running are named above. The time of the images is charged to every row that uses
+Seconds are of the whole run, from capture to the frozen student, on one thread of a machine whose other core was also busy: with both
+cores a run takes little more than half as long. The time of the images is charged to every row that uses
 them. The load differed, and so did the machines: rows of one network and recipe differ by a factor of up to one and a half. A
 *float step* is a plain training step of the same network on the row's own batch (100 for `mct`), measured in the same
-process (batch norms in evaluation form). Peak memory is that of the process. Rows with † are of an earlier form of
-the script, which recorded no settings.
+process (batch norms in evaluation form). Peak memory is that of the process. Rows with † are of version 0.1, whose script recorded
+no settings.
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time of `fast`,
 far less than their published schedules (`synq` without its activation maps). `mct` is Sony's
@@ -213,7 +211,7 @@ def rival_table() -> str:
 def time_table() -> str:
     """Accuracy over time of all recipes on one network, the quickest first."""
     runs = defaultdict(list)
-    for path in RESULTS.glob("cifar10_resnet20-w4a4-relu-*-s*.json"):
+    for path in RESULTS.glob("cifar10_resnet20-w3a3-full-*-s*.json"):
         run = json.loads(path.read_text())
         if "float_steps" in run:
             runs[run["recipe"], run["steps"], run.get("settings")].append(run)
@@ -229,7 +227,7 @@ def time_table() -> str:
     )
     lines = [
         "\n## Accuracy over time\n",
-        "CIFAR-10 ResNet-20, w4a4, relu: each point is a separate run (or the mean of its seeds) with its "
+        "CIFAR-10 ResNet-20, w3a3, full: each point is a separate run (or the mean of its seeds) with its "
         "schedule scaled to its length. The whole time counts, images included. A float step is of the row's "
         "own batch (64 of `fast`, 100 of `quick`), so compare float steps of equal batches only.\n",
         "| seconds | float steps | recipe, steps | top-1 |",

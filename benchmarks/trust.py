@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.accuracy import MOBILE, NETWORKS, R20, R32, R56, compared, stored
+from benchmarks.accuracy import compared, stored
+from benchmarks.networks import MOBILE, NETWORKS, R20, R32, R56
 from scipy.optimize import least_squares
 from support.narrowing import instance, present
 from support.places import CACHE, RESULTS, ROOT, SHARED
@@ -48,7 +49,6 @@ from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
-from gdfq.models.registry import load_weights_
 from gdfq.plan import Plan
 from gdfq.quantizers.family import MINMAX
 from gdfq.recipes import PAPER, QUICK, Recipe
@@ -200,11 +200,9 @@ def teacher_of(network: str) -> tuple[Captured, ImageData]:
         trained = demo.train(training, loss_function=_LOSSES[network])
         return capture(trained, torch.zeros(1, *shape)), data
     found = NETWORKS[network]
-    model = found.factory().eval()
-    load_weights_(model, SHARED / "models" / f"{network}.safetensors")
-    data = load_data(SHARED / "data" / found.test, found.shape, None)
+    data = load_data(found.test, found.shape, None)
     chosen = torch.arange(min(count, len(data)))
-    return capture(model, torch.zeros(1, *shape)), ArrayData(
+    return capture(found.load(), torch.zeros(1, *shape)), ArrayData(
         data.images(chosen), present(data.labels)[: len(chosen)]
     )
 

