@@ -135,17 +135,16 @@ def accuracy_tables() -> str:
             f"| {agreement} | {mean(lambda run: run['seconds']['total'], timed):.0f}{images} | {cost} "
             f"| {max(run['peak_mib'] for run in group)} |"
         )
-    missing: dict[str, list[str]] = defaultdict(list)
-    for row in PLAN:
-        if is_missing(row):
-            title = f"{row.network} {row.placement} {row.bits} `{row.recipe}`"
-            title += f", {row.steps} steps" if row.steps else ""
-            missing[title].append(str(row.seed))
+    missing: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in filter(is_missing, PLAN):
+        steps = f", {row.steps} steps" if row.steps else ""
+        title = f"`{row.recipe}`{steps}, placement {row.placement}"
+        missing[title][f"{row.network} {row.bits}"].append(str(row.seed))
     if missing:
-        lines.append(
-            "\nPlanned rows that have not been run with the present recipe (seeds in brackets):\n"
-        )
-        lines += [f"- {what} ({', '.join(seeds)})" for what, seeds in missing.items()]
+        lines.append("\nPlanned rows that have not been measured (seeds in brackets):\n")
+    for title, rows in missing.items():
+        listed = ", ".join(f"{name} ({', '.join(seeds)})" for name, seeds in rows.items())
+        lines.append(f"- {title}: {listed}")
     lines.append(
         "\nMade by `OMP_NUM_THREADS=1 python -m benchmarks.accuracy`, row by row; `real` is "
         "`fast`'s tuning on 1,024 real training images. ± is the standard deviation over seeds; "

@@ -1,6 +1,7 @@
 """The effect of quantization on each layer: error, clipping, ranges and sensitivity."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +112,10 @@ class Layers:
 
 def sqnr(signal: Tensor, other: Tensor) -> float:
     """SQNR 10 log₁₀ (Σ x² / Σ (x − y)²) in decibels of tensors of equal shape, clipped to ±120."""
-    power = float(signal.double().square().sum())
-    noise = float((signal.double() - other.double()).square().sum())
+    power = noise = 0.0
+    for x, y in _parts(signal, other):
+        power += float(x.double().square().sum())
+        noise += float((x.double() - y.double()).square().sum())
     if noise == 0:
         return _MAX_DECIBELS
     return max(-_MAX_DECIBELS, min(_MAX_DECIBELS, 10 * math.log10(max(power, 1e-300) / noise)))
@@ -128,8 +131,22 @@ def saturation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> float
         bits: Bits of a code.
     """
     low, high = code_bounds(bits)
-    codes = (x / scale).round() + zero_point
-    return 100 * float(((codes < low) | (codes > high)).double().mean())
+    clipped = 0
+    for (part,) in _parts(x):
+        codes = (part / scale).round() + zero_point
+        clipped += int(((codes < low) | (codes > high)).sum())
+    return 100 * clipped / x.numel()
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of tensors of equal shape: what is computed of them is small beside them."""
+    shaped = [torch.atleast_1d(tensor) for tensor in tensors]
+    rows = max(1, _PART_ELEMENTS * len(shaped[0]) // max(1, shaped[0].numel()))
+    return zip(*(tensor.split(rows) for tensor in shaped), strict=True)
+
+
+_PART_ELEMENTS = 2**20
+"""Elements of a tensor that are computed with in float64 at once: 8 MiB."""
 
 
 def measure_layers(
