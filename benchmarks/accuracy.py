@@ -264,6 +264,8 @@ LOW_BITS = [(name, bits) for bits in ("w4a4", "w3a3", "w2a2") for name in (R20, 
 """Networks and widths that `fast` tunes."""
 OTHERS = ("quick", "genie", "synq", "zeroq", "round")
 """Recipes that `fast` is compared with."""
+PUBLISHED = ("fast", *OTHERS, "real", PEER)
+"""Recipes in the placement of published tables."""
 PAPER_STEPS = 200
 """Of `paper`, whose own 80,000 take more than a day on two cores."""
 PLAN = (
@@ -271,13 +273,7 @@ PLAN = (
     + [Row(name, "w4a4", "full", "fast", seed) for seed in SEEDS for name in (MOBILE, EFFICIENTNET)]
     + [Row(R20, "w3a3", "full", recipe, 0) for recipe in OTHERS]
     + [Row(name, bits, "full", "real", 0) for name, bits in LOW_BITS]
-    + [Row(R20, bits, "relu", "fast", seed) for seed in SEEDS for bits in ("w4a4", "w3a3")]
-    + [Row(R56, bits, "relu", "fast", 0) for bits in ("w4a4", "w3a3")]
-    + [
-        Row(R20, bits, "relu", recipe, 0)
-        for bits in ("w4a4", "w3a3")
-        for recipe in (*OTHERS, "real", PEER)
-    ]
+    + [Row(R20, bits, "relu", recipe, 0) for bits in ("w4a4", "w3a3") for recipe in PUBLISHED]
     + [Row(R20, "w4a4", "relu", "paper", 0, PAPER_STEPS)]
 )
 """All rows in the order in which they are to be measured: the deployable placement first, then
