@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.accuracy import NETWORKS, compared, tested
-from benchmarks.defaults import network_of
+from benchmarks.accuracy import compared, tested
+from benchmarks.networks import NETWORKS
 from support.places import RESULTS, SHARED
 from torch import Tensor
 
@@ -99,19 +99,19 @@ POOLS: Mapping[str, Callable[[Setting], dict[str, Any]]] = {
 
 def measured(name: str, bits: str, seed: int, pool: str) -> dict[str, Any]:
     """One row."""
-    model, shape, preprocessing, path = network_of(name)
-    teacher = capture(model, torch.zeros(1, *shape))
-    proxies = load_unlabelled(SHARED / "data" / PROXIES[name], shape, preprocessing.resize)
-    train = NETWORKS[name].train
-    real = None if train is None else SHARED / "data" / train
+    network = NETWORKS[name]
+    preprocessing = network.preprocessing
+    teacher = capture(network.load(), torch.zeros(1, *network.shape))
+    proxies = load_unlabelled(SHARED / "data" / PROXIES[name], network.shape, preprocessing.resize)
     started = time.process_time()
-    options = POOLS[pool](Setting(teacher, Candidates(proxies, preprocessing), seed, real))
+    setting = Setting(teacher, Candidates(proxies, preprocessing), seed, network.train)
+    options = POOLS[pool](setting)
     quantized = gdfq.quantize(
         teacher, None, bits, "quick", seed=seed, mean=preprocessing.mean, std=preprocessing.std,
         **options,
     )  # fmt: skip
     seconds = time.process_time() - started
-    student, expected, labels = tested(quantized.network, teacher, path, preprocessing)
+    student, expected, labels = tested(quantized.network, teacher, network.test, preprocessing)
     return {
         "network": name,
         "bits": bits,

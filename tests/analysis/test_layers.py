@@ -37,11 +37,9 @@ def test_large_maps_are_measured_in_parts_of_their_rows() -> None:
     rows = torch.arange(1.0, 4.0)[:, None].expand(3, 2**20)  # power 14 a column
     errors = torch.tensor([0.0, 0.0, 1.4**0.5])[:, None]
     assert sqnr(rows, rows + errors) == pytest.approx(10, abs=1e-5)
-    outside = saturation(rows, torch.tensor(1.0), torch.tensor(-2.0), 2)  # codes -1, 0, 1
-    assert (outside, saturation(rows + 1, torch.tensor(1.0), torch.tensor(-2.0), 2)) == (
-        0,
-        pytest.approx(100 / 3),
-    )
+    grid = torch.tensor(1.0), torch.tensor(-2.0)  # codes -1, 0, 1 of 2 bits
+    assert saturation(rows, *grid, 2) == 0
+    assert saturation(rows + 1, *grid, 2) == pytest.approx(100 / 3)
 
 
 def test_saturation_counts_codes_outside_the_grid() -> None:
