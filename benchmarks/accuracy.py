@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks import paired, peer
-from benchmarks.networks import EFFICIENTNET, MOBILE, NETWORKS, R20, R32, R56, Network
+from benchmarks.trained_networks import EFFICIENTNET, MOBILE, NETWORKS, R20, R32, R56, Network
 from benchmarks.unix import peak_resident_mib
 from safetensors.torch import load_file, save_file
 from support.narrowing import present

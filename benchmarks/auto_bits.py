@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy import Row, compared, hash_of, stored, tested
-from benchmarks.networks import NETWORKS
+from benchmarks.trained_networks import NETWORKS
 from support.narrowing import instance
 from support.places import RESULTS, SHARED
 

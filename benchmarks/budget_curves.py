@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks import peers_224
 from benchmarks.accuracy import compared, tested
-from benchmarks.networks import EFFICIENTNET, NETWORKS
+from benchmarks.trained_networks import EFFICIENTNET, NETWORKS
 from support.places import RESULTS, ROOT
 
 import gdfq

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy import compared, tested
-from benchmarks.networks import NETWORKS
+from benchmarks.trained_networks import NETWORKS
 from benchmarks.unix import peak_resident_mib
 from support.places import RESULTS
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchmarks.networks import NETWORKS
 from benchmarks.runtime import network_of
+from benchmarks.trained_networks import NETWORKS
 from support.places import RESULTS, SHARED
 from torch import Tensor
 

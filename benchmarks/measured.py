@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.defaults import FILE as DEFAULTS
-from benchmarks.networks import EFFICIENTNET, MOBILE, R20, R32, R56
+from benchmarks.trained_networks import EFFICIENTNET, MOBILE, R20, R32, R56
 from support.places import RESULTS, ROOT
 
 from gdfq.functional.grid import Bits

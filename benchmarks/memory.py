@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.networks import EFFICIENTNET, NETWORKS
+from benchmarks.trained_networks import EFFICIENTNET, NETWORKS
 from support.places import RESULTS
 from torch import nn
 

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks import networks, paired, peer
+from benchmarks import paired, peer, trained_networks
 from benchmarks.accuracy import compared
 from benchmarks.runtime import first_output, percent, quantize_static
 from benchmarks.unix import peak_resident_mib
@@ -61,7 +61,7 @@ from gdfq.graph.capture import Captured, capture
 from gdfq.student.integer_network import IntegerNetwork
 
 FILE = RESULTS / "peers_224.json"
-NETWORKS = (networks.EFFICIENTNET, networks.MOBILE, networks.R20)
+NETWORKS = (trained_networks.EFFICIENTNET, trained_networks.MOBILE, trained_networks.R20)
 OURS, PEER, LATENCY = "gdfq", "mct", "latency"
 STATIC = {kind: f"static-{kind}" for kind in ("ours", "real", "noise")}
 METHODS = (OURS, *STATIC.values(), PEER, LATENCY)
@@ -121,7 +121,7 @@ class Subject:
     """A network with its float32 file and its labelled images."""
 
     def __init__(self, name: str) -> None:
-        network = networks.NETWORKS[name]
+        network = trained_networks.NETWORKS[name]
         self.model, self.shape, self.preprocessing = (
             network.load(),
             network.shape,

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.networks import NETWORKS, R20, R32, R56, Network
+from benchmarks.trained_networks import NETWORKS, R20, R32, R56, Network
 from support.narrowing import present
 from support.places import RESULTS, ROOT, SHARED
 from torch import Tensor, nn

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks.accuracy import compared, tested
-from benchmarks.networks import NETWORKS
+from benchmarks.trained_networks import NETWORKS
 from support.places import RESULTS, SHARED
 from torch import Tensor
 

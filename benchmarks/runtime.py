@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.networks import NETWORKS
+from benchmarks.trained_networks import NETWORKS
 from support.places import CACHE, RESULTS, SHARED
 from support.real_networks import resnet18
 from torch import Tensor, nn

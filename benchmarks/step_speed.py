@@ -34,7 +34,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmarks.networks import EFFICIENTNET, MOBILE, NETWORKS
+from benchmarks.trained_networks import EFFICIENTNET, MOBILE, NETWORKS
 from support.narrowing import instance
 from support.places import RESULTS
 from support.torchvision_shim import define_missing_operators

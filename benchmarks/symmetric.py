@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy import compared, tested
-from benchmarks.networks import NETWORKS
+from benchmarks.trained_networks import NETWORKS
 from support.places import RESULTS
 
 import gdfq

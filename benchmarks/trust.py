@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from benchmarks.accuracy import compared, stored
-from benchmarks.networks import MOBILE, NETWORKS, R20, R32, R56
+from benchmarks.trained_networks import MOBILE, NETWORKS, R20, R32, R56
 from scipy.optimize import least_squares
 from support.narrowing import instance, present
 from support.places import CACHE, RESULTS, ROOT, SHARED

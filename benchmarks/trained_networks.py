@@ -94,7 +94,7 @@ NETWORKS = {
     "imagenet_mobilenetv1_025": _shared(imagenet_mobilenetv1_025, LARGE, IMAGENET, SAMPLE, None),
     "efficientnet_lite0": Network(
         efficientnet_lite0,
-        place="benchmarks/networks.py:efficientnet_lite0",
+        place="benchmarks/trained_networks.py:efficientnet_lite0",
         weights=None,
         shape=LARGE,
         preprocessing=Preprocessing((0.498,) * 3, (0.502,) * 3),
