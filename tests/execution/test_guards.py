@@ -68,7 +68,7 @@ def test_out_of_memory_in_evaluation_suggests_a_smaller_budget(
     result = gdfq.quantize(teacher, networks.images(1), "w4a4", tiny)
     data = (networks.images(4), torch.zeros(4, dtype=torch.long))
     monkeypatch.setattr("gdfq.analysis.accuracy._batches", short)
-    with pytest.raises(GdfqError, match=r"evaluating must fit.*--memory 768MiB "):
+    with pytest.raises(GdfqError, match=r"evaluating must fit.*--memory 640MiB "):
         result.evaluate(data)
     with pytest.raises(GdfqError, match=r"measuring on the test images must fit.*--memory 1MiB "):
         gdfq.quantize(teacher, networks.images(1), "w4a4", tiny, test=data, memory="2MiB")
