@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # the command line parses sizes without torch
     import torch
 
 _CPU_BYTES = 5 * 2**28
-"""1.25 GiB: a run on images of 224x224 then stays below 3 GiB in all (benchmarks/memory.py).
+"""1.25 GiB: a run on images of 224x224 then takes about 3 GiB in all (benchmarks/memory.py).
 The rest is for the process itself, the networks, and the images that are held."""
 _GPU_SHARE = 0.5
 """Of a GPU's free memory: the rest is for weights, gradients, optimizer and work space."""
