@@ -243,5 +243,5 @@ memory_option = click.option(
     "--memory",
     type=Size(),
     help="Memory for the activations of images that pass a network together, such as 512MiB or "
-    "2GiB.  [default: 1.5GiB; on a GPU half of its free memory]",
+    "2GiB.  [default: 1.25GiB; on a GPU half of its free memory]",
 )
