@@ -4,22 +4,18 @@ Each file is loaded in a process of its own, so that its memory is known and run
 one another. The processes take turns of some milliseconds, so that other load affects all equally.
 """
 
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gdfq.deploy import timed_process
+from gdfq.deploy.line_process import LineProcess
 from gdfq.deploy.target import Runtime
-from gdfq.errors import GdfqError, UsageError, first_line
+from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import within
 
 BATCHES, THREADS = (1, 32), (1, 2)
@@ -112,9 +108,12 @@ def side_by_side(
     cores = os.cpu_count() or 1
     for count in (n for n in threads if n <= cores):
         with ExitStack() as stack:
-            processes = [stack.enter_context(_Process(file, count)) for file in files]
+            processes = [_Process(file, count) for file in files]
             for process in processes:
-                process.wait_until_loaded()
+                stack.enter_context(process)
+                process.load()
+            for process in processes:
+                process.answer()
             for batch in sorted(batches):
                 yield _timings(processes, [(batch, *shape) for shape in shapes], seconds)
 
@@ -142,80 +141,36 @@ def _is_short(times: Sequence[float], seconds: float) -> bool:
     return len(times) < _MIN_CALLS or sum(times) < seconds
 
 
-class _Process:
-    """The process of one file (`gdfq.deploy.timed_process`); it ends with the context."""
+class _Process(LineProcess):
+    """The process of one file (`gdfq.deploy.timed_process`)."""
 
     def __init__(self, file: Candidate, threads: int) -> None:
+        super().__init__(timed_process.__name__, f"{file.runtime.name} must run {file.name}")
         self.file = file
         self.threads = threads
 
-    def __enter__(self) -> "_Process":
+    def load(self) -> None:
+        """Ask for the file; `answer` waits until it is loaded."""
         load = self.file.runtime.calls
         assert load is not None
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")
-        self.process = subprocess.Popen(  # noqa: S603 (this interpreter, a module of this package)
-            [sys.executable, "-P", "-m", timed_process.__name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        self._send(
+        self.send(
             load=f"{load.__module__}:{load.__qualname__}",
             file=str(self.file.path.resolve()),
             threads=self.threads,
         )
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
-
-    def wait_until_loaded(self) -> None:
-        self._answer()
+    def answer(self) -> dict[str, Any]:
+        try:
+            return super().answer()
+        except UsageError as error:
+            raise UsageError(f"{self.file.name}: {error}") from error
 
     def prepare(self, shapes: Sequence[tuple[int, ...]]) -> int | None:
         """Prepare calls on inputs of some shapes; return the most memory so far, in bytes."""
-        self._send(shapes=[list(shape) for shape in shapes])
-        peak: int | None = self._answer()["peak"]
+        peak: int | None = self.ask(shapes=[list(shape) for shape in shapes])["peak"]
         return peak
 
     def time(self, seconds: float) -> list[float]:
         """Return the seconds of each of as many calls as fit into a time, at least one."""
-        self._send(seconds=seconds)
-        times: list[float] = self._answer()["times"]
+        times: list[float] = self.ask(seconds=seconds)["times"]
         return times
-
-    def _send(self, **asked: object) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(f"{json.dumps(asked)}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise self._ended() from None
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise self._ended()
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise UsageError(f"{self.file.name}: {answer['error']}")
-        return answer
-
-    def _ended(self) -> GdfqError:
-        code = self.process.wait()
-        self.errors.seek(0)
-        last = self.errors.read().strip().splitlines()[-1:] or ["nothing"]
-        return GdfqError(
-            f"{self.file.runtime.name} must run {self.file.name} in a process of its own; the "
-            f"process ended with exit code {code} and wrote: {last[0]}."
-        )

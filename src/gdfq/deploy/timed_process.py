@@ -1,6 +1,6 @@
 """A process that loads one file and times calls of it: `python -m gdfq.deploy.timed_process`.
 
-It reads a JSON object a line, and answers each with one:
+It answers JSON objects (`gdfq.deploy.line_process`):
 
     {"load": "module:function", "file": ..., "threads": 1}    {}
     {"shapes": [[1, 3, 32, 32]]}                              {"peak": 61000000}
@@ -10,8 +10,6 @@ An answer `{"error": ...}` says why an input cannot be used. `peak` is the most 
 process has taken so far, in bytes, or null where the system does not tell it.
 """
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,21 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from gdfq.deploy.calls import Call, Shapes
-from gdfq.errors import UsageError
+from gdfq.deploy.line_process import answer_lines
 
 
 def main() -> None:
-    # What libraries print must not come between the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    process = _Process()
-    for line in sys.stdin:
-        try:
-            answer = process.answer(json.loads(line))
-        except UsageError as error:
-            answer = {"error": str(error)}
-        answers.write(f"{json.dumps(answer)}\n")
-        answers.flush()
+    answer_lines(_Process().answer)
 
 
 class _Process:
