@@ -93,7 +93,7 @@ def test_imports_have_no_circle() -> None:
 @pytest.mark.parametrize(
     ("libraries", "layers"),
     [
-        ("onnx onnxruntime onnx_ir onnxscript openvino ml_dtypes", "deploy"),
+        ("onnx onnxruntime onnx_ir onnxscript openvino executorch ml_dtypes", "deploy"),
         ("matplotlib jinja2", "report"),
         ("click", "cli"),
         ("yaml", "runs"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdfq.deploy.card import Card
+from gdfq.deploy.executorch.target import EXECUTORCH
 from gdfq.deploy.litert.target import LITERT
 from gdfq.deploy.litert_micro.target import LITERT_MICRO
 from gdfq.deploy.onnx.devices import QNN, TENSORRT
@@ -69,6 +70,7 @@ TARGETS: Mapping[str, Target] = {
         ONNX_COMPAT,
         OPENVINO,
         LITERT_MICRO,
+        EXECUTORCH,
         TENSORRT,
         QNN,
     )

@@ -14,10 +14,10 @@ which target it is. User code can define its own, for instance
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from gdfq.graph.capture import Captured
 from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import PLACEMENTS, GridRules, Placement, Scheme
+
+Made = TypeVar("Made")
 
 RANGE_FACTOR = 3.0
 """Float inputs are also compared at this multiple, where activations are clipped."""
@@ -86,6 +88,14 @@ class Job:
     raw_input: bool = False
     accuracy: Mapping[str, float] | None = None
     outputs: tuple[str, ...] = ("logits",)
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, make: Callable[["Job"], Made]) -> Made:
+        """Return what a function makes of this export, made once however often it is needed."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: Made = self._made[make]
+        return made
 
     def inputs(self) -> tuple[Examples, Examples]:
         """Return the example inputs, and extreme ones."""

@@ -23,6 +23,8 @@ CONVOLUTIONS_2D = frozenset(f"aten.conv2d.{form}" for form in ("default", "paddi
 TRANSPOSED_CONVOLUTIONS = frozenset(
     {"aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"}
 )
+OF_VOLUMES = frozenset(name for name in CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS if "3d" in name)
+"""Convolutions of three dimensions."""
 LINEAR = "aten.linear.default"
 LINEARS = frozenset({LINEAR})
 WEIGHTED = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | LINEARS
@@ -232,6 +234,11 @@ SEVERAL_OUTPUTS = frozenset(
     )
 )
 
+UNBIND = "aten.unbind.int"
+DIVISIONS = frozenset(
+    {UNBIND, *(f"aten.{n}" for n in ("chunk.default", "split.Tensor", "split_with_sizes.default"))}
+)
+"""Operators that divide a tensor into several along a dimension."""
 POOLING = frozenset(
     {
         "aten.adaptive_avg_pool1d.default",
