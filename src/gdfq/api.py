@@ -70,9 +70,9 @@ def quantize(
         example_input: One input or more [N, ...] as the network takes them (normalised): a tensor,
             or of a network with several inputs a tuple of tensors, or a mapping of the names of its
             arguments to tensors. Only a module needs it.
-        bits: Bits of weights and activations, 2 to 8 each, as "w4a8"; or "auto", which chooses
-            each layer's bits so that the ONNX file is no larger than `size` bytes. By default
-            w4a8, or w4a4 in placement relu.
+        bits: Bits of weights and activations, 2 to 8 each, as "w4a8", or 4 or 8 on floating-point
+            grids, as "wfp4afp8"; or "auto", which chooses each layer's bits so that the ONNX file
+            is no larger than `size` bytes. By default w4a8, or w4a4 in placement relu.
         recipe: A name in `gdfq.RECIPES`, or a `Recipe` of your own.
         data: Real images to tune on instead of synthetic ones: an .npz file, an image folder, a
             tensor, or a pair of images and labels. A network with several inputs, or with

@@ -42,6 +42,7 @@ from gdfq.recipes import Recipe, effort_rule, find_recipe, recipe_for
 from gdfq.sources.base import Source
 from gdfq.sources.candidates import Candidates
 from gdfq.sources.given import load_given, on_images
+from gdfq.student.build import check_family
 from gdfq.student.scheme import (
     GridRules,
     LayerBits,
@@ -381,6 +382,7 @@ def resolve_method(
     scheme = Scheme(wanted, placed, overrides, grids)
     if steps is None and size is None:
         chosen = recipe_for(recipe, scheme)
+    check_family(scheme, chosen.quantizers)
     chosen = chosen.with_steps(steps)
     # These refuse what cannot be used before a network is loaded.
     chosen.with_batch(batch).with_images(images, iterations)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gdfq.functional
 from gdfq.functional import (
+    float_grid,
     gemmlowp,
     grid,
     integer,
@@ -103,6 +104,18 @@ CALLS: dict[Callable[..., Any], Call] = {
     grid.straight_through: lambda m: grid.straight_through(m(4, 3), *_of(m), 8),
     rounding.fitted_weight: lambda m: rounding.fitted_weight(m(2, 3, 4).detach(), _covariance(m), m(2, 3, 4).detach(), m(2).detach().abs()),
     rounding.compensated_codes: lambda m: rounding.compensated_codes(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), m(2, 3, 1).detach().abs() + 0.1, m(2, 3, 1).detach().round(), 4),
+    rounding.compensated: lambda m: rounding.compensated(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), lambda x: x, torch.round),
+    float_grid.magnitudes: lambda m: float_grid.magnitudes(float_grid.E4M3).to(m(1).device),
+    float_grid.nearest: lambda m: float_grid.nearest(m(4, 3).detach(), float_grid.E4M3),
+    float_grid.nearest_: lambda m: float_grid.nearest_(m(4, 3).detach(), float_grid.E4M3),
+    float_grid.neighbours: lambda m: float_grid.neighbours(m(4, 3).detach(), float_grid.E2M1),
+    float_grid.encode: lambda m: float_grid.encode(m(4, 3).detach().round(), float_grid.E2M1),
+    float_grid.decode: lambda m: float_grid.decode(m(4, 3).detach().abs().to(torch.uint8), float_grid.E2M1),
+    float_grid.fake_quantize_float: lambda m: float_grid.fake_quantize_float(m(4, 3).detach(), _of(m)[0], "E4M3"),
+    float_grid.dequantize_float: lambda m: float_grid.dequantize_float(m(4, 3).detach().abs().to(torch.uint8), _of(m)[0], "E4M3"),
+    float_grid.full_scale: lambda m: float_grid.full_scale(m(4).abs(), float_grid.E4M3),
+    float_grid.best_scale: lambda m: float_grid.best_scale(m(9).detach(), _of(m)[0], float_grid.E4M3, torch.sum),
+    float_grid.best_format: lambda m: float_grid.best_format(m(9).detach(), _of(m)[0], [float_grid.E2M1, float_grid.E3M0], torch.sum)[1],
     integer.values: lambda m: integer.values(m(4, 3), _of(m)[0]),
     integer.products: lambda m: integer.products(F.conv2d, 2, m(2, 3, 5, 5).detach(), *_of_weight(m)[::2]),
     integer.with_bias: lambda m: integer.with_bias(m(2, 4, 3).detach(), m(4).detach().int(), 1, False),
@@ -126,7 +139,7 @@ RETURN_NUMBERS: dict[Callable[..., Any], Call] = {
     ),
     integer.is_exact: lambda m: integer.is_exact(m(4).detach().int()),
 }
-WITHOUT_TENSORS = {grid.code_bounds} | {
+WITHOUT_TENSORS = {grid.code_bounds, float_grid.formats_of} | {
     gemmlowp.quantized_multiplier,
     *(windows.per_axis, windows.padding_ends, windows.source_pixels, windows.floored),
 }

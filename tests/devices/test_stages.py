@@ -30,6 +30,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group
 from gdfq.execution.progress import Step
 from gdfq.files.states import Frozen, from_bytes, to_bytes
+from gdfq.functional.float_grid import formats_of
 from gdfq.functional.grid import Bits, Layout
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.outputs import in_order
@@ -231,6 +232,31 @@ def test_weight_quantizer_computes_on_a_gpu(
     found = quantizer.quantized(weight)
     assert all(isinstance(t, GpuTensor) for t in (found.codes, found.scale, found.zero_point))
     assert {found.scale.dtype, found.zero_point.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "chosen", [f for f in FAMILIES if f.float_weight], ids=lambda value: value.name
+)
+@pytest.mark.usefixtures("gpu")
+def test_quantizers_of_floating_point_grids_compute_on_a_gpu(chosen: QuantizerFamily) -> None:
+    assert chosen.float_weight is not None
+    assert chosen.float_activation is not None
+    weight = torch.randn(4, 6, 3, 3, generator=torch.Generator().manual_seed(0)).to(GPU)
+    forms = formats_of(4, signed=True)
+    quantizer = chosen.float_weight(weight, 4, Layout.ROWS, forms=forms).to(GPU)
+    activation = chosen.float_activation(4, forms=formats_of(4)).to(GPU)
+    activation.limits, activation.observing = (0.0, 2.0), True
+    x = torch.randn(4, 6, 5, 5).relu().bfloat16().to(GPU)
+    with torch.autocast("cuda", torch.bfloat16):
+        rounded = quantizer(weight), activation(x)
+    assert {tensor.dtype for tensor in rounded} == {torch.float32}
+    (rounded[0].square().sum() + rounded[1].square().sum()).backward()
+    trained = [*quantizer.parameters(), *activation.parameters()]
+    assert all(isinstance(parameter.grad, GpuTensor) for parameter in trained)
+    if chosen.rescales:
+        quantizer.fit_(weight, torch.eye(54, dtype=torch.float64, device=GPU)[None], torch.ones(1, dtype=torch.float64, device=GPU))  # fmt: skip
+    found = quantizer.quantized(weight)
+    assert all(isinstance(tensor, GpuTensor) for tensor in (found.codes, found.scale))
 
 
 @pytest.mark.parametrize("chosen", FAMILIES, ids=lambda value: value.name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gdfq
 from gdfq.errors import UsageError
-from gdfq.functional.grid import Bits, Layout, code_bounds
+from gdfq.functional.grid import Bits, Layout
 from gdfq.graph.capture import Captured, capture
 from gdfq.plan import resolve
 from gdfq.quantizers.family import LSQ
@@ -198,9 +198,7 @@ def _input_grid(**options: Any) -> tuple[float, float]:
     network = gdfq.quantize(
         networks.make("Residual"), networks.images(1), "w4a4", recipe, steps=2, **options
     ).network
-    scale, zero_point, bits = network.activations[0].grid
-    low, high = (float((code - zero_point) * scale) for code in code_bounds(bits))
-    return low, high
+    return network.activations[0].ends
 
 
 def test_input_grid_covers_the_pixels_where_mean_and_std_are_given() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from gdfq.analysis.sensitivity import measure_sensitivity, sensitivity_passes
 from gdfq.analysis.work import Work
 from gdfq.execution.budget import MemoryBudget
-from gdfq.functional.grid import code_bounds, dequantize
+from gdfq.functional.float_grid import NumberFormat
+from gdfq.functional.grid import code_bounds
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
@@ -46,6 +47,7 @@ class LayerEvidence:
         sensitivity: The error when this layer alone is rounded (`gdfq.analysis.sensitivity`); None
             for a float layer.
         activation: Name of the quantized activation that is its input; None for a float input.
+        format: Format of its weight's floating-point grid, such as "E4M3"; None for others.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerEvidence:
     output_sqnr: float
     sensitivity: float | None
     activation: str | None
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class ActivationEvidence:
         maximum: Largest observed value.
         saturation: Share of the values that are clipped, in percent.
         sqnr: SQNR of rounding its values, in decibels.
+        format: Format of its floating-point grid; None for an integer grid.
     """
 
     name: str
@@ -82,6 +86,7 @@ class ActivationEvidence:
     maximum: float
     saturation: float
     sqnr: float
+    format: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +141,11 @@ def saturation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> float
         codes = (part / scale).round() + zero_point
         clipped += int(((codes < low) | (codes > high)).sum())
     return 100 * clipped / x.numel()
+
+
+def share_beyond(x: Tensor, low: float, high: float) -> float:
+    """Share of the values of x, in percent, that are below or above the ends of a range."""
+    return 100 * sum(int(((p < low) | (p > high)).sum()) for (p,) in _parts(x)) / x.numel()
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -196,6 +206,7 @@ def measure_layers(
                     output_sqnr=sqnr(next(outputs), visit.value),
                     sensitivity=sensitivity.by_layer.get(node.name),
                     activation=None if layer.input is None else _shown_name(layer.input),
+                    format=None if layer.weight is None else _shown_format(layer.weight.form),
                 )
             )
             spreads.append(_histogram(weight))
@@ -239,18 +250,25 @@ def _shown_name(grid: ActivationGrid) -> str:
 
 
 def _activation(visit: Visit, grid: ActivationGrid) -> ActivationEvidence:
-    x, scale, zero_point, bits = visit.inputs
-    ends = dequantize(torch.tensor(code_bounds(bits)).to(scale), scale, zero_point, bits)
+    x = visit.inputs[0]
+    low, high = grid.ends
     return ActivationEvidence(
         name=_shown_name(grid),
-        bits=bits,
-        low=float(ends[0]),
-        high=float(ends[1]),
+        bits=grid.bits,
+        low=low,
+        high=high,
         minimum=float(x.min()),
         maximum=float(x.max()),
-        saturation=saturation(x, scale, zero_point, bits),
+        saturation=share_beyond(x, low, high)
+        if grid.form is not None
+        else saturation(x, grid.scale, grid.zero_point, grid.bits),
         sqnr=sqnr(x, visit.value),
+        format=_shown_format(grid.form),
     )
+
+
+def _shown_format(form: NumberFormat | None) -> str | None:
+    return None if form is None else form.name
 
 
 def _histogram(x: Tensor) -> tuple[Tensor, tuple[float, float]]:

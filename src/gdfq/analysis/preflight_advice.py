@@ -24,6 +24,11 @@ def preflight_advice(
             "batch norms without running statistics stay float, and the outputs of an image depend "
             "on the other images of its batch."
         )
+    if bits.float_weights or bits.float_activations:
+        yield (
+            "runtimes compute layers with floating-point grids in float: the file is as small as "
+            "with integer grids, and not faster than the network as it is."
+        )
     smallest = min(bits.weights, bits.activations)
     if narrow and smallest < MAX_BITS:
         yield (
@@ -34,5 +39,5 @@ def preflight_advice(
         return
     if drops := ", ".join(map(str, measured_drops(bits))):
         yield f"with recipe fast, {bits} lost {drops}."
-    if bits.activations < MAX_BITS:
+    if bits.activations < MAX_BITS and not bits.float_activations:
         yield "activations of 8 bits, such as w4a8, lose less and do not make the file larger."

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from gdfq.analysis.bit_allocation import divergence
 from gdfq.analysis.operations import layer_operations
 from gdfq.execution.budget import MemoryBudget
+from gdfq.functional.float_grid import fake_quantize_float
 from gdfq.functional.grid import fake_quantize
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured
@@ -18,17 +19,16 @@ from gdfq.graph.memory import forward_images
 from gdfq.graph.outputs import in_parts
 from gdfq.graph.queries import weights_of
 from gdfq.graph.walk import Walk
+from gdfq.quantizers.float_lsq import best_weight_format
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.sources.base import split_inputs
-from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.integer_network import ActivationGrid, IntegerNetwork, IntegerWeight
 
 _MAX_OPERATIONS = 6 * 10**10
 """Multiply-accumulates of all divergences together: some seconds on one core."""
 _MIN_IMAGES = 4
 """Fewest images for a divergence; with fewer the error of the layer's output is measured."""
 
-Grid = tuple[Tensor, Tensor, int]
-"""Scale, zero point and bits."""
 RoundInputs = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
 """A layer and its inputs (activation, weight, ...) -> the same inputs, rounded."""
 
@@ -66,25 +66,23 @@ def measure_sensitivity(
         memory: Budget for the images that pass together; the others pass after them.
     """
     weights = weights_of(teacher.network)
-    layer_bits: dict[fx.Node, int] = {}
-    grids: dict[fx.Node, Grid | None] = {}
+    quantized: dict[fx.Node, IntegerWeight] = {}
+    grids: dict[fx.Node, ActivationGrid | None] = {}
     for node, layer in zip(weights, network.layers, strict=True):
-        if layer.bits is not None:
-            layer_bits[node] = layer.bits
-            grids[node] = None if layer.input is None else layer.input.grid
+        if layer.weight is not None:
+            quantized[node], grids[node] = layer.weight, layer.input
 
     def rounded(node: fx.Node, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, weight, *rest = inputs
-        bits, grid = layer_bits[node], grids[node]
-        best = best_weight_grid(weight, bits, *queries.weight_layout(node))
-        x = x if grid is None else fake_quantize(x, *grid)
-        return (x, fake_quantize(weight, *best, bits), *rest)
+        grid = grids[node]
+        x = x if grid is None else grid.rounded(x)
+        return (x, _rounded_weight(node, weight, quantized[node]), *rest)
 
     at_once = forward_images(teacher.network.graph, memory, inputs[0].device)
     images = len(inputs[0])
-    count = min(images, _fitting_images(weights, len(layer_bits)))
+    count = min(images, _fitting_images(weights, len(quantized)))
     if count < min(_MIN_IMAGES, images):
-        errors = _errors(teacher.network, set(layer_bits), rounded, split_inputs(inputs, at_once))
+        errors = _errors(teacher.network, set(quantized), rounded, split_inputs(inputs, at_once))
         return Sensitivity("error", errors)
     loss, sample = divergence(teacher), tuple(tensor[:count] for tensor in inputs)
     with torch.no_grad():
@@ -93,10 +91,19 @@ def measure_sensitivity(
             "divergence",
             {
                 node.name: float(loss(in_parts(changed.run, sample, at_once), expected))
-                for node in layer_bits
+                for node in quantized
                 for changed in [_OneLayerRounded(teacher.network, node, rounded)]
             },
         )
+
+
+def _rounded_weight(node: fx.Node, weight: Tensor, like: IntegerWeight) -> Tensor:
+    """Return a layer's weight on its best grid, with the bits and the format of the student's."""
+    layout = queries.weight_layout(node)
+    if like.form is not None:
+        _, scale = best_weight_format(weight, [like.form], *layout)
+        return fake_quantize_float(weight, scale, like.form.name)
+    return fake_quantize(weight, *best_weight_grid(weight, like.bits, *layout), like.bits)
 
 
 def sensitivity_passes(teacher: Captured, images: int) -> int:

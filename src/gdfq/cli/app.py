@@ -52,7 +52,8 @@ def cli() -> None:
 @network_options
 @click.option(
     "--bits",
-    help="Bits of weights and activations, 2 to 8 each; auto chooses each layer's to fit --size.  "
+    help="Bits of weights and activations, 2 to 8 each, or fp4 and fp8 for floating-point grids, "
+    "as wfp4afp8; auto chooses each layer's to fit --size.  "
     "[default: w4a8; w4a4 in placement relu]",
 )
 @click.option(
@@ -135,7 +136,8 @@ def _generation(options: dict[str, Any]) -> Any:
 @network_options
 @click.option(
     "--bits",
-    help="Bits of weights and activations, 2 to 8 each.  [default: w4a8; w4a4 in placement relu]",
+    help="Bits of weights and activations, 2 to 8 each, or fp4 and fp8 for floating-point grids.  "
+    "[default: w4a8; w4a4 in placement relu]",
 )
 @recipe_option
 @target_option

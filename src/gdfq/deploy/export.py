@@ -27,6 +27,7 @@ from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.files.atomic import make_folder, write_atomically, write_checked
 from gdfq.files.untrusted import header_bytes
+from gdfq.functional.float_grid import ALL_FORMATS
 from gdfq.graph.ends import NO_ENDS, output_names
 from gdfq.graph.inputs import image_shape
 from gdfq.graph.memory import training_bytes
@@ -52,7 +53,8 @@ TARGETS: Mapping[str, Target] = {
             lambda *_: ["needs only torch; weights take one byte per code"],
             runtime=Runtime("PyTorch", "torch", calls=program_calls),
             loads_code=True,
-            activations=Carrier("float of whole numbers"),
+            weights=Carrier("int8 or uint8", formats=ALL_FORMATS),
+            activations=Carrier("float of whole numbers", formats=ALL_FORMATS),
         ),
         Target(
             "safetensors",
@@ -64,8 +66,8 @@ TARGETS: Mapping[str, Target] = {
                 f"{header_bytes(data)} of {len(data)} bytes are the header (graph and card)"
             ],
             runtime=Runtime("gdfq", "gdfq"),
-            weights=Carrier("packed at their true bits"),
-            activations=Carrier("float of whole numbers"),
+            weights=Carrier("packed at their true bits", formats=ALL_FORMATS),
+            activations=Carrier("float of whole numbers", formats=ALL_FORMATS),
         ),
         ONNX_COMPAT,
         OPENVINO,

@@ -23,6 +23,7 @@ from gdfq.deploy.graph_json import graph_from_json, graph_to_json
 from gdfq.deploy.shape_check import rehearse
 from gdfq.errors import UsageError
 from gdfq.files.untrusted import check_shape, parse_json, safetensors_header
+from gdfq.functional.float_grid import FORMATS, NumberFormat
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits, code_bounds
 from gdfq.graph.inputs import IMAGES, InputSpec, takes_images
 from gdfq.graph.outputs import read_structure
@@ -37,27 +38,30 @@ _KEY = "gdfq"
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack signed codes of `bits` bits, any shape, into uint8 [ceil(numel · bits / 8)].
+    """Pack codes of `bits` bits, any shape, into uint8 [ceil(numel · bits / 8)].
 
-    Codes are shifted to start at 0 and concatenated, least significant bit first.
+    Codes are shifted to start at 0 and concatenated, least significant bit first. Those of
+    floating-point grids, uint8, start at 0.
     """
-    unsigned = (codes.cpu().numpy().reshape(-1).astype(np.int16) - code_bounds(bits)[0]).astype(
-        np.uint8
-    )
+    lowest = 0 if codes.dtype == torch.uint8 else code_bounds(bits)[0]
+    unsigned = (codes.cpu().numpy().reshape(-1).astype(np.int16) - lowest).astype(np.uint8)
     planes = np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little")
     return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
 
 
-def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
-    """Unpack int8 codes of the given shape; the inverse of `pack`.
+def unpack(packed: Tensor, bits: int, shape: list[int], form: NumberFormat | None = None) -> Tensor:
+    """Unpack codes of the given shape; the inverse of `pack`.
 
     Args:
         packed: Bytes, uint8 [n].
         bits: Bits of a code.
         shape: Shape of the codes.
+        form: The format of a floating-point grid, whose codes are uint8; those of an integer grid
+            are int8.
 
     Raises:
-        ValueError: There are more or fewer bytes than the shape needs.
+        ValueError: There are more or fewer bytes than the shape needs, or codes of the format that
+            are no finite numbers.
         TypeError: The shape is not one.
     """
     count = math.prod(map(operator.index, shape))
@@ -67,6 +71,11 @@ def unpack(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
         raise ValueError(f"{list(packed.shape)} bytes cannot hold codes {shape} of {bits} bits")
     planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
     unsigned = np.packbits(planes.reshape(count, bits), axis=1, bitorder="little")
+    if form is not None:
+        floats = torch.from_numpy(unsigned.reshape(shape))
+        if form.bits != bits or bool(((floats & form.magnitude_bits) > form.largest_code).any()):
+            raise ValueError(f"codes are not numbers of the format {form}")
+        return floats
     codes = unsigned.reshape(shape).astype(np.int16) + code_bounds(bits)[0]
     return torch.from_numpy(codes.astype(np.int8))
 
@@ -75,14 +84,17 @@ def to_safetensors(network: IntegerNetwork, card: Card) -> bytes:
     """Return the contents of a file with an integer network and its card."""
     from safetensors.torch import save
 
-    bits = network.code_bits()
+    weights = {weight.codes_name: weight for weight in network.weights}
     packed: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
     for name, tensor in network.tensors.items():
         tensor = tensor.detach().cpu()
-        if name in bits:
-            table[name] = {"bits": bits[name], "shape": list(tensor.shape)}
-            packed[name] = pack(tensor, bits[name])
+        if name in weights:
+            bits, form = weights[name].bits, weights[name].form
+            table[name] = {"bits": bits, "shape": list(tensor.shape)}
+            if form is not None:
+                table[name]["format"] = form.name
+            packed[name] = pack(tensor, bits)
         else:
             packed[name] = tensor.contiguous().clone()
     document = {
@@ -135,7 +147,8 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[IntegerNetwor
         if digest(document, tensors) != document.get("sha256"):
             raise _damaged(name)
         for codes, entry in document["codes"].items():
-            tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"])
+            form = FORMATS[entry["format"]] if "format" in entry else None
+            tensors[codes] = unpack(tensors[codes], entry["bits"], entry["shape"], form)
         values, graph = document["card"], document["graph"]
         card = _card(_from_version_4(values) if version == 4 else values)
     except (*_READ_ERRORS, RecursionError) as error:

@@ -13,6 +13,7 @@ def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
         for layer in network.layers
         if layer.weight is not None
         and layer.input is not None
+        and layer.input.form is None
         and may_overflow(layer, 2**layer.input.bits - 1)
     ]
 
@@ -23,7 +24,7 @@ def may_overflow(layer: IntegerLayer, highest: int) -> bool:
     Kernels of x86 processors without VNNI add two products of unsigned activations and signed
     weights in 16 bits.
     """
-    if layer.weight is None:
+    if layer.weight is None or layer.weight.form is not None:
         return False
     reach = float((layer.weight.codes.float() - layer.weight.zero_point).abs().max())
     return 2 * highest * reach > _SAFE_PRODUCT

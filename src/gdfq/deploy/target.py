@@ -29,10 +29,11 @@ from gdfq.deploy.parity import FROM_EQUAL_CODES, CodesParity, Parity, compare_co
 from gdfq.deploy.runtimes import Run
 from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.seeding import stream
+from gdfq.functional.float_grid import ALL_FORMATS, NumberFormat
 from gdfq.functional.grid import MAX_BITS, MIN_BITS
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured
-from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.integer_network import ActivationGrid, IntegerNetwork, IntegerWeight
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import PLACEMENTS, GridRules, Placement, Scheme
 
@@ -178,30 +179,48 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Carrier:
-    """The integers that hold codes in a runtime, and which grids they can hold.
+    """What holds codes in a runtime, and which grids it can hold.
 
     Attributes:
-        kind: Their type, for people: `int8`.
-        bits: Bits that the student's codes may have.
+        kind: The type of the codes, for people: `int8`.
+        bits: Bits that the codes of the student's integer grids may have.
         symmetric: Whether zero points must be 0.
+        formats: Formats that the student's floating-point grids may have.
     """
 
     kind: str
     bits: tuple[int, ...] = ALL_BITS
     symmetric: bool = False
+    formats: tuple[NumberFormat, ...] = ()
 
-    def refusal(self, bits: int, zero_point: Tensor | None = None) -> str:
+    def refusal(
+        self,
+        bits: int,
+        zero_point: Tensor | None = None,
+        forms: Sequence[NumberFormat] | None = None,
+    ) -> str:
         """Return why a grid does not fit, or an empty text.
 
         Args:
             bits: Bits of its codes.
             zero_point: Its zero points, where they are known.
+            forms: Formats of a floating-point grid of which it will have one; None for an integer
+                grid.
         """
+        if forms is not None:
+            fits = any(form in self.formats for form in forms)
+            named = f" {forms[0].name}" if len(forms) == 1 else ""
+            return "" if fits else f"a floating-point grid{named} of {bits} bits"
         if bits not in self.bits:
             return f"{bits} bits"
         if self.symmetric and zero_point is not None and bool(zero_point.any()):
             return "zero points other than 0"
         return ""
+
+    def refusal_of(self, found: IntegerWeight | ActivationGrid) -> str:
+        """Return why the grid of a finished network does not fit, or an empty text."""
+        forms = None if found.form is None else (found.form,)
+        return self.refusal(found.bits, found.zero_point, forms)
 
     def in_words(self) -> str:
         """Return type and grids: `int8, 2 to 8 bits, zero points of 0`."""
@@ -215,7 +234,12 @@ class Carrier:
             bits = str(first)
         elif self.bits != tuple(range(first, last + 1)):
             bits = " or ".join(map(str, self.bits))
-        return f"{bits} bits{', zero points of 0' if self.symmetric else ''}"
+        zeros = ", zero points of 0" if self.symmetric else ""
+        if not self.formats:
+            return f"{bits} bits{zeros}"
+        takes_all = set(self.formats) == set(ALL_FORMATS)
+        names = "any format" if takes_all else " or ".join(form.name for form in self.formats)
+        return f"{bits} bits{zeros}, floating-point grids of {names}"
 
 
 @dataclass(frozen=True)
@@ -279,7 +303,10 @@ class Target:
     def grids(self) -> GridRules:
         """What the grids of a network must fulfil for this target, beside their bits."""
         return GridRules(
-            self.weights.symmetric, self.activations.symmetric, self.one_grid_for_joins
+            self.weights.symmetric,
+            self.activations.symmetric,
+            self.one_grid_for_joins,
+            self.weights.formats or self.activations.formats or ALL_FORMATS,
         )
 
     def path_beside(self, path: Path, suffix: str) -> Path:
@@ -312,11 +339,14 @@ class Target:
         layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
         misfits = [
             *_misfits(
-                (queries.layer_name(node), self.weights.refusal(bits))
+                (
+                    queries.layer_name(node),
+                    self.weights.refusal(bits, forms=scheme.weight_formats(bits)),
+                )
                 for node, bits in scheme.weight_bits(layers).items()
             ),
             *_misfits(
-                (node.name, self.activations.refusal(bits))
+                (node.name, self.activations.refusal(bits, forms=scheme.activation_formats(bits)))
                 for node, bits in activation_bits(teacher, scheme).items()
             ),
         ]
@@ -337,13 +367,9 @@ class Target:
         self._check_operators(network.graph)
         self._check_placement(placement)
         misfits = [
+            *_misfits((weight.name, self.weights.refusal_of(weight)) for weight in network.weights),
             *_misfits(
-                (weight.name, self.weights.refusal(weight.bits, weight.zero_point))
-                for weight in network.weights
-            ),
-            *_misfits(
-                (grid.name, self.activations.refusal(grid.bits, grid.zero_point))
-                for grid in network.activations
+                (grid.name, self.activations.refusal_of(grid)) for grid in network.activations
             ),
             *(_misfits(_unequal_joins(network)) if self.one_grid_for_joins else ()),
         ]

@@ -30,16 +30,37 @@ _MAX_BIAS_CODE = 2**30
 """Half the range of 32 signed bits: the other half is reserved for the sum of the products."""
 
 
-@tagged("Bits")
+FLOAT_BITS = (4, 8)
+"""Numbers of bits that floating-point grids have (`gdfq.functional.float_grid`)."""
+
+
+@tagged("Bits", added={"float_weights": False, "float_activations": False})
 @dataclass(frozen=True)
 class Bits:
-    """Bits of weights and activations, each 2..8."""
+    """Bits of weights and activations, each 2..8, or 4 or 8 on floating-point grids.
+
+    Attributes:
+        weights: Bits of weights.
+        activations: Bits of activations.
+        float_weights: Whether the grids of weights are floating-point ones.
+        float_activations: Whether those of activations are.
+    """
 
     weights: int
     activations: int
+    float_weights: bool = False
+    float_activations: bool = False
 
     def __post_init__(self) -> None:
-        for what, k in (("weights", self.weights), ("activations", self.activations)):
+        for what, k, is_float in (
+            ("weights", self.weights, self.float_weights),
+            ("activations", self.activations, self.float_activations),
+        ):
+            if is_float and k not in FLOAT_BITS:
+                raise UsageError(
+                    f"{what} on floating-point grids need 4 or 8 bits; got {k}. "
+                    "Write the bits as for instance wfp8afp8 or wfp4afp8."
+                )
             if not MIN_BITS <= k <= MAX_BITS:
                 raise UsageError(
                     f"{what} need {MIN_BITS} to {MAX_BITS} bits; got {k}. "
@@ -48,21 +69,25 @@ class Bits:
 
     @classmethod
     def parse(cls, text: str) -> "Bits":
-        """Read text such as `w4a8`.
+        """Read text such as `w4a8`, or `wfp4afp8` for floating-point grids.
 
         Raises:
             UsageError: The text has another form, or the bits are out of range.
         """
-        match = re.fullmatch(r"w([0-9]{1,2})a([0-9]{1,2})", text.strip().lower())
+        form = r"w(fp)?([0-9]{1,2})a(fp)?([0-9]{1,2})"
+        match = re.fullmatch(form, text.strip().lower())
         if match is None:
             raise UsageError(
-                f"bits are written w<weights>a<activations>, each 2..8; got {text!r}. "
-                "Use for instance w4a4, w3a3 or w4a8."
+                "bits are written w<weights>a<activations>, each 2..8, or fp4 or fp8; "
+                f"got {text!r}. Use for instance w4a4, w3a3, w4a8 or wfp8afp8."
             )
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[2]), int(match[4]), bool(match[1]), bool(match[3]))
 
     def __str__(self) -> str:
-        return f"w{self.weights}a{self.activations}"
+        weights, activations = (
+            "fp" if is_float else "" for is_float in (self.float_weights, self.float_activations)
+        )
+        return f"w{weights}{self.weights}a{activations}{self.activations}"
 
 
 class Layout(Enum):

@@ -4,6 +4,8 @@ For a layer y = W x with inputs x [K] and outputs y [R], in G groups that share 
 are over images and positions; a bias takes care of the means.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,38 @@ def fitted_weight(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: Tensor) 
 def compensated_codes(
     weight: Tensor, inputs: Tensor, ridge: Tensor, scale: Tensor, zero_point: Tensor, bits: int
 ) -> Tensor:
-    """Return latent codes whose rounding changes the outputs least (GPTQ, arXiv 2210.17323).
+    """Return latent codes of `bits` bits whose rounding changes the outputs least.
+
+    Args:
+        weight: See `compensated`, as for `inputs` and `ridge`.
+        inputs: Covariance of the inputs.
+        ridge: λ of each group.
+        scale: Δ [G, R, 1].
+        zero_point: z [G, R, 1].
+        bits: Bits of a code.
+
+    Returns:
+        W / Δ + z [G, R, K] as each column was when it was rounded: clamped to the bounds and
+        rounded they are the codes.
+    """
+    low, high = code_bounds(bits)
+    return compensated(
+        weight,
+        inputs,
+        ridge,
+        lambda column: column / scale + zero_point,
+        lambda latent: (latent.clamp(low, high).round() - zero_point) * scale,
+    )
+
+
+def compensated(
+    weight: Tensor,
+    inputs: Tensor,
+    ridge: Tensor,
+    latent_of: Callable[[Tensor], Tensor],
+    rounded: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return latent numbers whose rounding changes the outputs least (GPTQ, arXiv 2210.17323).
 
     One column after the other is rounded, those of the largest inputs first, and the columns that
     are left change so that the error E|(W_q − W) x|² + λ|W_q − W|² is the least possible: with the
@@ -47,16 +80,13 @@ def compensated_codes(
         weight: W [G, R, K].
         inputs: Covariance of the inputs, E[x xᵀ], [G, K, K].
         ridge: λ > 0 of each group, [G].
-        scale: Δ [G, R, 1].
-        zero_point: z [G, R, 1].
-        bits: Bits of a code.
+        latent_of: Returns the latent numbers of a column [G, R, 1], such as W / Δ.
+        rounded: Returns the values on the grid of a column of latent numbers.
 
     Returns:
-        W / Δ + z [G, R, K] as each column was when it was rounded: clamped to the bounds and
-        rounded they are the codes.
+        The latent numbers [G, R, K] of each column as it was when it was rounded.
     """
     groups, rows, columns = weight.shape
-    low, high = code_bounds(bits)
     order = inputs.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     system = inputs.gather(1, order[:, :, None].expand_as(inputs))
     system = system.gather(2, order[:, None].expand_as(inputs))
@@ -70,9 +100,9 @@ def compensated_codes(
         errors = left.new_empty(groups, rows, end - start)
         for i in range(start, end):
             column = left[:, :, i : i + 1]
-            latent[:, :, i : i + 1] = column / scale + zero_point
-            codes = latent[:, :, i : i + 1].clamp(low, high).round()
-            error = (column - (codes - zero_point) * scale) / upper[:, i : i + 1, i : i + 1]
+            latent[:, :, i : i + 1] = latent_of(column)
+            error = column - rounded(latent[:, :, i : i + 1])
+            error = error / upper[:, i : i + 1, i : i + 1]
             errors[:, :, i - start : i - start + 1] = error
             left[:, :, i + 1 : end] -= error * upper[:, i : i + 1, i + 1 : end]
         left[:, :, end:] -= errors @ upper[:, start:end, end:]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gdfq.functional import grid
+from gdfq.functional import float_grid, grid
 
 CONVOLUTIONS = frozenset(
     f"aten.conv{d}d.{form}" for d in (1, 2, 3) for form in ("default", "padding")
@@ -47,7 +47,15 @@ DEQUANTIZE = "gdfq.dequantize"
 """(codes, scale, zero point, bits): the weight that codes stand for."""
 DEQUANTIZE_BIAS = "gdfq.dequantize_bias"
 """(codes, scale of the input, scale of the weight): the bias that codes stand for."""
-QUANTIZATION = frozenset({FAKE_QUANTIZE, DEQUANTIZE, DEQUANTIZE_BIAS})
+FAKE_QUANTIZE_FLOAT = "gdfq.fake_quantize_float"
+"""(x, scale, name of the format): rounds an activation to its floating-point grid."""
+DEQUANTIZE_FLOAT = "gdfq.dequantize_float"
+"""(codes, scale, name of the format): the weight that codes of a floating-point grid stand for."""
+ROUNDING = frozenset({FAKE_QUANTIZE, FAKE_QUANTIZE_FLOAT})
+"""What rounds an activation."""
+WEIGHT_CODES = frozenset({DEQUANTIZE, DEQUANTIZE_FLOAT})
+"""What makes a weight of its codes."""
+QUANTIZATION = ROUNDING | WEIGHT_CODES | {DEQUANTIZE_BIAS}
 
 BATCH_SIZE = "aten.sym_size.int"
 GETITEM = "getitem"
@@ -474,6 +482,8 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     FAKE_QUANTIZE: grid.fake_quantize,
     DEQUANTIZE: grid.dequantize,
     DEQUANTIZE_BIAS: grid.dequantize_bias,
+    FAKE_QUANTIZE_FLOAT: float_grid.fake_quantize_float,
+    DEQUANTIZE_FLOAT: float_grid.dequantize_float,
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 

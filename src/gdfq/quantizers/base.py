@@ -14,17 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.execution.precision import to_float32
+from gdfq.functional.float_grid import NumberFormat
 from gdfq.functional.grid import UNLIMITED, Layout, along_channels, largest_scale
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Integer codes (int8, shape of the tensor) with the scale and zero point of their grid."""
+    """Codes in the shape of the tensor, with the scale and zero point of their grid.
+
+    Codes of an integer grid are int8, those of a floating-point grid uint8, with zero points of 0.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     bits: int
+    form: NumberFormat | None = None
+    """The format of a floating-point grid; None for an integer grid."""
 
 
 class WeightQuantizer(nn.Module, ABC):
@@ -164,6 +170,16 @@ class ActivationQuantizer(nn.Module, ABC):
     @abstractmethod
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return scale (> 0) and zero point, both scalars, detached."""
+
+    @property
+    def form(self) -> NumberFormat | None:
+        """The format of a floating-point grid; None for an integer grid."""
+        return None
+
+    def extent(self) -> float:
+        """Return the distance from the lowest to the highest value of the grid."""
+        scale, form = float(self.grid()[0]), self.form
+        return scale * (2**self.bits - 1 if form is None else form.largest - form.lowest)
 
     def limited(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the scale, lowered where the grid would leave `limits`; its gradient stays."""

@@ -3,19 +3,46 @@
 A recipe names a family. A new kind of quantizer is a new value of `QuantizerFamily`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
+from gdfq.functional.float_grid import NumberFormat
 from gdfq.functional.grid import Layout
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
-from gdfq.quantizers.adaround import RoundedWeight
+from gdfq.quantizers.adaround import RoundedFloatWeight, RoundedWeight
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
+from gdfq.quantizers.float_lsq import FloatRange, FloatWeight
 from gdfq.quantizers.lsq import LearnedRange, LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
+
+
+class MakeFloatWeight(Protocol):
+    """Makes the quantizer of a weight with one of some formats."""
+
+    def __call__(
+        self,
+        weight: Tensor,
+        bits: int,
+        layout: Layout,
+        groups: int = 1,
+        *,
+        forms: Sequence[NumberFormat],
+    ) -> WeightQuantizer:
+        """See `QuantizerFamily.weight` for the arguments."""
+        ...
+
+
+class MakeFloatActivation(Protocol):
+    """Makes the quantizer of an activation with one of some formats."""
+
+    def __call__(self, bits: int, *, forms: Sequence[NumberFormat]) -> ActivationQuantizer:
+        """See `QuantizerFamily.activation` for the arguments."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +61,9 @@ class QuantizerFamily:
         learns_rounding: The rounding of weights is learned, which only some tunings do.
         symmetric_weight: Makes the quantizer of a weight whose zero points are 0, from the same
             arguments as `weight`; None if the family has none.
+        float_weight: Makes the quantizer of a weight with a floating-point grid; None if the
+            family has none.
+        float_activation: Makes that of an activation; None if the family has none.
     """
 
     name: str
@@ -44,6 +74,8 @@ class QuantizerFamily:
     rescales: bool = False
     learns_rounding: bool = False
     symmetric_weight: Callable[[Tensor, int, Layout, int], WeightQuantizer] | None = None
+    float_weight: MakeFloatWeight | None = None
+    float_activation: MakeFloatActivation | None = None
 
     def prepared(self, teacher: Captured) -> Captured:
         """Return the teacher in the form that students of this family start from."""
@@ -76,6 +108,8 @@ LSQ = QuantizerFamily(
     equalizes=True,
     rescales=True,
     symmetric_weight=partial(LearnedWeight, symmetric=True),
+    float_weight=FloatWeight,
+    float_activation=FloatRange,
 )
 """Grids that are trained with the student."""
 ADAROUND = QuantizerFamily(
@@ -84,5 +118,7 @@ ADAROUND = QuantizerFamily(
     LearnedRange,
     learns_rounding=True,
     symmetric_weight=partial(RoundedWeight, symmetric=True),
+    float_weight=RoundedFloatWeight,
+    float_activation=FloatRange,
 )
 """Learned rounding of weights, and trained grids."""

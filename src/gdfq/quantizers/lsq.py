@@ -5,13 +5,14 @@ grid: a weight as latent codes, a scale by its logarithm. So a learning rate has
 every layer of every network.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gdfq.functional.float_grid import NumberFormat, nearest_
 from gdfq.functional.grid import (
     Layout,
     along_channels,
@@ -33,6 +34,9 @@ _CHUNK_ELEMENTS = 2**16
 """Elements that are rounded together, so that they stay in the cache."""
 _SAMPLE_ELEMENTS, _CHANNEL_SAMPLE_ELEMENTS = 2**17, 2**12
 """Elements of an activation, and of one of its channels, that a range search uses."""
+
+RoundInPlace = Callable[[Tensor], Tensor]
+"""Rounds numbers in units of the scale, in place, and returns them."""
 
 
 class LearnedWeight(WeightQuantizer):
@@ -166,7 +170,7 @@ def best_weight_grid(
         least, best = torch.full_like(low, torch.inf), (low, high)
         for ends in ranges:
             rounded = fake_quantize(weight, *grid_of(*ends), bits)
-            error = _channel_sum((rounded - weight).abs().pow(2.4), layout, groups)
+            error = channel_sum((rounded - weight).abs().pow(2.4), layout, groups)
             better = error < least
             least = torch.where(better, error, least)
             best = torch.where(better, ends[0], best[0]), torch.where(better, ends[1], best[1])
@@ -189,7 +193,7 @@ def best_weight_grid(
     return grid_of(*fine)
 
 
-def _channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
+def channel_sum(error: Tensor, layout: Layout, groups: int) -> Tensor:
     """Return the sum over each output channel, shaped to broadcast against the weight."""
     if layout is Layout.ROWS:
         return error.flatten(1).sum(1).view(-1, *[1] * (error.ndim - 1))
@@ -213,6 +217,14 @@ def best_range_of_parts(
 
     With `symmetric` the zero point is 0.
     """
+    sample, low, high = sample_of_parts(parts)
+    ends = low.view(1, 1), high.view(1, 1)
+    scale, zero_point = _best_ranges(sample[None], *ends, bits, symmetric=symmetric)
+    return scale.view(()), zero_point.view(())
+
+
+def sample_of_parts(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an evenly spread sample [M] of a batch in parts, and its minimum and maximum."""
     stride = _stride(sum(part.numel() for part in parts), _SAMPLE_ELEMENTS)
     samples, lows, highs, passed = [], [], [], 0
     for part in parts:
@@ -222,9 +234,7 @@ def best_range_of_parts(
         highs.append(flat.amax())
         passed += len(flat)
     sample = samples[0] if len(samples) == 1 else torch.cat(samples)
-    ends = torch.stack(lows).amin().view(1, 1), torch.stack(highs).amax().view(1, 1)
-    scale, zero_point = _best_ranges(sample[None], *ends, bits, symmetric=symmetric)
-    return scale.view(()), zero_point.view(())
+    return sample, torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
 def scales_of_channels(x: Tensor, bits: int) -> Tensor:
@@ -277,29 +287,29 @@ def _best_ranges(
 
 class _LearnedScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        # Both bounds as numbers: clamping by tensors is several times slower.
-        low, high = (bound - float(zero_point) for bound in code_bounds(bits))
-        quantized = _on_grid(x, scale, low, high)
-        make = partial(_on_grid, x.detach(), scale.detach(), low, high)
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, round_: RoundInPlace
+    ) -> Tensor:
+        quantized = _on_grid(x, scale, low, high, round_)
+        make = partial(_on_grid, x.detach(), scale.detach(), low, high, round_)
         ctx.slot = mark_recomputable(quantized, make)
         ctx.save_for_backward(x, scale)
-        ctx.bounds = (low, high)
+        ctx.grid = (low, high, round_)
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, scale = ctx.saved_tensors
         (grad,) = grads
-        quantized = ctx.slot.pop(partial(_on_grid, x, scale, *ctx.bounds))
-        low, high = (bound * float(scale) for bound in ctx.bounds)
+        quantized = ctx.slot.pop(partial(_on_grid, x, scale, *ctx.grid))
+        low, high = (bound * float(scale) for bound in ctx.grid[:2])
         grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
         grad_scale = (inner(grad, quantized) - inner(grad_x, x)) / scale
-        return grad_x, grad_scale.view_as(scale), None, None
+        return grad_x, grad_scale.view_as(scale), None, None, None
 
 
 @torch.no_grad()
-def _on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+def _on_grid(x: Tensor, scale: Tensor, low: float, high: float, round_: RoundInPlace) -> Tensor:
     """Return x rounded to its grid, in its own memory layout.
 
     On a CPU new memory and bandwidth cost more than arithmetic: one tensor is allocated, and the
@@ -312,7 +322,7 @@ def _on_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
         whole = (tensor.permute(order).view(-1).split(_CHUNK_ELEMENTS) for tensor in (x, quantized))
         parts = list(zip(*whole, strict=True))
     for old, new in parts:
-        torch.div(old, scale, out=new).round_().clamp_(low, high).mul_(scale)
+        round_(torch.div(old, scale, out=new)).clamp_(low, high).mul_(scale)
     return quantized
 
 
@@ -328,5 +338,23 @@ def learned_scale(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
         zero_point: z, a scalar.
         bits: Bits of a code.
     """
-    result: Tensor = _LearnedScale.apply(x, scale, zero_point, bits)
+    # Both bounds as numbers: clamping by tensors is several times slower.
+    low, high = (bound - float(zero_point) for bound in code_bounds(bits))
+    result: Tensor = _LearnedScale.apply(x, scale, low, high, Tensor.round_)
+    return result
+
+
+def learned_float_scale(x: Tensor, scale: Tensor, form: NumberFormat) -> Tensor:
+    """Return `fake_quantize_float` of x with the gradients of LSQ, as `learned_scale` has them.
+
+    The number F of the format takes the place of q − z: ∂x_q/∂Δ = F − u inside the range of the
+    format and F outside.
+
+    Args:
+        x: Any shape.
+        scale: Δ, a scalar.
+        form: The format.
+    """
+    rounding = partial(nearest_, form=form)
+    result: Tensor = _LearnedScale.apply(x, scale, form.lowest, form.largest, rounding)
     return result

@@ -105,7 +105,7 @@ class Student(nn.Module):
     def ranges(self) -> dict[str, float]:
         """Return the extent of each activation's grid, by the name of its node."""
         return {
-            name.rpartition(".")[2]: float(module.grid()[0]) * (2**module.bits - 1)
+            name.rpartition(".")[2]: module.extent()
             for name, module in self.named_modules()
             if isinstance(module, ActivationQuantizer)
         }
@@ -168,6 +168,7 @@ def build_student(
     groups = _shared_grids(teacher, scheme, bits_of)
     shared: dict[fx.Node, ActivationQuantizer] = {}
     make_weight = _weight_quantizers(scheme, quantizers)
+    make_activation = _activation_quantizers(scheme, quantizers)
     unquantized: dict[fx.Node, fx.Node] = {}
     narrowed: dict[fx.Node, fx.Node] = {}
 
@@ -186,7 +187,7 @@ def build_student(
         return learned[key]
 
     def activation_quantizer(node: fx.Node, bits: int) -> ActivationQuantizer:
-        made = quantizers.activation(bits)
+        made = make_activation(bits)
         made.symmetric = scheme.grids.symmetric_activations
         made.limits = queries.value_limits(node)
         return made
@@ -274,8 +275,15 @@ def _weight_quantizers(
     """Return what makes the weight quantizers of a scheme.
 
     Raises:
-        UsageError: The family has no symmetric ones.
+        UsageError: The family has no symmetric ones, or none with floating-point grids.
     """
+    if scheme.bits.float_weights:
+        make = quantizers.float_weight
+        if make is None:
+            raise _without_float_grids(scheme, quantizers)
+        return lambda weight, bits, layout, groups: make(
+            weight, bits, layout, groups, forms=scheme.weight_formats(bits) or ()
+        )
     if not scheme.grids.symmetric_weights:
         return quantizers.weight
     if quantizers.symmetric_weight is None:
@@ -284,6 +292,29 @@ def _weight_quantizers(
             f"{quantizers.name!r} has no symmetric_weight. Use another recipe or target."
         )
     return quantizers.symmetric_weight
+
+
+def _activation_quantizers(
+    scheme: Scheme, quantizers: QuantizerFamily
+) -> Callable[[int], ActivationQuantizer]:
+    """Return what makes the activation quantizers of a scheme.
+
+    Raises:
+        UsageError: The family has none with floating-point grids.
+    """
+    if not scheme.bits.float_activations:
+        return quantizers.activation
+    make = quantizers.float_activation
+    if make is None:
+        raise _without_float_grids(scheme, quantizers)
+    return lambda bits: make(bits, forms=scheme.activation_formats(bits) or ())
+
+
+def _without_float_grids(scheme: Scheme, quantizers: QuantizerFamily) -> UsageError:
+    return UsageError(
+        f"bits {scheme.bits} need quantizers with floating-point grids; the family "
+        f"{quantizers.name!r} has none. Use a recipe that learns its grids, such as fast."
+    )
 
 
 def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
@@ -309,9 +340,19 @@ def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
         module.register_buffer(attribute, weight, persistent=False)
 
 
+def check_family(scheme: Scheme, quantizers: QuantizerFamily) -> None:
+    """Check that a family has the quantizers that a scheme needs.
+
+    Raises:
+        UsageError: It has none with zero points of 0, or none with floating-point grids.
+    """
+    _weight_quantizers(scheme, quantizers)
+    _activation_quantizers(scheme, quantizers)
+
+
 def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily) -> None:
     """Raise the errors of `build_student`, without a search for grids."""
-    _weight_quantizers(scheme, quantizers)
+    check_family(scheme, quantizers)
     teacher = quantizers.prepared(teacher)
     layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
     _check_quantizable(

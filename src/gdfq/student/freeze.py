@@ -1,5 +1,6 @@
 """Freezing: the tuned student becomes integer codes, scales and zero points."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ class _Freezer:
         base = self._base(str(node.target).removeprefix(f"{ACTIVATION}."))
         (x,) = node.all_input_nodes
         scale, zero_point = module.grid()
+        if module.form is not None:
+            return self.graph.call_function(
+                operators.resolve(operators.FAKE_QUANTIZE_FLOAT),
+                (self.new[x], self._constant(f"{base}.scale", scale), module.form.name),
+            )
         # Activations with one grid keep one scale.
         results = possible_results(clamped(self.new[x]), self._values_of)
         if results is not None and module.places == 1:
@@ -149,11 +155,11 @@ class _Freezer:
             values: Tensor = self.tensors[str(node.target)].unique()
             return values
         found = activation_grid(node, self.tensors)
-        if found is None:
+        if found is None or found.form is not None:
             return None
         low, high = code_bounds(found.bits)
         codes = torch.arange(low, high + 1, device=found.scale.device)
-        return dequantize(codes, *found.grid)
+        return dequantize(codes, found.scale, found.zero_point, found.bits)
 
     def _norm(self, node: fx.Node, module: StudentBatchNorm) -> fx.Node:
         norm = module.current()
@@ -179,16 +185,16 @@ class _Freezer:
             weight = rescaled(weight, quantizer.along_channels(scale, weight.codes))
             bias = shift if bias is None else shift + scale * bias
         x = self._mapped(x)
-        input_scale = self._input_scale(x, quantizer)
+        input_scale = self._input_scale(x, quantizer) if weight.form is None else None
         if input_scale is not None and bias is not None:
             room = room_for_bias(bias, self.tensors[str(input_scale.target)], weight.scale)
             weight = coarser(weight, room.to(weight.scale.dtype))
         base = self._base(name.removesuffix(".folded_weight").removesuffix(".weight"))
-        parts = {n: getattr(weight, n) for n in ("codes", "scale", "zero_point")}
-        constants = [self._constant(f"{base}.{n}", value) for n, value in parts.items()]
-        dequantized = self.graph.call_function(
-            operators.resolve(operators.DEQUANTIZE), (*constants, weight.bits)
-        )
+        names = ("codes", "scale", *(("zero_point",) if weight.form is None else ()))
+        constants = [self._constant(f"{base}.{n}", getattr(weight, n)) for n in names]
+        kind = operators.DEQUANTIZE if weight.form is None else operators.DEQUANTIZE_FLOAT
+        last = weight.bits if weight.form is None else weight.form.name
+        dequantized = self.graph.call_function(operators.resolve(kind), (*constants, last))
         new_bias = None
         if bias is not None and input_scale is not None:
             codes = quantize_bias(bias, self.tensors[str(input_scale.target)], weight.scale)
@@ -218,8 +224,16 @@ def rescaled(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
     """Return the quantized tensor times `factor`, which broadcasts as its scale; codes are exact.
 
     −(q − z) = (p−q) − (p−z): a negative factor mirrors the codes. With p = −1 they stay within
-    their bounds. Where z is 0 and no code is the lowest, p = 0 keeps z, too.
+    their bounds. Where z is 0 and no code is the lowest, p = 0 keeps z, too. Codes of a
+    floating-point grid change their sign bit.
     """
+    if tensor.form is not None:
+        flipped = torch.where(factor < 0, tensor.codes ^ tensor.form.sign_bit, tensor.codes)
+        return replace(
+            tensor,
+            codes=flipped.masked_fill(factor == 0, 0),
+            scale=torch.where(factor == 0, 1.0, tensor.scale * factor.abs()),
+        )
     negative, zero = factor < 0, factor == 0
     alike = [dim for dim, size in enumerate(tensor.zero_point.shape) if size == 1]
     lowest = tensor.codes.amin(alike, keepdim=True)

@@ -2,7 +2,8 @@
 
 Its graph calls three operators for what is quantized (`gdfq.functional.grid`): `dequantize` makes a
 layer's weight of its codes, `dequantize_bias` the bias, and `fake_quantize` rounds an activation.
-This module alone knows where their arguments stand.
+Two more do that on floating-point grids (`gdfq.functional.float_grid`). This module alone knows
+where their arguments stand.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
-from gdfq.functional.grid import MAX_BITS, MIN_BITS, code_bounds, dequantize_bias, quantize_bias
+from gdfq.functional.float_grid import FORMATS, NumberFormat, fake_quantize_float
+from gdfq.functional.grid import (
+    MAX_BITS,
+    MIN_BITS,
+    code_bounds,
+    dequantize_bias,
+    fake_quantize,
+    quantize_bias,
+)
 from gdfq.graph import operators, queries
 from gdfq.graph.outputs import in_order
 from gdfq.graph.rewrite import Copy, rewrite
@@ -33,25 +42,41 @@ class ActivationGrid:
     scale: Tensor
     zero_point: Tensor
     bits: int
+    form: NumberFormat | None = None
+    """The format of a floating-point grid, whose zero point is 0; None for an integer grid."""
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return x rounded to the grid."""
+        if self.form is not None:
+            return fake_quantize_float(x, self.scale, self.form.name)
+        return fake_quantize(x, self.scale, self.zero_point, self.bits)
 
     @property
-    def grid(self) -> tuple[Tensor, Tensor, int]:
-        """Return the arguments after x of `gdfq.functional.grid.fake_quantize`."""
-        return self.scale, self.zero_point, self.bits
+    def ends(self) -> tuple[float, float]:
+        """Return the lowest and the highest value of the grid."""
+        if self.form is not None:
+            return self.form.lowest * float(self.scale), self.form.largest * float(self.scale)
+        low, high = (
+            float((code - self.zero_point) * self.scale) for code in code_bounds(self.bits)
+        )
+        return low, high
 
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:
-    """A layer's weight: codes int8 in its shape, scale and zero point that broadcast to it."""
+    """A layer's weight: codes in its shape, scale and zero point that broadcast to it."""
 
     node: fx.Node
     codes_name: str
     scale_name: str
     zero_point_name: str
+    """Empty for a floating-point grid."""
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     bits: int
+    form: NumberFormat | None = None
+    """The format of a floating-point grid; None for an integer grid."""
 
     @property
     def name(self) -> str:
@@ -60,7 +85,7 @@ class IntegerWeight:
 
     @property
     def quantized(self) -> QuantizedTensor:
-        return QuantizedTensor(self.codes, self.scale, self.zero_point, self.bits)
+        return QuantizedTensor(self.codes, self.scale, self.zero_point, self.bits, self.form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +168,7 @@ class IntegerNetwork(nn.Module):
     def activations(self) -> list[ActivationGrid]:
         """Return the quantizers of activations, in order of execution."""
         tensors = self.tensors
-        return [_grid(node, tensors) for node in self._calls(operators.FAKE_QUANTIZE)]
+        return [_grid(node, tensors) for node in self.graph.nodes if _is_quantizer(node)]
 
     @property
     def joins(self) -> list[list[ActivationGrid]]:
@@ -165,17 +190,13 @@ class IntegerNetwork(nn.Module):
         grids = [grid for grid in self.activations if queries.input_of(grid.node) is first]
         if len(grids) != 1 or len(first.users) != 1:
             return None
-        (grid,) = grids
-        low, high = (
-            float((code - grid.zero_point) * grid.scale) for code in code_bounds(grid.bits)
-        )
-        return low, high
+        return grids[0].ends
 
     @property
     def weights(self) -> list[IntegerWeight]:
         """Return the quantized weights, in order of execution."""
         tensors = self.tensors
-        return [_weight(node, tensors) for node in self._calls(operators.DEQUANTIZE)]
+        return [_weight(node, tensors) for node in self.graph.nodes if _makes_weight(node)]
 
     @property
     def layers(self) -> list[IntegerLayer]:
@@ -192,7 +213,8 @@ class IntegerNetwork(nn.Module):
         """Return the same network with fewer bits for some weights.
 
         Args:
-            bits: New bits by the names of tensors of codes, at most the present bits.
+            bits: New bits by the names of tensors of codes on integer grids, at most the present
+                bits.
         """
         tensors = self.tensors
         changed = dict(tensors)
@@ -226,7 +248,7 @@ class IntegerNetwork(nn.Module):
 
         def change(copy: Copy, node: fx.Node) -> fx.Node | None:
             name = operators.name_of(node)
-            if name == operators.FAKE_QUANTIZE:
+            if name in operators.ROUNDING:
                 return copy[node.all_input_nodes[0]]
             if name not in operators.QUANTIZATION:
                 return None
@@ -270,11 +292,26 @@ def check_quantizer(node: fx.Node) -> None:
     name = operators.name_of(node)
     if name not in operators.QUANTIZATION:
         return
+    if name in _FLOAT_STORED:
+        _check_float_quantizer(node, _FLOAT_STORED[name])
+        return
     has_bits = name != operators.DEQUANTIZE_BIAS
     tensors, bits = (node.args[:-1], node.args[-1]) if has_bits else (node.args, MAX_BITS)
     stored = [isinstance(t, fx.Node) and t.op == "get_attr" for t in tensors]
     known = isinstance(bits, int) and MIN_BITS <= bits <= MAX_BITS
     if len(stored) != 3 or node.kwargs or not known or not all(stored[-_STORED[name] :]):
+        raise ValueError(f"{node.name!r} has arguments that no quantizer has")
+
+
+_FLOAT_STORED = {operators.FAKE_QUANTIZE_FLOAT: 1, operators.DEQUANTIZE_FLOAT: 2}
+"""Number of the last tensor arguments that are constants, of operators with formats."""
+
+
+def _check_float_quantizer(node: fx.Node, stored: int) -> None:
+    """Check the form of a quantization operator of floating-point grids; see `check_quantizer`."""
+    *tensors, form = node.args
+    constant = [isinstance(t, fx.Node) and t.op == "get_attr" for t in tensors]
+    if len(constant) != 2 or node.kwargs or form not in FORMATS or not all(constant[-stored:]):
         raise ValueError(f"{node.name!r} has arguments that no quantizer has")
 
 
@@ -285,7 +322,11 @@ def activation_grid(node: fx.Node, tensors: Mapping[str, Tensor]) -> ActivationG
 
 
 def _is_quantizer(node: fx.Node) -> bool:
-    return operators.name_of(node) == operators.FAKE_QUANTIZE
+    return operators.name_of(node) in operators.ROUNDING
+
+
+def _makes_weight(node: fx.Node) -> bool:
+    return operators.name_of(node) in operators.WEIGHT_CODES
 
 
 def scale_of(node: fx.Node) -> fx.Node:
@@ -313,7 +354,15 @@ def _names(node: fx.Node) -> list[str]:
     return [str(argument.target) for argument in node.all_input_nodes if argument.op == "get_attr"]
 
 
+def _form(node: fx.Node) -> NumberFormat:
+    return FORMATS[str(node.args[-1])]
+
+
 def _grid(node: fx.Node, tensors: Mapping[str, Tensor]) -> ActivationGrid:
+    if operators.name_of(node) == operators.FAKE_QUANTIZE_FLOAT:
+        (name,) = _names(node)
+        form, value = _form(node), tensors[name]
+        return ActivationGrid(node, stem(name), value, torch.zeros_like(value), form.bits, form)
     _, scale, zero_point, bits = node.args
     assert isinstance(scale, fx.Node)
     assert isinstance(zero_point, fx.Node)
@@ -323,6 +372,11 @@ def _grid(node: fx.Node, tensors: Mapping[str, Tensor]) -> ActivationGrid:
 
 
 def _weight(node: fx.Node, tensors: Mapping[str, Tensor]) -> IntegerWeight:
+    if operators.name_of(node) == operators.DEQUANTIZE_FLOAT:
+        codes, scale = _names(node)
+        form, steps = _form(node), tensors[scale]
+        zeros = torch.zeros_like(steps)
+        return IntegerWeight(node, codes, scale, "", tensors[codes], steps, zeros, form.bits, form)
     bits = node.args[_BITS]
     assert isinstance(bits, int)
     codes, scale, zero_point = _names(node)
@@ -332,7 +386,7 @@ def _weight(node: fx.Node, tensors: Mapping[str, Tensor]) -> IntegerWeight:
 
 def _layer(node: fx.Node, tensors: Mapping[str, Tensor]) -> IntegerLayer:
     weight_node, bias_node = queries.weight_of(node), queries.bias_of(node)
-    is_quantized = operators.name_of(weight_node) == operators.DEQUANTIZE
+    is_quantized = _makes_weight(weight_node)
     if bias_node is not None and operators.name_of(bias_node) == operators.DEQUANTIZE_BIAS:
         bias_node = bias_node.all_input_nodes[0]
     return IntegerLayer(

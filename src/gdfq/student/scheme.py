@@ -10,7 +10,8 @@ from torch import fx
 
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.files.plain_values import tagged
-from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits
+from gdfq.functional.float_grid import ALL_FORMATS, NumberFormat, formats_of
+from gdfq.functional.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, Bits
 from gdfq.graph import queries
 
 Placement = Literal["relu", "full"]
@@ -42,7 +43,8 @@ class LayerBits:
 
     Attributes:
         pattern: An `fnmatch` pattern for the names of layers' modules, or `first` or `last`.
-        bits: 2..8, or None for float.
+        bits: 2..8, or None for float. The grids are integer or floating-point ones as those of all
+            other layers.
     """
 
     pattern: str
@@ -106,7 +108,7 @@ def with_ends(
     return (*layer_bits, *ends)
 
 
-@tagged("GridRules")
+@tagged("GridRules", added={"formats": ALL_FORMATS})
 @dataclass(frozen=True)
 class GridRules:
     """What grids must fulfil beside their bits. A target sets it for its runtime.
@@ -117,11 +119,13 @@ class GridRules:
             alone, as behind a ReLU, then have half of the codes.
         one_grid_for_joins: The inputs of a concatenation and its result have one grid, of the most
             bits of any of them.
+        formats: The formats that floating-point grids may have.
     """
 
     symmetric_weights: bool = False
     symmetric_activations: bool = False
     one_grid_for_joins: bool = False
+    formats: tuple[NumberFormat, ...] = ALL_FORMATS
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,25 @@ class Scheme:
     placement: Placement
     layer_bits: tuple[LayerBits, ...] = ()
     grids: GridRules = GridRules()
+
+    def __post_init__(self) -> None:
+        if not (self.bits.float_weights or self.bits.float_activations):
+            return
+        for override in self.layer_bits:
+            if override.bits not in (None, *FLOAT_BITS):
+                raise UsageError(
+                    f"layers have 4 or 8 bits, or float, beside the floating-point grids of "
+                    f"{self.bits}; got {override}. Write for instance {override.pattern}=8."
+                )
+
+    def weight_formats(self, bits: int) -> tuple[NumberFormat, ...] | None:
+        """Return the formats that weights of so many bits may have; None for integer grids."""
+        is_float = self.bits.float_weights
+        return formats_of(bits, self.grids.formats, signed=True) if is_float else None
+
+    def activation_formats(self, bits: int) -> tuple[NumberFormat, ...] | None:
+        """Return the formats that activations of so many bits may have; None for integer grids."""
+        return formats_of(bits, self.grids.formats) if self.bits.float_activations else None
 
     def overridden(self, layers: Sequence[fx.Node]) -> dict[fx.Node, LayerBits]:
         """Return the layers with other bits, and these bits.
