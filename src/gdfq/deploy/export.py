@@ -15,6 +15,7 @@ from gdfq.deploy.executorch.target import EXECUTORCH
 from gdfq.deploy.litert.target import LITERT
 from gdfq.deploy.litert_micro.target import LITERT_MICRO
 from gdfq.deploy.onnx.devices import QNN, TENSORRT
+from gdfq.deploy.onnx.floats import ONNX_FP8
 from gdfq.deploy.onnx.target import ONNX, ONNX_COMPAT
 from gdfq.deploy.openvino.target import OPENVINO
 from gdfq.deploy.runtimes import Run, program_runner
@@ -70,6 +71,7 @@ TARGETS: Mapping[str, Target] = {
             activations=Carrier("float of whole numbers", formats=ALL_FORMATS),
         ),
         ONNX_COMPAT,
+        ONNX_FP8,
         OPENVINO,
         LITERT_MICRO,
         EXECUTORCH,

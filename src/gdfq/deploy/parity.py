@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from gdfq.functional.float_grid import FORMATS, fake_quantize_float, neighbours
 from gdfq.functional.integer import rounded
+from gdfq.graph import operators
 from gdfq.graph.outputs import in_order
 from gdfq.student.integer_form import SCALE
 from gdfq.student.integer_network import IntegerNetwork, scale_of
@@ -117,13 +119,17 @@ class CodesParity:
         return self.wrong <= _MAX_ROUNDED_SHARE or self.wrong * self.count <= _MAX_ROUNDED_CODES
 
 
-class Stored(Protocol):
-    """How a file stores the codes of an activation."""
+class StoredNumbers(Protocol):
+    """How a file stores the numbers of an activation."""
 
     @property
     def name(self) -> str:
-        """Name of the codes in the file."""
+        """Name of the codes in the file; of the numbers themselves on a floating-point grid."""
         ...
+
+
+class Stored(StoredNumbers, Protocol):
+    """How a file stores the codes of an activation."""
 
     @property
     def lowest(self) -> int:
@@ -136,7 +142,7 @@ def compare_codes(
     network: IntegerNetwork,
     inputs: Sequence[Tensor],
     found: Mapping[str, np.ndarray[Any, Any]],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredNumbers],
 ) -> tuple[list[CodesParity], list[Tensor]]:
     """Compare a runtime's codes with the student's, in its order.
 
@@ -162,7 +168,7 @@ class _OnGivenCodes(fx.Interpreter):
         self,
         network: IntegerNetwork,
         found: Mapping[str, np.ndarray[Any, Any]],
-        stored: Mapping[str, Stored],
+        stored: Mapping[str, StoredNumbers],
     ) -> None:
         super().__init__(network.integer_form)
         self.grids = {str(scale_of(grid.node).target): grid for grid in network.activations}
@@ -171,16 +177,32 @@ class _OnGivenCodes(fx.Interpreter):
         self.parities: list[CodesParity] = []
 
     def run_node(self, n: fx.Node) -> Any:
+        if operators.name_of(n) == operators.FAKE_QUANTIZE_FLOAT:
+            return self._on_float_grid(n)
         if SCALE not in n.meta:
             return super().run_node(n)
         (steps, *bounds), _ = self.fetch_args_kwargs_from_env(n)
-        stored = self.stored[self.grids[n.meta[SCALE]].name]
+        stored: Any = self.stored[self.grids[n.meta[SCALE]].name]
         numbers = torch.from_numpy(self.found[stored.name]).to(steps.dtype)
         lowest, _ = bounds
         # The file may flatten after the quantizer.
         actual = numbers.reshape(steps.shape) - stored.lowest + lowest
         differ = actual != rounded(steps, *bounds)
         wrong = differ & ~((actual - steps.clamp(*bounds)).abs() <= _MAX_CODE_ERROR)
+        shares = [float(mask.double().mean()) for mask in (differ, wrong)]
+        self.parities.append(CodesParity(stored.name, shares[0], shares[1], actual.numel()))
+        return actual
+
+    def _on_float_grid(self, n: fx.Node) -> Tensor:
+        """Compare the numbers of an activation on a floating-point grid, and continue with them."""
+        (x, scale, name), _ = self.fetch_args_kwargs_from_env(n)
+        form = FORMATS[name]
+        stored = self.stored[self.grids[str(scale_of(n).target)].name]
+        actual = torch.from_numpy(self.found[stored.name]).reshape(x.shape)
+        steps = (x / scale).clamp(form.lowest, form.largest)
+        below, above = neighbours(steps, form)
+        differ = actual != fake_quantize_float(x, scale, name)
+        wrong = differ & ~((actual / scale - steps).abs() <= _MAX_CODE_ERROR * (above - below))
         shares = [float(mask.double().mean()) for mask in (differ, wrong)]
         self.parities.append(CodesParity(stored.name, shares[0], shares[1], actual.numel()))
         return actual

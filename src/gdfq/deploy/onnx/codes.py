@@ -37,7 +37,7 @@ class StoredCodes:
 
 
 def stored_codes(network: IntegerNetwork, form: Form = PACKED_WEIGHTS) -> dict[str, StoredCodes]:
-    """Return how a file stores the codes of each activation, by the name of its grid.
+    """Return how a file stores the codes of each activation, by the name of its integer grid.
 
     Codes of k < 8 bits are stored as 0 to 2^k − 1, and a Clip follows QuantizeLinear. Values that
     were on a grid before are bounded. Where the bounds lie within the codes, no Clip is needed.
@@ -59,6 +59,7 @@ def stored_codes(network: IntegerNetwork, form: Form = PACKED_WEIGHTS) -> dict[s
     return {
         grid.name: _stored(grid, tensors, may_shift=grid.name not in overflowing)
         for grid in network.activations
+        if grid.form is None
     }
 
 
@@ -66,7 +67,7 @@ def _stored(grid: ActivationGrid, tensors: Mapping[str, Tensor], may_shift: bool
     source = activation_grid(grid.node.all_input_nodes[0], tensors)
     needs_clip = grid.bits < MAX_BITS
     of_any_values = StoredCodes(f"{grid.name}.{'clip' if needs_clip else 'q'}", 0, needs_clip)
-    if source is None:
+    if source is None or source.form is not None:
         return of_any_values
     lowest, highest = integer.offset_bounds(grid.zero_point, grid.bits)
     steps = _steps(grid, source)

@@ -173,17 +173,49 @@ def keep_float(graph: ir.Graph) -> None:
         maker = None if first is None else first.producer()
         if maker is None or maker.op_type != "DequantizeLinear" or not _is_changed(node):
             continue
-        low, high = (
-            ir.Value(name=name, const_value=ir.tensor(bound, name=name))
-            for name, bound in zip(("float.low", "float.high"), _FLOAT32_RANGE, strict=True)
-        )
-        for value in (low, high):
-            if value.name not in graph.initializers:
-                graph.register_initializer(value)
-        bounds = [graph.initializers["float.low"], graph.initializers["float.high"]]
-        hidden = ir.node("Clip", [first, *bounds])
-        graph.insert_before(node, [hidden])
-        node.replace_input_with(0, hidden.outputs[0])
+        _hide_input(graph, node, 0)
+
+
+def keep_float_biases(graph: ir.Graph) -> None:
+    """Keep the float biases of layers with a floating-point grid from being rounded.
+
+    ONNX Runtime gives the float bias of a layer between a dequantized input and a dequantized
+    weight codes in units of both scales, which are coarse for floats. It does not where the weight
+    is hidden.
+    """
+    for node in list(graph):
+        if node.op_type not in _LAYERS:
+            continue
+        makers = [None if value is None else value.producer() for value in node.inputs[:2]]
+        if any(m is None or m.op_type != "DequantizeLinear" for m in makers):
+            continue
+        if any(_dequantizes_floats(maker) for maker in makers if maker is not None):
+            _hide_input(graph, node, 1)
+
+
+_FLOATS = frozenset({ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2})
+
+
+def _dequantizes_floats(dequantize: ir.Node) -> bool:
+    codes, _, *zero_points = inputs_of(dequantize)
+    constant = (zero_points[0] if zero_points else codes).const_value
+    return constant is not None and constant.dtype in _FLOATS
+
+
+def _hide_input(graph: ir.Graph, node: ir.Node, index: int) -> None:
+    """Hide from ONNX Runtime what makes a float input, by a Clip to the range of float32."""
+    value = node.inputs[index]
+    low, high = (
+        ir.Value(name=name, const_value=ir.tensor(bound, name=name))
+        for name, bound in zip(("float.low", "float.high"), _FLOAT32_RANGE, strict=True)
+    )
+    for bound in (low, high):
+        if bound.name not in graph.initializers:
+            graph.register_initializer(bound)
+    bounds = [graph.initializers["float.low"], graph.initializers["float.high"]]
+    hidden = ir.node("Clip", [value, *bounds])
+    graph.insert_before(node, [hidden])
+    node.replace_input_with(index, hidden.outputs[0])
 
 
 def _is_changed(node: ir.Node) -> bool:

@@ -1,9 +1,13 @@
 """The bytes of an ONNX file that each weight takes, at each number of bits."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from gdfq.functional.float_grid import E4M3, E5M2, NumberFormat, formats_of
 from gdfq.student.integer_network import IntegerNetwork
 
 PACKED = {
@@ -12,6 +16,13 @@ PACKED = {
     4: (ir.DataType.INT4, ml_dtypes.int4),
 }
 """Types of weights' codes on disk, by bits; the others are INT8."""
+STORED_FLOATS: Mapping[NumberFormat, Any] = {
+    E4M3: ml_dtypes.float8_e4m3fn,
+    E5M2: ml_dtypes.float8_e5m2,
+    **dict.fromkeys(formats_of(4, signed=True), ml_dtypes.float8_e4m3fn),
+}
+"""What holds the numbers of a format. E4M3 has all numbers of the signed formats of 4 bits; ONNX
+Runtime has no kernel for the floats of 4 bits that ONNX defines."""
 WEIGHT_BITS = (2, 4, 8)
 """Bits that fill their type on disk: other bits take as many bytes as the next larger of these."""
 

@@ -1,6 +1,6 @@
 """The ONNX file of an integer network: packed codes on disk, integer kernels when it runs.
 
-`torch.onnx.export` writes the graph, in which the three quantization operators stay opaque; a pass
+`torch.onnx.export` writes the graph, in which the quantization operators stay opaque; a pass
 over the result then replaces each by standard operators. Weights of 4 bits and below are
 packed INT4 (INT2 at 2 bits), followed by a `Cast` to INT8 that a runtime folds when it loads the
 file: small on disk, and kernels read 8-bit integers (other
@@ -31,6 +31,7 @@ from gdfq.deploy.onnx.passes import (
     inputs_of,
     keep_codes,
     keep_float,
+    keep_float_biases,
     normalise_pixels,
     pool_globally,
     quantize_after_moves,
@@ -38,10 +39,11 @@ from gdfq.deploy.onnx.passes import (
     replace_node,
     round_before_sums,
 )
-from gdfq.deploy.onnx.sizes import PACKED
+from gdfq.deploy.onnx.sizes import PACKED, STORED_FLOATS
 from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.execution.tracing import exclusive_tracing
-from gdfq.functional import grid
+from gdfq.functional import float_grid, grid
+from gdfq.functional.float_grid import FORMATS, decode
 from gdfq.functional.grid import code_bounds
 from gdfq.graph.inputs import InputSpec
 from gdfq.graph.rewrite import Copy, rewrite
@@ -119,6 +121,7 @@ def _rewrite(
         if form.rounds_before_sums:
             round_before_sums(graph)
         keep_float(graph)
+        keep_float_biases(graph)
     if raw_input is not None:
         normalise_pixels(graph, raw_input)
     rename(graph, writer.titles)
@@ -187,16 +190,26 @@ def _dequantize_bias(codes: Tensor, activation_scale: Tensor, weight_scale: Tens
     return _symbol("DequantizeBias", codes, (codes, activation_scale, weight_scale))
 
 
+def _fake_quantize_float(x: Tensor, scale: Tensor, form: str, title: str) -> Tensor:
+    return _symbol("FakeQuantizeFloat", x, (x, scale), format=form, title=title)
+
+
+def _dequantize_float(codes: Tensor, scale: Tensor, form: str) -> Tensor:
+    return _symbol("DequantizeFloat", codes, (codes, scale), format=form)
+
+
 _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     grid.fake_quantize: _fake_quantize,
     grid.dequantize: _dequantize,
     grid.dequantize_bias: _dequantize_bias,
+    float_grid.fake_quantize_float: _fake_quantize_float,
+    float_grid.dequantize_float: _dequantize_float,
 }
 
 
 def _opaque(network: IntegerNetwork, form: Form) -> fx.GraphModule:
     """Return the network with quantization operators that tracing does not enter."""
-    grids = {grid.node: grid.name for grid in network.activations}
+    grids = {grid.node: grid for grid in network.activations}
     stored = stored_codes(network, form)
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
@@ -206,8 +219,10 @@ def _opaque(network: IntegerNetwork, form: Form) -> fx.GraphModule:
         new.target = _OPAQUE[node.target]
         if node in grids:
             # Constants of equal value become one in the export, so they cannot tell the name.
-            codes = stored[grids[node]]
-            new.update_kwarg("title", grids[node])
+            new.update_kwarg("title", grids[node].name)
+            if grids[node].form is not None:
+                return new
+            codes = stored[grids[node].name]
             new.update_kwarg("lowest", codes.lowest)
             new.update_kwarg("needs_clip", codes.needs_clip)
             new.update_kwarg("adds_zero", codes.adds_zero)
@@ -300,6 +315,8 @@ class _Writer:
             "FakeQuantize": self._activation,
             "Dequantize": self._weight,
             "DequantizeBias": self._bias,
+            "FakeQuantizeFloat": self._float_activation,
+            "DequantizeFloat": self._float_weight,
         }[node.op_type]
         inputs = inputs_of(node)
         if node.op_type == "DequantizeBias" and self.form.signed:
@@ -383,22 +400,62 @@ class _Writer:
             offset = self._constant(f"{base}_zero", offsets.astype(np.int8).reshape(shape))
             nodes.append(ir.node("Sub", [current, offset]))
             current = nodes[-1].outputs[0]
+        wide = reach > _MAX_SAFE_CODE or self.form.only_pairs
+        # ONNX Runtime fuses a Gemm only with an explicit zero point, and where it
+        # makes 8-bit weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
+        zeros = wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers())
+        return [*nodes, *self._scaled(current, base, steps, zeros=zeros)]
+
+    def _scaled(
+        self, codes: ir.Value, base: str, steps: np.ndarray[Any, Any], *, zeros: bool
+    ) -> list[ir.Node]:
+        """Write codes times the scales of a weight, with zero points that are 0 if needed."""
         axes = [axis for axis, size in enumerate(steps.shape) if size > 1]
         if len(axes) > 1:  # a grouped transposed convolution: no axis has its channels
             one = self._constant("codes.1", np.array(1, dtype=np.float32))
-            nodes.append(ir.node("DequantizeLinear", [current, one]))
+            plain = ir.node("DequantizeLinear", [codes, one])
             factor = self._constant(f"{base}_scale", steps)
-            return [*nodes, ir.node("Mul", [nodes[-1].outputs[0], factor])]
+            return [plain, ir.node("Mul", [plain.outputs[0], factor])]
         attributes = {"axis": axes[0]} if axes else {}
         factor = self._constant(f"{base}_scale", steps.reshape(-1) if axes else steps.reshape(()))
-        inputs = [current, factor]
-        wide = reach > _MAX_SAFE_CODE or self.form.only_pairs
-        if wide or any(user.op_type == "Gemm" for user in node.outputs[0].consumers()):
-            # ONNX Runtime fuses a Gemm only with an explicit zero point, and where it
-            # makes 8-bit weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
-            zeros = np.zeros(steps.reshape(-1).shape if axes else (), dtype=np.int8)
-            inputs.append(self._constant(f"{base}_zeros", zeros))
-        return [*nodes, ir.node("DequantizeLinear", inputs, attributes)]
+        inputs = [codes, factor]
+        if zeros:
+            values = np.zeros(steps.reshape(-1).shape if axes else (), dtype=np.int8)
+            inputs.append(self._constant(f"{base}_zeros", values))
+        return [ir.node("DequantizeLinear", inputs, attributes)]
+
+    def _float_weight(self, node: ir.Node) -> list[ir.Node]:
+        codes, scale = inputs_of(node)
+        form = FORMATS[node.attributes["format"].as_string()]
+        base = f"{stem(str(codes.name))}.weight"
+        numbers = decode(torch.from_numpy(constant_values(codes)), form).numpy()
+        stored = self._constant(base, numbers.astype(STORED_FLOATS[form]))
+        return self._scaled(stored, base, constant_values(scale), zeros=False)
+
+    def _float_activation(self, node: ir.Node) -> list[ir.Node]:
+        """Write a pair of QuantizeLinear, which saturates, and DequantizeLinear.
+
+        A Relu or Clip before it becomes Max and Min: ONNX Runtime removes a Relu before a
+        QuantizeLinear of zero point 0, although these codes have a sign, and does not load a Clip.
+        """
+        x, scale = inputs_of(node)
+        base = node.attributes["title"].as_string()
+        form = FORMATS[node.attributes["format"].as_string()]
+        step = self._constant(f"{base}.scale", constant_values(scale))
+        zero_point = self._constant(f"{base}.zero_point", np.zeros((), STORED_FLOATS[form]))
+        nodes: list[ir.Node] = []
+        maker = x.producer()
+        if maker is not None and maker.op_type in {"Relu", "Clip"}:
+            x = maker.inputs[0]
+            for kind, bound in zip(("Max", "Min"), _bounds(maker), strict=True):
+                if np.isfinite(bound):
+                    limit = self._constant(f"float.{bound:g}", np.array(bound, np.float32))
+                    nodes.append(ir.node(kind, [x, limit]))
+                    x = nodes[-1].outputs[0]
+        nodes.append(ir.node("QuantizeLinear", [x, step, zero_point]))
+        nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], step, zero_point]))
+        self.titles |= {made: f"{base}.{kind_of(made)}" for made in nodes}
+        return nodes
 
     def _bias(self, node: ir.Node) -> list[ir.Node]:
         codes, activation_scale, weight_scale = inputs_of(node)
