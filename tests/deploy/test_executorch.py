@@ -19,6 +19,7 @@ from gdfq.deploy.executorch.runtime import executorch_runner
 from gdfq.deploy.executorch.target import EXECUTORCH
 from gdfq.deploy.litert.carriers import carriers_of
 from gdfq.deploy.parity import compare_codes
+from gdfq.deploy.target import Job
 from gdfq.functional.grid import Bits
 from gdfq.quantized import QuantizedNetwork
 from gdfq.student.scheme import Placement, Scheme
@@ -131,8 +132,8 @@ def test_file_that_differs_is_not_kept(small: QuantizedNetwork, tmp_path: Path) 
     other = quantized_by_fast(networks.captured("Residual"), "w2a8")
     written = EXECUTORCH.write
 
-    def write(job: object) -> bytes:
-        return written(replace(job, network=other.network))  # type: ignore[type-var]
+    def write(job: Job) -> bytes:
+        return written(replace(job, network=other.network))
 
     with pytest.raises(gdfq.GdfqError, match=r"It was not kept"):
         small.export(tmp_path / "q.pte", target=replace(EXECUTORCH, write=write))
