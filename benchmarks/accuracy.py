@@ -45,7 +45,8 @@ from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.files.plain_values import fingerprint
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
-from gdfq.plan import resolve, resolve_method
+from gdfq.plan.method import resolve_method
+from gdfq.plan.resolve import resolve
 from gdfq.recipes import Recipe
 from gdfq.sources.given import GivenImages
 from gdfq.sources.pool import ImagePool, StoredImages, collect

@@ -36,7 +36,7 @@ from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
-from gdfq.plan import Plan
+from gdfq.plan.plan import Plan
 from gdfq.recipes import QUICK, Recipe
 from gdfq.sources.pool import ImagePool, StoredImages
 from gdfq.student.scheme import Scheme

@@ -134,13 +134,17 @@ def kl(student: Tensor, teacher: Tensor) -> float:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in markdown, seeds together: drop of top-1 in points and KL on the even half."""
+    """The rows in markdown: mean drop of top-1 in points, and mean KL on the even half.
+
+    A cell with fewer seeds than its line says how many it has.
+    """
     lines = [
         f"| network (full precision) | bits | seeds | {' | '.join(POOLS)} |",
         "| --- |" + " --- |" * (2 + len(POOLS)),
     ]
     for name, bits in dict.fromkeys((row["network"], row["bits"]) for row in rows):
         group = [row for row in rows if (row["network"], row["bits"]) == (name, bits)]
+        seeds = len({row["seed"] for row in group})
         cells = []
         for pool in POOLS:
             found = [row for row in group if row["pool"] == pool]
@@ -148,8 +152,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 cells.append("")
                 continue
             drop = statistics.mean(row["teacher"]["all"] - row["student"]["all"] for row in found)
-            cells.append(f"{drop:.2f} ({statistics.mean(row['kl'] for row in found):.3f})")
-        seeds = len({row["seed"] for row in group})
+            fewer = f", {len(found)} of {seeds} seeds" if len(found) < seeds else ""
+            cells.append(f"{drop:.2f} ({statistics.mean(row['kl'] for row in found):.3f}{fewer})")
         full = group[0]["teacher"]["all"]
         lines.append(f"| {name} ({full:.2f}) | {bits} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -49,7 +49,7 @@ from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
-from gdfq.plan import Plan
+from gdfq.plan.plan import Plan
 from gdfq.quantizers.family import MINMAX
 from gdfq.recipes import PAPER, QUICK, Recipe
 from gdfq.sources.generator import GeneratorSource

@@ -23,7 +23,8 @@ from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.listeners import History
 from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured
-from gdfq.plan import Plan, Timing, resolve
+from gdfq.plan.plan import Plan, Timing
+from gdfq.plan.resolve import resolve
 from gdfq.recipes import Recipe
 from gdfq.sources.pool import ImagePool
 
@@ -45,7 +46,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         slower = 100 if options["least"] == _HOUR_LEAST else 1
         return replace(COSTS, iteration=0.01 * slower, step=0.5 * slower)
 
-    monkeypatch.setattr("gdfq.plan.measure_costs", measured)
+    monkeypatch.setattr("gdfq.plan.budget.measure_costs", measured)
     return calls
 
 
@@ -99,7 +100,7 @@ def test_at_8_bits_all_images_calibrate_once(
     teacher: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "gdfq.plan.measure_costs",
+        "gdfq.plan.budget.measure_costs",
         lambda *_, **__: Costs(fixed=100.0, iteration=0.1, calibration=10.0, batch=128),
     )
     plan = resolve(teacher, None, "w8a8", "fast", budget=1050)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gdfq.effort import Costs, Effort, EffortRule, effort_within
 from gdfq.errors import UsageError
 from gdfq.execution.distributed import Group
-from gdfq.plan import resolve_method
+from gdfq.plan.method import resolve_method
 from gdfq.recipes import PAPER, effort_rule, find_recipe
 
 RULE = EffortRule(

@@ -12,7 +12,8 @@ import gdfq
 from gdfq import RECIPES, UsageError
 from gdfq.graph.capture import Captured
 from gdfq.optim import SgdConfig
-from gdfq.plan import resolve, resolve_method
+from gdfq.plan.method import resolve_method
+from gdfq.plan.resolve import resolve
 from gdfq.quantizers.family import MINMAX
 from gdfq.recipes import FAST, GENIE, PAPER, Recipe, find_recipe
 from gdfq.sources.generator import GeneratorSource

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gdfq.execution.budget import MemoryBudget
     from gdfq.execution.context import Context
     from gdfq.files.plain_values import fingerprint, tagged
+    from gdfq.generation.generation import Generation
     from gdfq.graph.capture import Captured, capture
     from gdfq.graph.inputs import InputSpec
     from gdfq.optim import AdamConfig, Cosine, SgdConfig, StepDecay
@@ -54,6 +55,7 @@ _HOME = {
     "GdfqDeprecationWarning": "gdfq.errors",
     "GdfqError": "gdfq.errors",
     "GdfqWarning": "gdfq.errors",
+    "Generation": "gdfq.generation.generation",
     "GeneratorSource": "gdfq.sources.generator",
     "GridAdam": "gdfq.tuning.grid_adam",
     "ImagePool": "gdfq.sources.pool",
@@ -106,6 +108,7 @@ __all__ = [
     "GdfqDeprecationWarning",
     "GdfqError",
     "GdfqWarning",
+    "Generation",
     "GeneratorSource",
     "GridAdam",
     "ImagePool",

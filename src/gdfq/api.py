@@ -17,25 +17,21 @@ from gdfq.execution.precision import Precision
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import check_seed
 from gdfq.functional.grid import Bits
+from gdfq.generation.generation import Generation
 from gdfq.graph.capture import ExampleInputs
 from gdfq.pipeline import make_images, run
-from gdfq.plan import (
-    Data,
-    Model,
-    NetworkOptions,
-    PlanOptions,
-    Timing,
-    resolve,
-    resolve_network,
-)
+from gdfq.plan.network import resolve_network
+from gdfq.plan.options import Data, Model, NetworkOptions, Settings
+from gdfq.plan.plan import Timing
+from gdfq.plan.resolve import resolve
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe, find_recipe
 from gdfq.runs.folder import load_folder
 from gdfq.sources.candidates import Candidates
 
 
-class RunOptions(PlanOptions, total=False):
-    """Options of `quantize` beside its arguments: those of a plan, and old spellings.
+class RunOptions(Settings, total=False):
+    """Options of `quantize` beside its arguments: its settings, and old spellings.
 
     Attributes:
         keep: Old spelling of `layer_bits`.
@@ -53,6 +49,7 @@ def quantize(
     data: Data | None = None,
     test: Data | None = None,
     proxy: Data | Candidates | None = None,
+    generate_with: Generation | None = None,
     seed: int = 0,
     listener: Listener = silent,
     checkpoints: str | Path | Checkpoints | None = None,
@@ -84,6 +81,9 @@ def quantize(
             `data`; a folder may have any folders in it, and images are resized. Those that the
             network knows join the synthetic images (see "Images from elsewhere" in the docs);
             `metrics["candidates"]` has what was kept and why. They must not be private.
+        generate_with: A text-to-image or class-conditional model of the library diffusers, whose
+            images of the network's classes join the synthetic images as those of `proxy` do. They
+            are made when the run begins, into a folder that other runs can use again.
         seed: Seed of all randomness.
         listener: Called with every step of the run.
         checkpoints: A folder that the run writes its state into about once a minute, and whenever
@@ -140,6 +140,7 @@ def quantize(
         data=data,
         test=test,
         proxy=proxy,
+        generate_with=generate_with,
         context=context,
         timing=timing,
         **_renamed(options),
@@ -200,13 +201,13 @@ def load(path: str | Path) -> QuantizedNetwork:
     return load_folder(path) if path.is_dir() else QuantizedNetwork.read(path)
 
 
-def _renamed(options: RunOptions) -> PlanOptions:
+def _renamed(options: RunOptions) -> Settings:
     """The options with old spellings replaced."""
     values = dict(options)
     if "keep" in values:
         warn_renamed("keep", "layer_bits")
         values["layer_bits"] = values.pop("keep")
-    return cast(PlanOptions, values)
+    return cast(Settings, values)
 
 
 def _checkpointer(folder: str | Path | Checkpoints | None, group: Group) -> Checkpointer:

@@ -15,7 +15,7 @@ from gdfq.execution.tracing import allowing_tracing, without_concurrent_tracing
 from gdfq.files.states import Results
 from gdfq.graph.capture import Captured
 from gdfq.graph.tensors import tensors_of
-from gdfq.plan import Plan
+from gdfq.plan.plan import Plan
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe
 from gdfq.student.freeze import freeze
@@ -25,6 +25,7 @@ from gdfq.student.freeze import freeze
 def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
     """Quantize: source -> bits -> equalize -> student -> calibrate -> tune -> freeze -> measure.
 
+    Images of a text-to-image model are made before all others, if the plan asks for them.
     The network was captured for the plan. Every stage resumes where it stopped; a run whose
     generator collapses restarts once, from another seed.
 
@@ -33,6 +34,7 @@ def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
             cannot make images for this network, or the checkpoint belongs to another run.
         GdfqError: The run fails: a loss is not finite, memory is short, or a process died.
     """
+    plan = stages.generate_images(plan, context)
     listener = allowing_tracing(context.checkpointer.listening(context.listener))
     context = replace(context, listener=listener)
     with context.checkpointer:

@@ -30,7 +30,7 @@ from gdfq.graph.capture import Captured
 from gdfq.graph.ends import body_names
 from gdfq.graph.outputs import in_order
 from gdfq.models.registry import weights_hash
-from gdfq.plan import Plan
+from gdfq.plan.plan import Plan
 from gdfq.sources.base import joined_inputs
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.stream import Feed
@@ -62,6 +62,19 @@ class Marks:
         self.clock.lap(stage)
         self.context.checkpointer.stage_ends()
         release_freed_memory()
+
+
+def generate_images(plan: Plan, context: Context) -> Plan:
+    """Make the images of a text-to-image model that the plan asks for, and return it with them.
+
+    Those that are in their folder are not made again.
+
+    Raises:
+        UsageError: The pipeline cannot be used, or the folder holds other images.
+    """
+    if plan.generation is None:
+        return plan
+    return plan.with_candidates(plan.generation.made(plan.teacher, plan.preprocessing, context))
 
 
 def begin(plan: Plan, context: Context) -> Stopwatch:

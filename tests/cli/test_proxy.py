@@ -15,7 +15,7 @@ from gdfq.cli import main
 from gdfq.cli.quantize import Outputs, config_of, quantize_into
 from gdfq.execution.context import Context
 from gdfq.graph.capture import capture
-from gdfq.plan import resolve
+from gdfq.plan.resolve import resolve
 from gdfq.recipes import QUICK
 from gdfq.report import write_report
 from gdfq.runs.folder import RunFolder
@@ -42,7 +42,9 @@ def test_run_with_proxies_says_what_was_kept_and_why(tmp_path: Path) -> None:
     assert found["distances"]["kept"] < found["distances"]["noise"]
     card = gdfq.load(tmp_path).card
     assert card.candidates == quantized.card.candidates
-    assert f"{found['kept']} of " in str(card.candidates)
+    assert f"of 40 proxy images, which were all judged, {found['kept']} passed" in str(
+        card.candidates
+    )
     page = write_report(tmp_path).read_text()
     section = page.partition('id="candidates"')[2].partition("</section>")[0]
     assert section.count("<img") >= found["kept"] or section.count("<img") >= 16

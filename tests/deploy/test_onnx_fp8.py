@@ -23,7 +23,7 @@ from gdfq.functional.float_grid import dequantize_float, magnitudes
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.ends import NO_ENDS, output_names
-from gdfq.plan import resolve
+from gdfq.plan.resolve import resolve
 from gdfq.quantizers.family import LSQ
 from gdfq.sources.base import Batch
 from gdfq.student.build import build_student

@@ -13,7 +13,7 @@ import gdfq
 from gdfq import TARGETS, GdfqError, UsageError
 from gdfq.deploy.export import OTHER_NAMES, find_target, named_target
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target
-from gdfq.plan import resolve
+from gdfq.plan.resolve import resolve
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import Recipe
 

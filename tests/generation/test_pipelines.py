@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_pipeline import saved_pipeline
 
 from gdfq.errors import UsageError
 from gdfq.generation import pipelines
@@ -23,25 +24,6 @@ def test_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(UsageError, match=r"pip install 'gdfq\[diffusion\]'"):
         load_pipeline("diffusers:some/model", NAMES, CPU)
-
-
-def saved_pipeline(folder: Path) -> Path:
-    """A class-conditional pipeline with random weights, of images of 16x16."""
-    import diffusers
-
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        sample_size=8, num_layers=1, patch_size=4, attention_head_dim=8, num_attention_heads=2,
-        in_channels=4, out_channels=8, num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    pipeline = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.needs("diffusers")
@@ -93,3 +75,13 @@ def test_text_pipeline_gets_prompts_guidance_and_seeds() -> None:
     assert (got["prompt"], got["guidance_scale"]) == (["a cat"], 3.5)
     assert [draw.initial_seed() for draw in got["generator"]] == [5]
     assert "num_inference_steps" not in got
+
+
+@pytest.mark.needs("diffusers")
+@pytest.mark.filterwarnings("ignore")
+def test_guidance_of_other_than_1000_classes_is_refused(tmp_path: Path) -> None:
+    name = f"diffusers:{saved_pipeline(tmp_path / 'tiny', classes=6)}"
+    with pytest.raises(UsageError, match=r"has 6 classes.*Use guidance 1"):
+        load_pipeline(name, NAMES[:6], CPU, guidance=3.5)
+    made = load_pipeline(name, NAMES[:6], CPU, guidance=1, steps=1)
+    assert made([Request("a cat", 5, 0)])[0].size == (16, 16)

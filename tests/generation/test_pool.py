@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gdfq.cli.generation import Generation
+from gdfq.cli.generation import taken_from
 from gdfq.data.folders import class_names_of
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Step
+from gdfq.generation.generation import Generation
 from gdfq.generation.pipelines import Pipeline, Request, place_of
 from gdfq.generation.pool import PoolSettings, make_pool
 from gdfq.generation.prompts import Prompts
@@ -93,10 +94,11 @@ def test_class_file_must_have_a_name_for_each_class(tmp_path: Path) -> None:
 
 def test_options_of_generated_images_are_checked_first(tmp_path: Path) -> None:
     def of(generate_with: str | None, classes: Path | None) -> Generation | None:
-        return Generation.of(
-            generate_with=generate_with, classes=classes, guidance=3.5, denoising_steps=None,
-            classes_per_prompt=1, generate_batch=4,
-        )  # fmt: skip
+        options = {
+            "generate_with": generate_with, "classes": classes, "guidance": 3.5,
+            "denoising_steps": None, "classes_per_prompt": 1, "generate_batch": 4,
+        }  # fmt: skip
+        return taken_from(options, tmp_path)
 
     assert of(None, None) is None
     assert of("diffusers:some/model", None) is not None

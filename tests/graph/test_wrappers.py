@@ -12,7 +12,7 @@ import gdfq
 from gdfq.errors import UsageError
 from gdfq.graph.capture import capture
 from gdfq.graph.wrappers import unwrapped
-from gdfq.plan import resolve_network
+from gdfq.plan.network import resolve_network
 
 
 class Ema(nn.Module):

@@ -61,6 +61,16 @@ def test_cell_with_another_option_has_another_folder() -> None:
     assert one.folder != other.folder
 
 
+def test_proxies_of_a_sweep_are_passed_on_and_refused_where_they_are_of_no_use(
+    tmp_path: Path,
+) -> None:
+    (cell,) = read(tmp_path, "networks: [{model: a, proxy: pool}]").cells()
+    assert "--proxy=pool" in cell.words()
+    for more, said in (("budget: 5m", "does not count"), ("recipes: synq", "learns labels")):
+        with pytest.raises(UsageError, match=said):
+            read(tmp_path, f"networks: [{{model: a, proxy: pool}}]\n{more}")
+
+
 def test_size_is_passed_to_automatic_bits_only() -> None:
     cells = Sweep((Network("a.py:n", size="9KB"),), bits=("auto", "w4a4")).cells()
     assert [("--size=9KB" in cell.words()) for cell in cells] == [True, False]

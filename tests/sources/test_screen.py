@@ -18,11 +18,12 @@ from gdfq.functional.losses import relative_statistics_loss
 from gdfq.functional.screening import energy
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.statistics import StatisticsNetwork
-from gdfq.plan import check_takes_candidates, resolve_method
+from gdfq.plan.elsewhere import check_takes_candidates
+from gdfq.plan.method import resolve_method
 from gdfq.recipes import PAPER
 from gdfq.sources import pool as pools
 from gdfq.sources.base import Batch
-from gdfq.sources.candidates import VERDICTS, Candidates, Screen
+from gdfq.sources.candidates import VERDICTS, Candidates, Screen, Screening
 from gdfq.sources.pool import ImagePool, PoolStream
 from gdfq.sources.screen import screened
 
@@ -99,7 +100,7 @@ def test_pool_no_nearer_than_noise_is_refused(teacher: Captured) -> None:
     assert "not below that of noise" in present(found.refused)
     assert len(found.kept) == len(kept) == len(present(labels)) == 0
     assert found.distances["kept"] >= found.distances["noise"] > found.distances["own"]
-    assert "none of 50 proxy images used" in str(found)
+    assert "none of the 50 proxy images is used" in str(found)
     assert len(found.judged)  # some are judged for the report
     all_of_them = pool_of(noise, Screen(filters=False))
     found, kept, _ = screened(teacher, OWN, all_of_them, 20, Context())
@@ -222,7 +223,7 @@ def test_resumed_pool_judges_nothing_again(
 def test_pool_continues_without_an_unsuitable_pool(teacher: Captured) -> None:
     noise = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3
     stream = pool(candidates=pool_of(noise)).stream(teacher, steps=3, context=Context())
-    with pytest.warns(GdfqWarning, match="none of 50 proxy images used"):
+    with pytest.warns(GdfqWarning, match="none of the 50 proxy images is used"):
         batches = list(stream)
     assert sum(map(len, batches)) == 30
 
@@ -235,3 +236,31 @@ def test_candidates_need_a_pool_and_a_recipe_without_labels() -> None:
         check_takes_candidates(resolve_method("w4a4", "synq"))
     with pytest.raises(UsageError, match="budget does not count"):
         check_takes_candidates(resolve_method("w4a4", "fast", budget="5m"))
+
+
+def test_screening_says_what_was_judged_dropped_and_why() -> None:
+    verdicts = torch.tensor(
+        [VERDICTS.index(name) for name in ("kept", "energy", "kept", "energy", "sensitivity")]
+    )
+    found = Screening(
+        "proxy",
+        9,
+        torch.arange(5),
+        verdicts,
+        torch.zeros(5),
+        torch.zeros(5),
+        6,
+        0.0,
+        None,
+        {},
+        None,
+    )
+    assert str(found) == (
+        "of 9 proxy images 5 were judged, until 2 had passed; dropped were 2 because they are unlike "
+        "what the network knows (energy) and 1 because they worsen the match of the batch-norm "
+        "statistics (sensitivity). 25 % of the images for tuning are of these"
+    )
+    everything = replace(found, candidates=5, verdicts=torch.zeros(5).long(), own=5)
+    assert str(everything) == (
+        "of 5 proxy images, which were all judged, 5 passed. 50 % of the images for tuning are of these"
+    )

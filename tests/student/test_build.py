@@ -14,7 +14,7 @@ import gdfq
 from gdfq.errors import UsageError
 from gdfq.functional.grid import Bits, Layout
 from gdfq.graph.capture import Captured, capture
-from gdfq.plan import resolve
+from gdfq.plan.resolve import resolve
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.minmax import MinMaxWeight
 from gdfq.recipes import RECIPES

@@ -19,7 +19,8 @@ from gdfq.files.plain_values import fingerprint, frozen_values
 from gdfq.functional.float_grid import E2M1, E3M4, E4M3, dequantize_float, fake_quantize_float
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured
-from gdfq.plan import resolve, resolve_method
+from gdfq.plan.method import resolve_method
+from gdfq.plan.resolve import resolve
 from gdfq.quantized import QuantizedNetwork
 from gdfq.quantizers.base import QuantizedTensor, WeightQuantizer
 from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily

@@ -23,7 +23,7 @@ from gdfq.functional.grid import (
     weight_grid,
 )
 from gdfq.graph.capture import Captured, capture
-from gdfq.plan import resolve
+from gdfq.plan.resolve import resolve
 from gdfq.quantizers.base import QuantizedTensor
 from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily
 from gdfq.quantizers.lsq import LearnedRange, best_weight_grid

@@ -7,7 +7,7 @@ import gdfq
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
-from gdfq.plan import resolve_method
+from gdfq.plan.method import resolve_method
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import LearnedWeight
 from gdfq.student.build import build_student

@@ -119,17 +119,14 @@ def cli() -> None:
 def quantize_command(**options: Any) -> None:
     """Quantize MODEL without its data and write the run into a folder."""
     started = time.perf_counter()
+    from gdfq.cli.generation import taken_from
     from gdfq.cli.quantize import quantize
+    from gdfq.runs.names import GENERATED
 
-    quantize(started=started, generation=_generation(options), **options)
-
-
-def _generation(options: dict[str, Any]) -> Any:
-    """Take the options of generated images out of others."""
-    from gdfq.cli.generation import Generation
-
-    names = ("generate_with", "classes", "guidance", "denoising_steps", "classes_per_prompt")
-    return Generation.of(**{name: options.pop(name) for name in (*names, "generate_batch")})
+    generation = taken_from(options, options["out"] / GENERATED)
+    given: Any = {name: options.pop(name) for name in ("data", "proxy", "test")}
+    given["generate_with"] = generation
+    quantize(started=started, given=given, **options)
 
 
 @cli.command("doctor")
@@ -303,8 +300,9 @@ def generate_command(**options: Any) -> None:
     reads with --proxy. They are made once, for any network with these classes.
     """
     from gdfq.cli.generate import generate
+    from gdfq.cli.generation import taken_from
 
-    generate(generation=_generation(options), **options)
+    generate(generation=taken_from(options, options["out"]), **options)
 
 
 @cli.command("recipes")
@@ -348,7 +346,7 @@ def sweep_command(**options: Any) -> int:
 
     \b
     networks: [MODEL, ...] or a list of mappings with model, name, weights, input, mean, std,
-              classifier, device, test, data and size; paths are relative to the file
+              classifier, device, test, data, proxy and size; paths are relative to the file
     bits, recipes, placement, layer_bits, seeds: one value or a list of them
     steps:    one number
     budget:   one time, such as 5m, of each run

@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from gdfq.plan import Plan
+from gdfq.plan.plan import Plan
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.drop import drop_of
 from gdfq.report.read import Run, number

@@ -10,7 +10,9 @@ from gdfq.cli.quantize import Outputs, config_of, quantize_into, report_after
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
 from gdfq.pipeline import run
-from gdfq.plan import plan_of, resolve_method, resolve_network
+from gdfq.plan.method import resolve_method
+from gdfq.plan.network import resolve_network
+from gdfq.plan.resolve import plan_of
 from gdfq.recipes import FAST
 from gdfq.runs.folder import RunFolder
 

@@ -17,7 +17,9 @@ from gdfq.cli.targets import facts
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
-from gdfq.plan import Data, Plan, PlanOptions, Timing, resolve
+from gdfq.plan.options import PlanOptions
+from gdfq.plan.plan import Plan, Timing
+from gdfq.plan.resolve import resolve
 
 
 def doctor(
@@ -27,9 +29,6 @@ def doctor(
     recipe: str,
     as_json: bool,
     memory: int | None,
-    data: Data | None = None,
-    proxy: Data | None = None,
-    test: Data | None = None,
     **options: Unpack[PlanOptions],
 ) -> int:
     """Print the diagnosis.
@@ -47,9 +46,6 @@ def doctor(
         None,
         bits,
         recipe,
-        data=data,
-        test=test,
-        proxy=proxy,
         context=Context(memory=budget),
         timing=Timing(following=Following(export=True, report=True)),
         **options,

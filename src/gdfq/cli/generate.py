@@ -6,13 +6,14 @@ from typing import Unpack
 import click
 
 from gdfq.cli.console import warn_about_normalisation
-from gdfq.cli.generation import Generation
 from gdfq.data.writers import ImageFiles
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
+from gdfq.generation.generation import Generation
 from gdfq.pipeline import make_images
-from gdfq.plan import NetworkOptions, resolve_network
+from gdfq.plan.network import resolve_network
+from gdfq.plan.options import NetworkOptions
 from gdfq.recipes import find_recipe
 
 
@@ -31,7 +32,11 @@ def generate(
 ) -> None:
     """Make images and write their files."""
     if generation is not None:
-        made = generation.folder(resolve_network(model, **options), out, count, seed)
+        network = resolve_network(model, **options)
+        teacher = network.teacher
+        names = generation.names_of(teacher.classes, network.class_names)
+        with Terminal() as terminal:
+            made = generation.make(names, count, seed, teacher.device, terminal)
         click.echo(f"{count} images: {made}")
         return
     files = ImageFiles(out, png)

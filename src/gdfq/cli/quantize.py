@@ -25,7 +25,6 @@ from gdfq.cli.console import (
     warn_about_normalisation,
 )
 from gdfq.cli.export import print_export
-from gdfq.cli.generation import Generation
 from gdfq.deploy.export import TARGETS
 from gdfq.deploy.target import Target
 from gdfq.errors import GdfqError, UsageError
@@ -40,26 +39,18 @@ from gdfq.execution.signals import stoppable
 from gdfq.execution.stopwatch import Countdown
 from gdfq.execution.tensorboard import TensorBoard, require_tensorboard
 from gdfq.pipeline import run
-from gdfq.plan import (
-    Method,
-    Network,
-    NetworkOptions,
-    Plan,
-    Timing,
-    check_takes_candidates,
-    load_candidates,
-    plan_of,
-    resolve_method,
-    resolve_network,
-)
+from gdfq.plan.elsewhere import check_images
+from gdfq.plan.method import resolve_method
+from gdfq.plan.network import resolve_network
+from gdfq.plan.options import ImageOptions, NetworkOptions
+from gdfq.plan.plan import Plan, Timing
+from gdfq.plan.resolve import plan_of
 from gdfq.quantized import QuantizedNetwork
 from gdfq.report import write_report
 from gdfq.report.read import read_run
 from gdfq.runs.diagnostics import gather, write_evidence
 from gdfq.runs.folder import RunFolder
 from gdfq.runs.metrics import noted_export
-from gdfq.runs.names import GENERATED
-from gdfq.sources.candidates import Candidates
 from gdfq.version import __version__
 
 
@@ -78,10 +69,7 @@ def quantize(
     bits: str | None,
     recipe: str,
     out: Path,
-    data: Path | None,
-    proxy: Path | None,
-    generation: Generation | None,
-    test: Path | None,
+    given: ImageOptions,
     seed: int,
     memory: int | None,
     precision: Precision,
@@ -96,11 +84,6 @@ def quantize(
     """Quantize, by as many processes as torchrun started."""
     if tensorboard:
         require_tensorboard()
-    if proxy is not None and generation is not None:
-        raise UsageError(
-            "images from elsewhere are photographs or generated ones; both were given. "
-            "Give either --proxy or --generate-with."
-        )
     folder = RunFolder(out, checkpoint_every)
     if resume and not folder.checkpoints.exists():
         raise UsageError(
@@ -110,6 +93,7 @@ def quantize(
         name: options.pop(name) for name in NetworkOptions.__annotations__ if name in options
     }
     method = resolve_method(bits, recipe, **options)
+    check_images(method, given)
     with joined(find_device(of_network["device"])) as group:
         network = resolve_network(model, **of_network)
         if group.rank == 0:
@@ -124,12 +108,7 @@ def quantize(
             else folder.checkpoints,
         )
         timing = Timing(started, Following(export=onnx, report=report))
-        elsewhere: Path | Candidates | None = proxy
-        if generation is not None:
-            elsewhere = _generated(generation, network, method, folder, context)
-        plan = plan_of(
-            network, method, data=data, test=test, proxy=elsewhere, context=context, timing=timing
-        )
+        plan = plan_of(network, method, context=context, timing=timing, **given)
         _check(plan, says=group.rank == 0)
         if group.rank:
             _take_part(plan, context)
@@ -137,9 +116,7 @@ def quantize(
         config = config_of(plan, context) | {
             "model": model,
             "weights": _text(of_network["weights"]),
-            "data": _text(data),
-            "proxy": _text(proxy) if generation is None else generation.pipeline,
-            "test": _text(test),
+            **{name: _text(given.get(name)) for name in ("data", "proxy", "test")},
         }
         countdown = None if plan.budget is None else Countdown(plan.budget, started)
         outputs = Outputs(onnx, report, tensorboard)
@@ -154,31 +131,6 @@ def quantize(
     if countdown is not None:
         used = f"{countdown.used():.0f} s of {countdown.seconds:g} s"
         click.echo(f"{'budget':10}{used}; the same run: {repeating_options(plan)}")
-
-
-_GENERATED_SHARE = 2
-"""Images that are generated, relative to those that the recipe makes. The screen drops about half
-of them."""
-
-
-def _generated(
-    generation: Generation, network: Network, method: Method, folder: RunFolder, context: Context
-) -> Candidates:
-    """Make the images of a text-to-image model in the run folder; the first process does it."""
-    check_takes_candidates(method)
-    recipe = method.recipe.fitted(network.teacher.input_shape)
-    recipe = recipe.with_batch(method.batch).with_images(method.images, method.iterations)
-    count = _GENERATED_SHARE * recipe.source.images_held
-    if not count:
-        raise UsageError(
-            "generated images join a pool of images, such as that of recipe fast; recipe "
-            f"{recipe.name!r} has none. Use fast or quick."
-        )
-    place = folder.path / GENERATED
-    if context.group.rank == 0:
-        generation.folder(network, place, count, context.seed)
-    context.group.wait()
-    return load_candidates(place, network.teacher, network.preprocessing, kind="generated")
 
 
 def _text(path: object | None) -> str | None:

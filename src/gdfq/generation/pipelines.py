@@ -113,12 +113,30 @@ def load_pipeline(
     takes = inspect.signature(pipeline.__call__).parameters
     if "prompt" in takes:
         return DiffusersPipeline(pipeline, guidance, steps, None)
-    if "class_labels" in takes:
-        return DiffusersPipeline(pipeline, guidance, steps, _labels(pipeline, classes, place))
+    if {"class_labels", "guidance_scale"} <= takes.keys():
+        labels = _labels(pipeline, classes, place)
+        _check_guidance(pipeline, guidance, place)
+        return DiffusersPipeline(pipeline, guidance, steps, labels)
     raise UsageError(
         f"a pipeline must take text or classes; {place} is a {type(pipeline).__name__}, which "
         f"takes {', '.join(takes)}. Give a text-to-image or a class-conditional pipeline."
     )
+
+
+_NO_CLASS = 1000
+"""The label that DiTPipeline takes for "no class", whatever classes its network has."""
+
+
+def _check_guidance(pipeline: Any, guidance: float, place: str) -> None:
+    """Raise UsageError where guidance would compare with an image of another class."""
+    count = _classes_of(pipeline)
+    if guidance > 1 and count != _NO_CLASS:
+        raise UsageError(
+            f"guidance compares with images of no class, which diffusers gives the label "
+            f"{_NO_CLASS} in class-conditional pipelines; {place} has {count} classes, so that "
+            f"this label is another one, or none. Use guidance 1, which compares with nothing; "
+            f"got {guidance:g}."
+        )
 
 
 def place_of(name: str) -> str:
@@ -141,7 +159,7 @@ def _labels(pipeline: Any, classes: Sequence[str], place: str) -> tuple[int, ...
     known: dict[str, int] = getattr(pipeline, "labels", None) or {}
     if all(name in known for name in classes):
         return tuple(known[name] for name in classes)
-    count = getattr(pipeline.transformer.config, "num_embeds_ada_norm", None)
+    count = _classes_of(pipeline)
     if count != len(classes):
         raise UsageError(
             f"a class-conditional pipeline must have the network's {len(classes)} classes, by "
@@ -149,6 +167,13 @@ def _labels(pipeline: Any, classes: Sequence[str], place: str) -> tuple[int, ...
             "Give a text-to-image pipeline."
         )
     return tuple(range(len(classes)))
+
+
+def _classes_of(pipeline: Any) -> int | None:
+    """Return how many classes a class-conditional pipeline has, if it says it."""
+    transformer = getattr(pipeline, "transformer", None)
+    count: int | None = getattr(getattr(transformer, "config", None), "num_embeds_ada_norm", None)
+    return count
 
 
 def _cache_folder() -> str:

@@ -80,12 +80,13 @@ def make_pool(
     Raises:
         UsageError: The folder holds images with other settings.
     """
-    make_folder(folder)
     _check_settings(folder, settings)
     missing = [index for index in range(count) if not _file(folder, index).exists()]
     if not missing:
         return folder
-    pipeline = load()
+    pipeline = load()  # before anything is written: it may not be of use
+    make_folder(folder)
+    write_json(folder / _SETTINGS, settings.as_values())
     done = count - len(missing)
     for start in range(0, len(missing), batch):
         chosen = missing[start : start + batch]
@@ -107,13 +108,9 @@ def _file(folder: Path, index: int) -> Path:
 
 
 def _check_settings(folder: Path, settings: PoolSettings) -> None:
-    """Note the settings in a new folder, and compare them with those of an old one."""
+    """Raise UsageError for a folder whose images were made with other settings."""
     path = within(folder, folder / _SETTINGS)
-    if not path.exists():
-        write_json(path, settings.as_values())
-        return
-    found = read_json(path)
-    if found != settings.as_values():
+    if path.exists() and read_json(path) != settings.as_values():
         raise UsageError(
             f"{folder} holds images that were generated with other settings ({_SETTINGS}). Use "
             "these, remove the folder, or choose another one."

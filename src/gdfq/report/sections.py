@@ -61,8 +61,8 @@ def candidates(run: Run) -> Content | str:
     """The images from elsewhere: what the screen kept and dropped."""
     found = run.evidence.get("candidates")
     if not found:
-        if not run.config.get("proxy"):
-            return "No images from elsewhere were given (--proxy)."
+        if not (run.config.get("proxy") or run.config.get("generate_with")):
+            return "No images from elsewhere were given (--proxy, --generate-with)."
         return f"The images from elsewhere were not measured: {_missing(run, 'candidates')}"
     shown = {
         kind: [

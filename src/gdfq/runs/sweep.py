@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from gdfq.analysis.bit_allocation import AUTO
 from gdfq.data.preprocessing import normalisation
 from gdfq.errors import UsageError, first_line, warn_renamed
-from gdfq.plan import resolve_method
+from gdfq.plan.elsewhere import check_takes_candidates
+from gdfq.plan.method import resolve_method
 
 Value = TypeVar("Value")
 
@@ -38,6 +39,7 @@ class Network:
     device: str | None = None
     test: str | None = None
     data: str | None = None
+    proxy: str | None = None
     size: str | None = None
 
     @property
@@ -47,7 +49,7 @@ class Network:
     def options(self) -> list[str]:
         """Return all options but `size`, which only `--bits auto` takes, as arguments."""
         words = []
-        for option in ("weights", "input", "mean", "std", "device", "test", "data"):
+        for option in ("weights", "input", "mean", "std", "device", "test", "data", "proxy"):
             value = getattr(self, option)
             words += [] if value is None else [f"--{option}={value}"]
         if self.classifier is not None:
@@ -121,7 +123,7 @@ class Sweep:
                 )
         settings = product(self.bits, self.recipes, self.placement, self.layer_bits)
         for bits, recipe, placement, layer_bits in settings:
-            resolve_method(
+            method = resolve_method(
                 bits,
                 recipe,
                 size=1 if bits == AUTO else None,
@@ -130,6 +132,8 @@ class Sweep:
                 steps=self.steps,
                 budget=self.budget,
             )
+            if any(network.proxy is not None for network in self.networks):
+                check_takes_candidates(method)
 
     def cells(self) -> list[Cell]:
         """Return the runs without duplicates; seeds vary fastest."""

@@ -17,9 +17,9 @@ KEPT, ENERGY, SENSITIVITY, ENTROPY = "kept", "energy", "sensitivity", "entropy"
 VERDICTS = (KEPT, ENERGY, SENSITIVITY, ENTROPY)
 """What happened to a candidate: it was kept, or the filter that dropped it."""
 _REASONS = {
-    ENERGY: "unlike what the network knows",
-    SENSITIVITY: "worsen the statistics",
-    ENTROPY: "have less structure than noise",
+    ENERGY: "are unlike what the network knows (energy)",
+    SENSITIVITY: "worsen the match of the batch-norm statistics (sensitivity)",
+    ENTROPY: "have less structure than noise (entropy)",
 }
 """Of each filter, what is wrong with the images that it drops."""
 
@@ -137,16 +137,16 @@ class Screening:
         }
 
     def __str__(self) -> str:
-        """Return what was kept and why, in one line."""
+        """Return what was used and why the rest was not, for people."""
         noun = f"{self.candidates} {self.kind} images"
         if self.refused:
-            return f"none of {noun} used: {self.refused}"
+            return f"none of the {noun} is used: {self.refused}"
+        used, judged = len(self.kept), len(self.judged)
+        passed = f"of {noun} {judged} were judged, until {used} had passed"
+        if judged == self.candidates:
+            passed = f"of {noun}, which were all judged, {used} passed"
         counts = {name: len(self.of(name)) for name in _REASONS}
-        parts = [f"{counts[name]} {why}" for name, why in _REASONS.items() if counts[name]]
-        judged = f" of {len(self.judged)} judged" if len(self.judged) < self.candidates else ""
-        dropped = f"; {', '.join(parts)}" if parts else ""
-        values = self.as_values()
-        return (
-            f"{len(self.kept)}{judged} of {noun} kept{dropped}; "
-            f"{100 * values['share']:.0f} % of the images"
-        )
+        because = [f"{n} because they {_REASONS[name]}" for name, n in counts.items() if n]
+        dropped = f"; dropped were {' and '.join(because)}" if because else ""
+        share = 100 * self.as_values()["share"]
+        return f"{passed}{dropped}. {share:.0f} % of the images for tuning are of these"

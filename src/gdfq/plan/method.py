@@ -1,0 +1,160 @@
+"""What is to be done, before it is fitted to a network."""
+
+from dataclasses import dataclass, replace
+from typing import Unpack
+
+from gdfq.analysis.bit_allocation import parse_bits
+from gdfq.deploy.export import named_target
+from gdfq.deploy.target import Target
+from gdfq.errors import UsageError
+from gdfq.execution.durations import seconds_of
+from gdfq.functional.grid import Bits
+from gdfq.plan.options import DEFAULT_BITS, EffortOptions, MethodOptions, options_of
+from gdfq.recipes import Recipe, find_recipe, recipe_for
+from gdfq.student.build import check_family
+from gdfq.student.scheme import (
+    GridRules,
+    LayerBits,
+    Scheme,
+    parse_placement,
+    with_ends,
+)
+
+
+@dataclass(frozen=True)
+class EffortRequest:
+    """How much work the user asks for; None leaves it to the recipe.
+
+    Attributes:
+        steps: Batches in total.
+        images: Images that are made before the student learns.
+        iterations: Updates of each of these images.
+        batch: Images in a batch.
+        budget: Seconds of the whole run, where images, iterations and steps are chosen for them.
+    """
+
+    steps: int | None = None
+    images: int | None = None
+    iterations: int | None = None
+    batch: int | None = None
+    budget: float | None = None
+
+    @classmethod
+    def of(cls, **options: Unpack[EffortOptions]) -> "EffortRequest":
+        """Parse the options.
+
+        Raises:
+            UsageError: The budget is no time, or what it chooses was given, too.
+        """
+        budget = options.get("budget")
+        asked = cls(
+            options.get("steps"),
+            options.get("images"),
+            options.get("iterations"),
+            options.get("batch"),
+            None if budget is None else seconds_of(budget),
+        )
+        if asked.budget is not None:
+            _refuse_chosen(steps=asked.steps, images=asked.images, iterations=asked.iterations)
+        return asked
+
+    def of_images(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with the images of this request.
+
+        Raises:
+            UsageError: It cannot have them.
+        """
+        return recipe.with_batch(self.batch).with_images(self.images, self.iterations)
+
+    def of_given(self, recipe: Recipe) -> Recipe:
+        """Return a recipe for given images, of which there is no number to choose.
+
+        Raises:
+            UsageError: A number of images or of iterations is asked for.
+        """
+        if self.images is not None or self.iterations is not None:
+            raise UsageError(
+                "images and iterations are for synthetic images; real ones were given as data. "
+                "Remove images and iterations, or data."
+            )
+        return recipe.with_batch(self.batch)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is to be done, before it is fitted to a network.
+
+    Attributes:
+        scheme: What is quantized, to how many bits.
+        recipe: The recipe, with its placement and steps.
+        size: The size of the ONNX file in bytes, where bits are to be chosen for it.
+        effort: How much work the user asks for.
+        target: Where the result is to run, where the user says it.
+    """
+
+    scheme: Scheme
+    recipe: Recipe
+    size: int | None = None
+    effort: EffortRequest = EffortRequest()
+    target: Target | None = None
+
+
+def resolve_method(
+    bits: str | Bits | None = None,
+    recipe: str | Recipe = "fast",
+    **options: Unpack[MethodOptions],
+) -> Method:
+    """Parse and check the options that need no network.
+
+    Args:
+        bits: Bits such as "w4a8", or "auto"; None for those of the placement (`DEFAULT_BITS`).
+        recipe: A recipe, or its name.
+        **options: See `MethodOptions`.
+
+    Raises:
+        UsageError: One of them cannot be used.
+    """
+    target, size = options.get("target"), options.get("size")
+    aim = None if target is None else named_target(target)
+    if aim is not None:
+        _check_target(aim, size)
+    effort = EffortRequest.of(**options_of(options, EffortOptions))
+    if effort.budget is not None and size is not None:
+        raise UsageError(
+            "a budget needs the bits: choosing them for a size takes a time that is not measured. "
+            "Give the bits, as w4a8, or remove the budget."
+        )
+    chosen = find_recipe(recipe)
+    placed = parse_placement(options.get("placement") or chosen.placement)
+    overrides = tuple(map(LayerBits.parse, options.get("layer_bits", ())))
+    wanted = parse_bits(bits or DEFAULT_BITS[placed], size)
+    if size is None:
+        overrides = with_ends(overrides, wanted, placed)
+    grids = GridRules() if aim is None else aim.grids
+    scheme = Scheme(wanted, placed, overrides, grids)
+    if effort.steps is None and size is None:
+        chosen = recipe_for(recipe, scheme)
+    check_family(scheme, chosen.quantizers)
+    chosen = chosen.with_steps(effort.steps)
+    effort.of_images(chosen)  # refuses what cannot be used before a network is loaded
+    return Method(scheme, replace(chosen, placement=placed), size, effort, aim)
+
+
+def _check_target(target: Target, size: int | None) -> None:
+    """Raise UsageError for a target whose files cannot be proven here, or have no known size."""
+    target.require_runtime()
+    if size is not None and not target.takes_size:
+        raise UsageError(
+            "bits are chosen for the size of the file of target 'onnx'; the target is "
+            f"{target.name!r}. Give the bits, as w4a8, or remove the target."
+        )
+
+
+def _refuse_chosen(**others: int | None) -> None:
+    """Raise UsageError for options that a budget chooses."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"a budget chooses images, iterations and steps; {', '.join(given)} was given, too. "
+            "Give either."
+        )

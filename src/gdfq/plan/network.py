@@ -1,0 +1,149 @@
+"""The network of a plan: loaded, captured, and how images become its inputs."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gdfq.data.class_names import ClassNames
+from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
+from gdfq.errors import UsageError
+from gdfq.execution.precision import find_device
+from gdfq.graph.capture import Captured, ExampleInputs, capture
+from gdfq.graph.inputs import image_shape, takes_images
+from gdfq.graph.wrappers import unwrapped
+from gdfq.models.loaded import names_of
+from gdfq.models.registry import Loaded, load_model, weights_hash
+from gdfq.plan.options import (
+    Model,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A captured network on its device, and how images become its inputs.
+
+    Attributes:
+        teacher: The captured network.
+        preprocessing: From pixels to its inputs.
+        assumed: The parts of the normalisation ("mean", "std") that are neither given nor known:
+            0 and 1 were taken.
+        weights_sha256: A hash of the weights, as the user's network has them.
+        seconds: How long loading and capturing took.
+        class_names: What the outputs stand for, where the network says it.
+        notes: What was taken of the weights file, for the user.
+        capture_seconds: How long capturing alone took.
+    """
+
+    teacher: Captured
+    preprocessing: Preprocessing
+    weights_sha256: str
+    assumed: tuple[str, ...] = ()
+    seconds: float = 0.0
+    class_names: ClassNames | None = None
+    notes: tuple[str, ...] = ()
+    capture_seconds: float = 0.0
+
+
+def resolve_network(
+    model: Model,
+    example_input: ExampleInputs | None = None,
+    *,
+    weights: str | Path | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
+    resize: Resize | None = None,
+    classifier: bool | None = None,
+    device: str = "auto",
+) -> Network:
+    """Load and capture a network.
+
+    Args:
+        model: The network: a name as the command line takes it, a module, or a captured network.
+        example_input: Inputs of one call of a module, whose shapes the network keeps.
+        weights: See `NetworkOptions`, as for all that follow.
+        input_shape: See `NetworkOptions`.
+        mean: See `NetworkOptions`.
+        std: See `NetworkOptions`.
+        resize: See `NetworkOptions`.
+        classifier: See `NetworkOptions`.
+        device: See `NetworkOptions`.
+
+    Raises:
+        UsageError: The network, its weights, its input or the device cannot be used.
+    """
+    started = time.perf_counter()
+    on = find_device(device)
+    normalisation(mean, std)  # refuses what can be no mean or std before a network is loaded
+    if not isinstance(model, str | nn.Module | Captured):
+        raise UsageError(
+            "a model is an nn.Module, a network that gdfq.capture returned, or a name such as "
+            f"timm:resnet18; got a {type(model).__name__}."
+        )
+    loaded = load_model(model, weights) if isinstance(model, str) else None
+    loaded_at = time.perf_counter()
+    if isinstance(model, Captured):
+        captured, preprocessing = model, _preprocessing(model, mean, std, resize)
+    elif isinstance(model, nn.Module):
+        captured = capture(model, _example(example_input), classifier=classifier)
+        preprocessing = _preprocessing(captured, mean, std, resize)
+    else:
+        assert loaded is not None
+        shape, preprocessing = loaded.input(input_shape, mean, std)
+        captured = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
+        preprocessing = replace(preprocessing, resize=resize or preprocessing.resize)
+    assumed = _assumed(loaded, mean, std)
+    if takes_images(captured.inputs) and not assumed:
+        captured = replace(captured, input_limits=preprocessing.limits)
+    return Network(
+        captured.to(on),
+        preprocessing,
+        weights_hash(_module(model if loaded is None else loaded.module)),
+        assumed,
+        time.perf_counter() - started,
+        names_of(_module(model)) if loaded is None else loaded.class_names,
+        () if loaded is None else loaded.notes,
+        time.perf_counter() - loaded_at,
+    )
+
+
+def _preprocessing(
+    teacher: Captured,
+    mean: PerChannel | None,
+    std: PerChannel | None,
+    resize: Resize | None,
+) -> Preprocessing:
+    """From pixels to the inputs of a network; other inputs are given as the network takes them."""
+    if takes_images(teacher.inputs):
+        return Preprocessing.of(teacher.input_shape[0], mean, std, resize)
+    if not (mean is None and std is None and resize is None):
+        image_shape(teacher.inputs)  # raises: these are for images
+    return Preprocessing.of(1, None, None)
+
+
+def _module(model: Model) -> nn.Module:
+    """The module that holds the weights of a network."""
+    assert not isinstance(model, str)
+    return model.network if isinstance(model, Captured) else unwrapped(model)
+
+
+def _example(example_input: ExampleInputs | None) -> ExampleInputs:
+    if example_input is None:
+        raise UsageError(
+            "a network that is a module needs an example input, to be captured with; none was "
+            "given. Give example_input, for instance torch.zeros(1, 3, 224, 224), or a tensor for "
+            "each input by name."
+        )
+    return example_input
+
+
+def _assumed(
+    loaded: Loaded | None, mean: PerChannel | None, std: PerChannel | None
+) -> tuple[str, ...]:
+    """Parts of the normalisation that neither the user nor the network's library says."""
+    if loaded is not None and loaded.preprocessing is not None:
+        return ()
+    return tuple(name for name, value in (("mean", mean), ("std", std)) if value is None)

@@ -1,0 +1,131 @@
+"""From options to a plan."""
+
+import time
+from dataclasses import replace
+from typing import Unpack
+
+from gdfq.execution.context import Context
+from gdfq.functional.grid import Bits
+from gdfq.graph.capture import Captured, ExampleInputs
+from gdfq.graph.inputs import image_shape, takes_images
+from gdfq.plan.budget import within_budget
+from gdfq.plan.elsewhere import check_images, planned_generation
+from gdfq.plan.images import GivenImages, source_of
+from gdfq.plan.method import Method, resolve_method
+from gdfq.plan.network import Network, resolve_network
+from gdfq.plan.options import (
+    ImageOptions,
+    MethodOptions,
+    Model,
+    NetworkOptions,
+    PlanOptions,
+    options_of,
+)
+from gdfq.plan.plan import Plan, Timing
+from gdfq.recipes import Recipe
+
+
+def resolve(
+    model: Model,
+    example_input: ExampleInputs | None = None,
+    bits: str | Bits | None = None,
+    recipe: str | Recipe = "fast",
+    *,
+    context: Context = Context(),
+    timing: Timing = Timing(),
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """Parse and check all options of a run.
+
+    What is cheap to check is checked first: options, then the network, then the images.
+
+    Args:
+        model: The network.
+        example_input: An input of the network [N, ...], for a `model` that is a module.
+        bits: Bits of weights and activations, 2..8 each, as "w4a8"; or "auto". None is w4a8, which
+            runtimes compute as fast as w4a4; or w4a4 in placement relu, the published protocol.
+        recipe: A name in `gdfq.RECIPES`, or a recipe.
+        context: Context of the run. A plan with a budget depends on it.
+        timing: What the time of the run consists of. A plan with a budget depends on it.
+        **options: See `PlanOptions`.
+
+    Raises:
+        UsageError: An option, the network or the images cannot be used.
+        TypeError: There is no such option.
+    """
+    if unknown := options.keys() - PlanOptions.__annotations__.keys():
+        raise TypeError(
+            f"options must be among {', '.join(sorted(PlanOptions.__annotations__))}; "
+            f"got {', '.join(sorted(unknown))}."
+        )
+    images: ImageOptions = options_of(options, ImageOptions)
+    method = resolve_method(bits, recipe, **options_of(options, MethodOptions))
+    check_images(method, images)
+    network = resolve_network(model, example_input, **options_of(options, NetworkOptions))
+    return plan_of(network, method, context=context, timing=timing, **images)
+
+
+def plan_of(
+    network: Network,
+    method: Method,
+    *,
+    context: Context = Context(),
+    timing: Timing = Timing(),
+    **images: Unpack[ImageOptions],
+) -> Plan:
+    """Fit a method to a network, read the images, and choose the effort for a budget.
+
+    Args:
+        network: The captured network.
+        method: What is to be done.
+        context: Context of the run, whose checkpoint may have the effort. Only a budget needs it.
+        timing: What the time of the run consists of. Only a budget needs it.
+        **images: See `ImageOptions`.
+
+    Raises:
+        UsageError: The images cannot be used, or the budget is too small.
+    """
+    check_images(method, images)
+    started = time.perf_counter() if timing.started is None else timing.started
+    teacher, preprocessing, names = network.teacher, network.preprocessing, network.class_names
+    recipe = _fitted(method, teacher, given=images.get("data") is not None)
+    generation = images.get("generate_with")
+    planned = None if generation is None else planned_generation(generation, recipe, teacher, names)
+    read = GivenImages.read(images, network)
+    source = source_of(recipe, read.data, preprocessing, read.candidates)
+    if read.data is None and not source.within_limits:
+        teacher = replace(teacher, input_limits=None)  # the student would clip these images
+    if method.target is not None:
+        method.target.check_scheme(teacher, method.scheme)
+    plan = Plan(
+        read.limiting(teacher),
+        method.scheme,
+        recipe,
+        source,
+        preprocessing,
+        method.size,
+        read.data,
+        read.test,
+        read.candidates,
+        planned,
+        network.weights_sha256,
+        network.seconds,
+        network.notes,
+        method.effort.budget,
+        target=method.target,
+    )
+    if plan.budget is None:
+        return plan
+    following = replace(timing.following, capture_seconds=network.capture_seconds)
+    timing = replace(timing, started=started, following=following)
+    return within_budget(plan, method, context, timing)
+
+
+def _fitted(method: Method, teacher: Captured, *, given: bool) -> Recipe:
+    """Return the recipe for the network's inputs and for the effort that the user asks for."""
+    recipe = method.recipe
+    if takes_images(teacher.inputs):
+        recipe = recipe.fitted(teacher.input_shape)
+    elif not given:
+        image_shape(teacher.inputs)  # raises: sources make images alone
+    return method.effort.of_given(recipe) if given else method.effort.of_images(recipe)
