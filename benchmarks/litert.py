@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.runtime import network_of
@@ -25,6 +26,7 @@ from support.places import RESULTS, SHARED
 from torch import Tensor
 
 import gdfq
+from gdfq import TARGETS
 from gdfq.data.datasets import load_data
 from gdfq.deploy.litert.runtime import LiteInterpreter, litert_runner
 from gdfq.deploy.onnx.session import onnx_session
@@ -42,6 +44,7 @@ NAMES = (
     "imagenet_mobilenetv1_025",
 )
 BITS = ("w8a8", "w4a8", "w4a4")
+Row = dict[str, Any]
 IMAGES, COMPARED = 64, 500
 """Images that ranges are calibrated on, and images on which classes are compared."""
 
@@ -79,7 +82,7 @@ def image_call(data: bytes, image: Tensor) -> Callable[[], object]:
     return loaded.interpreter.invoke
 
 
-def row_of(name: str, bits: str, seconds: float) -> dict[str, object]:
+def row_of(name: str, bits: str, seconds: float) -> Row:
     student = student_of(name, bits)
     _, shape, preprocessing = network_of(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,16 +115,27 @@ def row_of(name: str, bits: str, seconds: float) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def measure_rows(
+    description: str | None, file: Path, row_of: Callable[[str, str, float], Row], kind: str
+) -> None:
+    """Measure the rows that a file of results does not have, and write each as soon as it is done.
+
+    Args:
+        description: Of the command.
+        file: The file of results.
+        row_of: Measures a network at some bits, each file for so many seconds.
+        kind: The target that is compared with ONNX files.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each file")
     options = parser.parse_args()
     if not SHARED.is_dir():
         sys.exit(f"skipped: the networks and images of {SHARED} are not there")
-    rows = json.loads(FILE.read_text()) if FILE.exists() else []
+    TARGETS[kind].require_runtime()
+    rows = json.loads(file.read_text()) if file.exists() else []
     done = {(row["network"], row["bits"]) for row in rows}
     for name in options.networks:
         for bits in (bits for bits in BITS if (name, bits) not in done):
@@ -129,14 +143,14 @@ def main() -> None:
             rows = sorted(
                 [*rows, row], key=lambda r: (NAMES.index(r["network"]), -BITS.index(r["bits"]))
             )
-            FILE.write_text(json.dumps(rows, indent=1) + "\n")
+            file.write_text(json.dumps(rows, indent=1) + "\n")
             print(
                 name,
                 bits,
-                f"{row['onnx_ms']:.3f} -> {row['litert_ms']:.3f} ms",
+                f"{row['onnx_ms']:.3f} -> {row[f'{kind}_ms']:.3f} ms",
                 row["differs_first"],
             )
 
 
 if __name__ == "__main__":
-    main()
+    measure_rows(__doc__, FILE, row_of, "litert")

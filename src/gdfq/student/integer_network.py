@@ -25,6 +25,7 @@ from gdfq.functional.grid import (
     quantize_bias,
 )
 from gdfq.graph import operators, queries
+from gdfq.graph.constants import constants_of
 from gdfq.graph.outputs import in_order
 from gdfq.graph.rewrite import Copy, rewrite
 from gdfq.graph.tensors import flat_module, tensors_of
@@ -163,6 +164,15 @@ class IntegerNetwork(nn.Module):
     def outputs(self, *inputs: Tensor) -> list[Tensor]:
         """Return the outputs in order, given one tensor for each input."""
         return in_order(self(*inputs))
+
+    @property
+    def constants(self) -> dict[fx.Node, Any]:
+        """Return the values of constants, without those that lie on the grid of an activation."""
+        return {
+            node: constant.value
+            for node, constant in constants_of(self.module).items()
+            if not constant.operators & operators.ROUNDING
+        }
 
     @property
     def activations(self) -> list[ActivationGrid]:

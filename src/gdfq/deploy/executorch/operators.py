@@ -3,10 +3,11 @@
 They are those whose files were equal in ExecuTorch; `make check` repeats that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 from torch import fx
 
+from gdfq.deploy.refusal import refused
 from gdfq.graph import operators, queries
 from gdfq.graph.operators import name_of, short_name
 
@@ -30,21 +31,10 @@ def unsupported(graph: fx.Graph) -> list[str]:
     Args:
         graph: The graph of a teacher or of an integer network.
     """
-    return list(_refused(graph))
+    return refused(graph, _is_supported)
 
 
-def _refused(graph: fx.Graph) -> Iterator[str]:
-    constants: set[fx.Node] = set()
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr" or (sources and constants.issuperset(sources)):
-            constants.add(node)
-        elif node.op == "call_function" and not _is_supported(node, constants):
-            name = queries.layer_name(node) if queries.has_weight(node) else node.name
-            yield f"{name} ({short_name(node) or name_of(node)})"
-
-
-def _is_supported(node: fx.Node, constants: set[fx.Node]) -> bool:
+def _is_supported(node: fx.Node, constants: AbstractSet[fx.Node]) -> bool:
     name = name_of(node)
     if queries.is_layer(node):
         return queries.weight_of(node) in constants and name not in operators.OF_VOLUMES

@@ -58,17 +58,15 @@ class _Writer:
         self.layers = {layer.node: layer for layer in network.layers}
         self.floats: dict[fx.Node, Any] = {}
         self.codes: dict[fx.Node, tuple[fx.Node, StoredCodes]] = {}
-        self.constants: dict[fx.Node, Any] = {}
+        self.constants = network.constants
         self.stored: dict[str, Tensor] = {}
 
     def run(self, with_codes: bool) -> fx.GraphModule:
         written: set[fx.Node] = set()
         for node in self.source.nodes:
-            if node in written or node.op == "output":
+            if node in written or node in self.constants or node.op == "output":
                 continue
-            if self._is_constant(node):
-                self.constants[node] = self._folded(node)
-            elif node in self.carriers:
+            if node in self.carriers:
                 self._round(node, self._float(queries.input_of(node)))
             elif chain := quantized_by(node, self.tensors):
                 written |= set(chain)
@@ -82,24 +80,6 @@ class _Writer:
         codes = [self.codes[node][0] for node in self.carriers] if with_codes else []
         self.graph.output((*outputs, *codes))
         return fx.GraphModule(self.stored, self.graph)
-
-    # -------------------------------------------------------------- constants
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        """Return whether a node is a constant, or computed from constants alone."""
-        if node.op in {"get_attr", "placeholder"}:
-            return node.op == "get_attr"
-        if name_of(node) in operators.QUANTIZATION:
-            return name_of(node) != operators.FAKE_QUANTIZE
-        return all(source in self.constants for source in node.all_input_nodes)
-
-    def _folded(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return self.tensors[str(node.target)]
-        function: Any = node.target
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
-        with torch.no_grad():
-            return function(*args, **kwargs)
 
     def _constant(self, value: Any) -> Any:
         """Return a constant as an argument of the new graph."""

@@ -117,7 +117,7 @@ class Writer:
         self.layers = {layer.node: layer for layer in network.layers}
         self.codes: dict[fx.Node, Held] = {}
         self.floats: dict[fx.Node, Held] = {}
-        self.constants: dict[fx.Node, Any] = {}
+        self.constants = network.constants
         self.inputs: dict[str, FileTensor] = {}
         self.refused: list[str] = []
 
@@ -147,9 +147,7 @@ class Writer:
                 continue
             if node.op == "placeholder":
                 self._input(node, next(specs))
-            elif self._is_constant(node):
-                self.constants[node] = self._folded(node)
-            elif isinstance(self.known[node], Tensor | tuple | list):
+            elif node not in self.constants and isinstance(self.known[node], Tensor | tuple | list):
                 written |= set(self._written(node))
         constant = [n for n in queries.outputs(self.graph) if n not in {*self.codes, *self.floats}]
         return [*self.refused, *(f"a constant output ({node.name!r})" for node in constant)]
@@ -177,24 +175,6 @@ class Writer:
             value = self.emit.copied(value, name)
         self.emit.file.tensors[value.tensor.index].name = name
         return value.tensor
-
-    # -------------------------------------------------------------- constants
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        """Return whether a node is a constant, or computed from constants alone."""
-        if node.op == "get_attr":
-            return True
-        if name_of(node) in operators.QUANTIZATION:
-            return name_of(node) != operators.FAKE_QUANTIZE
-        return all(source in self.constants for source in node.all_input_nodes)
-
-    def _folded(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return self.tensors[str(node.target)]
-        function: Any = node.target
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
-        with torch.no_grad():
-            return function(*args, **kwargs)
 
     # ------------------------------------------------------------------ nodes
 

@@ -1,11 +1,12 @@
 """Which operators of a network a file for TFLite Micro has, judged before anything is quantized."""
 
-from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 from torch import Tensor, fx
 
 from gdfq.deploy.litert.moves import MOVES
 from gdfq.deploy.litert_micro.arithmetic import windows_of_average
+from gdfq.deploy.refusal import refused
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.operators import name_of, short_name
@@ -25,22 +26,11 @@ def unsupported(graph: fx.Graph) -> list[str]:
     Args:
         graph: The graph of a teacher or of an integer network.
     """
-    return list(_refused(graph))
-
-
-def _refused(graph: fx.Graph) -> Iterator[str]:
-    constants: set[fx.Node] = set()
     ends = {node for node in queries.outputs(graph) if name_of(node) in _ENDS}
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr" or (sources and constants.issuperset(sources)):
-            constants.add(node)
-        elif node.op == "call_function" and node not in ends and not _is_supported(node, constants):
-            name = queries.layer_name(node) if queries.has_weight(node) else node.name
-            yield f"{name} ({short_name(node) or name_of(node)})"
+    return refused(graph, lambda node, constants: node in ends or _is_supported(node, constants))
 
 
-def _is_supported(node: fx.Node, constants: set[fx.Node]) -> bool:
+def _is_supported(node: fx.Node, constants: AbstractSet[fx.Node]) -> bool:
     name = name_of(node)
     if name in operators.QUANTIZATION | {operators.BATCH_SIZE, operators.GETITEM}:
         return True
