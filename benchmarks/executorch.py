@@ -48,5 +48,9 @@ def row_of(name: str, bits: str, seconds: float) -> Row:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
     measure_rows(__doc__, FILE, row_of, "executorch")
+
+
+if __name__ == "__main__":
+    main()

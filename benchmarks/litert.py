@@ -152,5 +152,9 @@ def measure_rows(
             )
 
 
-if __name__ == "__main__":
+def main() -> None:
     measure_rows(__doc__, FILE, row_of, "litert")
+
+
+if __name__ == "__main__":
+    main()
