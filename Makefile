@@ -54,8 +54,8 @@ OPTIONAL := docs diffusion openvino litert-micro nncf hf ptcv browser tensorboar
 # Versions before 1.19 need the first NumPy.
 OLD_RUNTIMES := onnxruntime==1.16.3 onnxruntime==1.18.1
 RUNTIMES := $(foreach v,1.20.1 1.21.1 1.22.1 1.23.2 1.24.4,onnxruntime==$(v)) tract==0.23.9
-# What ExecuTorch needs beside the installed torch; its other dependencies are for other devices.
-EXECUTORCH := executorch==1.5.1 torchao==0.18.0 ruamel.yaml tabulate
+# With what they need beside the installed packages; other dependencies of ExecuTorch are for other devices.
+COMPILERS := executorch==1.5.1,torchao==0.18.0,ruamel.yaml,tabulate apache-tvm==0.27.0.post1,apache-tvm-ffi==0.1.15.post2
 .venv/runtimes/installed: .venv/installed
 	for runtime in $(OLD_RUNTIMES) $(RUNTIMES); do \
 	    $(PIP) install --quiet --no-deps --target ".venv/runtimes/$$runtime" "$$runtime" \
@@ -65,8 +65,10 @@ EXECUTORCH := executorch==1.5.1 torchao==0.18.0 ruamel.yaml tabulate
 	    $(PIP) install --quiet --no-deps --target ".venv/runtimes/$$runtime" "numpy<2" \
 	    || { rm -r ".venv/runtimes/$$runtime"; echo "not installed: numpy<2"; }; \
 	done
-	$(PIP) install --quiet --no-deps --target .venv/runtimes/executorch==1.5.1 $(EXECUTORCH) \
-	    || echo "not installed: executorch"
+	for runtime in $(COMPILERS); do \
+	    $(PIP) install --quiet --no-deps --target ".venv/runtimes/$${runtime%%,*}" $$(echo "$$runtime" | tr , ' ') \
+	    || echo "not installed: $$runtime"; \
+	done
 	mkdir -p .venv/runtimes && touch $@
 
 # The JavaScript that examples/web needs, in the version that it names.

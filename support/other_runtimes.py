@@ -33,6 +33,18 @@ x = numpy.load(sys.argv[2])
 runnable = tract.onnx().load(sys.argv[1]).into_model().into_runnable()
 numpy.save(sys.argv[3], runnable.run([x])[0].to_numpy())
 """
+_TVM = """
+import sys, numpy, onnx, tvm
+from tvm import relax
+from tvm.relax.frontend.onnx import from_onnx
+x, model = numpy.load(sys.argv[2]), onnx.load(sys.argv[1])
+module = from_onnx(model, shape_dict={model.graph.input[0].name: x.shape})
+module = relax.transform.LegalizeOps()(relax.transform.DecomposeOpsForInference()(module))
+machine = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+found = machine["main"](tvm.runtime.tensor(x))
+numpy.save(sys.argv[3], (found if hasattr(found, "numpy") else found[0]).numpy())
+"""
+_SCRIPTS = {"onnxruntime": _ONNX_RUNTIME, "tract": _TRACT, "apache-tvm": _TVM}
 
 
 def first_output(runtime: str, file: Path, x: Tensor) -> Tensor | None:
@@ -46,7 +58,7 @@ def first_output(runtime: str, file: Path, x: Tensor) -> Tensor | None:
     folder = FOLDER / runtime
     if not folder.is_dir():
         pytest.skip(f"needs {runtime} in {FOLDER}, where make check installs it")
-    script = _TRACT if runtime.startswith("tract") else _ONNX_RUNTIME
+    script = _SCRIPTS[runtime.partition("==")[0]]
     with tempfile.TemporaryDirectory() as place:
         given, found = Path(place) / "x.npy", Path(place) / "y.npy"
         np.save(given, x.numpy())

@@ -1,4 +1,4 @@
-"""ONNX files in older versions of ONNX Runtime and in tract, each in a process of its own."""
+"""ONNX files in older versions of ONNX Runtime, in tract and TVM, each in its own process."""
 
 from pathlib import Path
 
@@ -62,3 +62,14 @@ def test_compatible_file_gives_the_same_predictions_in_tract(
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
     equal = (found - expected).abs().amax(1) < 1e-4
     assert int((~equal).sum()) <= 3
+
+
+@pytest.mark.check
+def test_compatible_file_gives_the_same_outputs_in_tvm(
+    student: QuantizedNetwork, tmp_path: Path
+) -> None:
+    student.export(tmp_path / "q.compat.onnx")
+    found = first_output("apache-tvm==0.27.0.post1", tmp_path / "q.compat.onnx", _inputs(student))
+    assert found is not None
+    expected = student(_inputs(student))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
