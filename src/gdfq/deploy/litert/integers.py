@@ -12,9 +12,8 @@ import numpy as np
 from gdfq.deploy.litert.carriers import StoredCodes
 from gdfq.deploy.litert.emitter import Emitter, Value
 from gdfq.deploy.litert.flatbuffer import Grid
-from gdfq.deploy.litert.functions import depthwise_options
 from gdfq.deploy.litert.moves import as_map, from_map, padded_for
-from gdfq.deploy.litert.windows import average_windows
+from gdfq.deploy.litert.windows import average_windows, depthwise_options
 from gdfq.graph.queries import AveragePooling
 
 Shape = tuple[int, ...]

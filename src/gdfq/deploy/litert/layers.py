@@ -11,11 +11,15 @@ from torch import Tensor, fx
 from gdfq.deploy.litert.carriers import StoredCodes
 from gdfq.deploy.litert.emitter import Emitter, NoFormError, Value
 from gdfq.deploy.litert.flatbuffer import Array, Grid
-from gdfq.deploy.litert.functions import convolution_options, depthwise_options
 from gdfq.deploy.litert.layout import Order
 from gdfq.deploy.litert.moves import as_map, from_map, padded_for
 from gdfq.deploy.litert.transposed import sub_pixels
-from gdfq.deploy.litert.windows import Windows, convolution_windows
+from gdfq.deploy.litert.windows import (
+    Windows,
+    convolution_options,
+    convolution_windows,
+    depthwise_options,
+)
 from gdfq.graph import operators, queries
 from gdfq.student.integer_network import IntegerLayer
 

@@ -450,3 +450,10 @@ MOVES: Mapping[str, Move] = {
     "expand": broadcast,
 }
 """By the short name of the operator (`operators.short_name`)."""
+
+
+def with_last(emit: Emitter, name: str, x: Value, dim: int) -> tuple[Value, list[Value]]:
+    """Return a result and its input with a dimension last in the file."""
+    dim %= len(x.shape)
+    x = emit.in_order(x, (*(d for d in x.order if d != dim), dim))
+    return emit.like(name, x), [x]

@@ -155,3 +155,19 @@ def average_windows(pool: AveragePooling, sides: Sequence[int]) -> tuple[Windows
     divisors = windows.divisors(count_include_pad=pool.count_include_pad)
     first = float(divisors.flat[0])
     return windows, first if math.isclose(divisors.min(), divisors.max()) else None
+
+
+def depthwise_options(windows: Windows, padding: int, multiplier: int = 1) -> dict[str, Any]:
+    """Return the options of a depthwise convolution."""
+    return {**convolution_options(windows, padding), "depthMultiplier": multiplier}
+
+
+def convolution_options(windows: Windows, padding: int) -> dict[str, Any]:
+    """Return the options of a convolution."""
+    return {
+        "padding": padding,
+        "strideH": windows.stride[0],
+        "strideW": windows.stride[1],
+        "dilationHFactor": windows.dilation[0],
+        "dilationWFactor": windows.dilation[1],
+    }

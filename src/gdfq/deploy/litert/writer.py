@@ -17,9 +17,10 @@ from torch import Tensor, fx
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.litert import integers
 from gdfq.deploy.litert.carriers import StoredCodes, carrier_of
+from gdfq.deploy.litert.elementwise import clamped, for_each_image, normalised_pixels
 from gdfq.deploy.litert.emitter import Emitter, NoFormError, Value
 from gdfq.deploy.litert.flatbuffer import FileBuilder, FileTensor
-from gdfq.deploy.litert.functions import FUNCTIONS, clamped, for_each_image, normalised_pixels
+from gdfq.deploy.litert.functions import FUNCTIONS
 from gdfq.deploy.litert.layers import codes_layer, float_layer
 from gdfq.deploy.litert.layout import Order, identity, in_file, usual
 from gdfq.deploy.litert.moves import MOVES, joined, reshaped

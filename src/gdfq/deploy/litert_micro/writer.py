@@ -9,11 +9,11 @@ from torch import fx
 from gdfq.deploy.litert.carriers import StoredCodes
 from gdfq.deploy.litert.emitter import NoFormError, Value
 from gdfq.deploy.litert.flatbuffer import FileTensor, Grid
-from gdfq.deploy.litert.functions import depthwise_options
 from gdfq.deploy.litert.integers import ARITHMETIC
 from gdfq.deploy.litert.layers import codes_layer
 from gdfq.deploy.litert.layout import usual
 from gdfq.deploy.litert.moves import as_map, padded_for
+from gdfq.deploy.litert.windows import depthwise_options
 from gdfq.deploy.litert.writer import Writer, WrittenFile
 from gdfq.deploy.litert_micro.arithmetic import ONE, Shape, headroom, mean_scale, windows_of_average
 from gdfq.graph import operators, queries
