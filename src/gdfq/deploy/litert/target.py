@@ -21,11 +21,11 @@ def _file(job: Job) -> WrittenFile:
 
 
 def _write(job: Job) -> bytes:
-    return _file(job).data
+    return job.once(_file).data
 
 
 def _prove(job: Job, written: Path) -> Proof:
-    data, orders = written.read_bytes(), _file(job).orders
+    data, orders = written.read_bytes(), job.once(_file).orders
 
     def values(_names: Sequence[str], inputs: Sequence[Tensor]) -> Mapping[str, Any]:
         return litert_values(data, orders, inputs)  # these are all names

@@ -73,18 +73,19 @@ def _subject(job: Job) -> _Subject:
     return _Subject(student, network, names, grids, inside, beyond)
 
 
-def _file(job: Job, subject: _Subject) -> WrittenFile:
+def _file(job: Job) -> WrittenFile:
+    subject = job.once(_subject)
     known = {name: text for name, text in facts_of(job.card, job.accuracy or {}).items() if text}
     return to_micro(subject.network, job.card.inputs, known, subject.names)
 
 
 def _write(job: Job) -> bytes:
-    return _file(job, _subject(job)).data
+    return job.once(_file).data
 
 
 def _prove(job: Job, written: Path) -> Proof:
-    subject, data = _subject(job), written.read_bytes()
-    orders = _file(job, subject).orders
+    subject, data = job.once(_subject), written.read_bytes()
+    orders = job.once(_file).orders
 
     def of(examples: tuple[Tensor, ...]) -> Parity:
         simulation = _simulated(subject.network, examples)
@@ -170,7 +171,7 @@ def _written(network: IntegerNetwork) -> list[ActivationGrid]:
 
 
 def _notes(job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
-    subject = _subject(job)
+    subject = job.once(_subject)
     stored = carriers_of(subject.network)
     grids = {grid.node: grid for grid in subject.network.activations}
     found = [
