@@ -151,6 +151,14 @@ def test_quantized_bytes_are_near_the_size_of_the_file(tmp_path: Path) -> None:
     assert 0.75 < diagnosis.quantized_bytes / written < 1.1
 
 
+def test_summary_names_floating_point_grids() -> None:
+    scheme = Scheme(Bits.parse("w4afp8"), "full")
+    diagnosis = diagnose(networks.captured("Residual"), scheme, find_recipe("fast"))
+    assert (
+        f"activations: {diagnosis.activations[8]} at 8 floating-point bits;" in diagnosis.summary()
+    )
+
+
 def test_problems_are_returned_and_not_raised() -> None:
     teacher = capture(networks.make("Transformer"), torch.zeros(1, 1, 8, 8))
     diagnosis = diagnose(teacher, Scheme(Bits(4, 4), "relu"), find_recipe("fast"))

@@ -14,6 +14,7 @@ from gdfq.analysis.operations import layer_operations, product_operations
 from gdfq.analysis.preflight_advice import MAX_NARROW_CHANNELS, preflight_advice
 from gdfq.deploy.onnx.sizes import WEIGHT_BITS
 from gdfq.errors import GdfqError
+from gdfq.functional.grid import Bits
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
@@ -103,7 +104,8 @@ class Diagnosis:
     def summary(self) -> str:
         """A summary in one line."""
         quantized = sum(layer.bits is not None for layer in self.layers)
-        activations = ", ".join(f"{n} at {bits} bits" for bits, n in self.activations.items())
+        kind = "floating-point bits" if Bits.parse(self.bits).float_activations else "bits"
+        activations = ", ".join(f"{n} at {bits} {kind}" for bits, n in self.activations.items())
         return (
             f"{quantized} of {len(self.layers)} layers quantized, "
             f"activations: {activations or 'none'}; "
