@@ -34,11 +34,11 @@ def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
             cannot make images for this network, or the checkpoint belongs to another run.
         GdfqError: The run fails: a loss is not finite, memory is short, or a process died.
     """
-    plan = stages.generate_images(plan, context)
+    plan, generated = stages.generate_images(plan, context)
     listener = allowing_tracing(context.checkpointer.listening(context.listener))
     context = replace(context, listener=listener)
     with context.checkpointer:
-        clock = stages.begin(plan, context)
+        clock = stages.begin(plan, context, generated)
         attempt = partial(_quantize, plan, clock, context.seed)
         quantized, restart = stages.restarting_once(attempt, plan, context)
         if restart is not None:

@@ -3,8 +3,9 @@
 A stage that is over leaves a mark among the registered parts of the run; a resumed run skips it.
 """
 
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,28 +65,39 @@ class Marks:
         release_freed_memory()
 
 
-def generate_images(plan: Plan, context: Context) -> Plan:
-    """Make the images of a text-to-image model that the plan asks for, and return it with them.
+def generate_images(plan: Plan, context: Context) -> tuple[Plan, dict[str, float]]:
+    """Make the images of a text-to-image model that the plan asks for.
 
     Those that are in their folder are not made again.
+
+    Returns:
+        The plan with the images, and the seconds that they took under "generate"; none of a plan
+        without such images.
 
     Raises:
         UsageError: The pipeline cannot be used, or the folder holds other images.
     """
     if plan.generation is None:
-        return plan
-    return plan.with_candidates(plan.generation.made(plan.teacher, plan.preprocessing, context))
+        return plan, {}
+    started = time.perf_counter()
+    made = plan.generation.made(plan.teacher, plan.preprocessing, context)
+    return plan.with_candidates(made), {"generate": time.perf_counter() - started}
 
 
-def begin(plan: Plan, context: Context) -> Stopwatch:
+def begin(plan: Plan, context: Context, generated: Mapping[str, float]) -> Stopwatch:
     """Read the checkpoint of the run, if there is one, and start the clock.
+
+    Args:
+        plan: The plan.
+        context: The context of the run.
+        generated: Seconds of making images before the run, by stage.
 
     Raises:
         UsageError: The checkpoint belongs to another run.
     """
     context.checkpointer.begin(identity_of(plan, context), environment_of(plan, context))
     context.group.wait()  # nothing is written before all processes have read
-    return context.checkpointer.register("clock", Stopwatch({"capture": plan.seconds}))
+    return context.checkpointer.register("clock", Stopwatch({"capture": plan.seconds, **generated}))
 
 
 def restarting_once(

@@ -42,7 +42,9 @@ def test_one_command_makes_the_images_and_quantizes(
     # Another guidance is another pool, so the note of the refused one must not stay.
     assert main(words_of(place, "1")) == 0, capsys.readouterr().err
     assert len(list((out / "generated").glob("*.png"))) == 8  # two for each image that is made
-    found = json.loads((out / "metrics.json").read_text())["candidates"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert 0 < metrics["seconds"]["generate"] < metrics["seconds"]["total"]
+    found = metrics["candidates"]
     assert (found["kind"], found["candidates"]) == ("generated", 8)
     config = json.loads((out / "config.json").read_text())
     assert config["generate_with"]["images"] == 8
