@@ -19,6 +19,7 @@ from gdfq.recipes import FAST, GENIE, PAPER, Recipe, find_recipe
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.pool import ImagePool
 from gdfq.tuning.distill import Distillation
+from gdfq.tuning.grid_adam import GridAdam
 
 
 def test_with_steps_scales_the_published_schedule() -> None:
@@ -146,6 +147,28 @@ def test_bits_are_w4a8_by_default_and_w4a4_in_the_published_protocol() -> None:
     assert str(resolve_method().scheme.bits) == "w4a8"
     assert str(resolve_method(placement="relu").scheme.bits) == "w4a4"
     assert str(resolve_method(recipe="paper").scheme.bits) == "w4a4"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "options", "expected"),
+    [
+        ("fast", "w4a4", {}, 0.0025),
+        ("fast", "w3a3", {}, 0.01),
+        ("fast", "w4a4", {"layer_bits": ["first=3"]}, 0.01),
+        ("quick", "w4a4", {"steps": 8}, 0.0025),
+        ("quick", "w2a2", {}, 0.01),  # its first and last layers have 8 bits
+        ("real", "w4a4", {}, 0.0025),
+        ("patches", "w4a4", {}, 0.01),  # its weights are not fitted
+        (FAST, "w4a4", {}, 0.01),
+    ],
+)
+def test_codes_of_fitted_weights_learn_slowly_from_4_bits_on(
+    recipe: str | Recipe, bits: str, options: Any, expected: float
+) -> None:
+    tuning = resolve_method(bits, recipe, **options).recipe.tuning
+    optimizer = instance(instance(tuning, Distillation).optimizer, GridAdam)
+    assert optimizer.code_lr == pytest.approx(expected)
+    assert (optimizer.scale_lr, optimizer.other_lr) == (1e-3, 5e-4)
 
 
 def test_recipe_of_the_user_is_carried_out_as_it_is_at_8_bits() -> None:

@@ -428,6 +428,10 @@ _FITTED_BITS = 4
 """Fewest bits of weights and activations from which quick fits weights and does not tune, and of
 weights from which fast does not, where activations have 8 bits: tuning on made images gains nothing
 there, or loses."""
+_FINE_BITS, _FINE_CODE_SHARE = 4, 0.25
+"""Fewest bits of fitted weights whose latent codes learn at a share of the usual rate, and this
+share. Such codes round so well that the first updates, which move each by the whole rate, undo more
+than later ones gain."""
 
 
 def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
@@ -450,6 +454,25 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     if recipe in _EFFORT_BY_BITS and fewest >= _FITTED_BITS and not gains_by_tuning:
         return replace(_FITTED, name=recipe)
     return find_recipe(recipe)
+
+
+def with_code_rate(recipe: Recipe, scheme: Scheme) -> Recipe:
+    """Return a recipe whose fitted weights learn at the rate that their bits need.
+
+    With weights of 4 bits and more the rate of their latent codes is a quarter of that of 3 or 2.
+    """
+    tuning, bits = recipe.tuning, [layer.bits for layer in scheme.layer_bits]
+    fewest = min([scheme.bits.weights, *(width for width in bits if width is not None)])
+    if (
+        fewest < _FINE_BITS
+        or not recipe.fit_weights
+        or not isinstance(tuning, Distillation)
+        or not isinstance(tuning.optimizer, GridAdam)
+    ):
+        return recipe
+    rate = _FINE_CODE_SHARE * tuning.optimizer.code_lr
+    optimizer = replace(tuning.optimizer, code_lr=rate)
+    return replace(recipe, tuning=replace(tuning, optimizer=optimizer))
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:

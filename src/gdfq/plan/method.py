@@ -10,7 +10,7 @@ from gdfq.errors import UsageError
 from gdfq.execution.durations import seconds_of
 from gdfq.functional.grid import Bits
 from gdfq.plan.options import DEFAULT_BITS, EffortOptions, MethodOptions, options_of
-from gdfq.recipes import Recipe, find_recipe, recipe_for
+from gdfq.recipes import Recipe, find_recipe, recipe_for, with_code_rate
 from gdfq.student.build import check_family
 from gdfq.student.scheme import (
     GridRules,
@@ -134,6 +134,8 @@ def resolve_method(
     scheme = Scheme(wanted, placed, overrides, grids)
     if effort.steps is None and size is None:
         chosen = recipe_for(recipe, scheme)
+    if size is None and not isinstance(recipe, Recipe):
+        chosen = with_code_rate(chosen, scheme)
     check_family(scheme, chosen.quantizers)
     chosen = chosen.with_steps(effort.steps)
     effort.of_images(chosen)  # refuses what cannot be used before a network is loaded
