@@ -115,6 +115,11 @@ def quantize(
             - classifier: Whether the output is the logits of classes.
             - weights, input_shape: Weights file and shape of one input, of a model that is a name.
             - device: "cpu", "cuda" or "auto".
+            - scheduler: Of a denoiser of a diffusion model: the scheduler of diffusers that it is
+              sampled with, its configuration, or the file of that. The denoiser is quantized on
+              its own trajectories; `input_shape` is the shape of its image.
+            - sampling_steps: Steps of a trajectory.
+            - conditions: Conditions of the denoiser [M, ...], of which each trajectory gets one.
 
     Returns:
         The quantized network, which runs as a module, and can be evaluated, saved and exported.

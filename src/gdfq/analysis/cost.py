@@ -41,7 +41,7 @@ def with_costs(
     """
     if diagnosis.problems:
         return diagnosis
-    recipe = recipe.fitted(teacher.input_shape)
+    recipe = recipe.fitted(teacher.inputs[0].shape)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
     seconds = {
@@ -50,7 +50,8 @@ def with_costs(
     }
     peak = peak_bytes(teacher.device)
     if peak is not None:
-        peak += 4 * recipe.source.images_held * math.prod(teacher.input_shape)
+        values = sum(math.prod(spec.shape) for spec in teacher.inputs)
+        peak += 4 * recipe.source.images_held * values
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
 
 
@@ -116,8 +117,9 @@ def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
     if not recipe.tuning.trains:
         return 0.0
     count = recipe.source.batch
-    noise = torch.randn(count, *teacher.input_shape, generator=random_stream(0, "doctor.noise"))
-    batch = Batch((noise.to(teacher.device),), labels_in_turn(teacher, 0, count), None)
+    draw = random_stream(0, "doctor.noise")
+    noise = tuple(spec.noise(count, draw).to(teacher.device) for spec in teacher.inputs)
+    batch = Batch(noise, labels_in_turn(teacher, 0, count), None)
     student = build_student(teacher, scheme, quantizers=recipe.quantizers)
     calibrate_(student, [batch], steps=1)
     return recipe.tuning.seconds(

@@ -66,6 +66,8 @@ def _reason(
         return None
     if name not in operators.INTEGER_CONSUMERS:
         return "no integer form"
+    if node in scheme.float_nodes(node.graph) and node not in weight_bits:
+        return "depends on the time step alone"
     if queries.has_weight(node) and node not in weight_bits:
         return "float by --layer-bits"
     if stays_float(node):

@@ -19,6 +19,7 @@ from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.ends import describe, output_names
+from gdfq.graph.inputs import takes_images
 from gdfq.graph.tensors import tensors_of
 from gdfq.recipes import Recipe
 from gdfq.student.build import check_scheme
@@ -52,7 +53,8 @@ class Diagnosis:
     """Facts about a network and a run on it.
 
     Attributes:
-        input_shape: The shape of one input image.
+        input_shape: The shape of one input image; of a network with several inputs, of the first.
+        inputs: All inputs in words.
         classes: Number of classes; None if the outputs are not classes.
         outputs: Names of the outputs.
         task: What is matched and measured of the outputs, in one sentence.
@@ -76,6 +78,7 @@ class Diagnosis:
     """
 
     input_shape: tuple[int, ...]
+    inputs: str
     classes: int | None
     outputs: tuple[str, ...]
     task: str
@@ -147,7 +150,8 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
     tensors = tensors_of(teacher.network)
     norms = len(teacher.batch_norms)
     return Diagnosis(
-        input_shape=teacher.input_shape,
+        input_shape=teacher.inputs[0].shape,
+        inputs=_inputs_in_words(teacher),
         classes=teacher.classes,
         outputs=tuple(output_names(teacher, teacher.ends)),
         task=describe(teacher, teacher.ends),
@@ -173,6 +177,13 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
             )
         ),
     )
+
+
+def _inputs_in_words(teacher: Captured) -> str:
+    """The shape of one image, or each input with its name, shape and kind."""
+    if takes_images(teacher.inputs):
+        return "x".join(map(str, teacher.input_shape))
+    return ", ".join(map(str, teacher.inputs))
 
 
 def _layer(

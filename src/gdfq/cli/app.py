@@ -12,6 +12,7 @@ import click
 from gdfq.cli.exit_codes import exit_code_of, warnings_in_a_line
 from gdfq.cli.options import (
     batch_option,
+    denoiser_options,
     effort_options,
     export_target_option,
     generation_options,
@@ -39,6 +40,7 @@ def cli() -> None:
     MODEL is one of
       timm:NAME, torchvision:NAME, ptcv:NAME   a pretrained network of a library
       hf:ID or hf:FOLDER                       an image classifier of Hugging Face
+      diffusers:ID or diffusers:FOLDER         the denoiser of a diffusion model
       path/to/file.py:factory                  a function without arguments that returns an
       package.module:factory                   nn.Module; this runs its code
       path/to/program.pt2                      from torch.export.save; loading it can run code
@@ -50,6 +52,7 @@ def cli() -> None:
 
 @cli.command("quantize")
 @network_options
+@denoiser_options
 @click.option(
     "--bits",
     help="Bits of weights and activations, 2 to 8 each, or fp4 and fp8 for floating-point grids, "
@@ -131,6 +134,7 @@ def quantize_command(**options: Any) -> None:
 
 @cli.command("doctor")
 @network_options
+@denoiser_options
 @click.option(
     "--bits",
     help="Bits of weights and activations, 2 to 8 each, or fp4 and fp8 for floating-point grids.  "

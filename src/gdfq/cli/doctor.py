@@ -74,7 +74,10 @@ def _inputs(plan: Plan) -> dict[str, str]:
     found = {"weights": "; ".join(plan.notes)} if plan.notes else {}
     if plan.budget is not None:
         found["budget"] = budget_in_words(plan).removeprefix(", ")
-    found["pixels"] = f"(pixel / 255 - mean) / std, mean {mean}, std {std}"
+    if plan.sampler is None:
+        found["pixels"] = f"(pixel / 255 - mean) / std, mean {mean}, std {std}"
+    else:
+        found["sampler"] = str(plan.sampler)
     proxy = None if plan.candidates is None else plan.candidates.data
     for name, images in (("data", plan.given), ("proxy", proxy), ("test", plan.test)):
         if images is not None:
@@ -119,9 +122,8 @@ def _in_float(diagnosis: Diagnosis) -> str:
 
 
 def _facts(diagnosis: Diagnosis) -> dict[str, str]:
-    shape = "x".join(map(str, diagnosis.input_shape))
     facts = {
-        "input": shape,
+        "input": diagnosis.inputs,
         "output": diagnosis.task,
         "recipe": f"{diagnosis.recipe}, {diagnosis.bits}, placement {diagnosis.placement}: "
         f"{diagnosis.effort}",

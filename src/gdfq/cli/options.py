@@ -126,6 +126,28 @@ network_options = together(
 )
 """Which network it is, and what it takes."""
 
+denoiser_options = together(
+    click.option(
+        "--scheduler",
+        type=PATH,
+        metavar="FILE",
+        help="For the denoiser of a diffusion model: the scheduler_config.json of diffusers that "
+        "it is sampled with (pip install 'gdfq[diffusion]').  [default: that of a diffusers:ID]",
+    ),
+    click.option(
+        "--sampling-steps",
+        type=click.IntRange(min=1),
+        help="Steps of a trajectory of the scheduler.  [default: 50]",
+    ),
+    click.option(
+        "--conditions",
+        type=DataPath(),
+        help="An .npz file with `conditions`, M x ...: labels of classes or embeddings of prompts, "
+        "of which each trajectory gets one.  [default: the classes of a diffusers:ID]",
+    ),
+)
+"""How a denoiser of a diffusion model is called."""
+
 steps_option = click.option(
     "--steps", type=click.IntRange(min=1), help="Batches in total.  [default: the recipe's own]"
 )

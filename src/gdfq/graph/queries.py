@@ -147,6 +147,27 @@ def depends_on_inputs(node: fx.Node) -> bool:
     return node.op not in {"get_attr", "output"} and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def computed_from_scalars(graph: fx.Graph) -> set[fx.Node]:
+    """Return the tensors that depend on inputs of one number per entry alone, such as a time step.
+
+    They are small, and the same for all positions of an image.
+    """
+    found: set[fx.Node] = set()
+    for node in filter(depends_on_inputs, graph.nodes):
+        if node.op == "placeholder":
+            is_scalar = node.meta["val"].ndim == 1
+        else:
+            sources = [
+                source
+                for source in node.all_input_nodes
+                if depends_on_inputs(source) and not is_new(source)
+            ]
+            is_scalar = bool(sources) and found.issuperset(sources)
+        if is_scalar:
+            found.add(node)
+    return found
+
+
 def is_batch_size(node: fx.Node) -> bool:
     """Return whether the node is the length of the batch."""
     return name_of(node) == operators.BATCH_SIZE and bool(node.args[1] == 0)

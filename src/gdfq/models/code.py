@@ -33,7 +33,7 @@ def from_factory(spec: str) -> nn.Module:
     if not place or not name:
         raise UsageError(
             "MODEL is path/to/file.py:factory, package.module:factory, program.pt2, timm:NAME, "
-            f"torchvision:NAME, hf:ID or ptcv:NAME; got {spec!r}."
+            f"torchvision:NAME, hf:ID, ptcv:NAME or diffusers:ID; got {spec!r}."
         )
     is_file = place.endswith(".py")
     if is_file and not Path(place).is_file():

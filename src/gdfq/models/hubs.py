@@ -1,4 +1,4 @@
-"""Networks of the libraries: timm, torchvision, Hugging Face transformers, pytorchcv.
+"""Networks of the libraries: timm, torchvision, Hugging Face transformers, pytorchcv, diffusers.
 
 Each library is imported only when it is used. It loads pretrained weights through its own cache,
 and gives what it knows about the images that the network takes. Weights whose pickle could run code
@@ -17,6 +17,7 @@ import numpy as np
 from gdfq.data.class_names import ClassNames, class_names, imagenet
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import UsageError, first_line
+from gdfq.models.denoisers import load_denoiser
 from gdfq.models.loaded import Loaded, names_of
 from gdfq.models.weights import read_weights
 
@@ -58,7 +59,8 @@ def _import(library: str, hub: str) -> Any:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{hub}:NAME needs {library} ({error}). Install it: pip install 'gdfq[{hub}]'"
+            f"{hub}:NAME needs {library} ({error}). Install it: "
+            f"pip install 'gdfq[{HUBS[hub].extra or hub}]'"
         ) from error
     except Exception as error:  # for example torchvision kernels built for another torch
         raise UsageError(
@@ -243,12 +245,14 @@ class Hub:
         library: Name of the package to import.
         cache: Returns the folder where the library keeps its files.
         otherwise: Advice for when files cannot be downloaded, for error messages.
+        extra: The extra that installs it, if it has another name than the prefix of MODEL.
     """
 
     load: Callable[[Any, str, bool], Loaded]
     library: str
     cache: Callable[[], str]
     otherwise: str = "give the weights with --weights FILE"
+    extra: str | None = None
 
 
 HUBS = {
@@ -256,5 +260,12 @@ HUBS = {
     "torchvision": Hub(_torchvision, "torchvision", _torch_cache),
     "hf": Hub(_transformers, "transformers", _hub_cache, "give a folder with them as hf:FOLDER"),
     "ptcv": Hub(_pytorchcv, "pytorchcv", _ptcv_cache),
+    "diffusers": Hub(
+        load_denoiser,
+        "diffusers",
+        _hub_cache,
+        "give a folder that save_pretrained wrote, as diffusers:FOLDER",
+        extra="diffusion",
+    ),
 }
-"""Prefix of MODEL -> the library. The prefix is also the name of the extra that installs it."""
+"""Prefix of MODEL -> the library. The prefix is the name of the extra that installs it, too."""

@@ -1,11 +1,12 @@
-"""A loaded network, and what its source knows about the images it takes."""
+"""A loaded network, and what its source knows about the inputs it takes."""
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.data.class_names import ClassNames, class_names
 from gdfq.data.preprocessing import PerChannel, Preprocessing
+from gdfq.diffusion.scheduler import SchedulerConfig
 from gdfq.errors import UsageError
 from gdfq.files.untrusted import check_shape
 
@@ -20,6 +21,8 @@ class Loaded:
         preprocessing: From pixels to that input; None if the source does not know it.
         class_names: Names of the outputs; None if the source does not know them.
         notes: Which parts of a weights file were loaded, for the user.
+        scheduler: The scheduler of a diffusion model whose denoiser the network is.
+        conditions: The labels of classes [M] that this denoiser takes.
     """
 
     module: nn.Module
@@ -27,6 +30,8 @@ class Loaded:
     preprocessing: Preprocessing | None = None
     class_names: ClassNames | None = None
     notes: tuple[str, ...] = ()
+    scheduler: SchedulerConfig | None = None
+    conditions: Tensor | None = None
 
     def input(
         self,

@@ -23,9 +23,10 @@ def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
     """Load a network by its name.
 
     Args:
-        spec: `timm:NAME`, `torchvision:NAME`, `hf:ID` or `ptcv:NAME`, with pretrained weights from
-            that library; or `path/to/file.py:factory`, `package.module:factory` or a `.pt2` file
-            that `torch.export.save` wrote. Loading one of the last three can run its code.
+        spec: `timm:NAME`, `torchvision:NAME`, `hf:ID`, `ptcv:NAME` or `diffusers:ID`, with
+            pretrained weights from that library; or `path/to/file.py:factory`,
+            `package.module:factory` or a `.pt2` file that `torch.export.save` wrote. Loading one of
+            the last three can run its code.
         weights: A safetensors file or a torch checkpoint (read with weights_only), as
             `gdfq.models.weights.load_weights_` reads it. `random` leaves the weights of a
             library's network untrained. In both cases the library downloads no weights.

@@ -6,11 +6,13 @@ from typing import Unpack
 from gdfq.analysis.bit_allocation import parse_bits
 from gdfq.deploy.export import named_target
 from gdfq.deploy.target import Target
+from gdfq.diffusion.sampler import Sampler
 from gdfq.errors import UsageError
 from gdfq.execution.durations import seconds_of
 from gdfq.functional.grid import Bits
 from gdfq.plan.options import DEFAULT_BITS, EffortOptions, MethodOptions, options_of
 from gdfq.recipes import Recipe, find_recipe, recipe_for, with_code_rate
+from gdfq.sources.trajectories import TrajectorySource
 from gdfq.student.build import check_family
 from gdfq.student.scheme import (
     GridRules,
@@ -78,6 +80,22 @@ class EffortRequest:
                 "Remove images and iterations, or data."
             )
         return recipe.with_batch(self.batch)
+
+    def of_trajectories(self, recipe: Recipe, sampler: Sampler) -> Recipe:
+        """Return a recipe for the trajectories of a denoiser, instead of images.
+
+        Raises:
+            UsageError: A number of iterations, or a budget, is asked for.
+        """
+        for name in ("iterations", "budget"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} is for images that are optimised; a denoiser is quantized on its own "
+                    f"trajectories. Remove {name}; images and steps say how much work the run does."
+                )
+        chosen = self.of_images(recipe.fitted(sampler.shape))
+        trajectories = TrajectorySource(sampler, chosen.source.batch)
+        return replace(chosen, source=chosen.source.on(trajectories, chosen.source.images_held))
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,27 @@
 """The network of a plan: loaded, captured, and how images become its inputs."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gdfq.data.class_names import ClassNames
 from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
+from gdfq.diffusion.sampler import Sampler
 from gdfq.errors import UsageError
 from gdfq.execution.precision import find_device
 from gdfq.graph.capture import Captured, ExampleInputs, capture
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.graph.wrappers import unwrapped
+from gdfq.models.denoisers import Denoiser
 from gdfq.models.loaded import names_of
 from gdfq.models.registry import Loaded, load_model, weights_hash
-from gdfq.plan.options import (
-    Model,
-)
+from gdfq.plan.denoiser import Conditions, DenoiserOptions, captured_denoiser, check_inputs
+from gdfq.plan.options import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,7 @@ class Network:
         class_names: What the outputs stand for, where the network says it.
         notes: What was taken of the weights file, for the user.
         capture_seconds: How long capturing alone took.
+        sampler: How it is called, if it is a denoiser of a diffusion model.
     """
 
     teacher: Captured
@@ -45,6 +49,7 @@ class Network:
     class_names: ClassNames | None = None
     notes: tuple[str, ...] = ()
     capture_seconds: float = 0.0
+    sampler: Sampler | None = None
 
 
 def resolve_network(
@@ -58,6 +63,9 @@ def resolve_network(
     resize: Resize | None = None,
     classifier: bool | None = None,
     device: str = "auto",
+    scheduler: str | Path | Mapping[str, Any] | None = None,
+    sampling_steps: int | None = None,
+    conditions: Conditions | None = None,
 ) -> Network:
     """Load and capture a network.
 
@@ -71,6 +79,9 @@ def resolve_network(
         resize: See `NetworkOptions`.
         classifier: See `NetworkOptions`.
         device: See `NetworkOptions`.
+        scheduler: See `NetworkOptions`.
+        sampling_steps: See `NetworkOptions`.
+        conditions: See `NetworkOptions`.
 
     Raises:
         UsageError: The network, its weights, its input or the device cannot be used.
@@ -83,9 +94,14 @@ def resolve_network(
             "a model is an nn.Module, a network that gdfq.capture returned, or a name such as "
             f"timm:resnet18; got a {type(model).__name__}."
         )
+    of_denoiser = DenoiserOptions.of(scheduler, sampling_steps, conditions)
     loaded = load_model(model, weights) if isinstance(model, str) else None
     loaded_at = time.perf_counter()
-    if isinstance(model, Captured):
+    sampler = _sampler(of_denoiser, model, loaded, example_input, input_shape)
+    if sampler is not None:
+        captured = _captured(model, loaded, sampler, example_input)
+        preprocessing = _preprocessing(captured, mean, std, resize)
+    elif isinstance(model, Captured):
         captured, preprocessing = model, _preprocessing(model, mean, std, resize)
     elif isinstance(model, nn.Module):
         captured = capture(model, _example(example_input), classifier=classifier)
@@ -95,7 +111,7 @@ def resolve_network(
         shape, preprocessing = loaded.input(input_shape, mean, std)
         captured = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
         preprocessing = replace(preprocessing, resize=resize or preprocessing.resize)
-    assumed = _assumed(loaded, mean, std)
+    assumed = () if sampler is not None else _assumed(loaded, mean, std)
     if takes_images(captured.inputs) and not assumed:
         captured = replace(captured, input_limits=preprocessing.limits)
     return Network(
@@ -107,7 +123,49 @@ def resolve_network(
         names_of(_module(model)) if loaded is None else loaded.class_names,
         () if loaded is None else loaded.notes,
         time.perf_counter() - loaded_at,
+        sampler,
     )
+
+
+def _sampler(
+    options: DenoiserOptions,
+    model: Model,
+    loaded: Loaded | None,
+    example_input: ExampleInputs | None,
+    input_shape: tuple[int, ...] | None,
+) -> Sampler | None:
+    """Return the sampler of a denoiser; None for any other network."""
+    if loaded is not None:
+        shape = input_shape or loaded.input_shape
+        sampler = options.sampler(shape, loaded.scheduler, loaded.conditions)
+        if sampler is None and isinstance(loaded.module, Denoiser):
+            raise UsageError(
+                "the denoiser of a diffusion model alone needs --scheduler, the "
+                "scheduler_config.json of its pipeline; none was given. Give it, or the folder of "
+                "the whole pipeline."
+            )
+        return sampler
+    if isinstance(model, Captured):
+        return options.sampler(input_shape or model.inputs[0].shape)
+    first: Any = example_input
+    if isinstance(first, Mapping):
+        first = next(iter(first.values()), None)
+    elif not isinstance(first, Tensor | None):
+        first = first[0]
+    return options.sampler(input_shape or (None if first is None else tuple(first.shape[1:])))
+
+
+def _captured(
+    model: Model, loaded: Loaded | None, sampler: Sampler, example_input: ExampleInputs | None
+) -> Captured:
+    """Return a denoiser as it is captured."""
+    if isinstance(model, Captured):
+        check_inputs(model, sampler)
+        return model
+    module = model if loaded is None else loaded.module
+    assert isinstance(module, nn.Module)
+    named = None if example_input is None or isinstance(example_input, Tensor) else example_input
+    return captured_denoiser(module, sampler, named)
 
 
 def _preprocessing(

@@ -52,6 +52,13 @@ class NetworkOptions(TypedDict, total=False):
             sigmoid and no unit vector. Any other network (detection, segmentation, regression) has
             no labels: its outputs themselves are matched, relative to their size.
         device: "cpu", "cuda" or "auto".
+        scheduler: The scheduler of a diffusion model, of which the network is the denoiser: its
+            configuration of diffusers, or the file of it. By default that of the pipeline, for a
+            `model` that is one.
+        sampling_steps: Steps of a trajectory of this scheduler. 50 by default.
+        conditions: Conditions [M, ...] of the denoiser, of which each trajectory gets one: labels
+            of classes or embeddings of prompts, as a tensor or in an .npz file. By default the
+            classes of the network, where it says them.
     """
 
     weights: str | Path | None
@@ -61,6 +68,9 @@ class NetworkOptions(TypedDict, total=False):
     resize: Resize | None
     classifier: bool | None
     device: str
+    scheduler: str | Path | Mapping[str, Any] | None
+    sampling_steps: int | None
+    conditions: str | Path | Tensor | None
 
 
 class SchemeOptions(TypedDict, total=False):

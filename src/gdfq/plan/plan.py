@@ -8,6 +8,7 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data as GivenData
 from gdfq.deploy.card import Card
 from gdfq.deploy.target import Target
+from gdfq.diffusion.sampler import Sampler
 from gdfq.effort import Effort
 from gdfq.files.plain_values import as_values
 from gdfq.graph.capture import Captured
@@ -59,6 +60,7 @@ class Plan:
         planned_seconds: Seconds that the run was expected to take, where they were chosen; None for
             a run that resumes.
         target: Where the result is to run, where the user says it.
+        sampler: How a denoiser of a diffusion model is called; None for any other network.
     """
 
     teacher: Captured
@@ -77,6 +79,7 @@ class Plan:
     budget: float | None = None
     planned_seconds: float | None = None
     target: Target | None = None
+    sampler: Sampler | None = None
 
     @property
     def effort(self) -> Effort:
@@ -128,6 +131,7 @@ class Plan:
             "effort": self.effort.as_values(),
             "budget": self.budget,
             "target": None if self.target is None else self.target.name,
+            "sampler": None if self.sampler is None else self.sampler.plain_value(),
             "generate_with": None if self.generation is None else self.generation.as_values(),
         }
 

@@ -4,9 +4,10 @@ import time
 from dataclasses import replace
 from typing import Unpack
 
+from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.functional.grid import Bits
-from gdfq.graph.capture import Captured, ExampleInputs
+from gdfq.graph.capture import ExampleInputs
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.plan.budget import within_budget
 from gdfq.plan.elsewhere import check_images, planned_generation
@@ -88,7 +89,9 @@ def plan_of(
     check_images(method, images)
     started = time.perf_counter() if timing.started is None else timing.started
     teacher, preprocessing, names = network.teacher, network.preprocessing, network.class_names
-    recipe = _fitted(method, teacher, given=images.get("data") is not None)
+    recipe = _fitted(method, network, given=images.get("data") is not None)
+    scheme = replace(method.scheme, denoiser=network.sampler is not None)
+    _check_test(network, images)
     generation = images.get("generate_with")
     planned = None if generation is None else planned_generation(generation, recipe, teacher, names)
     read = GivenImages.read(images, network)
@@ -96,10 +99,10 @@ def plan_of(
     if read.data is None and not source.within_limits:
         teacher = replace(teacher, input_limits=None)  # the student would clip these images
     if method.target is not None:
-        method.target.check_scheme(teacher, method.scheme)
+        method.target.check_scheme(teacher, scheme)
     plan = Plan(
         read.limiting(teacher),
-        method.scheme,
+        scheme,
         recipe,
         source,
         preprocessing,
@@ -113,6 +116,7 @@ def plan_of(
         network.notes,
         method.effort.budget,
         target=method.target,
+        sampler=network.sampler,
     )
     if plan.budget is None:
         return plan
@@ -121,9 +125,21 @@ def plan_of(
     return within_budget(plan, method, context, timing)
 
 
-def _fitted(method: Method, teacher: Captured, *, given: bool) -> Recipe:
+def _check_test(network: Network, images: ImageOptions) -> None:
+    """Raise UsageError for test images of a denoiser."""
+    if network.sampler is not None and images.get("test") is not None:
+        raise UsageError(
+            "test images are for networks that classify or map images; a denoiser is measured on "
+            "images that it generates: teacher and student start from the same noise, and their "
+            "images are compared. Remove test; samples is the number of these images."
+        )
+
+
+def _fitted(method: Method, network: Network, *, given: bool) -> Recipe:
     """Return the recipe for the network's inputs and for the effort that the user asks for."""
-    recipe = method.recipe
+    recipe, teacher = method.recipe, network.teacher
+    if network.sampler is not None and not given:
+        return method.effort.of_trajectories(recipe, network.sampler)
     if takes_images(teacher.inputs):
         recipe = recipe.fitted(teacher.input_shape)
     elif not given:

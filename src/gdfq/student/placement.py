@@ -31,6 +31,13 @@ def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
         found = {n: scheme.bits.activations for n in nodes if queries.is_rectifier(n)}
     else:
         found = _full_placement(nodes, scheme, floats=set(layers) - set(weight_bits))
+    if scheme.denoiser:
+        floats = _input_signals(nodes) | {
+            node
+            for node in scheme.float_nodes(teacher.network.graph)
+            if not any(layer in weight_bits for layer in _entered(node))
+        }
+        found = {node: bits for node, bits in found.items() if node not in floats}
     for node in list(found):
         entered = _entered(node)
         if entered and all(layer in kept for layer in entered):

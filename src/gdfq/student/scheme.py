@@ -141,12 +141,16 @@ class Scheme:
             Activations have 8 bits where they are only carried (`gdfq.student.placement`).
         layer_bits: Layers with other bits; the first that matches a layer counts.
         grids: What grids must fulfil beside their bits.
+        denoiser: Whether the network is the denoiser of a diffusion model. Then what is computed
+            from scalars alone stays float (the embedding of the time step), and the image that
+            enters: at the end of a trajectory its noise is smaller than a step of an 8-bit grid.
     """
 
     bits: Bits
     placement: Placement
     layer_bits: tuple[LayerBits, ...] = ()
     grids: GridRules = GridRules()
+    denoiser: bool = False
 
     def __post_init__(self) -> None:
         if not (self.bits.float_weights or self.bits.float_activations):
@@ -187,6 +191,10 @@ class Scheme:
                 chosen[layer] = matching[0]
         return chosen
 
+    def float_nodes(self, graph: fx.Graph) -> set[fx.Node]:
+        """Return what stays float in a denoiser, unless the bits of its layers are named."""
+        return queries.computed_from_scalars(graph) if self.denoiser else set()
+
     def weight_bits(self, layers: Sequence[fx.Node]) -> dict[fx.Node, int]:
         """Return the bits of each layer's weight; layers that stay float are left out.
 
@@ -194,8 +202,11 @@ class Scheme:
             UsageError: A pattern matches no layer.
         """
         overridden = self.overridden(layers)
+        floats = self.float_nodes(layers[0].graph) if layers else set()
         found = {
-            layer: overridden[layer].bits if layer in overridden else self.bits.weights
+            layer: overridden[layer].bits
+            if layer in overridden
+            else (None if layer in floats else self.bits.weights)
             for layer in layers
         }
         return {layer: bits for layer, bits in found.items() if bits is not None}
