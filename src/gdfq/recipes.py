@@ -208,8 +208,10 @@ _MAX_POOL_PIXELS = 2**26
 
 _FAST_POOL = ImagePool(SpectralSource(), images=4096, batch=64, pixels=_MAX_POOL_PIXELS)
 
+_RATES = GridAdam(code_lr=0.01, scale_lr=1e-3, other_lr=5e-4)
+
 _FAST_TUNING = Distillation(
-    GridAdam(code_lr=0.01, scale_lr=1e-3, other_lr=5e-4),
+    _RATES,
     schedule=Cosine(),
     cross_entropy=0.0,
     temperature=4.0,
@@ -231,6 +233,8 @@ FAST = Recipe(
     fit_weights=True,
 )
 
+_QUICK_TUNING = replace(_FAST_TUNING, schedule=Cosine(warmup=0.1))
+
 QUICK = replace(
     FAST,
     name="quick",
@@ -239,7 +243,7 @@ QUICK = replace(
     steps=80,
     calibration=3,
     warmup=3,
-    tuning=replace(_FAST_TUNING, schedule=Cosine(warmup=0.1)),
+    tuning=_QUICK_TUNING,
 )
 
 PATCHES = replace(
@@ -363,6 +367,13 @@ _ABLATIONS = (
     ),
 )
 
+REAL = replace(
+    FAST,
+    name="real",
+    summary="fast's tuning on real images (--data)",
+    source=replace(_FAST_POOL, source=GivenImages(batch=_FAST_POOL.batch)),
+)
+
 _BASELINES = (
     replace(
         PAPER,
@@ -381,12 +392,7 @@ _BASELINES = (
         tuning=NO_TUNING,
         placement="relu",
     ),
-    replace(
-        FAST,
-        name="real",
-        summary="fast's tuning on real images (--data)",
-        source=replace(_FAST_POOL, source=GivenImages(batch=_FAST_POOL.batch)),
-    ),
+    REAL,
     replace(
         PAPER,
         name="paper-real",
@@ -428,10 +434,19 @@ _FITTED_BITS = 4
 """Fewest bits of weights and activations from which quick fits weights and does not tune, and of
 weights from which fast does not, where activations have 8 bits: tuning on made images gains nothing
 there, or loses."""
-_FINE_BITS, _FINE_CODE_SHARE = 4, 0.25
-"""Fewest bits of fitted weights whose latent codes learn at a share of the usual rate, and this
-share. Such codes round so well that the first updates, which move each by the whole rate, undo more
-than later ones gain."""
+_FINE_BITS = 4
+_FINE_RATES = replace(_RATES, code_lr=_RATES.code_lr / 4)
+"""Fewest bits of fitted weights whose latent codes learn slowly, and the rates then. Such codes
+round so well that the first updates, which move each by the rate, undo more than others gain."""
+_FINE_TUNINGS = {
+    name: replace(tuning, optimizer=_FINE_RATES)
+    for name, tuning in (
+        (FAST.name, _FAST_TUNING),
+        (QUICK.name, _QUICK_TUNING),
+        (REAL.name, _FAST_TUNING),
+    )
+}
+"""The tuning of fitted weights of so many bits, by the name of the recipe."""
 
 
 def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
@@ -457,22 +472,17 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
 
 
 def with_code_rate(recipe: Recipe, scheme: Scheme) -> Recipe:
-    """Return a recipe whose fitted weights learn at the rate that their bits need.
+    """Return a recipe of this module whose weights learn at the rate that their bits need.
 
-    With weights of 4 bits and more the rate of their latent codes is a quarter of that of 3 or 2.
+    Where no weights have fewer than 4 bits, the rate of fitted codes is a quarter of the usual one.
     """
-    tuning, bits = recipe.tuning, [layer.bits for layer in scheme.layer_bits]
-    fewest = min([scheme.bits.weights, *(width for width in bits if width is not None)])
-    if (
-        fewest < _FINE_BITS
-        or not recipe.fit_weights
-        or not isinstance(tuning, Distillation)
-        or not isinstance(tuning.optimizer, GridAdam)
-    ):
+    bits = [layer.bits for layer in scheme.layer_bits if layer.bits is not None]
+    tuning = _FINE_TUNINGS.get(recipe.name)
+    if tuning is None or not recipe.tuning.trains:
         return recipe
-    rate = _FINE_CODE_SHARE * tuning.optimizer.code_lr
-    optimizer = replace(tuning.optimizer, code_lr=rate)
-    return replace(recipe, tuning=replace(tuning, optimizer=optimizer))
+    return (
+        recipe if min([scheme.bits.weights, *bits]) < _FINE_BITS else replace(recipe, tuning=tuning)
+    )
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:
