@@ -31,6 +31,13 @@ def with_mark(*marks: str | None) -> list[Path]:
     return [page for page in pages.PAGES if any(b.mark in marks for b in pages.blocks(page))]
 
 
+FIRST_PAGES = [
+    ROOT / "README.md",
+    *(ROOT / f"docs/{n}.md" for n in ("tutorial", "networks", "extend")),
+]
+"""The pages that a new user begins with. All pages take two minutes."""
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty folder to work in, whose modules Python finds and forgets."""
@@ -45,9 +52,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 # What libraries warn of, a reader would see as well; it is no error of the page.
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", with_mark(None), ids=name_of)
+@pytest.mark.parametrize("page", FIRST_PAGES, ids=name_of)
 def test_page_code_runs(page: Path, place: Path) -> None:
-    """Commands of gdfq alone run in this process; `make check` gives them to a shell."""
+    """Commands of gdfq alone run in this process; `make check` gives all pages to a shell."""
     chosen = [block for block in pages.blocks(page) if block.mark is None]
     pages.run(page, chosen, place, shell=False)
 
