@@ -13,7 +13,7 @@ import gdfq
 
 PACKAGE = Path(gdfq.__file__).parent
 LAYERS = """errors version files optim execution functional data graph diffusion models generation quantizers student
-    sources tuning effort recipes demo deploy analysis quantized plan runs report stages pipeline api
+    equalizers sources tuning effort recipes demo deploy analysis quantized plan runs report stages pipeline api
     cli""".split()  # noqa: SIM905 (it is read as an order)
 """A module imports from layers before its own, and from its own."""
 MODULES = {

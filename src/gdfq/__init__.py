@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from gdfq.version import __version__
 
 if TYPE_CHECKING:
+    from gdfq.analysis.language import LanguageMeasures
     from gdfq.api import generate, load, quantize
     from gdfq.data.preprocessing import Resize
+    from gdfq.data.vocabulary import Vocabulary
     from gdfq.deploy.export import TARGETS, Exported
     from gdfq.deploy.target import Target
     from gdfq.errors import GdfqDeprecationWarning, GdfqError, GdfqWarning, UsageError
@@ -28,12 +30,13 @@ if TYPE_CHECKING:
     from gdfq.graph.inputs import InputSpec
     from gdfq.optim import AdamConfig, Cosine, SgdConfig, StepDecay
     from gdfq.quantized import QuantizedNetwork
-    from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily
+    from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, TOKENS, QuantizerFamily
     from gdfq.recipes import RECIPES, Recipe
     from gdfq.report import write_report
     from gdfq.sources.base import Batch, Source
     from gdfq.sources.generator import GeneratorSource
     from gdfq.sources.latent import LatentSource
+    from gdfq.sources.own_text import OwnText, Sampling
     from gdfq.sources.patches import PatchSource
     from gdfq.sources.pixels import OptimisedSource
     from gdfq.sources.pool import ImagePool
@@ -61,11 +64,13 @@ _HOME = {
     "ImagePool": "gdfq.sources.pool",
     "InputSpec": "gdfq.graph.inputs",
     "LSQ": "gdfq.quantizers.family",
+    "LanguageMeasures": "gdfq.analysis.language",
     "LatentSource": "gdfq.sources.latent",
     "MINMAX": "gdfq.quantizers.family",
     "MemoryBudget": "gdfq.execution.budget",
     "NO_TUNING": "gdfq.tuning.base",
     "OptimisedSource": "gdfq.sources.pixels",
+    "OwnText": "gdfq.sources.own_text",
     "PatchSource": "gdfq.sources.patches",
     "QuantizedNetwork": "gdfq.quantized",
     "QuantizerFamily": "gdfq.quantizers.family",
@@ -73,14 +78,17 @@ _HOME = {
     "Recipe": "gdfq.recipes",
     "Reconstruction": "gdfq.tuning.reconstruct",
     "Resize": "gdfq.data.preprocessing",
+    "Sampling": "gdfq.sources.own_text",
     "SgdConfig": "gdfq.optim",
     "Source": "gdfq.sources.base",
     "SpectralSource": "gdfq.sources.spectral",
     "StepDecay": "gdfq.optim",
     "TARGETS": "gdfq.deploy.export",
+    "TOKENS": "gdfq.quantizers.family",
     "Target": "gdfq.deploy.target",
     "Tuning": "gdfq.tuning.base",
     "UsageError": "gdfq.errors",
+    "Vocabulary": "gdfq.data.vocabulary",
     "capture": "gdfq.graph.capture",
     "fingerprint": "gdfq.files.plain_values",
     "generate": "gdfq.api",
@@ -98,6 +106,7 @@ __all__ = [
     "NO_TUNING",
     "RECIPES",
     "TARGETS",
+    "TOKENS",
     "AdamConfig",
     "Batch",
     "Captured",
@@ -113,15 +122,18 @@ __all__ = [
     "GridAdam",
     "ImagePool",
     "InputSpec",
+    "LanguageMeasures",
     "LatentSource",
     "MemoryBudget",
     "OptimisedSource",
+    "OwnText",
     "PatchSource",
     "QuantizedNetwork",
     "QuantizerFamily",
     "Recipe",
     "Reconstruction",
     "Resize",
+    "Sampling",
     "SgdConfig",
     "Source",
     "SpectralSource",
@@ -129,6 +141,7 @@ __all__ = [
     "Target",
     "Tuning",
     "UsageError",
+    "Vocabulary",
     "__version__",
     "capture",
     "fingerprint",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gdfq.analysis.accuracy import top1
+from gdfq.analysis.language import LanguageMeasures, language_measures, perplexity
 from gdfq.analysis.observations import Observations
-from gdfq.data.tensors import network_inputs, to_npz
+from gdfq.data.tensors import TensorData, network_inputs, to_npz
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
 from gdfq.deploy.export import Exported, export
@@ -23,6 +24,7 @@ from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.files.untrusted import within
+from gdfq.graph.capture import Captured
 from gdfq.graph.ends import NO_ENDS, Ends, joined, output_names, split
 from gdfq.graph.inputs import takes_images
 from gdfq.graph.outputs import built
@@ -93,19 +95,23 @@ class QuantizedNetwork(nn.Module):
     def evaluate(
         self, data: Any, *, listener: Listener = silent, memory: str | int | None = None
     ) -> float:
-        """Measure the top-1 accuracy on labelled images.
+        """Measure the top-1 accuracy on labelled images, or the perplexity of a language model.
 
         Args:
-            data: Labelled images, as `test` of `gdfq.quantize`.
+            data: Labelled images or text, as `test` of `gdfq.quantize`.
             listener: Called with every batch.
             memory: As in `gdfq.quantize`.
 
         Returns:
-            The accuracy in percent.
+            The accuracy in percent, or the perplexity a token.
 
         Raises:
             UsageError: The data have no labels, or the network has no classes.
         """
+        if self.card.vocabulary is not None:
+            return perplexity(
+                self.network, self._tokens(data), device=self.device, listener=listener
+            )
         if self.card.classes is None:
             raise UsageError(
                 "accuracy is for classifiers; the outputs of this network are not classes. "
@@ -123,6 +129,40 @@ class QuantizedNetwork(nn.Module):
                 listener=listener,
                 memory=budget,
             )
+
+    def compare_text(
+        self, original: Captured, data: Any, *, listener: Listener = silent
+    ) -> LanguageMeasures:
+        """Compare a language model with its original on text.
+
+        Args:
+            original: The model that it was made from, on the same device.
+            data: Token ids, as `test` of `gdfq.quantize`.
+            listener: Called with every batch.
+
+        Raises:
+            UsageError: The text does not fit the model, or the original has another vocabulary.
+        """
+        if original.vocabulary != self.card.vocabulary:
+            raise UsageError(
+                "a language model is compared with the model that it was made from; the "
+                f"vocabularies are {self.card.vocabulary} and {original.vocabulary}."
+            )
+        return language_measures(
+            self.network,
+            original.network,
+            self._tokens(data),
+            device=self.device,
+            listener=listener,
+        )
+
+    def _tokens(self, data: Any) -> Tensor:
+        """Return text as token ids [N, L]."""
+        if isinstance(data, TensorData):
+            return data.tensors[0]
+        found = load_given(data, self.card.inputs, None)
+        (tokens,) = network_inputs(found, torch.arange(len(found)), self.card.preprocessing)
+        return tokens
 
     @classmethod
     def read(cls, path: Path) -> "QuantizedNetwork":

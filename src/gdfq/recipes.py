@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gdfq.effort import Effort, EffortRule
+from gdfq.equalizers.base import Equalizer
+from gdfq.equalizers.hadamard import Hadamard
 from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
 from gdfq.functional.grid import MAX_BITS
 from gdfq.optim import AdamConfig, Cosine, SgdConfig
-from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily
+from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, TOKENS, QuantizerFamily
 from gdfq.sources.base import Source
 from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.given import GivenImages
 from gdfq.sources.latent import LatentSource
+from gdfq.sources.own_text import OwnText
 from gdfq.sources.patches import PatchSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
@@ -28,7 +31,12 @@ from gdfq.tuning.grid_adam import GridAdam
 from gdfq.tuning.reconstruct import Reconstruction
 
 
-@tagged("Recipe", spellings={"relu": "t1"}, ignored=("summary",), added={"fit_weights": False})
+@tagged(
+    "Recipe",
+    spellings={"relu": "t1"},
+    ignored=("summary",),
+    added={"fit_weights": False, "equalizer": None},
+)
 @dataclass(frozen=True)
 class Recipe:
     """A complete method. A step is a batch that is taken from the source.
@@ -47,6 +55,7 @@ class Recipe:
             deviation after calibration (`gdfq.tuning.moment_matching`).
         fit_weights: Whether weights are fitted to the teacher's outputs then, and rounded so that
             later codes compensate the rounding of earlier ones (`gdfq.tuning.weight_fitting`).
+        equalizer: Changes a language model before its student is built; the function stays.
 
     Raises:
         UsageError: The parts are incompatible.
@@ -63,6 +72,7 @@ class Recipe:
     quantizers: QuantizerFamily = MINMAX
     match_moments: bool = False
     fit_weights: bool = False
+    equalizer: Equalizer | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.calibration <= self.warmup <= self.steps:
@@ -96,7 +106,7 @@ class Recipe:
                 f"learned quantizers have; recipe {self.name!r} has {family.name!r}. "
                 "Set features to 0 or quantizers to LSQ."
             )
-        if self.fit_weights and not self.match_moments:
+        if self.fit_weights and not self.match_moments and family.tokens is None:
             raise UsageError(
                 "weights are fitted where moments are matched; "
                 f"recipe {self.name!r} has match_moments=False. Set it to True."
@@ -401,6 +411,34 @@ _BASELINES = (
     ),
 )
 
+TEXT = Recipe(
+    name="text",
+    summary="for causal language models: as text-quick, then tuned on the text",
+    source=OwnText(),
+    steps=168,
+    calibration=8,
+    warmup=8,
+    tuning=Distillation(
+        GridAdam(code_lr=0.01, scale_lr=1e-3, other_lr=5e-4),
+        schedule=Cosine(),
+        cross_entropy=0.0,
+        temperature=1.0,
+        reduction="batch",
+    ),
+    placement="tokens",
+    quantizers=TOKENS,
+    fit_weights=True,
+    equalizer=Hadamard(),
+)
+
+TEXT_QUICK = replace(
+    TEXT,
+    name="text-quick",
+    summary="for causal language models: rotated, weights fitted to text that they write",
+    steps=TEXT.calibration,
+    tuning=NO_TUNING,
+)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -409,6 +447,8 @@ RECIPES: dict[str, Recipe] = {
         PATCHES,
         GENIE,
         SYNQ,
+        TEXT,
+        TEXT_QUICK,
         PAPER,
         PAPER_IMAGENET,
         *_ABLATIONS,

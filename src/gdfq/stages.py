@@ -15,9 +15,12 @@ import torch
 
 from gdfq.analysis.accuracy import output_similarities
 from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
+from gdfq.analysis.language import language_measures
 from gdfq.analysis.observations import TestPredictions
-from gdfq.data.tensors import summary_of
+from gdfq.analysis.own_text import as_metrics, held_out_measures
+from gdfq.data.tensors import network_inputs, summary_of
 from gdfq.deploy.metadata import metadata_of
+from gdfq.equalizers.base import check_equal
 from gdfq.errors import GdfqWarning
 from gdfq.execution.context import Context
 from gdfq.execution.guards import batch_that_fits_suggested
@@ -27,6 +30,7 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.execution.stopwatch import Stopwatch
 from gdfq.files.plain_values import frozen_values
 from gdfq.files.states import Results, name_of
+from gdfq.functional.grid import UNROUNDED
 from gdfq.graph.capture import Captured
 from gdfq.graph.ends import body_names
 from gdfq.graph.outputs import in_order
@@ -41,6 +45,7 @@ from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.moment_matching import match_moments_
+from gdfq.tuning.text_fitting import fit_weights_
 from gdfq.version import __version__
 
 Made = TypeVar("Made")
@@ -200,6 +205,14 @@ def equalize(plan: Plan, scheme: Scheme, feed: Feed, context: Context) -> Captur
         UsageError: The scheme finds nothing to quantize; this is before the images are made.
     """
     teacher, family = plan.teacher, plan.recipe.quantizers
+    equalizer = plan.recipe.equalizer
+    if equalizer is not None and scheme.bits.activations != UNROUNDED:
+        check_scheme(teacher, scheme, family)
+        feed.begin()
+        changed = equalizer.equal(teacher, scheme, feed.examples, context.seed)
+        if equalizer.exact:
+            check_equal(teacher, changed, feed.examples)
+        return changed
     if not family.equalizes:
         return teacher
     scales = context.checkpointer.register("scales", Results())
@@ -248,7 +261,10 @@ def calibrate(
         return
     calibrate_(
         student,
-        feed.until(recipe.calibration, hold=recipe.match_moments or recipe.tuning.holds_batches),
+        feed.until(
+            recipe.calibration,
+            hold=recipe.match_moments or recipe.fit_weights or recipe.tuning.holds_batches,
+        ),
         first_step=feed.taken,
         steps=recipe.calibration,
         context=context,
@@ -262,6 +278,8 @@ def calibrate(
             context.memory,
             fit_weights=recipe.fit_weights,
         )
+    elif recipe.fit_weights:
+        fit_weights_(student, teacher, joined_inputs(feed.held), context.memory)
     # All processes saw the same batches: they differ at most by the rounding of their devices.
     context.group.broadcast_(student.state_dict().values())
     marks.end("calibrate")
@@ -324,7 +342,11 @@ def measure(
         without test images, and in other processes.
     """
     teacher, images, preprocessing = plan.teacher, plan.test, plan.preprocessing
-    if images is None or context.group.rank != 0:
+    if context.group.rank != 0:
+        return None, {}
+    if teacher.vocabulary is not None:
+        return None, _language_metrics(plan, network, context)
+    if images is None:
         return None, {}
     metrics: dict[str, Any] = {"test_images": len(images)}
     if images.labels is not None and teacher.classes is not None:
@@ -350,6 +372,24 @@ def measure(
         if similarity.decisions is not None:
             student.setdefault("decisions_percent", {})[name] = round(similarity.decisions, 4)
     return None, metrics | {"student": student}
+
+
+def _language_metrics(plan: Plan, network: IntegerNetwork, context: Context) -> dict[str, Any]:
+    """Measure a language model on held-out own text, and on the test text if there is any."""
+    teacher, test = plan.teacher, plan.test
+    own = held_out_measures(network, teacher, seed=context.seed, listener=context.listener)
+    metrics: dict[str, Any] = {"own_text": as_metrics(own)}
+    if test is not None:
+        (tokens,) = network_inputs(test, torch.arange(len(test)), plan.preprocessing)
+        found = language_measures(
+            network,
+            teacher.network,
+            tokens,
+            device=teacher.device,
+            listener=context.listener,
+        )
+        metrics |= {"test_sequences": len(test), "language": as_metrics(found)}
+    return metrics
 
 
 def identity_of(plan: Plan, context: Context) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from gdfq.functional import (
     integer,
     losses,
     moments,
+    reassembly,
+    rotations,
     rounding,
     screening,
     upsample_conv,
@@ -77,6 +79,8 @@ CALLS: dict[Callable[..., Any], Call] = {
     losses.feature_loss: lambda m: losses.feature_loss([m(2, 3, 4, 4), m(2, 7)], [m(2, 3, 4, 4), m(2, 7)]),
     losses.patch_entropy: lambda m: losses.patch_entropy(m(2, 5, 7)),
     losses.patch_entropies: lambda m: losses.patch_entropies(m(2, 5, 7)),
+    losses.next_token_losses: lambda m: losses.next_token_losses(m(2, 6, 5), _labels(m).expand(2, -1)),
+    losses.token_divergences: lambda m: losses.token_divergences(m(2, 6, 5), m(2, 6, 5)),
     losses.inner: lambda m: losses.inner(m(2, 3, 4, 4), m(2, 3, 4, 4)),
     losses.distillation_loss: lambda m: losses.distillation_loss(m(6, 5), m(6, 5), 4.0, "batch"),
     screening.energy: lambda m: screening.energy(m(6, 5), 2.0),
@@ -101,10 +105,15 @@ CALLS: dict[Callable[..., Any], Call] = {
     grid.quantize_bias: lambda m: grid.quantize_bias(m(4).detach(), _of(m)[0], _of_weight(m)[1]),
     grid.room_for_bias: lambda m: grid.room_for_bias(m(4).detach(), _of(m)[0], _of_weight(m)[1]),
     grid.fake_quantize: lambda m: grid.fake_quantize(m(4, 3).detach(), *_of(m), 8),
+    grid.fake_quantize_tokens: lambda m: grid.fake_quantize_tokens(m(4, 3).detach(), 4),
+    grid.tokens_straight_through: lambda m: grid.tokens_straight_through(m(4, 3), 4),
     grid.straight_through: lambda m: grid.straight_through(m(4, 3), *_of(m), 8),
     rounding.fitted_weight: lambda m: rounding.fitted_weight(m(2, 3, 4).detach(), _covariance(m), m(2, 3, 4).detach(), m(2).detach().abs()),
     rounding.compensated_codes: lambda m: rounding.compensated_codes(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), m(2, 3, 1).detach().abs() + 0.1, m(2, 3, 1).detach().round(), 4),
     rounding.compensated: lambda m: rounding.compensated(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), lambda x: x, torch.round),
+    rotations.rotated: lambda m: rotations.rotated(m(2, 12), m(3, 3), m(4, 4)),
+    reassembly.reassembled: lambda m: reassembly.reassembled(m(2, 4), torch.arange(4).to(m(1).device), torch.arange(4).to(m(1).device), m(2, 4)),
+    reassembly.new_channels: lambda m: reassembly.new_channels(m(9, 6).detach(), m(3, 6).detach(), 1.0).shares,
     float_grid.magnitudes: lambda m: float_grid.magnitudes(float_grid.E4M3).to(m(1).device),
     float_grid.nearest: lambda m: float_grid.nearest(m(4, 3).detach(), float_grid.E4M3),
     float_grid.nearest_: lambda m: float_grid.nearest_(m(4, 3).detach(), float_grid.E4M3),
@@ -133,13 +142,22 @@ CALLS: dict[Callable[..., Any], Call] = {
 }  # fmt: skip
 RETURN_NUMBERS: dict[Callable[..., Any], Call] = {
     grid.clips_alike: lambda m: grid.clips_alike((0.0, 6.0), *_of(m), 8),
+    reassembly.merged_pairs: lambda m: reassembly.merged_pairs(
+        m(9, 6).detach(), m(3, 6).detach(), m(6).detach() < 9, 2
+    ),
     integer.offset_bounds: lambda m: integer.offset_bounds(_of(m)[1], 8),
     integer.exact_parts: lambda m: integer.exact_parts(
         m(4, 3, 3, 3).detach(), _of_weight(m)[2], 255.0
     ),
     integer.is_exact: lambda m: integer.is_exact(m(4).detach().int()),
 }
-WITHOUT_TENSORS = {grid.code_bounds, float_grid.formats_of} | {
+WITHOUT_TENSORS = {
+    grid.code_bounds,
+    grid.block_size,
+    rotations.hadamard,
+    rotations.random_factors,
+    float_grid.formats_of,
+} | {
     gemmlowp.quantized_multiplier,
     *(windows.per_axis, windows.padding_ends, windows.source_pixels, windows.floored),
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import multi_input, networks, unusual
+from support import language_model, multi_input, networks, unusual
 from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
 from torch import Tensor, nn
 
@@ -66,7 +66,7 @@ def concrete(kind: type, package: Any) -> list[type]:
 
 def small(value: Any) -> Any:
     """A source or tuning with few images and iterations."""
-    sizes = {"batch": 8, "images": 16, "iterations": 2, "pixels": None}
+    sizes = {"batch": 8, "images": 16, "sequences": 16, "iterations": 2, "pixels": None}
     names = {field.name for field in fields(value)}
     changes: dict[str, Any] = {
         name: size for name, size in sizes.items() if name in names and isinstance(getattr(value, name), int)
@@ -89,6 +89,8 @@ def on_gpu(teacher: Captured) -> Captured:
 
 def teacher_for(source: Source) -> Captured:
     inner = getattr(source, "source", source)
+    if source.makes_text:
+        return language_model.captured_model()
     return networks.captured("Transformer" if type(inner).__name__ == "PatchSource" else "Residual")
 
 
@@ -165,7 +167,7 @@ def test_source_makes_and_resumes_its_batches_on_a_gpu(kind: type, precision: An
         for batch, again in zip(first.until(3), resumed.until(3), strict=True):
             for one in (batch, again):
                 check_batch(one)
-                assert one.images.dtype == torch.float32
+                assert one.images.dtype == (torch.int64 if source.makes_text else torch.float32)
                 assert all(loss.dtype == torch.float32 for loss in one.losses.values())
             assert values_of(batch.images).equal(values_of(again.images))
 
@@ -347,7 +349,8 @@ KINDS = {
 def run_of(name: str, **options: Any) -> Any:
     recipe = small_recipe(RECIPES[name], steps=1 if RECIPES[name].steps == 1 else 8)
     teacher = teacher_for(recipe.source)
-    example = networks.images(1, shape=tuple(teacher.input_shape))
+    is_text = teacher.vocabulary is not None
+    example = None if is_text else networks.images(1, shape=tuple(teacher.input_shape))
     if name in {"real", "paper-real"}:
         options["data"] = networks.images(16)
     copied = replace(teacher, network=deepcopy(teacher.network))

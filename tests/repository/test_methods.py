@@ -44,7 +44,7 @@ def test_module_does_not_ask_which_method_it_has(path: Path) -> None:
 
 def test_search_finds_tests_of_the_method() -> None:
     assert {"ImagePool", "Reconstruction", "RoundedWeight", "LearnedRange"} <= METHODS
-    assert {"min-max", "learned", "rounded"} == FAMILIES
+    assert {"min-max", "learned", "learned-tokens", "rounded"} == FAMILIES
     for text in (
         "isinstance(recipe.source, ImagePool)",
         "isinstance(tuning, Distillation | Reconstruction)",

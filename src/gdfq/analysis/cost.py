@@ -15,7 +15,7 @@ from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
-from gdfq.sources.base import Batch, Source, labels_in_turn
+from gdfq.sources.base import Batch, Source, labels_in_turn, next_tokens
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -41,7 +41,8 @@ def with_costs(
     """
     if diagnosis.problems:
         return diagnosis
-    recipe = recipe.fitted(teacher.inputs[0].shape)
+    if teacher.vocabulary is None:
+        recipe = recipe.fitted(teacher.inputs[0].shape)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
     seconds = {
@@ -119,7 +120,9 @@ def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
     count = recipe.source.batch
     draw = random_stream(0, "doctor.noise")
     noise = tuple(spec.noise(count, draw).to(teacher.device) for spec in teacher.inputs)
-    batch = Batch(noise, labels_in_turn(teacher, 0, count), None)
+    is_text = teacher.vocabulary is not None
+    labels = next_tokens(noise[0]) if is_text else labels_in_turn(teacher, 0, count)
+    batch = Batch(noise, labels, None)
     student = build_student(teacher, scheme, quantizers=recipe.quantizers)
     calibrate_(student, [batch], steps=1)
     return recipe.tuning.seconds(

@@ -70,6 +70,8 @@ def _reason(
         return "depends on the time step alone"
     if queries.has_weight(node) and node not in weight_bits:
         return "float by --layer-bits"
+    if scheme.placement == "tokens":
+        return None if node in weight_bits else "no linear layer"
     if stays_float(node):
         return "its grid would be too coarse, or no integer kernel exists"
     sources = filter(queries.is_activation, node.all_input_nodes)

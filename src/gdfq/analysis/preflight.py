@@ -23,7 +23,7 @@ from gdfq.graph.inputs import takes_images
 from gdfq.graph.tensors import tensors_of
 from gdfq.recipes import Recipe
 from gdfq.student.build import check_scheme
-from gdfq.student.placement import activation_bits, layer_input_bits
+from gdfq.student.placement import activation_bits, layer_input_bits, rounded_input
 from gdfq.student.scheme import Scheme
 
 
@@ -154,7 +154,7 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         inputs=_inputs_in_words(teacher),
         classes=teacher.classes,
         outputs=tuple(output_names(teacher, teacher.ends)),
-        task=describe(teacher, teacher.ends),
+        task=_task(teacher),
         bits=str(scheme.bits),
         placement=scheme.placement,
         recipe=recipe.name,
@@ -169,7 +169,9 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         float_bytes=sum(t.nbytes for t in tensors_of(fold_batch_norms(teacher).network).values()),
         quantized_bytes=sum(map(_stored_bytes, found)) + _recurrent_bytes(folded),
         problems=tuple(problems),
-        advice=tuple(
+        advice=()
+        if teacher.vocabulary is not None  # what was measured is of networks of images
+        else tuple(
             preflight_advice(
                 scheme.bits,
                 _narrow_depthwise(found, layers),
@@ -186,6 +188,16 @@ def _inputs_in_words(teacher: Captured) -> str:
     return ", ".join(map(str, teacher.inputs))
 
 
+def _task(teacher: Captured) -> str:
+    """Return what is matched and measured of the outputs, in one sentence."""
+    if teacher.vocabulary is not None:
+        return (
+            f"logits of the next token of {teacher.vocabulary.size}, for any length up to "
+            f"{teacher.vocabulary.length} tokens"
+        )
+    return describe(teacher, teacher.ends)
+
+
 def _layer(
     node: fx.Node,
     weight: Tensor,
@@ -198,8 +210,13 @@ def _layer(
         weight=tuple(weight.shape),
         operations=layer_operations(node, weight),
         bits=weight_bits.get(node),
-        input_bits=input_bits.get(queries.grid_source(queries.input_of(node))),
+        input_bits=_input_bits(node, input_bits),
     )
+
+
+def _input_bits(layer: fx.Node, input_bits: Mapping[fx.Node, int]) -> int | None:
+    source = rounded_input(layer, input_bits)
+    return None if source is None else input_bits[source]
 
 
 def _narrow_depthwise(layers: Sequence[Layer], nodes: Sequence[fx.Node]) -> list[str]:

@@ -14,8 +14,10 @@ from gdfq.cli.options import (
     batch_option,
     denoiser_options,
     effort_options,
+    equalizer_option,
     export_target_option,
     generation_options,
+    group_size_option,
     layer_bits_option,
     memory_option,
     network_options,
@@ -39,14 +41,16 @@ def cli() -> None:
     \b
     MODEL is one of
       timm:NAME, torchvision:NAME, ptcv:NAME   a pretrained network of a library
-      hf:ID or hf:FOLDER                       an image classifier of Hugging Face
+      hf:ID or hf:FOLDER                       an image classifier or a causal language model of
+                                               Hugging Face
       diffusers:ID or diffusers:FOLDER         the denoiser of a diffusion model
       path/to/file.py:factory                  a function without arguments that returns an
       package.module:factory                   nn.Module; this runs its code
       path/to/program.pt2                      from torch.export.save; loading it can run code
 
     DATA is an .npz file with `images` (uint8, N x C x H x W) and, for a test, `labels`, or a folder
-    with one sub-folder of images for each class.
+    with one sub-folder of images for each class. Of a language model it is an .npz file with
+    `tokens` (integers, sequences x tokens), or a .txt file for the model's own tokenizer.
     """
 
 
@@ -56,7 +60,8 @@ def cli() -> None:
 @click.option(
     "--bits",
     help="Bits of weights and activations, 2 to 8 each, or fp4 and fp8 for floating-point grids, "
-    "as wfp4afp8; auto chooses each layer's to fit --size.  "
+    "as wfp4afp8; a16 leaves activations of language models float; auto chooses each layer's to "
+    "fit --size.  "
     "[default: w4a8; w4a4 in placement relu]",
 )
 @click.option(
@@ -67,6 +72,8 @@ def cli() -> None:
 @recipe_option
 @target_option
 @placement_option
+@group_size_option
+@equalizer_option
 @layer_bits_option
 @effort_options
 @batch_option
@@ -143,6 +150,8 @@ def quantize_command(**options: Any) -> None:
 @recipe_option
 @target_option
 @placement_option
+@group_size_option
+@equalizer_option
 @layer_bits_option
 @effort_options
 @memory_option
@@ -165,12 +174,17 @@ def doctor_command(**options: Any) -> int:
 @cli.command("evaluate")
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--test", type=DataPath(), required=True, help="Labelled DATA.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Language models: the original, to compare the perplexity and the predictions with.",
+)
 @memory_option
-def evaluate_command(folder: Path, test: Path, memory: int | None) -> None:
-    """Measure the top-1 accuracy of the quantized network in DIR."""
+def evaluate_command(folder: Path, test: Path, model: str | None, memory: int | None) -> None:
+    """Measure the top-1 accuracy of the quantized network in DIR, or a model's perplexity."""
     from gdfq.cli.evaluate import evaluate
 
-    evaluate(folder, test, memory)
+    evaluate(folder, test, model, memory)
 
 
 @cli.command("export")

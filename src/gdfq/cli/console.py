@@ -9,6 +9,7 @@ from rich.table import Table
 from gdfq.plan.plan import Plan
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.drop import drop_of
+from gdfq.report.language import is_language_model
 from gdfq.report.read import Run, number
 from gdfq.report.source_warnings import source_warnings
 from gdfq.report.verdict import verdict, why_not_estimated
@@ -27,6 +28,20 @@ def print_run(run: Run) -> None:
     if run.drop is not None:
         tops = (metrics[who]["top1"] for who in ("teacher", "student"))
         table.add_row("top-1", *(f"{top:.2f} %" for top in tops), lost_or_gained(run.drop))
+    if language := metrics.get("language"):
+        table.add_row(
+            "perplexity",
+            f"{language['teacher_perplexity']:.3f}",
+            f"{language['perplexity']:.3f}",
+            f"same first choice for {language['agreement']:.1f} % of the tokens",
+        )
+    if own := metrics.get("own_text"):
+        table.add_row(
+            "own text",
+            "",
+            f"KL {own['divergence']:.4f}",
+            f"same first choice for {own['agreement']:.1f} % of {own['tokens']} held-out tokens",
+        )
     student = metrics.get("student") or {}
     for output, error in (student.get("error_percent") or {}).items():
         table.add_row(output, "", "", f"{error:.2f} % from the original's")
@@ -40,7 +55,8 @@ def print_run(run: Run) -> None:
     console.print(table)
     found = verdict(run, source_warnings(run.evidence.get("images"), run.history))
     console.print(found.sentence, markup=False)
-    if drop_of(run) is None and (reason := why_not_estimated(run)):
+    is_text = is_language_model(run)
+    if not is_text and drop_of(run) is None and (reason := why_not_estimated(run)):
         console.print(f"No estimate of the accuracy drop: {reason}", markup=False)
     console.print(f"{'run':10}{run.folder}", markup=False)
 

@@ -74,15 +74,16 @@ def _inputs(plan: Plan) -> dict[str, str]:
     found = {"weights": "; ".join(plan.notes)} if plan.notes else {}
     if plan.budget is not None:
         found["budget"] = budget_in_words(plan).removeprefix(", ")
-    if plan.sampler is None:
-        found["pixels"] = f"(pixel / 255 - mean) / std, mean {mean}, std {std}"
-    else:
+    if plan.sampler is not None:
         found["sampler"] = str(plan.sampler)
+    elif plan.teacher.vocabulary is None:
+        found["pixels"] = f"(pixel / 255 - mean) / std, mean {mean}, std {std}"
+    what = "images" if plan.teacher.vocabulary is None else "sequences"
     proxy = None if plan.candidates is None else plan.candidates.data
     for name, images in (("data", plan.given), ("proxy", proxy), ("test", plan.test)):
         if images is not None:
             rule = getattr(images, "rule", "")
-            found[name] = f"{len(images)} images" + (f"; {rule}" if rule else "")
+            found[name] = f"{len(images)} {what}" + (f"; {rule}" if rule else "")
     return found
 
 

@@ -184,6 +184,18 @@ placement_option = click.option(
     "(deployable); relu: weights and ReLU outputs, as in published tables.  "
     "[default: the recipe's own]",
 )
+equalizer_option = click.option(
+    "--equalizer",
+    type=click.Choice(["hadamard", "reassembly", "smooth", "none"]),
+    help="Language models: how outliers of activations are spread before rounding.  "
+    "[default: hadamard, where the model allows it]",
+)
+group_size_option = click.option(
+    "--group-size",
+    type=click.IntRange(min=2),
+    help="Language models: most columns of a weight that share a scale.  [default: all columns of "
+    "an output channel]",
+)
 layer_bits_option = together(
     click.option(
         "--layer-bits",
@@ -192,7 +204,8 @@ layer_bits_option = together(
         callback=_with_old,
         help="Other bits for matching layers, such as 'stage1.*=float' or last=8 (first and last "
         "are the first and the last layer). May be given several times; the first match counts. "
-        "Where weights or activations have 2 bits, first=8 and last=8 are the default.",
+        "Where weights or activations have 2 bits, first=8 and last=8 are the default; of a "
+        "language model last=float, its head.",
     ),
     click.option(
         "--keep", multiple=True, hidden=True, is_eager=True, expose_value=False, callback=_renamed
@@ -259,7 +272,7 @@ recipe_option = click.option(
     "--recipe",
     default="fast",
     show_default=True,
-    help="Method: fast, quick, paper, ... (gdfq recipes lists all).",
+    help="Method: fast, quick, paper, ...; text for language models (gdfq recipes lists all).",
 )
 memory_option = click.option(
     "--memory",

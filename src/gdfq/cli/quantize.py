@@ -202,7 +202,8 @@ def quantize_into(
         quantized.metrics["seconds"]["checkpoints"] = round(checkpoints.seconds, 3)
         quantized.save(folder.path)
         check()
-        if outputs.onnx:
+        # The saved network is the file of a language model, unless a target was named.
+        if outputs.onnx and (plan.target or plan.teacher.vocabulary is None):
             target = plan.target or TARGETS["onnx"]
             _export_after(quantized, folder.path, target, context.memory.bytes)
         check()

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.data.vocabulary import Vocabulary
 from gdfq.files.plain_values import tagged
 from gdfq.functional.grid import Bits
-from gdfq.graph.inputs import InputSpec, image_shape
+from gdfq.graph.inputs import InputSpec, image_shape, vocabulary_of
 from gdfq.graph.outputs import Structure
 from gdfq.student.scheme import Placement
 from gdfq.version import __version__
@@ -41,3 +42,8 @@ class Card:
             UsageError: The network takes several inputs, or integers.
         """
         return image_shape(self.inputs)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The token ids of a language model; None for any other network."""
+        return vocabulary_of(self.inputs)

@@ -33,6 +33,7 @@ from gdfq.graph.ends import NO_ENDS, output_names
 from gdfq.graph.inputs import image_shape
 from gdfq.graph.memory import training_bytes
 from gdfq.student.integer_network import IntegerNetwork
+from gdfq.student.scheme import PLACEMENTS
 
 
 def _packed_runner(data: bytes) -> Run:
@@ -67,6 +68,7 @@ TARGETS: Mapping[str, Target] = {
                 f"{header_bytes(data)} of {len(data)} bytes are the header (graph and card)"
             ],
             runtime=Runtime("gdfq", "gdfq"),
+            placements=PLACEMENTS,
             weights=Carrier("packed at their true bits", formats=ALL_FORMATS),
             activations=Carrier("float of whole numbers", formats=ALL_FORMATS),
         ),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gdfq.data.preprocessing import Preprocessing, Resize
+from gdfq.data.vocabulary import Vocabulary
 from gdfq.deploy.card import Card
 from gdfq.deploy.graph_json import graph_from_json, graph_to_json
 from gdfq.deploy.shape_check import rehearse
@@ -175,13 +176,22 @@ def digest(document: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 def _card_values(card: Card) -> dict[str, Any]:
     """Return the card as plain values."""
-    inputs = [
-        {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype)}
-        for spec in card.inputs
-    ]
+    inputs = list(map(_input_values, card.inputs))
     values = {**asdict(card), "inputs": inputs, "bits": str(card.bits)}
     if card.candidates is None:  # files of other runs do not change
         del values["candidates"]
+    return values
+
+
+def _input_values(spec: InputSpec) -> dict[str, Any]:
+    """Return one input of a card as plain values, which `_input` reads."""
+    values: dict[str, Any] = {
+        "name": spec.name,
+        "shape": list(spec.shape),
+        "dtype": str(spec.dtype),
+    }
+    if spec.vocabulary is not None:
+        values["vocabulary"] = asdict(spec.vocabulary)
     return values
 
 
@@ -230,7 +240,8 @@ _INPUT_DTYPES = {
 def _input(values: dict[str, Any]) -> InputSpec:
     """Read one input of a card; raises `_READ_ERRORS` for one that no network takes."""
     shape = tuple(map(operator.index, values["shape"]))
-    spec = InputSpec(str(values["name"]), shape, _INPUT_DTYPES[values["dtype"]])
+    vocabulary = Vocabulary(**values["vocabulary"]) if "vocabulary" in values else None
+    spec = InputSpec(str(values["name"]), shape, _INPUT_DTYPES[values["dtype"]], vocabulary)
     if not spec.name.isidentifier():
         raise ValueError(f"an input cannot be called {spec.name!r}")
     check_shape(shape)

@@ -35,7 +35,7 @@ from gdfq.graph import queries
 from gdfq.graph.capture import Captured
 from gdfq.student.integer_network import ActivationGrid, IntegerNetwork, IntegerWeight
 from gdfq.student.placement import activation_bits
-from gdfq.student.scheme import PLACEMENTS, GridRules, Placement, Scheme
+from gdfq.student.scheme import OF_IMAGES, GridRules, Placement, Scheme
 
 Made = TypeVar("Made")
 
@@ -284,7 +284,7 @@ class Target:
     runtime: Runtime | None = None
     weights: Carrier = Carrier("int8")
     activations: Carrier = Carrier("int8")
-    placements: tuple[Placement, ...] = PLACEMENTS
+    placements: tuple[Placement, ...] = OF_IMAGES
     layout: Literal["nchw", "nhwc"] = "nchw"
     equality: str = "outputs"
     unsupported: Callable[[fx.Graph], Sequence[str]] = _supports_all
@@ -387,6 +387,11 @@ class Target:
             )
 
     def _check_placement(self, placement: Placement) -> None:
+        if placement == "tokens" and placement not in self.placements:
+            raise UsageError(
+                f"target {self.name!r} holds no language model: it has no form for scales of "
+                "tokens. Use target 'safetensors', which gdfq.load reads."
+            )
         if placement not in self.placements:
             raise UsageError(
                 f"target {self.name!r} needs placement {' or '.join(self.placements)}; the "

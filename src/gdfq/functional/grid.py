@@ -34,6 +34,10 @@ FLOAT_BITS = (4, 8)
 """Numbers of bits that floating-point grids have (`gdfq.functional.float_grid`)."""
 
 
+UNROUNDED = 16
+"""Bits that stand for activations that stay float, as in w4a16."""
+
+
 @tagged("Bits", added={"float_weights": False, "float_activations": False})
 @dataclass(frozen=True)
 class Bits:
@@ -41,7 +45,7 @@ class Bits:
 
     Attributes:
         weights: Bits of weights.
-        activations: Bits of activations.
+        activations: Bits of activations; 16 for those that stay float.
         float_weights: Whether the grids of weights are floating-point ones.
         float_activations: Whether those of activations are.
     """
@@ -61,7 +65,8 @@ class Bits:
                     f"{what} on floating-point grids need 4 or 8 bits; got {k}. "
                     "Write the bits as for instance wfp8afp8 or wfp4afp8."
                 )
-            if not MIN_BITS <= k <= MAX_BITS:
+            unrounded = what == "activations" and k == UNROUNDED
+            if not MIN_BITS <= k <= MAX_BITS and not unrounded:
                 raise UsageError(
                     f"{what} need {MIN_BITS} to {MAX_BITS} bits; got {k}. "
                     "Write the bits as for instance w4a4 or w4a8."
@@ -256,9 +261,29 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Return the numbers x_q of codes (Q1), in the dtype of the scale.
 
+    Codes [O, I] may have scales and zero points [O, B] of B blocks of columns each (`block_size`).
     `bits` does not enter the value; writers of files read from it how many bits a code needs.
     """
+    scale, zero_point = (_along_blocks(values, codes) for values in (scale, zero_point))
     return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def block_size(columns: int, most: int) -> int:
+    """Return the columns of a block, for blocks of one size with at most `most` columns each.
+
+    The last block is smaller where they do not divide. 172 columns in blocks of at most 64 are
+    blocks of 58, 58 and 56.
+    """
+    return -(-columns // -(-columns // most))
+
+
+def _along_blocks(values: Tensor, codes: Tensor) -> Tensor:
+    """Return values [O, B] of blocks as [O, I], to broadcast against codes; any others as given."""
+    if values.ndim != 2 or codes.ndim != 2 or not 1 < values.shape[1] < codes.shape[1]:
+        return values
+    columns = codes.shape[1]
+    size = -(-columns // values.shape[1])
+    return values.repeat_interleave(size, 1)[:, :columns]
 
 
 def dequantize_bias(codes: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:
@@ -299,9 +324,43 @@ def room_for_bias(bias: Tensor, activation_scale: Tensor, weight_scale: Tensor) 
     return (bias.double().abs().view_as(scale) / (scale * _MAX_BIAS_CODE)).clamp(min=1)
 
 
+def fake_quantize_tokens(x: Tensor, bits: int) -> Tensor:
+    """Return x rounded with one symmetric scale for each token, found where it is computed.
+
+        Δ = max|x| / (2^(k−1) − 1), x_q = Δ round(x / Δ), over the last dimension
+
+    (arXiv 2310.08041, section 3: dynamic quantization by token). A token that is only 0 stays so.
+
+    Args:
+        x: [..., K].
+        bits: k.
+    """
+    scale = x.abs().amax(-1, keepdim=True) / code_bounds(bits)[1]
+    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+    return (x / scale).round_().mul_(scale)
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Return x rounded to its grid (Q1): dequantize(quantize(x))."""
     return quantize(x, scale, zero_point, bits).sub_(zero_point).mul_(scale)
+
+
+class _TokensStraightThrough(torch.autograd.Function):
+    """`fake_quantize_tokens` with the derivative 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        return fake_quantize_tokens(x, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def tokens_straight_through(x: Tensor, bits: int) -> Tensor:
+    """Return `fake_quantize_tokens` of x with the straight-through estimator ∂x_q/∂x = 1 (Q2)."""
+    result: Tensor = _TokensStraightThrough.apply(x, bits)
+    return result
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -190,6 +190,33 @@ def distillation_loss(
     return kl * (temperature**2 / classes)
 
 
+def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return −log p(next token) of each token but the last, [N, L - 1].
+
+    The exponential of the mean is the perplexity a token.
+
+    Args:
+        logits: Of the next token, [N, L, V].
+        tokens: [N, L].
+    """
+    log_p = F.log_softmax(to_float32(logits[:, :-1]), -1)
+    return -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def token_divergences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return KL(teacher ‖ student) of each distribution, in nats.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: In the same shape.
+
+    Returns:
+        Divergences in the shape without the last dimension.
+    """
+    ours, theirs = (F.log_softmax(to_float32(x), -1) for x in (student_logits, teacher_logits))
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
 def _concatenate(observed: Statistics, target: Statistics) -> tuple[Tensor, Tensor, Tensor]:
     """Return all observed and all target statistics, and the weight 1/(L channels), each [2K]."""
     weight = torch.cat(

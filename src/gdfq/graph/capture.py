@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gdfq.data.vocabulary import TOKENS, Vocabulary
 from gdfq.errors import UsageError, first_line
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph import operators
@@ -21,7 +22,12 @@ from gdfq.graph.canonicalize import canonicalize
 from gdfq.graph.classes import divided
 from gdfq.graph.ends import NO_ENDS, Ends
 from gdfq.graph.float32 import to_float32_
-from gdfq.graph.inputs import IMAGES, InputSpec, image_shape
+from gdfq.graph.inputs import (
+    IMAGES,
+    InputSpec,
+    image_shape,
+    vocabulary_of,
+)
 from gdfq.graph.outputs import Structure, built, flattened, in_order, structure_of
 from gdfq.graph.tensors import tensors_of
 from gdfq.graph.tracing import Arguments, Trial, trace
@@ -59,6 +65,11 @@ class Captured:
         return image_shape(self.inputs)
 
     @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The token ids of a language model; None for any other network."""
+        return vocabulary_of(self.inputs)
+
+    @property
     def device(self) -> torch.device:
         tensors = tensors_of(self.network).values()
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
@@ -90,7 +101,11 @@ ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def capture(
-    model: nn.Module, example_inputs: ExampleInputs, *, classifier: bool | None = None
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    classifier: bool | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Captured:
     """Capture a network; `model` itself is left as it is.
 
@@ -103,20 +118,24 @@ def capture(
         classifier: Whether its output is the logits of classes, or their probabilities. By default
             one output [N, C], C >= 2, is taken for that, unless it is a sigmoid or consists of
             unit vectors; a regression of that shape must say False.
+        vocabulary: Of a language model: token ids [N, L] -> logits of the next token [N, L, size],
+            which no later token changes. It is captured for any length.
 
     Raises:
         UsageError: The weights hold NaN or infinity, the network does not accept the inputs,
             cannot be traced, uses an operator outside `operators.ALLOWED`, returns anything but
-            tensors [N, ...], alone or in tuples, lists and dictionaries, or is no classifier and
-            must be.
+            tensors [N, ...], alone or in tuples, lists and dictionaries, is no classifier and must
+            be, or is no language model and must be.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"capture needs an nn.Module; got a {type(model).__name__}.")
     model = unwrapped(model)
     given = _by_name(model, example_inputs)
+    if vocabulary is not None:
+        given = {TOKENS: _tokens(given, vocabulary)}
     _check_weights(model)
     examples = _probes(given)
-    specs = tuple(InputSpec.of(name, example) for name, example in examples.items())
+    specs = tuple(InputSpec.of(name, x, vocabulary) for name, x in examples.items())
     inputs = tuple(examples.values())
     # A lone tensor is passed by position: its argument may have any name, or none.
     named = isinstance(example_inputs, Mapping)
@@ -125,14 +144,78 @@ def capture(
     returned = trial.first(arguments, specs)
     expected = flattened(returned)
     _check_outputs(expected, len(inputs[0]))
-    traced = trace(model, arguments)
+    if vocabulary is not None:
+        _check_language_model(trial, arguments, expected, vocabulary)
+    traced = trace(model, arguments, (0,) if vocabulary is None else (0, 1))
     check_constants(traced)
     precision = to_float32_(traced)
     network = canonicalize(traced)
     check_operators(network)
     _check_equal(network, trial, arguments, expected, precision)
+    if vocabulary is not None:
+        _check_equal_at_half(network, arguments, expected, precision)
     body, ends, classes = divided(network, expected, inputs, specs, classifier)
     return Captured(body, specs, classes, structure_of(returned), ends)
+
+
+def _tokens(given: Mapping[str, Tensor], vocabulary: Vocabulary) -> Tensor:
+    """Return the example of a language model's one input, two tokens or more of its vocabulary."""
+    (tokens, *others) = given.values()
+    if others or tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
+        raise UsageError(
+            "a language model takes one tensor of token ids [N, L] with two tokens or more; got "
+            f"{', '.join(f'{name} {list(x.shape)}' for name, x in given.items())}."
+        )
+    vocabulary.check(tokens)
+    return tokens
+
+
+def _check_language_model(
+    trial: Trial, arguments: Arguments, expected: Sequence[Tensor], vocabulary: Vocabulary
+) -> None:
+    """Check that the output are logits of the next token, which no later token changes.
+
+    Raises:
+        UsageError: They are not.
+    """
+    shape = [*arguments.tensors[0].shape, vocabulary.size]
+    if len(expected) != 1 or list(expected[0].shape) != shape:
+        raise UsageError(
+            f"a language model returns logits {shape} of the next token for each token; this one "
+            f"returned {', '.join(str(list(x.shape)) for x in expected)}. Quantize a causal "
+            "language model."
+        )
+    half = shape[1] // 2
+    (found,) = flattened(trial(arguments.shortened(half)))
+    if _largest_difference([found], [expected[0][:, :half]], torch.float32) is not None:
+        raise UsageError(
+            "a language model predicts each token from the earlier ones alone; the output of this "
+            "one also depends on later ones, as that of an encoder. Quantize a causal language "
+            "model."
+        )
+
+
+@torch.no_grad()
+def _check_equal_at_half(
+    network: fx.GraphModule,
+    arguments: Arguments,
+    expected: Sequence[Tensor],
+    precision: torch.dtype,
+) -> None:
+    """Compare a captured language model with the module on sequences of half the length.
+
+    Raises:
+        UsageError: It returned something else.
+    """
+    half = arguments.tensors[0].shape[1] // 2
+    found = in_order(network(*arguments.shortened(half).tensors))
+    difference = _largest_difference(found, [expected[0][:, :half]], precision)
+    if difference is not None:
+        raise UsageError(
+            "a language model must be capturable for any length; on sequences of half the length "
+            f"the captured graph differs from the module by {difference:.3g}. Its attention "
+            "depends on the length in a way that torch.export does not record."
+        )
 
 
 def _check_weights(model: nn.Module) -> None:

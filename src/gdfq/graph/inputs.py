@@ -7,47 +7,60 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gdfq.data.vocabulary import Vocabulary
 from gdfq.errors import UsageError
+from gdfq.files.plain_values import tagged
 
-InputKind = Literal["image", "features", "integers"]
+InputKind = Literal["image", "features", "integers", "tokens"]
 
 
 IMAGES = "images"
 """The name of the one input of a network that takes images alone, in files and in `Captured`."""
 
 
+@tagged("gdfq.graph.inputs.InputSpec", added={"vocabulary": None})
 @dataclass(frozen=True)
 class InputSpec:
     """One input of a network.
 
     Attributes:
         name: The name of the argument of the network's forward.
-        shape: The shape of one entry, without the batch dimension.
+        shape: The shape of one entry, without the batch dimension. Of token ids: the length of the
+            sequences that the network was captured with; it takes any length.
         dtype: The dtype that the network takes.
+        vocabulary: The token ids, of a language model.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    vocabulary: Vocabulary | None = None
 
     @property
     def kind(self) -> InputKind:
-        """ "integers" for any integer dtype, "image" for floats [C, *size], else "features"."""
+        """ "tokens", "integers" for any others, "image" for floats [C, *size], or "features"."""
+        if self.vocabulary is not None:
+            return "tokens"
         if not self.dtype.is_floating_point:
             return "integers"
         return "image" if len(self.shape) >= 2 else "features"
 
     @classmethod
-    def of(cls, name: str, example: Tensor) -> "InputSpec":
+    def of(cls, name: str, example: Tensor, vocabulary: Vocabulary | None = None) -> "InputSpec":
         """Return the specification of an example input [N, *shape]."""
-        return cls(name, tuple(example.shape[1:]), example.dtype)
+        return cls(name, tuple(example.shape[1:]), example.dtype, vocabulary)
 
     def zeros(self, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Return a batch [count, *shape] of zeros."""
         return torch.zeros(count, *self.shape, dtype=self.dtype, device=device)
 
     def noise(self, count: int, draw: torch.Generator) -> Tensor:
-        """Return a batch [count, *shape] of white noise; integers are 0 and boolean masks True."""
+        """Return a batch [count, *shape] of white noise.
+
+        Token ids are random, other integers are 0 and boolean masks True.
+        """
+        if self.vocabulary is not None:
+            return torch.randint(self.vocabulary.size, (count, *self.shape), generator=draw)
         if self.dtype == torch.bool:
             return self.zeros(count).logical_not()
         if not self.dtype.is_floating_point:
@@ -76,3 +89,8 @@ def image_shape(inputs: Sequence[InputSpec]) -> tuple[int, ...]:
 def takes_images(inputs: Sequence[InputSpec]) -> bool:
     """Return whether the only input of a network is one tensor of floats."""
     return len(inputs) == 1 and inputs[0].dtype.is_floating_point and bool(inputs[0].shape)
+
+
+def vocabulary_of(inputs: Sequence[InputSpec]) -> Vocabulary | None:
+    """Return the vocabulary of a language model, or None for any other network."""
+    return inputs[0].vocabulary if len(inputs) == 1 else None

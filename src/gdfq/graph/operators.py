@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gdfq.functional import float_grid, grid
+from gdfq.functional import float_grid, grid, reassembly, rotations
 
 CONVOLUTIONS = frozenset(
     f"aten.conv{d}d.{form}" for d in (1, 2, 3) for form in ("default", "padding")
@@ -51,11 +51,18 @@ FAKE_QUANTIZE_FLOAT = "gdfq.fake_quantize_float"
 """(x, scale, name of the format): rounds an activation to its floating-point grid."""
 DEQUANTIZE_FLOAT = "gdfq.dequantize_float"
 """(codes, scale, name of the format): the weight that codes of a floating-point grid stand for."""
+FAKE_QUANTIZE_TOKENS = "gdfq.fake_quantize_tokens"
+"""(x, bits): rounds an activation with a scale for each token, which is found on the way."""
+ROTATED = "gdfq.rotated"
+"""(x, A, B): x (A ⊗ B), a rotation of the channels of each token."""
+REASSEMBLED = "gdfq.reassembled"
+"""(x, first, second, shares): channels that are split and merged."""
 ROUNDING = frozenset({FAKE_QUANTIZE, FAKE_QUANTIZE_FLOAT})
-"""What rounds an activation."""
+"""What rounds an activation to a grid that is stored."""
+ALL_ROUNDING = ROUNDING | {FAKE_QUANTIZE_TOKENS}
 WEIGHT_CODES = frozenset({DEQUANTIZE, DEQUANTIZE_FLOAT})
 """What makes a weight of its codes."""
-QUANTIZATION = ROUNDING | WEIGHT_CODES | {DEQUANTIZE_BIAS}
+QUANTIZATION = ALL_ROUNDING | WEIGHT_CODES | {DEQUANTIZE_BIAS}
 
 BATCH_SIZE = "aten.sym_size.int"
 GETITEM = "getitem"
@@ -278,9 +285,13 @@ MAX_POOLING = frozenset(f"aten.max_pool{d}d.default" for d in (1, 2, 3)) | {
 
 PRODUCTS = frozenset({"aten.bmm.default", "aten.matmul.default"})
 JOINS = frozenset({"aten.cat.default", "aten.stack.default"})
+EMBEDDING, RMS_NORM = "aten.embedding.default", "aten.rms_norm.default"
+MATRIX_PRODUCT = "aten.matmul.default"
+RECIPROCAL_ROOT = "aten.rsqrt.default"
 ELEMENTWISE_PRODUCTS = frozenset({"aten.mul.Tensor"})
 DIFFERENCE = "aten.sub.Tensor"
 SUMS = frozenset({ADD, DIFFERENCE})
+SUMS_WITH_NUMBERS = frozenset({ADD, ADD_NUMBER})
 SOFTMAX_OPERATOR = "aten.softmax.int"
 SOFTMAX = frozenset({SOFTMAX_OPERATOR})
 LOG_SOFTMAX = frozenset({"aten.log_softmax.int"})
@@ -307,6 +318,8 @@ MOVES = frozenset(
     )
 )
 """Operators that return all numbers of their one tensor, in another shape or order."""
+REPEATED_MOVES = MOVES | {"aten.expand.default"}
+"""Operators that return numbers of their one tensor, also several times."""
 _CLAMPS = CLAMPS - {HARDTANH}
 SCALINGS = frozenset({MULTIPLY, DIVIDE, "aten.mul.Scalar", "aten.div.Scalar"})
 WITH_NUMBERS = SCALINGS | {ADD, "aten.add.Scalar"}
@@ -480,6 +493,9 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     "mod": operator.mod,
     "neg": operator.neg,
     FAKE_QUANTIZE: grid.fake_quantize,
+    FAKE_QUANTIZE_TOKENS: grid.fake_quantize_tokens,
+    ROTATED: rotations.rotated,
+    REASSEMBLED: reassembly.reassembled,
     DEQUANTIZE: grid.dequantize,
     DEQUANTIZE_BIAS: grid.dequantize_bias,
     FAKE_QUANTIZE_FLOAT: float_grid.fake_quantize_float,

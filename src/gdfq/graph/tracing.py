@@ -35,6 +35,13 @@ class Arguments:
             tuple(map(part, self.positional)), {name: part(x) for name, x in self.named.items()}
         )
 
+    def shortened(self, length: int) -> "Arguments":
+        """Return arguments with the first `length` tokens of each sequence."""
+        return Arguments(
+            tuple(x[:, :length] for x in self.positional),
+            {name: x[:, :length] for name, x in self.named.items()},
+        )
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors in the order of the network's inputs."""
@@ -94,8 +101,13 @@ _NUMBERS_TRACED = (0, 7)
 remember the shape of their last call, which may have been that of the first."""
 
 
-def trace(model: nn.Module, arguments: Arguments) -> fx.GraphModule:
+def trace(model: nn.Module, arguments: Arguments, dynamic: Sequence[int] = (0,)) -> fx.GraphModule:
     """Export a network as a graph of ATen operators that takes any number of entries.
+
+    Args:
+        model: The network.
+        arguments: What it is called with.
+        dynamic: Dimensions of its inputs that may have any size.
 
     Raises:
         UsageError: `torch.export` cannot trace it.
@@ -106,24 +118,27 @@ def trace(model: nn.Module, arguments: Arguments) -> fx.GraphModule:
         with exclusive_tracing():
             try:
                 # A copy of its own: a network may remember the shapes of its last call.
-                return _exported(private_copy(model), given)
+                return _exported(private_copy(model), given, dynamic)
             except Exception as error:
                 failed = failed or error
     assert failed is not None
+    lengths = " and any length" if 1 in dynamic else ""
     raise UsageError(
-        "the network must be traceable by torch.export with any batch size; tracing "
+        f"the network must be traceable by torch.export with any batch size{lengths}; tracing "
         f"failed with: {first_line(failed)}. "
         "Make its forward independent of the values and of the length of the batch."
     ) from failed
 
 
-def _exported(network: nn.Module, arguments: Arguments) -> fx.GraphModule:
+def _exported(network: nn.Module, arguments: Arguments, dynamic: Sequence[int]) -> fx.GraphModule:
     with _in_float32():
         program = torch.export.export(
             network,
             arguments.positional,
             dict(arguments.named),
-            dynamic_shapes=_dynamic(network, arguments, {0: torch.export.Dim.DYNAMIC}),
+            dynamic_shapes=_dynamic(
+                network, arguments, dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC)
+            ),
         )
     _rename_tensors_(program)
     # Few operators are decomposed; the rest takes functional form: x.add_(y) is x + y.

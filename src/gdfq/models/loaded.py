@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from gdfq.data.class_names import ClassNames, class_names
 from gdfq.data.preprocessing import PerChannel, Preprocessing
+from gdfq.data.tokens import Decode, Encode
+from gdfq.data.vocabulary import Vocabulary
 from gdfq.diffusion.scheduler import SchedulerConfig
 from gdfq.errors import UsageError
 from gdfq.files.untrusted import check_shape
@@ -23,6 +25,9 @@ class Loaded:
         notes: Which parts of a weights file were loaded, for the user.
         scheduler: The scheduler of a diffusion model whose denoiser the network is.
         conditions: The labels of classes [M] that this denoiser takes.
+        vocabulary: The token ids of a language model; None for any other network.
+        encode: Its tokenizer, where it comes with one.
+        decode: The text of token ids, where it comes with a tokenizer.
     """
 
     module: nn.Module
@@ -32,6 +37,9 @@ class Loaded:
     notes: tuple[str, ...] = ()
     scheduler: SchedulerConfig | None = None
     conditions: Tensor | None = None
+    vocabulary: Vocabulary | None = None
+    encode: Encode | None = None
+    decode: Decode | None = None
 
     def input(
         self,

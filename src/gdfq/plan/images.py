@@ -32,7 +32,12 @@ def load_images(data: Data, network: Network) -> GivenData:
     """
     teacher = network.teacher
     return load_given(
-        data, teacher.inputs, teacher.classes, network.preprocessing, network.class_names
+        data,
+        teacher.inputs,
+        teacher.classes,
+        network.preprocessing,
+        network.class_names,
+        network.encode,
     )
 
 

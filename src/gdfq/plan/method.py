@@ -7,6 +7,7 @@ from gdfq.analysis.bit_allocation import parse_bits
 from gdfq.deploy.export import named_target
 from gdfq.deploy.target import Target
 from gdfq.diffusion.sampler import Sampler
+from gdfq.equalizers.named import find_equalizer
 from gdfq.errors import UsageError
 from gdfq.execution.durations import seconds_of
 from gdfq.functional.grid import Bits
@@ -108,6 +109,7 @@ class Method:
         size: The size of the ONNX file in bytes, where bits are to be chosen for it.
         effort: How much work the user asks for.
         target: Where the result is to run, where the user says it.
+        equalizer_said: Whether the user says the equalizer.
     """
 
     scheme: Scheme
@@ -115,6 +117,7 @@ class Method:
     size: int | None = None
     effort: EffortRequest = EffortRequest()
     target: Target | None = None
+    equalizer_said: bool = False
 
 
 def resolve_method(
@@ -149,15 +152,22 @@ def resolve_method(
     if size is None:
         overrides = with_ends(overrides, wanted, placed)
     grids = GridRules() if aim is None else aim.grids
-    scheme = Scheme(wanted, placed, overrides, grids)
+    scheme = Scheme(wanted, placed, overrides, grids, group_size=options.get("group_size"))
     if effort.steps is None and size is None:
         chosen = recipe_for(recipe, scheme)
     if size is None and not isinstance(recipe, Recipe):
         chosen = with_code_rate(chosen, scheme)
     check_family(scheme, chosen.quantizers)
+    equalizer = options.get("equalizer")
+    if equalizer is not None:
+        if placed != "tokens":
+            raise UsageError("an equalizer is for language models, with recipe 'text'. Remove it.")
+        chosen = replace(chosen, equalizer=find_equalizer(equalizer))
     chosen = chosen.with_steps(effort.steps)
     effort.of_images(chosen)  # refuses what cannot be used before a network is loaded
-    return Method(scheme, replace(chosen, placement=placed), size, effort, aim)
+    return Method(
+        scheme, replace(chosen, placement=placed), size, effort, aim, equalizer is not None
+    )
 
 
 def _check_target(target: Target, size: int | None) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from gdfq.data.class_names import ClassNames
 from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
+from gdfq.data.tokens import Decode, Encode
+from gdfq.data.vocabulary import Vocabulary
 from gdfq.diffusion.sampler import Sampler
 from gdfq.errors import UsageError
 from gdfq.execution.precision import find_device
+from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured, ExampleInputs, capture
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.graph.wrappers import unwrapped
@@ -39,6 +42,8 @@ class Network:
         notes: What was taken of the weights file, for the user.
         capture_seconds: How long capturing alone took.
         sampler: How it is called, if it is a denoiser of a diffusion model.
+        encode: The tokenizer of a language model, where it comes with one.
+        decode: The text of its token ids.
     """
 
     teacher: Captured
@@ -50,6 +55,8 @@ class Network:
     notes: tuple[str, ...] = ()
     capture_seconds: float = 0.0
     sampler: Sampler | None = None
+    encode: Encode | None = None
+    decode: Decode | None = None
 
 
 def resolve_network(
@@ -106,12 +113,16 @@ def resolve_network(
     elif isinstance(model, nn.Module):
         captured = capture(model, _example(example_input), classifier=classifier)
         preprocessing = _preprocessing(captured, mean, std, resize)
+    elif loaded is not None and loaded.vocabulary is not None:
+        captured = _language_model(loaded.module, loaded.vocabulary)
+        preprocessing = _preprocessing(captured, mean, std, resize)
     else:
         assert loaded is not None
         shape, preprocessing = loaded.input(input_shape, mean, std)
         captured = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
         preprocessing = replace(preprocessing, resize=resize or preprocessing.resize)
-    assumed = () if sampler is not None else _assumed(loaded, mean, std)
+    is_of_pixels = sampler is None and takes_images(captured.inputs)
+    assumed = _assumed(loaded, mean, std) if is_of_pixels else ()
     if takes_images(captured.inputs) and not assumed:
         captured = replace(captured, input_limits=preprocessing.limits)
     return Network(
@@ -124,6 +135,8 @@ def resolve_network(
         () if loaded is None else loaded.notes,
         time.perf_counter() - loaded_at,
         sampler,
+        None if loaded is None else loaded.encode,
+        None if loaded is None else loaded.decode,
     )
 
 
@@ -166,6 +179,17 @@ def _captured(
     assert isinstance(module, nn.Module)
     named = None if example_input is None or isinstance(example_input, Tensor) else example_input
     return captured_denoiser(module, sampler, named)
+
+
+_CAPTURED_TOKENS = 128
+"""Tokens of the sequences that a language model is captured with, as the memory budget counts."""
+
+
+def _language_model(module: nn.Module, vocabulary: Vocabulary) -> Captured:
+    """Capture a language model, with random tokens."""
+    shape = 1, min(_CAPTURED_TOKENS, vocabulary.length)
+    tokens = torch.randint(vocabulary.size, shape, generator=random_stream(0, "capture.tokens"))
+    return capture(module, tokens, vocabulary=vocabulary)
 
 
 def _preprocessing(

@@ -30,7 +30,7 @@ Data = (
 )
 """Images: an .npz file, an image folder, a tensor, or images and their labels."""
 
-DEFAULT_BITS: Mapping[Placement, str] = {"full": "w4a8", "relu": "w4a4"}
+DEFAULT_BITS: Mapping[Placement, str] = {"full": "w4a8", "relu": "w4a4", "tokens": "w4a8"}
 """Bits by placement. The published protocol is at w4a4. Runtimes compute activations of 4 bits in
 containers of 8, so that w4a8 is as small and as fast as w4a4, and loses far less."""
 
@@ -80,13 +80,20 @@ class SchemeOptions(TypedDict, total=False):
         size: With bits "auto": the size of the ONNX file in bytes, at most.
         placement: "full" (deployable) or "relu" (weights and ReLU outputs alone, the protocol of
             the published tables). By default the recipe's own.
+        group_size: Of a language model: most columns of a weight that share a scale. By default
+            each output channel has one.
+        equalizer: Of a language model: "hadamard", "reassembly", "smooth" or "none". By default
+            the recipe's own, where the model has a form that it can change.
         layer_bits: Layers with other bits, as "stage1.*=float" or "last=8"; the first pattern that
             matches a layer counts. With 2 bits of weights or activations the first and the last
-            layer of a deployable network have 8 unless they are named here.
+            layer of a deployable network have 8 unless they are named here. The last layer of a
+            language model, its head, stays float unless it is named: "last=8".
     """
 
     size: int | None
     placement: str | None
+    group_size: int | None
+    equalizer: str | None
     layer_bits: Sequence[str]
 
 

@@ -126,6 +126,7 @@ class Plan:
             "bits": str(self.scheme.bits) if self.size is None else "auto",
             "size": self.size,
             "placement": self.scheme.placement,
+            **({} if self.scheme.group_size is None else {"group_size": self.scheme.group_size}),
             "layer_bits": list(map(str, self.scheme.layer_bits)),
             "recipe": as_values(self.recipe),
             "effort": self.effort.as_values(),

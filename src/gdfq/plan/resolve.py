@@ -1,13 +1,14 @@
 """From options to a plan."""
 
 import time
+import warnings
 from dataclasses import replace
 from typing import Unpack
 
-from gdfq.errors import UsageError
+from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.context import Context
-from gdfq.functional.grid import Bits
-from gdfq.graph.capture import ExampleInputs
+from gdfq.functional.grid import UNROUNDED, Bits
+from gdfq.graph.capture import Captured, ExampleInputs
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.plan.budget import within_budget
 from gdfq.plan.elsewhere import check_images, planned_generation
@@ -138,10 +139,52 @@ def _check_test(network: Network, images: ImageOptions) -> None:
 def _fitted(method: Method, network: Network, *, given: bool) -> Recipe:
     """Return the recipe for the network's inputs and for the effort that the user asks for."""
     recipe, teacher = method.recipe, network.teacher
+    _check_kind(method, teacher)
     if network.sampler is not None and not given:
         return method.effort.of_trajectories(recipe, network.sampler)
-    if takes_images(teacher.inputs):
+    if teacher.vocabulary is not None:
+        recipe = _with_equalizer(recipe, method, teacher)
+        recipe = recipe.fitted((teacher.vocabulary.length,))
+    elif takes_images(teacher.inputs):
         recipe = recipe.fitted(teacher.input_shape)
     elif not given:
         image_shape(teacher.inputs)  # raises: sources make images alone
     return method.effort.of_given(recipe) if given else method.effort.of_images(recipe)
+
+
+def _with_equalizer(recipe: Recipe, method: Method, teacher: Captured) -> Recipe:
+    """Return a recipe whose equalizer can change the model: its own, or none with a warning.
+
+    Raises:
+        UsageError: The user says an equalizer that cannot.
+    """
+    if recipe.equalizer is None or method.scheme.bits.activations == UNROUNDED:
+        return recipe
+    try:
+        recipe.equalizer.check(teacher)
+    except UsageError as error:
+        if method.equalizer_said:
+            raise
+        warnings.warn(f"no equalizer is used: {error}", GdfqWarning, stacklevel=2)
+        return replace(recipe, equalizer=None)
+    return recipe
+
+
+def _check_kind(method: Method, teacher: Captured) -> None:
+    """Raise UsageError for a recipe that is not for this kind of network."""
+    recipe, of_text = method.recipe, method.scheme.placement == "tokens"
+    if teacher.vocabulary is not None and not of_text:
+        raise UsageError(
+            f"a language model needs a recipe for text; {recipe.name!r} is for images. "
+            "Use recipe 'text'."
+        )
+    if teacher.vocabulary is None and of_text:
+        raise UsageError(
+            f"recipe {recipe.name!r} is for causal language models; this network takes "
+            f"{', '.join(map(str, teacher.inputs))}. Use another recipe, such as 'fast'."
+        )
+    if of_text and (method.size is not None or method.effort.budget is not None):
+        raise UsageError(
+            "a size or a budget is for networks of images; a language model was given. Give the "
+            "bits, as w4a8, and the number of steps."
+        )

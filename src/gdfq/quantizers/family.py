@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdfq.functional.float_grid import NumberFormat
 from gdfq.functional.grid import Layout
@@ -19,6 +19,7 @@ from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.float_lsq import FloatRange, FloatWeight
 from gdfq.quantizers.lsq import LearnedRange, LearnedWeight
 from gdfq.quantizers.minmax import MinMaxWeight, MovingRange
+from gdfq.quantizers.tokens import BlockWeight, TokenRounding
 
 
 class MakeFloatWeight(Protocol):
@@ -45,6 +46,16 @@ class MakeFloatActivation(Protocol):
         ...
 
 
+class MakeBlockWeight(Protocol):
+    """Makes the quantizer of a weight whose scales are of blocks of columns."""
+
+    def __call__(
+        self, weight: Tensor, bits: int, layout: Layout, groups: int, *, block: int
+    ) -> WeightQuantizer:
+        """See `QuantizerFamily.weight` and `BlockWeight` for the arguments."""
+        ...
+
+
 @dataclass(frozen=True)
 class QuantizerFamily:
     """The quantizers of a student, and what they require of its teacher.
@@ -64,6 +75,9 @@ class QuantizerFamily:
         float_weight: Makes the quantizer of a weight with a floating-point grid; None if the
             family has none.
         float_activation: Makes that of an activation; None if the family has none.
+        tokens: Makes what rounds each token of a language model from the bits; None if the family
+            is not for language models.
+        blocks: Makes the quantizer of a weight with scales for blocks of at most so many columns.
     """
 
     name: str
@@ -76,6 +90,8 @@ class QuantizerFamily:
     symmetric_weight: Callable[[Tensor, int, Layout, int], WeightQuantizer] | None = None
     float_weight: MakeFloatWeight | None = None
     float_activation: MakeFloatActivation | None = None
+    tokens: Callable[[int], nn.Module] | None = None
+    blocks: MakeBlockWeight | None = None
 
     def prepared(self, teacher: Captured) -> Captured:
         """Return the teacher in the form that students of this family start from."""
@@ -122,3 +138,11 @@ ADAROUND = QuantizerFamily(
     float_activation=FloatRange,
 )
 """Learned rounding of weights, and trained grids."""
+TOKENS = QuantizerFamily(
+    "learned-tokens",
+    partial(LearnedWeight, symmetric=True),
+    LearnedRange,
+    tokens=TokenRounding,
+    blocks=BlockWeight,
+)
+"""Of language models: trained symmetric grids of weights, and a scale for each token."""

@@ -7,7 +7,7 @@ from gdfq.report.read import Record, Run, number
 
 Level = Literal["good", "fair", "poor", "unknown"]
 
-_MAX_GOOD_SHARE, _MAX_FAIR_SHARE = 0.01, 0.05
+MAX_GOOD_SHARE, MAX_FAIR_SHARE = 0.01, 0.05
 """Largest drops, as shares of the teacher's accuracy. MLPerf allows 1 % for quantized networks."""
 _Z_95 = 1.96
 """Standard errors in half of a 95 % interval."""
@@ -44,9 +44,7 @@ class Drop:
 
     def _level_of(self, points: float) -> Level:
         share = points / (100.0 if self.reference is None else max(self.reference, 1e-9))
-        return (
-            "good" if share <= _MAX_GOOD_SHARE else "fair" if share <= _MAX_FAIR_SHARE else "poor"
-        )
+        return "good" if share <= MAX_GOOD_SHARE else "fair" if share <= MAX_FAIR_SHARE else "poor"
 
 
 def drop_of(run: Run) -> Drop | None:

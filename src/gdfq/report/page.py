@@ -13,7 +13,7 @@ from gdfq.files.atomic import write_atomically, write_json
 from gdfq.files.untrusted import within
 from gdfq.report.figures import png, svg
 from gdfq.report.read import Run, number
-from gdfq.report.sections import SECTIONS, Content
+from gdfq.report.sections import Content, sections_of
 from gdfq.report.source_warnings import source_warnings
 from gdfq.report.verdict import Verdict, verdict
 from gdfq.report.wording import size_words
@@ -79,7 +79,8 @@ def write_page(run: Run) -> Path:
     templates = environment()
     summary, warnings = _verdict(run)
     sections = [
-        _section(templates, run, key, title, build) for key, (title, build) in SECTIONS.items()
+        _section(templates, run, key, title, build)
+        for key, (title, build) in sections_of(run).items()
     ]
     text = templates.get_template("report.html").render(
         run=run, verdict=summary, sections=sections, file=run.file

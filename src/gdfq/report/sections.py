@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gdfq.report import figures
+from gdfq.report.language import is_language_model, rise_of
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Record, Run, number
 from gdfq.report.sensitive_layers import SENSITIVITY_NAMES, sensitive_layers
@@ -30,6 +31,24 @@ def trust(run: Run) -> Content | str:
         return f"The accuracy drop was not estimated: {_missing(run, 'trust')}"
     has_estimate = number(found.get("expected_drop")) is not None
     return Content({"trust": found, "has_estimate": has_estimate})
+
+
+def text(run: Run) -> Content | str:
+    """A language model: its divergence, outlier channels, and what both models write."""
+    found = run.evidence.get("text") or {}
+    shown = (
+        [" ".join(map(str, tokens)) for tokens in found.get(f"{who}_text") or []]
+        for who in ("teacher", "student")
+    )
+    return Content(
+        {
+            "rise": rise_of(run),
+            "own": run.metrics["own_text"],
+            "test": run.metrics.get("language"),
+            "outliers": found.get("outliers") or [],
+            "pairs": list(zip(*shown, strict=False)),
+        }
+    )
 
 
 def images(run: Run) -> Content | str:
@@ -258,6 +277,7 @@ def _missing(run: Run, section: str) -> str:
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Run], Content | str]]] = {
     "trust": ("Expected accuracy drop", trust),
+    "text": ("Language model", text),
     "images": ("Images", images),
     "candidates": ("Images from elsewhere", candidates),
     "layers": ("Layers", layers),
@@ -265,3 +285,15 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Run], Content | str]]] = {
     "test": ("Test images", test),
     "repeat": ("Reproducing the run", repeat),
 }
+_OF_TEXT = frozenset({"text", "layers", "training", "repeat"})
+"""Sections of language models."""
+
+
+def sections_of(run: Run) -> Mapping[str, tuple[str, Callable[[Run], Content | str]]]:
+    """Return the sections that a run has: images have no text, and language models no images."""
+    is_text = is_language_model(run)
+    return {
+        key: section
+        for key, section in SECTIONS.items()
+        if (key in _OF_TEXT if is_text else key != "text")
+    }

@@ -7,6 +7,7 @@ from gdfq.deploy.export import TARGETS
 from gdfq.deploy.onnx.target import ONNX
 from gdfq.report.advice import advice
 from gdfq.report.drop import Drop, Level, drop_of
+from gdfq.report.language import PerplexityRise, rise_of
 from gdfq.report.read import Record, Run, number
 from gdfq.report.wording import faster, lost_or_gained, size_words, smaller
 
@@ -24,6 +25,11 @@ _SENTENCES: Mapping[str, Mapping[Level, str]] = {
         "poor": "The accuracy may be much lower",
         "unknown": _UNKNOWN,
     },
+}
+_TEXT_SENTENCES: Mapping[Level, str] = {
+    "good": "The predictions are close to the original's",
+    "fair": "The predictions are somewhat worse",
+    "poor": "The predictions are much worse",
 }
 _NO_ESTIMATE = "This run has neither a test on labelled images nor an estimate without them."
 
@@ -53,6 +59,8 @@ def verdict(run: Run, warnings: Sequence[str] = ()) -> Verdict:
         warnings: Warnings about its images (`gdfq.report.source_warnings`), which come first in the
             advice.
     """
+    if (rise := rise_of(run)) is not None:
+        return _verdict_on_text(run, rise)
     drop = drop_of(run)
     level = "unknown" if drop is None else drop.level()
     parts = list(filter(None, (_size(run), _speed(run), _lost(run, drop))))
@@ -60,6 +68,25 @@ def verdict(run: Run, warnings: Sequence[str] = ()) -> Verdict:
     sentence = f"{start}: {', '.join(parts)}." if parts else f"{start}."
     facts, actions = tuple(_evidence(run, drop)), tuple(advice(run, level, warnings))
     return Verdict(level, sentence, facts, actions)
+
+
+def _verdict_on_text(run: Run, rise: PerplexityRise) -> Verdict:
+    """The verdict on a language model."""
+    start = _TEXT_SENTENCES[rise.level]
+    size = _size(run)
+    sentence = f"{start}: {size}." if size else f"{start}."
+    actions = tuple(_advice_on_text(run, rise))
+    return Verdict(rise.level, sentence, (f"{rise.sentence}.",), actions)
+
+
+def _advice_on_text(run: Run, rise: PerplexityRise) -> Iterator[str]:
+    if rise.kind == "expected":
+        yield (
+            f"Measure the perplexity on real text: gdfq evaluate {run.folder} --test tokens.npz "
+            "--model MODEL."
+        )
+    if rise.level != "good":
+        yield "More bits lose less: --bits w4a8, w4a16 or w8a8, or --group-size 32."
 
 
 def why_not_estimated(run: Run) -> str:

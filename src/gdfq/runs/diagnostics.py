@@ -18,6 +18,7 @@ from gdfq.analysis.candidates import measure_candidates
 from gdfq.analysis.images import measure_images
 from gdfq.analysis.layers import measure_layers
 from gdfq.analysis.observations import Observations
+from gdfq.analysis.own_text import measure_text
 from gdfq.analysis.predictions import measure_changes
 from gdfq.errors import first_line
 from gdfq.execution.budget import MemoryBudget
@@ -81,6 +82,19 @@ def _measures(
 ) -> dict[str, Callable[[], Any]]:
     """What is measured, by its section."""
     preprocessing = quantized.card.preprocessing
+    if teacher.vocabulary is not None:
+        return {
+            "text": lambda: measure_text(
+                teacher,
+                observations.teacher,
+                quantized.network,
+                observations.inputs,
+                quantized.card.seed,
+            ),
+            "layers": lambda: measure_layers(
+                observations.teacher, quantized.network, *observations.inputs, memory=memory
+            ),
+        }
     measures: dict[str, Callable[[], Any]] = {
         "trust": lambda: measure_expected_drop(
             teacher, quantized.network, seed=quantized.card.seed, memory=memory

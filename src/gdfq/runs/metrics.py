@@ -42,6 +42,11 @@ class Metrics(TypedDict, total=False):
     teacher: Top1
     student: Top1
     test_images: int
+    own_text: dict[str, float]
+    """Of a language model on text that its original wrote and no stage saw."""
+    test_sequences: int
+    language: dict[str, float]
+    """Of a language model on test sequences (`gdfq.analysis.language.LanguageMeasures`)."""
     float_bytes: int
     """Of the full-precision network."""
     allocation: dict[str, Any]

@@ -23,7 +23,8 @@ class Batch:
     Attributes:
         inputs: A tensor [N, *shape] for each input of the network; images are normalised and
             channels_last.
-        labels: Integers [N], or None for a network whose outputs are not classes.
+        labels: Integers [N], or None for a network whose outputs are not classes. Of a language
+            model: the next token of each but the last, [N, L - 1].
         teacher_logits: [N, C], or None if they were not computed for exactly these images, or if
             the teacher has no classes.
         losses: Scalars for the log.
@@ -69,6 +70,11 @@ class Batch:
                 inputs, chunks(self.labels), chunks(self.teacher_logits), strict=True
             )
         ]
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """Return the labels [N, L - 1] of sequences [N, L]: what follows each token but the last."""
+    return tokens[:, 1:]
 
 
 def labels_in_turn(teacher: Captured, step: int, batch: int) -> Tensor | None:
@@ -171,6 +177,11 @@ class Source(Protocol):
     def iterations(self) -> int | None:
         """Updates of each image; None for a source that does not optimise its images."""
         return None
+
+    @property
+    def makes_text(self) -> bool:
+        """Whether it makes text, for language models alone."""
+        return False
 
     @property
     def within_limits(self) -> bool:

@@ -10,13 +10,14 @@ from gdfq.data.class_names import ClassNames
 from gdfq.data.datasets import ArrayData, load_data, warn_of_unnormalised_floats
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.data.tensors import Data, load_tensors, network_inputs
+from gdfq.data.tokens import Encode, load_tokens
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.graph.capture import Captured
-from gdfq.graph.inputs import InputSpec, image_shape, takes_images
-from gdfq.sources.base import Batch, Source
+from gdfq.graph.inputs import InputSpec, image_shape, takes_images, vocabulary_of
+from gdfq.sources.base import Batch, Source, next_tokens
 from gdfq.sources.stream import Shuffled, Stream
 
 
@@ -56,22 +57,27 @@ def load_given(
     classes: int | None,
     preprocessing: Preprocessing | None = None,
     names: ClassNames | None = None,
+    encode: Encode | None = None,
 ) -> Data:
     """Read real inputs for a network.
 
     Args:
         data: For a network that takes images alone, what `gdfq.data.datasets.load_data` reads; for
-            any other, what `gdfq.data.tensors.load_tensors` does: a mapping of the inputs' names to
-            tensors.
+            a language model, what `gdfq.data.tokens.load_tokens` reads: token ids or a text file;
+            for any other, what `gdfq.data.tensors.load_tensors` does: a mapping of the inputs'
+            names to tensors.
         inputs: Specifications of the network's inputs.
         classes: Number of classes, if the network is a classifier.
         preprocessing: Preprocessing of the network. It resizes the files of an image folder, and
             the range of given floats is compared with its output.
         names: Names of the classes, which identify class folders.
+        encode: The tokenizer of a language model, which a text file needs.
 
     Raises:
         UsageError: The data cannot be used.
     """
+    if (vocabulary := vocabulary_of(inputs)) is not None:
+        return load_tokens(data, vocabulary, encode)
     if takes_images(inputs):
         resize = Resize() if preprocessing is None else preprocessing.resize
         images = load_data(data, image_shape(inputs), classes, resize, names)
@@ -130,6 +136,8 @@ class ImageSource(Source):
             with torch.no_grad():
                 logits = teacher.logits(*inputs)
             labels = None if logits is None else logits.argmax(1)
+            if teacher.vocabulary is not None:
+                labels = next_tokens(inputs[0])
             if logits is not None and self.data.labels is not None:
                 labels = self.data.labels[chosen].to(teacher.device)
             return Batch(inputs, labels, logits, origin=origin)

@@ -1,6 +1,7 @@
 """The student: a trainable copy of the teacher's graph with fake quantizers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +18,12 @@ from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.family import MINMAX, QuantizerFamily
 from gdfq.quantizers.recompute import recomputing
-from gdfq.student.placement import activation_bits, joined_groups, layer_input_bits
+from gdfq.student.placement import (
+    activation_bits,
+    joined_groups,
+    layer_input_bits,
+    rounded_input,
+)
 from gdfq.student.scheme import Scheme
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
@@ -206,18 +212,21 @@ def build_student(
             made.limits = min(lows), max(highs)
         return shared[group[0]]
 
-    def layer_input(copy: Copy, x: fx.Node) -> fx.Node:
+    def layer_input(copy: Copy, layer: fx.Node) -> fx.Node:
         """Return a layer's input, rounded again where it is carried with more bits."""
-        source = queries.grid_source(x)
-        if source not in entering:
+        source = rounded_input(layer, entering)
+        x = queries.input_of(layer)
+        if source is None:
             return copy[x]
         if x not in narrowed:
-            activation = activation_quantizer(source, entering[source])
+            bits = entering[source]
+            by_token = quantizers.tokens
+            activation = by_token(bits) if by_token else activation_quantizer(source, bits)
             narrowed[x] = call(copy, ACTIVATION, f"{x.name}{_LAYER_INPUT}", activation, copy[x])
         return narrowed[x]
 
     def layer(copy: Copy, node: fx.Node) -> fx.Node:
-        x = layer_input(copy, queries.input_of(node))
+        x = layer_input(copy, node)
         new = copy.of(node)
         quantizer = weight_quantizer(node)
         new.update_arg(0, x)
@@ -277,6 +286,8 @@ def _weight_quantizers(
     Raises:
         UsageError: The family has no symmetric ones, or none with floating-point grids.
     """
+    if scheme.group_size is not None and quantizers.blocks is not None:
+        return partial(quantizers.blocks, block=scheme.group_size)
     if scheme.bits.float_weights:
         make = quantizers.float_weight
         if make is None:
@@ -344,8 +355,16 @@ def check_family(scheme: Scheme, quantizers: QuantizerFamily) -> None:
     """Check that a family has the quantizers that a scheme needs.
 
     Raises:
-        UsageError: It has none with zero points of 0, or none with floating-point grids.
+        UsageError: It has none with zero points of 0, none with floating-point grids, or none for
+            the placement.
     """
+    if (scheme.placement == "tokens") != (quantizers.tokens is not None):
+        which = "for language models" if quantizers.tokens else "not for language models"
+        raise UsageError(
+            f"language models have placement 'tokens', and no other network has; the placement is "
+            f"{scheme.placement!r}, and the quantizers of the recipe are {which}. Use recipe "
+            "'text' for a language model, and any other recipe for other networks."
+        )
     _weight_quantizers(scheme, quantizers)
     _activation_quantizers(scheme, quantizers)
 
@@ -368,7 +387,7 @@ def _check_quantizable(
             "there must be a convolution or linear layer to quantize; this network has none"
             f"{' but those that stay float' if scheme.layer_bits else ''}."
         )
-    if not bits_of:
+    if not bits_of and scheme.placement != "tokens":
         raise UsageError(
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, of which this network "
             "has none to quantize: its activations would stay float. Use placement 'full'."

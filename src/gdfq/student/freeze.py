@@ -18,6 +18,7 @@ from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
+from gdfq.quantizers.tokens import TokenRounding
 from gdfq.student.build import ACTIVATION, Student, StudentBatchNorm
 from gdfq.student.integer_network import IntegerNetwork, activation_grid, coarser, scale_of
 from gdfq.student.ties import clamped, possible_results, scale_off_ties
@@ -67,6 +68,10 @@ class _Freezer:
                 continue  # written where they are used
             if isinstance(module, ActivationQuantizer):
                 self.new[node] = self._activation(node, module)
+            elif isinstance(module, TokenRounding):
+                (x,) = node.all_input_nodes
+                rounding = operators.resolve(operators.FAKE_QUANTIZE_TOKENS)
+                self.new[node] = self.graph.call_function(rounding, (self.new[x], module.bits))
             elif isinstance(module, StudentBatchNorm):
                 (x,) = node.all_input_nodes
                 folded = self._norm_after(x) is module

@@ -1,8 +1,9 @@
 """The integer network (the frozen student): codes, scales, zero points, and questions about them.
 
 Its graph calls three operators for what is quantized (`gdfq.functional.grid`): `dequantize` makes a
-layer's weight of its codes, `dequantize_bias` the bias, and `fake_quantize` rounds an activation.
-Two more do that on floating-point grids (`gdfq.functional.float_grid`). This module alone knows
+layer's weight of its codes, `dequantize_bias` the bias, and `fake_quantize` rounds an activation;
+`fake_quantize_tokens` does so with a scale for each token, which is not stored. Two more do that on
+floating-point grids (`gdfq.functional.float_grid`). This module alone knows
 where their arguments stand.
 """
 
@@ -258,7 +259,7 @@ class IntegerNetwork(nn.Module):
 
         def change(copy: Copy, node: fx.Node) -> fx.Node | None:
             name = operators.name_of(node)
-            if name in operators.ROUNDING:
+            if name in operators.ALL_ROUNDING:
                 return copy[node.all_input_nodes[0]]
             if name not in operators.QUANTIZATION:
                 return None
@@ -301,6 +302,12 @@ def check_quantizer(node: fx.Node) -> None:
     """
     name = operators.name_of(node)
     if name not in operators.QUANTIZATION:
+        return
+    if name == operators.FAKE_QUANTIZE_TOKENS:
+        x, *bits_alone = node.args
+        known_bits = bits_alone in [[k] for k in range(MIN_BITS, MAX_BITS + 1)]
+        if not isinstance(x, fx.Node) or node.kwargs or not known_bits:
+            raise ValueError(f"{node.name!r} has arguments that no quantizer has")
         return
     if name in _FLOAT_STORED:
         _check_float_quantizer(node, _FLOAT_STORED[name])

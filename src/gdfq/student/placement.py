@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
+from gdfq.functional.grid import UNROUNDED
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import batch_norm_after
 from gdfq.graph.capture import Captured
@@ -20,8 +21,10 @@ def activation_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """Return the nodes of the teacher whose outputs are quantized, and to how many bits.
 
     An output that enters layers as well as sums may be rounded again, to fewer bits, on its way
-    into the layers (`layer_input_bits`).
+    into the layers (`layer_input_bits`), which is all that language models round.
     """
+    if scheme.placement == "tokens":
+        return {}
     nodes = list(teacher.network.graph.nodes)
     layers = list(filter(queries.has_weight, nodes))
     weight_bits = scheme.weight_bits(layers)
@@ -74,6 +77,17 @@ def joined_groups(nodes: Sequence[fx.Node], quantized: Collection[fx.Node]) -> l
     return [group for node, group in groups.items() if len(group) > 1 and group[0] is node]
 
 
+def rounded_input(layer: fx.Node, entering: Collection[fx.Node]) -> fx.Node | None:
+    """Return which of the nodes of `layer_input_bits` a layer reads; None if it reads none.
+
+    Args:
+        layer: A layer.
+        entering: Nodes whose outputs, also moved, enter layers with bits of their own.
+    """
+    x = queries.input_of(layer)
+    return next((node for node in (x, queries.grid_source(x)) if node in entering), None)
+
+
 def layer_input_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """Return the nodes whose outputs enter layers with fewer bits than they are carried with.
 
@@ -86,6 +100,8 @@ def layer_input_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
     """
     if scheme.placement == "relu":
         return {}
+    if scheme.placement == "tokens":
+        return _token_bits(teacher, scheme)
     nodes = list(teacher.network.graph.nodes)
     signals = _signals(nodes)
     activations = activation_bits(teacher, scheme)
@@ -104,6 +120,23 @@ def layer_input_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
         needed = max([scheme.bits.activations, *(own if len(own) == len(readers) else [])])
         if needed < carried:
             found[node] = needed
+    return found
+
+
+def _token_bits(teacher: Captured, scheme: Scheme) -> dict[fx.Node, int]:
+    """Return what enters the layers of a language model whose weights are quantized.
+
+    Layers with other bits get these, too; what several layers read has the most of theirs.
+    """
+    if scheme.bits.activations == UNROUNDED:
+        return {}
+    layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
+    overridden = scheme.overridden(layers)
+    found: dict[fx.Node, int] = {}
+    for layer in scheme.weight_bits(layers):
+        own = overridden[layer].bits if layer in overridden else scheme.bits.activations
+        x = queries.input_of(layer)
+        found[x] = max(found.get(x, 0), own or 0)
     return found
 
 

@@ -11,11 +11,13 @@ from torch import fx
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.files.plain_values import tagged
 from gdfq.functional.float_grid import ALL_FORMATS, NumberFormat, formats_of
-from gdfq.functional.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, Bits
+from gdfq.functional.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, UNROUNDED, Bits
 from gdfq.graph import queries
 
-Placement = Literal["relu", "full"]
-PLACEMENTS: tuple[Placement, ...] = ("relu", "full")
+Placement = Literal["relu", "full", "tokens"]
+PLACEMENTS: tuple[Placement, ...] = ("relu", "full", "tokens")
+OF_IMAGES: tuple[Placement, ...] = ("relu", "full")
+"""Placements of networks that are no language models."""
 _OLD_RELU = "t1"
 
 _POSITIONS = ("first", "last")
@@ -94,16 +96,19 @@ def with_ends(
 
     With 2 bits of weights or activations these two layers of a deployable network have 8: they
     hold few of the weights, and their rounding makes up a ninth of the divergence of a ResNet-20.
-    What the user says about them counts. The published protocol has the same bits everywhere.
+    The last layer of a language model, its head, stays float with any bits. What the user says
+    about these layers counts. The published protocol has the same bits everywhere.
 
     Args:
         layer_bits: The layers with other bits, as the user says.
         bits: Bits of all other layers.
         placement: Where activations are quantized.
     """
+    said = {layers.pattern for layers in layer_bits}
+    if placement == "tokens":
+        return (*layer_bits, *(() if "last" in said else (LayerBits("last", None),)))
     if placement != "full" or min(bits.weights, bits.activations) >= _FEWEST_BITS_OF_ENDS:
         return tuple(layer_bits)
-    said = {layers.pattern for layers in layer_bits}
     ends = (LayerBits(position, MAX_BITS) for position in _POSITIONS if position not in said)
     return (*layer_bits, *ends)
 
@@ -139,11 +144,18 @@ class Scheme:
             enters a convolution, linear layer, addition, multiplication, concatenation or pooling,
             and every convolution or linear output without a ReLU; the network's outputs stay float.
             Activations have 8 bits where they are only carried (`gdfq.student.placement`).
+            "tokens" (language models): the weights of linear layers and what enters these, with a
+            symmetric scale for each token that is found where it is computed.
         layer_bits: Layers with other bits; the first that matches a layer counts.
         grids: What grids must fulfil beside their bits.
         denoiser: Whether the network is the denoiser of a diffusion model. Then what is computed
             from scalars alone stays float (the embedding of the time step), and the image that
             enters: at the end of a trajectory its noise is smaller than a step of an 8-bit grid.
+        group_size: Most columns of a weight that share a scale, in placement "tokens"; None for one
+            scale an output channel.
+
+    Raises:
+        UsageError: The parts do not go together.
     """
 
     bits: Bits
@@ -151,8 +163,10 @@ class Scheme:
     layer_bits: tuple[LayerBits, ...] = ()
     grids: GridRules = GridRules()
     denoiser: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_placement()
         if not (self.bits.float_weights or self.bits.float_activations):
             return
         for override in self.layer_bits:
@@ -161,6 +175,22 @@ class Scheme:
                     f"layers have 4 or 8 bits, or float, beside the floating-point grids of "
                     f"{self.bits}; got {override}. Write for instance {override.pattern}=8."
                 )
+
+    def _check_placement(self) -> None:
+        if self.placement == "tokens":
+            if self.bits.float_weights or self.bits.float_activations:
+                raise UsageError(
+                    "language models have integer grids, or activations that stay float; got "
+                    f"{self.bits}. Use for instance w4a4, w4a8, w8a8 or w4a16."
+                )
+            if self.group_size is not None and self.group_size < 2:
+                raise UsageError(f"a group needs two columns or more; got {self.group_size}.")
+        elif self.bits.activations == UNROUNDED or self.group_size is not None:
+            what = "groups of columns" if self.group_size is not None else "activations of 16 bits"
+            raise UsageError(
+                f"{what} are for language models, with recipe 'text'; the placement is "
+                f"{self.placement!r}. Use for instance w4a8 without a group size."
+            )
 
     def weight_formats(self, bits: int) -> tuple[NumberFormat, ...] | None:
         """Return the formats that weights of so many bits may have; None for integer grids."""

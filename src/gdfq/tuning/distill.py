@@ -115,7 +115,8 @@ class Distillation(Tuning):
         Args:
             student: Predictions of the student.
             teacher: Predictions of the teacher.
-            labels: [N], or None for a network whose outputs are not classes.
+            labels: [N], or None for a network whose outputs are not classes; of a language model
+                the next tokens [N, L - 1].
             group: The mean of the losses of its processes is that of the whole batch.
 
         Returns:
@@ -123,6 +124,11 @@ class Distillation(Tuning):
         """
         student_outputs, student_features = student
         teacher_outputs, teacher_features = teacher
+        if labels is not None and labels.ndim == 2:  # of a language model: each token is an entry
+            student_outputs, teacher_outputs = (
+                logits[:, :-1].flatten(0, 1) for logits in (student_outputs, teacher_outputs)
+            )
+            labels = labels.flatten()
         parts: dict[str, tuple[float, Tensor]] = {}
         if self.cross_entropy and labels is not None:
             errors = F.cross_entropy(to_float32(student_outputs), labels, reduction="none")

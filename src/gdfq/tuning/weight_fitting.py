@@ -44,6 +44,8 @@ def fit_weight_(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     trusted: Tensor,
+    *,
+    centred: bool = True,
 ) -> None:
     """Fit a layer's weight to the wanted outputs, for the inputs that it gets, and round it.
 
@@ -59,13 +61,16 @@ def fit_weight_(
         inputs: The student's inputs of the layer, in parts [n, ...].
         targets: The teacher's outputs of the layer, in the same parts.
         trusted: Whether an output's weights may be fitted, [O]; else they are only rounded.
+        centred: Whether means are left to the bias; else they are fitted, too.
     """
     groups = queries.group_count(layer)
     columns = groups * weight[0].numel()
     most = min(_MAX_SAMPLES, max(1, _MAX_ELEMENTS // columns))
     x = _input_samples(layer, weight.shape[2:], inputs, groups, most)  # [P, G, K]
     y = _output_samples(layer, targets, most).unflatten(1, (groups, -1))  # [P, G, R]
-    x, y = ((samples - samples.mean(0)).transpose(0, 1) for samples in (x, y))
+    if centred:
+        x, y = (samples - samples.mean(0) for samples in (x, y))
+    x, y = (samples.transpose(0, 1) for samples in (x, y))
     rows = weight.detach().double().reshape(groups, -1, x.shape[2])
     covariance, cross, variance = _second_moments(x, y)
     wanted = fitted_weight(rows, covariance, cross, _best_fit_ridge(rows, x, y) * variance)

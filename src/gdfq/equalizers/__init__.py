@@ -1,0 +1,1 @@
+"""Equalizers of language models: changes after which rounding their activations costs less."""
