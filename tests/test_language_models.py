@@ -14,6 +14,7 @@ import gdfq
 from gdfq.analysis.preflight import diagnose
 from gdfq.cli import main
 from gdfq.errors import UsageError
+from gdfq.execution.progress import Step
 from gdfq.files.atomic import write_json
 from gdfq.graph import operators
 from gdfq.graph.capture import Captured
@@ -90,6 +91,7 @@ def test_report_of_a_language_model(tmp_path: Path) -> None:
     text = evidence.sections["text"]
     assert len(text["outliers"]) == 15
     assert len(text["teacher_text"]) == len(text["student_text"]) == 3
+    assert all(words.split()[0] == "1" for words in text["teacher_text"])  # the beginning of a text
     found.save(tmp_path)
     write_evidence(evidence, tmp_path)
     write_json(tmp_path / "config.json", {"gdfq": "0", "bits": "w4a4"})
@@ -101,6 +103,23 @@ def test_report_of_a_language_model(tmp_path: Path) -> None:
     perplexity = found.metrics["language"]["perplexity"]
     assert f"{perplexity:.3f}" in page
     assert "The predictions are" in page
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["own text", "calibrate", "tune"])
+def test_stopped_run_ends_with_the_same_model(stage: str, tmp_path: Path) -> None:
+    def stop(step: Step) -> None:
+        if step.stage == stage and step.index >= min(3, step.total):
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        quantized("w4a4", TEXT, checkpoints=tmp_path, listener=stop)
+    resumed, whole = quantized("w4a4", TEXT, checkpoints=tmp_path), quantized("w4a4", TEXT)
+    given = tokens(length=9)
+    assert torch.equal(resumed(given), whole(given))
 
 
 def test_groups_are_closer_to_the_original_than_whole_rows() -> None:

@@ -87,6 +87,7 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
         tested,
         plan.candidates,
         screening,
+        plan.decode,
     )
     return QuantizedNetwork(network, card, metrics, feed.examples, observed, plan.teacher.ends)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from gdfq.analysis.accuracy import Predictions, logits_of
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data
+from gdfq.data.tokens import Decode
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener
 from gdfq.graph.capture import Captured
@@ -66,6 +67,7 @@ class Observations:
         tested: Predictions for the test images; None without test images or without classes.
         candidates: Images from elsewhere, if there were any.
         screening: What the screen found of them.
+        decode: The text of token ids, of a language model with a tokenizer.
     """
 
     inputs: tuple[Tensor, ...]
@@ -74,6 +76,7 @@ class Observations:
     tested: TestPredictions | None
     candidates: Candidates | None = None
     screening: Screening | None = None
+    decode: Decode | None = None
 
     @property
     def images(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gdfq.analysis.language import LanguageMeasures, language_measures
+from gdfq.data.tokens import Decode
 from gdfq.data.vocabulary import Vocabulary
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream as random_stream
@@ -65,13 +66,13 @@ class TextEvidence:
 
     Attributes:
         outliers: Of each layer.
-        teacher_text: Token ids of sequences that the teacher writes.
-        student_text: Token ids of those that the student writes from the same seed.
+        teacher_text: What the teacher writes, in words, or as token ids without a tokenizer.
+        student_text: What the student writes from the same seed.
     """
 
     outliers: tuple[Outliers, ...]
-    teacher_text: tuple[tuple[int, ...], ...]
-    student_text: tuple[tuple[int, ...], ...]
+    teacher_text: tuple[str, ...]
+    student_text: tuple[str, ...]
 
 
 def measure_text(
@@ -80,6 +81,7 @@ def measure_text(
     network: IntegerNetwork,
     inputs: Sequence[Tensor],
     seed: int,
+    decode: Decode | None = None,
 ) -> TextEvidence:
     """Measure outliers before and after the equalizer, and let both models write.
 
@@ -89,11 +91,13 @@ def measure_text(
         network: The frozen student.
         inputs: Token ids [N, L]; a few are used.
         seed: Seed of the run.
+        decode: The text of token ids.
     """
     few = [tokens[:4].to(teacher.device) for tokens in inputs]
     before, after = (_peaks(found, few) for found in (teacher, equalized))
+    words = decode or (lambda tokens: " ".join(map(str, tokens)))
     texts = [
-        tuple(map(tuple, _written(model, teacher, _SHOWN, seed, "text.shown").tolist()))
+        tuple(map(words, _written(model, teacher, _SHOWN, seed, "text.shown").tolist()))
         for model in (teacher.network, network)
     ]
     outliers = (Outliers(name, peak, after[name]) for name, peak in before.items())

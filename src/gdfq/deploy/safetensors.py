@@ -240,7 +240,12 @@ _INPUT_DTYPES = {
 def _input(values: dict[str, Any]) -> InputSpec:
     """Read one input of a card; raises `_READ_ERRORS` for one that no network takes."""
     shape = tuple(map(operator.index, values["shape"]))
-    vocabulary = Vocabulary(**values["vocabulary"]) if "vocabulary" in values else None
+    vocabulary = None
+    if "vocabulary" in values:
+        numbers = (
+            (n, None if v is None else operator.index(v)) for n, v in values["vocabulary"].items()
+        )
+        vocabulary = Vocabulary(**dict(numbers))
     spec = InputSpec(str(values["name"]), shape, _INPUT_DTYPES[values["dtype"]], vocabulary)
     if not spec.name.isidentifier():
         raise ValueError(f"an input cannot be called {spec.name!r}")

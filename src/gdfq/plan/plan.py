@@ -6,6 +6,7 @@ from typing import Any
 from gdfq.analysis.run_costs import Following
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data as GivenData
+from gdfq.data.tokens import Decode
 from gdfq.deploy.card import Card
 from gdfq.deploy.target import Target
 from gdfq.diffusion.sampler import Sampler
@@ -60,6 +61,7 @@ class Plan:
         planned_seconds: Seconds that the run was expected to take, where they were chosen; None for
             a run that resumes.
         target: Where the result is to run, where the user says it.
+        decode: The text of token ids, of a language model with a tokenizer.
         sampler: How a denoiser of a diffusion model is called; None for any other network.
     """
 
@@ -79,6 +81,7 @@ class Plan:
     budget: float | None = None
     planned_seconds: float | None = None
     target: Target | None = None
+    decode: Decode | None = None
     sampler: Sampler | None = None
 
     @property

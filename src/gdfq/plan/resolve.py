@@ -117,6 +117,7 @@ def plan_of(
         network.notes,
         method.effort.budget,
         target=method.target,
+        decode=network.decode,
         sampler=network.sampler,
     )
     if plan.budget is None:

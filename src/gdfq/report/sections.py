@@ -36,10 +36,7 @@ def trust(run: Run) -> Content | str:
 def text(run: Run) -> Content | str:
     """A language model: its divergence, outlier channels, and what both models write."""
     found = run.evidence.get("text") or {}
-    shown = (
-        [" ".join(map(str, tokens)) for tokens in found.get(f"{who}_text") or []]
-        for who in ("teacher", "student")
-    )
+    shown = (found.get(f"{who}_text") or [] for who in ("teacher", "student"))
     return Content(
         {
             "rise": rise_of(run),

@@ -45,7 +45,9 @@ class Evidence:
 
 
 def gather(
-    teacher: Captured, quantized: QuantizedNetwork, memory: MemoryBudget = MemoryBudget()
+    teacher: Captured,
+    quantized: QuantizedNetwork,
+    memory: MemoryBudget = MemoryBudget(),
 ) -> Evidence:
     """Measure all that the report shows of a run that has just been made.
 
@@ -90,6 +92,7 @@ def _measures(
                 quantized.network,
                 observations.inputs,
                 quantized.card.seed,
+                observations.decode,
             ),
             "layers": lambda: measure_layers(
                 observations.teacher, quantized.network, *observations.inputs, memory=memory

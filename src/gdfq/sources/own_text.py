@@ -196,6 +196,7 @@ class OwnText(Source):
             return sequences.tokens
 
         def make(_: int) -> Batch:
+            all_tokens()  # a stop while they are written must find the order as it was
             return read({"chosen": order.next_of(self.sequences)})
 
         def read(origin: Any) -> Batch:
