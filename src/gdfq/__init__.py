@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from gdfq.version import __version__
 
 if TYPE_CHECKING:
-    from gdfq.api import generate, load, quantize
+    from gdfq.analysis.samples import SampleComparison
+    from gdfq.api import compare_samples, generate, load, quantize
     from gdfq.data.preprocessing import Resize
     from gdfq.deploy.export import TARGETS, Exported
     from gdfq.deploy.target import Target
@@ -73,6 +74,7 @@ _HOME = {
     "Recipe": "gdfq.recipes",
     "Reconstruction": "gdfq.tuning.reconstruct",
     "Resize": "gdfq.data.preprocessing",
+    "SampleComparison": "gdfq.analysis.samples",
     "SgdConfig": "gdfq.optim",
     "Source": "gdfq.sources.base",
     "SpectralSource": "gdfq.sources.spectral",
@@ -82,6 +84,7 @@ _HOME = {
     "Tuning": "gdfq.tuning.base",
     "UsageError": "gdfq.errors",
     "capture": "gdfq.graph.capture",
+    "compare_samples": "gdfq.api",
     "fingerprint": "gdfq.files.plain_values",
     "generate": "gdfq.api",
     "load": "gdfq.api",
@@ -122,6 +125,7 @@ __all__ = [
     "Recipe",
     "Reconstruction",
     "Resize",
+    "SampleComparison",
     "SgdConfig",
     "Source",
     "SpectralSource",
@@ -131,6 +135,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "capture",
+    "compare_samples",
     "fingerprint",
     "generate",
     "load",

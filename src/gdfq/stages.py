@@ -15,6 +15,7 @@ import torch
 from gdfq.analysis.accuracy import output_similarities
 from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
 from gdfq.analysis.observations import TestPredictions
+from gdfq.analysis.samples import SampleComparison, compare_samples
 from gdfq.data.tensors import summary_of
 from gdfq.deploy.metadata import metadata_of
 from gdfq.errors import GdfqWarning
@@ -338,6 +339,24 @@ def measure(
         if similarity.decisions is not None:
             student.setdefault("decisions_percent", {})[name] = round(similarity.decisions, 4)
     return None, metrics | {"student": student}
+
+
+def compare_generated(
+    plan: Plan, network: IntegerNetwork, context: Context
+) -> SampleComparison | None:
+    """Compare the images that a denoiser and its student generate; the first process does it.
+
+    Args:
+        plan: The plan of the run.
+        network: The frozen student.
+        context: Context of the run.
+
+    Returns:
+        The comparison; None for other networks, without samples, and in other processes.
+    """
+    if plan.sampler is None or not plan.samples or context.group.rank != 0:
+        return None
+    return compare_samples(plan.teacher, network, plan.sampler, plan.samples, context=context)
 
 
 def identity_of(plan: Plan, context: Context) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 import gdfq.functional
 from gdfq.functional import (
     float_grid,
+    frechet,
     gemmlowp,
     grid,
     integer,
@@ -105,6 +106,7 @@ CALLS: dict[Callable[..., Any], Call] = {
     rounding.fitted_weight: lambda m: rounding.fitted_weight(m(2, 3, 4).detach(), _covariance(m), m(2, 3, 4).detach(), m(2).detach().abs()),
     rounding.compensated_codes: lambda m: rounding.compensated_codes(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), m(2, 3, 1).detach().abs() + 0.1, m(2, 3, 1).detach().round(), 4),
     rounding.compensated: lambda m: rounding.compensated(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), lambda x: x, torch.round),
+    frechet.frechet_distance: lambda m: frechet.frechet_distance(m(6, 3).detach(), m(5, 3).detach()),
     float_grid.magnitudes: lambda m: float_grid.magnitudes(float_grid.E4M3).to(m(1).device),
     float_grid.nearest: lambda m: float_grid.nearest(m(4, 3).detach(), float_grid.E4M3),
     float_grid.nearest_: lambda m: float_grid.nearest_(m(4, 3).detach(), float_grid.E4M3),

@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from gdfq.analysis.accuracy import Predictions, logits_of
+from gdfq.analysis.samples import SampleComparison
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data
 from gdfq.execution.budget import MemoryBudget
@@ -66,6 +67,7 @@ class Observations:
         tested: Predictions for the test images; None without test images or without classes.
         candidates: Images from elsewhere, if there were any.
         screening: What the screen found of them.
+        samples: Images that a denoiser and its student generated, if it is one.
     """
 
     inputs: tuple[Tensor, ...]
@@ -74,6 +76,7 @@ class Observations:
     tested: TestPredictions | None
     candidates: Candidates | None = None
     screening: Screening | None = None
+    samples: SampleComparison | None = None
 
     @property
     def images(self) -> Tensor:

@@ -26,7 +26,7 @@ from gdfq.cli.options import (
     steps_option,
     target_option,
 )
-from gdfq.cli.types import PATH, DataPath, Seconds, Size
+from gdfq.cli.types import PATH, DataPath, Seconds, Shape, Size
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.version import __version__
 
@@ -80,6 +80,12 @@ def cli() -> None:
     type=DataPath(),
     help="DATA to measure on; it is used for nothing else. A classifier needs labels.",
 )
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    help="Images that a denoiser and its student generate at the end, to be compared.  "
+    "[default: 64]",
+)
 @click.option("--out", type=PATH, required=True, help="Folder for the run.")
 @click.option(
     "--precision",
@@ -127,7 +133,7 @@ def quantize_command(**options: Any) -> None:
     from gdfq.runs.names import GENERATED
 
     generation = taken_from(options, options["out"] / GENERATED)
-    given: Any = {name: options.pop(name) for name in ("data", "proxy", "test")}
+    given: Any = {name: options.pop(name) for name in ("data", "proxy", "test", "samples")}
     given["generate_with"] = generation
     quantize(started=started, given=given, **options)
 
@@ -164,13 +170,33 @@ def doctor_command(**options: Any) -> int:
 
 @cli.command("evaluate")
 @click.argument("folder", metavar="DIR", type=PATH)
-@click.option("--test", type=DataPath(), required=True, help="Labelled DATA.")
+@click.option("--test", type=DataPath(), help="Labelled DATA.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Of a denoiser: images that it and --model generate from the same noise.",
+)
+@click.option("--model", help="With --samples: the MODEL that the network in DIR was made from.")
+@click.option(
+    "--features",
+    metavar="MODEL",
+    help="With --samples: a network of images, as a MODEL, whose outputs are the features of a "
+    "Fréchet distance.",
+)
+@click.option("--weights", type=PATH, help="Weights of --model, as for gdfq quantize.")
+@click.option("--input", "input_shape", type=Shape(), help="Shape of the image of --model.")
+@denoiser_options
+@seed_option
 @memory_option
-def evaluate_command(folder: Path, test: Path, memory: int | None) -> None:
-    """Measure the top-1 accuracy of the quantized network in DIR."""
+def evaluate_command(folder: Path, **options: Any) -> None:
+    """Measure the top-1 accuracy of the network in DIR, or the images of a denoiser.
+
+    With --samples the quantized denoiser in DIR and the original, --model, generate images from the
+    same noise. The PSNR says how equal they are; the Fréchet distance compares them as sets.
+    """
     from gdfq.cli.evaluate import evaluate
 
-    evaluate(folder, test, memory)
+    evaluate(folder, **options)
 
 
 @cli.command("export")

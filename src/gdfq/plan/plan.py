@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gdfq.analysis.run_costs import Following
+from gdfq.analysis.samples import SAMPLES
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data as GivenData
 from gdfq.deploy.card import Card
@@ -61,6 +62,7 @@ class Plan:
             a run that resumes.
         target: Where the result is to run, where the user says it.
         sampler: How a denoiser of a diffusion model is called; None for any other network.
+        samples: Images that such a denoiser and its student generate at the end, to be compared.
     """
 
     teacher: Captured
@@ -80,6 +82,7 @@ class Plan:
     planned_seconds: float | None = None
     target: Target | None = None
     sampler: Sampler | None = None
+    samples: int = SAMPLES
 
     @property
     def effort(self) -> Effort:
