@@ -1,5 +1,6 @@
 """A scheduler with the interface of those of diffusers, for tests without that library."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -51,12 +52,14 @@ class PlainScheduler:
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        generator: list[torch.Generator] | None = None,
+        *,
+        generator: Sequence[torch.Generator] = (),
+        **options: Any,
     ) -> Any:
         """Return the image of the next call."""
-        del timestep
+        del timestep, options
         following = sample - model_output / self.steps
-        if self.config.noise and generator is not None:
+        if self.config.noise and generator:
             shape = sample.shape[1:]
             noise = torch.stack([torch.randn(shape, generator=draw) for draw in generator])
             following = following + self.config.noise * noise

@@ -16,7 +16,8 @@ from gdfq.version import __version__
 
 if TYPE_CHECKING:
     from gdfq.analysis.language import LanguageMeasures
-    from gdfq.api import generate, load, quantize
+    from gdfq.analysis.samples import SampleComparison
+    from gdfq.api import compare_samples, generate, load, quantize
     from gdfq.data.preprocessing import Resize
     from gdfq.data.vocabulary import Vocabulary
     from gdfq.deploy.export import TARGETS, Exported
@@ -78,6 +79,7 @@ _HOME = {
     "Recipe": "gdfq.recipes",
     "Reconstruction": "gdfq.tuning.reconstruct",
     "Resize": "gdfq.data.preprocessing",
+    "SampleComparison": "gdfq.analysis.samples",
     "Sampling": "gdfq.sources.own_text",
     "SgdConfig": "gdfq.optim",
     "Source": "gdfq.sources.base",
@@ -90,6 +92,7 @@ _HOME = {
     "UsageError": "gdfq.errors",
     "Vocabulary": "gdfq.data.vocabulary",
     "capture": "gdfq.graph.capture",
+    "compare_samples": "gdfq.api",
     "fingerprint": "gdfq.files.plain_values",
     "generate": "gdfq.api",
     "load": "gdfq.api",
@@ -133,6 +136,7 @@ __all__ = [
     "Recipe",
     "Reconstruction",
     "Resize",
+    "SampleComparison",
     "Sampling",
     "SgdConfig",
     "Source",
@@ -144,6 +148,7 @@ __all__ = [
     "Vocabulary",
     "__version__",
     "capture",
+    "compare_samples",
     "fingerprint",
     "generate",
     "load",

@@ -64,7 +64,10 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
         "measuring on the test images", context.memory.room(plan.teacher.device)
     ):
         tested, measured = stages.measure(plan, network, context)
-    if plan.test is not None:
+        samples = stages.compare_generated(plan, network, context)
+    if samples is not None:
+        measured["samples"] = samples.as_values()
+    if plan.test is not None or samples is not None:
         clock.lap("test")
         seconds["test"] = clock.seconds()["test"]  # no part of the total
     metrics = {
@@ -88,6 +91,7 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
         plan.candidates,
         screening,
         plan.decode,
+        samples,
     )
     return QuantizedNetwork(network, card, metrics, feed.examples, observed, plan.teacher.ends)
 

@@ -16,6 +16,7 @@ from gdfq.deploy.card import Card
 from gdfq.deploy.export import Exported, export
 from gdfq.deploy.safetensors import EXAMPLES_FILE, STUDENT_FILE
 from gdfq.deploy.target import Target
+from gdfq.diffusion.pipeline import with_denoiser
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.guards import smaller_budget_suggested
@@ -216,6 +217,18 @@ class QuantizedNetwork(nn.Module):
             return self.card.preprocessing.to_npz(self.examples[0])
         names = [spec.name for spec in self.card.inputs]
         return to_npz(dict(zip(names, self.examples, strict=True)))
+
+    def pipeline(self, original: Any) -> Any:
+        """Return a pipeline of diffusers with this denoiser in the place of its own.
+
+        Args:
+            original: The pipeline that the denoiser was taken from, which is changed; or its id or
+                folder.
+
+        Raises:
+            UsageError: It cannot be loaded, or has no denoiser.
+        """
+        return with_denoiser(original, self, len(self.card.inputs))
 
     def export(
         self,

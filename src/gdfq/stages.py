@@ -18,6 +18,7 @@ from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
 from gdfq.analysis.language import language_measures
 from gdfq.analysis.observations import TestPredictions
 from gdfq.analysis.own_text import as_metrics, held_out_measures
+from gdfq.analysis.samples import SampleComparison, compare_samples
 from gdfq.data.tensors import network_inputs, summary_of
 from gdfq.deploy.metadata import metadata_of
 from gdfq.equalizers.base import check_equal
@@ -390,6 +391,24 @@ def _language_metrics(plan: Plan, network: IntegerNetwork, context: Context) -> 
         )
         metrics |= {"test_sequences": len(test), "language": as_metrics(found)}
     return metrics
+
+
+def compare_generated(
+    plan: Plan, network: IntegerNetwork, context: Context
+) -> SampleComparison | None:
+    """Compare the images that a denoiser and its student generate; the first process does it.
+
+    Args:
+        plan: The plan of the run.
+        network: The frozen student.
+        context: Context of the run.
+
+    Returns:
+        The comparison; None for other networks, without samples, and in other processes.
+    """
+    if plan.sampler is None or not plan.samples or context.group.rank != 0:
+        return None
+    return compare_samples(plan.teacher, network, plan.sampler, plan.samples, context=context)
 
 
 def identity_of(plan: Plan, context: Context) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 import gdfq.functional
 from gdfq.functional import (
     float_grid,
+    frechet,
     gemmlowp,
     grid,
     integer,
@@ -114,6 +115,7 @@ CALLS: dict[Callable[..., Any], Call] = {
     rotations.rotated: lambda m: rotations.rotated(m(2, 12), m(3, 3), m(4, 4)),
     reassembly.reassembled: lambda m: reassembly.reassembled(m(2, 4), torch.arange(4).to(m(1).device), torch.arange(4).to(m(1).device), m(2, 4)),
     reassembly.new_channels: lambda m: reassembly.new_channels(m(9, 6).detach(), m(3, 6).detach(), 1.0).shares,
+    frechet.frechet_distance: lambda m: frechet.frechet_distance(m(6, 3).detach(), m(5, 3).detach()),
     float_grid.magnitudes: lambda m: float_grid.magnitudes(float_grid.E4M3).to(m(1).device),
     float_grid.nearest: lambda m: float_grid.nearest(m(4, 3).detach(), float_grid.E4M3),
     float_grid.nearest_: lambda m: float_grid.nearest_(m(4, 3).detach(), float_grid.E4M3),

@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from gdfq.analysis.accuracy import Predictions, logits_of
+from gdfq.analysis.samples import SampleComparison
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data
 from gdfq.data.tokens import Decode
@@ -68,6 +69,7 @@ class Observations:
         candidates: Images from elsewhere, if there were any.
         screening: What the screen found of them.
         decode: The text of token ids, of a language model with a tokenizer.
+        samples: Images that a denoiser and its student generated, if it is one.
     """
 
     inputs: tuple[Tensor, ...]
@@ -77,6 +79,7 @@ class Observations:
     candidates: Candidates | None = None
     screening: Screening | None = None
     decode: Decode | None = None
+    samples: SampleComparison | None = None
 
     @property
     def images(self) -> Tensor:

@@ -28,7 +28,7 @@ from gdfq.cli.options import (
     steps_option,
     target_option,
 )
-from gdfq.cli.types import PATH, DataPath, Seconds, Size
+from gdfq.cli.types import PATH, DataPath, Seconds, Shape, Size
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.version import __version__
 
@@ -87,6 +87,12 @@ def cli() -> None:
     type=DataPath(),
     help="DATA to measure on; it is used for nothing else. A classifier needs labels.",
 )
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    help="Images that a denoiser and its student generate at the end, to be compared.  "
+    "[default: 64]",
+)
 @click.option("--out", type=PATH, required=True, help="Folder for the run.")
 @click.option(
     "--precision",
@@ -134,7 +140,7 @@ def quantize_command(**options: Any) -> None:
     from gdfq.runs.names import GENERATED
 
     generation = taken_from(options, options["out"] / GENERATED)
-    given: Any = {name: options.pop(name) for name in ("data", "proxy", "test")}
+    given: Any = {name: options.pop(name) for name in ("data", "proxy", "test", "samples")}
     given["generate_with"] = generation
     quantize(started=started, given=given, **options)
 
@@ -173,18 +179,38 @@ def doctor_command(**options: Any) -> int:
 
 @cli.command("evaluate")
 @click.argument("folder", metavar="DIR", type=PATH)
-@click.option("--test", type=DataPath(), required=True, help="Labelled DATA.")
+@click.option("--test", type=DataPath(), help="Labelled DATA, or the text of a language model.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Of a denoiser: images that it and --model generate from the same noise.",
+)
 @click.option(
     "--model",
     metavar="MODEL",
-    help="Language models: the original, to compare the perplexity and the predictions with.",
+    help="What the network in DIR was made from: needed with --samples; a language model is then "
+    "also compared with it.",
 )
+@click.option(
+    "--features",
+    metavar="MODEL",
+    help="With --samples: a network of images, as a MODEL, whose outputs are the features of a "
+    "Fréchet distance.",
+)
+@click.option("--weights", type=PATH, help="Weights of --model, as for gdfq quantize.")
+@click.option("--input", "input_shape", type=Shape(), help="Shape of the image of --model.")
+@denoiser_options
+@seed_option
 @memory_option
-def evaluate_command(folder: Path, test: Path, model: str | None, memory: int | None) -> None:
-    """Measure the top-1 accuracy of the quantized network in DIR, or a model's perplexity."""
+def evaluate_command(folder: Path, **options: Any) -> None:
+    """Measure the accuracy of the network in DIR, its perplexity, or the images of a denoiser.
+
+    With --samples the quantized denoiser in DIR and the original, --model, generate images from the
+    same noise. The PSNR says how equal they are; the Fréchet distance compares them as sets.
+    """
     from gdfq.cli.evaluate import evaluate
 
-    evaluate(folder, test, model, memory)
+    evaluate(folder, **options)
 
 
 @cli.command("export")

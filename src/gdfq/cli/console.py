@@ -49,6 +49,9 @@ def print_run(run: Run) -> None:
         table.add_row(output, "", "", f"cosine {cosine:.4f} with the original's")
     for output, share in (student.get("decisions_percent") or {}).items():
         table.add_row(output, "", "", f"{share:.2f} % of the decisions are the original's")
+    if samples := metrics.get("samples"):
+        found_in = f"PSNR {samples['psnr']:.1f} dB, {samples['images']} images from the same noise"
+        table.add_row("images", "", "", found_in)
     seconds, steps = metrics["seconds"]["total"], metrics["steps"]
     table.add_row("time", "", f"{seconds:.0f} s", f"{steps} step{'s' * (steps != 1)}")
     console = Console(highlight=False, soft_wrap=True)

@@ -1,29 +1,57 @@
-"""`gdfq evaluate`: top-1 accuracy on labelled images, or the perplexity of a language model."""
+"""`gdfq evaluate`: accuracy on labelled images, perplexity on text, or the images of a denoiser."""
 
 from pathlib import Path
+from typing import Unpack
 
 import click
 
-from gdfq.api import load
+from gdfq.api import compare_samples, load
 from gdfq.errors import UsageError
 from gdfq.execution.listeners import Terminal
 from gdfq.plan.images import load_images
 from gdfq.plan.network import resolve_network
+from gdfq.plan.options import NetworkOptions
 from gdfq.quantized import QuantizedNetwork
 
 
-def evaluate(folder: Path, test: Path, model: str | None, memory: int | None) -> None:
-    """Print the accuracy of the quantized network in a folder, or its perplexity.
-
-    Args:
-        folder: The folder of the network.
-        test: Images with labels, or text.
-        model: The original of a language model, to compare with.
-        memory: Bytes of activations.
-    """
+def evaluate(
+    folder: Path,
+    *,
+    test: Path | None,
+    samples: int | None,
+    model: str | None,
+    features: str | None,
+    seed: int,
+    memory: int | None,
+    **options: Unpack[NetworkOptions],
+) -> None:
+    """Print the accuracy of the network in a folder, its perplexity, or how its images compare."""
+    if (test is None) == (samples is None):
+        raise UsageError(
+            "evaluate measures on labelled images or on text (--test), or a denoiser on images "
+            "that it generates (--samples). Give one of them."
+        )
     quantized = load(folder)
     with Terminal() as terminal:
-        if model is not None:
+        if samples is not None:
+            if model is None:
+                raise UsageError(
+                    "the images of a quantized denoiser are compared with those of the network "
+                    "that it was made from, which the folder does not hold. Give --model, and its "
+                    "options as for gdfq quantize."
+                )
+            compared = compare_samples(
+                quantized,
+                model,
+                samples=samples,
+                features=features,
+                seed=seed,
+                listener=terminal,
+                memory=memory,
+                **options,
+            )
+            found = str(compared)
+        elif test is not None and model is not None:
             found = _compared(quantized, model, test, terminal)
         elif quantized.card.vocabulary is not None:
             found = f"perplexity {quantized.evaluate(test, listener=terminal):.3f}"
@@ -34,10 +62,10 @@ def evaluate(folder: Path, test: Path, model: str | None, memory: int | None) ->
 
 
 def _compared(quantized: QuantizedNetwork, model: str, test: Path, terminal: Terminal) -> str:
-    """Return how a quantized language model compares with the original, in words."""
+    """Return how a quantized language model compares with the original on text, in words."""
     network = resolve_network(model, device=str(quantized.device))
     if quantized.card.vocabulary is None or network.teacher.vocabulary is None:
-        raise UsageError("--model is for language models. Remove it.")
+        raise UsageError("with --test, --model is for language models. Remove it.")
     return str(
         quantized.compare_text(network.teacher, load_images(test, network), listener=terminal)
     )

@@ -120,7 +120,7 @@ class Sampler:
         conditions = self._drawn(draws, device)
         scheduler = self.scheduler.build(self.steps)
         noise = torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
-        images = noise.to(device) * scheduler.init_noise_sigma
+        images: Tensor = noise.to(device) * scheduler.init_noise_sigma
         options = {"generator": draws} if _adds_noise(scheduler) else {}
         for call, step in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(images, step)

@@ -143,4 +143,5 @@ class SchedulerConfig:
                 f"{', '.join(PREDICTIONS)}; that of {self.name} is {predicts!r}. Denoisers that "
                 "predict something else, such as a flow, cannot be sampled here."
             )
-        return scheduler
+        built: Scheduler = scheduler
+        return built

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdfq.diffusion.pipeline import PARTS
 from gdfq.diffusion.scheduler import SchedulerConfig
 from gdfq.errors import UsageError
 from gdfq.models.loaded import Loaded
@@ -18,8 +19,6 @@ _CONDITIONS = {
 """The networks that can be loaded, with the name of the condition that each takes."""
 _RENAMED = {"Transformer2DModel": "DiTTransformer2DModel"}
 """Names that older files have for these networks."""
-_PARTS = ("unet", "transformer")
-"""The names that pipelines give their denoiser."""
 
 
 class Denoiser(nn.Module):
@@ -83,7 +82,7 @@ def _part_of(diffusers: Any, name: str) -> tuple[str | None, str]:
         part, kind = None, diffusers.UNet2DModel.load_config(name).get("_class_name")
     else:
         index = diffusers.DiffusionPipeline.load_config(name)
-        part = next((part for part in _PARTS if index.get(part)), None)
+        part = next((part for part in PARTS if index.get(part)), None)
         kind = index[part][1] if part is not None else index.get("_class_name")
     kind = _RENAMED.get(str(kind), str(kind))
     if kind not in _CONDITIONS:

@@ -135,12 +135,15 @@ class ImageOptions(TypedDict, total=False):
         test: Images to measure on; they are used for nothing else.
         proxy: Images that have nothing to do with the network, to join the synthetic ones.
         generate_with: Images of a text-to-image model, to join them in the same way.
+        samples: Images that a denoiser of a diffusion model and its student generate at the end
+            from the same noise, to be compared; 0 for none. 64 by default.
     """
 
     data: Data | None
     test: Data | None
     proxy: Data | Candidates | None
     generate_with: Generation | None
+    samples: int | None
 
 
 class Settings(NetworkOptions, MethodOptions, total=False):

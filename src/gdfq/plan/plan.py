@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gdfq.analysis.run_costs import Following
+from gdfq.analysis.samples import SAMPLES
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tokens import Decode
@@ -63,6 +64,7 @@ class Plan:
         target: Where the result is to run, where the user says it.
         decode: The text of token ids, of a language model with a tokenizer.
         sampler: How a denoiser of a diffusion model is called; None for any other network.
+        samples: Images that such a denoiser and its student generate at the end, to be compared.
     """
 
     teacher: Captured
@@ -83,6 +85,7 @@ class Plan:
     target: Target | None = None
     decode: Decode | None = None
     sampler: Sampler | None = None
+    samples: int = SAMPLES
 
     @property
     def effort(self) -> Effort:

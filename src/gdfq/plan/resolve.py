@@ -5,6 +5,7 @@ import warnings
 from dataclasses import replace
 from typing import Unpack
 
+from gdfq.analysis.samples import SAMPLES
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.context import Context
 from gdfq.functional.grid import UNROUNDED, Bits
@@ -119,12 +120,32 @@ def plan_of(
         target=method.target,
         decode=network.decode,
         sampler=network.sampler,
+        samples=_samples(network, images),
     )
     if plan.budget is None:
         return plan
     following = replace(timing.following, capture_seconds=network.capture_seconds)
     timing = replace(timing, started=started, following=following)
     return within_budget(plan, method, context, timing)
+
+
+def _samples(network: Network, images: ImageOptions) -> int:
+    """Return how many images are generated to compare a denoiser with its student.
+
+    Raises:
+        UsageError: It is no number, or the network is no denoiser.
+    """
+    count = images.get("samples")
+    if count is None:
+        return SAMPLES
+    if network.sampler is None:
+        raise UsageError(
+            "samples are for denoisers of diffusion models, which have a scheduler; this network "
+            "has none. Give test images, or --scheduler."
+        )
+    if not isinstance(count, int) or count < 0:
+        raise UsageError(f"samples must be a whole number of at least 0; got {count}.")
+    return count
 
 
 def _check_test(network: Network, images: ImageOptions) -> None:

@@ -200,6 +200,18 @@ def sensitivities(layers: Sequence[Record], kind: str) -> Figure | None:
     return figure
 
 
+def errors_by_time(timesteps: Sequence[float], errors: Sequence[float]) -> Figure | None:
+    """The error of a denoiser's predictions by time step, noise at the left."""
+    if not timesteps:
+        return None
+    figure, axes = _axes()
+    axes.plot(timesteps, errors, color=ORANGE, marker=".")
+    axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+    _label(axes, "time step (noise to image)", "error of the prediction in %")
+    return figure
+
+
 def signal(layers: Sequence[Record]) -> Figure | None:
     """The SQNR of weight and output of each layer, in decibels."""
     if not layers:

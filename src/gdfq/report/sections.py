@@ -231,6 +231,23 @@ def _similarities(student: Record) -> Iterator[str]:
             yield f"{text}: {', '.join(form.format(*pair) for pair in found.items())}."
 
 
+def samples(run: Run) -> Content | str:
+    """The images that a denoiser and its student generated from the same noise."""
+    found = run.evidence.get("samples")
+    if not found:
+        if not run.config.get("sampler"):
+            return "The network is no denoiser of a diffusion model: it generates no images."
+        return f"No images were generated to compare: {_missing(run, 'samples')}"
+    pictures = [run.arrays[f"samples.{who}"] for who in ("teacher", "student")]
+    pairs = [
+        tuple(map(data_uri, pair)) for pair in zip(*pictures, strict=True) if pictures[0].ndim == 4
+    ]
+    return Content(
+        {"samples": found, "pairs": pairs},
+        {"samples-errors": figures.errors_by_time(found["timesteps"], found["errors"])},
+    )
+
+
 def repeat(run: Run) -> Content | str:
     """How to reproduce the run."""
     if not run.config:
@@ -279,6 +296,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Run], Content | str]]] = {
     "candidates": ("Images from elsewhere", candidates),
     "layers": ("Layers", layers),
     "training": ("Training", training),
+    "samples": ("Generated images", samples),
     "test": ("Test images", test),
     "repeat": ("Reproducing the run", repeat),
 }

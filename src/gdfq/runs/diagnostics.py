@@ -112,6 +112,9 @@ def _measures(
     candidates, screening = observations.candidates, observations.screening
     if candidates is not None and screening is not None:
         measures["candidates"] = lambda: measure_candidates(candidates, screening)
+    samples = observations.samples
+    if samples is not None:
+        measures["samples"] = lambda: samples
     tested = observations.tested
     if tested is not None:
         measures["test"] = lambda: measure_changes(tested, preprocessing)

@@ -53,6 +53,8 @@ class Metrics(TypedDict, total=False):
     """Of bits "auto": the size asked for, the size reached, and the bits of each layer."""
     candidates: dict[str, Any]
     """Of images from elsewhere: how many were kept, why the others were not, distances."""
+    samples: dict[str, Any]
+    """Of a denoiser: how the images of both networks from the same noise compare."""
     collapsed: str
     """Why a generator restarted."""
     export: dict[str, Any]
