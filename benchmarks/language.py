@@ -81,6 +81,7 @@ def plan() -> list[Row]:
     found += [Row("w4a4", e, m) for e in ("smooth", "reassembly") for m in ("rounded", "fitted")]
     found += [Row(bits, "hadamard", "fitted", text="real") for bits in ("w4a4", "w4a16")]
     found += [Row("w4a4", "hadamard", m) for m in ("distilled", "fitted, distilled")]
+    found += [Row(bits, "hadamard", "fitted, distilled") for bits in ("w4a16", "w4a8")]
     found += [
         Row(bits, "hadamard", method, seed=seed)  # nothing of rows without own text is random
         for seed in (1, 2)
