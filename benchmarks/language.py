@@ -29,14 +29,12 @@ from gdfq.equalizers.named import EQUALIZERS
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream
 from gdfq.files.plain_values import fingerprint
-from gdfq.functional.grid import Bits
 from gdfq.pipeline import run
 from gdfq.plan.method import resolve_method
 from gdfq.plan.network import Network, resolve_network
 from gdfq.plan.resolve import plan_of
-from gdfq.recipes import TEXT, TEXT_QUICK, Recipe, with_code_rate
+from gdfq.recipes import TEXT, TEXT_QUICK, Recipe
 from gdfq.sources.own_text import Sampling, sampled
-from gdfq.student.scheme import Scheme
 
 FILE = RESULTS / "language.json"
 PAGE = ROOT / "docs" / "language-models.md"
@@ -66,8 +64,7 @@ class Row:
 
     @property
     def recipe(self) -> Recipe:
-        recipe = replace(METHODS[self.method], equalizer=EQUALIZERS[self.equalizer])
-        return with_code_rate(recipe, Scheme(Bits.parse(self.bits), "tokens"))
+        return replace(METHODS[self.method], equalizer=EQUALIZERS[self.equalizer])
 
 
 def plan() -> list[Row]:
