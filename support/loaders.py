@@ -30,6 +30,7 @@ from support.valid_files import (
     onnx_file,
     run_files,
     student,
+    tokens_npz,
     torch_files,
 )
 from torch import nn
@@ -38,6 +39,8 @@ from gdfq.api import load
 from gdfq.cli.types import Numbers, Shape, Size
 from gdfq.data.datasets import load_data
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.data.tokens import load_tokens
+from gdfq.data.vocabulary import Vocabulary
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.benchmark import size_of
 from gdfq.deploy.onnx.session import onnx_calls
@@ -59,6 +62,11 @@ from gdfq.student.scheme import LayerBits
 def read_npz_(data: bytes, folder: Path) -> None:
     (folder / "data.npz").write_bytes(data)
     load_data(folder / "data.npz", SHAPE, CLASSES)
+
+
+def read_tokens(data: bytes, folder: Path) -> None:
+    (folder / "tokens.npz").write_bytes(data)
+    load_tokens(folder / "tokens.npz", Vocabulary(40, 32, 1))
 
 
 def read_images(data: bytes, folder: Path) -> None:
@@ -189,7 +197,8 @@ class Loader:
 
 
 LOADERS = {
-    "npz": Loader(read_npz_, [images_npz()], of_zip, 14),
+    "npz": Loader(read_npz_, [images_npz()], of_zip, 11),
+    "tokens": Loader(read_tokens, [tokens_npz()], of_zip, 3),
     "image folder": Loader(read_images, image_files(), of_image, 15),
     "weights, safetensors": Loader(
         read_weights(".safetensors"),

@@ -83,6 +83,11 @@ def images_npz() -> bytes:
     return npz(images=draw.integers(0, 256, (6, *SHAPE), np.uint8), labels=np.arange(6) % CLASSES)
 
 
+def tokens_npz() -> bytes:
+    draw = np.random.default_rng(0)
+    return npz(tokens=draw.integers(0, 40, (6, 20), np.uint16))
+
+
 def image_files() -> list[bytes]:
     draw = np.random.default_rng(0)
     found = []
