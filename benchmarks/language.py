@@ -85,7 +85,7 @@ def plan() -> list[Row]:
         for bits in ("w4a4", "w4a16")
         for method in ("rounded", "fitted")
     ]
-    found += [Row("w4a16", "none", "fitted", group_size=16)]
+    found += [Row("w4a16", "none", m, group_size=16) for m in ("fitted", "fitted, distilled")]
     return list(dict.fromkeys(found))
 
 
