@@ -61,6 +61,11 @@ def test_equalizer_is_chosen_by_name(equalizer: str) -> None:
     assert found.metrics["own_text"]["divergence"] < 1
 
 
+def test_nothing_is_tuned_with_8_bits() -> None:
+    for bits, trains in (("w8a8", False), ("w8a16", False), ("w4a8", True), ("w4a16", True)):
+        assert resolve(captured_model(), bits=bits, recipe="text").recipe.tuning.trains == trains
+
+
 def test_activations_that_stay_float_are_not_rotated() -> None:
     found = quantized("w4a16", QUICK)
     assert operators.ROTATED not in {operators.name_of(n) for n in found.network.graph.nodes}

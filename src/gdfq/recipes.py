@@ -492,7 +492,8 @@ _FINE_TUNINGS = {
 def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     """Return a recipe by its name, with the effort that the bits need, or the recipe itself.
 
-    Where all weights and activations have 8 bits, fast and quick do not tune: it changes nothing.
+    Where all weights and activations have 8 bits, fast, quick and text do not tune: it changes
+    nothing.
     With 4 bits and more quick does not tune either, and fast does not where all activations have 8.
 
     Raises:
@@ -503,6 +504,8 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     overrides = [layer.bits for layer in scheme.layer_bits if layer.bits is not None]
     activations = min(scheme.bits.activations, *overrides, MAX_BITS)
     fewest = min(scheme.bits.weights, activations)
+    if recipe == TEXT.name and fewest == MAX_BITS:
+        return replace(TEXT_QUICK, name=recipe)
     if recipe in _EFFORT_BY_BITS and fewest == MAX_BITS:
         return replace(_CALIBRATED, name=recipe)
     gains_by_tuning = recipe == FAST.name and activations < MAX_BITS
