@@ -66,22 +66,17 @@ def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.Graph
 def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphModule]:
     """Cut a network at features; its parts, called in order, compute the same function.
 
-    The parts share its tensors and modules. There is one more part than there are ends.
+    The first part takes all inputs of the network, and each other part the output of the one before
+    it. The parts share its tensors and modules. There is one more part than there are ends.
 
     Raises:
-        UsageError: The network has several inputs or outputs.
+        UsageError: The network has several outputs.
     """
     outputs = queries.outputs(network.graph)
     if len(outputs) > 1:
         raise UsageError(
             "a network is cut into blocks towards its one output; this one has "
             f"{len(outputs)}. Use recipe 'fast'."
-        )
-    if len(queries.inputs(network.graph)) > 1:
-        raise UsageError(
-            "a network is cut into blocks from its one input; this one has "
-            f"{len(queries.inputs(network.graph))}. Use a recipe without reconstruction, such as "
-            "'fast'."
         )
     starts: list[fx.Node | None] = [None, *ends]
     return [
@@ -90,7 +85,7 @@ def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphMod
 
 
 def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:
-    """Return the part of a network that computes one node from another, or from the input."""
+    """Return the part of a network that computes one node from another, or from the inputs."""
     needed = {end}
     for node in reversed(network.graph.nodes):
         if node not in needed or node is start or queries.is_batch_size(node):
@@ -98,12 +93,15 @@ def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx
         # What takes the device from the network's input may take it from the part's.
         needed.update(node.all_input_nodes[1 if queries.is_new(node) else 0 :])
     graph = fx.Graph()
-    x = graph.placeholder("x")
-    new: dict[fx.Node, fx.Node] = {}
+    starts = queries.inputs(network.graph) if start is None else [start]
+    new: dict[fx.Node, fx.Node] = {
+        node: graph.placeholder(f"x{i}") for i, node in enumerate(starts)
+    }
+    x = new[starts[0]]
     for node in network.graph.nodes:
-        if node is start or (start is None and node.op == "placeholder"):
-            new[node] = x
-        elif node in needed and queries.is_batch_size(node):  # of any tensor the same
+        if node in starts:
+            continue
+        if node in needed and queries.is_batch_size(node):  # of any tensor the same
             new[node] = graph.call_function(node.target, (x, 0))
         elif node in needed and queries.is_new(node):
             new[node] = graph.node_copy(node, lambda source: new.get(source, x))

@@ -4,7 +4,7 @@ BRECQ (arXiv 2102.05426) with the mixing of QDrop (arXiv 2203.05740): the inputs
 block are the outputs of the trained blocks before it, with some values replaced by the teacher's.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_images
 from gdfq.optim import Cosine, OptimizerConfig, Schedule, set_rate_
 from gdfq.quantizers.base import ActivationQuantizer, QDrop, WeightQuantizer
-from gdfq.sources.base import Batch
+from gdfq.sources.base import Batch, joined_inputs, split_inputs
 from gdfq.sources.stream import Feed
 from gdfq.student.build import Student
 from gdfq.tuning.base import Tuning
@@ -147,7 +147,7 @@ def reconstruct_(
     network = fold_batch_norms(teacher).network
     ends = block_ends(network.graph)
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
-    observed = target = torch.cat([batch.images for batch in batches])
+    observed = targets = joined_inputs(batches)
     total = updates * len(student_blocks)
     at_once = min(_MAX_IMAGES, forward_images(network.graph, context.memory, teacher.device))
     place = context.checkpointer.register(
@@ -158,14 +158,14 @@ def reconstruct_(
         block.requires_grad_(True)
         for parameter in finished:
             parameter.requires_grad_(False)
-        inputs, target = target, _mapped(goal, target, at_once)
+        inputs, target = targets, _mapped(goal, targets, at_once)
         if place.block <= index:
             place.enter_(index, optimizer := config.optimizer.build(block))
             parts = observed, inputs, target
             for rate, losses in _updates(block, parts, config, updates, optimizer, place):
                 context.listener(Step("tune", updates * index + place.update, total, losses, rate))
         _settle_(block)
-        observed = _mapped(block, observed, at_once)
+        observed, targets = (_mapped(block, observed, at_once),), (target,)
         finished.update(block.parameters())
     student.requires_grad_(True)
 
@@ -204,7 +204,7 @@ class _Progress:
 
 def _updates(
     block: fx.GraphModule,
-    images: tuple[Tensor, Tensor, Tensor],
+    images: tuple[Sequence[Tensor], Sequence[Tensor], Tensor],
     config: Reconstruction,
     updates: int,
     optimizer: torch.optim.Optimizer,
@@ -214,7 +214,7 @@ def _updates(
 
     Args:
         block: A block of the student.
-        images: Inputs of the block from student and teacher, and outputs of the teacher.
+        images: All inputs of the block from student and teacher, and outputs of the teacher.
         config: Loss and schedule.
         updates: Updates of the block.
         optimizer: Of the parameters of the block.
@@ -231,16 +231,21 @@ def _updates(
     for update in range(place.update, updates):
         rate = config.schedule.factor(update, updates)
         set_rate_(optimizer, rate)
-        chosen = torch.randint(len(images[0]), (config.batch,), generator=draw)
-        observed, inputs, target = (part[chosen] for part in images)
+        chosen = torch.randint(len(images[2]), (config.batch,), generator=draw)
+        observed, inputs = ([tensor[chosen] for tensor in part] for part in images[:2])
+        target = images[2][chosen]
         if config.drop:
-            observed = QDrop(config.drop, draw)(inputs, observed)
+            drop = QDrop(config.drop, draw)
+            observed = [
+                drop(exact, rounded) if rounded.is_floating_point() else rounded
+                for exact, rounded in zip(inputs, observed, strict=True)
+            ]
         optimizer.zero_grad()
         with torch.enable_grad():
             # Summed over channels, the mean over images and positions: channels are dimension 1
             # of feature maps and the last one of tokens and vectors.
             channels = 1 if target.ndim > 3 else -1
-            error = (block(observed) - target).square().sum(channels).mean()
+            error = (block(*observed) - target).square().sum(channels).mean()
             loss = error
             progress = (update / updates - 0.2) / 0.8
             if progress > 0:
@@ -275,10 +280,10 @@ _MAX_IMAGES = 64
 
 
 @torch.no_grad()
-def _mapped(block: fx.GraphModule, images: Tensor, at_once: int) -> Tensor:
-    """Return the outputs of a block for all images, computed in small batches."""
-    parts = [(part, block(part)) for part in images.split(at_once)]
-    for part, output in parts:
+def _mapped(block: fx.GraphModule, inputs: Sequence[Tensor], at_once: int) -> Tensor:
+    """Return the outputs of a block for all inputs, computed in small batches."""
+    parts = [(part, block(*part)) for part in split_inputs(inputs, at_once)]
+    for (part, *_), output in parts:
         if len(output) != len(part):
             raise UsageError(
                 "reconstruction needs block outputs with one entry for each image; for "
