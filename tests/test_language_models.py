@@ -11,6 +11,7 @@ from support import networks
 from support.language_model import Sizes, TinyLanguageModel, captured_model, tokens
 
 import gdfq
+from gdfq.analysis.layers import measure_layers
 from gdfq.analysis.preflight import diagnose
 from gdfq.cli import main
 from gdfq.errors import UsageError
@@ -208,6 +209,12 @@ def test_recipe_for_text_is_refused_for_a_network_of_images() -> None:
 def test_equalizer_is_refused_for_a_network_of_images() -> None:
     with pytest.raises(UsageError, match="an equalizer is for language models"):
         resolve(_image_network(), bits="w4a8", recipe="fast", equalizer="smooth")
+
+
+def test_evidence_of_layers_has_the_bits_of_tokens() -> None:
+    network, teacher = quantized("w4a8").network, captured_model()
+    found = measure_layers(teacher, network, tokens(count=2, length=6, seed=1)).layers
+    assert [(layer.bits, layer.token_bits) for layer in found] == [(4, 8)] * 14 + [(None, None)]
 
 
 def test_export_of_a_language_model_is_one_for_gdfq(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class LayerEvidence:
             for a float layer.
         activation: Name of the quantized activation that is its input; None for a float input.
         format: Format of its weight's floating-point grid, such as "E4M3"; None for others.
+        token_bits: Bits of its input, where each token has a scale of its own; None elsewhere.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LayerEvidence:
     sensitivity: float | None
     activation: str | None
     format: str | None = None
+    token_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def measure_layers(
                     sensitivity=sensitivity.by_layer.get(node.name),
                     activation=None if layer.input is None else _shown_name(layer.input),
                     format=None if layer.weight is None else _shown_format(layer.weight.form),
+                    token_bits=layer.token_bits,
                 )
             )
             spreads.append(_histogram(weight))

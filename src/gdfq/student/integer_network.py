@@ -107,6 +107,14 @@ class IntegerLayer:
         """Bits of the weight; None for a layer that stays float."""
         return None if self.weight is None else self.weight.bits
 
+    @property
+    def token_bits(self) -> int | None:
+        """Bits of the layer's input, where each token has a scale of its own; None elsewhere."""
+        x = queries.input_of(self.node)
+        if operators.name_of(x) != operators.FAKE_QUANTIZE_TOKENS:
+            return None
+        return int(str(x.args[1]))
+
 
 class IntegerNetwork(nn.Module):
     """The frozen student; a call computes its function as integer runtimes do.
