@@ -97,3 +97,9 @@ def test_length_is_limited_by_the_model() -> None:
     assert tokens.shape == (2, 32)
     assert source.fitted((32,)).sampling == replace(source.sampling, length=32)
     assert source.with_images(9).sequences == 9
+
+
+def test_seconds_of_writing_are_those_of_a_pass_for_each_token_of_each_group() -> None:
+    times = iter([10.0, 12.5])
+    source = OwnText(sequences=300, sampling=Sampling(length=16))  # three groups of up to 128
+    assert source.seconds_before(captured_model(), lambda: next(times)) == 2.5 * 3 * 15

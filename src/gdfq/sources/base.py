@@ -1,7 +1,7 @@
 """Sources of images: frozen values whose `stream` yields batches for the student."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -182,6 +182,16 @@ class Source(Protocol):
     def makes_text(self) -> bool:
         """Whether it makes text, for language models alone."""
         return False
+
+    def seconds_before(self, teacher: Captured, clock: Callable[[], float]) -> float | None:
+        """Return how long all work before the first batch takes; None if batches share it evenly.
+
+        Args:
+            teacher: The network that makes the data.
+            clock: Returns the present time in seconds.
+        """
+        del teacher, clock
+        return None
 
     @property
     def within_limits(self) -> bool:

@@ -158,6 +158,17 @@ class OwnText(Source):
         length = min(self.sampling.length, *input_shape)
         return replace(self, sampling=replace(self.sampling, length=length))
 
+    @torch.no_grad()
+    def seconds_before(self, teacher: Captured, clock: Callable[[], float]) -> float | None:
+        """Return how long writing takes: a pass of half the length, for each token and group."""
+        tokens = teacher.inputs[0].zeros(min(self.sequences, _SAMPLED_AT_ONCE))
+        half = tokens[:, : max(2, self.sampling.length // 2)].to(teacher.device)
+        teacher.network(half)  # the first pass prepares the network
+        started = clock()
+        teacher.network(half)
+        groups = -(-self.sequences // _SAMPLED_AT_ONCE)
+        return (clock() - started) * groups * (self.sampling.length - 1)
+
     def stream(
         self,
         teacher: Captured,
