@@ -62,5 +62,5 @@ class PlainScheduler:
         if self.config.noise and generator:
             shape = sample.shape[1:]
             noise = torch.stack([torch.randn(shape, generator=draw) for draw in generator])
-            following = following + self.config.noise * noise
+            following = following + self.config.noise * noise.to(sample.device)
         return SimpleNamespace(prev_sample=following)

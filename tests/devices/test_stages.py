@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from support import language_model, multi_input, networks, unusual
+from support.denoisers import SHAPE, tiny_denoiser
+from support.plain_scheduler import PlainConfig
 from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import diagnose
 from gdfq.data.datasets import ArrayData
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.diffusion.sampler import Sampler
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import Group
 from gdfq.execution.progress import Step
@@ -34,6 +37,7 @@ from gdfq.functional.float_grid import formats_of
 from gdfq.functional.grid import Bits, Layout
 from gdfq.graph.capture import Captured, capture
 from gdfq.graph.outputs import in_order
+from gdfq.plan.denoiser import captured_denoiser
 from gdfq.quantizers import family
 from gdfq.quantizers.family import LSQ, QuantizerFamily
 from gdfq.recipes import RECIPES, Recipe
@@ -44,6 +48,7 @@ from gdfq.sources.collapse import symptom_of
 from gdfq.sources.given import GivenImages, ImageSource
 from gdfq.sources.pool import StoredImages
 from gdfq.sources.stream import Feed, InTurn
+from gdfq.sources.trajectories import TrajectorySource
 from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
@@ -91,6 +96,8 @@ def teacher_for(source: Source) -> Captured:
     inner = getattr(source, "source", source)
     if source.makes_text:
         return language_model.captured_model()
+    if isinstance(source, TrajectorySource):
+        return captured_denoiser(tiny_denoiser(), source.sampler)
     return networks.captured("Transformer" if type(inner).__name__ == "PatchSource" else "Residual")
 
 
@@ -100,6 +107,7 @@ def _sources() -> dict[type, Source]:
     found: dict[type, Source] = {
         ImageSource: ImageSource(ArrayData(pixels, None), Preprocessing((0.5,) * 3, (0.3,) * 3), 8),
         StoredImages: StoredImages(networks.images(20), torch.arange(20) % 5, 8),
+        TrajectorySource: TrajectorySource(Sampler(PlainConfig(noise=0.1), SHAPE, 3), 8),
     }  # fmt: skip
     for recipe in RECIPES.values():
         for source in (recipe.source, getattr(recipe.source, "source", recipe.source)):
@@ -167,9 +175,9 @@ def test_source_makes_and_resumes_its_batches_on_a_gpu(kind: type, precision: An
         for batch, again in zip(first.until(3), resumed.until(3), strict=True):
             for one in (batch, again):
                 check_batch(one)
-                assert one.images.dtype == (torch.int64 if source.makes_text else torch.float32)
+                assert one.inputs[0].dtype == (torch.int64 if source.makes_text else torch.float32)
                 assert all(loss.dtype == torch.float32 for loss in one.losses.values())
-            assert values_of(batch.images).equal(values_of(again.images))
+            assert values_of(batch.inputs[0]).equal(values_of(again.inputs[0]))
 
 
 class _Two(Group):
