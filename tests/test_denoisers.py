@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from support import networks
-from support.denoisers import CLASSES, SHAPE, saved_unet, tiny_denoiser
+from support.denoisers import CLASSES, SHAPE, TinyDenoiser, saved_unet, tiny_denoiser
 from support.narrowing import present
 from support.plain_scheduler import PlainConfig
+from torch import Tensor
 
 import gdfq
 from gdfq import UsageError
 from gdfq.functional.grid import Bits
+from gdfq.graph import queries
 from gdfq.plan.network import resolve_network
 from gdfq.plan.resolve import resolve
 from gdfq.quantized import QuantizedNetwork
@@ -47,6 +49,25 @@ def test_denoiser_is_quantized_without_data(quantized: QuantizedNetwork) -> None
     with torch.no_grad():
         expected = tiny_denoiser(CLASSES)(x, t, label)
     assert (quantized(x, t, label) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_first_layer_of_a_denoiser_is_the_first_that_is_quantized() -> None:
+    network = resolve_network(tiny_denoiser(CLASSES), conditions=LABELS, **OF_MODEL)
+    ends = (LayerBits("first", 8), LayerBits("last", 8))
+    scheme = Scheme(Bits.parse("w2a8"), "full", ends, denoiser=True)
+    layers = list(filter(queries.has_weight, network.teacher.network.graph.nodes))
+    found = scheme.weight_bits(layers)
+    bits = {queries.layer_name(layer): width for layer, width in found.items()}
+    assert bits == {"enter": 8, "middle": 2, "leave": 8}
+
+
+def test_denoiser_that_ends_in_a_sigmoid_is_refused() -> None:
+    class Bounded(TinyDenoiser):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+            return super().forward(x, t, label).sigmoid()
+
+    with pytest.raises(UsageError, match="ends in a sigmoid"):
+        resolve_network(Bounded(CLASSES).eval(), conditions=LABELS, **OF_MODEL)
 
 
 def test_denoiser_is_saved_and_loaded(quantized: QuantizedNetwork, tmp_path: Path) -> None:

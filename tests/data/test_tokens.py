@@ -40,6 +40,9 @@ def test_text_file_becomes_sequences_that_begin_a_text(tmp_path: Path) -> None:
         (torch.tensor([[-1, 3]]), "got -1 to 3"),
         (torch.zeros(2, 9, dtype=torch.int64), "at most 8 tokens"),
         (torch.zeros(2, 4), "integers"),
+        (torch.zeros(2, 4, dtype=torch.bool), "integers"),
+        (torch.zeros(2, 4, dtype=torch.complex64), "integers"),
+        (np.array([["a", "b"]]), "which are integers"),
         (torch.zeros(2, 1, dtype=torch.int64), "at least two tokens"),
         (torch.zeros(0, 4, dtype=torch.int64), "integers"),
         ({"images": torch.zeros(2, 2)}, "under the name 'tokens'; got images"),
@@ -51,6 +54,11 @@ def test_text_file_becomes_sequences_that_begin_a_text(tmp_path: Path) -> None:
 def test_text_that_cannot_be_used_is_refused(data: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_tokens(data, _VOCABULARY, _encode)
+
+
+def test_token_ids_may_have_another_byte_order() -> None:
+    (tokens,) = load_tokens(np.array([[1, 299]], ">i4"), _VOCABULARY).tensors
+    assert tokens.tolist() == [[1, 299]]
 
 
 def test_text_file_needs_a_tokenizer(tmp_path: Path) -> None:

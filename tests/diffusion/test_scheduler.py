@@ -62,3 +62,25 @@ def test_unusable_scheduler_is_refused(change: dict[str, Any], message: str) -> 
 def test_more_steps_than_were_trained_are_refused() -> None:
     with pytest.raises(UsageError, match="able to make 21 steps"):
         SchedulerConfig.of(DDIM).build(21)
+
+
+@pytest.mark.needs("diffusers")
+def test_scheduler_that_cannot_make_one_step_makes_more() -> None:
+    assert (
+        len(SchedulerConfig.of({**DDIM, "_class_name": "PNDMScheduler"}).build(10).timesteps) > 10
+    )
+
+
+@pytest.mark.needs("diffusers")
+def test_scheduler_with_noise_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    class OwnNoise(diffusers.DDIMScheduler):  # as DPMSolverSDEScheduler, which needs torchsde
+        def __init__(
+            self, prediction_type: str = "epsilon", noise_sampler_seed: int | None = None
+        ) -> None:
+            super().__init__(prediction_type=prediction_type)
+
+    monkeypatch.setattr(diffusers, "OwnNoise", OwnNoise, raising=False)
+    with pytest.raises(UsageError, match="function of its seed"):
+        SchedulerConfig.of({**DDIM, "_class_name": "OwnNoise"})

@@ -12,8 +12,8 @@ from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.tracing import without_concurrent_tracing
 from gdfq.functional.losses import next_token_losses, token_divergences
 
-_SEQUENCES_AT_ONCE = 16
-"""Sequences that pass together, at most: each has logits of tokens x vocabulary."""
+_SEQUENCES_AT_ONCE, _MAX_LOGITS = 16, 2**26
+"""Sequences that pass together, at most, and numbers of their logits together (256 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def language_measures(
     """
     losses = torch.zeros(2, dtype=torch.float64)
     divergence, equal, count = 0.0, 0, 0
-    parts = tokens.split(_SEQUENCES_AT_ONCE)
+    parts = _parts(teacher, tokens, device)
     for step, part in enumerate(parts, start=1):
         part = part.to(device)
         ours, theirs = student(part), teacher(part)
@@ -83,7 +83,7 @@ def language_measures(
         equal += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         count += ours.shape[0] * ours.shape[1]
         listener(Step("evaluate", step, len(parts), {}))
-    own, original = (math.exp(float(loss) / count) for loss in losses)
+    own, original = (_exp(float(loss) / count) for loss in losses)
     return LanguageMeasures(count, own, original, divergence / count, 100 * equal / count)
 
 
@@ -98,11 +98,26 @@ def perplexity(
 ) -> float:
     """Return the perplexity of one language model on all next tokens of sequences [N, L]."""
     loss, count = 0.0, 0
-    parts = tokens.split(_SEQUENCES_AT_ONCE)
+    parts = _parts(network, tokens, device)
     for step, part in enumerate(parts, start=1):
         part = part.to(device)
         losses = next_token_losses(network(part), part)
         loss += float(losses.double().sum())
         count += losses.numel()
         listener(Step("evaluate", step, len(parts), {}))
-    return math.exp(loss / count)
+    return _exp(loss / count)
+
+
+def _parts(network: Network, tokens: Tensor, device: torch.device | str) -> tuple[Tensor, ...]:
+    """Return sequences [N, L] in parts that pass together."""
+    vocabulary = network(tokens[:1, :2].to(device)).shape[-1]
+    most = _MAX_LOGITS // (tokens.shape[1] * vocabulary)
+    return tokens.split(max(1, min(_SEQUENCES_AT_ONCE, most)))
+
+
+def _exp(loss: float) -> float:
+    """Return exp(loss), or infinity beyond what a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdfq.diffusion.sampler import Sampler
-from gdfq.errors import UsageError
+from gdfq.errors import UsageError, first_line
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
@@ -117,6 +117,8 @@ def compare_samples(
     """
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"samples must be a whole number of at least 1; got {count}.")
+    if features is not None:
+        _check_features(features, count, sampler.shape, teacher.device)
     draw = random_stream(context.seed, "samples.draw")
     seeds = torch.randint(_SEEDS, (count,), generator=draw).tolist()
     most = forward_images(teacher.network.graph, context.memory, teacher.device)
@@ -132,7 +134,8 @@ def compare_samples(
         context.listener(Step("samples", done, total, {}))
 
     def compare(call: int, inputs: tuple[Tensor, ...], prediction: Tensor) -> None:
-        difference = student(*inputs) - prediction
+        # Channels of a variance that the scheduler does not use are not there.
+        difference = student(*inputs)[:, : prediction.shape[1]] - prediction
         powers[0, call] += difference.double().square().sum().cpu()
         powers[1, call] += prediction.double().square().sum().cpu()
         step(call, inputs, prediction)
@@ -160,6 +163,25 @@ def _range(images: Tensor) -> tuple[Tensor, Tensor]:
     values = images.flatten().sort().values
     edge = int(_ENDS * len(values))
     return values[edge], values[len(values) - 1 - edge]
+
+
+@torch.no_grad()
+def _check_features(
+    features: Features, count: int, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Raise UsageError for features of which there can be no distance, before images are made."""
+    if count < 2:
+        raise UsageError(f"a Fréchet distance needs 2 samples or more; got {count}. Give more.")
+    try:
+        found = features(torch.randn(2, *shape, generator=random_stream(0, "features")).to(device))
+    except Exception as error:  # a function of the user
+        raise UsageError(
+            f"features must take images [N, {', '.join(map(str, shape))}]; they raise "
+            f"{first_line(error)}. Give a network for images of this size."
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UsageError(f"features must be a tensor [N, D]; got {what} for two images.")
 
 
 @torch.no_grad()

@@ -31,6 +31,14 @@ def evaluate(
             "evaluate measures on labelled images or on text (--test), or a denoiser on images "
             "that it generates (--samples). Give one of them."
         )
+    if samples is None:
+        of_samples = ("scheduler", "sampling_steps", "conditions", "input_shape")
+        given = [name for name in of_samples if options.get(name) is not None]
+        if given or features is not None:
+            raise UsageError(
+                f"{', '.join([*given, *(['features'] if features else [])])} are for --samples. "
+                "Remove them, or give --samples."
+            )
     quantized = load(folder)
     with Terminal() as terminal:
         if samples is not None:
@@ -52,7 +60,7 @@ def evaluate(
             )
             found = str(compared)
         elif test is not None and model is not None:
-            found = _compared(quantized, model, test, terminal)
+            found = _compared(quantized, model, options.get("weights"), test, terminal)
         elif quantized.card.vocabulary is not None:
             found = f"perplexity {quantized.evaluate(test, listener=terminal):.3f}"
         else:
@@ -61,9 +69,15 @@ def evaluate(
     click.echo(found)
 
 
-def _compared(quantized: QuantizedNetwork, model: str, test: Path, terminal: Terminal) -> str:
+def _compared(
+    quantized: QuantizedNetwork,
+    model: str,
+    weights: str | Path | None,
+    test: Path,
+    terminal: Terminal,
+) -> str:
     """Return how a quantized language model compares with the original on text, in words."""
-    network = resolve_network(model, device=str(quantized.device))
+    network = resolve_network(model, weights=weights, device=str(quantized.device))
     if quantized.card.vocabulary is None or network.teacher.vocabulary is None:
         raise UsageError("with --test, --model is for language models. Remove it.")
     return str(

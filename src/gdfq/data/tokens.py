@@ -35,7 +35,7 @@ def load_tokens(data: Any, vocabulary: Vocabulary, encode: Encode | None = None)
         UsageError: They cannot be read, or do not fit the model.
     """
     tokens = _sequences(data, vocabulary, encode)
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0 or len(tokens[0]) < 2:
+    if tokens.ndim != 2 or not _is_integer(tokens) or tokens.numel() == 0 or len(tokens[0]) < 2:
         raise UsageError(
             "text must be integers [sequences, tokens] of at least two tokens each, under the name "
             f"'{TOKENS}' in a file; got {tokens.dtype} of {list(tokens.shape)}."
@@ -43,6 +43,11 @@ def load_tokens(data: Any, vocabulary: Vocabulary, encode: Encode | None = None)
     tokens = tokens.to(torch.int64)
     vocabulary.check(tokens)
     return TensorData((tokens,))
+
+
+def _is_integer(tokens: Tensor) -> bool:
+    kinds = tokens.is_floating_point(), tokens.is_complex(), tokens.dtype == torch.bool
+    return not any(kinds)
 
 
 def _sequences(data: Any, vocabulary: Vocabulary, encode: Encode | None) -> Tensor:
@@ -63,8 +68,10 @@ def _sequences(data: Any, vocabulary: Vocabulary, encode: Encode | None) -> Tens
                 f"text must be under the name '{TOKENS}'; got {', '.join(map(str, data))}."
             )
         data = data[TOKENS]
-    if isinstance(data, np.ndarray) and data.dtype.kind == "u":
-        data = data.astype(np.int64)
+    if isinstance(data, np.ndarray):
+        if data.dtype.kind not in "iu":
+            raise UsageError(f"text must be token ids, which are integers; got {data.dtype}.")
+        data = data.astype(np.int64)  # other integers may be of another byte order
     if not isinstance(data, Tensor | np.ndarray):
         raise UsageError(
             f"text must be a tensor of token ids, an .npz or a .txt file; got a "

@@ -16,7 +16,8 @@ from gdfq.files.states import digest_of
 Denoise = Callable[..., Tensor]
 """Images [N, *shape], time steps [N] and, if there are any, conditions [N, ...] -> predictions."""
 Visit = Callable[[int, tuple[Tensor, ...], Tensor], None]
-"""Receives the number of a call, the inputs of the denoiser, and what it predicts."""
+"""Receives the number of a call, the inputs of the denoiser, and what the scheduler uses of its
+prediction [N, C or 2 C, *size]."""
 
 STEPS = 50
 """Steps of a trajectory by default: that of the pipelines of diffusers."""
@@ -125,10 +126,9 @@ class Sampler:
         for call, step in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(images, step)
             inputs = (scaled, step.to(device).expand(len(seeds)), *conditions)
-            prediction = denoise(*inputs)
+            predicted = self._without_variance(denoise(*inputs), scheduler)
             if visit is not None:
-                visit(call, inputs, prediction)
-            predicted = self._without_variance(prediction, scheduler)
+                visit(call, inputs, predicted)
             images = scheduler.step(predicted, step, images, **options).prev_sample
         return images
 

@@ -70,7 +70,7 @@ class SchedulerConfig:
     text: str
 
     def __post_init__(self) -> None:
-        self.build(1)
+        self._made()
 
     @classmethod
     def of(cls, given: Any) -> "SchedulerConfig":
@@ -115,9 +115,21 @@ class SchedulerConfig:
         """Return a new scheduler with the time steps of a sampler of so many steps.
 
         Raises:
-            UsageError: diffusers has no such scheduler, it takes no such number of steps, or it
-                does not say what a denoiser predicts.
+            UsageError: It takes no such number of steps.
         """
+        scheduler = self._made()
+        try:
+            scheduler.set_timesteps(steps)
+        except Exception as error:  # each scheduler checks its values in its own way
+            raise UsageError(
+                f"{self.name} must be able to make {steps} steps from its configuration; it says: "
+                f"{first_line(error)}."
+            ) from error
+        made: Scheduler = scheduler
+        return made
+
+    def _made(self) -> Any:
+        """Return a new scheduler, without time steps."""
         diffusers = require_diffusers("a scheduler")
         kind = getattr(diffusers, self.name, None)
         if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
@@ -130,13 +142,15 @@ class SchedulerConfig:
             # Values that a scheduler does not know stay in its configuration.
             is_told = "prediction_type" in inspect.signature(kind).parameters
             predicts = scheduler.config.get("prediction_type") if is_told else None
-            if predicts in PREDICTIONS:
-                scheduler.set_timesteps(steps)
         except Exception as error:  # each scheduler checks its values in its own way
             raise UsageError(
-                f"{self.name} must be able to make {steps} steps from its configuration; it says: "
-                f"{first_line(error)}."
+                f"{self.name} must be made from its configuration; it says: {first_line(error)}."
             ) from error
+        if "noise_sampler_seed" in inspect.signature(kind).parameters:
+            raise UsageError(
+                f"a trajectory must be a function of its seed; {self.name} draws its noise from "
+                "elsewhere. Use another scheduler, such as DPMSolverMultistepScheduler."
+            )
         if predicts not in PREDICTIONS:
             raise UsageError(
                 "the prediction_type of a scheduler must be one of "

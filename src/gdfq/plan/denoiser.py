@@ -108,11 +108,18 @@ def captured_denoiser(
 
 
 def check_inputs(captured: Captured, sampler: Sampler) -> None:
-    """Check that a network takes what a sampler gives it.
+    """Check that a network takes what a sampler gives it, and ends in its prediction.
 
     Raises:
-        UsageError: It takes other inputs.
+        UsageError: It takes other inputs, or ends in a function that capture splits off.
     """
+    functions = [kind for kind in captured.ends.kinds if kind != "values"]
+    if functions:
+        raise UsageError(
+            "a denoiser must end in what it predicts; this one ends in a "
+            f"{functions[0]}, in front of which networks are quantized. Leave it out of the "
+            "network, and let the scheduler clip (clip_sample)."
+        )
     expected = [(tuple(x.shape[1:]), x.dtype) for x in sampler.example()]
     if [(spec.shape, spec.dtype) for spec in captured.inputs] != expected:
         raise UsageError(

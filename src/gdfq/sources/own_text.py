@@ -21,8 +21,9 @@ from gdfq.sources.stream import Shuffled, Stream
 Beginning = Literal["begin", "uniform"]
 """How sequences begin: with the beginning of a text, or with a uniformly drawn token after it."""
 
-_SAMPLED_AT_ONCE = 128
-"""Sequences that are sampled together; more are no faster."""
+_SAMPLED_AT_ONCE, _MAX_LOGITS = 128, 2**27
+"""Sequences that are sampled together, at most, for more are no faster; and numbers of their logits
+together (512 MiB)."""
 
 
 @tagged("Sampling")
@@ -69,6 +70,11 @@ class Sampling:
         return torch.cat(starts, 1)
 
 
+def sampled_at_once(vocabulary: Vocabulary, sampling: Sampling) -> int:
+    """Return how many sequences are sampled together."""
+    return max(1, min(_SAMPLED_AT_ONCE, _MAX_LOGITS // (sampling.length * vocabulary.size)))
+
+
 @torch.no_grad()
 def sampled(
     network: Callable[[Tensor], Any],
@@ -96,9 +102,10 @@ def sampled(
     Returns:
         Integers [count, length], on the CPU.
     """
-    groups = -(-count // _SAMPLED_AT_ONCE)
+    at_once = sampled_at_once(vocabulary, sampling)
+    groups = -(-count // at_once)
     steps, step, found = groups * (sampling.length - 1), 0, []
-    for group in torch.arange(count).split(_SAMPLED_AT_ONCE):
+    for group in torch.arange(count).split(at_once):
         tokens = sampling.first(vocabulary, len(group), draw)[:, : sampling.length]
         while tokens.shape[1] < sampling.length:
             logits = network(tokens.to(device))[:, -1].float().cpu()
@@ -161,12 +168,16 @@ class OwnText(Source):
     @torch.no_grad()
     def seconds_before(self, teacher: Captured, clock: Callable[[], float]) -> float | None:
         """Return how long writing takes: a pass of half the length, for each token and group."""
-        tokens = teacher.inputs[0].zeros(min(self.sequences, _SAMPLED_AT_ONCE))
+        vocabulary = teacher.vocabulary
+        if vocabulary is None:
+            return None
+        at_once = sampled_at_once(vocabulary, self.sampling)
+        tokens = teacher.inputs[0].zeros(min(self.sequences, at_once))
         half = tokens[:, : max(2, self.sampling.length // 2)].to(teacher.device)
         teacher.network(half)  # the first pass prepares the network
         started = clock()
         teacher.network(half)
-        groups = -(-self.sequences // _SAMPLED_AT_ONCE)
+        groups = -(-self.sequences // at_once)
         return (clock() - started) * groups * (self.sampling.length - 1)
 
     def stream(

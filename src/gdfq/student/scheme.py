@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from glob import escape
 from typing import Literal
 
@@ -208,15 +209,23 @@ class Scheme:
             UsageError: A pattern matches no layer.
         """
         names = [queries.layer_name(layer) for layer in layers]
+        floats = self.float_nodes(layers[0].graph) if layers else set()
+        # The first layer is the first of those that are quantized: no embedding of a time step.
+        ordered = [layer for layer in layers if layer not in floats]
+        places = {layer: place for place, layer in enumerate(ordered)}
+
+        def matches(override: LayerBits, layer: fx.Node, name: str) -> bool:
+            return override.matches(name, places.get(layer, -1), len(ordered))
+
         for override in self.layer_bits:
-            if not any(override.matches(name, i, len(names)) for i, name in enumerate(names)):
+            if not any(map(partial(matches, override), layers, names)):
                 raise UsageError(
                     "layer_bits must name layers of the network, or be first or last; "
                     f"{override.pattern!r} matches none of: {', '.join(names)}."
                 )
         chosen = {}
-        for index, (layer, name) in enumerate(zip(layers, names, strict=True)):
-            matching = [o for o in self.layer_bits if o.matches(name, index, len(names))]
+        for layer, name in zip(layers, names, strict=True):
+            matching = [o for o in self.layer_bits if matches(o, layer, name)]
             if matching:
                 chosen[layer] = matching[0]
         return chosen
