@@ -93,6 +93,7 @@ def test_sweep_records_failures_and_skips_finished_runs(
     assert "net.py:small" in capsys.readouterr().out
 
 
+@pytest.mark.check
 def test_stopped_sweep_resumes(place: Path) -> None:
     """The sweep stops its run, and runs it again."""
     slow = NETWORK + "\nimport pathlib, time\ndef slow():\n"
