@@ -75,7 +75,9 @@ def test_scheduler_that_cannot_make_one_step_makes_more() -> None:
 def test_scheduler_with_noise_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 
-    class OwnNoise(diffusers.DDIMScheduler):  # as DPMSolverSDEScheduler, which needs torchsde
+    base: Any = diffusers.DDIMScheduler
+
+    class OwnNoise(base):  # type: ignore[misc]  # as DPMSolverSDEScheduler, which needs torchsde
         def __init__(
             self, prediction_type: str = "epsilon", noise_sampler_seed: int | None = None
         ) -> None:

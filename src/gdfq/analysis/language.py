@@ -112,7 +112,8 @@ def _parts(network: Network, tokens: Tensor, device: torch.device | str) -> tupl
     """Return sequences [N, L] in parts that pass together."""
     vocabulary = network(tokens[:1, :2].to(device)).shape[-1]
     most = _MAX_LOGITS // (tokens.shape[1] * vocabulary)
-    return tokens.split(max(1, min(_SEQUENCES_AT_ONCE, most)))
+    parts: tuple[Tensor, ...] = tokens.split(max(1, min(_SEQUENCES_AT_ONCE, most)))
+    return parts
 
 
 def _exp(loss: float) -> float:
