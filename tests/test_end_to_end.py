@@ -55,6 +55,7 @@ def accuracies(teacher: Captured, digits: TrainedDigits) -> Accuracies:
     return measured
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     "steps", [300, pytest.param(demo.RECIPE.steps, marks=pytest.mark.check, id="demo")]
 )
@@ -77,6 +78,7 @@ def test_fast_beats_direct_rounding_at_three_bits(accuracies: Accuracies) -> Non
     assert tuned > rounded + 6
 
 
+@pytest.mark.check
 def test_expected_drop_contains_the_measured_drop(digits: TrainedDigits, teacher: Captured) -> None:
     """Students from harmless to poor come in their order, each drop lies in its interval.
 

@@ -22,6 +22,8 @@ from gdfq.graph.inputs import InputSpec
 from gdfq.graph.tensors import flat_module, tensors_of
 from gdfq.quantized import QuantizedNetwork
 
+pytestmark = pytest.mark.check  # many networks: minutes
+
 
 class Of(nn.Module):
     """Functions of one tensor, each of whose results is an output."""

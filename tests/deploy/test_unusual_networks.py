@@ -14,6 +14,8 @@ from gdfq.deploy.runtimes import onnx_runner, program_runner
 from gdfq.graph.outputs import flattened
 from gdfq.quantized import QuantizedNetwork
 
+pytestmark = pytest.mark.check  # many networks: minutes
+
 EXAMPLE = torch.zeros(1, *unusual.SHAPE)
 CHAINS = {
     "writes": ("typed", "writes", "fills", "shifts", "interleaves", "by batch index"),
@@ -78,7 +80,6 @@ def test_unusual_network_runs_from_its_files(name: str, tmp_path: Path) -> None:
     check_files(student, tmp_path, ("onnx", "safetensors"))
 
 
-@pytest.mark.check
 @pytest.mark.parametrize("name", CHAINS)
 def test_unusual_network_runs_as_a_program(name: str, tmp_path: Path) -> None:
     check_files(quantized(unusual.chain(*CHAINS[name])), tmp_path, ("pt2",))

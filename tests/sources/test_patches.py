@@ -102,6 +102,7 @@ def test_patch_source_refuses_networks_without_patches() -> None:
         gdfq.quantize(transformer(), ZEROS, recipe="fast")
 
 
+@pytest.mark.check
 def test_patches_keep_the_accuracy_of_a_transformer_at_eight_bits(tmp_path: Path) -> None:
     training, held_out = demo.load_digits()
     recipe = find_recipe("patches").with_steps(60)
