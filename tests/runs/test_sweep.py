@@ -102,7 +102,7 @@ def test_model_is_not_read_as_an_option() -> None:
         ("networks: [a]\nbits: auto", "bits auto needs a size"),
         ("networks: [a]\nrecipes: fats", "there is no recipe 'fats'"),
         ("networks: [a]\nlayer_bits: [first]", "PATTERN=float"),
-        ("networks: [a]\nplacement: t2", "placement must be one of relu, full; got 't2'"),
+        ("networks: [a]\nplacement: t2", "placement must be one of relu, full, tokens; got 't2'"),
         ("networks: [a]\nseeds: [one]", "seeds must be whole numbers, at least 0; got 'one'"),
         ("networks: [a]\nseeds: [true]", "got True"),
         ("networks: [a]\nsteps: 1.5", "steps must be whole numbers"),
