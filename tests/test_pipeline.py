@@ -20,7 +20,6 @@ from gdfq.optim import SgdConfig
 from gdfq.recipes import PAPER, Recipe
 from gdfq.tuning.distill import Distillation
 
-
 OF_IMAGES = [name for name, recipe in RECIPES.items() if recipe.placement != "tokens"]
 """Recipes of networks that are no language models."""
 

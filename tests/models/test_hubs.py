@@ -98,7 +98,7 @@ def test_error_of_a_missing_library_names_its_extra(
     hub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, hubs.HUBS[hub].library, None)
-    extra = "diffusion" if hub == "diffusers" else hub
+    extra = hubs.HUBS[hub].extra or hub
     with pytest.raises(UsageError, match=rf"pip install 'gdfq\[{extra}\]'"):
         load_model(f"{hub}:anything")
 
