@@ -9,8 +9,10 @@ import pytest
 import torch
 from support import networks
 from support.language_model import Sizes, TinyLanguageModel, captured_model, tokens
+from support.narrowing import present
 
 import gdfq
+from gdfq.analysis.cost import with_costs
 from gdfq.analysis.layers import measure_layers
 from gdfq.analysis.preflight import diagnose
 from gdfq.cli import main
@@ -171,6 +173,8 @@ def test_diagnosis_says_what_is_quantized() -> None:
     assert [(layer.bits, layer.input_bits) for layer in found.layers] == [(4, 8)] * 14 + [
         (None, None)
     ]
+    costs = with_costs(found, plan.teacher, plan.scheme, plan.recipe)
+    assert present(costs.seconds).keys() == {"text", "tuning"}
     assert found.task == "logits of the next token of 40, for any length up to 32 tokens"
     assert "linear" not in {float_.operator for float_ in found.float_operators if float_.count > 1}
 

@@ -45,8 +45,9 @@ def with_costs(
         recipe = recipe.fitted(teacher.inputs[0].shape)
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
+    made = "text" if recipe.source.makes_text else "images"
     seconds = {
-        "images": _source_seconds(recipe.source, teacher, recipe.steps, memory),
+        made: _source_seconds(recipe.source, teacher, recipe.steps, memory),
         "tuning": _tuning_seconds(teacher, scheme, recipe),
     }
     peak = peak_bytes(teacher.device)

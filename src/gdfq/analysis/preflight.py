@@ -73,7 +73,7 @@ class Diagnosis:
         quantized_bytes: Bytes of weights, scales and biases in an ONNX file, without its graph.
         problems: Reasons for which the run would fail at its start; usually empty.
         advice: What to expect at these bits, with advice.
-        seconds: Estimated seconds by stage ("images", "tuning"); None if not measured.
+        seconds: Estimated seconds by stage ("images" or "text", "tuning"); None if not measured.
         peak_bytes: Estimated peak memory of the run in bytes; None if not measured.
     """
 

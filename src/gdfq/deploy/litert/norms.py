@@ -52,6 +52,11 @@ def _scaled(
     return x if bias is None else calculate(emit, "ADD", name, x, bias)
 
 
+def _last(x: Value, dims: Sequence[int]) -> range:
+    """Return the last dimensions of a value, as many as a norm goes over."""
+    return range(len(x.shape) - len(dims), len(x.shape))
+
+
 def _layer_norm(
     emit: Emitter,
     name: str,
@@ -63,7 +68,7 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Value:
-    last = range(len(x.shape) - len(dims), len(x.shape))
+    last = _last(x, dims)
     return _scaled(emit, name, _standardised(emit, name, x, last, eps), weight, bias)
 
 
@@ -76,7 +81,7 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Value:
-    last = range(len(x.shape) - len(dims), len(x.shape))
+    last = _last(x, dims)
     shape = tuple(1 if dim in last else length for dim, length in enumerate(x.shape))
     square = over(
         emit, "MEAN", f"{name}.mean", emit.unary("SQUARE", f"{name}.square", x), last, shape
