@@ -42,16 +42,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.check)
 
 
+_LISTED_ONCE = (
+    ("torch.onnx._internal.exporter._registration", "ONNXRegistry", "from_torchlib"),
+    ("torch.export.exported_program", "", "_collect_all_valid_cia_ops"),
+    ("torch.export.decomp_utils", "", "_collect_all_valid_cia_ops"),
+)
+"""Lists of all operators that PyTorch makes for each trace and for each ONNX file: module, class, function.
+
+They are half of the time of a small network's file. Private: another torch may name them otherwise.
+"""
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _onnx_operators_are_listed_once() -> Iterator[None]:
-    """Keep the list of 500 operators that torch.onnx builds for each export, a third of its time."""
-    exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
-    apis = getattr(exporter, "onnxscript_apis", None)
+def _operators_are_listed_once() -> Iterator[None]:
+    """Keep lists that are always the same."""
     with pytest.MonkeyPatch.context() as patch:
-        if apis is not None and hasattr(
-            apis, "get_torchlib_ops"
-        ):  # private: another torch may build it elsewhere
-            patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        for module, owner, name in _LISTED_ONCE:
+            place: Any = importlib.import_module(module)
+            place = getattr(place, owner, None) if owner else place
+            if hasattr(place, name):
+                kept = staticmethod(functools.cache(getattr(place, name)))
+                patch.setattr(place, name, kept)
         yield
 
 
