@@ -281,6 +281,7 @@ def test_doctor_says_what_a_budget_chooses(
     assert "s of 3600 s" in capsys.readouterr().out
 
 
+@pytest.mark.check
 def test_real_measurements_choose_an_effort(teacher: Captured, fast: Recipe) -> None:
     """Nothing is replaced here; ten minutes are enough on any machine."""
     effort = planned(teacher, fast, budget="10m").effort

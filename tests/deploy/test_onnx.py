@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from support import networks
+from support.choice import checked
 from support.small_runs import quantized_by_fast
 from torch import nn
 
@@ -24,7 +25,7 @@ from gdfq.sources.pool import ImagePool
 from gdfq.student.scheme import Placement
 
 
-@pytest.mark.parametrize("placement", ["full", "relu"])
+@pytest.mark.parametrize("placement", ["full", checked("relu")])
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_onnx_file_matches_the_student_for_every_network(
     name: str, placement: Placement, tiny: Recipe, tmp_path: Path

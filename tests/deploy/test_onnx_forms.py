@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from support import networks
+from support.choice import checked
 from support.operator_calls import CALLS, call
 from support.small_runs import quantized_by_fast
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def test_folded_weights_are_codes_minus_zero_points(weights: int, tmp_path: Path
         np.testing.assert_array_equal(stored[f"{weight.name}.weight"], expected.numpy())
 
 
-@pytest.mark.parametrize("placement", ["full", "relu"])
+@pytest.mark.parametrize("placement", ["full", checked("relu")])
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_compatible_file_matches_the_student_for_every_network(
     name: str, placement: Placement, tiny: Recipe, tmp_path: Path
@@ -133,6 +134,7 @@ def check(opset: int, *functions: Callable[[Tensor], Tensor]) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("first", range(0, len(_OF_13), _TOGETHER))
 def test_operator_has_an_equal_form_in_opset_13(first: int) -> None:
     check(13, *map(call, _OF_13[first : first + _TOGETHER]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import torchvision_shim
+from support.choice import checked
 from support.runtime_profile import INTEGER_CONVOLUTIONS, float_convolutions, kernels
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ def check(path: Path, network: nn.Module, side: int) -> None:
     assert sum(found[kind] for kind in INTEGER_CONVOLUTIONS) == convolutions, found
 
 
-@pytest.mark.parametrize(("bits", "recipe"), [("w8a8", CALIBRATED), ("w4a8", TUNED)])
+@pytest.mark.parametrize(("bits", "recipe"), [checked(("w8a8", CALIBRATED)), ("w4a8", TUNED)])
 @pytest.mark.parametrize("functions", [CLAMPS, MOVES], ids=["clamps", "moves"])
 def test_network_of_clamps_has_no_float_convolution(
     functions: dict[str, Callable[[Tensor], Tensor]],

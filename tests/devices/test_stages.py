@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import language_model, multi_input, networks, unusual
+from support.choice import checked
 from support.denoisers import SHAPE, tiny_denoiser
 from support.plain_scheduler import PlainConfig
 from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
@@ -155,7 +156,7 @@ def test_all_sources_have_an_example() -> None:
     assert {*concrete(Source, gdfq.sources)} == {*SOURCES, GivenImages}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [checked("float32"), "bfloat16"])
 @pytest.mark.parametrize("kind", SOURCES, ids=lambda kind: kind.__name__)
 def test_source_makes_and_resumes_its_batches_on_a_gpu(kind: type, precision: Any) -> None:
     """A state that was read from a file is on the CPU."""
@@ -379,7 +380,7 @@ def test_recipe_gives_the_student_of_the_cpu_on_a_gpu(name: str) -> None:
         assert float(error.max()) <= 1 if key.endswith(".codes") else 1e-2, key
 
 
-@pytest.mark.parametrize("memory", [None, "20KiB"])
+@pytest.mark.parametrize("memory", [checked(None), "20KiB"])
 @pytest.mark.usefixtures("gpu")
 def test_run_with_all_that_follows_it_on_a_gpu(memory: str | None, tmp_path: Path) -> None:
     """Measuring, evidence, files and loading; a small budget passes images in parts."""
@@ -415,7 +416,7 @@ class _StopError(Exception):
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "tune"])
-@pytest.mark.parametrize("name", ["quick", "genie", "paper"])
+@pytest.mark.parametrize("name", ["quick", checked("genie"), checked("paper")])
 @pytest.mark.usefixtures("gpu")
 def test_run_resumes_on_a_gpu(name: str, stage: str, tmp_path: Path) -> None:
     def stop(step: Step) -> None:

@@ -33,7 +33,7 @@ def with_mark(*marks: str | None) -> list[Path]:
 
 FIRST_PAGES = [
     ROOT / "README.md",
-    *(ROOT / f"docs/{n}.md" for n in ("tutorial", "networks", "extend")),
+    *(ROOT / f"docs/{n}.md" for n in ("networks", "extend")),
 ]
 """The pages that a new user begins with. All pages take two minutes."""
 

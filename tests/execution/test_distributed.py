@@ -206,6 +206,7 @@ def tuned_by_two(digits: TrainedDigits, tmp_path_factory: pytest.TempPathFactory
     return words, done.stdout, folder / "out"
 
 
+@pytest.mark.check
 def test_two_processes_write_one_run(tuned_by_two: Tuned) -> None:
     _, printed, out = tuned_by_two
     assert printed.count("layers quantized") == 1
@@ -215,6 +216,7 @@ def test_two_processes_write_one_run(tuned_by_two: Tuned) -> None:
     assert tuned == sorted(set(tuned))
 
 
+@pytest.mark.check
 def test_two_processes_tune_as_well_as_one(tuned_by_two: Tuned, tmp_path: Path) -> None:
     """Accuracy on the real digits that are held out."""
     words, _, out = tuned_by_two
