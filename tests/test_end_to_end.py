@@ -69,6 +69,7 @@ def test_paper_beats_direct_rounding_on_real_digits(accuracies: Accuracies, step
     assert tuned > teacher - 8
 
 
+@pytest.mark.check
 def test_fast_beats_direct_rounding_at_three_bits(accuracies: Accuracies) -> None:
     """By at least six points, with fifty updates on a quarter of the recipe's images."""
     fast = find_recipe("fast").with_steps(60)
@@ -129,6 +130,7 @@ def test_eight_bits_lose_less_than_one_point(accuracies: Accuracies) -> None:
     assert abs(student - teacher) < 1
 
 
+@pytest.mark.check
 def test_paper_real_loses_less_than_eight_points(
     accuracies: Accuracies, digits: TrainedDigits
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import onnx
 import pytest
 from support import networks
+from support.choice import checked
 
 import gdfq
 from gdfq import UsageError
@@ -30,7 +31,7 @@ def test_full_disk_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize("suffix", ["onnx", checked("pt2"), checked("safetensors")])
 def test_file_is_compared_on_as_many_examples_as_fit(
     small: QuantizedNetwork, tmp_path: Path, suffix: str
 ) -> None:

@@ -195,6 +195,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.check
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
 def test_litert_operator_gives_the_codes_of_the_student(name: str) -> None:
@@ -231,6 +232,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_litert_function_gives_the_codes_of_the_student(name: str) -> None:
     teacher = surrounded(Of(FUNCTIONS[name]), SHAPE)
