@@ -11,9 +11,8 @@ class Form:
         folds_weights: Whether weights are INT8 codes minus zero point, instead of packed INT4 or
             INT2 codes with the operators that a runtime folds when it loads the file.
         lowest_opset: Whether operators are written in the lowest opset from 13 on that has them.
-        rounds_before_sums: Whether a MaxPool of one element separates the codes of a sum's terms
-            from their DequantizeLinear. It changes no code, and keeps OpenVINO from adding a
-            layer's unrounded output.
+        has_barriers: Whether operators that change no number separate what OpenVINO fuses wrongly
+            (`gdfq.deploy.onnx.barriers`).
         has_int2: Whether weights of 2 bits are INT2; they are INT4 otherwise.
         only_pairs: Whether every QuantizeLinear is read by its DequantizeLinear alone, so that all
             other operators compute with floats, and what moves values is quantized again. Clamps
@@ -23,7 +22,7 @@ class Form:
 
     folds_weights: bool = False
     lowest_opset: bool = False
-    rounds_before_sums: bool = False
+    has_barriers: bool = False
     has_int2: bool = True
     only_pairs: bool = False
     signed: bool = False
@@ -33,7 +32,7 @@ PACKED_WEIGHTS = Form()
 """The smallest file."""
 COMPATIBLE = Form(folds_weights=True, lowest_opset=True)
 """The file that most runtimes read."""
-UNFUSED_SUMS = Form(rounds_before_sums=True, has_int2=False)
+OPENVINO = Form(has_barriers=True, has_int2=False)
 """The file for OpenVINO."""
 TENSORRT = Form(folds_weights=True, lowest_opset=True, only_pairs=True, signed=True)
 """The file for TensorRT."""

@@ -80,7 +80,7 @@ def keep_codes(graph: ir.Graph) -> None:
         if node.op_type not in _GRID_PRESERVING:
             continue
         first, *others = inputs_of(node)
-        found = _codes_and_grid(first)
+        found = codes_and_grid(first)
         if found is None or not _only_moves(node):
             continue
         codes, scale, zero_point = found
@@ -135,7 +135,7 @@ def quantize_after_moves(graph: ir.Graph) -> None:
 def _join_codes(graph: ir.Graph, node: ir.Node) -> None:
     """Let a concatenation of tensors on one grid, such as the parts of a rolled one, join codes."""
     values = inputs_of(node)
-    found = [_codes_and_grid(value) for value in values]
+    found = [codes_and_grid(value) for value in values]
     if None in found:
         return
     codes, scales, zero_points = zip(*(part for part in found if part), strict=True)
@@ -152,7 +152,7 @@ def _join_codes(graph: ir.Graph, node: ir.Node) -> None:
         remove_unused(graph, value)
 
 
-def _codes_and_grid(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+def codes_and_grid(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """Return codes, scale and zero point of an activation on a grid, or None."""
     dequantize = None if value is None else value.producer()
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
@@ -184,7 +184,7 @@ def keep_float_biases(graph: ir.Graph) -> None:
     is hidden.
     """
     for node in list(graph):
-        if node.op_type not in _LAYERS:
+        if node.op_type not in LAYERS:
             continue
         makers = [None if value is None else value.producer() for value in node.inputs[:2]]
         if any(m is None or m.op_type != "DequantizeLinear" for m in makers):
@@ -224,7 +224,7 @@ def _is_changed(node: ir.Node) -> bool:
     It rounds float weights of layers to 8 bits. Its integer pooling treats padding differently,
     and its softmax of codes rounds otherwise.
     """
-    if node.op_type in _LAYERS:
+    if node.op_type in LAYERS:
         weight = node.inputs[1]
         return weight is not None and weight.is_initializer()
     if node.op_type == "AveragePool":
@@ -233,7 +233,7 @@ def _is_changed(node: ir.Node) -> bool:
     return node.op_type == "Softmax"
 
 
-_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _FLOAT32_RANGE = (np.finfo(np.float32).min, np.finfo(np.float32).max)
 
 
@@ -298,67 +298,3 @@ def constant_values(value: ir.Value | None) -> np.ndarray[Any, Any]:
     if value is None or value.const_value is None:
         raise GdfqError("the quantization constants must be known at export; one is computed.")
     return value.const_value.numpy()
-
-
-def round_before_sums(graph: ir.Graph) -> None:
-    """Separate a layer's codes from a sum by a MaxPool of one element, which changes no code.
-
-    OpenVINO fuses a layer, the rounding of its output, the sum that reads it, and the rounding of
-    the sum into one operation, in which the first rounding is lost.
-    """
-    for node in list(graph):
-        if node.op_type not in _SUMS:
-            continue
-        terms = [(value, _codes_and_grid(value)) for value in inputs_of(node)]
-        if any(value.is_initializer() or _is_constant(value) for value, _ in terms):
-            continue
-        for index, (value, found) in enumerate(terms):
-            # An output with other readers is computed by itself.
-            if found is None or len(value.uses()) > 1 or len(found[0].uses()) > 1:
-                continue
-            codes, scale, zero_point = found
-            if not _comes_from_layer(codes):
-                continue
-            assert value.shape is not None
-            barrier = _barrier(graph, codes, value.shape.rank())
-            after = ir.node("DequantizeLinear", [barrier[-1].outputs[0], scale, zero_point])
-            after.outputs[0].shape, after.outputs[0].type = value.shape, value.type
-            graph.insert_before(node, [*barrier, after])
-            node.replace_input_with(index, after.outputs[0])
-            remove_unused(graph, value)
-
-
-_SUMS = frozenset({"Add", "Sub"})
-
-
-def _is_constant(value: ir.Value) -> bool:
-    """Return whether a value is a dequantized constant, such as a 0 that is added."""
-    maker = value.producer()
-    first = None if maker is None else maker.inputs[0]
-    return first is not None and first.is_initializer()
-
-
-def _comes_from_layer(codes: ir.Value) -> bool:
-    """Return whether codes are those of a layer's output, also behind a clamp."""
-    node = codes.producer()
-    while node is not None and node.op_type in {"QuantizeLinear", "Clip", "Relu", "Max", "Min"}:
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return node is not None and node.op_type in _LAYERS
-
-
-def _barrier(graph: ir.Graph, codes: ir.Value, rank: int) -> list[ir.Node]:
-    """Return nodes that return codes as they are: a MaxPool, or without positions Pad and Slice."""
-    if rank > 2:
-        return [ir.node("MaxPool", [codes], {"kernel_shape": [1] * (rank - 2)})]
-    ends, one, last = (
-        _register(graph, f"barrier.{name}", np.array(values, np.int64))
-        for name, values in (("ends", [0, 1, 0, 0]), ("one", [1]), ("last", [2**31]))
-    )
-    padded = ir.node("Pad", [codes, ends])
-    return [padded, ir.node("Slice", [padded.outputs[0], one, last, one])]
-
-
-def _register(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-    if name not in graph.initializers:
-        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
-    return graph.initializers[name]

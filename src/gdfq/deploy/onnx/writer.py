@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.deploy.onnx.barriers import add_barriers
 from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.equivalents import with_equivalents
 from gdfq.deploy.onnx.form import PACKED_WEIGHTS, Form
@@ -37,7 +38,6 @@ from gdfq.deploy.onnx.passes import (
     quantize_after_moves,
     remove_unused,
     replace_node,
-    round_before_sums,
 )
 from gdfq.deploy.onnx.sizes import PACKED, STORED_FLOATS
 from gdfq.errors import GdfqError, UsageError, first_line
@@ -118,8 +118,8 @@ def _rewrite(
         quantize_after_moves(graph)
     else:
         keep_codes(graph)
-        if form.rounds_before_sums:
-            round_before_sums(graph)
+        if form.has_barriers:
+            add_barriers(graph)
         keep_float(graph)
         keep_float_biases(graph)
     if raw_input is not None:

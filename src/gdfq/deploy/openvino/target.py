@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
+from gdfq.deploy.onnx import form
 from gdfq.deploy.onnx.codes import stored_codes
-from gdfq.deploy.onnx.form import UNFUSED_SUMS
 from gdfq.deploy.onnx.target import ONNX_RUNTIME, write_onnx
 from gdfq.deploy.openvino.calls import FLOAT32, openvino_calls
 from gdfq.deploy.openvino.runtime import openvino_runner, openvino_values
@@ -71,7 +71,7 @@ OPENVINO = Target(
     "openvino",
     ".openvino.onnx",
     "runs as integers in OpenVINO",
-    partial(write_onnx, form=UNFUSED_SUMS, runtime=_ONNX_RUNTIME),
+    partial(write_onnx, form=form.OPENVINO, runtime=_ONNX_RUNTIME),
     _prove,
     _notes,
     raw_input=True,
