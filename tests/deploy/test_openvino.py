@@ -218,6 +218,40 @@ def test_average_beyond_the_border_is_refused_before_the_run() -> None:
         OPENVINO.check_scheme(capture(Pooled(fits), networks.images(1)), scheme)
 
 
+class Enlarged(nn.Module):
+    """A transposed convolution between convolutions."""
+
+    def __init__(self, layer: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Conv2d(3, 4, 1), layer, nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.stem(x).relu())).flatten(1)
+
+
+WITH_GAPS = nn.ConvTranspose2d(4, 4, (3, 1), (2, 2))
+"""Its stride along one axis is larger than its kernel."""
+
+
+def test_transposed_convolution_with_gaps_is_refused_before_the_run() -> None:
+    scheme = Scheme(Bits(8, 8), "full")
+    teacher = capture(Enlarged(WITH_GAPS), networks.images(1))
+    with pytest.raises(UsageError, match=r"none for: conv_transpose2d \(conv_transpose2d\)"):
+        OPENVINO.check_scheme(teacher, scheme)
+    for fits in (nn.ConvTranspose2d(4, 4, 2, 2), nn.ConvTranspose2d(4, 4, (3, 1), (2, 1))):
+        OPENVINO.check_scheme(capture(Enlarged(fits), networks.images(1)), scheme)
+
+
+@needs_openvino
+def test_transposed_convolution_with_gaps_is_wrong_in_openvino(tmp_path: Path) -> None:
+    """The refusal can go once this fails."""
+    torch.manual_seed(0)
+    quantized = quantized_by_fast(Enlarged(WITH_GAPS).eval(), "w8a8")
+    unchecked = replace(OPENVINO, unsupported=lambda graph: [])
+    with pytest.raises(GdfqError, match=r"'conv_transpose2d\.q'.*It was not kept"):
+        quantized.export(tmp_path / "q.openvino.onnx", target=unchecked)
+
+
 class Resized(nn.Module):
     """Half of the size, each pixel a weighted mean."""
 
