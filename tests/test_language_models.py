@@ -16,6 +16,8 @@ from gdfq.analysis.cost import with_costs
 from gdfq.analysis.layers import measure_layers
 from gdfq.analysis.preflight import diagnose
 from gdfq.cli import main
+from gdfq.data.vocabulary import Vocabulary
+from gdfq.deploy.safetensors import from_safetensors, to_safetensors
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Step
 from gdfq.files.atomic import write_json
@@ -154,6 +156,14 @@ def test_saved_model_is_the_same_and_takes_any_length(tmp_path: Path) -> None:
     assert loaded.evaluate(tmp_path / "text.npz") == pytest.approx(
         loaded.compare_text(captured_model(), test).perplexity
     )
+
+
+def test_saved_vocabulary_is_that_of_the_embedding() -> None:
+    found = quantized("w4a8")
+    spec = replace(found.card.inputs[0], vocabulary=Vocabulary(41, 32, 1))
+    assert from_safetensors(to_safetensors(found.whole, found.card))[1] == found.card
+    with pytest.raises(UsageError, match="damaged"):
+        from_safetensors(to_safetensors(found.whole, replace(found.card, inputs=(spec,))))
 
 
 def test_given_text_takes_the_place_of_own_text() -> None:

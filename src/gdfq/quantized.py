@@ -239,6 +239,7 @@ class QuantizedNetwork(nn.Module):
         raw_input: bool = False,
         safe_x86: bool = False,
         memory: str | int | None = None,
+        original: str | None = None,
     ) -> Exported:
         """Write one file that deploys, and keep it only if its runtime gives the same outputs.
 
@@ -253,6 +254,8 @@ class QuantizedNetwork(nn.Module):
             safe_x86: Use 7-bit weights in layers whose 8-bit sums could saturate on x86 processors
                 without VNNI.
             memory: As in `gdfq.quantize`. The file is compared on as many of `examples` as fit.
+            original: The model that this network was made from, as `hf:ID`: target
+                `compressed-tensors` writes a folder of weights for its code.
 
         Returns:
             What was written, and how its outputs compare with those of this network.
@@ -282,4 +285,5 @@ class QuantizedNetwork(nn.Module):
             safe_x86=safe_x86,
             accuracy=accuracy,
             memory=MemoryBudget.of(memory),
+            original=original,
         )

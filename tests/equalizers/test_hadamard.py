@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import networks
-from support.language_model import captured_model, in_float64, tokens
+from support.language_model import captured_model, in_float64, tiny_model, tokens, vocabulary
 
 from gdfq.equalizers.hadamard import Hadamard
 from gdfq.equalizers.structure import Structure, heads_of, product_of
@@ -14,7 +15,7 @@ from gdfq.errors import UsageError
 from gdfq.functional.grid import Bits
 from gdfq.functional.rotations import hadamard, random_factors, rotated
 from gdfq.graph import operators, queries
-from gdfq.graph.capture import Captured
+from gdfq.graph.capture import Captured, capture
 from gdfq.graph.tensors import tensors_of
 from gdfq.student.scheme import Scheme
 
@@ -102,3 +103,38 @@ def test_rotation_spreads_an_outlier_of_the_stream() -> None:
 def test_network_of_another_form_is_refused() -> None:
     with pytest.raises(UsageError, match="needs a language model whose residual stream"):
         Hadamard().equal(networks.captured("Transformer"), SCHEME, [], 0)
+
+
+class _OtherLayout(torch.nn.Module):
+    """Attention whose heads are the last dimension: channel d of head h is number d · heads + h."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        for name in "qkvo":
+            setattr(self, name, torch.nn.Linear(16, 16, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        usual = [layer(x).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (self.q, self.k)]
+        values = self.v(x).unflatten(-1, (4, 4))
+        values = values.permute(0, 3, 1, 2) if "values" in self.layout else values.transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(*usual, values, is_causal=True)
+        order = (0, 2, 3, 1) if "output" in self.layout else (0, 2, 1, 3)
+        found: torch.Tensor = self.o(mixed.permute(*order).reshape(x.shape))
+        return found
+
+
+@pytest.mark.parametrize("layout", ["usual", "values", "output", "values and output"])
+def test_heads_in_any_layout_are_rotated_exactly(layout: str) -> None:
+    """There are as many heads as channels of one, so that no size tells them apart."""
+    model = tiny_model()
+    for block in model.blocks:
+        block.attention = _OtherLayout(layout)
+    captured = in_float64(capture(model.eval(), tokens(), vocabulary=vocabulary()))
+    o = Structure.of(captured.network.graph).writers[0]
+    assert (heads_of(o) is None) == (layout != "usual")
+    given = tokens(count=3, length=20, seed=4)
+    changed = Hadamard().equal(captured, SCHEME, [given], 0)
+    with torch.no_grad():
+        expected, actual = captured.network(given), changed.network(given)
+    assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-5

@@ -125,6 +125,18 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("transformers")
+def test_weights_beside_a_folder_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _saved("llama", tmp_path)
+    capfd.readouterr()
+    with pytest.raises(UsageError, match="weights of a language model lie in its folder"):
+        load_model(f"hf:{tmp_path}", tmp_path / "model.safetensors")
+    load_model(f"hf:{tmp_path}")
+    assert "Loading weights" not in capfd.readouterr().err
+
+
+@pytest.mark.needs("transformers")
 def test_other_language_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]})

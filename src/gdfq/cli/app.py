@@ -229,6 +229,10 @@ def evaluate_command(folder: Path, **options: Any) -> None:
     is_flag=True,
     help="Use 7-bit weights in layers whose 8-bit sums could saturate on x86 without VNNI.",
 )
+@click.option(
+    "--model",
+    help="MODEL that the network was made from, for target compressed-tensors: hf:ID or hf:FOLDER.",
+)
 @memory_option
 def export_command(**options: Any) -> None:
     """Write the quantized network in DIR as one file that deploys.

@@ -19,6 +19,7 @@ def export(
     raw_input: bool,
     safe_x86: bool,
     memory: int | None,
+    model: str | None,
 ) -> None:
     """Export, and print what was written."""
     if target is None and out is None:
@@ -30,7 +31,12 @@ def export(
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
     exported = quantized.export(
-        path, target=chosen, raw_input=raw_input, safe_x86=safe_x86, memory=memory
+        path,
+        target=chosen,
+        raw_input=raw_input,
+        safe_x86=safe_x86,
+        memory=memory,
+        original=model,
     )
     if folder.is_dir():
         note_export(folder, exported.path, exported.as_values())

@@ -205,7 +205,7 @@ def quantize_into(
         # The saved network is the file of a language model, unless a target was named.
         if outputs.onnx and (plan.target or plan.teacher.vocabulary is None):
             target = plan.target or TARGETS["onnx"]
-            _export_after(quantized, folder.path, target, context.memory.bytes)
+            _export_after(quantized, folder.path, target, context.memory.bytes, config.get("model"))
         check()
         if outputs.report:
             started = time.perf_counter()
@@ -249,12 +249,14 @@ def report_after(folder: Path) -> None:
 
 
 def _export_after(
-    quantized: QuantizedNetwork, folder: Path, target: Target, memory: int | None
+    quantized: QuantizedNetwork, folder: Path, target: Target, memory: int | None, model: str | None
 ) -> None:
     """Export a run's file. The run is of use without it, so a failure is a warning."""
     started = time.perf_counter()
     try:
-        exported = quantized.export(folder / target.file_name, target=target, memory=memory)
+        exported = quantized.export(
+            folder / target.file_name, target=target, memory=memory, original=model
+        )
     except Exception as error:  # whatever it is, the run is worth more
         what = str(error) if isinstance(error, GdfqError) else f"{type(error).__name__}: {error}"
         warn(f"no {target.name.upper()} file was written: {what}")

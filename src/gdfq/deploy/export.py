@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdfq.deploy.card import Card
+from gdfq.deploy.compressed_tensors import COMPRESSED_TENSORS
 from gdfq.deploy.executorch.target import EXECUTORCH
 from gdfq.deploy.litert.target import LITERT
 from gdfq.deploy.litert_micro.target import LITERT_MICRO
@@ -79,6 +80,7 @@ TARGETS: Mapping[str, Target] = {
         EXECUTORCH,
         TENSORRT,
         QNN,
+        COMPRESSED_TENSORS,
     )
 }
 """The targets by name."""
@@ -118,13 +120,14 @@ def export(
     safe_x86: bool = False,
     accuracy: Mapping[str, float] | None = None,
     memory: MemoryBudget = MemoryBudget(),
+    original: str | None = None,
 ) -> Exported:
     """Write an integer network as a file, and keep it if its runtime gives equal outputs.
 
     Args:
         network: The integer network.
         card: Its card.
-        path: The file; its folder is created.
+        path: The file, or the folder of a target that writes one; folders are created.
         examples: A tensor [n, *shape] for each input of the network, to compare on. If images are
             large, only the first are used.
         names: Names of the outputs; by default those of a network without a softmax.
@@ -135,6 +138,8 @@ def export(
         accuracy: Top-1 in percent, by name, for the file's metadata.
         memory: Budget for the comparison, which holds all activations of its examples; only as
             many examples are used as fit.
+        original: The model that the network was made from, as `hf:ID`, for a target that writes
+            weights for its code.
 
     Raises:
         UsageError: The target cannot hold the network.
@@ -149,17 +154,18 @@ def export(
         )
     if raw_input:
         image_shape(card.inputs)  # raises for a network that takes more than images
-    make_folder(path.parent)
+    file = kind.file_at(path)
     network = copy.deepcopy(network).cpu().eval()
     if safe_x86:
         network = without_overflow(network)
     kind.check_network(network, card.placement)
+    make_folder(file.parent)
     numbers = sum(math.prod(example.shape[1:]) for example in examples)
     fits = memory.images(training_bytes(network.graph), torch.device("cpu"))
     count = min(fits, max(1, _MAX_NUMBERS // numbers))
     inputs = tuple(example[:count].cpu() for example in examples)
     names = tuple(names or output_names(card, NO_ENDS))
-    job = Job(network, card, path, inputs, raw_input, accuracy or {}, names)
+    job = Job(network, card, file, inputs, raw_input, accuracy or {}, names, original)
     data = kind.write(job)
 
     beside: dict[Path, bytes] = {}
@@ -167,13 +173,13 @@ def export(
     def check(written: Path) -> tuple[Proof, Sequence[str]]:
         proof = kind.prove(job, written)
         for suffix, contents in kind.beside(job, data).items():
-            beside[kind.path_beside(path, suffix)] = contents
+            beside[kind.path_beside(file, suffix)] = contents
         unproven = [kind.unproven] if kind.unproven else []
         written_beside = [f"with {other.name} beside it" for other in beside]
         remarks = kind.notes(job, data, proof)
         return proof, [*unproven, *remarks, *written_beside, *_oldest_version(kind, network)]
 
-    proof, notes = write_checked(path, data, check)
+    proof, notes = write_checked(file, data, check)
     for other, contents in beside.items():
         write_atomically(other, contents)
     return Exported(
@@ -222,10 +228,11 @@ def find_target(target: str | Target | None, path: Path) -> Target:
     Raises:
         UsageError: There is no such target, or the path is a folder.
     """
-    if path.is_dir():
+    named = None if target is None else named_target(target)
+    if path.is_dir() and (named is None or not named.file_in_folder):
         raise UsageError(f"an export is a file; {path} is a folder. Give the name of a file in it.")
-    if target is not None:
-        return named_target(target)
+    if named is not None:
+        return named
     fitting = [known for known in TARGETS.values() if path.name.endswith(known.suffix)]
     if fitting:
         return max(fitting, key=lambda known: len(known.suffix))

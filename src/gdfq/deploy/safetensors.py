@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.data.vocabulary import Vocabulary
@@ -26,6 +26,7 @@ from gdfq.errors import UsageError
 from gdfq.files.untrusted import check_shape, parse_json, safetensors_header
 from gdfq.functional.float_grid import FORMATS, NumberFormat
 from gdfq.functional.grid import MAX_BITS, MIN_BITS, Bits, code_bounds
+from gdfq.graph import operators, queries
 from gdfq.graph.inputs import IMAGES, InputSpec, takes_images
 from gdfq.graph.outputs import read_structure
 from gdfq.student.integer_network import IntegerNetwork
@@ -156,7 +157,20 @@ def from_safetensors(data: bytes, name: str = "the file") -> tuple[IntegerNetwor
         raise _damaged(name) from error
     network = IntegerNetwork(graph_from_json(graph, tensors))
     rehearse(network, card)
+    if card.vocabulary is not None and card.vocabulary.size > _ids(network):
+        raise _damaged(name)
     return network, card
+
+
+def _ids(network: IntegerNetwork) -> float:
+    """Return how many token ids the embeddings of a language model have."""
+    (tokens, *_), tensors = queries.inputs(network.graph), network.tensors
+    tables = [
+        tensors[str(node.args[0].target)]
+        for node in tokens.users
+        if operators.name_of(node) == operators.EMBEDDING and isinstance(node.args[0], fx.Node)
+    ]
+    return min(map(len, tables), default=math.inf)
 
 
 _READ_ERRORS = (LookupError, ValueError, TypeError, AttributeError, OverflowError)

@@ -13,7 +13,7 @@ which target it is. User code can define its own, for instance
     quantized.export("student.mine", target=MINE)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +80,8 @@ class Job:
         raw_input: Whether the file takes uint8 pixels and normalises them itself.
         accuracy: Top-1 in percent, by name, for the file's metadata.
         outputs: Names of the outputs.
+        original: The model of a library that the network was made from, as `hf:ID`; None if it was
+            not named.
     """
 
     network: IntegerNetwork
@@ -89,6 +91,7 @@ class Job:
     raw_input: bool = False
     accuracy: Mapping[str, float] | None = None
     outputs: tuple[str, ...] = ("logits",)
+    original: str | None = None
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, make: Callable[["Job"], Made]) -> Made:
@@ -125,6 +128,10 @@ def _nothing_beside(_job: Job, _data: bytes) -> Mapping[str, bytes]:
 
 
 def _supports_all(_graph: fx.Graph) -> Sequence[str]:
+    return ()
+
+
+def _fits(*_: object) -> Iterable[str]:
     return ()
 
 
@@ -272,6 +279,12 @@ class Target:
             that is not equal; then none of them is written.
         made_for: What its files are made for, where that is not here to run them: their form is
             checked, and they are proven in `runtime`. Empty if they are made for `runtime`.
+        holds_weights_alone: Whether its files hold weights for the code of the original network,
+            so that layers get no operators and no biases that they had not.
+        file_in_folder: Name of its file, where that lies in a folder of its own with further ones
+            (`beside`, by their names); the path of an export is then this folder.
+        refusals: Returns what else its files cannot express of a teacher with a scheme.
+        misfits: Returns what else its files cannot express of a finished network.
     """
 
     name: str
@@ -293,10 +306,14 @@ class Target:
     one_grid_for_joins: bool = False
     beside: Callable[[Job, bytes], Mapping[str, bytes]] = _nothing_beside
     made_for: str = ""
+    holds_weights_alone: bool = False
+    file_in_folder: str = ""
+    refusals: Callable[[Captured, Scheme], Iterable[str]] = _fits
+    misfits: Callable[[IntegerNetwork], Iterable[str]] = _fits
 
     @property
     def file_name(self) -> str:
-        """Name of its file in the folder of a run."""
+        """Name of its file, or of its folder, in the folder of a run."""
         return f"student{self.suffix}"
 
     @property
@@ -309,8 +326,14 @@ class Target:
             self.weights.formats or self.activations.formats or ALL_FORMATS,
         )
 
+    def file_at(self, path: Path) -> Path:
+        """Return the path of its file, of an export with this path."""
+        return path / self.file_in_folder if self.file_in_folder else path
+
     def path_beside(self, path: Path, suffix: str) -> Path:
         """Return the path of a further file beside one of its files."""
+        if self.file_in_folder:
+            return path.with_name(suffix)
         return path.with_name(path.name.removesuffix(self.suffix) + suffix)
 
     @property
@@ -349,9 +372,10 @@ class Target:
                 (node.name, self.activations.refusal(bits, forms=scheme.activation_formats(bits)))
                 for node, bits in activation_bits(teacher, scheme).items()
             ),
+            *self.refusals(teacher, scheme),
         ]
         if misfits:
-            raise UsageError(f"{self._needs()} the run would give {_listed(misfits)}.")
+            raise UsageError(f"{self._needs()} the run would give {listed(misfits)}.")
 
     def check_network(self, network: IntegerNetwork, placement: Placement) -> None:
         """Check that a finished network fits this target.
@@ -372,10 +396,11 @@ class Target:
                 (grid.name, self.activations.refusal_of(grid)) for grid in network.activations
             ),
             *(_misfits(_unequal_joins(network)) if self.one_grid_for_joins else ()),
+            *self.misfits(network),
         ]
         if misfits:
             raise UsageError(
-                f"{self._needs()} this network has {_listed(misfits)}. Quantize the network again "
+                f"{self._needs()} this network has {listed(misfits)}. Quantize the network again "
                 f"with --target {self.name}, or choose another target: gdfq targets."
             )
 
@@ -383,14 +408,19 @@ class Target:
         if found := list(self.unsupported(graph)):
             raise UsageError(
                 f"each operator of the network must have a form in a file of target {self.name!r}; "
-                f"there is none for: {_listed(found)}. Choose another target: gdfq targets."
+                f"there is none for: {listed(found)}. Choose another target: gdfq targets."
             )
 
     def _check_placement(self, placement: Placement) -> None:
         if placement == "tokens" and placement not in self.placements:
             raise UsageError(
                 f"target {self.name!r} holds no language model: it has no form for scales of "
-                "tokens. Use target 'safetensors', which gdfq.load reads."
+                "tokens. Use target 'safetensors', which gdfq.load reads, or 'compressed-tensors'."
+            )
+        if self.placements == ("tokens",) and placement != "tokens":
+            raise UsageError(
+                f"target {self.name!r} holds causal language models alone; the network is none. "
+                "Choose another target: gdfq targets."
             )
         if placement not in self.placements:
             raise UsageError(
@@ -422,7 +452,7 @@ _MAX_LISTED = 20
 """Maximum number of layers and activations that a refusal names."""
 
 
-def _listed(found: Sequence[str]) -> str:
+def listed(found: Sequence[str]) -> str:
     """Return names as a list that stays readable for a deep network."""
     more = len(found) - _MAX_LISTED
     return ", ".join(found[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gdfq.equalizers.structure import Structure
 from gdfq.errors import GdfqError
 from gdfq.graph.capture import Captured
 from gdfq.student.scheme import Scheme
@@ -15,13 +16,19 @@ from gdfq.student.scheme import Scheme
 class Equalizer(Protocol):
     """Changes a language model before its student is built.
 
-    An equalizer is a frozen dataclass that derives from this class and has the method `equal`.
+    An equalizer is a frozen dataclass that derives from this class and has the method `equal`;
+    one that needs a residual stream derives from `StreamEqualizer`.
     """
 
     @property
     def exact(self) -> bool:
         """Whether the function stays, apart from the rounding of floats."""
         return True
+
+    @property
+    def folds(self) -> bool:
+        """Whether weights alone change, so that the graph stays that of the model."""
+        return False
 
     def check(self, teacher: Captured) -> None:
         """Check that a language model has a form that can be changed.
@@ -47,6 +54,14 @@ class Equalizer(Protocol):
             UsageError: The model has a form that it cannot change.
         """
         ...
+
+
+class StreamEqualizer(Equalizer):
+    """An equalizer that changes the residual stream, or what reads and writes it."""
+
+    def check(self, teacher: Captured) -> None:
+        """Check that the model has a residual stream with root-mean-square norms."""
+        Structure.of(teacher.network.graph)
 
 
 _MAX_DIFFERENCE = 1e-3

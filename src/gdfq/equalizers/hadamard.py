@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdfq.equalizers.base import Equalizer
+from gdfq.equalizers.base import StreamEqualizer
 from gdfq.equalizers.structure import Structure, heads_of
 from gdfq.equalizers.weights import BIAS, TABLE, WEIGHT, Changes
 from gdfq.execution.seeding import stream as random_stream
@@ -23,7 +23,7 @@ from gdfq.student.scheme import Scheme
 
 @tagged("Hadamard")
 @dataclass(frozen=True)
-class Hadamard(Equalizer):
+class Hadamard(StreamEqualizer):
     """A random Hadamard rotation of the residual stream, and of the inputs of its writers.
 
     With Q the rotation of the stream and γ the weight of a norm:
@@ -34,10 +34,6 @@ class Hadamard(Equalizer):
     before and after it. The input of any other writer, such as the down projection, is rotated
     while the model runs, and its weight with it.
     """
-
-    def check(self, teacher: Captured) -> None:
-        """Check that the model has a residual stream with root-mean-square norms."""
-        Structure.of(teacher.network.graph)
 
     @torch.no_grad()
     def equal(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from gdfq.equalizers.base import Equalizer
+from gdfq.equalizers.base import StreamEqualizer
 from gdfq.equalizers.structure import Structure, product_of
 from gdfq.equalizers.weights import BIAS, WEIGHT, Changes
 from gdfq.files.plain_values import tagged
@@ -18,7 +18,7 @@ from gdfq.student.scheme import Scheme
 
 @tagged("Smooth")
 @dataclass(frozen=True)
-class Smooth(Equalizer):
+class Smooth(StreamEqualizer):
     """Divides channels by s_j = max|X_j|^α / max|W_j|^(1 − α) (SmoothQuant, arXiv 2211.10438).
 
     The divisors fold into the weight of the norm, or of the up projection, that makes the channels;
@@ -30,9 +30,10 @@ class Smooth(Equalizer):
 
     strength: float = 0.5
 
-    def check(self, teacher: Captured) -> None:
-        """Check that the model has a residual stream with root-mean-square norms."""
-        Structure.of(teacher.network.graph)
+    @property
+    def folds(self) -> bool:
+        """Whether weights alone change: they do."""
+        return True
 
     @torch.no_grad()
     def equal(

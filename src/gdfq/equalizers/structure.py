@@ -188,8 +188,11 @@ def heads_of(writer: fx.Node) -> Heads | None:
     is_mixture = operators.name_of(scores) in operators.SOFTMAX
     if not is_mixture or values is None or not queries.has_weight(values):
         return None
-    size = int(mixed.meta["val"].shape[-1])
-    return Heads(values, writer, size) if _reads_last(moved, values, size) else None
+    size = _width(mixed)
+    together = _reads_last(moved, values, size) and _joins_last(
+        queries.input_of(writer), mixed, size
+    )
+    return Heads(values, writer, size) if together else None
 
 
 def product_of(writer: fx.Node) -> Product | None:
@@ -212,16 +215,36 @@ def _unmoved(node: fx.Node) -> fx.Node | None:
     return node if len(node.users) == 1 else None
 
 
+def _width(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[-1])
+
+
+def _joins_last(joined: fx.Node, source: fx.Node, size: int) -> bool:
+    """Return whether the last `size` channels of a source lie together in what it is joined to."""
+    node = joined
+    while node is not source and _width(node) != size:
+        if _moves_last(node):
+            return False
+        node = queries.input_of(node)
+    return _reads_last(node, source, size)
+
+
 def _reads_last(moved: fx.Node, source: fx.Node, size: int) -> bool:
     """Return whether a moved tensor keeps the last `size` channels of its source together."""
     node = moved
     while node is not source:
-        before = queries.input_of(node)
-        swaps = operators.name_of(node) == operators.SWAP
-        dims: Any = node.args[1:] if swaps else ()
-        if any(dim % before.meta["val"].ndim == before.meta["val"].ndim - 1 for dim in dims):
+        if _moves_last(node) or _width(node) != size:
             return False
-        if int(node.meta["val"].shape[-1]) != size:
-            return False
-        node = before
+        node = queries.input_of(node)
     return True
+
+
+def _moves_last(node: fx.Node) -> bool:
+    """Return whether the last dimension of a move's input may lie elsewhere in its output."""
+    name, last = operators.name_of(node), queries.input_of(node).meta["val"].ndim - 1
+    given: Any = node.args[1:]
+    if name == operators.PERMUTE:
+        return bool(given[0][-1] % (last + 1) != last)
+    if name == operators.SWAP:
+        return any(dim % (last + 1) == last for dim in given)
+    return name in operators.OTHER_MOVES

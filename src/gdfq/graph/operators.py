@@ -71,7 +71,7 @@ FULL = "aten.full.default"
 FULL_LIKE = "aten.full_like.default"
 ZEROS_LIKE = "aten.zeros_like.default"
 TRANSPOSE = "aten.t.default"
-SWAP = "aten.transpose.int"
+SWAP, PERMUTE = "aten.transpose.int", "aten.permute.default"
 EXPAND, UNSQUEEZE = "aten.expand.default", "aten.unsqueeze.default"
 ADD = "aten.add.Tensor"
 CONCATENATE = "aten.cat.default"
@@ -318,6 +318,8 @@ MOVES = frozenset(
     )
 )
 """Operators that return all numbers of their one tensor, in another shape or order."""
+OTHER_MOVES = frozenset({"aten.movedim.int", "aten.t.default"})
+"""Those of `MOVES` that change the order of dimensions, beside `SWAP` and `PERMUTE`."""
 REPEATED_MOVES = MOVES | {"aten.expand.default"}
 """Operators that return numbers of their one tensor, also several times."""
 _CLAMPS = CLAMPS - {HARDTANH}

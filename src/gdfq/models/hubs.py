@@ -18,6 +18,7 @@ from gdfq.data.class_names import ClassNames, class_names, imagenet
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import UsageError, first_line
 from gdfq.models.denoisers import load_denoiser
+from gdfq.models.hugging_face import quiet_loading
 from gdfq.models.language import is_causal, load_causal
 from gdfq.models.loaded import Loaded, names_of
 from gdfq.models.weights import read_weights
@@ -131,7 +132,7 @@ def _of_torchvision(preset: Any) -> tuple[tuple[int, ...] | None, Preprocessing 
 
 def _transformers(transformers: Any, name: str, pretrained: bool) -> Loaded:
     auto, safe = transformers.AutoModelForImageClassification, {"trust_remote_code": False}
-    with _no_retries():
+    with _no_retries(), quiet_loading():
         if is_causal(transformers.AutoConfig.from_pretrained(name, **safe), name):
             return load_causal(transformers, name, pretrained=pretrained)
         if pretrained:

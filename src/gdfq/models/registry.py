@@ -40,6 +40,12 @@ def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             loaded = from_hub(hub, name, pretrained=weights is None)
+        if loaded.vocabulary is not None and not (weights is None or untrained):
+            raise UsageError(
+                "the weights of a language model lie in its folder, beside its configuration; "
+                f"--weights {weights} was given, too. Save it there (save_pretrained) and give the "
+                "folder as hf:FOLDER without --weights."
+            )
     elif untrained:
         raise UsageError(
             f"--weights {RANDOM} is for networks of a library ({', '.join(HUBS)}); {spec} comes "

@@ -152,7 +152,14 @@ def resolve_method(
     if size is None:
         overrides = with_ends(overrides, wanted, placed)
     grids = GridRules() if aim is None else aim.grids
-    scheme = Scheme(wanted, placed, overrides, grids, group_size=options.get("group_size"))
+    scheme = Scheme(
+        wanted,
+        placed,
+        overrides,
+        grids,
+        group_size=options.get("group_size"),
+        new_biases=aim is None or not aim.holds_weights_alone,
+    )
     if effort.steps is None and size is None:
         chosen = recipe_for(recipe, scheme)
     if size is None and not isinstance(recipe, Recipe):

@@ -182,8 +182,15 @@ def _with_equalizer(recipe: Recipe, method: Method, teacher: Captured) -> Recipe
     """
     if recipe.equalizer is None or method.scheme.bits.activations == UNROUNDED:
         return recipe
+    target = method.target
     try:
         recipe.equalizer.check(teacher)
+        if target is not None and target.holds_weights_alone and not recipe.equalizer.folds:
+            raise UsageError(
+                f"target {target.name!r} holds weights for the code of the original, and this "
+                "equalizer changes what enters layers while the model runs. Use equalizer "
+                "'smooth' or 'none', or target 'safetensors'."
+            )
     except UsageError as error:
         if method.equalizer_said:
             raise

@@ -142,6 +142,7 @@ TOKENS = QuantizerFamily(
     "learned-tokens",
     partial(LearnedWeight, symmetric=True),
     LearnedRange,
+    symmetric_weight=partial(LearnedWeight, symmetric=True),
     tokens=TokenRounding,
     blocks=BlockWeight,
 )

@@ -117,7 +117,7 @@ def read_run(folder: str | Path) -> Run:
     target = TARGETS.get(str((config or {}).get("target")))
     deployed = () if target is None else (target.file_name,)
     sizes = {
-        name: (folder / name).stat().st_size
+        name: _size(folder / name)
         for name in (*deployed, ONNX_FILE, STUDENT_FILE)
         if (folder / name).exists()
     }
@@ -131,6 +131,11 @@ def read_run(folder: str | Path) -> Run:
         sizes,
         problems,
     )
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of the files in a folder."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
 _NO_EVIDENCE = (

@@ -1,6 +1,6 @@
 """The student: a trainable copy of the teacher's graph with fake quantizers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -168,7 +168,9 @@ def build_student(
     weights = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
     _check_quantizable(teacher, scheme, weights, bits_of)
     teacher_tensors = tensors_of(teacher.network)
-    attributes: dict[str, Tensor | nn.Module] = _trainable(teacher_tensors)
+    attributes: dict[str, Tensor | nn.Module] = _trainable(
+        teacher_tensors, set() if scheme.new_biases else _zero_biases(teacher, teacher_tensors)
+    )
     learned: dict[tuple[object, ...], WeightQuantizer] = {}
     norms: dict[tuple[str, ...], StudentBatchNorm] = {}
     groups = _shared_grids(teacher, scheme, bits_of)
@@ -401,12 +403,24 @@ def _check_quantizable(
             )
 
 
-def _trainable(tensors: dict[str, Tensor]) -> dict[str, Tensor | nn.Module]:
-    """Return copies of the teacher's tensors; parameters train, and shared ones stay shared."""
+def _zero_biases(teacher: Captured, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of biases that are 0, as those that layers without one are given."""
+    biases = map(queries.bias_of, filter(queries.has_weight, teacher.network.graph.nodes))
+    names = {str(bias.target) for bias in biases if bias is not None}
+    return {name for name in names if not bool(tensors[name].any())}
+
+
+def _trainable(
+    tensors: Mapping[str, Tensor], fixed: Collection[str]
+) -> dict[str, Tensor | nn.Module]:
+    """Return copies of the teacher's tensors; shared ones stay shared.
+
+    Parameters train, apart from those with the names in `fixed`.
+    """
     copies = {
         id(tensor): nn.Parameter(tensor.detach().clone())
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-        else tensor.clone()
-        for tensor in tensors.values()
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and name not in fixed
+        else tensor.detach().clone()
+        for name, tensor in tensors.items()
     }
     return {name: copies[id(tensor)] for name, tensor in tensors.items()}

@@ -154,6 +154,7 @@ class Scheme:
             enters: at the end of a trajectory its noise is smaller than a step of an 8-bit grid.
         group_size: Most columns of a weight that share a scale, in placement "tokens"; None for one
             scale an output channel.
+        new_biases: Whether layers without a bias may learn one.
 
     Raises:
         UsageError: The parts do not go together.
@@ -165,6 +166,7 @@ class Scheme:
     grids: GridRules = GridRules()
     denoiser: bool = False
     group_size: int | None = None
+    new_biases: bool = True
 
     def __post_init__(self) -> None:
         self._check_placement()
