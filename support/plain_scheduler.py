@@ -29,6 +29,9 @@ class PlainConfig(SchedulerConfig):
     def __post_init__(self) -> None:
         """Accept any values."""
 
+    def _made(self) -> "PlainScheduler":
+        return PlainScheduler(self, 1)
+
     def build(self, steps: int) -> Scheduler:
         """Return a new scheduler."""
         return PlainScheduler(self, steps)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from gdfq.plan.network import resolve_network
 from gdfq.plan.resolve import resolve
 from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import find_recipe
+from gdfq.report.read import read_run
+from gdfq.report.verdict import verdict
 from gdfq.runs.diagnostics import gather, write_evidence
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import LayerBits, Scheme
@@ -44,7 +47,8 @@ def quantized() -> QuantizedNetwork:
 
 def test_denoiser_is_quantized_without_data(quantized: QuantizedNetwork) -> None:
     assert [spec.name for spec in quantized.card.inputs] == ["x", "t", "label"]
-    x, t = torch.randn(8, *SHAPE), torch.full((8,), 30)
+    draw = torch.Generator().manual_seed(0)
+    x, t = torch.randn(8, *SHAPE, generator=draw), torch.full((8,), 30)
     label = torch.arange(8) % CLASSES
     with torch.no_grad():
         expected = tiny_denoiser(CLASSES)(x, t, label)
@@ -186,6 +190,31 @@ def test_report_shows_images_side_by_side(quantized: QuantizedNetwork, tmp_path:
     page = gdfq.write_report(tmp_path).read_text()
     assert page.count("image of the quantized network") == 16
     assert "side by side" in page
+    assert re.findall('<section id="(.*?)"', page) == ["samples", "layers", "training", "repeat"]
+    assert not evidence.missing
+
+
+@pytest.mark.parametrize(
+    ("found", "level", "sentence", "said"),
+    [
+        ({"psnr": 30.0, "psnr_low": 26.2}, "good", "are close to the original's.", "below 26.2 dB"),
+        ({"psnr": 29.9, "frechet": 0.5}, "fair", "differ somewhat", "of the original: 0.500"),
+        ({"psnr": 19.9}, "poor", "differ much", "PSNR 19.9 dB over 4 pairs"),
+        ({}, "unknown", "were not compared", ""),
+    ],
+)
+def test_verdict_on_a_denoiser_is_of_its_images(
+    tmp_path: Path, found: dict[str, float], level: str, sentence: str, said: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"gdfq": "0.2.0", "sampler": {"steps": 6}}')
+    samples = {"samples": {"images": 4, **found}} if found else {}
+    (tmp_path / "metrics.json").write_text(json.dumps(samples))
+    verdict_of_run = verdict(read_run(tmp_path))
+    assert verdict_of_run.level == level
+    assert sentence in verdict_of_run.sentence
+    assert said in " ".join(verdict_of_run.evidence)
+    more = ("evaluate" in line or "More bits" in line for line in verdict_of_run.advice)
+    assert any(more) == (level != "good")
 
 
 @pytest.mark.needs("diffusers")

@@ -25,6 +25,7 @@ from gdfq.functional import (
     rotations,
     rounding,
     screening,
+    signal_noise,
     upsample_conv,
     windows,
 )
@@ -116,6 +117,7 @@ CALLS: dict[Callable[..., Any], Call] = {
     reassembly.reassembled: lambda m: reassembly.reassembled(m(2, 4), torch.arange(4).to(m(1).device), torch.arange(4).to(m(1).device), m(2, 4)),
     reassembly.new_channels: lambda m: reassembly.new_channels(m(9, 6).detach(), m(3, 6).detach(), 1.0).shares,
     frechet.frechet_distance: lambda m: frechet.frechet_distance(m(6, 3).detach(), m(5, 3).detach()),
+    signal_noise.min_snr_weights: lambda m: signal_noise.min_snr_weights(m(4).detach().abs(), "v_prediction"),
     float_grid.magnitudes: lambda m: float_grid.magnitudes(float_grid.E4M3).to(m(1).device),
     float_grid.nearest: lambda m: float_grid.nearest(m(4, 3).detach(), float_grid.E4M3),
     float_grid.nearest_: lambda m: float_grid.nearest_(m(4, 3).detach(), float_grid.E4M3),

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from gdfq.plan.plan import Plan
 from gdfq.report.compare import Comparison, Row
+from gdfq.report.denoiser import is_denoiser
 from gdfq.report.drop import drop_of
 from gdfq.report.language import is_language_model
 from gdfq.report.read import Run, number
@@ -58,8 +59,8 @@ def print_run(run: Run) -> None:
     console.print(table)
     found = verdict(run, source_warnings(run.evidence.get("images"), run.history))
     console.print(found.sentence, markup=False)
-    is_text = is_language_model(run)
-    if not is_text and drop_of(run) is None and (reason := why_not_estimated(run)):
+    has_estimate = not (is_language_model(run) or is_denoiser(run))
+    if has_estimate and drop_of(run) is None and (reason := why_not_estimated(run)):
         console.print(f"No estimate of the accuracy drop: {reason}", markup=False)
     console.print(f"{'run':10}{run.folder}", markup=False)
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from gdfq.errors import UsageError, first_line
 from gdfq.files.untrusted import read_json
+from gdfq.functional.signal_noise import PredictionKind
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 """What a denoiser may predict: the noise, the velocity (arXiv 2202.00512) or the clean image."""
@@ -110,6 +112,23 @@ class SchedulerConfig:
     def name(self) -> str:
         """Name of the scheduler's class."""
         return str(self.values.get("_class_name"))
+
+    @property
+    def prediction(self) -> PredictionKind:
+        """What the denoiser predicts."""
+        found: PredictionKind = self._made().config["prediction_type"]
+        return found
+
+    def signal_to_noise(self, times: Tensor) -> Tensor | None:
+        """Return ᾱ / (1 − ᾱ) at time steps [N], [N]; None for a scheduler that has no ᾱ.
+
+        Time steps between two of the training are rounded.
+        """
+        alphas: Tensor | None = getattr(self._made(), "alphas_cumprod", None)
+        if alphas is None:
+            return None
+        found = alphas.to(times.device)[times.round().long().clamp(0, len(alphas) - 1)]
+        return (found / (1 - found)).clamp_min(torch.finfo(found.dtype).tiny)
 
     def build(self, steps: int) -> Scheduler:
         """Return a new scheduler with the time steps of a sampler of so many steps.

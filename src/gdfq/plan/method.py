@@ -7,6 +7,7 @@ from gdfq.analysis.bit_allocation import parse_bits
 from gdfq.deploy.export import named_target
 from gdfq.deploy.target import Target
 from gdfq.diffusion.sampler import Sampler
+from gdfq.diffusion.weights import MinSnr
 from gdfq.equalizers.named import find_equalizer
 from gdfq.errors import UsageError
 from gdfq.execution.durations import seconds_of
@@ -96,7 +97,11 @@ class EffortRequest:
                 )
         chosen = self.of_images(recipe.fitted(sampler.shape))
         trajectories = TrajectorySource(sampler, chosen.source.batch)
-        return replace(chosen, source=chosen.source.on(trajectories, chosen.source.images_held))
+        return replace(
+            chosen,
+            source=chosen.source.on(trajectories, chosen.source.images_held),
+            tuning=chosen.tuning.weighted_by_time(MinSnr(sampler.scheduler)),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gdfq.report import figures
+from gdfq.report.denoiser import is_denoiser
 from gdfq.report.language import is_language_model, rise_of
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Record, Run, number
@@ -235,8 +236,6 @@ def samples(run: Run) -> Content | str:
     """The images that a denoiser and its student generated from the same noise."""
     found = run.evidence.get("samples")
     if not found:
-        if not run.config.get("sampler"):
-            return "The network is no denoiser of a diffusion model: it generates no images."
         return f"No images were generated to compare: {_missing(run, 'samples')}"
     pictures = [run.arrays[f"samples.{who}"] for who in ("teacher", "student")]
     pairs = [
@@ -300,15 +299,15 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Run], Content | str]]] = {
     "test": ("Test images", test),
     "repeat": ("Reproducing the run", repeat),
 }
-_OF_TEXT = frozenset({"text", "layers", "training", "repeat"})
+_OF_TEXT = ("text", "layers", "training", "repeat")
 """Sections of language models."""
+_OF_DENOISERS = ("samples", "layers", "training", "repeat")
+"""Sections of denoisers of diffusion models."""
+_OF_OTHERS = tuple(key for key in SECTIONS if key not in ("text", "samples"))
 
 
 def sections_of(run: Run) -> Mapping[str, tuple[str, Callable[[Run], Content | str]]]:
-    """Return the sections that a run has: images have no text, and language models no images."""
+    """Return the sections that a run has, by the kind of its network, in their order."""
     is_text = is_language_model(run)
-    return {
-        key: section
-        for key, section in SECTIONS.items()
-        if (key in _OF_TEXT if is_text else key != "text")
-    }
+    keys = _OF_TEXT if is_text else _OF_DENOISERS if is_denoiser(run) else _OF_OTHERS
+    return {key: SECTIONS[key] for key in keys}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gdfq.deploy.export import TARGETS
 from gdfq.deploy.onnx.target import ONNX
+from gdfq.report import denoiser
 from gdfq.report.advice import advice
 from gdfq.report.drop import Drop, Level, drop_of
 from gdfq.report.language import PerplexityRise, rise_of
@@ -30,6 +31,12 @@ _TEXT_SENTENCES: Mapping[Level, str] = {
     "good": "The predictions are close to the original's",
     "fair": "The predictions are somewhat worse",
     "poor": "The predictions are much worse",
+}
+_IMAGE_SENTENCES: Mapping[Level, str] = {
+    "good": "The generated images are close to the original's",
+    "fair": "The generated images differ somewhat from the original's",
+    "poor": "The generated images differ much from the original's",
+    "unknown": "The generated images were not compared with the original's",
 }
 _NO_ESTIMATE = "This run has neither a test on labelled images nor an estimate without them."
 
@@ -61,6 +68,8 @@ def verdict(run: Run, warnings: Sequence[str] = ()) -> Verdict:
     """
     if (rise := rise_of(run)) is not None:
         return _verdict_on_text(run, rise)
+    if denoiser.is_denoiser(run):
+        return _verdict_on_images(run)
     drop = drop_of(run)
     level = "unknown" if drop is None else drop.level()
     parts = list(filter(None, (_size(run), _speed(run), _lost(run, drop))))
@@ -68,6 +77,14 @@ def verdict(run: Run, warnings: Sequence[str] = ()) -> Verdict:
     sentence = f"{start}: {', '.join(parts)}." if parts else f"{start}."
     facts, actions = tuple(_evidence(run, drop)), tuple(advice(run, level, warnings))
     return Verdict(level, sentence, facts, actions)
+
+
+def _verdict_on_images(run: Run) -> Verdict:
+    """The verdict on the denoiser of a diffusion model."""
+    level = denoiser.level_of(run)
+    size = _size(run)
+    sentence = f"{_IMAGE_SENTENCES[level]}{f': {size}' if size else ''}."
+    return Verdict(level, sentence, tuple(denoiser.facts(run)), tuple(denoiser.advice(run, level)))
 
 
 def _verdict_on_text(run: Run, rise: PerplexityRise) -> Verdict:

@@ -74,7 +74,7 @@ def gather(
         arrays |= {f"{name}.{key}": value for key, value in ours.items()}
         sections[name] = {key: value for key, value in found.items() if key not in ours}
         sections[name]["seconds"] = round(time.perf_counter() - started, 3)
-    if observations.tested is None:
+    if observations.tested is None and observations.samples is None:
         missing["test"] = "no labelled test images were given"
     return Evidence(sections, arrays, missing)
 
@@ -83,7 +83,14 @@ def _measures(
     teacher: Captured, quantized: QuantizedNetwork, observations: Observations, memory: MemoryBudget
 ) -> dict[str, Callable[[], Any]]:
     """What is measured, by its section."""
-    preprocessing = quantized.card.preprocessing
+    preprocessing, samples = quantized.card.preprocessing, observations.samples
+    layers: dict[str, Callable[[], Any]] = {
+        "layers": lambda: measure_layers(
+            observations.teacher, quantized.network, *observations.inputs, memory=memory
+        )
+    }
+    if samples is not None:
+        return {"samples": lambda: samples} | layers
     if teacher.vocabulary is not None:
         return {
             "text": lambda: measure_text(
@@ -94,17 +101,13 @@ def _measures(
                 quantized.card.seed,
                 observations.decode,
             ),
-            "layers": lambda: measure_layers(
-                observations.teacher, quantized.network, *observations.inputs, memory=memory
-            ),
+            **layers,
         }
     measures: dict[str, Callable[[], Any]] = {
         "trust": lambda: measure_expected_drop(
             teacher, quantized.network, seed=quantized.card.seed, memory=memory
         ),
-        "layers": lambda: measure_layers(
-            observations.teacher, quantized.network, *observations.inputs, memory=memory
-        ),
+        **layers,
         "images": lambda: measure_images(
             teacher, observations.images, observations.labels, preprocessing, memory
         ),
@@ -112,9 +115,6 @@ def _measures(
     candidates, screening = observations.candidates, observations.screening
     if candidates is not None and screening is not None:
         measures["candidates"] = lambda: measure_candidates(candidates, screening)
-    samples = observations.samples
-    if samples is not None:
-        measures["samples"] = lambda: samples
     tested = observations.tested
     if tested is not None:
         measures["test"] = lambda: measure_changes(tested, preprocessing)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol
+from typing import Protocol, Self
 
+from gdfq.diffusion.weights import MinSnr
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured
@@ -85,6 +86,11 @@ class Tuning(Protocol):
     def needs_folded_batch_norms(self) -> bool:
         """Whether the student must have its batch norms folded into its layers."""
         return False
+
+    def weighted_by_time(self, weights: MinSnr) -> Self:
+        """Return this tuning for a denoiser; the default has no loss that time steps share."""
+        del weights
+        return self
 
     def seconds(
         self,

@@ -1,13 +1,14 @@
 """Distillation: the whole student learns the teacher's outputs and block features, and labels."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdfq.diffusion.weights import MinSnr
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
@@ -33,7 +34,7 @@ Predictions = tuple[Any, Sequence[Tensor]]
 """Outputs of student or teacher (logits [N, C] of a classifier), and the features of each block."""
 
 
-@tagged("Distillation")
+@tagged("Distillation", added={"time_weights": None})
 @dataclass(frozen=True)
 class Distillation(Tuning):
     """L(Q) = cross_entropy · CE(Q(x̂), y) + distillation · T² KL(M(x̂) ‖ Q(x̂)) + features · L_F.
@@ -53,6 +54,7 @@ class Distillation(Tuning):
         difficulty: The cross-entropy leaves out images whose difficulty 1 − p_y, by the teacher, is
             above this (SynQ, arXiv 2603.18423); 1 leaves out none.
         fixed_statistics: Whether the statistics of batch norms stay as they are.
+        time_weights: Of a denoiser: weights of the errors by time step; None weighs all alike.
     """
 
     optimizer: OptimizerConfig
@@ -64,6 +66,7 @@ class Distillation(Tuning):
     features: float = 0.0
     difficulty: float = 1.0
     fixed_statistics: bool = True
+    time_weights: MinSnr | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -79,6 +82,10 @@ class Distillation(Tuning):
     def needs_folded_batch_norms(self) -> bool:
         """Whether batch norms must be folded: block features are matched where they are."""
         return bool(self.features)
+
+    def weighted_by_time(self, weights: MinSnr) -> "Distillation":
+        """Return this tuning for a denoiser, with weights of the errors by time step."""
+        return replace(self, time_weights=weights)
 
     def run_(
         self,
@@ -109,6 +116,7 @@ class Distillation(Tuning):
         teacher: Predictions,
         labels: Tensor | None,
         group: Group = ALONE,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return L(Q) under "student", and those of its parts that have a weight.
 
@@ -118,6 +126,7 @@ class Distillation(Tuning):
             labels: [N], or None for a network whose outputs are not classes; of a language model
                 the next tokens [N, L - 1].
             group: The mean of the losses of its processes is that of the whole batch.
+            weights: Of the squared errors of each input in the feature losses, [N].
 
         Returns:
             Scalars by name.
@@ -141,11 +150,13 @@ class Distillation(Tuning):
             )
             parts["kd"] = self.distillation, kl
         elif self.distillation:
-            error = feature_loss(in_order(student_outputs), in_order(teacher_outputs), group)
-            parts["outputs"] = self.distillation, error
+            outputs = (in_order(student_outputs), in_order(teacher_outputs))
+            observed, target = (_weighted(values, weights) for values in outputs)
+            parts["outputs"] = self.distillation, feature_loss(observed, target, group)
         if self.features and teacher_features:  # a network of one block has none
-            error = feature_loss(student_features, teacher_features, group)
-            parts["features"] = self.features, error
+            of_blocks = (student_features, teacher_features)
+            observed, target = (_weighted(values, weights) for values in of_blocks)
+            parts["features"] = self.features, feature_loss(observed, target, group)
         total = sum((weight * loss for weight, loss in parts.values()), torch.zeros(()))
         return {"student": total, **{name: loss for name, (_, loss) in parts.items()}}
 
@@ -200,7 +211,9 @@ def tune_(
                 with context.autocast(teacher.device):
                     expected = teacher_predicts(part)
                     actual = student_predicts(part)
-                of_part = config.losses(actual, expected, part.labels, group)
+                by_time = config.time_weights
+                weights = None if by_time is None else by_time.weights(part.inputs[1])
+                of_part = config.losses(actual, expected, part.labels, group, weights)
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
@@ -218,6 +231,19 @@ def tune_(
             Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges)
         )
     student.eval()
+
+
+def _weighted(values: Sequence[Tensor], weights: Tensor | None) -> Sequence[Tensor]:
+    """Return tensors times √w, so that the squared errors of an input have its weight w.
+
+    Args:
+        values: [N k, ...] each, with k rows for each input.
+        weights: w, [N]; None for 1.
+    """
+    if weights is None:
+        return values
+    rows = [weights.sqrt().repeat_interleave(len(x) // len(weights)) for x in values]
+    return [x * row.view(-1, *(1,) * (x.ndim - 1)) for x, row in zip(values, rows, strict=True)]
 
 
 _MAX_FEATURE_BYTES = 2**24
