@@ -38,7 +38,7 @@ _SAMPLE_ELEMENTS, _CHANNEL_SAMPLE_ELEMENTS = 2**17, 2**12
 
 _REACH = 1.2
 """How far a grid of 8 bits reaches, of the range of the images that it was found from: others have
-larger values, and at 8 bits a coarser step costs less than to clip them (docs/research, round 15)."""
+larger values, and at 8 bits a coarser step costs less than to clip them (docs/research/round-15-reach.md)."""
 
 RoundInPlace = Callable[[Tensor], Tensor]
 """Rounds numbers in units of the scale, in place, and returns them."""
