@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from gdfq.functional.float_grid import NumberFormat, nearest_
 from gdfq.functional.grid import (
-    MAX_BITS,
     Layout,
     along_channels,
     channel_range,
@@ -35,10 +34,6 @@ _CHUNK_ELEMENTS = 2**16
 """Elements that are rounded together, so that they stay in the cache."""
 _SAMPLE_ELEMENTS, _CHANNEL_SAMPLE_ELEMENTS = 2**17, 2**12
 """Elements of an activation, and of one of its channels, that a range search uses."""
-
-_REACH = 1.2
-"""How far a grid of 8 bits reaches, of the range of the images that it was found from: others have
-larger values, and at 8 bits a coarser step costs less than to clip them (docs/research/round-15-reach.md)."""
 
 RoundInPlace = Callable[[Tensor], Tensor]
 """Rounds numbers in units of the scale, in place, and returns them."""
@@ -108,8 +103,7 @@ class LearnedRange(ActivationQuantizer):
     """Per-tensor grid that starts at the range of least square error and then learns its scale.
 
     Over several batches the starting scale is the mean of theirs, and z that of the first. The
-    range contains 0. At 8 bits it reaches further, for images that were not observed. A known range
-    is covered as it is.
+    range contains 0, and is then widened by `reach`. A known range is covered as it is.
     """
 
     clips_gradient = True
@@ -131,7 +125,7 @@ class LearnedRange(ActivationQuantizer):
     def _update_(self, parts: Sequence[Tensor]) -> None:
         if self.known_range is None:
             scale, zero_point = best_range_of_parts(parts, self.bits, symmetric=self.symmetric)
-            scale = scale * (_REACH if self.bits == MAX_BITS else 1)
+            scale = scale * self.reach
         else:
             ends = parts[0].amin(), parts[0].amax()
             scale, zero_point = range_grid(*ends, self.bits, symmetric=self.symmetric)
