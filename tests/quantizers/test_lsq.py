@@ -155,6 +155,16 @@ def test_learned_range_averages_its_batches() -> None:
     assert float(zero_point) == -8
 
 
+def test_range_reaches_beyond_what_was_observed() -> None:
+    """Room for 1.2 times the largest value; a known range is covered as it is."""
+    x = torch.linspace(0, 3, 1000)
+    for known, top in ((None, 1.2 * 3), ((0.0, 3.0), 3)):
+        quantizer = LearnedRange(8)
+        quantizer.known_range, quantizer.reach, quantizer.observing = known, 1.2, True
+        quantizer(x)
+        assert float(quantizer.grid()[0]) * 255 == pytest.approx(top, rel=0.01)
+
+
 def test_scales_of_channels_are_those_of_each_alone() -> None:
     x = networks.images(16, seed=3) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1)
     alone = torch.stack([best_range(x[:, c], 4)[0] for c in range(3)])

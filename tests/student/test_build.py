@@ -15,6 +15,7 @@ from gdfq.errors import UsageError
 from gdfq.functional.grid import Bits, Layout
 from gdfq.graph.capture import Captured, capture
 from gdfq.plan.resolve import resolve
+from gdfq.quantizers.base import ActivationQuantizer
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.minmax import MinMaxWeight
 from gdfq.recipes import RECIPES
@@ -199,6 +200,17 @@ def _input_grid(**options: Any) -> tuple[float, float]:
         networks.make("Residual"), networks.images(1), "w4a4", recipe, steps=2, **options
     ).network
     return network.activations[0].ends
+
+
+@pytest.mark.parametrize(
+    ("bits", "reach"), [(Bits(8, 8), 1.2), (Bits(4, 8), 1.0), (Bits(4, 4), 1.0)]
+)
+def test_grids_reach_beyond_the_images_where_everything_has_8_bits(
+    bits: Bits, reach: float, teacher: Captured
+) -> None:
+    student = build_student(teacher, Scheme(bits, "full"), quantizers=LSQ)
+    found = [m.reach for m in student.modules() if isinstance(m, ActivationQuantizer)]
+    assert {*found} == {reach}
 
 
 def test_input_grid_covers_the_pixels_where_mean_and_std_are_given() -> None:

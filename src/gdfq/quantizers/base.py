@@ -119,6 +119,7 @@ class ActivationQuantizer(nn.Module, ABC):
             to the last codes of the grid, so that its codes saturate where the values do.
         known_range: The range that the grid starts from, where it is known without observing, as
             that of the network's input.
+        reach: Factor on the observed range of a learned integer grid, for what was not observed.
         symmetric: Whether the zero point must be 0.
         places: Number of activations of the network that share the grid. Its range is that of all
             of them together; they pass as they are until it is known.
@@ -133,7 +134,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.dropping: QDrop | None = None
         self.limits = UNLIMITED
         self.known_range: tuple[float, float] | None = None
-        self.symmetric, self.places = False, 1
+        self.symmetric, self.places, self.reach = False, 1, 1.0
         self._seen: list[list[Tensor]] = []
         self.register_buffer("batches", torch.zeros(()))
 

@@ -103,7 +103,7 @@ class LearnedRange(ActivationQuantizer):
     """Per-tensor grid that starts at the range of least square error and then learns its scale.
 
     Over several batches the starting scale is the mean of theirs, and z that of the first. The
-    range contains 0. A known range is covered as it is.
+    range contains 0, and is then widened by `reach`. A known range is covered as it is.
     """
 
     clips_gradient = True
@@ -125,6 +125,7 @@ class LearnedRange(ActivationQuantizer):
     def _update_(self, parts: Sequence[Tensor]) -> None:
         if self.known_range is None:
             scale, zero_point = best_range_of_parts(parts, self.bits, symmetric=self.symmetric)
+            scale = scale * self.reach
         else:
             ends = parts[0].amin(), parts[0].amax()
             scale, zero_point = range_grid(*ends, self.bits, symmetric=self.symmetric)

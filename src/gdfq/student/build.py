@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
-from gdfq.functional.grid import Layout, code_bounds
+from gdfq.functional.grid import MAX_BITS, Bits, Layout, code_bounds
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import BatchNorm, batch_norm_of, is_batch_norm
 from gdfq.graph.blocks import WithFeatures, with_features
@@ -28,6 +28,10 @@ from gdfq.student.scheme import Scheme
 
 ACTIVATION, WEIGHT, BATCH_NORM = "fake_activation", "fake_weight", "student_batch_norm"
 """Where the student keeps its quantizers and batch norms."""
+_REACH = 1.2
+"""How far grids of activations reach where weights have 8 bits, too, of the range of the images
+that they were found from. Other images have larger values, and a coarser step then costs less than
+to clip them; with weights of 4 bits it does not (docs/research/round-15-reach.md)."""
 _LAYER_INPUT = "_into_layers"
 """End of the names of quantizers that round what is carried again, for layers."""
 
@@ -198,6 +202,7 @@ def build_student(
         made = make_activation(bits)
         made.symmetric = scheme.grids.symmetric_activations
         made.limits = queries.value_limits(node)
+        made.reach = _REACH if scheme.bits == Bits(MAX_BITS, MAX_BITS) else 1.0
         return made
 
     def quantizer_of(node: fx.Node) -> ActivationQuantizer:
