@@ -214,7 +214,10 @@ def named_target(target: str | Target) -> Target:
         return target
     name = OTHER_NAMES.get(target, target)
     if name not in TARGETS:
-        raise UsageError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
+        names = ", ".join((*TARGETS, *OTHER_NAMES))
+        raise UsageError(
+            f"the target must be one of {names}; got {target!r}. `gdfq targets` says what each is for."
+        )
     return TARGETS[name]
 
 
