@@ -215,9 +215,7 @@ def named_target(target: str | Target) -> Target:
     name = OTHER_NAMES.get(target, target)
     if name not in TARGETS:
         names = ", ".join((*TARGETS, *OTHER_NAMES))
-        raise UsageError(
-            f"the target must be one of {names}; got {target!r}. `gdfq targets` says what each is for."
-        )
+        raise UsageError(f"the target must be one of {names}; got {target!r}. See `gdfq targets`.")
     return TARGETS[name]
 
 
