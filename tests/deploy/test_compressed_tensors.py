@@ -231,8 +231,8 @@ def test_other_networks_are_refused_before_the_run() -> None:
 
 def test_layers_learn_no_biases_for_the_target() -> None:
     with_target, without = (
-        gdfq.quantize(captured_model(), bits="w4a16", recipe=TUNED, **options).network.layers
-        for options in ({"target": TARGET}, {})
+        gdfq.quantize(captured_model(), bits="w4a16", recipe=TUNED, target=target).network.layers
+        for target in (TARGET, None)
     )
     biases = [[bool(present.any()) for layer in layers if (present := layer.bias) is not None]
               for layers in (with_target, without)]  # fmt: skip

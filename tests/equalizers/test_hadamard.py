@@ -111,14 +111,13 @@ class _OtherLayout(torch.nn.Module):
     def __init__(self, layout: str) -> None:
         super().__init__()
         self.layout = layout
-        for name in "qkvo":
-            setattr(self, name, torch.nn.Linear(16, 16, bias=False))
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16, bias=False) for _ in "qkvo")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        usual = [layer(x).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (self.q, self.k)]
+        q, k = (layer(x).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (self.q, self.k))
         values = self.v(x).unflatten(-1, (4, 4))
         values = values.permute(0, 3, 1, 2) if "values" in self.layout else values.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(*usual, values, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, values, is_causal=True)
         order = (0, 2, 3, 1) if "output" in self.layout else (0, 2, 1, 3)
         found: torch.Tensor = self.o(mixed.permute(*order).reshape(x.shape))
         return found

@@ -289,7 +289,7 @@ class _Layers:
         for hook in self.hooks:
             hook.remove()
         for module in self.modules.values():
-            module.quantization_enabled = False
+            vars(module)["quantization_enabled"] = False  # which the library asks of its modules
 
 
 @torch.no_grad()
