@@ -1,5 +1,7 @@
 """Weights of a denoiser's errors by time step."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.denoisers import SHAPE, tiny_denoiser
@@ -8,7 +10,7 @@ from support.plain_scheduler import PlainConfig
 from gdfq.diffusion.scheduler import SchedulerConfig
 from gdfq.diffusion.weights import MinSnr
 from gdfq.functional.losses import feature_loss
-from gdfq.optim import AdamConfig
+from gdfq.optim import SgdConfig
 from gdfq.plan.resolve import resolve
 from gdfq.tuning.distill import Distillation
 
@@ -36,7 +38,7 @@ def test_weights_of_an_unknown_noise_are_all_alike() -> None:
 
 
 def test_distillation_weighs_the_squared_errors_of_inputs() -> None:
-    loss = Distillation(AdamConfig(lr=0.1), features=1.0)
+    loss = Distillation(SgdConfig(lr=0.1), features=1.0)
     student, teacher = (
         torch.tensor([[1.0, 2.0], [0.0, 4.0]]),
         torch.tensor([[1.0, 1.0], [3.0, 4.0]]),
@@ -52,10 +54,8 @@ def test_distillation_weighs_the_squared_errors_of_inputs() -> None:
 
 
 def test_tuning_of_a_denoiser_is_weighted() -> None:
-    plan = resolve(
-        tiny_denoiser(), None, "w4a8", "fast", steps=8, scheduler=PlainConfig(),
-        input_shape=SHAPE, sampling_steps=4,
-    )  # fmt: skip
+    of_model: dict[str, Any] = {"scheduler": PlainConfig(), "input_shape": SHAPE}
+    plan = resolve(tiny_denoiser(), None, "w4a8", "fast", steps=8, sampling_steps=4, **of_model)
     tuning = plan.recipe.tuning
     assert isinstance(tuning, Distillation)
     assert tuning.time_weights == MinSnr(PlainConfig())
