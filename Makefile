@@ -40,7 +40,7 @@ install: .venv/installed ## Create .venv with the package and what its tests nee
 
 # An optional library that an index does not have is skipped by its tests, with a line.
 # torchvision asks for another build of torch, and its networks need none.
-OPTIONAL := docs diffusion openvino litert-micro nncf hf ptcv browser tensorboard audit
+OPTIONAL := docs diffusion openvino litert-micro nncf hf compressed-tensors ptcv browser tensorboard audit
 .venv/checked: .venv/installed
 	for extra in $(OPTIONAL); do \
 	    $(PIP) install --quiet --constraint .venv/torch.txt --editable ".[$$extra]" \
