@@ -85,6 +85,7 @@ def plan() -> list[Row]:
         for bits in ("w4a4", "w4a16")
         for method in ("rounded", "fitted")
     ]
+    found += [Row("w4a4", "hadamard", "fitted", text="real", seed=seed) for seed in (1, 2)]
     found += [Row("w4a16", "none", m, group_size=16) for m in ("fitted", "fitted, distilled")]
     return list(dict.fromkeys(found))
 
@@ -111,9 +112,8 @@ def own_text(seed: int, purpose: str, count: int) -> Tensor:
 
 def measured(row: Row) -> dict[str, Any]:
     """Measure a row."""
-    text = own_text(row.seed, "text.sample", 128)
-    if row.text == "real":
-        text = stories()[:100, :128]
+    is_real = row.text == "real"
+    text = stories()[:100, :128] if is_real else own_text(row.seed, "text.sample", 128)
     started = time.process_time()
     method = resolve_method(row.bits, row.recipe, group_size=row.group_size)
     quantized = run(plan_of(network(), method, data=text), Context(seed=row.seed))
