@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
+from support.choice import checked
 from support.narrowing import present
 from torch import Tensor, nn
 
@@ -197,8 +198,10 @@ def vectors(): return nn.Sequential(networks.make("Residual"), Norm())
     ("name", "task", "verdict"),
     [
         ("softmax", "probabilities of 5 classes; the logits in front of the softmax", "accuracy"),
-        ("sigmoid", "independent decisions", "of the decisions are the original's"),
-        ("vectors", "unit vectors (embeddings, not classes)", "cosine with the original's"),
+        checked(("sigmoid", "independent decisions", "of the decisions are the original's")),
+        checked(
+            ("vectors", "unit vectors (embeddings, not classes)", "cosine with the original's")
+        ),
     ],
 )
 def test_doctor_terminal_and_report_say_what_is_measured(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks, real_networks
+from support.choice import checked
 from support.small_runs import quantized_by_fast
 from support.surrounded import Of, surrounded, teacher_of
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def check_equal(network: IntegerNetwork, shape: tuple[int, ...] = SHAPE) -> None
             assert actual.shape == output.shape
 
 
-@pytest.mark.parametrize(("bits", "placement"), [("w4a4", "full"), ("w8a8", "relu")])
+@pytest.mark.parametrize(("bits", "placement"), [("w4a4", "full"), checked(("w8a8", "relu"))])
 @pytest.mark.parametrize(
     "name", [*networks.NETWORKS, "Detector", "Segmenter", "Audio", "Transformer"]
 )

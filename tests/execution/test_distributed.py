@@ -151,6 +151,7 @@ def quantize(place: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.check
 def test_killed_process_stops_all_and_the_run_resumes_with_fewer(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,6 +248,7 @@ EMBEDDINGS: dict[str, End] = {
 }
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", EMBEDDINGS)
 def test_unit_vectors_are_embeddings(name: str) -> None:
     _, found = captured(EMBEDDINGS[name])

@@ -54,6 +54,7 @@ def silent(*_: object) -> None:
     pass
 
 
+@pytest.mark.check
 def test_sweep_records_failures_and_skips_finished_runs(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
