@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import networks
+from support import networks, torchvision_shim
 from support.language_model import captured_model
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from gdfq.recipes import RECIPES
 from gdfq.sources.own_text import OwnText, Sampling
 from gdfq.student.scheme import Scheme
 
+_OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 TARGET = replace(COMPRESSED_TENSORS, runtime=None)
 """For what is refused before a run, for which nothing must be installed."""
 _SOURCE = OwnText(sequences=8, batch=8, sampling=Sampling(length=12))
