@@ -100,7 +100,7 @@ def test_missing_executorch_names_the_extra(
 @pytest.mark.usefixtures("executorch")
 @pytest.mark.parametrize("name", [*FITTING[::2], "Detector", "Transformer"])
 def test_file_is_equal_in_executorch(name: str, tmp_path: Path) -> None:
-    """Half of the networks: a file takes ExecuTorch half a minute. `test_form` has all of them."""
+    """Half of the networks, for each takes long; all have their form checked above."""
     shape = networks.shape_of(name)
     quantized = quantized_by_fast(networks.captured(name), "w4a4", "full", shape)
     exported = quantized.export(tmp_path / "q.pte")
