@@ -201,7 +201,7 @@ def _image_network() -> Captured:
         ({"bits": "auto", "size": 10**6}, "a size or a budget"),
         ({"budget": "5m"}, "a size or a budget"),
         ({"equalizer": "other"}, "no equalizer 'other'"),
-        ({"target": "onnx"}, "holds no language model"),
+        ({"target": "litert"}, "holds no language model"),
         ({"placement": "full"}, "any other recipe"),
         ({"data": torch.tensor([[1, 40]])}, "0 to 39"),
         ({"data": torch.zeros(2, 33, dtype=torch.int64)}, "at most 32 tokens"),
@@ -238,7 +238,7 @@ def test_export_of_a_language_model_is_one_for_gdfq(tmp_path: Path) -> None:
     given = tokens(length=6)
     assert torch.equal(gdfq.load(exported.path)(given), found(given))
     with pytest.raises(UsageError, match="holds no language model"):
-        found.export(tmp_path / "model.onnx")
+        found.export(tmp_path / "model.tflite")
 
 
 @pytest.mark.needs("transformers")

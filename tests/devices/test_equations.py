@@ -108,6 +108,8 @@ CALLS: dict[Callable[..., Any], Call] = {
     grid.room_for_bias: lambda m: grid.room_for_bias(m(4).detach(), _of(m)[0], _of_weight(m)[1]),
     grid.fake_quantize: lambda m: grid.fake_quantize(m(4, 3).detach(), *_of(m), 8),
     grid.fake_quantize_tokens: lambda m: grid.fake_quantize_tokens(m(4, 3).detach(), 4),
+    grid.token_scales: lambda m: grid.token_scales(m(4, 3).detach(), 4),
+    grid.along_blocks: lambda m: grid.along_blocks(m(4, 2).detach(), m(4, 6).detach()),
     grid.tokens_straight_through: lambda m: grid.tokens_straight_through(m(4, 3), 4),
     grid.straight_through: lambda m: grid.straight_through(m(4, 3), *_of(m), 8),
     rounding.fitted_weight: lambda m: rounding.fitted_weight(m(2, 3, 4).detach(), _covariance(m), m(2, 3, 4).detach(), m(2).detach().abs()),

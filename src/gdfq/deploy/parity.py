@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.functional.float_grid import FORMATS, fake_quantize_float, neighbours
+from gdfq.functional.grid import token_scales
 from gdfq.functional.integer import rounded
 from gdfq.graph import operators
 from gdfq.graph.outputs import in_order
@@ -174,11 +175,14 @@ class _OnGivenCodes(fx.Interpreter):
         self.grids = {str(scale_of(grid.node).target): grid for grid in network.activations}
         self.stored = stored
         self.found = found
+        self.tokens = iter(network.tokens)
         self.parities: list[CodesParity] = []
 
     def run_node(self, n: fx.Node) -> Any:
         if operators.name_of(n) == operators.FAKE_QUANTIZE_FLOAT:
             return self._on_float_grid(n)
+        if operators.name_of(n) == operators.FAKE_QUANTIZE_TOKENS:
+            return self._on_tokens(n)
         if SCALE not in n.meta:
             return super().run_node(n)
         (steps, *bounds), _ = self.fetch_args_kwargs_from_env(n)
@@ -187,11 +191,26 @@ class _OnGivenCodes(fx.Interpreter):
         lowest, _ = bounds
         # The file may flatten after the quantizer.
         actual = numbers.reshape(steps.shape) - stored.lowest + lowest
-        differ = actual != rounded(steps, *bounds)
-        wrong = differ & ~((actual - steps.clamp(*bounds)).abs() <= _MAX_CODE_ERROR)
-        shares = [float(mask.double().mean()) for mask in (differ, wrong)]
-        self.parities.append(CodesParity(stored.name, shares[0], shares[1], actual.numel()))
+        self._compare(stored.name, actual, rounded(steps, *bounds), steps.clamp(*bounds))
         return actual
+
+    def _compare(self, name: str, actual: Tensor, nearest: Tensor, steps: Tensor) -> None:
+        """Keep the parity of codes with the nearest ones to numbers, in units of a scale."""
+        differ = actual != nearest
+        wrong = differ & ~((actual - steps).abs() <= _MAX_CODE_ERROR)
+        shares = [float(mask.double().mean()) for mask in (differ, wrong)]
+        self.parities.append(CodesParity(name, shares[0], shares[1], actual.numel()))
+
+    def _on_tokens(self, n: fx.Node) -> Tensor:
+        """Compare codes with a scale for each token, which both find, and continue with them.
+
+        Roundings stand in the same order in both forms of a network.
+        """
+        (x, bits), _ = self.fetch_args_kwargs_from_env(n)
+        scale, name = token_scales(x, bits), self.stored[next(self.tokens).name].name
+        actual, steps = torch.from_numpy(self.found[name]).reshape(x.shape), x / scale
+        self._compare(name, actual, steps.round(), steps)
+        return actual * scale
 
     def _on_float_grid(self, n: fx.Node) -> Tensor:
         """Compare the numbers of an activation on a floating-point grid, and continue with them."""

@@ -90,7 +90,8 @@ def _named_inputs(session: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarra
 
 
 _MAKE_INTEGERS = frozenset(
-    {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "Shape"}
+    {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
+    | {"Shape"}
 )
 _MAKE_FLOATS = frozenset({"Cast", "DequantizeLinear", "QGemm"})
 _NO_SUMS = _MAKE_INTEGERS | {

@@ -1,9 +1,12 @@
 """Saturation: layers whose 16-bit sums may overflow in kernels of integer runtimes."""
 
+from gdfq.functional.grid import code_bounds
 from gdfq.student.integer_network import IntegerLayer, IntegerNetwork
 
 _SAFE_PRODUCT = 2**15 - 1
 """Largest 16-bit sum of two adjacent products, on processors without VNNI."""
+_TOKEN_OFFSET = 128
+"""What unsigned kernels add to the codes of tokens."""
 
 
 def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
@@ -11,11 +14,18 @@ def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
     return [
         layer.weight.codes_name
         for layer in network.layers
-        if layer.weight is not None
-        and layer.input is not None
-        and layer.input.form is None
-        and may_overflow(layer, 2**layer.input.bits - 1)
+        if layer.weight is not None and may_overflow(layer, _highest(layer))
     ]
+
+
+def _highest(layer: IntegerLayer) -> int:
+    """Return the highest unsigned code of a layer's input in integer kernels; 0 for floats."""
+    if layer.token_bits is not None:
+        has_blocks = layer.weight is not None and layer.weight.scale.shape[1] > 1
+        return 0 if has_blocks else _TOKEN_OFFSET + code_bounds(layer.token_bits)[1]
+    if layer.input is None or layer.input.form is not None:
+        return 0
+    return 2**layer.input.bits - 1
 
 
 def may_overflow(layer: IntegerLayer, highest: int) -> bool:
@@ -26,8 +36,7 @@ def may_overflow(layer: IntegerLayer, highest: int) -> bool:
     """
     if layer.weight is None or layer.weight.form is not None:
         return False
-    reach = float((layer.weight.codes.float() - layer.weight.zero_point).abs().max())
-    return 2 * highest * reach > _SAFE_PRODUCT
+    return 2 * highest * layer.weight.reach > _SAFE_PRODUCT
 
 
 def without_overflow(network: IntegerNetwork) -> IntegerNetwork:

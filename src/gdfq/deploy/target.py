@@ -33,6 +33,7 @@ from gdfq.functional.float_grid import ALL_FORMATS, NumberFormat
 from gdfq.functional.grid import MAX_BITS, MIN_BITS
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured
+from gdfq.graph.inputs import InputSpec
 from gdfq.student.integer_network import ActivationGrid, IntegerNetwork, IntegerWeight
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import OF_IMAGES, GridRules, Placement, Scheme
@@ -41,6 +42,8 @@ Made = TypeVar("Made")
 
 RANGE_FACTOR = 3.0
 """Float inputs are also compared at this multiple, where activations are clipped."""
+_SHORTEST = 2
+"""Fewest tokens of the shorter sequence that files of language models are also compared on."""
 MAX_NAMED = 3
 """Maximum number of activations that an error names when codes differ."""
 ALL_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
@@ -53,7 +56,8 @@ class Proof:
     inside: Parity
     """Parity on the example inputs."""
     beyond: Parity
-    """Parity on float inputs three times as large, or on black, white and random pixels."""
+    """Parity on float inputs three times as large, on black, white and random pixels, or on one
+    sequence of half the length."""
     differs_first: tuple[tuple[str, float], ...] = ()
     """ONNX: the first activations with codes that differ, and the share of these codes."""
     saturates_here: bool = False
@@ -104,7 +108,7 @@ class Job:
     def inputs(self) -> tuple[Examples, Examples]:
         """Return the example inputs, and extreme ones."""
         if not self.raw_input:
-            beyond = tuple(RANGE_FACTOR * x if x.is_floating_point() else x for x in self.examples)
+            beyond = tuple(map(_beyond, self.card.inputs, self.examples))
             return Examples(self.examples, self.examples), Examples(beyond, beyond)
         preprocessing = self.card.preprocessing
         (images,) = self.examples
@@ -117,6 +121,13 @@ class Job:
             Examples((preprocessing(pixels),), (pixels,)),
             Examples((preprocessing(extreme),), (extreme,)),
         )
+
+
+def _beyond(spec: InputSpec, x: Tensor) -> Tensor:
+    """Return what an input is also compared on, from its examples [n, *shape]."""
+    if spec.kind == "tokens":
+        return x[:1, : max(_SHORTEST, x.shape[1] // 2)]
+    return RANGE_FACTOR * x if x.is_floating_point() else x
 
 
 def _no_notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
@@ -357,8 +368,8 @@ class Target:
             UsageError: An operator has no form in the runtime, or a layer or an activation has
                 bits that it cannot hold.
         """
-        self._check_operators(teacher.network.graph)
         self._check_placement(scheme.placement)
+        self._check_operators(teacher.network.graph)
         layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
         misfits = [
             *_misfits(
@@ -388,8 +399,8 @@ class Target:
             UsageError: It does not; the text says which layers and activations would have to be
                 quantized again.
         """
-        self._check_operators(network.graph)
         self._check_placement(placement)
+        self._check_operators(network.graph)
         misfits = [
             *_misfits((weight.name, self.weights.refusal_of(weight)) for weight in network.weights),
             *_misfits(
@@ -415,7 +426,8 @@ class Target:
         if placement == "tokens" and placement not in self.placements:
             raise UsageError(
                 f"target {self.name!r} holds no language model: it has no form for scales of "
-                "tokens. Use target 'safetensors', which gdfq.load reads, or 'compressed-tensors'."
+                "tokens. Use target 'onnx', 'compressed-tensors', or 'safetensors', which "
+                "gdfq.load reads."
             )
         if self.placements == ("tokens",) and placement != "tokens":
             raise UsageError(

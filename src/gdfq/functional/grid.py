@@ -264,7 +264,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> T
     Codes [O, I] may have scales and zero points [O, B] of B blocks of columns each (`block_size`).
     `bits` does not enter the value; writers of files read from it how many bits a code needs.
     """
-    scale, zero_point = (_along_blocks(values, codes) for values in (scale, zero_point))
+    scale, zero_point = (along_blocks(values, codes) for values in (scale, zero_point))
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
@@ -277,7 +277,7 @@ def block_size(columns: int, most: int) -> int:
     return -(-columns // -(-columns // most))
 
 
-def _along_blocks(values: Tensor, codes: Tensor) -> Tensor:
+def along_blocks(values: Tensor, codes: Tensor) -> Tensor:
     """Return values [O, B] of blocks as [O, I], to broadcast against codes; any others as given."""
     if values.ndim != 2 or codes.ndim != 2 or not 1 < values.shape[1] < codes.shape[1]:
         return values
@@ -335,9 +335,14 @@ def fake_quantize_tokens(x: Tensor, bits: int) -> Tensor:
         x: [..., K].
         bits: k.
     """
-    scale = x.abs().amax(-1, keepdim=True) / code_bounds(bits)[1]
-    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+    scale = token_scales(x, bits)
     return (x / scale).round_().mul_(scale)
+
+
+def token_scales(x: Tensor, bits: int) -> Tensor:
+    """Return the scale Δ of each token, [..., 1], as in `fake_quantize_tokens`; 1 of one of 0."""
+    scale = x.abs().amax(-1, keepdim=True) / code_bounds(bits)[1]
+    return torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

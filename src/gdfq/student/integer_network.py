@@ -20,6 +20,7 @@ from gdfq.functional.float_grid import FORMATS, NumberFormat, fake_quantize_floa
 from gdfq.functional.grid import (
     MAX_BITS,
     MIN_BITS,
+    along_blocks,
     code_bounds,
     dequantize_bias,
     fake_quantize,
@@ -65,6 +66,16 @@ class ActivationGrid:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenGrids:
+    """The rounding of an activation with a scale for each token, which is found where it runs."""
+
+    node: fx.Node
+    name: str
+    """Unique name of the activation: that of the first layer that it enters, and `tokens`."""
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
 class IntegerWeight:
     """A layer's weight: codes in its shape, scale and zero point that broadcast to it."""
 
@@ -84,6 +95,11 @@ class IntegerWeight:
     def name(self) -> str:
         """Unique name of the weight's layer, such as `layer1.conv1`."""
         return stem(self.codes_name)
+
+    @property
+    def reach(self) -> float:
+        """The largest |q − z|."""
+        return float((self.codes.float() - along_blocks(self.zero_point, self.codes)).abs().max())
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -188,6 +204,21 @@ class IntegerNetwork(nn.Module):
         """Return the quantizers of activations, in order of execution."""
         tensors = self.tensors
         return [_grid(node, tensors) for node in self.graph.nodes if _is_quantizer(node)]
+
+    @property
+    def tokens(self) -> list[TokenGrids]:
+        """Return the activations with a scale for each token, in order of execution."""
+        entered: dict[fx.Node, str] = {}
+        for layer in self.layers:
+            if layer.weight is not None:
+                entered.setdefault(queries.input_of(layer.node), layer.weight.name)
+        found: dict[str, TokenGrids] = {}
+        for node in self._calls(operators.FAKE_QUANTIZE_TOKENS):
+            name = base = f"{entered.get(node, node.name)}.tokens"
+            while name in found:  # a layer that is computed twice
+                name = f"{base}_{len(found)}"
+            found[name] = TokenGrids(node, name, int(str(node.args[1])))
+        return list(found.values())
 
     @property
     def joins(self) -> list[list[ActivationGrid]]:

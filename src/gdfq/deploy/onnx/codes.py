@@ -36,6 +36,19 @@ class StoredCodes:
     has none that rounds the values of a grid to the next grid."""
 
 
+@dataclass(frozen=True)
+class StoredTokens:
+    """The codes of an activation with a scale for each token in a file, as floats."""
+
+    name: str
+    """Name of the value in the graph."""
+
+
+def stored_tokens(network: IntegerNetwork) -> dict[str, StoredTokens]:
+    """Return how a file stores the codes of activations with a scale for each token, by name."""
+    return {found.name: StoredTokens(f"{found.name}.q") for found in network.tokens}
+
+
 def stored_codes(network: IntegerNetwork, form: Form = PACKED_WEIGHTS) -> dict[str, StoredCodes]:
     """Return how a file stores the codes of each activation, by the name of its integer grid.
 

@@ -146,5 +146,8 @@ def _takes(value: tuple[str, str, list[Any]], shape: tuple[int, ...]) -> bool:
         kind in _INPUT_TYPES
         and len(sides) == len(shape)
         and not isinstance(sides[0], int)
-        and sides[1:] == [*shape[1:]]
+        and all(
+            side == given or not isinstance(side, int)
+            for side, given in zip(sides[1:], shape[1:], strict=True)
+        )
     )

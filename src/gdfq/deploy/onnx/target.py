@@ -1,5 +1,6 @@
 """Targets with ONNX files, compared with the student in ONNX Runtime code by code."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gdfq.deploy.metadata import metadata_of
-from gdfq.deploy.onnx.codes import stored_codes
+from gdfq.deploy.onnx.codes import stored_codes, stored_tokens
 from gdfq.deploy.onnx.form import COMPATIBLE, PACKED_WEIGHTS, Form
 from gdfq.deploy.onnx.passes import PIXELS
 from gdfq.deploy.onnx.session import PRECISE, onnx_calls
@@ -16,6 +17,7 @@ from gdfq.deploy.runtimes import computed_in_float, onnx_runner, onnx_values
 from gdfq.deploy.saturation import layers_that_may_overflow
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
 from gdfq.errors import GdfqError
+from gdfq.student.scheme import OF_IMAGES, PLACEMENTS
 
 ONNX_RUNTIME = Runtime(
     "ONNX Runtime",
@@ -62,7 +64,8 @@ def _prove(job: Job, written: Path) -> Proof:
 
 def _compare(job: Job, data: bytes, *, precise: bool) -> Proof:
     run, values = onnx_runner(data, precise=precise), partial(onnx_values, data, precise=precise)
-    return prove_codes(job, run, values, stored_codes(job.network))
+    stored = {**stored_codes(job.network), **stored_tokens(job.network)}
+    return prove_codes(job, run, values, stored)
 
 
 def _notes(job: Job, data: bytes, proof: Proof) -> list[str]:
@@ -88,15 +91,26 @@ def _notes(job: Job, data: bytes, proof: Proof) -> list[str]:
 def _summary(nodes: Sequence[tuple[str, str]]) -> str:
     """Return layers by name and other operators by kind: `fc, 2 add, 1 silu`."""
     nodes = [(name, kind) for name, kind in nodes if not name.startswith(PIXELS)]
-    layers = [name for name, kind in nodes if kind in _LAYERS]
-    others = Counter(_COMMON.get(kind, kind.lower()) for _, kind in nodes if kind not in _LAYERS)
-    return ", ".join([*layers, *(f"{count} {kind}" for kind, count in others.items())])
+    layers = [name for name, kind in nodes if kind in _LAYERS and not _NO_LAYER.search(name)]
+    others = Counter(
+        _COMMON.get(kind, kind.lower())
+        for name, kind in nodes
+        if kind not in _LAYERS or _NO_LAYER.search(name)
+    )
+    named = others if len(others) <= _MAX_KINDS else Counter(dict(others.most_common(_MAX_KINDS)))
+    rest = others.total() - named.total()
+    counts = [f"{count} {kind}" for kind, count in named.items()]
+    return ", ".join([*layers, *counts, *([f"{rest} others"] if rest else [])])
 
 
+_MAX_KINDS = 6
+"""Most kinds of operators that a note counts by name."""
+_NO_LAYER = re.compile(r"(^|\.)matmul(_\d+)?($|/)")
+"""Matches names of products of two activations, or of a weight that has no name."""
 _LAYERS = frozenset({"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm"}) | {
     "MatMul"
 }
-_COMMON = {"QuickGelu": "silu", "GlobalAveragePool": "average pool", "AveragePool": "average pool"}
+_COMMON = {"FusedMatMul": "matmul", "QuickGelu": "silu", "GlobalAveragePool": "average pool", "AveragePool": "average pool"}
 
 ONNX = Target(
     "onnx",
@@ -109,6 +123,7 @@ ONNX = Target(
     runtime=ONNX_RUNTIME,
     weights=Carrier("int2, int4 or int8"),
     activations=Carrier("uint8"),
+    placements=PLACEMENTS,
     equality="every code and the outputs",
     takes_size=True,
 )
@@ -122,5 +137,6 @@ ONNX_COMPAT = replace(
     write=partial(write_onnx, form=COMPATIBLE, runtime=COMPATIBLE_RUNTIME),
     runtime=COMPATIBLE_RUNTIME,
     weights=Carrier("int8"),
+    placements=OF_IMAGES,
     takes_size=False,
 )

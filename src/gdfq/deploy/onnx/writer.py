@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.onnx.barriers import add_barriers
-from gdfq.deploy.onnx.codes import stored_codes
+from gdfq.deploy.onnx.codes import stored_codes, stored_tokens
 from gdfq.deploy.onnx.equivalents import with_equivalents
 from gdfq.deploy.onnx.form import PACKED_WEIGHTS, Form
 from gdfq.deploy.onnx.lowering import lower
@@ -40,6 +40,13 @@ from gdfq.deploy.onnx.passes import (
     replace_node,
 )
 from gdfq.deploy.onnx.sizes import PACKED, STORED_FLOATS
+from gdfq.deploy.onnx.tokens import (
+    Matrix,
+    RoundedTokens,
+    float_matrix,
+    multiply_codes,
+    round_tokens,
+)
 from gdfq.errors import GdfqError, UsageError, first_line
 from gdfq.execution.tracing import exclusive_tracing
 from gdfq.functional import float_grid, grid
@@ -79,7 +86,7 @@ def to_onnx(
     """
     model = _exported(_opaque(network, form), inputs)
     try:
-        _rewrite(model, metadata, raw_input, [spec.name for spec in inputs], outputs, form)
+        _rewrite(model, metadata, raw_input, inputs, outputs, form)
         return _serialised(model)
     except GdfqError:
         raise
@@ -94,7 +101,7 @@ def _rewrite(
     model: ir.Model,
     metadata: Mapping[str, str],
     raw_input: Preprocessing | None,
-    inputs: Sequence[str],
+    inputs: Sequence[InputSpec],
     outputs: Sequence[str],
     form: Form,
 ) -> None:
@@ -105,15 +112,17 @@ def _rewrite(
             copy = ir.node("Identity", [value])
             graph.append(copy)
             graph.outputs[i] = copy.outputs[0]
-    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+    names = (*(spec.name for spec in inputs), *outputs)
+    for value, name in zip((*graph.inputs, *graph.outputs), names, strict=True):
         value.name = name
     pool_globally(graph)
     if form.lowest_opset:
         lower(model)
-    writer = _Writer(graph, form)
+    writer = _Writer(graph, form, by_token=any(spec.kind == "tokens" for spec in inputs))
     for node in list(graph):
         if node.domain == DOMAIN:
             writer.write(node)
+    multiply_codes(graph, writer.tokens, writer.matrices)
     if form.only_pairs:
         quantize_after_moves(graph)
     else:
@@ -182,6 +191,10 @@ def _fake_quantize(
     )
 
 
+def _fake_quantize_tokens(x: Tensor, bits: int, title: str) -> Tensor:
+    return _symbol("FakeQuantizeTokens", x, (x,), bits=bits, title=title)
+
+
 def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return _symbol("Dequantize", codes, (codes, scale, zero_point), bits=bits)
 
@@ -200,6 +213,7 @@ def _dequantize_float(codes: Tensor, scale: Tensor, form: str) -> Tensor:
 
 _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     grid.fake_quantize: _fake_quantize,
+    grid.fake_quantize_tokens: _fake_quantize_tokens,
     grid.dequantize: _dequantize,
     grid.dequantize_bias: _dequantize_bias,
     float_grid.fake_quantize_float: _fake_quantize_float,
@@ -210,13 +224,16 @@ _OPAQUE: dict[Callable[..., Any], Callable[..., Tensor]] = {
 def _opaque(network: IntegerNetwork, form: Form) -> fx.GraphModule:
     """Return the network with quantization operators that tracing does not enter."""
     grids = {grid.node: grid for grid in network.activations}
-    stored = stored_codes(network, form)
+    tokens = {tokens.node: tokens for tokens in network.tokens}
+    stored, stored_by_token = stored_codes(network, form), stored_tokens(network)
 
     def change(copy: Copy, node: fx.Node) -> fx.Node | None:
         if node.target not in _OPAQUE:
             return None
         new = copy.of(node)
         new.target = _OPAQUE[node.target]
+        if node in tokens:
+            new.update_kwarg("title", stored_by_token[tokens[node].name].name)
         if node in grids:
             # Constants of equal value become one in the export, so they cannot tell the name.
             new.update_kwarg("title", grids[node].name)
@@ -247,7 +264,6 @@ def _only_errors(name: str) -> Iterator[None]:
 def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
     """Return the network in ONNX, its quantization operators in a domain of their own."""
     examples = tuple(spec.zeros(2) for spec in inputs)  # a batch of one would become a constant
-    batch = torch.export.Dim("batch")
     try:
         with exclusive_tracing(), _only_errors("torch.onnx"):
             program = torch.onnx.export(
@@ -255,7 +271,7 @@ def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
                 examples,
                 dynamo=True,
                 opset_version=_OPSET,
-                dynamic_shapes=({0: batch},) * len(examples),
+                dynamic_shapes=tuple(map(_dynamic_sides, inputs)),
                 verbose=False,
             )
     except Exception as error:
@@ -266,6 +282,14 @@ def _exported(network: fx.GraphModule, inputs: Sequence[InputSpec]) -> ir.Model:
     assert program is not None
     _register_constants(program.model.graph)
     return program.model
+
+
+def _dynamic_sides(spec: InputSpec) -> dict[int, Any]:
+    """Return the dimensions of an input that take any length: the batch, and that of tokens."""
+    sides = {0: torch.export.Dim("batch")}
+    if spec.vocabulary is not None:
+        sides[1] = torch.export.Dim("length", min=2, max=spec.vocabulary.length)
+    return sides
 
 
 def _register_constants(graph: ir.Graph) -> None:
@@ -302,17 +326,23 @@ def _reason(error: BaseException) -> str:
 class _Writer:
     """Replaces the quantization operators of a graph by standard ones."""
 
-    def __init__(self, graph: ir.Graph, form: Form) -> None:
+    def __init__(self, graph: ir.Graph, form: Form, *, by_token: bool) -> None:
         self.graph = graph
         self.form = form
+        self.by_token = by_token
         self.titles: dict[ir.Node, str] = {}
         """Names of the nodes that quantize activations."""
+        self.tokens: dict[ir.Value, RoundedTokens] = {}
+        """What has codes with a scale for each token."""
+        self.matrices: dict[ir.Value, Matrix] = {}
+        """Weights of language models."""
         self.zero: ir.Value | None = None
         """0 on a grid, once it is needed."""
 
     def write(self, node: ir.Node) -> None:
         form = {
             "FakeQuantize": self._activation,
+            "FakeQuantizeTokens": self._tokens,
             "Dequantize": self._weight,
             "DequantizeBias": self._bias,
             "FakeQuantizeFloat": self._float_activation,
@@ -361,6 +391,15 @@ class _Writer:
         self.titles |= {made: f"{base}.{kind_of(made)}" for made in nodes}
         return nodes
 
+    def _tokens(self, node: ir.Node) -> list[ir.Node]:
+        """Write the rounding of tokens, and remember their codes for `multiply_codes`."""
+        (x,) = inputs_of(node)
+        title = node.attributes["title"].as_string()
+        nodes, rounded = round_tokens(x, node.attributes["bits"].as_int(), self._constant)
+        self.tokens[nodes[-1].outputs[0]] = rounded
+        self.titles[rounded.codes.producer()] = title
+        return nodes
+
     def _zero(self) -> ir.Value:
         """Return 0 on a grid, as integer kernels need it."""
         if self.zero is None:
@@ -382,7 +421,6 @@ class _Writer:
             constant_values(scale),
             constant_values(zero_point),
         )
-        reach = int(np.abs(values - offsets).max(initial=0))
         nodes: list[ir.Node] = []
         if self.form.folds_weights:
             current = self._constant(base, (values - offsets).astype(np.int8))
@@ -400,6 +438,11 @@ class _Writer:
             offset = self._constant(f"{base}_zero", offsets.astype(np.int8).reshape(shape))
             nodes.append(ir.node("Sub", [current, offset]))
             current = nodes[-1].outputs[0]
+        if self.by_token:
+            made, matrix = float_matrix(current, base, steps, values.shape[-1], self._constant)
+            self.matrices[made[-1].outputs[0]] = matrix
+            return [*nodes, *made]
+        reach = int(np.abs(values - constant_values(zero_point)).max(initial=0))
         wide = reach > _MAX_SAFE_CODE or self.form.only_pairs
         # ONNX Runtime fuses a Gemm only with an explicit zero point, and where it
         # makes 8-bit weights unsigned (`runtimes.PRECISE`) it would add one of a wrong shape.
