@@ -280,7 +280,7 @@ def calibrate(
             fit_weights=recipe.fit_weights,
         )
     elif recipe.fit_weights:
-        fit_weights_(student, teacher, joined_inputs(feed.held), context.memory)
+        fit_weights_(student, teacher, joined_inputs(feed.held), context)
     # All processes saw the same batches: they differ at most by the rounding of their devices.
     context.group.broadcast_(student.state_dict().values())
     marks.end("calibrate")

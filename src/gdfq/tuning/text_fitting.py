@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gdfq.execution.budget import MemoryBudget
+from gdfq.execution.context import Context
+from gdfq.execution.progress import Listener, Step
 from gdfq.graph import operators, queries
 from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_images
@@ -23,7 +24,7 @@ def fit_weights_(
     student: Student,
     teacher: Captured,
     inputs: Sequence[Tensor],
-    memory: MemoryBudget = MemoryBudget(),
+    context: Context = Context(),
 ) -> None:
     """Fit each weight to the teacher's outputs, given what the layers before it give, and round it.
 
@@ -35,29 +36,49 @@ def fit_weights_(
         student: A student whose weight quantizers can be fitted, changed in place.
         teacher: The language model that it was built from.
         inputs: Token ids [N, L].
-        memory: Decides how many sequences pass together.
+        context: Its budget of memory decides how many sequences pass together; its listener
+            hears of each fitted layer.
     """
-    at_once = forward_images(teacher.network.graph, memory, teacher.device)
+    at_once = forward_images(teacher.network.graph, context.memory, teacher.device)
     parts = split_inputs(inputs, at_once)
-    _Fit(student.network, teacher.network, parts).run_parts(parts)
+    _Fit(student.network, teacher.network, parts, context.listener).run_parts(parts)
 
 
 class _Fit(PartsInterpreter):
     """Runs a student and fits each layer before it runs; the teacher runs beside it."""
 
     def __init__(
-        self, network: fx.GraphModule, teacher: fx.GraphModule, parts: Sequence[Inputs]
+        self,
+        network: fx.GraphModule,
+        teacher: fx.GraphModule,
+        parts: Sequence[Inputs],
+        listener: Listener,
     ) -> None:
         super().__init__(network)
+        self._listener = listener
+        self._total = sum(self._quantizer(node) is not None for node in network.graph.nodes)
+        self._done = 0
         self._weights = tensors_of(teacher)
         self._teacher = PartsInterpreter(teacher).nodes_of_parts(parts)
 
     def before(self, node: fx.Node, envs: Sequence[dict[fx.Node, Any]]) -> None:
+        quantizer = self._quantizer(node)
+        if quantizer is None:
+            return
+        self._fit(node, quantizer, envs)
+        self._done += 1
+        self._listener(Step("fit", self._done, self._total, {}))
+
+    def _quantizer(self, node: fx.Node) -> WeightQuantizer | None:
+        """Return what quantizes the weight of a node; None of any other node."""
         if operators.name_of(node) not in operators.WEIGHTED:
-            return
-        quantizer = self.submodules.get(queries.weight_name(node))
-        if not isinstance(quantizer, WeightQuantizer):
-            return
+            return None
+        found = self.submodules.get(queries.weight_name(node))
+        return found if isinstance(found, WeightQuantizer) else None
+
+    def _fit(
+        self, node: fx.Node, quantizer: WeightQuantizer, envs: Sequence[dict[fx.Node, Any]]
+    ) -> None:
         layer, targets = next(
             (own, [env[own] for env in found])
             for own, found in self._teacher
