@@ -32,7 +32,7 @@ def test_export_writes_files_that_bench_measures(
     assert main(["export", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{out / 'student.onnx'}, " in printed
-    assert "100.0 % same predictions on 32 extreme images" in printed
+    assert "100.0 % same predictions on 32 extreme inputs" in printed
     assert main(["export", str(out), "--out", f"{place}/new/net.safetensors"]) == 0
     assert main(["evaluate", f"{place}/new/net.safetensors", "--test", f"{place}/test.npz"]) == 0
     assert main(["bench", str(out), "--seconds", "0.01", *_QUICK, "--batch", "3"]) == 0
@@ -49,7 +49,7 @@ def test_export_writes_files_that_bench_measures(
     assert "the folder of a run that holds exported files" in capsys.readouterr().err
     options = ["--raw-input", "--safe-x86"]
     assert main(["export", str(out), *options]) == 0
-    assert "32 usual images" in capsys.readouterr().out
+    assert "32 usual inputs" in capsys.readouterr().out
     assert main(["bench", str(out), "--seconds", "0.01", *_QUICK]) == 0
     model = onnx.load(out / "student.onnx")
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8

@@ -237,9 +237,10 @@ def evaluate_command(folder: Path, **options: Any) -> None:
 def export_command(**options: Any) -> None:
     """Write the quantized network in DIR as one file that deploys.
 
-    The file is loaded by its own runtime and compared with the network, on usual images and on
-    images three times as large. It is kept only if its outputs are the same. A target that cannot
-    hold the network as it is says which layers would have to be quantized again.
+    The file is loaded by its own runtime and compared with the network, on usual inputs and on
+    extreme ones: images three times as large, texts of another length. It is kept only if its
+    outputs are the same. A target that cannot hold the network as it is says which layers would
+    have to be quantized again.
     """
     from gdfq.cli.export import export
 

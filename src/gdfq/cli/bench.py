@@ -127,7 +127,7 @@ def _why_not_measured(runtime: Runtime | None) -> str:
 def _print_heading() -> None:
     click.echo(
         f"{'file':24}{'runs in':14}{'size':>10}  {'':20}{'memory':>9}{'batch':>7}{'threads':>9}  "
-        f"{'milliseconds a call (quartiles)':33}{'images/s':>9}  faster"
+        f"{'milliseconds a call (quartiles)':33}{'inputs/s':>9}  faster"
     )
 
 

@@ -49,7 +49,7 @@ def print_export(exported: Exported) -> None:
     for kind, parity in (("usual", exported.inside), ("extreme", exported.beyond)):
         same = "" if parity.agreement is None else f"{parity.agreement:.1f} % same predictions "
         click.echo(
-            f"{'parity':10}{same}on {parity.images} {kind} images; outputs differ by "
+            f"{'parity':10}{same}on {parity.images} {kind} inputs; outputs differ by "
             f"{parity.max_difference:.2g} at most ({100 * parity.relative_error:.2g} %)"
         )
     for name, share in exported.differs_first:

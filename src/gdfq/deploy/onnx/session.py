@@ -147,7 +147,7 @@ def _takes(value: tuple[str, str, list[Any]], shape: tuple[int, ...]) -> bool:
         and len(sides) == len(shape)
         and not isinstance(sides[0], int)
         and all(
-            side == given or not isinstance(side, int)
+            side == given or (kind == "tensor(int64)" and not isinstance(side, int))
             for side, given in zip(sides[1:], shape[1:], strict=True)
         )
     )
