@@ -16,7 +16,10 @@ TABLE, WEIGHT, BIAS = 0, 1, 2
 
 @dataclass(eq=False)
 class Changes:
-    """Constants of nodes that are to change, in float64, and nodes that are to be added.
+    """Constants of nodes that are to change, and nodes that are to be added.
+
+    They are read in float64 and kept in the network's own precision, so that only those in work
+    take twice their size.
 
     A constant that several nodes read, such as an embedding that is the head, too, becomes one for
     each of them.
@@ -36,14 +39,17 @@ class Changes:
 
     def __post_init__(self) -> None:
         self._tensors = tensors_of(self.teacher.network)
+        self._dtype = next(t.dtype for t in self._tensors.values() if t.is_floating_point())
 
     def constant(self, node: fx.Node, place: int) -> Tensor:
         """Return the present value of a constant of a node, in float64."""
-        if (node, place) not in self.constants:
-            argument = node.args[place]
-            assert isinstance(argument, fx.Node)
-            self.constants[node, place] = self._tensors[str(argument.target)].detach().double()
-        return self.constants[node, place]
+        return self._present(node, place).double()
+
+    def _present(self, node: fx.Node, place: int) -> Tensor:
+        argument = node.args[place]
+        assert isinstance(argument, fx.Node)
+        found = self.constants.get((node, place))
+        return self._tensors[str(argument.target)].detach() if found is None else found
 
     def tensor(self, constant: fx.Node) -> Tensor:
         """Return the tensor of a node that is a constant, in float64."""
@@ -55,16 +61,15 @@ class Changes:
 
     def set(self, node: fx.Node, place: int, value: Tensor) -> None:
         """Give a node a constant of its own."""
-        self.constants[node, place] = value
+        self.constants[node, place] = value.to(self._dtype)
 
     def applied(self) -> Captured:
         """Return the network with all changes."""
         self._keep_others()
         tensors = dict(self._tensors)
         names = self._names(tensors)
-        dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
         for key, value in self.constants.items():
-            tensors[names[key]] = nn.Parameter(value.to(dtype), requires_grad=False)
+            tensors[names[key]] = nn.Parameter(value, requires_grad=False)
         places: dict[fx.Node, list[int]] = {}
         for node, place in self.constants:
             places.setdefault(node, []).append(place)
@@ -75,7 +80,7 @@ class Changes:
             """Add a constant of an inserted operator, once."""
             if id(value) not in shared:
                 name = f"{operator.replace('.', '_')}.part{index}_{len(shared)}"
-                tensors[name] = value.to(dtype) if value.is_floating_point() else value
+                tensors[name] = value.to(self._dtype) if value.is_floating_point() else value
                 shared[id(value)] = name
             return shared[id(value)]
 
@@ -124,7 +129,7 @@ class Changes:
             for user in shared.users:
                 for i, argument in enumerate(user.args):
                     if argument is shared:
-                        self.constant(user, i)
+                        self.constants[user, i] = self._present(user, i)
 
     def _names(self, tensors: Mapping[str, Tensor]) -> dict[tuple[fx.Node, int], str]:
         """Return the name of each changed constant: its own for the last node that reads it.
