@@ -1,17 +1,20 @@
 """Denoisers of diffusion models on their own trajectories: integer and floating-point grids.
 
     python -m benchmarks.diffusion                       # every row that is not there yet
-    python -m benchmarks.diffusion --seeds 0 --bits wfp8afp8
+    python -m benchmarks.diffusion --networks digits --seeds 0 --bits wfp8afp8
     python -m benchmarks.diffusion --table
 
-The network is the denoiser of digits in ../shared, with 20 steps of DDIM. 128 points of trajectories
-quantize (256 tune); 64 images from other noise compare: PSNR against full precision, and the
-Fréchet distance to its images, in the features of a network that classifies digits. Methods:
+`mnist` is the denoiser of ../shared, of 28x28; `digits` a class-conditional UNet2DModel of 8x8
+that is trained here. Both make 20 steps of DDIM. 128 points of trajectories quantize (256 tune);
+images from other noise compare: PSNR against full precision, and the Fréchet distance to its
+images, in the features of a network that classifies digits. Methods:
 
     nearest   weights rounded to nearest, scales of least square error
     fitted    recipe `fast` without tuning: weights fitted to the teacher's outputs, layer by layer
     tuned     `quick`, fitted and then tuned by distillation in 52 updates of 16 points, at a
               quarter of its rates; 256 points of 16 trajectories
+    learned   reconstruction of blocks with learned rounding, as `genie` has it, in 300
+              updates of 16 of 256 points for each block
 
 Rows are kept in results/diffusion.json.
 """
@@ -20,15 +23,15 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from support import mnist_ddpm
+from support import digits_ddpm, mnist_ddpm
 from support.places import RESULTS
 from torch import Tensor, nn
 
@@ -39,29 +42,65 @@ from gdfq.recipes import Recipe, find_recipe, recipe_for
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.distill import Distillation
 from gdfq.tuning.grid_adam import GridAdam
+from gdfq.tuning.reconstruct import Reconstruction
 
 FILE = RESULTS / "diffusion.json"
 BITS = ("w8a8", "wfp8afp8", "w4a8", "wfp4afp8")
-METHODS = ("nearest", "fitted", "tuned")
-STEPS, POINTS, SAMPLES = 20, 128, 64
+METHODS = ("nearest", "fitted", "tuned", "learned")
+STEPS, POINTS = 20, 128
 TUNED_POINTS, TUNED_BATCH, TUNED_STEPS, CALIBRATION = 256, 16, 60, 8
 """Of tuning: points, batch, batches that are taken, and those of them that calibrate."""
 RATE = 0.25
 """Of tuning, as a share of the rates of `quick`: at whole rates it loses what fitting gained."""
-DENOISER: dict[str, Any] = {
-    "scheduler": mnist_ddpm.SCHEDULER,
-    "input_shape": mnist_ddpm.SHAPE,
-    "sampling_steps": STEPS,
+UPDATES = 300
+"""Of each block, where rounding is learned."""
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A denoiser, and how its images are compared.
+
+    Attributes:
+        model: Returns what `gdfq.quantize` takes.
+        options: What it has to be told.
+        samples: Images that are compared.
+        digits: Returns the pixels [N, 1, 8, 8] of its images.
+    """
+
+    model: Callable[[], Any]
+    options: Mapping[str, Any]
+    samples: int
+    digits: Callable[[Tensor], Tensor]
+
+
+def _small_digits(images: Tensor) -> Tensor:
+    """Pixels of digits of 28x28 in -0.5..0.5, whose margin is left out."""
+    small = F.avg_pool2d(images[:, :, 2:-2, 2:-2], 3)
+    return ((small.clamp(-0.5, 0.5) + 0.5) * 255).round().to(torch.uint8)
+
+
+BEDS = {
+    "mnist": Bed(
+        mnist_ddpm.mnist_denoiser,
+        {"scheduler": mnist_ddpm.SCHEDULER, "input_shape": mnist_ddpm.SHAPE},
+        64,
+        _small_digits,
+    ),
+    "digits": Bed(
+        lambda: f"diffusers:{digits_ddpm.digits_pipeline()}", {}, 256, digits_ddpm.pixels
+    ),
 }
 
 
 def recipe_of(method: str) -> Recipe:
     """The recipe of a method."""
+    if method == "tuned":
+        return tuned()
+    if method == "learned":
+        return learned()
     fitted = recipe_for("quick", Scheme(Bits.parse("w4a8"), "full"))  # it does not tune
     if method == "fitted":
         return replace(fitted, name="fitted")
-    if method == "tuned":
-        return tuned()
     return replace(fitted, name="nearest", match_moments=False, fit_weights=False)
 
 
@@ -86,39 +125,54 @@ def tuned() -> Recipe:
     )
 
 
+def learned() -> Recipe:
+    """`genie` on as many points as `tuned`, with batches as large."""
+    genie = find_recipe("genie")
+    assert isinstance(genie.tuning, Reconstruction)
+    return replace(
+        genie,
+        name="learned",
+        steps=CALIBRATION + UPDATES,
+        calibration=CALIBRATION,
+        warmup=CALIBRATION,
+        tuning=replace(genie.tuning, images=TUNED_POINTS, batch=TUNED_BATCH),
+        placement="full",
+    )
+
+
 @cache
-def features() -> nn.Module:
-    """A network that classifies digits of 8x8, without its last layer."""
+def classifier() -> nn.Module:
+    """A network that classifies digits of 8x8, without its last layer: features [N, 64]."""
     network = demo.train(demo.load_digits()[0], epochs=20)
     network.head = nn.Identity()
     return network
 
 
-def features_of(images: Tensor) -> Tensor:
-    """Features [N, 64] of digits of 28x28 in -0.5..0.5, whose margin is left out."""
-    small = F.avg_pool2d(images[:, :, 2:-2, 2:-2], 3)
-    pixels = ((small.clamp(-0.5, 0.5) + 0.5) * 255).round().to(torch.uint8)
-    found: Tensor = features()(demo.PREPROCESSING(pixels))
-    return found
-
-
-def measured(bits: str, method: str, seed: int) -> dict[str, Any]:
+def measured(name: str, bits: str, method: str, seed: int) -> dict[str, Any]:
     """One row."""
-    network = mnist_ddpm.mnist_denoiser()
-    features()  # it is trained here, before gradients are off
-    images, batch = (TUNED_POINTS, TUNED_BATCH) if method == "tuned" else (POINTS, POINTS)
+    bed = BEDS[name]
+    model = bed.model()
+    network = classifier()  # it is trained here, before gradients are off
+
+    def features(images: Tensor) -> Tensor:
+        found: Tensor = network(demo.PREPROCESSING(bed.digits(images)))
+        return found
+
+    trains = method in ("tuned", "learned")
+    images, batch = (TUNED_POINTS, TUNED_BATCH) if trains else (POINTS, POINTS)
+    options: dict[str, Any] = {**bed.options, "sampling_steps": STEPS}
     started = time.perf_counter()
     quantized = gdfq.quantize(
-        network, None, bits, recipe_of(method), images=images, batch=batch, seed=seed,
-        samples=0, **DENOISER,
+        model, None, bits, recipe_of(method), images=images, batch=batch, seed=seed, samples=0,
+        **options,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     # All rows are compared on the same noise.
     found = gdfq.compare_samples(
-        quantized, network, samples=SAMPLES, features=features_of, seed=0, **DENOISER
+        quantized, model, samples=bed.samples, features=features, seed=0, **options
     )
     return {
-        "network": "mnist",
+        "network": name,
         "bits": bits,
         "method": method,
         "seed": seed,
@@ -133,11 +187,11 @@ def measured(bits: str, method: str, seed: int) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in markdown, seeds together."""
     lines = [
-        "| bits | method | seeds | PSNR in dB | a tenth below | Fréchet distance |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| network | bits | method | seeds | PSNR in dB | a tenth below | Fréchet distance |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for key in product(BITS, METHODS):
-        same = [row for row in rows if (row["bits"], row["method"]) == key]
+    for key in product(BEDS, BITS, METHODS):
+        same = [row for row in rows if (row["network"], row["bits"], row["method"]) == key]
         if same:
             figures = (in_words([r[n] for r in same]) for n in ("psnr", "psnr_low", "frechet"))
             lines.append(f"| {' | '.join(key)} | {len(same)} | {' | '.join(figures)} |")
@@ -154,19 +208,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--networks", nargs="+", choices=BEDS, default=[*BEDS])
     parser.add_argument("--bits", nargs="+", default=[*BITS])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    done = {(row["bits"], row["method"], row["seed"]) for row in rows}
-    wanted = product(options.seeds, options.methods, options.bits)
-    for seed, method, bits in () if options.table else wanted:
-        if (bits, method, seed) in done:
+    done = {tuple(row[name] for name in ("network", "bits", "method", "seed")) for row in rows}
+    wanted = product(options.networks, options.bits, options.methods, options.seeds)
+    for key in () if options.table else wanted:
+        if key in done:
             continue
-        rows.append(measured(bits, method, seed))
-        print({key: rows[-1][key] for key in ("bits", "method", "seed", "psnr")})
+        rows.append(measured(*key))
+        print(*key, rows[-1]["psnr"], rows[-1]["frechet"], flush=True)
         FILE.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 

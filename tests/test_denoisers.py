@@ -194,6 +194,15 @@ def test_report_shows_images_side_by_side(quantized: QuantizedNetwork, tmp_path:
     assert not evidence.missing
 
 
+def test_run_without_samples_tries_no_estimate_of_accuracy() -> None:
+    recipe = find_recipe("quick").with_images(8).with_batch(8).with_steps(4)
+    result = gdfq.quantize(tiny_denoiser(), None, "w8a8", recipe, samples=0, **OF_MODEL)
+    evidence = gather(resolve_network(tiny_denoiser(), **OF_MODEL).teacher, result)
+    assert list(evidence.sections) == ["layers"]
+    assert evidence.missing == {"samples": "none were asked for"}
+    assert "samples" not in result.metrics
+
+
 @pytest.mark.parametrize(
     ("found", "level", "sentence", "said"),
     [

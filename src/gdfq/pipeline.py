@@ -91,6 +91,7 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
         plan.candidates,
         screening,
         plan.decode,
+        plan.sampler is not None,
         samples,
     )
     return QuantizedNetwork(network, card, metrics, feed.examples, observed, plan.teacher.ends)

@@ -54,6 +54,15 @@ def test_conditions_are_drawn_from_all() -> None:
     assert seen == {3, 8, 9}
 
 
+@torch.no_grad()
+def test_given_conditions_are_those_of_the_trajectories() -> None:
+    denoise, labels = tiny_denoiser(CLASSES), torch.tensor([2, 0])
+    found = Sampler(PlainConfig(), SHAPE, 1).run(denoise, [5, 6], conditions=labels)
+    draws = (torch.Generator().manual_seed(seed) for seed in (5, 6))
+    noise = torch.stack([torch.randn(SHAPE, generator=draw) for draw in draws])
+    torch.testing.assert_close(found, noise - denoise(noise / 2, torch.full((2,), 100), labels))
+
+
 def test_predicted_variance_is_left_out() -> None:
     sampler = Sampler(PlainConfig(), (2, 3), 2)
     plain = sampler.run(lambda x, t: x, [1, 2])

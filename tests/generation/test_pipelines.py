@@ -4,13 +4,15 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from support.denoisers import CLASSES, saved_unet
 from support.tiny_pipeline import saved_pipeline
 
 from gdfq.errors import UsageError
 from gdfq.generation import pipelines
-from gdfq.generation.pipelines import Request, load_pipeline
+from gdfq.generation.pipelines import DiffusersPipeline, Request, load_pipeline
 
 CPU = torch.device("cpu")
 NAMES = tuple(f"class {index}" for index in range(1000))
@@ -31,6 +33,7 @@ def test_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
 def test_class_conditional_pipeline_makes_the_images_of_its_seeds(tmp_path: Path) -> None:
     name = f"diffusers:{saved_pipeline(tmp_path / 'tiny')}"
     made = load_pipeline(name, NAMES, CPU, steps=2)
+    assert isinstance(made, DiffusersPipeline)
     assert made.labels == tuple(range(1000))
     first, second = Request("a cat", 0, 5), Request("a dog", 1, 6)
     one, other = made([first, second])
@@ -70,7 +73,7 @@ def test_text_pipeline_gets_prompts_guidance_and_seeds() -> None:
             got.update(options, prompt=prompt)
             return type("Output", (), {"images": ["one"]})
 
-    made = pipelines.DiffusersPipeline(Text(), 3.5, None, None)
+    made = DiffusersPipeline(Text(), 3.5, None, None)
     assert made([Request("a cat", 0, 5)]) == ["one"]
     assert (got["prompt"], got["guidance_scale"]) == (["a cat"], 3.5)
     assert [draw.initial_seed() for draw in got["generator"]] == [5]
@@ -85,3 +88,39 @@ def test_guidance_of_other_than_1000_classes_is_refused(tmp_path: Path) -> None:
         load_pipeline(name, NAMES[:6], CPU, guidance=3.5)
     made = load_pipeline(name, NAMES[:6], CPU, guidance=1, steps=1)
     assert made([Request("a cat", 5, 0)])[0].size == (16, 16)
+
+
+@pytest.mark.needs("diffusers")
+@pytest.mark.filterwarnings("ignore")
+def test_denoiser_with_classes_makes_what_diffusers_makes_of_each(tmp_path: Path) -> None:
+    import diffusers
+
+    folder = saved_unet(tmp_path / "unet", classes=CLASSES)
+    requests = [Request("", label, seed) for label, seed in ((2, 5), (0, 6))]
+    made = load_pipeline(f"diffusers:{folder}", NAMES[:CLASSES], CPU, guidance=1, steps=3)(requests)
+    # The loop of diffusers, which draws no classes.
+    pipeline = diffusers.DDIMPipeline.from_pretrained(folder)
+    unconditional = type(pipeline.unet).forward
+    draws = [torch.Generator().manual_seed(request.seed) for request in requests]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(pipeline.unet),
+            "forward",
+            lambda self, x, t: unconditional(self, x, t, torch.tensor([2, 0])),
+        )
+        expected = pipeline(2, draws, num_inference_steps=3, output_type="pil").images
+    for image, other in zip(made, expected, strict=True):
+        assert image.mode == other.mode == "L"
+        assert image.size == (8, 8)
+        difference = np.asarray(image, np.int16) - np.asarray(other, np.int16)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.needs("diffusers")
+@pytest.mark.filterwarnings("ignore")
+def test_denoiser_with_classes_takes_as_many_and_no_guidance(tmp_path: Path) -> None:
+    name = f"diffusers:{saved_unet(tmp_path / 'unet', classes=CLASSES)}"
+    with pytest.raises(UsageError, match="has no label. Use guidance 1"):
+        load_pipeline(name, NAMES[:CLASSES], CPU)
+    with pytest.raises(UsageError, match=f"has {CLASSES} classes"):
+        load_pipeline(name, NAMES[: CLASSES + 1], CPU, guidance=1)

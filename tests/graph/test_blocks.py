@@ -1,11 +1,13 @@
 """Blocks of a network and where they end."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import networks, unusual
 from support.students import noise, student_of
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks, with_features
@@ -37,6 +39,14 @@ def images() -> Tensor:
     return noise()
 
 
+def through_blocks(network: fx.GraphModule, ends: Sequence[fx.Node], *inputs: Tensor) -> Tensor:
+    """What the last block of a network computes, where each takes what it needs."""
+    values = list(inputs)
+    for block in blocks(network, ends):
+        values.append(block.network(*(values[place] for place in block.takes)))
+    return values[-1]
+
+
 def test_blocks_in_sequence_equal_the_network(teacher: Captured, images: Tensor) -> None:
     student = student_of(teacher, images)
     folded = fold_batch_norms(teacher).network
@@ -45,13 +55,9 @@ def test_blocks_in_sequence_equal_the_network(teacher: Captured, images: Tensor)
         (folded, ends),
         (student.network, student.named([end.name for end in ends])),
     ):
-        parts = blocks(network, nodes)
-        assert len(parts) == len(ends) + 1 > 2
-        x = images
-        for part in parts:
-            x = part(x)
-        assert torch.equal(x, network(images))
-    owned = {id(p) for part in blocks(student.network, nodes) for p in part.parameters()}
+        assert len(blocks(network, nodes)) == len(ends) + 1 > 2
+        assert torch.equal(through_blocks(network, nodes, images), network(images))
+    owned = {id(p) for part in blocks(student.network, nodes) for p in part.network.parameters()}
     assert owned == {id(p) for p in student.parameters()}  # shared, none lost
 
 
@@ -72,10 +78,7 @@ class Masked(nn.Module):
 def test_blocks_do_not_end_while_a_mask_is_alive(images: Tensor) -> None:
     torch.manual_seed(0)
     network = capture(Masked().eval(), images[:2]).network
-    x = images
-    for part in blocks(network, block_ends(network.graph)):
-        x = part(x)
-    assert torch.equal(x, network(images))
+    assert torch.equal(through_blocks(network, block_ends(network.graph), images), network(images))
 
 
 @pytest.mark.parametrize("name", ["lstm", "last states", "counts images"])
@@ -85,7 +88,40 @@ def test_blocks_take_the_device_of_new_tensors_from_their_own_input(name: str) -
     graph = teacher.network.graph
     cut = [node for node in graph.nodes if name_of(node) == RELU]
     x = networks.images(3, shape=unusual.SHAPE)
-    expected = teacher.network(x)
-    for block in blocks(teacher.network, cut):
-        x = block(x)
-    assert torch.equal(x, expected)
+    assert torch.equal(through_blocks(teacher.network, cut, x), teacher.network(x))
+
+
+class UNet(nn.Module):
+    """Residual blocks with the time step in each, and a skip from the first to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+        self.inner = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.times = nn.ModuleList(nn.Linear(1, 4) for _ in range(2))
+        self.join = nn.Conv2d(8, 4, 1)
+
+    def residual(self, x: Tensor, t: Tensor, number: int) -> Tensor:
+        y = F.silu(self.inner[2 * number](x) + self.times[number](t[:, None])[:, :, None, None])
+        return x + self.inner[2 * number + 1](y)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        skip = self.residual(self.enter(x), t, 0)
+        y = self.residual(skip, t, 1)
+        return self.leave(F.silu(self.join(torch.cat([y, skip], 1))))
+
+
+def test_blocks_end_across_the_skips_of_a_u_net(images: Tensor) -> None:
+    torch.manual_seed(0)
+    inputs = images[:2], torch.tensor([0.5, 2.0])
+    captured = capture(UNet().eval(), inputs, classifier=False)
+    graph = captured.network.graph
+    assert [end.name for end in block_ends(graph)] == ["cat", "silu_2"]
+    ends = block_ends(graph, across_skips=True)
+    assert [name_of(end) for end in ends] == [
+        "aten.conv2d.default", "aten.add.Tensor", "aten.add.Tensor", "aten.silu.default",
+    ]  # fmt: skip
+    # The time step is the second input, and the skip, the second end, is taken twice.
+    takes = [block.takes for block in blocks(captured.network, ends)]
+    assert takes == [(0,), (1, 2), (1, 3), (3, 4), (5,)]
+    assert torch.equal(through_blocks(captured.network, ends, *inputs), captured.network(*inputs))

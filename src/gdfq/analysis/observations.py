@@ -69,7 +69,8 @@ class Observations:
         candidates: Images from elsewhere, if there were any.
         screening: What the screen found of them.
         decode: The text of token ids, of a language model with a tokenizer.
-        samples: Images that a denoiser and its student generated, if it is one.
+        denoiser: Whether it is the denoiser of a diffusion model.
+        samples: Images that a denoiser and its student generated, if any were asked for.
     """
 
     inputs: tuple[Tensor, ...]
@@ -79,6 +80,7 @@ class Observations:
     candidates: Candidates | None = None
     screening: Screening | None = None
     decode: Decode | None = None
+    denoiser: bool = False
     samples: SampleComparison | None = None
 
     @property

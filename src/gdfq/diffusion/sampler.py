@@ -102,6 +102,7 @@ class Sampler:
         seeds: Sequence[int],
         device: torch.device | str = "cpu",
         visit: Visit | None = None,
+        conditions: Tensor | None = None,
     ) -> Tensor:
         """Run the trajectories of some seeds together.
 
@@ -110,6 +111,7 @@ class Sampler:
             seeds: One for each of N trajectories.
             device: Where the network computes.
             visit: Called after each call of the network.
+            conditions: One for each of them, [N, ...]; None draws them from those of the sampler.
 
         Returns:
             The images at the end, [N, *shape].
@@ -118,14 +120,14 @@ class Sampler:
             UsageError: The network predicts something of another shape.
         """
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        conditions = self._drawn(draws, device)
+        given = self._drawn(draws, device) if conditions is None else [conditions.to(device)]
         scheduler = self.scheduler.build(self.steps)
         noise = torch.stack([torch.randn(self.shape, generator=draw) for draw in draws])
         images: Tensor = noise.to(device) * scheduler.init_noise_sigma
         options = {"generator": draws} if _adds_noise(scheduler) else {}
         for call, step in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(images, step)
-            inputs = (scaled, step.to(device).expand(len(seeds)), *conditions)
+            inputs = (scaled, step.to(device).expand(len(seeds)), *given)
             predicted = self._without_variance(denoise(*inputs), scheduler)
             if visit is not None:
                 visit(call, inputs, predicted)

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
+from torch import Tensor
 
+from gdfq.diffusion.sampler import Sampler
+from gdfq.diffusion.scheduler import SchedulerConfig
 from gdfq.errors import UsageError, first_line
+from gdfq.models.denoisers import Denoiser, shape_of_images
 
 SCHEME = "diffusers:"
 
@@ -71,6 +75,41 @@ class DiffusersPipeline:
         return images
 
 
+@dataclass(frozen=True, eq=False)
+class LabelledDenoiser:
+    """A UNet2DModel with classes, which pipelines of diffusers call without them.
+
+    It predicts in the range of pixels -1..1, as in these pipelines.
+
+    Attributes:
+        denoiser: The network (images, time steps, labels) -> predictions.
+        sampler: How it is called.
+        labels: The network's label of each class.
+        device: Where it computes.
+    """
+
+    denoiser: Denoiser
+    sampler: Sampler
+    labels: tuple[int, ...]
+    device: torch.device
+
+    def __call__(self, requests: Sequence[Request]) -> list[Image]:
+        """Return an image for each request; equal seeds give equal noise."""
+        images = self.sampler.run(
+            self.denoiser,
+            [request.seed for request in requests],
+            self.device,
+            conditions=torch.tensor([self.labels[request.label] for request in requests]),
+        )
+        return [_as_image(image) for image in images.cpu()]
+
+
+def _as_image(values: Tensor) -> Image:
+    """Return the image of values [1 or 3, H, W] in -1..1."""
+    pixels = (255 * (values / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
+    return fromarray(pixels.movedim(0, -1).squeeze(-1).numpy())
+
+
 def load_pipeline(
     name: str,
     classes: Sequence[str],
@@ -78,7 +117,7 @@ def load_pipeline(
     *,
     guidance: float = 3.5,
     steps: int | None = None,
-) -> DiffusersPipeline:
+) -> Pipeline:
     """Load a pipeline.
 
     Args:
@@ -117,10 +156,43 @@ def load_pipeline(
         labels = _labels(pipeline, classes, place)
         _check_guidance(pipeline, guidance, place)
         return DiffusersPipeline(pipeline, guidance, steps, labels)
+    if _classes_of(pipeline) is not None:
+        steps = steps or takes["num_inference_steps"].default
+        return _labelled_denoiser(pipeline, classes, device, guidance, steps, place)
     raise UsageError(
         f"a pipeline must take text or classes; {place} is a {type(pipeline).__name__}, which "
         f"takes {', '.join(takes)}. Give a text-to-image or a class-conditional pipeline."
     )
+
+
+def _labelled_denoiser(
+    pipeline: Any,
+    classes: Sequence[str],
+    device: torch.device,
+    guidance: float,
+    steps: int,
+    place: str,
+) -> LabelledDenoiser:
+    """Return the denoiser of a pipeline that has classes and does not take them.
+
+    Raises:
+        UsageError: Its classes, its images or the guidance cannot be used.
+    """
+    if guidance > 1:
+        raise UsageError(
+            "guidance compares with images of no class, for which the denoiser of this pipeline "
+            f"({place}) has no label. Use guidance 1, which compares with nothing; got "
+            f"{guidance:g}."
+        )
+    shape = shape_of_images(pipeline.unet.config)
+    if shape is None or shape[0] not in (1, 3):
+        raise UsageError(
+            "a class-conditional denoiser must make images of one or three channels and a known "
+            f"size; that of {place} says {shape}. Give a text-to-image pipeline."
+        )
+    sampler = Sampler(SchedulerConfig.of(pipeline.scheduler), shape, steps)
+    labels = _labels(pipeline, classes, place)
+    return LabelledDenoiser(Denoiser(pipeline.unet, "class_labels"), sampler, labels, device)
 
 
 _NO_CLASS = 1000
@@ -171,9 +243,12 @@ def _labels(pipeline: Any, classes: Sequence[str], place: str) -> tuple[int, ...
 
 def _classes_of(pipeline: Any) -> int | None:
     """Return how many classes a class-conditional pipeline has, if it says it."""
-    transformer = getattr(pipeline, "transformer", None)
-    count: int | None = getattr(getattr(transformer, "config", None), "num_embeds_ada_norm", None)
-    return count
+    for part, name in (("transformer", "num_embeds_ada_norm"), ("unet", "num_class_embeds")):
+        config = getattr(getattr(pipeline, part, None), "config", None)
+        count: int | None = getattr(config, name, None)
+        if count is not None:
+            return count
+    return None
 
 
 def _cache_folder() -> str:

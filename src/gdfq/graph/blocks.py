@@ -3,9 +3,14 @@
 A feature is a tensor that all paths from the input to the outputs pass through. A block lies
 between two features: the residual block of a ResNet, a layer of a plain network. A student with the
 teacher's features computes the same function as the teacher.
+
+A U-Net has hardly any: its skips pass around everything between them, and its time step enters each
+residual block. Across skips, blocks also end where the only other tensors that are still needed are
+the ends of blocks that a concatenation reads, and what does not depend on the image.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -18,18 +23,34 @@ WithFeatures = Callable[..., tuple[Any, Sequence[Tensor]]]
 """A tensor for each input -> what the network returns, and one feature per block."""
 
 
-def block_ends(graph: fx.Graph) -> list[fx.Node]:
-    """Return a graph's features in order: each block's last tensor before pooling or reshape."""
+def block_ends(graph: fx.Graph, *, across_skips: bool = False) -> list[fx.Node]:
+    """Return a graph's features in order: each block's last tensor before pooling or reshape.
+
+    Args:
+        graph: The graph of a network.
+        across_skips: Ends that later parts of the network read in concatenations may stay alive,
+            and what depends on other inputs than the first.
+    """
     # Numbers such as a batch size do not count: every image has the same.
     nodes = [node for node in graph.nodes if queries.depends_on_inputs(node)]
+    if across_skips:
+        of_image = queries.computed_from(queries.inputs(graph)[0])
+        nodes = [node for node in nodes if node in of_image]
     outputs = set(queries.outputs(graph))
     position = {node: i for i, node in enumerate(nodes)}
-    last_use = [
-        max(
-            (position[u] for u in node.users if u in position and not queries.is_new(u)), default=-1
+
+    def last_use(node: fx.Node, *, by_joins: bool = True) -> int:
+        return max(
+            (
+                position[user]
+                for user in node.users
+                if user in position
+                and not queries.is_new(user)
+                and (by_joins or operators.name_of(user) != operators.CONCATENATE)
+            ),
+            default=-1,
         )
-        for node in nodes
-    ]
+
     ends: list[fx.Node] = []
     candidate: fx.Node | None = None
     has_layer, alive_until = False, -1
@@ -41,9 +62,14 @@ def block_ends(graph: fx.Graph) -> list[fx.Node]:
         if node in outputs:
             break
         has_layer = has_layer or is_layer
+        needed_until = last_use(node)
         if has_layer and alive_until <= i and _may_end(node):
             candidate = node
-        alive_until = max(alive_until, last_use[i])
+            others = last_use(node, by_joins=False)
+            if across_skips and others < needed_until:  # a skip begins
+                ends.append(node)
+                candidate, has_layer, needed_until = None, False, others
+        alive_until = max(alive_until, needed_until)
     return ends
 
 
@@ -63,11 +89,25 @@ def with_features(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.Graph
     return fx.GraphModule(network, rewrite(network.graph, change))
 
 
-def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphModule]:
-    """Cut a network at features; its parts, called in order, compute the same function.
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A part of a network.
 
-    The first part takes all inputs of the network, and each other part the output of the one before
-    it. The parts share its tensors and modules. There is one more part than there are ends.
+    Attributes:
+        network: Computes the end of the block; it shares tensors and modules with the whole.
+        takes: The tensors that it takes: their places among the inputs of the whole network,
+            followed by the ends of all blocks.
+    """
+
+    network: fx.GraphModule
+    takes: tuple[int, ...]
+
+
+def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[Block]:
+    """Cut a network at the ends of its blocks, and before its output.
+
+    Computed in order, the blocks are the network. There is one more block than there are ends, and
+    its end is the output.
 
     Raises:
         UsageError: The network has several outputs.
@@ -78,28 +118,26 @@ def blocks(network: fx.GraphModule, ends: Sequence[fx.Node]) -> list[fx.GraphMod
             "a network is cut into blocks towards its one output; this one has "
             f"{len(outputs)}. Use recipe 'fast'."
         )
-    starts: list[fx.Node | None] = [None, *ends]
-    return [
-        _between(network, start, end) for start, end in zip(starts, [*ends, *outputs], strict=True)
-    ]
+    known, cut = queries.inputs(network.graph), [*ends, *outputs]
+    return [_block(network, [*known, *cut[:place]], end) for place, end in enumerate(cut)]
 
 
-def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:
-    """Return the part of a network that computes one node from another, or from the inputs."""
+def _block(network: fx.GraphModule, known: Sequence[fx.Node], end: fx.Node) -> Block:
+    """Return the part of a network that computes one node from some of the known ones."""
     needed = {end}
     for node in reversed(network.graph.nodes):
-        if node not in needed or node is start or queries.is_batch_size(node):
+        if node not in needed or node in known or queries.is_batch_size(node):
             continue
         # What takes the device from the network's input may take it from the part's.
         needed.update(node.all_input_nodes[1 if queries.is_new(node) else 0 :])
     graph = fx.Graph()
-    starts = queries.inputs(network.graph) if start is None else [start]
+    takes = tuple(place for place, node in enumerate(known) if node in needed)
     new: dict[fx.Node, fx.Node] = {
-        node: graph.placeholder(f"x{i}") for i, node in enumerate(starts)
+        known[place]: graph.placeholder(f"x{i}") for i, place in enumerate(takes)
     }
-    x = new[starts[0]]
+    x = new[known[takes[0]]]
     for node in network.graph.nodes:
-        if node in starts:
+        if node in known:
             continue
         if node in needed and queries.is_batch_size(node):  # of any tensor the same
             new[node] = graph.call_function(node.target, (x, 0))
@@ -108,4 +146,4 @@ def _between(network: fx.GraphModule, start: fx.Node | None, end: fx.Node) -> fx
         elif node in needed:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(new[end])
-    return fx.GraphModule(network, graph)
+    return Block(fx.GraphModule(network, graph), takes)

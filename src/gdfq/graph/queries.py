@@ -168,6 +168,15 @@ def computed_from_scalars(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def computed_from(start: fx.Node) -> set[fx.Node]:
+    """Return a node and all tensors that depend on it."""
+    found = {start}
+    for node in filter(depends_on_inputs, start.graph.nodes):
+        if not is_new(node) and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def is_batch_size(node: fx.Node) -> bool:
     """Return whether the node is the length of the batch."""
     return name_of(node) == operators.BATCH_SIZE and bool(node.args[1] == 0)

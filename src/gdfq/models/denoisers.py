@@ -69,7 +69,7 @@ def load_denoiser(diffusers: Any, name: str, pretrained: bool) -> Loaded:
         scheduler = SchedulerConfig.of(values)
     return Loaded(
         Denoiser(network, _CONDITIONS[kind]),
-        _shape_of(config),
+        shape_of_images(config),
         scheduler=scheduler,
         conditions=_labels_of(kind, config),
     )
@@ -109,7 +109,7 @@ def _check_conditions(kind: str, config: Any) -> None:
             )
 
 
-def _shape_of(config: Any) -> tuple[int, ...] | None:
+def shape_of_images(config: Any) -> tuple[int, ...] | None:
     """Return the shape of an image [C, H, W], if the network says it."""
     size = config.get("sample_size")
     if size is None:

@@ -74,7 +74,9 @@ def gather(
         arrays |= {f"{name}.{key}": value for key, value in ours.items()}
         sections[name] = {key: value for key, value in found.items() if key not in ours}
         sections[name]["seconds"] = round(time.perf_counter() - started, 3)
-    if observations.tested is None and observations.samples is None:
+    if observations.denoiser and observations.samples is None:
+        missing["samples"] = "none were asked for"
+    elif observations.tested is None and not observations.denoiser:
         missing["test"] = "no labelled test images were given"
     return Evidence(sections, arrays, missing)
 
@@ -89,8 +91,8 @@ def _measures(
             observations.teacher, quantized.network, *observations.inputs, memory=memory
         )
     }
-    if samples is not None:
-        return {"samples": lambda: samples} | layers
+    if observations.denoiser:
+        return layers if samples is None else {"samples": lambda: samples} | layers
     if teacher.vocabulary is not None:
         return {
             "text": lambda: measure_text(

@@ -5,12 +5,13 @@ block are the outputs of the trained blocks before it, with some values replaced
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from gdfq.diffusion.weights import MinSnr
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.guards import check_finite
@@ -18,7 +19,7 @@ from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.graph.batch_norms import fold_batch_norms
-from gdfq.graph.blocks import block_ends, blocks
+from gdfq.graph.blocks import Block, block_ends, blocks
 from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_images
 from gdfq.optim import Cosine, OptimizerConfig, Schedule, set_rate_
@@ -29,7 +30,7 @@ from gdfq.student.build import Student
 from gdfq.tuning.base import Tuning
 
 
-@tagged("Reconstruction")
+@tagged("Reconstruction", added={"time_weights": None})
 @dataclass(frozen=True)
 class Reconstruction(Tuning):
     """Each block in turn minimizes E‖Q_b(x) − M_b(x)‖², summed over channels.
@@ -45,6 +46,8 @@ class Reconstruction(Tuning):
             that stays unquantized (QDrop).
         rounding: Weight of the rounding penalty.
         schedule: Of the learning rate, over the updates of a block.
+        time_weights: Of a denoiser: weights of the errors by time step; None for other networks.
+            Its blocks also end across the skips of a U-Net (`gdfq.graph.blocks`).
     """
 
     optimizer: OptimizerConfig
@@ -53,6 +56,7 @@ class Reconstruction(Tuning):
     drop: float = 0.5
     rounding: float = 0.01
     schedule: Schedule = Cosine()  # noqa: RUF009 (frozen)
+    time_weights: MinSnr | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -68,6 +72,10 @@ class Reconstruction(Tuning):
     def learns_rounding(self) -> bool:
         """Whether the rounding of weights is learned."""
         return True
+
+    def weighted_by_time(self, weights: MinSnr) -> "Reconstruction":
+        """Return this tuning for a denoiser, with weights of the errors by time step."""
+        return replace(self, time_weights=weights)
 
     def run_(
         self,
@@ -145,9 +153,13 @@ def reconstruct_(
         GdfqError: A loss is not finite.
     """
     network = fold_batch_norms(teacher).network
-    ends = block_ends(network.graph)
+    ends = block_ends(network.graph, across_skips=config.time_weights is not None)
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
-    observed = targets = joined_inputs(batches)
+    # The inputs of the network, then the ends of blocks, as far as later blocks take them.
+    exact: list[Tensor] = list(joined_inputs(batches))
+    observed, inputs = list(exact), len(exact)
+    by_time = config.time_weights
+    weights = None if by_time is None else by_time.weights(exact[1])
     total = updates * len(student_blocks)
     at_once = min(_MAX_IMAGES, forward_images(network.graph, context.memory, teacher.device))
     place = context.checkpointer.register(
@@ -155,19 +167,39 @@ def reconstruct_(
     )
     finished: set[nn.Parameter] = set()
     for index, (block, goal) in enumerate(zip(student_blocks, blocks(network, ends), strict=True)):
-        block.requires_grad_(True)
+        block.network.requires_grad_(True)
         for parameter in finished:
             parameter.requires_grad_(False)
-        inputs, target = targets, _mapped(goal, targets, at_once)
+        target = _mapped(goal, exact, at_once)
         if place.block <= index:
-            place.enter_(index, optimizer := config.optimizer.build(block))
-            parts = observed, inputs, target
-            for rate, losses in _updates(block, parts, config, updates, optimizer, place):
+            place.enter_(index, optimizer := config.optimizer.build(block.network))
+            known = _Known(
+                *([values[i] for i in block.takes] for values in (observed, exact)), target, weights
+            )
+            for rate, losses in _updates(block.network, known, config, updates, optimizer, place):
                 context.listener(Step("tune", updates * index + place.update, total, losses, rate))
-        _settle_(block)
-        observed, targets = (_mapped(block, observed, at_once),), (target,)
-        finished.update(block.parameters())
+        _settle_(block.network)
+        observed.append(_mapped(block, observed, at_once))
+        exact.append(target)
+        _drop_unused_((exact, observed), student_blocks[index + 1 :], inputs)
+        finished.update(block.network.parameters())
     student.requires_grad_(True)
+
+
+class _Known(NamedTuple):
+    """What a block is trained on.
+
+    Attributes:
+        observed: All its inputs, from the student.
+        inputs: The same from the teacher.
+        target: The teacher's outputs, [N, ...].
+        weights: Of the squared errors of each image, [N]; None for 1.
+    """
+
+    observed: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    target: Tensor
+    weights: Tensor | None
 
 
 class _Progress:
@@ -204,7 +236,7 @@ class _Progress:
 
 def _updates(
     block: fx.GraphModule,
-    images: tuple[Sequence[Tensor], Sequence[Tensor], Tensor],
+    known: _Known,
     config: Reconstruction,
     updates: int,
     optimizer: torch.optim.Optimizer,
@@ -214,7 +246,7 @@ def _updates(
 
     Args:
         block: A block of the student.
-        images: All inputs of the block from student and teacher, and outputs of the teacher.
+        known: What it is trained on.
         config: Loss and schedule.
         updates: Updates of the block.
         optimizer: Of the parameters of the block.
@@ -231,9 +263,9 @@ def _updates(
     for update in range(place.update, updates):
         rate = config.schedule.factor(update, updates)
         set_rate_(optimizer, rate)
-        chosen = torch.randint(len(images[2]), (config.batch,), generator=draw)
-        observed, inputs = ([tensor[chosen] for tensor in part] for part in images[:2])
-        target = images[2][chosen]
+        chosen = torch.randint(len(known.target), (config.batch,), generator=draw)
+        observed, inputs = ([tensor[chosen] for tensor in part] for part in known[:2])
+        target = known.target[chosen]
         if config.drop:
             drop = QDrop(config.drop, draw)
             observed = [
@@ -242,11 +274,8 @@ def _updates(
             ]
         optimizer.zero_grad()
         with torch.enable_grad():
-            # Summed over channels, the mean over images and positions: channels are dimension 1
-            # of feature maps and the last one of tokens and vectors.
-            channels = 1 if target.ndim > 3 else -1
-            error = (block(*observed) - target).square().sum(channels).mean()
-            loss = error
+            by_image = None if known.weights is None else known.weights[chosen]
+            loss = error = _error(block(*observed), target, by_image)
             progress = (update / updates - 0.2) / 0.8
             if progress > 0:
                 sharpness = 20 + (2 - 20) * progress
@@ -275,14 +304,38 @@ def _settle_(block: fx.GraphModule) -> None:
             module.settle_()
 
 
+def _error(actual: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the square error, summed over channels, the mean over images and positions.
+
+    Channels are dimension 1 of feature maps, and the last one of tokens and vectors. Each image may
+    have a weight, [N].
+    """
+    errors = (actual - target).square().sum(1 if target.ndim > 3 else -1)
+    if weights is not None:
+        errors = errors * weights.view(-1, *(1,) * (errors.ndim - 1))
+    return errors.mean()
+
+
+def _drop_unused_(
+    tensors: Sequence[list[Tensor]], following: Sequence[Block], inputs: int
+) -> None:
+    """Free the ends of blocks, behind so many inputs, that no following block takes."""
+    taken = {place for block in following for place in block.takes}
+    for values in tensors:
+        for place in range(inputs, len(values)):
+            if place not in taken:
+                values[place] = values[place].new_empty(0)
+
+
 _MAX_IMAGES = 64
 """Maximum images that pass a block together: more are not faster."""
 
 
 @torch.no_grad()
-def _mapped(block: fx.GraphModule, inputs: Sequence[Tensor], at_once: int) -> Tensor:
-    """Return the outputs of a block for all inputs, computed in small batches."""
-    parts = [(part, block(*part)) for part in split_inputs(inputs, at_once)]
+def _mapped(block: Block, values: Sequence[Tensor], at_once: int) -> Tensor:
+    """Return the outputs of a block for all its inputs, computed in small batches."""
+    inputs = [values[place] for place in block.takes]
+    parts = [(part, block.network(*part)) for part in split_inputs(inputs, at_once)]
     for (part, *_), output in parts:
         if len(output) != len(part):
             raise UsageError(
