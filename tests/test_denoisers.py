@@ -1,8 +1,8 @@
 """Denoisers of diffusion models, quantized on their own trajectories."""
 
-import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from gdfq.graph import queries
 from gdfq.plan.network import resolve_network
 from gdfq.plan.resolve import resolve
 from gdfq.quantized import QuantizedNetwork
+from gdfq.quantizers.family import LSQ
 from gdfq.recipes import find_recipe
 from gdfq.report.read import read_run
 from gdfq.report.verdict import verdict
 from gdfq.runs.diagnostics import gather, write_evidence
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import LayerBits, Scheme
+from gdfq.tuning.base import NO_TUNING
+from gdfq.tuning.reconstruct import Reconstruction
 
 OF_MODEL: dict[str, Any] = {
     "scheduler": PlainConfig(noise=0.1),
@@ -87,7 +90,7 @@ def test_time_and_noisy_image_stay_float_by_rule(quantized: QuantizedNetwork) ->
     assert weights.count(None) == 2  # of the time step
     network = resolve_network(tiny_denoiser(CLASSES), conditions=LABELS, **OF_MODEL)
     plain = Scheme(Bits.parse("w4a8"), "full")
-    of_denoiser = dataclasses.replace(plain, denoiser=True)
+    of_denoiser = replace(plain, denoiser=True)
     rounded, kept = (
         {node.name for node in activation_bits(network.teacher, scheme)}
         for scheme in (plain, of_denoiser)
@@ -96,7 +99,7 @@ def test_time_and_noisy_image_stay_float_by_rule(quantized: QuantizedNetwork) ->
     assert kept < rounded
     scalars = {"x", "t", "label"} | {name for name in rounded if "linear" in name}
     assert not kept & scalars
-    named = dataclasses.replace(of_denoiser, layer_bits=(LayerBits("time.2", 8),))
+    named = replace(of_denoiser, layer_bits=(LayerBits("time.2", 8),))
     layers = {node.name: bits for node, bits in activation_bits(network.teacher, named).items()}
     assert set(layers) > kept  # what enters the named layer is rounded
 
@@ -179,6 +182,19 @@ def test_samples_are_for_denoisers() -> None:
         resolve(tiny_denoiser(CLASSES), **options, samples=-1)
     with pytest.raises(UsageError, match="samples are for denoisers"):
         resolve(networks.make("Residual"), torch.zeros(1, *networks.SHAPE), samples=3)
+
+
+def test_rounding_is_learned_on_trajectories() -> None:
+    genie = find_recipe("genie")
+    assert isinstance(genie.tuning, Reconstruction)
+    tuning = replace(genie.tuning, images=48)
+    learned = replace(genie, placement="full", tuning=tuning).with_steps(101)
+    nearest = replace(learned, tuning=NO_TUNING, quantizers=LSQ).with_steps(1)
+    rounded, tuned = (
+        gdfq.quantize(tiny_denoiser(), None, "w3a8", recipe, images=48, batch=48, **OF_MODEL)
+        for recipe in (nearest, learned)
+    )
+    assert tuned.metrics["samples"]["psnr"] > rounded.metrics["samples"]["psnr"] + 3
 
 
 def test_report_shows_images_side_by_side(quantized: QuantizedNetwork, tmp_path: Path) -> None:

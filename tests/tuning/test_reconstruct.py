@@ -1,19 +1,28 @@
 """Block-wise reconstruction."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support.denoisers import SHAPE, tiny_denoiser
+from support.plain_scheduler import PlainConfig
 from support.students import noise, student_of
 from torch import Tensor, nn
 
+from gdfq.diffusion.weights import MinSnr
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
+from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
 from gdfq.quantizers.adaround import RoundedWeight
 from gdfq.quantizers.base import QDrop
 from gdfq.quantizers.family import ADAROUND, LSQ, QuantizerFamily
 from gdfq.sources.base import Batch
+from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
+from gdfq.student.scheme import Scheme
+from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.grid_adam import GridAdam
 from gdfq.tuning.reconstruct import Reconstruction, reconstruct_
 
@@ -111,3 +120,38 @@ def test_regulariser_decides_roundings_and_activations_drop(
     assert undecided[1.0] < 0.5 * undecided[0.0]
     # Each update mixes the block's input and each activation in it: 2 blocks with one, the head.
     assert len(mixed) == 100 * (2 + 2 + 1)
+
+
+@dataclass(frozen=True)
+class WeightedLate(MinSnr):
+    """The given weight from time step 5 on, 0 before."""
+
+    late: float = 1.0
+
+    def weights(self, times: Tensor) -> Tensor:
+        return torch.where(times >= 5, self.late, 0.0)
+
+
+def test_errors_of_a_denoiser_have_the_weights_of_their_time_steps() -> None:
+    teacher = capture(tiny_denoiser(), (torch.randn(2, *SHAPE), torch.tensor([3, 7])))
+    draw = torch.Generator().manual_seed(0)
+    batch = Batch((torch.randn(8, *SHAPE, generator=draw), torch.arange(8)), None, None)
+    plain = Reconstruction(GridAdam(0.0, 0.0, 0.0, 0.1), images=8, batch=64, drop=0.0)
+    assert plain.weighted_by_time(MinSnr(PlainConfig())).time_weights == MinSnr(PlainConfig())
+
+    def first_errors(late: float) -> list[float]:
+        """The error of each block before its first update."""
+        config = replace(plain, time_weights=WeightedLate(PlainConfig(), late))
+        scheme = Scheme(Bits.parse("w2a8"), "full", denoiser=True)
+        student, batches = build_student(teacher, scheme, quantizers=ADAROUND), [batch]
+        calibrate_(student, batches, steps=1)
+        seen: list[Step] = []
+        context = Context(listener=seen.append)
+        reconstruct_(student, teacher, batches, config, updates=1, context=context)
+        return [float(step.losses["error"]) for step in seen]
+
+    once, twice = first_errors(1.0), first_errors(2.0)
+    assert len(once) == 3  # `enter`, the sum with its ReLU, `leave`
+    assert min(once) > 0
+    assert twice == pytest.approx([2 * error for error in once])
+    assert first_errors(0.0) == [0, 0, 0]

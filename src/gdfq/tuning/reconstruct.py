@@ -316,9 +316,7 @@ def _error(actual: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     return errors.mean()
 
 
-def _drop_unused_(
-    tensors: Sequence[list[Tensor]], following: Sequence[Block], inputs: int
-) -> None:
+def _drop_unused_(tensors: Sequence[list[Tensor]], following: Sequence[Block], inputs: int) -> None:
     """Free the ends of blocks, behind so many inputs, that no following block takes."""
     taken = {place for block in following for place in block.takes}
     for values in tensors:
