@@ -26,6 +26,7 @@ import torch
 from benchmarks.accuracy import compared
 from benchmarks.proxies import kl
 from support import digits_ddpm
+from support.narrowing import present
 from support.places import CACHE, RESULTS
 from torch import Tensor
 
@@ -113,8 +114,8 @@ class Setting:
     def of_low_energy(self) -> Tensor:
         """Images that pass the first filter of the screen."""
         judge = Judge(network(), Screen(), Context())
-        most = judge.observe(self.own).energies.quantile(Screen().known_share)
-        return self.images[judge.observe(self.images).energies <= most]
+        own, made = (present(judge.observe(x).energies) for x in (self.own, self.images))
+        return self.images[made <= own.quantile(Screen().known_share)]
 
     def of_low_sensitivity(self) -> Tensor:
         """Images that pass its second filter."""

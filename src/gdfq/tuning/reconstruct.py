@@ -157,7 +157,7 @@ def reconstruct_(
     student_blocks = blocks(student.network, student.named([end.name for end in ends]))
     # The inputs of the network, then the ends of blocks, as far as later blocks take them.
     exact: list[Tensor] = list(joined_inputs(batches))
-    observed, inputs = list(exact), len(exact)
+    observed = list(exact)
     by_time = config.time_weights
     weights = None if by_time is None else by_time.weights(exact[1])
     total = updates * len(student_blocks)
@@ -173,15 +173,14 @@ def reconstruct_(
         target = _mapped(goal, exact, at_once)
         if place.block <= index:
             place.enter_(index, optimizer := config.optimizer.build(block.network))
-            known = _Known(
-                *([values[i] for i in block.takes] for values in (observed, exact)), target, weights
-            )
+            own, taught = ([values[i] for i in block.takes] for values in (observed, exact))
+            known = _Known(own, taught, target, weights)
             for rate, losses in _updates(block.network, known, config, updates, optimizer, place):
                 context.listener(Step("tune", updates * index + place.update, total, losses, rate))
         _settle_(block.network)
         observed.append(_mapped(block, observed, at_once))
         exact.append(target)
-        _drop_unused_((exact, observed), student_blocks[index + 1 :], inputs)
+        _drop_unused_((exact, observed), student_blocks[index + 1 :])
         finished.update(block.network.parameters())
     student.requires_grad_(True)
 
@@ -316,13 +315,12 @@ def _error(actual: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     return errors.mean()
 
 
-def _drop_unused_(tensors: Sequence[list[Tensor]], following: Sequence[Block], inputs: int) -> None:
-    """Free the ends of blocks, behind so many inputs, that no following block takes."""
+def _drop_unused_(tensors: Sequence[list[Tensor]], following: Sequence[Block]) -> None:
+    """Free the inputs of the network and the ends of blocks that no following block takes."""
     taken = {place for block in following for place in block.takes}
     for values in tensors:
-        for place in range(inputs, len(values)):
-            if place not in taken:
-                values[place] = values[place].new_empty(0)
+        for place in set(range(len(values))) - taken:
+            values[place] = values[place].new_empty(0)
 
 
 _MAX_IMAGES = 64
