@@ -25,7 +25,8 @@ def _highest(layer: IntegerLayer) -> int:
         return 0 if has_blocks else _TOKEN_OFFSET + code_bounds(layer.token_bits)[1]
     if layer.input is None or layer.input.form is not None:
         return 0
-    return 2**layer.input.bits - 1
+    highest: int = 2**layer.input.bits - 1
+    return highest
 
 
 def may_overflow(layer: IntegerLayer, highest: int) -> bool:

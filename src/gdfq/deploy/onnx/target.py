@@ -110,7 +110,12 @@ _NO_LAYER = re.compile(r"(^|\.)matmul(_\d+)?($|/)")
 _LAYERS = frozenset({"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm"}) | {
     "MatMul"
 }
-_COMMON = {"FusedMatMul": "matmul", "QuickGelu": "silu", "GlobalAveragePool": "average pool", "AveragePool": "average pool"}
+_COMMON = {
+    "AveragePool": "average pool",
+    "FusedMatMul": "matmul",
+    "GlobalAveragePool": "average pool",
+    "QuickGelu": "silu",
+}
 
 ONNX = Target(
     "onnx",

@@ -122,10 +122,13 @@ def multiply_codes(
         matrices: Weights.
     """
     for node in list(graph):
-        if node.op_type != "MatMul" or node.inputs[0] not in tokens:
+        if node.op_type != "MatMul":
             continue
-        rounded, transpose = tokens[node.inputs[0]], node.inputs[1].producer()
-        matrix = None if transpose is None else matrices.get(transpose.inputs[0])
+        x, turned = inputs_of(node)
+        rounded, transpose = tokens.get(x), turned.producer()
+        if rounded is None or transpose is None:
+            continue
+        matrix = matrices.get(inputs_of(transpose)[0])
         if matrix is None or matrix.scale is None:
             continue
         codes = ir.node("Transpose", [matrix.codes], transpose.attributes)
@@ -136,7 +139,7 @@ def multiply_codes(
         by_channel = ir.node("Mul", [by_token.outputs[0], scales.outputs[0]])
         made = [codes, scales, product, numbers, by_token, by_channel]
         replace_node(graph, node, made)
-        _remove_chain(graph, transpose.outputs[0])
+        _remove_chain(graph, turned)
     for value, rounded in tokens.items():
         remove_unused(graph, value)
         _remove_chain(graph, rounded.unsigned, steps=2)

@@ -397,7 +397,7 @@ class _Writer:
         title = node.attributes["title"].as_string()
         nodes, rounded = round_tokens(x, node.attributes["bits"].as_int(), self._constant)
         self.tokens[nodes[-1].outputs[0]] = rounded
-        self.titles[rounded.codes.producer()] = title
+        self.titles |= {made: title for made in nodes if made.outputs[0] is rounded.codes}
         return nodes
 
     def _zero(self) -> ir.Value:
