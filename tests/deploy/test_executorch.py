@@ -16,7 +16,7 @@ import gdfq
 from gdfq import UsageError
 from gdfq.deploy.benchmark import Candidate, side_by_side
 from gdfq.deploy.executorch.program import pairs_of
-from gdfq.deploy.executorch.runtime import executorch_runner
+from gdfq.deploy.executorch.runtime import executorch_runners
 from gdfq.deploy.executorch.target import EXECUTORCH
 from gdfq.deploy.litert.carriers import carriers_of
 from gdfq.deploy.parity import compare_codes
@@ -115,10 +115,10 @@ def test_file_is_equal_in_executorch(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("executorch")
 def test_file_takes_batches_and_is_timed(small: QuantizedNetwork, tmp_path: Path) -> None:
     small.export(tmp_path / "q.pte")
-    run = executorch_runner((tmp_path / "q.pte").read_bytes())
-    for count in (1, 33):
-        x = networks.images(count)
-        torch.testing.assert_close(run(x)[0], small(x), rtol=1e-4, atol=1e-4)
+    with executorch_runners((tmp_path / "q.pte").read_bytes()) as (run,):
+        for count in (1, 33):
+            x = networks.images(count)
+            torch.testing.assert_close(run(x)[0], small(x), rtol=1e-4, atol=1e-4)
     assert EXECUTORCH.runtime is not None
     files = [Candidate("q.pte", tmp_path / "q.pte", EXECUTORCH.runtime)]
     rows = list(side_by_side(files, [networks.SHAPE], seconds=0.01, batches=[1, 32], threads=[1]))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support import networks, real_networks
 from support.choice import checked
+from support.operator_table import FUNCTIONS, LAYERS, SHAPE
 from support.small_runs import quantized_by_fast
 from support.surrounded import Of, surrounded, teacher_of
 from torch import Tensor, nn
@@ -45,8 +46,6 @@ SHARED_NETWORKS = {
     "cifar100_resnet56": (3, 32, 32),
     "imagenet_mobilenetv1_025": (3, 224, 224),
 }
-SHAPE = (4, 11, 9)
-"""Odd and unequal sides, so that no padding is symmetric by chance."""
 
 
 def frozen(teacher: Captured, bits: str, shape: tuple[int, ...] = SHAPE) -> IntegerNetwork:
@@ -132,70 +131,6 @@ def constants_of(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "strided": lambda: nn.Conv2d(8, 8, 3, 2, 1),
-    "strided_even_kernel": lambda: nn.Conv2d(8, 8, 4, 2, 1),
-    "one_sided_same": lambda: nn.Conv2d(8, 8, 4, padding="same"),
-    "uneven": lambda: nn.Conv2d(8, 8, (3, 5), (2, 1), (0, 2)),
-    "dilated": lambda: nn.Conv2d(8, 8, 3, 1, 2, 2),
-    "dilated_strided": lambda: nn.Conv2d(8, 8, 3, 2, 2, (2, 1)),
-    "wide_padding": lambda: nn.Conv2d(8, 8, 3, 1, 3),
-    "grouped": lambda: nn.Conv2d(8, 12, 3, 1, 1, groups=4),
-    "depthwise": lambda: nn.Conv2d(8, 8, 3, 2, 1, groups=8),
-    "depthwise_multiplied": lambda: nn.Conv2d(8, 16, 5, 1, 2, groups=8, bias=False),
-    "depthwise_dilated": lambda: nn.Conv2d(8, 8, 3, 1, 2, 2, groups=8),
-    "transposed": lambda: nn.ConvTranspose2d(8, 6, 2, 2),
-    "transposed_padded": lambda: nn.ConvTranspose2d(8, 6, 4, 2, 1),
-    "transposed_odd": lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, 1),
-    "transposed_uneven": lambda: nn.ConvTranspose2d(8, 6, (3, 2), (1, 2), (2, 0)),
-    "transposed_dilated": lambda: nn.ConvTranspose2d(8, 6, 3, 3, 1, 1, dilation=2),
-    "transposed_grouped": lambda: nn.ConvTranspose2d(8, 12, 3, 2, 1, groups=2),
-    "transposed_depthwise": lambda: nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8, bias=False),
-    "transposed_stride_beyond_kernel": lambda: nn.ConvTranspose2d(8, 6, 1, 2),
-    "max_pool": lambda: nn.MaxPool2d(2),
-    "max_pool_padded": lambda: nn.MaxPool2d(3, 2, 1),
-    "max_pool_ceil": lambda: nn.MaxPool2d(2, 2, ceil_mode=True),
-    "avg_pool": lambda: nn.AvgPool2d(2),
-    "avg_pool_padded": lambda: nn.AvgPool2d(3, 2, 1),
-    "avg_pool_without_padding": lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
-    "avg_pool_ceil": lambda: nn.AvgPool2d(2, 2, ceil_mode=True),
-    "avg_pool_divisor": lambda: nn.AvgPool2d(3, 2, divisor_override=5),
-    "avg_pool_large": lambda: nn.AvgPool2d(7, 2),
-    "adaptive_avg": lambda: nn.AdaptiveAvgPool2d((4, 3)),
-    "adaptive_avg_one": lambda: nn.AdaptiveAvgPool2d(1),
-    "adaptive_max": lambda: nn.AdaptiveMaxPool2d((4, 3)),
-    "nearest": lambda: nn.Upsample(scale_factor=2),
-    "nearest_odd": lambda: nn.Upsample(size=(16, 10)),
-    "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
-    "bilinear_aligned": lambda: nn.Upsample(size=(15, 20), mode="bilinear", align_corners=True),
-    "reflected": lambda: nn.ReflectionPad2d((1, 2, 3, 0)),
-    "replicated": lambda: nn.ReplicationPad2d((1, 2, 3, 0)),
-    "padded": lambda: nn.ZeroPad2d((1, 0, 2, 3)),
-    "hard_swish": nn.Hardswish,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "sigmoid": nn.Sigmoid,
-    "hard_sigmoid": nn.Hardsigmoid,
-    "tanh": nn.Tanh,
-    "leaky_relu": lambda: nn.LeakyReLU(0.1),
-    "prelu": lambda: nn.PReLU(8),
-    "elu": nn.ELU,
-    "elu_scaled": lambda: nn.ELU(0.5),
-    "softplus": nn.Softplus,
-    "mish": nn.Mish,
-    "relu6": nn.ReLU6,
-    "hardtanh": lambda: nn.Hardtanh(-0.5, 0.7),
-    "softmax": lambda: nn.Softmax(1),
-    "channel_shuffle": lambda: nn.ChannelShuffle(4),
-    "pixel_shuffle": lambda: nn.PixelShuffle(2),
-    "pixel_unshuffle": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.PixelUnshuffle(2)),
-    "group_norm": lambda: nn.GroupNorm(2, 8),
-    "instance_norm": lambda: nn.InstanceNorm2d(8, affine=True),
-    "batch_norm": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8)),
-}
-
-
 @pytest.mark.check
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
@@ -203,34 +138,6 @@ def test_litert_operator_gives_the_codes_of_the_student(name: str) -> None:
     teacher = surrounded(LAYERS[name](), SHAPE)
     for bits in ("w8a8", "w3a4"):
         check_equal(frozen(teacher, bits))
-
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "residual": lambda x: x + F.hardtanh(x, -1, 0.5),
-    "difference": lambda x: x - x.roll(1, 2),
-    "product": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
-    "constant_sum": lambda x: x + torch.linspace(-1, 1, 8).view(8, 1, 1),
-    "cat": lambda x: torch.cat([x, F.silu(x)], 1),
-    "cat_of_one_grid": lambda x: torch.cat([x[:, :3], x[:, 5:]], 1),
-    "cat_rows": lambda x: torch.cat([x, F.tanh(x)], 2),
-    "stack": lambda x: torch.stack([x, F.silu(x)], 1).flatten(1, 2),
-    "sliced": lambda x: x[:, 1:7, ::2, 1:],
-    "flipped": lambda x: x.flip(2, 3),
-    "rolled": lambda x: x.roll((1, -2), (2, 3)),
-    "shuffled": lambda x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2),
-    "transposed": lambda x: x.transpose(2, 3),
-    "largest": lambda x: x * x.amax((2, 3), keepdim=True),
-    "maximum": lambda x: torch.maximum(x, F.silu(x)),
-    "root": lambda x: torch.sqrt(x + 0.1),
-    "divided": lambda x: x / (x.mean(1, keepdim=True) + 1),
-    "squeeze_and_excite": lambda x: x * F.hardsigmoid(x.mean((2, 3))).unsqueeze(2).unsqueeze(3),
-    "normalised": lambda x: F.layer_norm(x, x.shape[1:]),
-    "root_mean_square": lambda x: F.rms_norm(x, x.shape[2:]),
-    "attention": lambda x: (
-        (x.flatten(2).transpose(1, 2) @ x.flatten(2) / 3).softmax(-1)
-        @ x.flatten(2).transpose(1, 2)
-    ).transpose(1, 2).unflatten(2, (11, 9)),
-}  # fmt: skip
 
 
 @pytest.mark.check

@@ -1,7 +1,9 @@
 """ExecuTorch, in a process of its own (`gdfq.deploy.executorch.worker`)."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,22 +39,29 @@ def lowered(modules: Sequence[fx.GraphModule], inputs: Sequence[InputSpec]) -> l
     return files
 
 
-def executorch_runner(data: bytes) -> Run:
-    """Return a function that runs a `.pte` file; each call starts a process."""
+@contextmanager
+def executorch_runners(*files: bytes) -> Iterator[list[Run]]:
+    """Return a function for each `.pte` file that runs it, in one process for all.
 
-    def run(*inputs: Tensor) -> list[Tensor]:
-        with tempfile.TemporaryDirectory() as folder, _process("run the file") as process:
-            file, given, found = (Path(folder) / name for name in ("student.pte", "in", "out"))
+    The process ends with the context.
+    """
+    with tempfile.TemporaryDirectory() as folder, _process("run the file") as process:
+        runs = []
+        for index, data in enumerate(files):
+            file = Path(folder) / f"{index}.pte"
             file.write_bytes(data)
-            parts = zip(*(tensor.split(MAX_BATCH) for tensor in inputs), strict=True)
-            outputs = []
-            for part in parts:
-                save_file({str(i): x.contiguous() for i, x in enumerate(part)}, given)
-                process.ask(run=str(file), on=str(given), to=str(found))
-                outputs.append(load_file(found))
-            return [torch.cat([o[str(i)] for o in outputs]) for i in range(len(outputs[0]))]
+            runs.append(partial(_run, process, file))
+        yield runs
 
-    return run
+
+def _run(process: LineProcess, file: Path, *inputs: Tensor) -> list[Tensor]:
+    given, found = (file.with_suffix(end) for end in (".in", ".out"))
+    outputs = []
+    for part in zip(*(tensor.split(MAX_BATCH) for tensor in inputs), strict=True):
+        save_file({str(i): x.contiguous() for i, x in enumerate(part)}, given)
+        process.ask(run=str(file), on=str(given), to=str(found))
+        outputs.append(load_file(found))
+    return [torch.cat([o[str(i)] for o in outputs]) for i in range(len(outputs[0]))]
 
 
 def _process(task: str) -> LineProcess:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gdfq.deploy.executorch.calls import MAX_BATCH, executorch_calls
 from gdfq.deploy.executorch.operators import unsupported
 from gdfq.deploy.executorch.program import pairs_of
-from gdfq.deploy.executorch.runtime import executorch_runner, lowered
+from gdfq.deploy.executorch.runtime import executorch_runners, lowered
 from gdfq.deploy.litert.carriers import carriers_of
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
 
@@ -28,16 +28,15 @@ def _write(job: Job) -> bytes:
 def _prove(job: Job, written: Path) -> Proof:
     stored = carriers_of(job.network)
     grids = [stored[grid.name].name for grid in job.network.activations]
-    with_codes = executorch_runner(job.once(_files)[1])
+    with executorch_runners(written.read_bytes(), job.once(_files)[1]) as (run, with_codes):
 
-    def values(_names: Sequence[str], inputs: Sequence[Tensor]) -> Mapping[str, Any]:
-        found = with_codes(*inputs)
-        names = [*job.outputs, *grids]
-        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+        def values(_names: Sequence[str], inputs: Sequence[Tensor]) -> Mapping[str, Any]:
+            found = with_codes(*inputs)
+            names = [*job.outputs, *grids]
+            return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
-    run = executorch_runner(written.read_bytes())
-    # XNNPACK may fuse more where no codes are asked for.
-    return prove_codes(job, run, values, stored, same_beside_codes=True)
+        # XNNPACK may fuse more where no codes are asked for.
+        return prove_codes(job, run, values, stored, same_beside_codes=True)
 
 
 def _notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
