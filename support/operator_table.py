@@ -146,6 +146,7 @@ RARE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "negative": lambda x: -x,
     "reversed_difference": lambda x: 1 - x,
     "negative_factors": lambda x: x * torch.linspace(-1, 1, 8).view(8, 1, 1),
+    "factors_of_positions": lambda x: x * torch.linspace(0.5, 1.5, 99).view(11, 9),
     "minimum": lambda x: torch.minimum(x, 0.2 + 0 * x.flip(2)),
     "clamped_below": lambda x: x.clamp(min=0.1),
     "masked": lambda x: torch.where(x > 0.2, x, 0.1 * x),

@@ -1,7 +1,5 @@
 """`.pte` files against the student, in ExecuTorch with XNNPACK; their form, in PyTorch."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import pytest
 import torch
 from support import networks
 from support.choice import checked
-from support.other_runtimes import FOLDER
 from support.small_runs import quantized_by_fast
 
 import gdfq
@@ -25,20 +22,9 @@ from gdfq.functional.grid import Bits
 from gdfq.quantized import QuantizedNetwork
 from gdfq.student.scheme import Placement, Scheme
 
-VERSION = "executorch==1.5.1"
 REFUSED = {"Awkward": r"max_1 \(max\), max_2 \(max\)\."}
 """Networks with an operator that a file has no form for."""
 FITTING = [name for name in networks.NETWORKS if name not in REFUSED]
-
-
-@pytest.fixture
-def executorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ExecuTorch, which `make check` installs beside the project."""
-    if (FOLDER / VERSION).is_dir():
-        monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER / VERSION)])
-        importlib.invalidate_caches()
-    if importlib.util.find_spec("executorch") is None:
-        pytest.skip(f"needs {VERSION} in {FOLDER}, where make check installs it")
 
 
 @pytest.mark.parametrize(("bits", "placement"), [("w4a4", "full"), checked(("w8a8", "relu"))])

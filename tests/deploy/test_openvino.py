@@ -236,7 +236,7 @@ WITH_GAPS = nn.ConvTranspose2d(4, 4, (3, 1), (2, 2))
 def test_transposed_convolution_with_gaps_is_refused_before_the_run() -> None:
     scheme = Scheme(Bits(8, 8), "full")
     teacher = capture(Enlarged(WITH_GAPS), networks.images(1))
-    with pytest.raises(UsageError, match=r"none for: conv_transpose2d \(conv_transpose2d\)"):
+    with pytest.raises(UsageError, match=r"none for: layer \(conv_transpose2d\)"):
         OPENVINO.check_scheme(teacher, scheme)
     for fits in (nn.ConvTranspose2d(4, 4, 2, 2), nn.ConvTranspose2d(4, 4, (3, 1), (2, 1))):
         OPENVINO.check_scheme(capture(Enlarged(fits), networks.images(1)), scheme)

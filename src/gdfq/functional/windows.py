@@ -36,25 +36,6 @@ def zero_padded(x: Tensor, ends: Sequence[tuple[int, int]]) -> Tensor:
     return F.pad(x, [n for pair in reversed(ends) for n in pair]) if any(map(any, ends)) else x
 
 
-def counted_entries(
-    side: int, kernel: int, stride: int, windows: int, ends: tuple[int, int], *, with_padding: bool
-) -> list[int]:
-    """Return how many entries PyTorch counts in each window of an average, along an axis.
-
-    Args:
-        side: Length of the axis.
-        kernel: Entries of a window.
-        stride: Distance of windows.
-        windows: Number of windows.
-        ends: Zeros that are padded before and after.
-        with_padding: Whether these are counted. What lies behind them never is.
-    """
-    before, after = ends
-    low, high = (-before, side + after) if with_padding else (0, side)
-    starts = [i * stride - before for i in range(windows)]
-    return [min(start + kernel, high) - max(start, low) for start in starts]
-
-
 def source_pixels(side: int, count: int, factor: float | None) -> list[int]:
     """Return the pixels that PyTorch's nearest upsampling takes along a dimension.
 

@@ -258,6 +258,11 @@ def average_pooling_of(node: fx.Node) -> AveragePooling | None:
     return AveragePooling(*options, **named)
 
 
+def pads_circularly(node: fx.Node) -> bool:
+    """Return whether the node pads a tensor with its other end."""
+    return name_of(node) in operators.PADS and "circular" in (*node.args, *node.kwargs.values())
+
+
 def elements_per_image(node: fx.Node) -> int:
     """Return the elements of a node's tensor for one entry of the batch."""
     first = inputs(node.graph)[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gdfq.functional.windows import counted_entries, padding_ends, per_axis
+from gdfq.functional.windows import padding_ends, per_axis
 from gdfq.graph.queries import AveragePooling
 
 Ends = tuple[tuple[int, int], ...]
@@ -78,12 +78,13 @@ class Windows:
 
     def divisors(self, *, count_include_pad: bool) -> np.ndarray[Any, Any]:
         """Return how many entries PyTorch counts in each window of an average, [*counts]."""
-        axes = [
-            counted_entries(*axis, with_padding=count_include_pad)
-            for axis in zip(
-                self.sides, self.kernel, self.stride, self.counts, self.pads, strict=True
-            )
-        ]
+        axes = []
+        for side, k, step, count, (before, after) in zip(
+            self.sides, self.kernel, self.stride, self.counts, self.pads, strict=True
+        ):
+            low, high = (-before, side + after) if count_include_pad else (0, side)
+            starts = [i * step - before for i in range(count)]
+            axes.append([min(start + k, high) - max(start, low) for start in starts])
         rows, columns = axes
         return np.outer(np.array(rows), np.array(columns)).astype(np.float32)
 

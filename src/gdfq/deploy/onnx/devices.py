@@ -73,7 +73,7 @@ def _unsupported(graph: fx.Graph) -> list[str]:
     layers = [node for node in graph.nodes if queries.is_layer(node)]
     layouts = [queries.weight_layout(node) for node in layers]
     return [
-        f"{node.name} (transposed convolution in groups)"
+        f"{queries.layer_name(node)} (transposed convolution in groups)"
         for node, (layout, groups) in zip(layers, layouts, strict=True)
         if layout is Layout.TRANSPOSED and groups > 1
     ]

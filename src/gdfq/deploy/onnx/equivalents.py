@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from gdfq.functional.windows import (
-    counted_entries,
     floored,
     padding_ends,
     per_axis,
@@ -96,11 +95,9 @@ def _pixels_of_onnx(side: int, count: int, factor: float | None) -> list[int]:
 
 
 def _average(dimensions: int) -> Callable[..., Tensor]:
-    """Return average pooling over windows of one size: a mean times size / divisor.
+    """Return average pooling that divides by a number of its own: a mean times size / divisor.
 
-    ONNX has no divisor of its own. Where windows that count the padding reach beyond it, each has
-    its own divisor, which runtimes choose otherwise than PyTorch. What lies behind the padding is
-    padded with zeros first.
+    ONNX has no such divisor. What the ceiling mode adds is padded with zeros first.
     """
 
     def pooled(
@@ -113,22 +110,17 @@ def _average(dimensions: int) -> Callable[..., Tensor]:
         divisor: int | None = None,
     ) -> Tensor:
         pool: Any = _AVG_POOL[dimensions - 1]
-        sizes = per_axis(kernel, dimensions)
+        if divisor is None:
+            whole: Tensor = pool(x, kernel, stride or kernel, padding, ceil_mode, count_include_pad)
+            return whole
+        sides = per_axis(kernel, dimensions)
         steps, pads = per_axis(stride or kernel, dimensions), per_axis(padding, dimensions)
-        room, factors = [], np.ones(())
-        for side, k, s, p in zip(x.shape[2:], sizes, steps, pads, strict=True):
+        room = []
+        for side, k, s, p in zip(x.shape[2:], sides, steps, pads, strict=True):
             windows = _windows(side, k, s, p, ceil_mode)
             room.append((p, max(0, (windows - 1) * s + k - side - p)))
-            entries = counted_entries(side, k, s, windows, (p, p), with_padding=count_include_pad)
-            factors = factors[..., None] * (k / np.array(entries))
-        is_usual = not any(pads) or not count_include_pad or (factors == 1).all()
-        if divisor is None and is_usual:
-            whole: Tensor = pool(x, kernel, steps, pads, ceil_mode, count_include_pad)
-            return whole
-        mean: Tensor = pool(zero_padded(x, room), sizes, steps)
-        if divisor is not None:
-            return mean * (math.prod(sizes) / divisor)
-        return mean * torch.tensor(factors.tolist())
+        mean: Tensor = pool(zero_padded(x, room), sides, steps)
+        return mean * (math.prod(sides) / divisor)
 
     return pooled
 
@@ -273,7 +265,7 @@ def _products(
 
 _EQUIVALENTS: Mapping[str, Callable[..., Any]] = {
     **{name: _nearest(d) for d, name in operators.NEAREST_UPSAMPLING.items()},
-    **{name: _average(d) for d, name in operators.AVERAGE_POOLING.items()},
+    **{name: _average(d) for d, name in operators.AVERAGE_POOLING.items() if d > 1},
     **{name: _adaptive_average(d) for d, name in operators.ADAPTIVE_AVERAGE_POOLING.items()},
     **{name: _adaptive_maximum(d) for d, name in operators.ADAPTIVE_MAX_POOLING.items()},
 }

@@ -180,12 +180,13 @@ def _layer_norm(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
     x, scale, *biases = inputs_of(node)
     axis = _number_of(node, "axis", -1)
     rank = x.shape.rank()
-    axes = [*range(axis % rank, rank)]
-    mean = ir.node("ReduceMean", [x], {"axes": axes})
+    # As of the newest opset; `_write_older` writes it for an older one.
+    axes = _constant(graph, "axes", np.arange(axis % rank, rank, dtype=np.int64))
+    mean = ir.node("ReduceMean", [x, axes])
     centred = ir.node("Sub", [x, mean.outputs[0]])
     # ONNX Runtime recognises a square as Pow.
     square = ir.node("Pow", [centred.outputs[0], _number(graph, 2.0)])
-    variance = ir.node("ReduceMean", [square.outputs[0]], {"axes": axes})
+    variance = ir.node("ReduceMean", [square.outputs[0], axes])
     shifted = ir.node("Add", [variance.outputs[0], _number(graph, _epsilon(node))])
     deviation = ir.node("Sqrt", [shifted.outputs[0]])
     unit = ir.node("Div", [centred.outputs[0], deviation.outputs[0]])

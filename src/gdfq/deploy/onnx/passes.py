@@ -113,23 +113,49 @@ def quantize_after_moves(graph: ir.Graph) -> None:
     on each side of every operator.
     """
     for node in list(graph):
-        if node.op_type not in _GRID_PRESERVING:
+        grid = _grid_that_is_kept(node)
+        if grid is None:
             continue
-        dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not _only_moves(node):
-            continue
-        codes, scale, *zero_points = inputs_of(dequantize)
-        if codes.is_initializer():
-            continue  # a weight
         for value in node.outputs:
-            if not (users := list(value.uses())):
+            users = list(value.uses())
+            if not users or (node.op_type == "Concat" and all(map(_quantizes, users))):
                 continue
-            quantize = ir.node("QuantizeLinear", [value, scale, *zero_points])
-            after = ir.node("DequantizeLinear", [quantize.outputs[0], scale, *zero_points])
+            quantize = ir.node("QuantizeLinear", [value, *grid])
+            after = ir.node("DequantizeLinear", [quantize.outputs[0], *grid])
             after.outputs[0].shape, after.outputs[0].type = value.shape, value.type
             graph.insert_after(node, [quantize, after])
             for use in users:
                 use.node.replace_input_with(use.idx, after.outputs[0])
+
+
+def _quantizes(use: Any) -> bool:
+    return bool(use.node.op_type == "QuantizeLinear")
+
+
+def _grid_that_is_kept(node: ir.Node) -> tuple[ir.Value, ...] | None:
+    """Return scale and zero point of activations that a node only moves or joins, or None."""
+    joins = node.op_type == "Concat"
+    if not joins and (node.op_type not in _GRID_PRESERVING or not _only_moves(node)):
+        return None
+    grids = []
+    for value in node.inputs if joins else node.inputs[:1]:
+        dequantize = None if value is None else value.producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            return None
+        codes, *grid = inputs_of(dequantize)
+        if codes.is_initializer():
+            return None  # a weight
+        grids.append(grid)
+    first = grids[0] if grids else []
+    if any(
+        not _are_equal(one, other) for grid in grids for one, other in zip(grid, first, strict=True)
+    ):
+        return None
+    return tuple(first) or None
+
+
+def _are_equal(one: ir.Value, other: ir.Value) -> bool:
+    return np.array_equal(constant_values(one), constant_values(other))
 
 
 def _join_codes(graph: ir.Graph, node: ir.Node) -> None:

@@ -56,5 +56,11 @@ def _compiled(data: bytes) -> Any:
     except RuntimeError as error:
         raise UsageError(
             "OpenVINO must be able to read each operator of the network; it says: "
-            f"{first_line(error)}. Choose another target: gdfq targets."
+            f"{_reason(error)}. Choose another target: gdfq targets."
         ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the line of a report that says why; places in OpenVINO's sources come before it."""
+    lines = [line for line in str(error).splitlines() if line and "Exception from" not in line]
+    return next((line for line in lines if "nsupported" in line), [*lines, first_line(error)][0])

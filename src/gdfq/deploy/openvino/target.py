@@ -13,6 +13,7 @@ from gdfq.deploy.onnx.codes import stored_codes
 from gdfq.deploy.onnx.target import ONNX_RUNTIME, write_onnx
 from gdfq.deploy.openvino.calls import FLOAT32, openvino_calls
 from gdfq.deploy.openvino.runtime import openvino_runner, openvino_values
+from gdfq.deploy.refusal import refused
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
 from gdfq.functional.windows import per_axis
 from gdfq.graph import operators, queries
@@ -27,16 +28,15 @@ def _prove(job: Job, written: Path) -> Proof:
 def _unsupported(graph: fx.Graph) -> list[str]:
     """Return what OpenVINO computes otherwise than PyTorch.
 
-    It is resizing with anti-aliasing, averages of windows that reach beyond the border, and
-    transposed convolutions whose stride is larger than their kernel.
+    It is resizing with anti-aliasing, averages of windows that reach beyond the border, circular
+    padding, which it does not read, and transposed convolutions whose stride is larger than their
+    kernel.
     """
-    return [
-        f"{node.name} ({operators.short_name(node)})"
-        for node in graph.nodes
-        if operators.name_of(node) in operators.ANTIALIASED
-        or _averages_beyond_the_border(node)
-        or _strides_beyond_the_kernel(node)
-    ]
+    return refused(graph, lambda node, _: not any(wrong(node) for wrong in _WRONG))
+
+
+def _is_antialiased(node: fx.Node) -> bool:
+    return operators.name_of(node) in operators.ANTIALIASED
 
 
 def _strides_beyond_the_kernel(node: fx.Node) -> bool:
@@ -76,6 +76,14 @@ def _reaches_beyond(side: int, kernel: int, stride: int, padding: int) -> bool:
     room = side + 2 * padding - kernel
     last = (room // stride + 1) * stride
     return padding > 0 and room % stride != 0 and last < side + padding
+
+
+_WRONG = (
+    _is_antialiased,
+    _averages_beyond_the_border,
+    queries.pads_circularly,
+    _strides_beyond_the_kernel,
+)
 
 
 def _notes(_job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
