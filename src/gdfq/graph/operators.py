@@ -350,6 +350,10 @@ ADDCMUL = "aten.addcmul.default"
 """(t, x, y): t + x y."""
 ANTIALIASED = frozenset({"aten._upsample_bicubic2d_aa.vec", "aten._upsample_bilinear2d_aa.vec"})
 """Resizing that weighs all pixels that a new one covers."""
+VARIANCES = frozenset(
+    f"aten.{name}.{form}" for name in ("std", "var", "var_mean") for form in ("correction", "dim")
+)
+"""Variances and standard deviations over dimensions."""
 SQUARE_ROOT = "aten.sqrt.default"
 ROOTS = frozenset({"aten.rsqrt.default", SQUARE_ROOT, POWER})
 """Operators that make a standard deviation of a variance."""

@@ -18,7 +18,7 @@ _SUPPORTED = frozenset(
         *("hardsigmoid", "hardswish", "instance_norm", "layer_norm", "leaky_relu", "matmul"),
         *("max_pool1d", "max_pool2d", "maximum", "mean", "mish", "mul", "pad", "permute"),
         *("pixel_shuffle", "prelu", "reshape", "roll", "select", "sigmoid", "silu", "slice"),
-        *("softmax", "softplus", "sqrt", "stack", "sub", "tanh", "transpose", "unsqueeze"),
+        *("softmax", "sqrt", "stack", "sub", "tanh", "transpose", "unsqueeze"),
         *("upsample_bilinear2d", "upsample_nearest2d"),
     }
 )

@@ -349,7 +349,7 @@ class _Writer:
             "DequantizeFloat": self._float_weight,
         }[node.op_type]
         inputs = inputs_of(node)
-        if node.op_type == "DequantizeBias" and self.form.signed:
+        if node.op_type == "DequantizeBias" and self._has_float_bias(node):
             ir.convenience.replace_all_uses_with(node.outputs[0], self._float_bias(node))
             self.graph.remove(node, safe=True)
         else:
@@ -510,6 +510,14 @@ class _Writer:
             return [ir.node("DequantizeLinear", [stored, factor])]
         factor = self._constant(f"{base}_scale", steps)
         return [ir.node("DequantizeLinear", [stored, factor], {"axis": 0})]
+
+    def _has_float_bias(self, node: ir.Node) -> bool:
+        """Return whether a bias is float: in signed forms, and, of pairs, where a sum adds it.
+
+        A linear layer of more than two dimensions is a product and a sum.
+        """
+        of_layers = all(use.idx == 2 for use in node.outputs[0].uses())
+        return self.form.signed or (self.form.only_pairs and not of_layers)
 
     def _float_bias(self, node: ir.Node) -> ir.Value:
         codes, activation_scale, weight_scale = inputs_of(node)
