@@ -55,6 +55,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "executorch": {
         "adaptive_max": "adaptive_max_pool2d",
         "softplus": "softplus",
+        "mish": "mish",
         "pixel_unshuffle": "pixel_unshuffle",
         "volume": "conv3d",
         "bicubic": "upsample_bicubic2d",

@@ -16,7 +16,7 @@ _SUPPORTED = frozenset(
         *("adaptive_avg_pool2d", "add", "amax", "avg_pool1d", "avg_pool2d", "batch_norm", "cat"),
         *("channel_shuffle", "clone", "div", "elu", "expand", "flip", "gelu", "group_norm"),
         *("hardsigmoid", "hardswish", "instance_norm", "layer_norm", "leaky_relu", "matmul"),
-        *("max_pool1d", "max_pool2d", "maximum", "mean", "mish", "mul", "pad", "permute"),
+        *("max_pool1d", "max_pool2d", "maximum", "mean", "mul", "pad", "permute"),
         *("pixel_shuffle", "prelu", "reshape", "roll", "select", "sigmoid", "silu", "slice"),
         *("softmax", "sqrt", "stack", "sub", "tanh", "transpose", "unsqueeze"),
         *("upsample_bilinear2d", "upsample_nearest2d"),
