@@ -166,7 +166,7 @@ def executorch_process(executorch: None) -> Iterator[LineProcess]:
 def test_file_of_each_kind_is_equal_unless_it_is_refused_before_the_run(
     bits: str, targets: tuple[str, ...], group: int, tmp_path: Path
 ) -> None:
-    found = []
+    found: list[str] = []
     for target in map(TARGETS.__getitem__, targets):
         if target.runtime is not None and target.runtime.is_installed:
             found += faults(taken(target, group), target, bits, tmp_path / target.file_name)

@@ -40,7 +40,7 @@ def lowered(modules: Sequence[fx.GraphModule], inputs: Sequence[InputSpec]) -> l
 
 
 @contextmanager
-def executorch_runners(*files: bytes) -> Iterator[list[Run]]:
+def executorch_runners(*files: bytes) -> Iterator[Sequence[Run]]:
     """Return a function for each `.pte` file that runs it, in one process for all.
 
     The process ends with the context.
