@@ -49,12 +49,11 @@ def files_with_encodings(job: Job, data: bytes) -> dict[str, bytes]:
 def without_pairs(data: bytes, weight_bits: Mapping[str, int]) -> tuple[bytes, dict[str, Any]]:
     """Return a file of pairs without them, and the encodings of its tensors.
 
+    A tensor that is rounded to a second grid becomes another tensor there, by an Identity.
+
     Args:
         data: Contents of the file.
         weight_bits: Bits of the student's weights, by the names of their codes.
-
-    Raises:
-        GdfqError: A tensor is quantized on two grids.
     """
     import onnx
 
@@ -64,6 +63,7 @@ def without_pairs(data: bytes, weight_bits: Mapping[str, int]) -> tuple[bytes, d
     quantizers = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
     floats: dict[str, str] = {}  # by dequantized tensor
     parameters: dict[str, Array] = {}
+    again: dict[str, Any] = {}  # copies by the tensor that is rounded to a second grid
     activations: dict[str, list[Encoding]] = {}
     weights: dict[str, list[Encoding]] = {}
     for node in (node for node in graph.node if node.op_type == "DequantizeLinear"):
@@ -73,11 +73,9 @@ def without_pairs(data: bytes, weight_bits: Mapping[str, int]) -> tuple[bytes, d
             name = floats.get(quantizers[codes].input[0], quantizers[codes].input[0])
             found = [_of_activation(scale, constants[zero_points[0]])]
             if activations.setdefault(name, found) != found:
-                raise GdfqError(
-                    "a tensor must have one grid to have one encoding; "
-                    f"{name!r} has several. Report the network."
-                )
-            floats[output] = name
+                again[output] = onnx.helper.make_node("Identity", [name], [output])
+                activations[output] = found
+            floats[output] = output if output in again else name
             continue
         name = codes if codes not in parameters else output
         floats[output] = name
@@ -89,7 +87,9 @@ def without_pairs(data: bytes, weight_bits: Mapping[str, int]) -> tuple[bytes, d
         if constants[codes].dtype == np.int8:
             weights[name] = [_of_weight(s, weight_bits[codes]) for s in scale.reshape(-1)]
     kept = [
-        node for node in graph.node if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}
+        again.get(node.output[0], node)
+        for node in graph.node
+        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"} or node.output[0] in again
     ]
     for node in kept:
         for index, name in enumerate(node.input):
