@@ -39,6 +39,8 @@ def _quantized(bits: str, **options: Any) -> QuantizedNetwork:
         checked(("w2a4", {}, _LINEAR)),
         checked(("w4a8", {"group_size": 7}, 0)),
         checked(("w4a16", {}, 0)),
+        checked(("w4a4", {"equalizer": "reassembly"}, _LINEAR)),
+        checked(("w4a4", {"equalizer": "smooth"}, _LINEAR)),
         checked(("w8a8", {"layer_bits": ["last=8"]}, _LINEAR + 1)),
     ],
 )
@@ -71,6 +73,14 @@ def test_file_whose_codes_are_wrong_is_not_kept(
     with pytest.raises(GdfqError, match=r"Codes that differ first.*q\.tokens\.q"):
         found.export(tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.check
+def test_safe_weights_cannot_saturate_and_the_file_is_equal(tmp_path: Path) -> None:
+    found = _quantized("w8a8")
+    exported = found.export(tmp_path / "model.onnx", safe_x86=True)
+    assert exported.inside.relative_error < 0.1
+    assert not any("saturate" in note for note in exported.notes)
 
 
 def test_token_of_zeros_stays_zero(tmp_path: Path) -> None:

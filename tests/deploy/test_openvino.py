@@ -88,7 +88,7 @@ def test_negative_factors_by_channel_are_equal(kind: str, tmp_path: Path) -> Non
     torch.manual_seed(0)
     quantized = quantized_by_fast(Signed(kind).eval(), "w8a8")
     unseparated = replace(OPENVINO, write=write_onnx)
-    with pytest.raises(GdfqError, match=r"% off for most images"):
+    with pytest.raises(GdfqError, match=r"% off for most inputs"):
         quantized.export(tmp_path / "q.openvino.onnx", target=unseparated)
     exported = quantized.export(tmp_path / "q.openvino.onnx")
     assert exported.inside.relative_error < 1e-5

@@ -90,7 +90,7 @@ PLANS = [
     *(("w4a8", ("qnn",), group) for group in range(1, len(GROUPS), 2)),
 ]
 """Bits, targets whose students are the same, and groups of kinds: for devices every second one."""
-TRIED_IN_EXECUTORCH = (0, 1, 2, 4)
+TRIED_IN_EXECUTORCH = (0, 1, 2, 3, 4)
 """Groups of kinds that are lowered for ExecuTorch, which takes minutes."""
 
 
@@ -167,10 +167,15 @@ def test_file_of_each_kind_is_equal_unless_it_is_refused_before_the_run(
     bits: str, targets: tuple[str, ...], group: int, tmp_path: Path
 ) -> None:
     found: list[str] = []
+    absent: list[str] = []
     for target in map(TARGETS.__getitem__, targets):
         if target.runtime is not None and target.runtime.is_installed:
             found += faults(taken(target, group), target, bits, tmp_path / target.file_name)
+        else:
+            absent.append(target.name)
     assert found == []
+    if absent:
+        pytest.skip(f"the runtime of {', '.join(absent)} is not installed; the others are equal")
 
 
 @pytest.mark.parametrize(("bits", "group"), [("w8a8", group) for group in TRIED_IN_EXECUTORCH])

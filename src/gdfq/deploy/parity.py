@@ -74,8 +74,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"{self.typical_error:.2%} off for most images and {self.relative_error:.2%} overall, "
-            f"{self.max_difference:.3g} at most, on {self.images} images"
+            f"{self.typical_error:.2%} off for most inputs and {self.relative_error:.2%} overall, "
+            f"{self.max_difference:.3g} at most, on {self.images} inputs"
         )
 
 

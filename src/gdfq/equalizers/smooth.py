@@ -45,8 +45,8 @@ class Smooth(StreamEqualizer):
         found = list(_places(structure))
         peaks = _peaks(teacher, {readers[0] for _, _, readers in found}, inputs)
         for maker, place, readers in found:
-            weights = torch.cat([changes.constant(reader, WEIGHT) for reader in readers])
-            divisor = self._divisors(peaks[readers[0]], weights)
+            largest = [changes.constant(reader, WEIGHT).abs().amax(0) for reader in readers]
+            divisor = self._divisors(peaks[readers[0]], torch.stack(largest).amax(0))
             value = changes.constant(maker, place)
             changes.set(maker, place, value / (divisor if value.ndim == 1 else divisor[:, None]))
             if queries.has_weight(maker) and changes.has(maker, BIAS):
@@ -55,9 +55,8 @@ class Smooth(StreamEqualizer):
                 changes.set(reader, WEIGHT, changes.constant(reader, WEIGHT) * divisor)
         return changes.applied()
 
-    def _divisors(self, peaks: Tensor, weights: Tensor) -> Tensor:
+    def _divisors(self, peaks: Tensor, largest: Tensor) -> Tensor:
         """Return s [C]; channels that are always 0, or that no weight reads, stay."""
-        largest = weights.abs().amax(0)
         divisors = peaks**self.strength / largest ** (1 - self.strength)
         return torch.where((peaks > 0) & (largest > 0), divisors, 1.0)
 

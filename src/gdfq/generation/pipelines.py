@@ -178,6 +178,15 @@ def _labelled_denoiser(
     Raises:
         UsageError: Its classes, its images or the guidance cannot be used.
     """
+    import diffusers
+
+    decodes = any(hasattr(pipeline, name) for name in ("vae", "vqvae"))
+    if decodes or not isinstance(getattr(pipeline, "unet", None), diffusers.UNet2DModel):
+        raise UsageError(
+            "a class-conditional pipeline that takes no classes must be a UNet2DModel that makes "
+            f"images itself; {place} is a {type(pipeline).__name__}. Give a text-to-image "
+            "pipeline, or one that takes classes."
+        )
     if guidance > 1:
         raise UsageError(
             "guidance compares with images of no class, for which the denoiser of this pipeline "

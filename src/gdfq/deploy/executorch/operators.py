@@ -1,6 +1,6 @@
 """Which operators of a network a `.pte` file has, judged before anything is quantized.
 
-They are those whose files were equal in ExecuTorch; `make check` repeats that.
+They are those whose files were equal in ExecuTorch; `make check` repeats that for the usual ones.
 """
 
 from collections.abc import Set as AbstractSet

@@ -87,7 +87,7 @@ def run_once(session: Any, names: Sequence[str] | None, feed: Mapping[str, objec
         return list(session.run(names, feed))
     except _errors() as error:
         raise UsageError(
-            "ONNX Runtime must be able to run the file on these images; it says: "
+            "ONNX Runtime must be able to run the file on these inputs; it says: "
             f"{first_line(error)}. Export it again."
         ) from error
 
