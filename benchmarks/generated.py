@@ -6,9 +6,9 @@
 
 The network is that of `gdfq demo`, on handwritten digits; the diffusion model is a class-conditional
 UNet2DModel that is trained here on the same half of the digits, and makes 1,024 images with 20 steps
-for each seed. Placement `full`; accuracies are of the other half. "optimised" is on 256 images, the
-mixture on 256 of them beside 256 generated ones. Rows "as many" and "alone" are on as many as the
-mixture has: alone unscreened, by each filter of the screen alone, and by both. "mixed" is what
+for each seed. Placement `full`; accuracies are of the other half. At w3a3 "optimised" is on 256
+images, and the mixture on them beside 256 generated ones; at w4a4 each is 512. Rows "as many" and
+"alone" are on 512: alone unscreened, by each filter of the screen alone, and by both. "mixed" is what
 `--generate-with` does, with and without the screen; "real" has training images, which the user of
 GenQ does not have. Rows are kept in results/generated.json.
 """
