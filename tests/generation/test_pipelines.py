@@ -123,3 +123,22 @@ def test_denoiser_with_classes_takes_as_many_and_no_guidance(tmp_path: Path) -> 
         load_pipeline(name, NAMES[:CLASSES], CPU)
     with pytest.raises(UsageError, match=f"has {CLASSES} classes"):
         load_pipeline(name, NAMES[: CLASSES + 1], CPU, guidance=1)
+
+
+@pytest.mark.needs("diffusers")
+@pytest.mark.filterwarnings("ignore")
+def test_denoiser_of_latents_that_takes_no_classes_is_refused(tmp_path: Path) -> None:
+    """Its latents are no images until they are decoded."""
+    import diffusers
+
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=8, num_class_embeds=CLASSES, block_out_channels=(8, 8), norm_num_groups=4,
+        layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    decoder = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=3)
+    pipeline = diffusers.LDMPipeline(decoder, network, diffusers.DDIMScheduler())
+    pipeline.save_pretrained(tmp_path / "latent")
+    with pytest.raises(UsageError, match="must be a UNet2DModel that makes images itself"):
+        load_pipeline(f"diffusers:{tmp_path / 'latent'}", NAMES[:CLASSES], CPU, guidance=1)
