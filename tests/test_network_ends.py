@@ -64,7 +64,7 @@ def plain() -> Plain:
     return quantized(None)
 
 
-@pytest.mark.parametrize("end", [nn.Softmax(-1), nn.LogSoftmax(1), Named()])
+@pytest.mark.parametrize("end", [nn.Softmax(-1), checked(nn.LogSoftmax(1)), Named()])
 def test_end_changes_neither_the_student_nor_what_is_measured(plain: Plain, end: nn.Module) -> None:
     _, teacher, student = plain
     model, other_teacher, other = quantized(end)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import group_figures, networks
+from support.choice import checked
 from support.group_figures import difference
 from support.places import ROOT
 from support.trained_digits import TrainedDigits
@@ -44,22 +45,16 @@ def alone() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each process of groups of two and of four computed, by the size of the group."""
-    out = tmp_path_factory.mktemp("groups")
-    command = [sys.executable, "-m", "support.group_figures", str(out), "2", "4"]
+@pytest.fixture(scope="module", params=[2, checked(4)])
+def together(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What each of several processes computed."""
+    out, size = tmp_path_factory.mktemp("group"), request.param
+    command = [sys.executable, "-m", "support.group_figures", str(out), str(size)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        size: [torch.load(out / f"{size}.{rank}.pt") for rank in range(size)] for size in (2, 4)
-    }
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def together(request: pytest.FixtureRequest, groups: dict[int, list[dict[str, Any]]]) -> list[Any]:
-    """What each of several processes computed."""
-    return groups[request.param]
+    return [torch.load(out / f"{size}.{rank}.pt") for rank in range(size)]
 
 
 def test_processes_compute_the_same(together: list[Any]) -> None:
