@@ -170,7 +170,7 @@ def test_invalid_model_is_a_clear_error(
     with pytest.raises(GdfqError, match=r"valid ONNX model.*single static assignment"):
         small.export(tmp_path / "q.onnx")
     session = onnx_session(_identity())
-    with pytest.raises(UsageError, match="run the file on these images"):
+    with pytest.raises(UsageError, match="run the file on these inputs"):
         run_once(session, None, {"x": np.zeros((2, 2), np.float32)})
 
 
