@@ -15,7 +15,6 @@ GenQ does not have. Rows are kept in results/generated.json.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy import compared
+from benchmarks.diffusion import in_words
 from benchmarks.proxies import kl
 from support import digits_ddpm
 from support.narrowing import present
@@ -194,12 +194,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(f"{in_words(drops, 2)} ({in_words(divergences, 3)})" if found else "")
         lines.append(f"| {pool} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def in_words(values: Sequence[float], digits: int) -> str:
-    """The mean, with the spread if there are several."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def main() -> None:

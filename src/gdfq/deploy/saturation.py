@@ -5,8 +5,8 @@ from gdfq.student.integer_network import IntegerLayer, IntegerNetwork
 
 _SAFE_PRODUCT = 2**15 - 1
 """Largest 16-bit sum of two adjacent products, on processors without VNNI."""
-_TOKEN_OFFSET = 128
-"""What unsigned kernels add to the codes of tokens."""
+TOKEN_OFFSET = 128
+"""What is added to the codes of tokens for integer kernels, whose first factor is unsigned."""
 
 
 def layers_that_may_overflow(network: IntegerNetwork) -> list[str]:
@@ -22,7 +22,7 @@ def _highest(layer: IntegerLayer) -> int:
     """Return the highest unsigned code of a layer's input in integer kernels; 0 for floats."""
     if layer.token_bits is not None:
         has_blocks = layer.weight is not None and layer.weight.scale.shape[1] > 1
-        return 0 if has_blocks else _TOKEN_OFFSET + code_bounds(layer.token_bits)[1]
+        return 0 if has_blocks else TOKEN_OFFSET + code_bounds(layer.token_bits)[1]
     if layer.input is None or layer.input.form is not None:
         return 0
     highest: int = 2**layer.input.bits - 1

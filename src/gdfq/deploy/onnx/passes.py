@@ -10,7 +10,7 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import GdfqError
 
 DOMAIN = "gdfq"
-"""Domain of the three quantization operators before they become standard operators."""
+"""Domain of the quantization operators before they become standard operators."""
 PIXELS = "pixels."
 """Prefix of the names of nodes that normalise pixels."""
 

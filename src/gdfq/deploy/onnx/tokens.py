@@ -8,13 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from gdfq.deploy.onnx.passes import inputs_of, remove_unused, replace_node
+from gdfq.deploy.saturation import TOKEN_OFFSET
 from gdfq.functional.grid import block_size, code_bounds
 
 Array = np.ndarray[Any, Any]
 Constant = Callable[[str, Array], ir.Value]
 """Returns the initializer of a name and a value."""
-_OFFSET = 128
-"""What is added to codes before they enter integer kernels, whose first factor is unsigned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +72,9 @@ def round_tokens(x: ir.Value, bits: int, constant: Constant) -> tuple[list[ir.No
     is_empty = made("Less", found, number(float(np.finfo(np.float32).tiny)))
     scale = made("Where", is_empty, number(1.0), found)
     codes = made("Round", made("Div", x, scale))
-    unsigned = made("Cast", made("Add", codes, number(_OFFSET)), to=ir.DataType.UINT8)
+    unsigned = made("Cast", made("Add", codes, number(TOKEN_OFFSET)), to=ir.DataType.UINT8)
     made("Mul", codes, scale)
-    offset = constant("codes.token_offset", np.array(_OFFSET, np.uint8))
+    offset = constant("codes.token_offset", np.array(TOKEN_OFFSET, np.uint8))
     return nodes, RoundedTokens(codes, scale, unsigned, offset)
 
 
