@@ -102,9 +102,10 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> t
             pool.source, teacher, pool.images, context=Context(seed=row.seed, listener=listener)
         )
         seconds = time.perf_counter() - started
-        save_file({"images": images.contiguous(), "labels": present(labels)}, path)
+        kept = {"images": images.contiguous().cpu(), "labels": present(labels).cpu()}
+        save_file(kept, path)
         settings.write_text(f"{made_by}\n{seconds:.3f}")
-    made = load_file(path)
+    made = load_file(path, device=str(teacher.device))
     seconds = float(settings.read_text().split("\n")[1])
     images = made["images"].contiguous(memory_format=torch.channels_last)
     source = StoredImages(images, made["labels"], pool.source.batch)
@@ -115,15 +116,17 @@ def float_step_seconds(teacher: Captured, batch: int) -> float:
     """Median time of a plain float training step of the network on the batch."""
     network = copy.deepcopy(teacher.network).requires_grad_(True)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-    images = torch.randn(batch, *teacher.input_shape)
+    images = torch.randn(batch, *teacher.input_shape, device=teacher.device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(present(teacher.classes), (batch,))
+    labels = torch.randint(present(teacher.classes), (batch,), device=teacher.device)
     times = []
     for _ in range(6):
         started = time.perf_counter()
         with torch.enable_grad():
             F.cross_entropy(network(images), labels).backward()
         optimizer.step()
+        if teacher.device.type == "cuda":  # kernels run asynchronously
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
@@ -138,7 +141,7 @@ def tested(
     test = load_data(images, teacher.input_shape, teacher.classes)
     assert test.labels is not None
     student_logits, teacher_logits = (
-        logits_of(module, test, preprocessing, device=torch.device("cpu"))
+        logits_of(module, test, preprocessing, device=teacher.device).cpu()
         for module in (student, teacher.network)
     )
     return student_logits, teacher_logits, test.labels
@@ -199,12 +202,12 @@ def peak_mib() -> int:
     return int(peak_resident_mib())
 
 
-def run_row(row: Row) -> dict[str, object]:
+def run_row(row: Row, device: torch.device) -> dict[str, object]:
     forget_peak_()
     network = NETWORKS[row.network]
     model = network.load()
     started = time.perf_counter()
-    captured = capture(model, torch.zeros(1, *network.shape))
+    captured = capture(model, torch.zeros(1, *network.shape)).to(device)
     teacher = replace(captured, input_limits=network.preprocessing.limits)
     seconds = {"capture": time.perf_counter() - started}
     if row.recipe == PEER:
@@ -224,8 +227,14 @@ def run_row(row: Row) -> dict[str, object]:
         "float_step_seconds": round(float_step, 4),
         "float_steps": round(seconds["total"] / float_step),
         "peak_mib": peak_mib(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or cpu."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 
 
 def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, Facts, int]:
@@ -290,6 +299,7 @@ def main() -> None:
     parser.add_argument("--placements", nargs="+", choices=("relu", "full"))
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     keep_freed_memory_()
     if not SHARED.is_dir():
@@ -317,7 +327,7 @@ def main() -> None:
             if row.recipe == PEER and (why := peer.why_absent()):
                 print(f"{path.stem}: skipped, {why}", flush=True)
                 continue
-            result = run_row(row)
+            result = run_row(row, torch.device(options.device))
             path.write_text(json.dumps(result, indent=1) + "\n")
         drop = result["teacher"]["all"] - result["student"]["all"]
         print(

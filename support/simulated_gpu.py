@@ -13,7 +13,7 @@ tensors of the CPU anyway).
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 _STAND_IN = torch.device("meta", 1)
@@ -94,6 +95,9 @@ def simulated_gpu() -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, a=answer, **__: a))
         stack.enter_context(patch.object(torch.cuda, "is_available", _asked_by_gdfq))
+        stack.enter_context(patch.object(torch.cuda, "current_stream", lambda: None))
+        stack.enter_context(patch.object(torch.cuda, "stream", lambda _: nullcontext()))
+        stack.enter_context(patch.object(torch.cuda, "make_graphed_callables", _recorded))
         stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", _run_backward))
         stack.enter_context(_Operators())
         stack.enter_context(_Names())
@@ -109,6 +113,26 @@ def _asked_by_gdfq() -> bool:
     """Return whether this package, or `torch.autocast`, asks for CUDA; others would start it."""
     asks = str(sys._getframe(1).f_globals["__name__"])
     return asks.startswith(("gdfq.", "torch.cuda.amp"))
+
+
+_recording = False
+"""Whether a CUDA graph is recorded, in which the CPU gets no number."""
+
+
+def _recorded(call: Any, samples: tuple[Tensor, ...], *, allow_unused_input: bool) -> Any:
+    """Return the call itself, after its forward and backward pass were tried as a recording."""
+    global _recording
+    _recording = True
+    try:
+        found = [x for x in tree_leaves(call(*samples)) if x.requires_grad]
+        read = [x for x in (*samples, *call.parameters()) if x.requires_grad]
+        if found:
+            torch.autograd.grad(
+                found, read, [torch.ones_like(x) for x in found], allow_unused=allow_unused_input
+            )
+    finally:
+        _recording = False
+    return call
 
 
 _NARROW = frozenset(
@@ -190,6 +214,8 @@ class _Operators(TorchDispatchMode):
         leaves = [*_leaves(args), *_leaves(kwargs)]
         if not any(isinstance(leaf, GpuTensor) or _is_stand_in(leaf) for leaf in leaves):
             return func(*args, **kwargs)
+        if _recording and (func in _READS or _changes_device(args, kwargs)):
+            raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
         key = (func, *map(_facts, leaves))
         if key not in _CHECKED:
             with torch._C.DisableTorchFunction():  # fake tensors know the GPU by its name
@@ -201,6 +227,19 @@ class _Operators(TorchDispatchMode):
 
         found = _mapped(placed, func(*_mapped(_plain, args), **_mapped(_plain, kwargs)))
         return return_and_correct_aliasing(func, args, kwargs, found)
+
+
+_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+def _changes_device(args: Any, kwargs: Any) -> bool:
+    """Return whether a call copies a tensor from one device to the other."""
+    tensors = [leaf for leaf in _leaves(args) if isinstance(leaf, Tensor)]
+    target = kwargs.get("device")
+    to_gpu = target is not None and _is_stand_in(target)
+    if len(tensors) == 1 and target is not None:
+        return to_gpu != isinstance(tensors[0], GpuTensor)
+    return False
 
 
 def _on_gpu(func: Any, args: Any, kwargs: Any) -> Iterable[bool]:

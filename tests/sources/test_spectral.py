@@ -21,9 +21,9 @@ from gdfq.sources.pool import ImagePool
 from gdfq.sources.spectral import (
     SpectralSource,
     from_spectrum,
+    limits_of,
     natural_noise,
     natural_spectrum,
-    within_limits,
 )
 
 
@@ -141,8 +141,10 @@ def test_images_of_quick_are_what_pixels_can_be() -> None:
         assert float(images[:, channel].amax()) == high
 
 
-def test_within_limits_clips_each_channel() -> None:
+def test_limits_are_of_each_channel() -> None:
     images = torch.tensor([[[[-3.0, 0.5]], [[-3.0, 9.0]]]])
     teacher = replace(networks.captured("Residual"), input_limits=((-1.0, 1.0), (-2.0, 2.0)))
-    assert within_limits(images, teacher).tolist() == [[[[-1, 0.5]], [[-2, 2]]]]
-    assert within_limits(images, replace(teacher, input_limits=None)) is images
+    limits = limits_of(teacher)
+    assert limits is not None
+    assert images.clamp(*limits).tolist() == [[[[-1, 0.5]], [[-2, 2]]]]
+    assert limits_of(replace(teacher, input_limits=None)) is None

@@ -286,10 +286,25 @@ def _best_ranges(
     return best
 
 
+Bound = Any
+"""The lowest or highest code without its zero point, a float or a scalar tensor: see `_number`.
+
+PyTorch's annotations of `clamp_` do not know this union.
+"""
+
+
+def _number(scalar: Tensor) -> Bound:
+    """Return a scalar as a number on a CPU, where clamping by tensors is several times slower.
+
+    A GPU would wait until it is read.
+    """
+    return float(scalar) if scalar.device.type == "cpu" else scalar
+
+
 class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, round_: RoundInPlace
+        ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound, round_: RoundInPlace
     ) -> Tensor:
         quantized = _on_grid(x, scale, low, high, round_)
         make = partial(_on_grid, x.detach(), scale.detach(), low, high, round_)
@@ -303,14 +318,17 @@ class _LearnedScale(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         (grad,) = grads
         quantized = ctx.slot.pop(partial(_on_grid, x, scale, *ctx.grid))
-        low, high = (bound * float(scale) for bound in ctx.grid[:2])
-        grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
+        low, high = (bound * _number(scale) for bound in ctx.grid[:2])
+        if x.device.type == "cpu":
+            grad_x = torch.ops.aten.hardtanh_backward(grad, x, low, high)  # grad inside, 0 outside
+        else:
+            grad_x = torch.where((x > low) & (x < high), grad, 0.0)
         grad_scale = (inner(grad, quantized) - inner(grad_x, x)) / scale
         return grad_x, grad_scale.view_as(scale), None, None, None
 
 
 @torch.no_grad()
-def _on_grid(x: Tensor, scale: Tensor, low: float, high: float, round_: RoundInPlace) -> Tensor:
+def _on_grid(x: Tensor, scale: Tensor, low: Bound, high: Bound, round_: RoundInPlace) -> Tensor:
     """Return x rounded to its grid, in its own memory layout.
 
     On a CPU new memory and bandwidth cost more than arithmetic: one tensor is allocated, and the
@@ -339,8 +357,7 @@ def learned_scale(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
         zero_point: z, a scalar.
         bits: Bits of a code.
     """
-    # Both bounds as numbers: clamping by tensors is several times slower.
-    low, high = (bound - float(zero_point) for bound in code_bounds(bits))
+    low, high = (bound - _number(zero_point) for bound in code_bounds(bits))
     result: Tensor = _LearnedScale.apply(x, scale, low, high, Tensor.round_)
     return result
 

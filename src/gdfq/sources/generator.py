@@ -17,6 +17,7 @@ from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import check_finite
 from gdfq.execution.precision import to_float32
+from gdfq.execution.replay import Replayed
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.files.states import Stateful
@@ -200,15 +201,24 @@ class GeneratorSource(Source):
         draw = random_stream(context.seed, "generator.draw")
         watch = CollapseWatch()
 
+        def generated(z: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            images = generator(z, labels, group)
+            outputs, losses = loss(images, labels)
+            made = {"images": images.detach()}
+            if has_classes:
+                made["logits"] = to_float32(outputs.detach())
+            return made, losses
+
+        # Processes that share a batch exchange its statistics inside.
+        call = Replayed(generated, generator.parameters()) if group.size == 1 else generated
+
         def make(step: int) -> Batch:
             z = torch.randn(self.batch, self.latent, generator=draw).to(teacher.device)
             labels = torch.randint(classes, (self.batch,), generator=draw)
             labels = labels.to(teacher.device)
             # The consumer's gradient mode must not reach in here, nor ours reach out.
             with torch.set_grad_enabled(step < last):
-                own = group.shard(labels)
-                images = generator(group.shard(z), own, group)
-                outputs, losses = loss(images, own)
+                made, losses = call(group.shard(z), group.shard(labels))
                 if step < last:
                     set_rate_(optimizer, self.decay.factor(step, planned))
                     optimizer.zero_grad()
@@ -222,12 +232,8 @@ class GeneratorSource(Source):
                 when=f"step {step}",
                 advice="Use another seed, and check that mean and std are the network's own.",
             )
-            images = group.gather(images.detach())
-            known, logits = (
-                (labels, group.gather(to_float32(outputs.detach())))
-                if has_classes
-                else (None, None)
-            )
+            images = group.gather(made["images"])
+            known, logits = (labels, group.gather(made["logits"])) if has_classes else (None, None)
             if learns:
                 watch.check(step, images, logits if loss.config.class_boundary else None, labels)
             return Batch((images,), known, logits, detached)
@@ -255,12 +261,14 @@ class _GeneratorLoss:
             with self.context.autocast(images.device):
                 outputs, seen = self.with_statistics(images)
             seen = self.context.group.moments(seen)
-            losses["bns"] = batch_norm_statistics_loss(seen, self.with_statistics.stored)
-            total = total + self.config.statistics * losses["bns"]
+            bns = batch_norm_statistics_loss(seen, self.with_statistics.stored)
+            losses["bns"] = bns.detach()
+            total = total + self.config.statistics * bns
         else:
             with self.context.autocast(images.device):
                 outputs = self.teacher(images)
         if self.config.class_boundary:
-            losses["boundary"] = class_boundary_loss(outputs, labels)
-            total = total + self.config.class_boundary * losses["boundary"]
+            boundary = class_boundary_loss(outputs, labels)
+            losses["boundary"] = boundary.detach()
+            total = total + self.config.class_boundary * boundary
         return outputs, {"generator": total, **losses}

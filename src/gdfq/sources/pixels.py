@@ -11,6 +11,7 @@ from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.guards import check_images_finite
 from gdfq.execution.progress import Step
+from gdfq.execution.replay import Replayed
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import focal_loss, standard_deviation_loss
@@ -78,6 +79,19 @@ class OptimisedSource(Source):
             noise = torch.randn(self.batch, *teacher.input_shape, generator=draw)
             return noise.to(teacher.device)
 
+        def losses_of(
+            images: torch.Tensor, labels: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            with context.autocast(teacher.device):
+                outputs, seen = network(images)
+            bns = standard_deviation_loss(seen, network.stored)
+            if not self.class_weight or labels is None:
+                return bns, bns.detach()
+            focal = focal_loss(outputs, labels, self.focus)
+            return bns + self.class_weight * focal, bns.detach()
+
+        evaluated = Replayed(losses_of)
+
         def optimised(step: int, start: torch.Tensor) -> torch.Tensor:
             images = start.requires_grad_()
             optimizer = self.optimizer.build([images])
@@ -87,20 +101,13 @@ class OptimisedSource(Source):
             labels = labels_in_turn(teacher, step, self.batch)
             for iteration in range(self.iterations):
                 with torch.enable_grad():
-                    with context.autocast(teacher.device):
-                        outputs, seen = network(images)
-                    bns = standard_deviation_loss(seen, network.stored)
-                    loss = bns
-                    if self.class_weight and labels is not None:
-                        loss = loss + self.class_weight * focal_loss(outputs, labels, self.focus)
-                    check_images_finite(
-                        {"total": loss.detach(), "bns": bns.detach()}, step, iteration
-                    )
+                    loss, bns = evaluated(images, labels)
+                    check_images_finite({"total": loss.detach(), "bns": bns}, step, iteration)
                     (images.grad,) = torch.autograd.grad(loss, images)
                 optimizer.step()
                 plateau.step(loss.item())
                 done = step * self.iterations + iteration + 1
-                losses["bns"] = bns.detach()
+                losses["bns"] = bns
                 context.listener(Step("images", done, steps * self.iterations, dict(losses)))
             final = images.detach()
             return final if self.cutoff is None else low_passed(final, self.cutoff)

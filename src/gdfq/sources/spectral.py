@@ -19,6 +19,7 @@ from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.guards import check_images_finite
 from gdfq.execution.progress import Step
+from gdfq.execution.replay import Replayed
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import focal_loss, relative_statistics_loss
@@ -167,6 +168,23 @@ def spectral_batches(
 
     one_each = (config.batch, *[1] * (1 + len(size)))
     mean = target.mean.view(-1, *[1] * len(size))
+    limits = limits_of(teacher)
+
+    def images_of(coefficients: Tensor, contrast: Tensor) -> Tensor:
+        plain = from_spectrum(coefficients, amplitude, size, config.channel_correlation)
+        images = torch.addcmul(mean, plain, contrast)
+        return images if limits is None else images.clamp(*limits)
+
+    def losses_of(
+        coefficients: Tensor, contrast: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs, loss, parts = knowledge(images_of(coefficients, contrast))
+        if labels is None:
+            return loss, parts
+        boundary = focal_loss(outputs, labels, config.focus)
+        return loss + config.class_weight * boundary, {**parts, "boundary": boundary.detach()}
+
+    evaluated = Replayed(losses_of)
 
     def start() -> tuple[Tensor, Tensor]:
         coefficients = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5)).to(device)
@@ -177,28 +195,18 @@ def spectral_batches(
         nonlocal losses
         labels = labels_in_turn(teacher, step, config.batch)
         coefficients, contrast = start[0].requires_grad_(), target.deviation * start[1]
-
-        def images_of(coefficients: Tensor) -> Tensor:
-            plain = from_spectrum(coefficients, amplitude, size, config.channel_correlation)
-            return within_limits(torch.addcmul(mean, plain, contrast), teacher)
-
         optimizer = config.optimizer.build([coefficients])
         for iteration in range(config.iterations):
             set_rate_(optimizer, Cosine().factor(iteration, config.iterations))
             with torch.enable_grad():
-                images = images_of(coefficients)
-                outputs, loss, losses = knowledge(images)
-                if labels is not None:
-                    boundary = focal_loss(outputs, labels, config.focus)
-                    loss = loss + config.class_weight * boundary
-                    losses["boundary"] = boundary.detach()
+                loss, losses = evaluated(coefficients, contrast, labels)
                 check_images_finite({"total": loss.detach(), **losses}, step, iteration)
                 (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
             optimizer.step()
             done = step * config.iterations + iteration + 1
             context.listener(Step("images", done, steps * config.iterations, losses))
         with torch.no_grad():
-            return images_of(coefficients)
+            return images_of(coefficients, contrast)
 
     in_turn = InTurn(start, optimised, steps, context.group, teacher.device)
 
@@ -211,13 +219,13 @@ def spectral_batches(
     return Stream(make, steps, [draw], {"images": in_turn})
 
 
-def within_limits(images: Tensor, teacher: Captured) -> Tensor:
-    """Return images [N, C, *size] clipped to what pixels can be, where that is known."""
+def limits_of(teacher: Captured) -> tuple[Tensor, Tensor] | None:
+    """Return the lowest and highest value of each channel [C, 1, ...]; None if not known."""
     if teacher.input_limits is None:
-        return images
-    shape = (-1, *[1] * (images.ndim - 2))
-    low, high = images.new_tensor(teacher.input_limits).T
-    return images.clamp(low.view(shape), high.view(shape))
+        return None
+    low, high = torch.tensor(teacher.input_limits, device=teacher.device).T
+    shape = (-1, *[1] * (len(teacher.input_shape) - 1))
+    return low.view(shape), high.view(shape)
 
 
 def natural_noise(

@@ -15,6 +15,7 @@ from gdfq.execution.distributed import ALONE, Group
 from gdfq.execution.guards import check_finite
 from gdfq.execution.precision import to_float32
 from gdfq.execution.progress import RANGE_REPORTS, Step, is_due
+from gdfq.execution.replay import Replayed
 from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import distillation_loss, feature_loss
 from gdfq.graph import queries
@@ -199,21 +200,34 @@ def tune_(
     own = group if config.fixed_statistics else ALONE
     in_parts = config.fixed_statistics
     images_at_once = _images_at_once(teacher, context.memory) if in_parts else None
+
+    def losses_of(
+        labels: Tensor | None, teacher_logits: Tensor | None, *inputs: Tensor
+    ) -> dict[str, Tensor]:
+        part = Batch(inputs, labels, teacher_logits)
+        with context.autocast(teacher.device):
+            expected = teacher_predicts(part)
+            actual = student_predicts(part)
+        by_time = config.time_weights
+        weights = None if by_time is None else by_time.weights(inputs[1])
+        losses = config.losses(actual, expected, labels, group, weights)
+        return {name: x if name == "student" else x.detach() for name, x in losses.items()}
+
+    # Gradients of parts are summed, and processes of a group exchange numbers.
+    is_repeatable = in_parts and group.size == 1
+    replayed = Replayed(losses_of, student.parameters()) if is_repeatable else losses_of
     for step, whole in enumerate(batches, start=first_step):
         batch = whole.shard(own)
         rate = config.schedule.factor(step, total_steps)
         set_rate_(optimizer, rate)
         optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
-        for part in batch.split(images_at_once or len(batch)):
+        parts = batch.split(images_at_once or len(batch))
+        evaluated = replayed if len(parts) == 1 else losses_of
+        for part in parts:
             share = len(part) / len(batch)
             with torch.enable_grad():
-                with context.autocast(teacher.device):
-                    expected = teacher_predicts(part)
-                    actual = student_predicts(part)
-                by_time = config.time_weights
-                weights = None if by_time is None else by_time.weights(part.inputs[1])
-                of_part = config.losses(actual, expected, part.labels, group, weights)
+                of_part = evaluated(part.labels, part.teacher_logits, *part.inputs)
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)

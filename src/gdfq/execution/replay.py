@@ -1,0 +1,108 @@
+"""Functions of tensors that a GPU replays as CUDA graphs.
+
+A step of a small network is thousands of kernels of a few microseconds each. Python launches them
+more slowly than a GPU computes them; a CUDA graph launches all of them at once.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gdfq.errors import GdfqWarning, first_line
+
+
+class Replayed:
+    """A differentiable function of tensors, computed as it is except on a GPU.
+
+    There the first call with inputs of some shapes is computed as it is, the second one is also
+    recorded, forward and backward, and later ones are replayed. What cannot be recorded is computed
+    as it is, with a warning.
+
+    A replay calls no Python. So the function must do the same for all inputs of the same shapes: it
+    draws no random numbers on the CPU, changes nothing but what it returns, and reads no number of
+    the GPU. The gradients of parameters lie where the next replay writes them: they must be used
+    before, and not be summed over calls.
+
+    Args:
+        function: Takes tensors, or None where there is none, and returns nested tensors.
+        parameters: All tensors with gradients that it reads besides its inputs.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], parameters: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self._function = function
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._recorded: dict[Any, Callable[..., Any] | None] = {}
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        tensors = [x for x in inputs if x is not None]
+        if not tensors or any(x.device.type != "cuda" for x in tensors):
+            return self._function(*inputs)
+        key = (torch.is_grad_enabled(), *map(_facts, inputs))
+        if key not in self._recorded:
+            self._recorded[key] = None  # it may be the only one: a recording takes several calls
+            return self._function(*inputs)
+        if self._recorded[key] is None:
+            self._recorded[key] = self._record(inputs)
+        recorded = self._recorded[key]
+        assert recorded is not None
+        return recorded(*inputs)
+
+    def _record(self, inputs: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        """Return a function that replays what is computed for inputs of these shapes."""
+        present = [index for index, x in enumerate(inputs) if x is not None]
+        call = _Call(self._function, len(inputs), present, self._parameters)
+        samples = tuple(_sample(x) for x in inputs if x is not None)
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()):  # restored if recording fails
+                replay = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
+        except RuntimeError as error:
+            warnings.warn(
+                "a step must be recorded to be replayed as a CUDA graph; its kernels are launched "
+                f"one by one instead, which is slower ({first_line(error)}).",
+                GdfqWarning,
+                stacklevel=2,
+            )
+            return self._function
+
+        def replayed(*inputs: Tensor | None) -> Any:
+            found = replay(*(inputs[index] for index in present))
+            return pytree.tree_map(torch.clone, found)  # the next replay writes to the same memory
+
+        return replayed
+
+
+class _Call(nn.Module):
+    """A function as a module with parameters, which is what PyTorch records."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        count: int,
+        present: list[int],
+        parameters: Iterable[nn.Parameter],
+    ) -> None:
+        super().__init__()
+        self._function, self._count, self._present = function, count, present
+        self.read = nn.ParameterList(parameters)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        inputs: list[Tensor | None] = [None] * self._count
+        for index, tensor in zip(self._present, tensors, strict=True):
+            inputs[index] = tensor
+        return self._function(*inputs)
+
+
+def _facts(x: Tensor | None) -> Any:
+    """Return what a recording depends on."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.requires_grad)
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Return a copy of an input, into which those of replays are written."""
+    return torch.empty_like(x).copy_(x.detach()).requires_grad_(x.requires_grad)

@@ -1,0 +1,116 @@
+"""What only a real GPU shows: recorded steps and whole runs. Without one these tests are skipped."""
+
+import warnings
+
+import pytest
+import torch
+from support import networks
+from support.simulated_gpu import GPU, simulated_gpu
+from torch import Tensor, nn
+
+import gdfq
+from gdfq.errors import GdfqWarning
+from gdfq.execution.replay import Replayed
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def steps_of(device: str, *, replays: bool) -> list[Tensor]:
+    """Losses and gradients of inputs of six updates of a small network."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    draw = torch.Generator().manual_seed(1)
+
+    def loss_of(x: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
+        y = layer(x).square()
+        return {"loss": (y if weights is None else y * weights).sum(), "y": y.detach()}
+
+    call = Replayed(loss_of, layer.parameters()) if replays else loss_of
+    found: list[Tensor] = []
+    for step in range(6):
+        x = torch.randn(5, 4, generator=draw).to(device).requires_grad_()
+        weights = torch.rand(5, 3, generator=draw).to(device) if step % 2 else None
+        optimizer.zero_grad()
+        made = call(x, weights)
+        made["loss"].backward()
+        optimizer.step()
+        assert x.grad is not None
+        found += [made["loss"].detach(), made["y"], x.grad]
+    return [tensor.cpu() for tensor in found]
+
+
+@on_gpu
+def test_replays_compute_what_the_function_does() -> None:
+    expected = steps_of("cuda", replays=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GdfqWarning)
+        found = steps_of("cuda", replays=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_function_that_cannot_be_recorded_is_computed_as_it_is() -> None:
+    def reads(x: Tensor) -> Tensor:
+        return x * float(x.sum())
+
+    with simulated_gpu():
+        call = Replayed(reads)
+        x = torch.ones(2, device=GPU)
+        call(x)
+        with pytest.warns(GdfqWarning, match="launched one by one"):
+            second = call(x)
+        assert second.tolist() == [2, 2]
+        assert call(x).tolist() == [2, 2]
+
+
+def test_function_is_recorded_once_for_inputs_of_some_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = []
+
+    def record(call: nn.Module, samples: tuple[Tensor, ...], **_: object) -> nn.Module:
+        recorded.append([tuple(x.shape) for x in samples])
+        return call
+
+    with simulated_gpu():
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+        call = Replayed(lambda x: 2 * x)
+        for size in (2, 2, 2, 3, 2, 3):
+            assert call(torch.ones(size, device=GPU)).tolist() == [2] * size
+    assert recorded == [[(2,)], [(3,)]]
+
+
+def test_cpu_computes_the_function_as_it_is() -> None:
+    for a, b in zip(steps_of("cpu", replays=True), steps_of("cpu", replays=False), strict=True):
+        assert a.tolist() == b.tolist()
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("quick", {"images": 64, "iterations": 20, "steps": 12}),
+        ("patches", {"images": 64, "iterations": 20, "steps": 12}),
+        ("paper", {"steps": 30}),
+    ],
+)
+@pytest.mark.filterwarnings("error::gdfq.errors.GdfqWarning")
+def test_recipes_run_on_a_gpu(recipe: str, options: dict[str, int]) -> None:
+    half = (0.5, 0.5, 0.5)
+    results = [
+        gdfq.quantize(
+            networks.make("Residual"),
+            torch.zeros(1, *networks.SHAPE),
+            bits="w3a3",
+            recipe=recipe,
+            mean=half,
+            std=half,
+            device=device,
+            **options,
+        )
+        for device in ("cuda", "cpu")
+    ]
+    x = networks.images(64)
+    found, expected = (result.network(x) for result in results)
+    assert torch.nn.functional.cosine_similarity(found, expected).mean() > 0.9
