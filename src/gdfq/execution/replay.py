@@ -25,7 +25,8 @@ class Replayed:
     A replay calls no Python. So the function must do the same for all inputs of the same shapes: it
     draws no random numbers on the CPU, changes nothing but what it returns, and reads no number of
     the GPU. The gradients of parameters lie where the next replay writes them: they must be used
-    before, and not be summed over calls.
+    before, and not be summed over calls. Nothing may be left of the first call's graph of gradients
+    when the second is made: what was differentiated in it waits for streams that are not recorded.
 
     Args:
         function: Takes tensors, or None where there is none, and returns nested tensors.
@@ -71,14 +72,22 @@ class Replayed:
             return self._function
 
         def replayed(*inputs: Tensor | None) -> Any:
-            found = replay(*(inputs[index] for index in present))
-            return pytree.tree_map(torch.clone, found)  # the next replay writes to the same memory
+            found, form = pytree.tree_flatten(replay(*(inputs[index] for index in present)))
+            # The next replay writes to the same memory. All results of a replay have gradients.
+            own = [
+                (x if has_gradient else x.detach()).clone()
+                for x, has_gradient in zip(found, call.has_gradient, strict=True)
+            ]
+            return pytree.tree_unflatten(own, form)
 
         return replayed
 
 
 class _Call(nn.Module):
-    """A function as a module with parameters, which is what PyTorch records."""
+    """A function as a module with parameters, which is what PyTorch records.
+
+    `has_gradient` says which of its results have one.
+    """
 
     def __init__(
         self,
@@ -90,12 +99,15 @@ class _Call(nn.Module):
         super().__init__()
         self._function, self._count, self._present = function, count, present
         self.read = nn.ParameterList(parameters)
+        self.has_gradient: list[bool] = []
 
     def forward(self, *tensors: Tensor) -> Any:
         inputs: list[Tensor | None] = [None] * self._count
         for index, tensor in zip(self._present, tensors, strict=True):
             inputs[index] = tensor
-        return self._function(*inputs)
+        found = self._function(*inputs)
+        self.has_gradient = [x.requires_grad for x in pytree.tree_leaves(found)]
+        return found
 
 
 def _facts(x: Tensor | None) -> Any:

@@ -216,14 +216,12 @@ def tune_(
     # Gradients of parts are summed, and processes of a group exchange numbers.
     is_repeatable = in_parts and group.size == 1
     replayed = Replayed(losses_of, student.parameters()) if is_repeatable else losses_of
-    for step, whole in enumerate(batches, start=first_step):
-        batch = whole.shard(own)
-        rate = config.schedule.factor(step, total_steps)
-        set_rate_(optimizer, rate)
-        optimizer.zero_grad()
-        losses: dict[str, Tensor] = {}
+
+    def backward_(batch: Batch) -> dict[str, Tensor]:
+        """Add the gradients of a batch, and return its losses."""
         parts = batch.split(images_at_once or len(batch))
         evaluated = replayed if len(parts) == 1 else losses_of
+        losses: dict[str, Tensor] = {}
         for part in parts:
             share = len(part) / len(batch)
             with torch.enable_grad():
@@ -231,6 +229,14 @@ def tune_(
                 (share * of_part["student"]).backward()
             for name, loss in of_part.items():
                 losses[name] = share * loss.detach() + losses.get(name, 0)
+        return losses
+
+    for step, whole in enumerate(batches, start=first_step):
+        batch = whole.shard(own)
+        rate = config.schedule.factor(step, total_steps)
+        set_rate_(optimizer, rate)
+        optimizer.zero_grad()
+        losses = backward_(batch)
         group.average_(parameter.grad for parameter in student.parameters())
         group.average_(losses.values())
         check_finite(
