@@ -4,8 +4,8 @@
     python -m benchmarks.accuracy --recipes fast --bits w3a3 --seeds 0 1 2
 
 Each row (network, widths, placement, recipe, seed) becomes a JSON file under benchmarks/results
-as soon as it is done, and is skipped when it is there and the recipe is still the same, so an
-interrupted run resumes. The images of a pool do not depend on the student: they are made once for
+as soon as it is done, and is skipped when it is there and the recipe is still the same; a row that
+was interrupted goes on from its checkpoint under benchmarks/cache. The images of a pool do not depend on the student: they are made once for
 each network and seed, kept under benchmarks/cache, and their time is charged to every row that
 uses them. No run selects anything by accuracy.
 """
@@ -39,6 +39,7 @@ from gdfq import pipeline
 from gdfq.analysis.accuracy import logits_of
 from gdfq.data.datasets import ArrayData, load_data
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
@@ -251,10 +252,13 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
     )  # fmt: skip
     with Terminal() as listener:
         recipe, made = stored(replace(plan.recipe, source=plan.source), teacher, row, listener)
-        started = time.perf_counter()
         plan = replace(plan, recipe=recipe, source=recipe.source)
-        student = pipeline.run(plan, Context(seed=row.seed, listener=listener)).network
-    seconds = {"images": made, "student": time.perf_counter() - started}
+        checkpoints = Checkpoints(CACHE / f"{row.path.stem}-checkpoints")
+        context = Context(seed=row.seed, listener=listener, checkpointer=checkpoints)
+        finished = pipeline.run(plan, context)
+        checkpoints.remove()
+    student = finished.network
+    seconds = {"images": made, "student": finished.metrics["seconds"]["total"]}
     source = recipe.source
     images = source.images if isinstance(source, ImagePool) else recipe.steps * source.batch
     return student, {"steps": recipe.steps, "images": images, "seconds": seconds}, source.batch
@@ -285,6 +289,7 @@ PLAN = (
     + [Row(name, bits, "full", "real", 0) for name, bits in LOW_BITS]
     + [Row(R20, bits, "relu", recipe, 0) for bits in ("w4a4", "w3a3") for recipe in PUBLISHED]
     + [Row(R20, "w4a4", "relu", "paper", 0, PAPER_STEPS)]
+    + [Row(name, "w4a4", "relu", "paper", 0) for name in (R20, R56)]
 )
 """All rows in the order in which they are to be measured: the deployable placement first, then
 that of published tables."""

@@ -60,6 +60,8 @@ class Replayed:
         call = _Call(self._function, len(inputs), present, self._parameters)
         samples = tuple(_sample(x) for x in inputs if x is not None)
         try:
+            # Recorded results keep their graph of gradients, and it says where these were recorded.
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             with torch.cuda.stream(torch.cuda.current_stream()):  # restored if recording fails
                 replay = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
         except RuntimeError as error:
