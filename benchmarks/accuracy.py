@@ -280,7 +280,7 @@ OTHERS = ("quick", "genie", "synq", "zeroq", "round")
 """Recipes that `fast` is compared with."""
 PUBLISHED = ("fast", *OTHERS, "real", PEER)
 """Recipes in the placement of published tables."""
-PAPER_STEPS = 200
+PAPER_STEPS = 10_000
 """Of `paper`, whose own 80,000 take more than a day on two cores."""
 PLAN = (
     [Row(name, bits, "full", "fast", seed) for seed in SEEDS for name, bits in LOW_BITS]

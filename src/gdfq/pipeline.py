@@ -10,6 +10,7 @@ from gdfq.analysis.observations import Observations
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.guards import smaller_budget_suggested
+from gdfq.execution.precision import in_full_float32
 from gdfq.execution.stopwatch import Stopwatch
 from gdfq.execution.tracing import allowing_tracing, without_concurrent_tracing
 from gdfq.files.states import Results
@@ -37,7 +38,7 @@ def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
     plan, generated = stages.generate_images(plan, context)
     listener = allowing_tracing(context.checkpointer.listening(context.listener))
     context = replace(context, listener=listener)
-    with context.checkpointer:
+    with context.checkpointer, in_full_float32():
         clock = stages.begin(plan, context, generated)
         attempt = partial(_quantize, plan, clock, context.seed)
         quantized, restart = stages.restarting_once(attempt, plan, context)

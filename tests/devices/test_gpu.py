@@ -1,4 +1,4 @@
-"""What only a real GPU shows: recorded steps and whole runs. Without one these tests are skipped."""
+"""Recorded steps and whole runs on a GPU. What only a real one shows is skipped without one."""
 
 import warnings
 from typing import Any
@@ -38,7 +38,7 @@ def steps_of(device: str, *, replays: bool) -> list[Tensor]:
         optimizer.step()
         assert x.grad is not None
         assert not made["y"].requires_grad
-        return [made["loss"].detach(), made["y"], x.grad]
+        return [made["loss"].detach(), made["y"], x.grad.clone()]
 
     found = [tensor for step in range(6) for tensor in update_(step)]
     return [tensor.cpu() for tensor in found]
@@ -119,3 +119,16 @@ def test_recipes_run_on_a_gpu(recipe: str, options: dict[str, Any]) -> None:
     x = networks.images(64)
     found, expected = (result.network.cpu()(x) for result in results)
     assert torch.nn.functional.cosine_similarity(found, expected).mean() > 0.9
+
+
+def test_run_in_float32_rounds_no_factors_of_products() -> None:
+    allowed = []
+    gdfq.quantize(
+        networks.make("Residual"),
+        torch.zeros(1, *networks.SHAPE),
+        bits="w8a8",
+        data=networks.images(32),
+        listener=lambda _: allowed.append(torch.backends.cudnn.allow_tf32),
+    )
+    assert set(allowed) == {False}
+    assert torch.backends.cudnn.allow_tf32

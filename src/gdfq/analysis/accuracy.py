@@ -13,6 +13,7 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data, network_inputs
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
+from gdfq.execution.precision import in_full_float32
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.tracing import without_concurrent_tracing
 from gdfq.graph.capture import Captured
@@ -68,7 +69,8 @@ def logits_of(
         memory: Budget for the images that pass together; it counts where `network` has a graph.
     """
     batches = _batches(network, data, preprocessing, device, listener, memory)
-    return torch.cat([network(*inputs).cpu() for inputs in batches])
+    with in_full_float32():
+        return torch.cat([network(*inputs).cpu() for inputs in batches])
 
 
 def _batches(

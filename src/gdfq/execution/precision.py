@@ -1,10 +1,12 @@
 """The precision of the products in layers, and the device they are computed on.
 
 In bfloat16 the products in layers are rounded to 8 significant bits (`torch.autocast`). Statistics,
-quantizers, losses, weights and updates stay in float32.
+quantizers, losses, weights and updates stay in float32. In float32 a GPU computes as a CPU does:
+PyTorch by itself lets it round the factors of a convolution to 11 significant bits (TF32).
 """
 
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +19,18 @@ Precision = Literal["float32", "bfloat16"]
 def to_float32(x: Tensor) -> Tensor:
     """Return x in float32 if it is bfloat16; any other dtype is returned unchanged."""
     return x.float() if x.dtype == torch.bfloat16 else x
+
+
+def in_full_float32() -> AbstractContextManager[Any]:
+    """Return a context in which no GPU rounds the factors of convolutions in float32."""
+    cudnn = torch.backends.cudnn
+    context: AbstractContextManager[Any] = cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
+    return context
 
 
 def find_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
+from gdfq.execution.precision import in_full_float32
 from gdfq.functional.float_grid import FORMATS, NumberFormat, fake_quantize_float
 from gdfq.functional.grid import (
     MAX_BITS,
@@ -149,7 +150,8 @@ class IntegerNetwork(nn.Module):
         self._form: tuple[fx.GraphModule, dict[str, tuple[Tensor, int]]] | None = None
 
     def forward(self, *inputs: Tensor) -> Any:
-        with torch.autocast(inputs[0].device.type, enabled=False):  # it rounds whole numbers
+        # Both round whole numbers.
+        with torch.autocast(inputs[0].device.type, enabled=False), in_full_float32():
             return self.integer_form(*inputs)
 
     @property
