@@ -8,6 +8,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from benchmarks import paired, peers_224, step_speed
@@ -35,8 +36,14 @@ Seconds are of the whole run, from capture to the frozen student, on one thread 
 cores a run takes little more than half as long. The time of the images is charged to every row that uses
 them. The load differed, and so did the machines: seeds of one row differ by a factor of up to three, so the fastest one stands here. A
 *float step* is a plain training step of the same network on the row's own batch (100 for `mct`), measured in the same
-process (batch norms in evaluation form). Peak memory is that of the process. Rows with † are of version 0.1, whose script recorded
-no settings.
+process (batch norms in evaluation form). Peak memory is that of the process.
+
+Some seeds were run on a GPU (an H200, torch 2.11, up to 15 rows at a time), which the files under `benchmarks/results` say;
+seconds and peak memory are of seeds on the CPU where there are any, and marked with ‡ where all ran on the GPU. In all of these but
+`paper`, `real` of ResNet-56 at w2a2 and the third seed of MobileNetV1, the GPU computed convolutions in TF32, PyTorch's default, which
+rounds their factors to 11 bits. Runs turn that off now: the same seed of MobileNetV1 had 37.80 % with TF32 and 40.40 % without it
+(one run each; 1,000 images), and another seed 40.10 % on the CPU and 42.70 % on the GPU without TF32, so that these differences say
+little. ResNet-20 at w3a3, seed 0: 89.73 % on the CPU, 89.76 % on the GPU without TF32.
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time of `fast`,
 far less than their published schedules (`synq` without its activation maps). `mct` is Sony's
@@ -45,11 +52,10 @@ iterations and 40 epochs (its "steps"), chosen here to fit the time; the rest ar
 """
 
 PAPER_READING = """
-`paper` and `paper-real` at 2,000 steps are a fortieth of the published 80,000. With the published learning rate (1e-4, cut
-tenfold at a quarter, a half and three quarters) the updates after the warm-up move the student little: at this length the
-schedule is the limit, not the images. The full 80,000 steps have not been run here: on two cores they take about a day and a
-half. These rows of seed 0 were made by an earlier form of the script, which recorded no interval, agreement or
-float steps.
+`paper` at 10,000 steps is an eighth of the published 80,000, with its schedule scaled to that length. With the published learning rate
+(1e-4, cut tenfold at a quarter, a half and three quarters) the updates after the warm-up move the student little: at this length
+the schedule is the limit, not the images. All 80,000 steps would take about 20 minutes on an H200 and days on two cores; a run was
+stopped at 16,000.
 """
 
 PUBLISHED = """
@@ -65,7 +71,8 @@ DEVELOPMENT = {"cifar10_resnet20", "cifar10_resnet32"}
 def is_stale(run: dict[str, Any]) -> bool:
     """Whether another form of the recipe made the row."""
     row = Row(*(run[name] for name in ("network", "bits", "placement", "recipe", "seed", "steps")))
-    return run.get("settings") != settings_of(row)
+    own = settings_of(replace(row, steps=None))  # where the widths decide how many steps there are
+    return run.get("settings") not in {settings_of(row), own}
 
 
 def is_missing(row: Row) -> bool:
@@ -77,7 +84,13 @@ def is_missing(row: Row) -> bool:
 
 def on_one_thread(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those whose times are comparable; all if none is."""
-    return [run for run in runs if run.get("threads", 1) == 1] or runs
+    on_cpu = [run for run in runs if not is_of_gpu(run)] or runs
+    return [run for run in on_cpu if run.get("threads", 1) == 1] or on_cpu
+
+
+def is_of_gpu(run: dict[str, Any]) -> bool:
+    """Whether a row was measured on a GPU."""
+    return bool(run.get("device", "cpu") != "cpu")
 
 
 def least_disturbed(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,15 +143,15 @@ def accuracy_tables() -> str:
             high = mean(lambda run: run["drop_interval"][1])
             interval = f" ({low:.2f} to {high:.2f})"
             agreement = f"{mean(lambda run: run['agreement']):.2f}"
-            cost = f"{fastest['float_steps']:,.0f}"
-            images = f" ({fastest['seconds']['images']:.0f})"
+            cost = "" if is_of_gpu(fastest) else f"{fastest['float_steps']:,.0f}"
+            images = f" ({fastest['seconds']['images']:.0f}){'‡' * is_of_gpu(fastest)}"
         star = "\\*" if network in DEVELOPMENT else ""
         lines.append(
             f"| {network}{star} | {placement} | {bits} | {recipe} | {steps:,} | {len(group)} "
             f"| {full['all']:.2f} | {statistics.mean(top1):.2f}{spread} | {even:.2f} / {odd:.2f} "
             f"| {full['all'] - statistics.mean(top1):.2f}{interval} | {full['odd'] - odd:.2f} "
             f"| {agreement} | {fastest['seconds']['total']:.0f}{images} | {cost} "
-            f"| {max(run['peak_mib'] for run in group)} |"
+            f"| {max(run['peak_mib'] for run in on_one_thread(group))} |"
         )
     missing: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in filter(is_missing, PLAN):
