@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from benchmarks.accuracy import compared, stored
-from benchmarks.trained_networks import MOBILE, NETWORKS, R20, R32, R56
+from benchmarks.trained_networks import EFFICIENTNET, MOBILE, NETWORKS, R20, R32, R56
 from scipy.optimize import least_squares
 from support.narrowing import instance, present
 from support.places import CACHE, RESULTS, ROOT, SHARED
@@ -67,12 +67,20 @@ PLAIN, MIXTURES, NOISE = "images", "mixtures", "noise"
 HELD_OUT_SEED = stream(0, "trust").initial_seed()
 """That of `gdfq.analysis.accuracy_drop.measure_expected_drop` for seed 0, unlike any run's."""
 Row = dict[str, Any]
-CLASSES = {DIGITS: 10, DIGITS_BCE: 10, R20: 10, R32: 10, R56: 100, MOBILE: 1000}
-TEST_IMAGES = {DIGITS: 898, DIGITS_BCE: 898, R20: 4000, R56: 1500, R32: 2000, MOBILE: 1000}
+CLASSES = {DIGITS: 10, DIGITS_BCE: 10, R20: 10, R32: 10, R56: 100, MOBILE: 1000, EFFICIENTNET: 1000}
+TEST_IMAGES = {
+    DIGITS: 898,
+    DIGITS_BCE: 898,
+    R20: 4000,
+    R56: 1500,
+    R32: 2000,
+    MOBILE: 1000,
+    EFFICIENTNET: 1000,
+}
 """How many of the test images are used, the first ones."""
 
 
-POOLS = {R32: 100, R56: 100, MOBILE: 64}
+POOLS = {R32: 100, R56: 100, MOBILE: 64, EFFICIENTNET: 32}
 """Images that students of slow networks are made with."""
 
 
@@ -116,7 +124,10 @@ class Run:
 
 
 def _runs(network: str, *lines: str) -> list[Run]:
-    """Runs from lines such as "quick:20 1: w4a4 w3a3/full": recipe, steps, seed, widths."""
+    """Runs from lines such as "quick:20 1: w4a4 w3a3/relu": recipe, steps, seed, widths.
+
+    The placement is the deployable one, or that after the widths.
+    """
     found = []
     for line in lines:
         head, widths = line.split(": ")
@@ -128,7 +139,7 @@ def _runs(network: str, *lines: str) -> list[Run]:
                 Run(
                     network,
                     bits,
-                    placement or "relu",
+                    placement or "full",
                     recipe,
                     int(seed),
                     int(steps) if steps else None,
@@ -138,31 +149,36 @@ def _runs(network: str, *lines: str) -> list[Run]:
 
 
 _OF_DIGITS = (
-    "rounded 0: w8a8 w6a6 w5a5 w4a4 w4a4/full w3a3",
-    "matched 0: w4a4 w3a3/full w2a4",
-    "matched 1: w8a8/full w4a4/full w3a4",
-    "quick:20 0: w2a4/full w3a3/full",
-    "quick:20 1: w4a4/full w3a3 w2a2",
-    "quick 0: w3a3/full w2a2",
+    "rounded 0: w8a8 w6a6 w5a5 w4a4 w3a3",
+    "matched 0: w4a4 w3a3 w2a4",
+    "matched 1: w8a8 w4a8 w3a4",
+    "quick:20 0: w2a4 w3a3",
+    "quick:20 1: w4a4 w3a3 w2a2",
+    "quick 0: w3a3 w2a2",
 )
 PLAN = [
     *_runs(DIGITS, *_OF_DIGITS, "quick-noise:40 0: w4a4 w3a3"),
     *_runs(DIGITS_BCE, *_OF_DIGITS),
     *_runs(
         R20,
-        "rounded 0: w8a8 w6a6 w5a5 w4a4 w4a4/full w3a4",
-        "matched 0: w4a4 w3a3 w2a4 w3a3/full",
-        "quick:20 1: w4a4 w3a3/full",
+        "rounded 0: w8a8 w6a6 w5a5 w4a4 w3a4",
+        "matched 0: w4a8 w4a4 w3a3 w2a4",
+        "quick:20 1: w4a4 w3a3",
+    ),
+    *_runs(
+        EFFICIENTNET,
+        "rounded 0: w8a8 w6a6",
+        "matched 0: w8a8 w4a8 w5a5",
     ),
     *_runs(
         MOBILE,
-        "rounded 0: w8a8 w6a6 w5a8 w6a5",
-        "matched 0: w8a8/full w6a6 w5a5 w4a8 w4a4",
+        "rounded 0: w8a8 w6a8 w6a6",
+        "matched 0: w8a8 w6a6 w5a5 w4a8 w4a4",
     ),
     *_runs(
         R56,
         "rounded 0: w8a8 w6a6 w5a5 w4a4",
-        "matched 0: w5a5 w4a4 w3a4",
+        "matched 0: w5a5 w4a4 w3a4 w3a3",
     ),
     *_runs(
         R32,
