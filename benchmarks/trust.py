@@ -216,7 +216,7 @@ def teacher_of(network: str) -> tuple[Captured, ImageData]:
         trained = demo.train(training, loss_function=_LOSSES[network])
         return capture(trained, torch.zeros(1, *shape)), data
     found = NETWORKS[network]
-    data = load_data(found.test, found.shape, None)
+    data = load_data(found.test, found.shape, CLASSES[network])
     chosen = torch.arange(min(count, len(data)))
     return capture(found.load(), torch.zeros(1, *shape)), ArrayData(
         data.images(chosen), present(data.labels)[: len(chosen)]
