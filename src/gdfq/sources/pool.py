@@ -25,7 +25,7 @@ from gdfq.sources.augment import (
     prediction_consistency,
     random_move,
 )
-from gdfq.sources.base import Batch, Source, first_images, joined_inputs
+from gdfq.sources.base import Batch, Source, first_images
 from gdfq.sources.candidates import Candidates, Screening
 from gdfq.sources.screen import screened
 from gdfq.sources.stream import Shuffled, Stream, restored_batch, stored_batch
@@ -348,11 +348,8 @@ class _Collected:
     def _joined(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Return all images and labels. The parts become views of them, not to be held twice."""
         parts = self._parts if self._added is None else [*self._parts, self._added]
+        inputs = _moved_together_(parts)
         batches = [Batch(**part.value) for part in parts]
-        inputs = joined_inputs(batches)
-        views = zip(*(tensor.split(list(map(len, batches))) for tensor in inputs), strict=True)
-        for part, batch, own in zip(parts, batches, views, strict=True):
-            part.value = vars(replace(batch, inputs=own))
         made = sum(map(len, batches[: len(self._parts)]))
 
         def used(tensor: Tensor) -> Tensor:
@@ -398,6 +395,30 @@ class _Collected:
             self._all = self._joined()
             if self._digests_of_all() != state["digests"]:
                 raise ValueError("the given images are not those that the run started with")
+
+
+def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
+    """Return the inputs of batches as one tensor each; the batches become views of them.
+
+    Each batch is freed as soon as it is copied, so that little more is held than one of the two.
+    """
+    counts = [len(part.value["inputs"][0]) for part in parts]
+    wholes = [_rows(sum(counts), first) for first in parts[0].value["inputs"]]
+    views = zip(*(whole.split(counts) for whole in wholes), strict=True)
+    for part, own in zip(parts, views, strict=True):
+        for view, tensor in zip(own, part.value["inputs"], strict=True):
+            view.copy_(tensor)
+        part.value = {**part.value, "inputs": own}
+        release_freed_memory()
+    return tuple(wholes)
+
+
+def _rows(count: int, like: Tensor) -> Tensor:
+    """Return an uninitialised tensor of so many rows in the layout of another."""
+    is_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    shape = (count, *like.shape[1:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def collect(
