@@ -5,8 +5,9 @@ checkpoints write.
     python -m benchmarks.memory --steps 8 --iterations 4 --images 250
     python -m benchmarks.memory --memory 1GiB
     python -m benchmarks.memory --bits w4a8
+    python -m benchmarks.memory --network imagenet_mobilenetv1_025 --recipe fast --bits w4a4
 
-EfficientNet-Lite0 at 224x224 (4.65 M parameters), recipe `quick` at w8a8, one thread, on a CPU: as
+EfficientNet-Lite0 at 224x224 (4.65 M parameters), recipe `quick` at w8a8 by default, one thread, on a CPU: as
 `gdfq quantize` runs it, with a test, checkpoints, an ONNX file and the evidence for the report, all
 in one process. For each stage: seconds of CPU (one thread, so that other load hardly counts), and the highest resident size of the whole process while it
 ran (VmHWM, which the kernel lets a process reset). A stage begins with the end of the one before,
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.trained_networks import EFFICIENTNET, NETWORKS
+from benchmarks.trained_networks import EFFICIENTNET, MOBILE, NETWORKS, Network
 from support.places import RESULTS
 from torch import nn
 
@@ -38,11 +39,10 @@ from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.malloc import keep_freed_memory_
 from gdfq.graph.capture import capture
-from gdfq.recipes import QUICK
+from gdfq.recipes import find_recipe
 from gdfq.runs.diagnostics import gather, write_evidence
 
 FILE = RESULTS / "memory.json"
-NETWORK = NETWORKS[EFFICIENTNET]
 
 
 class Meter:
@@ -81,23 +81,24 @@ def measured(
     model: nn.Module, folder: Path, options: argparse.Namespace, meter: Meter
 ) -> dict[str, Any]:
     """One run with all that the command line does, in the folder."""
-    source: Any = QUICK.source
+    network, recipe = NETWORKS[options.network], find_recipe(options.recipe)
+    source: Any = recipe.source
     if options.iterations is not None:
         source = replace(source, source=replace(source.source, iterations=options.iterations))
-    recipe = replace(QUICK, source=source).with_steps(options.steps)
+    recipe = replace(recipe, source=source).with_steps(options.steps)
     more: dict[str, Any] = {} if options.memory is None else {"memory": options.memory}
     checkpoints = Checkpoints(folder / "checkpoints")
     meter.ends("start")
-    teacher = capture(model, torch.zeros(1, *NETWORK.shape))
+    teacher = capture(model, torch.zeros(1, *network.shape))
     meter.ends("capture")
     quantized = gdfq.quantize(
         teacher,
-        torch.zeros(1, *NETWORK.shape),
+        torch.zeros(1, *network.shape),
         options.bits,
         recipe,
-        test=_some(NETWORK.test, options.images),
-        mean=NETWORK.preprocessing.mean,
-        std=NETWORK.preprocessing.std,
+        test=_some(network, options.images),
+        mean=network.preprocessing.mean,
+        std=network.preprocessing.std,
         checkpoints=checkpoints,
         listener=meter.hears,
         **more,
@@ -113,9 +114,9 @@ def measured(
     return {"accuracy": accuracy, "written_mb": round(checkpoints.written / 1e6, 1)}
 
 
-def _some(folder: Path, count: int) -> Any:
-    """The first `count` images of a folder; all as the folder itself, which reads them as needed."""
-    data = load_data(folder, NETWORK.shape, 1000)
+def _some(network: Network, count: int) -> Any:
+    """The first `count` test images; all as the folder itself, which reads them as needed."""
+    data = load_data(network.test, network.shape, 1000)
     if count >= len(data):
         return data
     chosen = torch.arange(len(data))[:: len(data) // count][:count]
@@ -127,6 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--network", default=EFFICIENTNET, choices=(EFFICIENTNET, MOBILE))
+    parser.add_argument("--recipe", default="quick", choices=("quick", "fast"))
     parser.add_argument("--bits", default="w8a8")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--iterations", type=int, help="of each image; the recipe's own by default")
@@ -135,11 +138,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
     try:
-        model = NETWORK.load()
+        model = NETWORKS[options.network].load()
     except ImportError as error:
         sys.exit(f"skipped: it needs the extra bench-efficientnet ({error})")
-    if not NETWORK.test.is_dir():
-        sys.exit(f"skipped: it needs the images in {NETWORK.test}")
+    if not NETWORKS[options.network].test.is_dir():
+        sys.exit(f"skipped: it needs the images in {NETWORKS[options.network].test}")
     torch.set_num_threads(1)
     keep_freed_memory_()
     meter: Meter = Meter()
@@ -148,6 +151,8 @@ def main() -> None:
     peak = max(row["peak_mib"] for row in meter.stages.values())
     result = {
         "torch": torch.__version__,
+        "network": options.network,
+        "recipe": options.recipe,
         "bits": options.bits,
         "steps": options.steps,
         "iterations": options.iterations,
