@@ -2,6 +2,7 @@
 
 import errno
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,15 @@ def test_full_disk_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert opened(tmp_path)[1] == {"x": 1}
     checkpoints.save()
     assert opened(tmp_path)[1] == {"x": 2}
+
+
+def test_run_that_has_ended_holds_no_part(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with checkpoints:
+        checkpoints.begin(RUN, AROUND)
+        part = weakref.ref(checkpoints.register("part", Results()))
+        assert part() is not None
+    assert part() is None
 
 
 def test_removed_folder_is_created_again(tmp_path: Path) -> None:

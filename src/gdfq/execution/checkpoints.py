@@ -101,6 +101,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *stopped: object) -> None:
+        self._parts, self._found = {}, {}  # they hold the images of the run
         self._lock.release()
 
     def exists(self) -> bool:
