@@ -43,6 +43,7 @@ from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.context import Context
 from gdfq.execution.listeners import Terminal
 from gdfq.execution.malloc import keep_freed_memory_
+from gdfq.execution.precision import in_full_float32
 from gdfq.files.plain_values import fingerprint
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
@@ -96,12 +97,14 @@ def stored(recipe: Recipe, teacher: Captured, row: Row, listener: Terminal) -> t
     path = CACHE / f"{row.network}-{kind}-{pool.images}-s{row.seed}.safetensors"
     settings = path.with_suffix(".txt")
     # Other images come of other settings, and of other code.
-    made_by = f"{fingerprint(pool.source)} {hash_of('sources/*.py', *IMAGE_CODE)}"
+    code = hash_of("sources/*.py", *IMAGE_CODE)
+    made_by = f"{fingerprint(pool.source)} {code} {teacher.device.type}"
     if not settings.exists() or settings.read_text().partition("\n")[0] != made_by:
         started = time.perf_counter()
-        images, labels = collect(
-            pool.source, teacher, pool.images, context=Context(seed=row.seed, listener=listener)
-        )
+        with in_full_float32(teacher.device):
+            images, labels = collect(
+                pool.source, teacher, pool.images, context=Context(seed=row.seed, listener=listener)
+            )
         seconds = time.perf_counter() - started
         kept = {"images": images.contiguous().cpu(), "labels": present(labels).cpu()}
         save_file(kept, path)
@@ -142,7 +145,7 @@ def tested(
     test = load_data(images, teacher.input_shape, teacher.classes)
     assert test.labels is not None
     student_logits, teacher_logits = (
-        logits_of(module, test, preprocessing, device=teacher.device).cpu()
+        logits_of(module, test, preprocessing, device=teacher.device)
         for module in (student, teacher.network)
     )
     return student_logits, teacher_logits, test.labels
@@ -253,7 +256,7 @@ def run_recipe(row: Row, network: Network, teacher: Captured) -> tuple[Module, F
     with Terminal() as listener:
         recipe, made = stored(replace(plan.recipe, source=plan.source), teacher, row, listener)
         plan = replace(plan, recipe=recipe, source=recipe.source)
-        checkpoints = Checkpoints(CACHE / f"{row.path.stem}-checkpoints")
+        checkpoints = Checkpoints(CACHE / f"{row.path.stem}-{settings_of(row)}-checkpoints")
         context = Context(seed=row.seed, listener=listener, checkpointer=checkpoints)
         finished = pipeline.run(plan, context)
         checkpoints.remove()

@@ -531,7 +531,7 @@ def main() -> None:
                 f"{largest_error(row):.1%}, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-    report(list(rows.values()))
+    report([rows[run.name] for run in PLAN if run.name in rows])
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def simulated_gpu() -> Iterator[None]:
     answers: dict[str, Any] = {
         "is_bf16_supported": True,
         "mem_get_info": (2**33, 2**34),
-        "max_memory_allocated": 0,
+        "max_memory_reserved": 0,
         "synchronize": None,
         "empty_cache": None,
         "reset_peak_memory_stats": None,

@@ -35,10 +35,15 @@ def run(plan: Plan, context: Context = Context()) -> QuantizedNetwork:
             cannot make images for this network, or the checkpoint belongs to another run.
         GdfqError: The run fails: a loss is not finite, memory is short, or a process died.
     """
+    with in_full_float32(plan.teacher.device):
+        return _run(plan, context)
+
+
+def _run(plan: Plan, context: Context) -> QuantizedNetwork:
     plan, generated = stages.generate_images(plan, context)
     listener = allowing_tracing(context.checkpointer.listening(context.listener))
     context = replace(context, listener=listener)
-    with context.checkpointer, in_full_float32():
+    with context.checkpointer:
         clock = stages.begin(plan, context, generated)
         attempt = partial(_quantize, plan, clock, context.seed)
         quantized, restart = stages.restarting_once(attempt, plan, context)
@@ -119,7 +124,11 @@ def make_images(
     if count < 1:
         raise UsageError(f"count must be at least 1; got {count}.")
     context = replace(context, listener=allowing_tracing(context.listener))
-    with smaller_budget_suggested("making images", context.memory.room(teacher.device)):
+    device = teacher.device
+    with (
+        smaller_budget_suggested("making images", context.memory.room(device)),
+        in_full_float32(device),
+    ):
         images, labels = recipe.source.make_images(
             teacher, count, steps=steps, planned=recipe.steps, context=context
         )

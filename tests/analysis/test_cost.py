@@ -49,11 +49,11 @@ def test_costs_on_a_gpu_synchronize_and_read_its_memory(monkeypatch: pytest.Monk
     devices: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", devices.append)
 
-    def max_memory_allocated(asked: torch.device) -> int:
+    def max_memory_reserved(asked: torch.device) -> int:
         devices.append(asked)
         return 12345
 
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", max_memory_allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", max_memory_reserved)
     assert now(device) <= now(torch.device("cpu"))
     assert peak_bytes(device) == 12345
     assert devices == [device, device]

@@ -1,6 +1,8 @@
 """Recorded steps and whole runs on a GPU. What only a real one shows is skipped without one."""
 
 import warnings
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +12,14 @@ from support.simulated_gpu import GPU, simulated_gpu
 from torch import Tensor, nn
 
 import gdfq
+from gdfq.analysis.accuracy_drop import measure_expected_drop
 from gdfq.errors import GdfqWarning
+from gdfq.execution.context import Context
+from gdfq.execution.precision import in_full_float32
+from gdfq.execution.progress import silent
 from gdfq.execution.replay import Replayed
+from gdfq.pipeline import make_images
+from gdfq.recipes import find_recipe
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -121,14 +129,51 @@ def test_recipes_run_on_a_gpu(recipe: str, options: dict[str, Any]) -> None:
     assert torch.nn.functional.cosine_similarity(found, expected).mean() > 0.9
 
 
-def test_run_in_float32_rounds_no_factors_of_products() -> None:
-    allowed = []
-    gdfq.quantize(
-        networks.make("Residual"),
-        torch.zeros(1, *networks.SHAPE),
-        bits="w8a8",
-        data=networks.images(32),
-        listener=lambda _: allowed.append(torch.backends.cudnn.allow_tf32),
-    )
-    assert set(allowed) == {False}
-    assert torch.backends.cudnn.allow_tf32
+def precisions() -> list[str]:
+    cudnn: Any = torch.backends.cudnn
+    return [part.fp32_precision for part in (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)]
+
+
+def test_no_thread_rounds_factors_while_another_needs_float32() -> None:
+    """The setting of the process comes back with the last of them."""
+    before, gpu = precisions(), torch.device("cuda")
+    first, second = in_full_float32(gpu), in_full_float32(gpu)
+    first.__enter__()
+    second.__enter__()
+    assert precisions() == ["ieee"] * 3
+    first.__exit__(None, None, None)
+    assert precisions() == ["ieee"] * 3
+    second.__exit__(None, None, None)
+    assert precisions() == before
+
+
+def test_nothing_is_set_for_a_cpu() -> None:
+    before = precisions()
+    with in_full_float32(torch.device("cpu")):
+        assert precisions() == before
+
+
+@pytest.mark.parametrize("what", ["run", "student", "images", "drop"])
+def test_products_in_float32_have_unrounded_factors_on_a_gpu(what: str) -> None:
+    seen = []
+
+    def hears(*_: object) -> None:
+        seen.append(precisions())
+
+    recipe = find_recipe("zeroq")
+    recipe = replace(recipe, source=replace(recipe.source, batch=4, iterations=2))  # type: ignore[type-var]
+    with simulated_gpu():
+        teacher = deepcopy(networks.captured("Residual")).to(GPU)
+        if what == "images":
+            make_images(teacher, recipe, 4, Context(listener=hears))
+        else:
+            student = gdfq.quantize(
+                teacher, bits="w4a4", recipe=recipe, listener=hears if what == "run" else silent
+            )
+        if what == "student":
+            student.network.integer_form.register_forward_hook(hears)
+            student.network(networks.images(2).to(GPU))
+        if what == "drop":
+            measure_expected_drop(teacher, student.network, seed=0, listener=hears)
+    assert seen
+    assert all(found == ["ieee"] * 3 for found in seen)

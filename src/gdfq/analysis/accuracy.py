@@ -69,7 +69,7 @@ def logits_of(
         memory: Budget for the images that pass together; it counts where `network` has a graph.
     """
     batches = _batches(network, data, preprocessing, device, listener, memory)
-    with in_full_float32():
+    with in_full_float32(device):
         return torch.cat([network(*inputs).cpu() for inputs in batches])
 
 
@@ -150,6 +150,8 @@ def output_similarities(
         The similarity of each output, in order.
     """
     network, totals = teacher.network, Totals(teacher.ends)
-    for inputs in _batches(network, data, preprocessing, teacher.device, listener, memory):
-        totals.add_(in_order(network(*inputs)), in_order(student(*inputs)))
+    batches = _batches(network, data, preprocessing, teacher.device, listener, memory)
+    with in_full_float32(teacher.device):
+        for inputs in batches:
+            totals.add_(in_order(network(*inputs)), in_order(student(*inputs)))
     return totals.similarities()

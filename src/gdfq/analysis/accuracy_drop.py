@@ -24,6 +24,7 @@ from gdfq.analysis.similarity import compare_outputs
 from gdfq.analysis.work import Work
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
+from gdfq.execution.precision import in_full_float32
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.functional.grid import UNLIMITED
@@ -183,12 +184,13 @@ def measure_expected_drop(
         return _outputs(teacher, network, images.clamp(low, high), listener, memory)
 
     reason = _why_not_validated(teacher)
-    on_noise = outputs(noise_images(teacher, seed))
-    if not teacher.batch_norms or len(teacher.input_shape) != 3:
-        kind, first, second = _NOISE, on_noise, None
-    else:
-        kind = f"mixtures of synthetic images made for this test, and {_NOISE}"
-        first, second = outputs(held_out_mixtures(teacher, seed, listener, memory)), on_noise
+    with in_full_float32(teacher.device):
+        on_noise = outputs(noise_images(teacher, seed))
+        if not teacher.batch_norms or len(teacher.input_shape) != 3:
+            kind, first, second = _NOISE, on_noise, None
+        else:
+            kind = f"mixtures of synthetic images made for this test, and {_NOISE}"
+            first, second = outputs(held_out_mixtures(teacher, seed, listener, memory)), on_noise
     return estimate_drop(
         *first,
         source=kind,

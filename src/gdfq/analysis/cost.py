@@ -11,7 +11,9 @@ import torch
 from gdfq.analysis.preflight import Diagnosis
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
+from gdfq.execution.precision import in_full_float32
 from gdfq.execution.progress import Step
+from gdfq.execution.replay import calls_before_replay
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
@@ -46,10 +48,11 @@ def with_costs(
     if teacher.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(teacher.device)
     made = "text" if recipe.source.makes_text else "images"
-    seconds = {
-        made: _source_seconds(recipe.source, teacher, recipe.steps, memory),
-        "tuning": _tuning_seconds(teacher, scheme, recipe),
-    }
+    with in_full_float32(teacher.device):
+        seconds = {
+            made: _source_seconds(recipe.source, teacher, recipe.steps, memory),
+            "tuning": _tuning_seconds(teacher, scheme, recipe),
+        }
     peak = peak_bytes(teacher.device)
     if peak is not None:
         values = sum(math.prod(spec.shape) for spec in teacher.inputs)
@@ -65,12 +68,12 @@ def now(device: torch.device) -> float:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak memory in bytes: of tensors on a GPU, else of this process.
+    """Return the peak memory in bytes: what PyTorch took on a GPU, else that of this process.
 
     None on systems that do not report it: only Unix does.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     try:
         import resource
     except ImportError:
@@ -84,19 +87,21 @@ class _StopError(Exception):
 
 
 class _StepTimer:
-    """A listener that times the second step and notes the total number of steps."""
+    """A listener that times the first step that is as long as later ones.
+
+    It notes the total number of steps.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds, self.total = 0.0, 0
-        self._device = device
-        self._last: float | None = None
+        self._device, self._last, self._seen = device, 0.0, 0
 
     def __call__(self, step: Step) -> None:
         at = now(self._device)
-        if self._last is not None:
-            self.seconds, self.total = at - self._last, step.total
+        self.seconds, self.total = at - self._last, step.total
+        if self._seen >= calls_before_replay(self._device):
             raise _StopError
-        self._last = at
+        self._last, self._seen = at, self._seen + 1
 
 
 def _source_seconds(source: Source, teacher: Captured, steps: int, memory: MemoryBudget) -> float:

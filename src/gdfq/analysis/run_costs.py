@@ -17,7 +17,9 @@ from gdfq.effort import MAX_STEPS, Costs
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.malloc import release_freed_memory
+from gdfq.execution.precision import in_full_float32
 from gdfq.execution.progress import Step
+from gdfq.execution.replay import calls_before_replay
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.graph.inputs import takes_images
@@ -99,8 +101,9 @@ def measure_costs(
     alone = Context(precision=context.precision, memory=context.memory)
     clock = clock or partial(now, teacher.device)
     measurement = _Measurement(teacher, scheme, recipe, alone, least, clock)
-    source = measurement.source()
-    student = measurement.student(context.group.size, following.report)
+    with in_full_float32(teacher.device):
+        source = measurement.source()
+        student = measurement.student(context.group.size, following.report)
     fixed = source.setup + student.setup + following.seconds
     if following.report:
         fixed += _evidence_seconds(teacher, student, source.per_image, context.memory)
@@ -168,7 +171,7 @@ class _Measurement:
     clock: Clock
 
     def source(self) -> _SourceSeconds:
-        """Time the second iteration of the source, or the second batch of one without any."""
+        """Time an iteration of the source, or a batch of one without any, after the first ones."""
         source, steps = self.recipe.source.bulk(self.recipe.steps)
         times: list[float] = []
 
@@ -188,14 +191,19 @@ class _Measurement:
                 if self._enough(ends):
                     break
         marks = times if len(times) > 1 else ends
-        each = (marks[-1] - marks[0]) / max(1, len(marks) - 1)
-        setup = max(0.0, marks[0] - started - each)
+        first = max(1, min(self._before, len(marks) - 1))
+        each = (marks[-1] - marks[first - 1]) / max(1, len(marks) - first)
+        setup = max(0.0, marks[first - 1] - started - first * each)
         if marks is ends:
             return _SourceSeconds(setup, None, each)
         return _SourceSeconds(setup, each / source.batch, each * (source.iterations or 1))
 
     def _enough(self, times: list[float]) -> bool:
-        return len(times) > 1 and times[-1] - times[0] >= self.least
+        return len(times) > self._before and times[-1] - times[self._before - 1] >= self.least
+
+    @property
+    def _before(self) -> int:
+        return calls_before_replay(self.teacher.device)
 
     def student(self, processes: int, passes: bool) -> _StudentSeconds:
         """Time a batch of calibration, of moment matching and of tuning, shared by processes.

@@ -5,7 +5,9 @@ quantizers, losses, weights and updates stay in float32. In float32 a GPU comput
 PyTorch by itself lets it round the factors of a convolution to 11 significant bits (TF32).
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -21,16 +23,55 @@ def to_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def in_full_float32() -> AbstractContextManager[Any]:
-    """Return a context in which no GPU rounds the factors of convolutions in float32."""
+class _FullFloat32:
+    """Turns TF32 off for the process while there are users, in any thread."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = Lock(), 0
+        self._before: list[str] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = [part.fp32_precision for part in _rounding_parts()]
+                for part in _rounding_parts():
+                    part.fp32_precision = "ieee"
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for part, before in zip(_rounding_parts(), self._before, strict=True):
+                    part.fp32_precision = before
+
+
+def _rounding_parts() -> tuple[Any, ...]:
+    """The parts of PyTorch that may round factors on a GPU."""
     cudnn = torch.backends.cudnn
-    context: AbstractContextManager[Any] = cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-    )
-    return context
+    return cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+
+
+_full_float32 = _FullFloat32()
+
+
+@contextmanager
+def in_full_float32(device: torch.device) -> Iterator[None]:
+    """Within this context no factor of a product in float32 is rounded on a GPU.
+
+    PyTorch has one setting for the process: it is changed while any thread is in such a context.
+
+    Args:
+        device: Where the products are computed; on a CPU nothing is changed.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    _full_float32.enter()
+    try:
+        yield
+    finally:
+        _full_float32.leave()
 
 
 def find_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ A step of a small network is thousands of kernels of a few microseconds each. Py
 more slowly than a GPU computes them; a CUDA graph launches all of them at once.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gdfq.errors import GdfqWarning, first_line
+
+
+def calls_before_replay(device: torch.device) -> int:
+    """Return how many first calls of a step take longer than those that follow.
+
+    On a GPU the second one is recorded, which takes longer than the step itself.
+    """
+    return 2 if device.type == "cuda" else 1
 
 
 class Replayed:
@@ -54,17 +63,26 @@ class Replayed:
         assert recorded is not None
         return recorded(*inputs)
 
+    def forget(self) -> None:
+        """Free the memory of the recordings."""
+        if any(recorded is not None for recorded in self._recorded.values()):
+            self._recorded.clear()
+            gc.collect()  # PyTorch's recordings refer to themselves
+
     def _record(self, inputs: tuple[Tensor | None, ...]) -> Callable[..., Any]:
         """Return a function that replays what is computed for inputs of these shapes."""
         present = [index for index, x in enumerate(inputs) if x is not None]
         call = _Call(self._function, len(inputs), present, self._parameters)
         samples = tuple(_sample(x) for x in inputs if x is not None)
         try:
-            # Recorded results keep their graph of gradients, and it says where these were recorded.
+            # Recorded results keep their graph of gradients, which says where they were recorded.
+            # PyTorch would warn of that later; what it warned of before cannot be asked for.
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             with torch.cuda.stream(torch.cuda.current_stream()):  # restored if recording fails
                 replay = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             warnings.warn(
                 "a step must be recorded to be replayed as a CUDA graph; its kernels are launched "
                 f"one by one instead, which is slower ({first_line(error)}).",
@@ -75,7 +93,8 @@ class Replayed:
 
         def replayed(*inputs: Tensor | None) -> Any:
             found, form = pytree.tree_flatten(replay(*(inputs[index] for index in present)))
-            # The next replay writes to the same memory. All results of a replay have gradients.
+            # The next replay writes to the same memory. PyTorch marks all results as having a
+            # gradient.
             own = [
                 (x if has_gradient else x.detach()).clone()
                 for x, has_gradient in zip(found, call.has_gradient, strict=True)

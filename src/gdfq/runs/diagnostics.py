@@ -23,6 +23,7 @@ from gdfq.analysis.predictions import measure_changes
 from gdfq.errors import first_line
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.malloc import release_freed_memory
+from gdfq.execution.precision import in_full_float32
 from gdfq.files.atomic import write_atomically, write_json
 from gdfq.graph.capture import Captured
 from gdfq.quantized import QuantizedNetwork
@@ -66,7 +67,8 @@ def gather(
         started = time.perf_counter()
         release_freed_memory()
         try:
-            found = asdict(measured())
+            with in_full_float32(teacher.device):
+                found = asdict(measured())
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {first_line(error)}"
             continue

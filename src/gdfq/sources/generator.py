@@ -210,7 +210,8 @@ class GeneratorSource(Source):
             return made, losses
 
         # Processes that share a batch exchange its statistics inside.
-        call = Replayed(generated, generator.parameters()) if group.size == 1 else generated
+        replayed = Replayed(generated, generator.parameters())
+        call = replayed if group.size == 1 else generated
 
         def make(step: int) -> Batch:
             z = torch.randn(self.batch, self.latent, generator=draw).to(teacher.device)
@@ -234,6 +235,8 @@ class GeneratorSource(Source):
             )
             images = group.gather(made["images"])
             known, logits = (labels, group.gather(made["logits"])) if has_classes else (None, None)
+            if step == ahead + steps - 1:
+                replayed.forget()
             if learns:
                 watch.check(step, images, logits if loss.config.class_boundary else None, labels)
             return Batch((images,), known, logits, detached)

@@ -109,6 +109,8 @@ class OptimisedSource(Source):
                 done = step * self.iterations + iteration + 1
                 losses["bns"] = bns
                 context.listener(Step("images", done, steps * self.iterations, dict(losses)))
+            if step == steps - 1:
+                evaluated.forget()
             final = images.detach()
             return final if self.cutoff is None else low_passed(final, self.cutoff)
 

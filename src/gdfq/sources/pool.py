@@ -400,7 +400,7 @@ class _Collected:
 def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
     """Return the inputs of batches as one tensor each; the batches become views of them.
 
-    Each batch is freed as soon as it is copied, so that little more is held than one of the two.
+    On a CPU each batch is freed when it is copied, so that little more is held than one of the two.
     """
     counts = [len(part.value["inputs"][0]) for part in parts]
     wholes = [_rows(sum(counts), first) for first in parts[0].value["inputs"]]
@@ -408,15 +408,16 @@ def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
     for part, own in zip(parts, views, strict=True):
         for view, tensor in zip(own, part.value["inputs"], strict=True):
             view.copy_(tensor)
+            del tensor
         part.value = {**part.value, "inputs": own}
         release_freed_memory()
     return tuple(wholes)
 
 
 def _rows(count: int, like: Tensor) -> Tensor:
-    """Return an uninitialised tensor of so many rows in the layout of another."""
-    is_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_last else torch.contiguous_format
+    """Return an uninitialised tensor of so many rows in the layout that `torch.cat` gives them."""
+    joined = torch.cat([like[:1], like[:1]])
+    layout = torch.contiguous_format if joined.is_contiguous() else torch.channels_last
     shape = (count, *like.shape[1:])
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 

@@ -205,6 +205,8 @@ def spectral_batches(
             optimizer.step()
             done = step * config.iterations + iteration + 1
             context.listener(Step("images", done, steps * config.iterations, losses))
+        if step == steps - 1:
+            evaluated.forget()
         with torch.no_grad():
             return images_of(coefficients, contrast)
 

@@ -150,8 +150,9 @@ class IntegerNetwork(nn.Module):
         self._form: tuple[fx.GraphModule, dict[str, tuple[Tensor, int]]] | None = None
 
     def forward(self, *inputs: Tensor) -> Any:
-        # Both round whole numbers.
-        with torch.autocast(inputs[0].device.type, enabled=False), in_full_float32():
+        device = inputs[0].device
+        # Autocast would round whole numbers, and TF32 the layers that stay float.
+        with torch.autocast(device.type, enabled=False), in_full_float32(device):
             return self.integer_form(*inputs)
 
     @property

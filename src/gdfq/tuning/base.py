@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from gdfq.diffusion.weights import MinSnr
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
+from gdfq.execution.replay import calls_before_replay
 from gdfq.graph.capture import Captured
 from gdfq.sources.base import Batch
 from gdfq.sources.stream import Feed
@@ -104,7 +105,8 @@ class Tuning(Protocol):
         least: float = 0.0,
         context: Context = Context(),
     ) -> float:
-        """Return how long all updates would take: the second one, times their number.
+        """Return how long all updates would take: the first that is as long as later ones, times
+        their number.
 
         Args:
             student: A calibrated student; it is trained.
@@ -117,11 +119,12 @@ class Tuning(Protocol):
             context: Precision and memory of the run.
         """
         times: list[float] = []
+        before = calls_before_replay(teacher.device)
 
         def listener(step: Step) -> None:
             del step
             times.append(clock())
-            if len(times) > 1 and times[-1] - times[0] >= least:
+            if len(times) > before and times[-1] - times[before - 1] >= least:
                 raise _MeasuredError
 
         feed = Feed(repeat(batch), teacher.device)
@@ -138,6 +141,7 @@ class Tuning(Protocol):
                     listener=listener, precision=context.precision, memory=context.memory
                 ),
             )
+        times = times[before - 1 :] or times
         measured = max(1, len(times) - 1)
         return (times[-1] - times[0]) / measured * (total_steps - first_step) if times else 0.0
 

@@ -215,12 +215,12 @@ def tune_(
 
     # Gradients of parts are summed, and processes of a group exchange numbers.
     is_repeatable = in_parts and group.size == 1
-    replayed = Replayed(losses_of, student.parameters()) if is_repeatable else losses_of
+    replayed = Replayed(losses_of, student.parameters())
 
     def backward_(batch: Batch) -> dict[str, Tensor]:
         """Add the gradients of a batch, and return its losses."""
         parts = batch.split(images_at_once or len(batch))
-        evaluated = replayed if len(parts) == 1 else losses_of
+        evaluated = replayed if is_repeatable and len(parts) == 1 else losses_of
         losses: dict[str, Tensor] = {}
         for part in parts:
             share = len(part) / len(batch)
@@ -250,6 +250,7 @@ def tune_(
         context.listener(
             Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges)
         )
+    replayed.forget()
     student.eval()
 
 
