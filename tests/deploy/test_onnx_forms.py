@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from support import networks
-from support.choice import checked
+from support.choice import checked, every_second
 from support.operator_calls import CALLS, call
 from support.small_runs import quantized_by_fast
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def constants(path: Path) -> dict[str, np.ndarray]:
     return {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
 
 
-@pytest.mark.parametrize("weights", range(2, 9))
+@pytest.mark.parametrize("weights", every_second(range(2, 9)))
 def test_folded_weights_are_codes_minus_zero_points(weights: int, tmp_path: Path) -> None:
     quantized = quantized_by_fast(networks.captured("Branches"), f"w{weights}a{10 - weights}")
     exported = quantized.export(tmp_path / "q.compat.onnx")
@@ -53,7 +53,7 @@ def test_folded_weights_are_codes_minus_zero_points(weights: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("placement", ["full", checked("relu")])
-@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize("name", every_second(networks.NETWORKS))
 def test_compatible_file_matches_the_student_for_every_network(
     name: str, placement: Placement, tiny: Recipe, tmp_path: Path
 ) -> None:

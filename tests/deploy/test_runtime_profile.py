@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import torchvision_shim
-from support.choice import checked
+from support.choice import checked, every_second
 from support.runtime_profile import INTEGER_CONVOLUTIONS, float_convolutions, kernels
 from torch import Tensor, nn
 
@@ -108,7 +108,7 @@ def check(path: Path, network: nn.Module, side: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "recipe"), [checked(("w8a8", CALIBRATED)), ("w4a8", TUNED)])
-@pytest.mark.parametrize("functions", [CLAMPS, MOVES], ids=["clamps", "moves"])
+@pytest.mark.parametrize("functions", every_second([CLAMPS, MOVES]), ids=["clamps", "moves"])
 def test_network_of_clamps_has_no_float_convolution(
     functions: dict[str, Callable[[Tensor], Tensor]],
     bits: str,

