@@ -129,36 +129,53 @@ def test_recipes_run_on_a_gpu(recipe: str, options: dict[str, Any]) -> None:
     assert torch.nn.functional.cosine_similarity(found, expected).mean() > 0.9
 
 
-def precisions() -> list[str]:
-    cudnn: Any = torch.backends.cudnn
-    return [part.fp32_precision for part in (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)]
+def rounds() -> tuple[bool, bool]:
+    """Whether a GPU may round factors of convolutions, and of products of matrices."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return cudnn.conv.fp32_precision == "tf32", matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def test_no_thread_rounds_factors_while_another_needs_float32() -> None:
     """The setting of the process comes back with the last of them."""
-    before, gpu = precisions(), torch.device("cuda")
+    before, gpu = rounds(), torch.device("cuda")
+    assert before == (True, False)  # PyTorch's defaults
     first, second = in_full_float32(gpu), in_full_float32(gpu)
     first.__enter__()
     second.__enter__()
-    assert precisions() == ["ieee"] * 3
+    assert rounds() == (False, False)
     first.__exit__(None, None, None)
-    assert precisions() == ["ieee"] * 3
+    assert rounds() == (False, False)
     second.__exit__(None, None, None)
-    assert precisions() == before
+    assert rounds() == before
+
+
+def test_setting_of_the_newer_kind_is_kept() -> None:
+    """PyTorch has two ways to say it, and refuses to read a mixture."""
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matmul: Any = torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        matmul.fp32_precision = "tf32"
+        with in_full_float32(torch.device("cuda")):
+            assert rounds() == (False, False)
+        assert (conv.fp32_precision, matmul.fp32_precision) == ("ieee", "tf32")
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
 
 
 def test_nothing_is_set_for_a_cpu() -> None:
-    before = precisions()
+    before = rounds()
     with in_full_float32(torch.device("cpu")):
-        assert precisions() == before
+        assert rounds() == before
 
 
 @pytest.mark.parametrize("what", ["run", "student", "images", "drop"])
 def test_products_in_float32_have_unrounded_factors_on_a_gpu(what: str) -> None:
-    seen = []
+    seen: list[tuple[bool, bool]] = []
 
     def hears(*_: object) -> None:
-        seen.append(precisions())
+        seen.append(rounds())
 
     recipe = find_recipe("zeroq")
     recipe = replace(recipe, source=replace(recipe.source, batch=4, iterations=2))  # type: ignore[type-var]
@@ -176,4 +193,4 @@ def test_products_in_float32_have_unrounded_factors_on_a_gpu(what: str) -> None:
         if what == "drop":
             measure_expected_drop(teacher, student.network, seed=0, listener=hears)
     assert seen
-    assert all(found == ["ieee"] * 3 for found in seen)
+    assert all(found == (False, False) for found in seen)

@@ -366,9 +366,10 @@ def run_of(name: str, **options: Any) -> Any:
     return gdfq.quantize(copied, example, "w4a4", recipe, **options)
 
 
-@pytest.mark.parametrize("name", [
-    name if name in KINDS.values() else pytest.param(name, marks=pytest.mark.check) for name in RECIPES
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    every_second(KINDS.values()) + [checked(n) for n in RECIPES if n not in KINDS.values()],
+)
 def test_recipe_gives_the_student_of_the_cpu_on_a_gpu(name: str) -> None:
     expected = run_of(name, device="cpu").network.state_dict()
     with simulated_gpu():

@@ -5,8 +5,9 @@ quantizers, losses, weights and updates stay in float32. In float32 a GPU comput
 PyTorch by itself lets it round the factors of a convolution to 11 significant bits (TF32).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Any, Literal
 
@@ -28,28 +29,58 @@ class _FullFloat32:
 
     def __init__(self) -> None:
         self._lock, self._users = Lock(), 0
-        self._before: list[str] = []
+        self._restore: list[Callable[[], None]] = []
 
     def enter(self) -> None:
         with self._lock:
             if self._users == 0:
-                self._before = [part.fp32_precision for part in _rounding_parts()]
-                for part in _rounding_parts():
-                    part.fp32_precision = "ieee"
+                self._restore = [_without_tf32_in_cudnn(), _without_tf32_in_matmul()]
             self._users += 1
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                for part, before in zip(_rounding_parts(), self._before, strict=True):
-                    part.fp32_precision = before
+                for restore in self._restore:
+                    restore()
 
 
-def _rounding_parts() -> tuple[Any, ...]:
-    """The parts of PyTorch that may round factors on a GPU."""
-    cudnn = torch.backends.cudnn
-    return cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+def _without_tf32_in_cudnn() -> Callable[[], None]:
+    """Turn it off in convolutions, and return what restores it.
+
+    Of PyTorch's two ways to say it the older one is taken, which `torch.export` reads, unless the
+    process uses the newer one: PyTorch refuses to read a mixture.
+    """
+    cudnn: Any = torch.backends.cudnn
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:
+        return _set_precision("ieee", cudnn.conv, cudnn.rnn)
+    cudnn.allow_tf32 = False
+    return partial(setattr, cudnn, "allow_tf32", before)
+
+
+def _without_tf32_in_matmul() -> Callable[[], None]:
+    """Turn it off in products of matrices, and return what restores it."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return _set_precision("ieee", torch.backends.cuda.matmul)
+    torch.set_float32_matmul_precision("highest")
+    return partial(torch.set_float32_matmul_precision, before)
+
+
+def _set_precision(precision: str, *parts: Any) -> Callable[[], None]:
+    """Set the precision of parts of PyTorch, and return what restores it."""
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = precision
+
+    def restore() -> None:
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value
+
+    return restore
 
 
 _full_float32 = _FullFloat32()
