@@ -42,9 +42,10 @@ process (batch norms in evaluation form). Peak memory is that of the process.
 Some seeds were run on a GPU (an H200, torch 2.11, up to 15 rows at a time), which the files under `benchmarks/results` say;
 seconds and peak memory (that of the process, not of the GPU) are of seeds on the CPU where there are any, and marked with ‡ where all ran on the GPU. In all of these but
 `paper`, `real` of ResNet-56 at w2a2 and the third seed of MobileNetV1, the GPU computed convolutions in TF32, PyTorch's default, which
-rounds their factors to 11 bits. Runs turn that off now: the same seed of MobileNetV1 had 37.80 % with TF32 and 40.40 % without it
-(one run each; 1,000 images), and another seed 40.10 % on the CPU and 42.70 % on the GPU without TF32, so that these differences say
-little. ResNet-20 at w3a3, seed 0: 89.73 % on the CPU, 89.76 % on the GPU without TF32.
+rounds their factors to 11 bits. Runs turn that off now: the same seed of MobileNetV1 had 37.80 % with TF32 and 40.40 % when it was
+tuned without (on images that were still made with it; one run each; 1,000 images), and another seed 40.10 % on the CPU and 42.70 % on
+the GPU in the latter way, so that these differences say little. ResNet-20 at w3a3, seed 0: 89.73 % on the CPU, 89.76 % on the GPU
+in this way.
 
 `genie` and `synq` are those methods built from the pieces of this package and cut to less than half of the time of `fast`,
 far less than their published schedules (`synq` without its activation maps). `mct` is Sony's

@@ -1,5 +1,6 @@
 """Pools of images."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from gdfq.data.datasets import ArrayData
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.files.states import Frozen, from_bytes, to_bytes
 from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import QUICK
+from gdfq.sources import pool
 from gdfq.sources.augment import prediction_consistency
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.given import ImageSource, on_images
@@ -213,3 +216,43 @@ def test_given_images_fill_the_pool() -> None:
     pool = instance(on_images(empty, data, Preprocessing((0.0,), (1.0,))), ImagePool)
     assert pool.images == 7
     assert instance(pool.source, ImageSource).data is data
+
+
+def test_images_of_a_pool_are_freed_while_they_are_joined(
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def batch() -> Batch:
+        images = torch.randn(2, 3, 8, 8)
+        made.append(weakref.ref(images))
+        return Batch((images,), None, None)
+
+    @dataclass(frozen=True)
+    class Fresh(Source):
+        batch: int = 2
+
+        def stream(self, *_: Any, **__: Any) -> Iterator[Batch]:
+            return (batch() for _ in range(3))
+
+    def count() -> None:
+        alive.append(sum(tensor() is not None for tensor in made))
+
+    monkeypatch.setattr(pool, "release_freed_memory", count)
+    next(ImagePool(Fresh(), images=6, batch=2).stream(teacher, steps=1))
+    assert alive[0] < 3
+    assert alive[-1] == 0
+
+
+@pytest.mark.parametrize("second", [torch.ones(2, 1, 8, 8), torch.ones(2, 3, 8, 8).double()])
+def test_batches_of_other_shapes_or_dtypes_are_refused(teacher: Captured, second: Tensor) -> None:
+    @dataclass(frozen=True)
+    class Mixed(Source):
+        batch: int = 2
+
+        def stream(self, *_: Any, **__: Any) -> Iterator[Batch]:
+            return iter([Batch((x,), None, None) for x in (torch.ones(2, 3, 8, 8), second)])
+
+    with pytest.raises(UsageError, match="one shape and dtype"):
+        next(ImagePool(Mixed(), images=4, batch=2).stream(teacher, steps=1))

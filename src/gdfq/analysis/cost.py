@@ -105,8 +105,9 @@ class _StepTimer:
 
 
 def _source_seconds(source: Source, teacher: Captured, steps: int, memory: MemoryBudget) -> float:
-    """Seconds of a stream: those of its second iteration, or else batch, times their number.
+    """Seconds of a stream: those of an iteration, or else batch, times their number.
 
+    The first ones are left out, which take longer.
     Text, each of whose tokens takes longer than the one before, says it itself.
     """
     written = source.seconds_before(teacher, partial(now, teacher.device))
@@ -115,9 +116,11 @@ def _source_seconds(source: Source, teacher: Captured, steps: int, memory: Memor
     source, steps = source.bulk(steps)
     watch = _StepTimer(teacher.device)
     context = Context(listener=watch, memory=memory)
-    stream = source.stream(teacher, steps=max(2, steps), context=context)
+    before = calls_before_replay(teacher.device)
+    stream = source.stream(teacher, steps=max(before + 1, steps), context=context)
     try:
-        next(stream)
+        for _ in range(before):
+            next(stream)
         started = now(teacher.device)
         next(stream)
     except _StopError:
@@ -126,7 +129,7 @@ def _source_seconds(source: Source, teacher: Captured, steps: int, memory: Memor
 
 
 def _tuning_seconds(teacher: Captured, scheme: Scheme, recipe: Recipe) -> float:
-    """Seconds of tuning: those of the second update, on noise, times the number of updates."""
+    """Seconds of tuning: those of an update after the first, on noise, times their number."""
     if not recipe.tuning.trains:
         return 0.0
     count = recipe.source.batch

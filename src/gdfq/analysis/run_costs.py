@@ -183,7 +183,7 @@ class _Measurement:
 
         started = self.clock()
         context = replace(self.context, listener=listener)
-        stream = source.stream(self.teacher, steps=max(2, steps), context=context)
+        stream = source.stream(self.teacher, steps=max(self._before + 1, steps), context=context)
         ends: list[float] = []
         with suppress(_MeasuredError):
             for _ in stream:

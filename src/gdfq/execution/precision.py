@@ -55,7 +55,7 @@ def _without_tf32_in_cudnn() -> Callable[[], None]:
     try:
         before = cudnn.allow_tf32
     except RuntimeError:
-        return _set_precision("ieee", cudnn.conv, cudnn.rnn)
+        return _in_float32(cudnn.conv, cudnn.rnn)
     cudnn.allow_tf32 = False
     return partial(setattr, cudnn, "allow_tf32", before)
 
@@ -65,16 +65,16 @@ def _without_tf32_in_matmul() -> Callable[[], None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        return _set_precision("ieee", torch.backends.cuda.matmul)
+        return _in_float32(torch.backends.cuda.matmul)
     torch.set_float32_matmul_precision("highest")
     return partial(torch.set_float32_matmul_precision, before)
 
 
-def _set_precision(precision: str, *parts: Any) -> Callable[[], None]:
-    """Set the precision of parts of PyTorch, and return what restores it."""
+def _in_float32(*parts: Any) -> Callable[[], None]:
+    """Let parts of PyTorch round no factors, by the newer way; return what restores them."""
     before = [part.fp32_precision for part in parts]
     for part in parts:
-        part.fp32_precision = precision
+        part.fp32_precision = "ieee"
 
     def restore() -> None:
         for part, value in zip(parts, before, strict=True):

@@ -333,10 +333,7 @@ class _Collected:
 
     def __call__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         if self._all is None:
-            taken = sum(len(part.value["inputs"][0]) for part in self._parts)
-            while taken < self._count and (batch := next(self._made, None)) is not None:
-                self._parts.append(Frozen(vars(replace(batch, teacher_logits=None, losses={}))))
-                taken += len(batch)
+            self._take()
             if self._add is not None and self._added is None:
                 own, _ = first_images(self._count, [Batch(**part.value) for part in self._parts])
                 self.screening, images, labels = self._add(own)
@@ -344,6 +341,13 @@ class _Collected:
             self._all = self._joined()
             release_freed_memory()
         return self._all
+
+    def _take(self) -> None:
+        """Take the batches that are missing from the stream."""
+        taken = sum(len(part.value["inputs"][0]) for part in self._parts)
+        while taken < self._count and (batch := next(self._made, None)) is not None:
+            self._parts.append(Frozen(vars(replace(batch, teacher_logits=None, losses={}))))
+            taken += len(batch)
 
     def _joined(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Return all images and labels. The parts become views of them, not to be held twice."""
@@ -401,12 +405,21 @@ def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
     """Return the inputs of batches as one tensor each; the batches become views of them.
 
     On a CPU each batch is freed when it is copied, so that little more is held than one of the two.
+
+    Raises:
+        UsageError: The batches have inputs of different shapes or dtypes.
     """
     counts = [len(part.value["inputs"][0]) for part in parts]
     wholes = [_rows(sum(counts), first) for first in parts[0].value["inputs"]]
     views = zip(*(whole.split(counts) for whole in wholes), strict=True)
     for part, own in zip(parts, views, strict=True):
         for view, tensor in zip(own, part.value["inputs"], strict=True):
+            if (tensor.shape, tensor.dtype) != (view.shape, view.dtype):
+                raise UsageError(
+                    "all batches of a source must have inputs of one shape and dtype; there are "
+                    f"{list(view.shape[1:])} in {view.dtype} and {list(tensor.shape[1:])} in "
+                    f"{tensor.dtype}."
+                )
             view.copy_(tensor)
             del tensor
         part.value = {**part.value, "inputs": own}
