@@ -181,72 +181,132 @@ class GeneratorSource(Source):
                 "the generator makes images [channels, height, width]; "
                 f"this network takes {list(teacher.input_shape)}. Give real data instead."
             )
-        has_classes = teacher.classes is not None
-        config = self if has_classes else replace(self, class_boundary=0.0)
-        group = context.group
+        config = self if teacher.classes is not None else replace(self, class_boundary=0.0)
+        phases = _Phases.of(config, steps)
+        training = _Training(config, teacher, phases, context)
+        parts: dict[str, Stateful] = {
+            "generator": training.generator,
+            "optimizer": training.optimizer,
+            "watch": training.watch,
+        }
+        return Stream(
+            training.make,
+            steps,
+            [training.draw],
+            parts,
+            ahead=phases.ahead,
+            listener=context.listener,
+        )
+
+    @property
+    def learns(self) -> bool:
+        """Whether a loss trains the generator."""
+        return bool(self.class_boundary or self.statistics)
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """Numbers of the batches of a generator.
+
+    Attributes:
+        ahead: Made before the first one that is yielded.
+        total: Made.
+        updates: That update the generator; the first ones do.
+        planned: That the schedule of the learning rate counts: stopping early leaves it.
+    """
+
+    ahead: int
+    total: int
+    updates: int
+    planned: int
+
+    @classmethod
+    def of(cls, config: GeneratorSource, steps: int) -> "_Phases":
+        ahead = round(config.head_start * steps)
+        total = ahead + steps
+        updates = ahead + round(config.stop * steps) if config.learns else 0
+        return cls(ahead, total, updates, planned=total if config.stop else ahead)
+
+
+class _Training:
+    """Makes the batches of a stream, and trains the generator on the way."""
+
+    def __init__(
+        self, config: GeneratorSource, teacher: Captured, phases: _Phases, context: Context
+    ) -> None:
+        self.config, self.teacher, self.phases, self.group = config, teacher, phases, context.group
         loss = _GeneratorLoss(config, teacher, context)
-        classes = teacher.classes or 1
-        generator = Generator(
+        self.generator = Generator(
             teacher.input_shape,
-            classes,
-            latent=self.latent,
-            conditioning=self.conditioning,
+            teacher.classes or 1,
+            latent=config.latent,
+            conditioning=config.conditioning,
             random=random_stream(context.seed, "generator.init"),
         ).to(teacher.device)
-        optimizer = self.optimizer.build(generator.parameters())
-        ahead = round(self.head_start * steps)
-        learns = bool(loss.config.class_boundary or loss.config.statistics)
-        last = ahead + round(self.stop * steps) if learns else 0
-        planned = ahead + steps if self.stop else ahead  # stopping early leaves the schedule
-        draw = random_stream(context.seed, "generator.draw")
-        watch = CollapseWatch()
-
-        def generated(z: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            images = generator(z, labels, group)
-            outputs, losses = loss(images, labels)
-            made = {"images": images.detach()}
-            if has_classes:
-                made["logits"] = to_float32(outputs.detach())
-            return made, losses
-
+        self.optimizer = config.optimizer.build(self.generator.parameters())
+        self.draw = random_stream(context.seed, "generator.draw")
+        self.watch = CollapseWatch()
+        forward = _Forward(self.generator, loss, context.group, teacher.classes is not None)
+        self.replayed = Replayed(forward, self.generator.parameters())
         # Processes that share a batch exchange its statistics inside.
-        replayed = Replayed(generated, generator.parameters())
-        call = replayed if group.size == 1 else generated
+        self.forward = self.replayed if context.group.size == 1 else forward
 
-        def make(step: int) -> Batch:
-            z = torch.randn(self.batch, self.latent, generator=draw).to(teacher.device)
-            labels = torch.randint(classes, (self.batch,), generator=draw)
-            labels = labels.to(teacher.device)
-            # The consumer's gradient mode must not reach in here, nor ours reach out.
-            with torch.set_grad_enabled(step < last):
-                made, losses = call(group.shard(z), group.shard(labels))
-                if step < last:
-                    set_rate_(optimizer, self.decay.factor(step, planned))
-                    optimizer.zero_grad()
-                    losses["generator"].backward()
-                    group.average_(parameter.grad for parameter in generator.parameters())
-                    optimizer.step()
-            detached = {name: group.mean(value.detach()) for name, value in losses.items()}
-            check_finite(
-                detached,
-                whose="generator",
-                when=f"step {step}",
-                advice="Use another seed, and check that mean and std are the network's own.",
-            )
-            images = group.gather(made["images"])
-            known, logits = (labels, group.gather(made["logits"])) if has_classes else (None, None)
-            if step == ahead + steps - 1:
-                replayed.forget()
-            if learns:
-                watch.check(step, images, logits if loss.config.class_boundary else None, labels)
-            return Batch((images,), known, logits, detached)
+    def make(self, step: int) -> Batch:
+        """Return a batch; a generator that still learns is updated on it."""
+        z, labels = self._drawn()
+        updates = step < self.phases.updates
+        # The consumer's gradient mode must not reach in here, nor ours reach out.
+        with torch.set_grad_enabled(updates):
+            made, losses = self.forward(self.group.shard(z), self.group.shard(labels))
+            if updates:
+                self._update_(step, losses["generator"])
+        detached = {name: self.group.mean(value.detach()) for name, value in losses.items()}
+        check_finite(
+            detached,
+            whose="generator",
+            when=f"step {step}",
+            advice="Use another seed, and check that mean and std are the network's own.",
+        )
+        made = {name: self.group.gather(value) for name, value in made.items()}
+        images, logits = made["images"], made.get("logits")
+        if step == self.phases.total - 1:
+            self.replayed.forget()
+        if self.config.learns:
+            self.watch.check(step, images, logits if self.config.class_boundary else None, labels)
+        return Batch((images,), None if logits is None else labels, logits, detached)
 
-        parts: dict[str, Stateful] = {
-            "generator": generator,
-            "optimizer": optimizer,
-            "watch": watch,
-        }
-        return Stream(make, steps, [draw], parts, ahead=ahead, listener=context.listener)
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        """Draw z [N, latent] and labels [N]."""
+        z = torch.randn(self.config.batch, self.config.latent, generator=self.draw)
+        classes = self.teacher.classes or 1
+        labels = torch.randint(classes, (self.config.batch,), generator=self.draw)
+        return z.to(self.teacher.device), labels.to(self.teacher.device)
+
+    def _update_(self, step: int, loss: Tensor) -> None:
+        """Update the generator with the gradients of its loss."""
+        set_rate_(self.optimizer, self.config.decay.factor(step, self.phases.planned))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.group.average_(parameter.grad for parameter in self.generator.parameters())
+        self.optimizer.step()
+
+
+class _Forward:
+    """z [n, latent], y [n] -> images, logits of the teacher if it has classes; and the losses."""
+
+    def __init__(
+        self, generator: Generator, loss: "_GeneratorLoss", group: Group, has_classes: bool
+    ) -> None:
+        self.generator, self.loss, self.group = generator, loss, group
+        self.has_classes = has_classes
+
+    def __call__(self, z: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        images = self.generator(z, labels, self.group)
+        outputs, losses = self.loss(images, labels)
+        made = {"images": images.detach()}
+        if self.has_classes:
+            made["logits"] = to_float32(outputs.detach())
+        return made, losses
 
 
 class _GeneratorLoss:

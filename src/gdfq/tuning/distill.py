@@ -193,50 +193,15 @@ def tune_(
     group = context.group
     student.train()  # only batch norms without fixed statistics behave differently
     optimizer = context.checkpointer.register("optimizer", config.optimizer.build(student))
-    student_predicts, teacher_predicts = _predictors(
-        student, teacher, with_features=bool(config.features)
-    )
+    gradients = _Gradients(student, teacher, config, context)
     # Statistics that follow the batch need it whole, each process the same.
     own = group if config.fixed_statistics else ALONE
-    in_parts = config.fixed_statistics
-    images_at_once = _images_at_once(teacher, context.memory) if in_parts else None
-
-    def losses_of(
-        labels: Tensor | None, teacher_logits: Tensor | None, *inputs: Tensor
-    ) -> dict[str, Tensor]:
-        part = Batch(inputs, labels, teacher_logits)
-        with context.autocast(teacher.device):
-            expected = teacher_predicts(part)
-            actual = student_predicts(part)
-        by_time = config.time_weights
-        weights = None if by_time is None else by_time.weights(inputs[1])
-        losses = config.losses(actual, expected, labels, group, weights)
-        return {name: x if name == "student" else x.detach() for name, x in losses.items()}
-
-    # Gradients of parts are summed, and processes of a group exchange numbers.
-    is_repeatable = in_parts and group.size == 1
-    replayed = Replayed(losses_of, student.parameters())
-
-    def backward_(batch: Batch) -> dict[str, Tensor]:
-        """Add the gradients of a batch, and return its losses."""
-        parts = batch.split(images_at_once or len(batch))
-        evaluated = replayed if is_repeatable and len(parts) == 1 else losses_of
-        losses: dict[str, Tensor] = {}
-        for part in parts:
-            share = len(part) / len(batch)
-            with torch.enable_grad():
-                of_part = evaluated(part.labels, part.teacher_logits, *part.inputs)
-                (share * of_part["student"]).backward()
-            for name, loss in of_part.items():
-                losses[name] = share * loss.detach() + losses.get(name, 0)
-        return losses
-
     for step, whole in enumerate(batches, start=first_step):
         batch = whole.shard(own)
         rate = config.schedule.factor(step, total_steps)
         set_rate_(optimizer, rate)
         optimizer.zero_grad()
-        losses = backward_(batch)
+        losses = gradients.add_(batch)
         group.average_(parameter.grad for parameter in student.parameters())
         group.average_(losses.values())
         check_finite(
@@ -250,8 +215,65 @@ def tune_(
         context.listener(
             Step("tune", step + 1, total_steps, {**batch.losses, **losses}, rate, ranges)
         )
-    replayed.forget()
+    gradients.forget()
     student.eval()
+
+
+class _Losses:
+    """The losses of a part of a batch: a function of tensors alone, as `Replayed` needs it."""
+
+    def __init__(
+        self, student: Student, teacher: Captured, config: Distillation, context: Context
+    ) -> None:
+        self._config, self._context, self._device = config, context, teacher.device
+        self._student, self._teacher = _predictors(
+            student, teacher, with_features=bool(config.features)
+        )
+
+    def __call__(
+        self, labels: Tensor | None, teacher_logits: Tensor | None, *inputs: Tensor
+    ) -> dict[str, Tensor]:
+        part = Batch(inputs, labels, teacher_logits)
+        with self._context.autocast(self._device):
+            expected = self._teacher(part)
+            actual = self._student(part)
+        by_time = self._config.time_weights
+        weights = None if by_time is None else by_time.weights(inputs[1])
+        losses = self._config.losses(actual, expected, labels, self._context.group, weights)
+        return {name: x if name == "student" else x.detach() for name, x in losses.items()}
+
+
+class _Gradients:
+    """The gradients of a student for batches, each of which passes in as many parts as it needs."""
+
+    def __init__(
+        self, student: Student, teacher: Captured, config: Distillation, context: Context
+    ) -> None:
+        self._losses = _Losses(student, teacher, config, context)
+        in_parts = config.fixed_statistics  # others need the batch whole
+        self._images_at_once = _images_at_once(teacher, context.memory) if in_parts else None
+        # Gradients of parts are summed, and processes of a group exchange numbers.
+        self._is_repeatable = in_parts and context.group.size == 1
+        self._replayed = Replayed(self._losses, student.parameters())
+
+    def add_(self, batch: Batch) -> dict[str, Tensor]:
+        """Add the gradients of a batch, and return its losses: the means over its images."""
+        parts = batch.split(self._images_at_once or len(batch))
+        replays = self._is_repeatable and len(parts) == 1
+        evaluated = self._replayed if replays else self._losses
+        losses: dict[str, Tensor] = {}
+        for part in parts:
+            share = len(part) / len(batch)
+            with torch.enable_grad():
+                of_part = evaluated(part.labels, part.teacher_logits, *part.inputs)
+                (share * of_part["student"]).backward()
+            for name, loss in of_part.items():
+                losses[name] = share * loss.detach() + losses.get(name, 0)
+        return losses
+
+    def forget(self) -> None:
+        """Free the memory of recorded steps."""
+        self._replayed.forget()
 
 
 def _weighted(values: Sequence[Tensor], weights: Tensor | None) -> Sequence[Tensor]:
