@@ -6,6 +6,7 @@ With a class loss and a low-pass filter they are those of SynQ (arXiv 2603.18423
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
@@ -72,49 +73,10 @@ class OptimisedSource(Source):
                 f"vectors of {teacher.input_shape[0]}. Use recipe 'zeroq', or give real inputs "
                 "(--data, or data=...)."
             )
-        draw = random_stream(context.seed, "optimised.draw")
-        losses: dict[str, torch.Tensor] = {}
-
-        def start() -> torch.Tensor:
-            noise = torch.randn(self.batch, *teacher.input_shape, generator=draw)
-            return noise.to(teacher.device)
-
-        def losses_of(
-            images: torch.Tensor, labels: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            with context.autocast(teacher.device):
-                outputs, seen = network(images)
-            bns = standard_deviation_loss(seen, network.stored)
-            if not self.class_weight or labels is None:
-                return bns, bns.detach()
-            focal = focal_loss(outputs, labels, self.focus)
-            return bns + self.class_weight * focal, bns.detach()
-
-        evaluated = Replayed(losses_of)
-
-        def optimised(step: int, start: torch.Tensor) -> torch.Tensor:
-            images = start.requires_grad_()
-            optimizer = self.optimizer.build([images])
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, patience=self.patience, min_lr=1e-4
-            )
-            labels = labels_in_turn(teacher, step, self.batch)
-            for iteration in range(self.iterations):
-                with torch.enable_grad():
-                    loss, bns = evaluated(images, labels)
-                    check_images_finite({"total": loss.detach(), "bns": bns}, step, iteration)
-                    (images.grad,) = torch.autograd.grad(loss, images)
-                optimizer.step()
-                plateau.step(loss.item())
-                done = step * self.iterations + iteration + 1
-                losses["bns"] = bns
-                context.listener(Step("images", done, steps * self.iterations, dict(losses)))
-            if step == steps - 1:
-                evaluated.forget()
-            final = images.detach()
-            return final if self.cutoff is None else low_passed(final, self.cutoff)
-
-        in_turn = InTurn(start, optimised, steps, context.group, teacher.device)
+        optimisation = _Optimisation(self, teacher, network, steps, context)
+        in_turn = InTurn(
+            optimisation.noise, optimisation.optimised, steps, context.group, teacher.device
+        )
 
         def make(step: int) -> Batch:
             images = in_turn(step)
@@ -123,12 +85,81 @@ class OptimisedSource(Source):
                 logits = teacher.logits(images)
             if logits is not None and not self.class_weight:
                 labels = logits.argmax(1)
-            return Batch((images,), labels, logits, dict(losses))
+            return Batch((images,), labels, logits, optimisation.losses)
 
-        return Stream(make, steps, [draw], {"images": in_turn})
+        return Stream(make, steps, [optimisation.draw], {"images": in_turn})
 
 
-def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:
+class _Losses:
+    """The loss of images [N, *input_shape] and labels [N], and its statistics part for the log."""
+
+    def __init__(
+        self, config: OptimisedSource, network: StatisticsNetwork, context: Context
+    ) -> None:
+        self.config, self.network, self.context = config, network, context
+
+    def __call__(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        with self.context.autocast(images.device):
+            outputs, seen = self.network(images)
+        bns = standard_deviation_loss(seen, self.network.stored)
+        if not self.config.class_weight or labels is None:
+            return bns, bns.detach()
+        focal = focal_loss(outputs, labels, self.config.focus)
+        return bns + self.config.class_weight * focal, bns.detach()
+
+
+class _Optimisation:
+    """Optimises the images of one batch after the other.
+
+    Attributes:
+        draw: Randomness of the noise.
+        losses: Of the last images, for the log.
+    """
+
+    def __init__(
+        self,
+        config: OptimisedSource,
+        teacher: Captured,
+        network: StatisticsNetwork,
+        steps: int,
+        context: Context,
+    ) -> None:
+        self.config, self.teacher, self.steps = config, teacher, steps
+        self.listener = context.listener
+        self.draw = random_stream(context.seed, "optimised.draw")
+        self.losses: dict[str, Tensor] = {}
+        self.evaluated = Replayed(_Losses(config, network, context))
+
+    def noise(self) -> Tensor:
+        """Draw what the images of a batch start from."""
+        shape = self.config.batch, *self.teacher.input_shape
+        return torch.randn(shape, generator=self.draw).to(self.teacher.device)
+
+    def optimised(self, step: int, start: Tensor) -> Tensor:
+        """Return the images of a batch."""
+        config, images = self.config, start.requires_grad_()
+        optimizer = config.optimizer.build([images])
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=config.patience, min_lr=1e-4
+        )
+        labels = labels_in_turn(self.teacher, step, config.batch)
+        for iteration in range(config.iterations):
+            with torch.enable_grad():
+                loss, bns = self.evaluated(images, labels)
+                check_images_finite({"total": loss.detach(), "bns": bns}, step, iteration)
+                (images.grad,) = torch.autograd.grad(loss, images)
+            optimizer.step()
+            plateau.step(loss.item())
+            done = step * config.iterations + iteration + 1
+            self.losses = {"bns": bns}
+            self.listener(Step("images", done, self.steps * config.iterations, self.losses))
+        if step == self.steps - 1:
+            self.evaluated.forget()
+        final = images.detach()
+        return final if config.cutoff is None else low_passed(final, config.cutoff)
+
+
+def low_passed(images: Tensor, cutoff: float) -> Tensor:
     """Return images with each frequency times exp(−d² / 2 cutoff²) (arXiv 2603.18423).
 
     Args:
@@ -142,6 +173,6 @@ def low_passed(images: torch.Tensor, cutoff: float) -> torch.Tensor:
     weight = (-distance / (2 * cutoff**2)).exp().to(images.device)
     dims = list(range(2, images.ndim))
     spectrum = torch.fft.rfftn(images, dim=dims) * weight
-    filtered: torch.Tensor = torch.fft.irfftn(spectrum, s=size, dim=dims)
+    filtered: Tensor = torch.fft.irfftn(spectrum, s=size, dim=dims)
     layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
     return filtered.contiguous(memory_format=layout)

@@ -160,65 +160,106 @@ def spectral_batches(
         context: Context of the run.
         target: Mean and standard deviation that each channel of the images gets.
     """
-    channels, *size = teacher.input_shape
-    device = teacher.device
-    amplitude = natural_spectrum(size, config.exponent, config.dc_power).to(device)
-    shape = (config.batch, channels, *amplitude.shape, 2)
-    losses: dict[str, Tensor] = {}
+    optimisation = _Optimisation(config, teacher, knowledge, steps, draw, context, target)
+    in_turn = InTurn(
+        optimisation.start, optimisation.optimised, steps, context.group, teacher.device
+    )
 
-    one_each = (config.batch, *[1] * (1 + len(size)))
-    mean = target.mean.view(-1, *[1] * len(size))
-    limits = limits_of(teacher)
+    def make(step: int) -> Batch:
+        images = in_turn(step)
+        labels = labels_in_turn(teacher, step, config.batch)
+        with torch.no_grad():
+            logits = teacher.logits(images)
+        return Batch((images,), labels, logits, optimisation.losses)
 
-    def images_of(coefficients: Tensor, contrast: Tensor) -> Tensor:
-        plain = from_spectrum(coefficients, amplitude, size, config.channel_correlation)
-        images = torch.addcmul(mean, plain, contrast)
-        return images if limits is None else images.clamp(*limits)
+    return Stream(make, steps, [draw], {"images": in_turn})
 
-    def losses_of(
-        coefficients: Tensor, contrast: Tensor, labels: Tensor | None
+
+class _Images:
+    """Coefficients [N, C, *spectrum, 2] and contrast [N, C, 1, ...] -> images [N, *input_shape]."""
+
+    def __init__(self, config: SpectralConfig, teacher: Captured, mean: Tensor) -> None:
+        _, *self.size = teacher.input_shape
+        self.correlation = config.channel_correlation
+        amplitude = natural_spectrum(self.size, config.exponent, config.dc_power)
+        self.amplitude = amplitude.to(teacher.device)
+        self.mean = mean.view(-1, *[1] * len(self.size))
+        self.limits = limits_of(teacher)
+
+    def __call__(self, coefficients: Tensor, contrast: Tensor) -> Tensor:
+        plain = from_spectrum(coefficients, self.amplitude, self.size, self.correlation)
+        images = torch.addcmul(self.mean, plain, contrast)
+        return images if self.limits is None else images.clamp(*self.limits)
+
+
+class _Losses:
+    """The loss of coefficients, contrast and labels [N] or None, and its parts for the log."""
+
+    def __init__(self, config: SpectralConfig, images_of: _Images, knowledge: Knowledge) -> None:
+        self.config, self.images_of, self.knowledge = config, images_of, knowledge
+
+    def __call__(
+        self, coefficients: Tensor, contrast: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs, loss, parts = knowledge(images_of(coefficients, contrast))
+        outputs, loss, parts = self.knowledge(self.images_of(coefficients, contrast))
         if labels is None:
             return loss, parts
-        boundary = focal_loss(outputs, labels, config.focus)
-        return loss + config.class_weight * boundary, {**parts, "boundary": boundary.detach()}
+        boundary = focal_loss(outputs, labels, self.config.focus)
+        return loss + self.config.class_weight * boundary, {**parts, "boundary": boundary.detach()}
 
-    evaluated = Replayed(losses_of)
 
-    def start() -> tuple[Tensor, Tensor]:
-        coefficients = torch.randn(shape, generator=draw).mul_(math.sqrt(0.5)).to(device)
-        contrast = torch.randn(one_each, generator=draw).mul_(target.contrast).exp_().to(device)
-        return coefficients, contrast / contrast.square().mean().sqrt()
+class _Optimisation:
+    """Optimises the images of one batch after the other.
 
-    def optimised(step: int, start: tuple[Tensor, Tensor]) -> Tensor:
-        nonlocal losses
-        labels = labels_in_turn(teacher, step, config.batch)
-        coefficients, contrast = start[0].requires_grad_(), target.deviation * start[1]
+    Attributes:
+        losses: Of the last images, for the log.
+    """
+
+    def __init__(
+        self,
+        config: SpectralConfig,
+        teacher: Captured,
+        knowledge: Knowledge,
+        steps: int,
+        draw: torch.Generator,
+        context: Context,
+        target: InputStatistics,
+    ) -> None:
+        self.config, self.teacher, self.steps, self.target = config, teacher, steps, target
+        self.draw, self.listener = draw, context.listener
+        self.images_of = _Images(config, teacher, target.mean)
+        self.losses: dict[str, Tensor] = {}
+        self.evaluated = Replayed(_Losses(config, self.images_of, knowledge))
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Draw the coefficients of a batch, and the relative contrast of its images."""
+        channels, *size = self.teacher.input_shape
+        shape = self.config.batch, channels, *self.images_of.amplitude.shape, 2
+        coefficients = torch.randn(shape, generator=self.draw).mul_(math.sqrt(0.5))
+        one_each = self.config.batch, *[1] * (1 + len(size))
+        contrast = torch.randn(one_each, generator=self.draw).mul_(self.target.contrast).exp_()
+        contrast = contrast.to(self.teacher.device)
+        return coefficients.to(self.teacher.device), contrast / contrast.square().mean().sqrt()
+
+    def optimised(self, step: int, start: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the images of a batch."""
+        config, total = self.config, self.steps * self.config.iterations
+        labels = labels_in_turn(self.teacher, step, config.batch)
+        coefficients, contrast = start[0].requires_grad_(), self.target.deviation * start[1]
         optimizer = config.optimizer.build([coefficients])
         for iteration in range(config.iterations):
             set_rate_(optimizer, Cosine().factor(iteration, config.iterations))
             with torch.enable_grad():
-                loss, losses = evaluated(coefficients, contrast, labels)
-                check_images_finite({"total": loss.detach(), **losses}, step, iteration)
+                loss, self.losses = self.evaluated(coefficients, contrast, labels)
+                check_images_finite({"total": loss.detach(), **self.losses}, step, iteration)
                 (coefficients.grad,) = torch.autograd.grad(loss, coefficients)
             optimizer.step()
             done = step * config.iterations + iteration + 1
-            context.listener(Step("images", done, steps * config.iterations, losses))
-        if step == steps - 1:
-            evaluated.forget()
+            self.listener(Step("images", done, total, self.losses))
+        if step == self.steps - 1:
+            self.evaluated.forget()
         with torch.no_grad():
-            return images_of(coefficients, contrast)
-
-    in_turn = InTurn(start, optimised, steps, context.group, teacher.device)
-
-    def make(step: int) -> Batch:
-        images = in_turn(step)
-        with torch.no_grad():
-            logits = teacher.logits(images)
-        return Batch((images,), labels_in_turn(teacher, step, config.batch), logits, losses)
-
-    return Stream(make, steps, [draw], {"images": in_turn})
+            return self.images_of(coefficients, contrast)
 
 
 def limits_of(teacher: Captured) -> tuple[Tensor, Tensor] | None:
