@@ -1,6 +1,7 @@
 """The student: a trainable copy of the teacher's graph with fake quantizers."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -167,112 +168,179 @@ def build_student(
         UsageError: The scheme finds no weight or no activation to quantize.
     """
     teacher = quantizers.prepared(teacher)
-    bits_of = activation_bits(teacher, scheme)
-    entering = layer_input_bits(teacher, scheme)
-    weights = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
-    _check_quantizable(teacher, scheme, weights, bits_of)
-    teacher_tensors = tensors_of(teacher.network)
-    attributes: dict[str, Tensor | nn.Module] = _trainable(
-        teacher_tensors, set() if scheme.new_biases else _zero_biases(teacher, teacher_tensors)
-    )
-    learned: dict[tuple[object, ...], WeightQuantizer] = {}
-    norms: dict[tuple[str, ...], StudentBatchNorm] = {}
-    groups = _shared_grids(teacher, scheme, bits_of)
-    shared: dict[fx.Node, ActivationQuantizer] = {}
-    make_weight = _weight_quantizers(scheme, quantizers)
-    make_activation = _activation_quantizers(scheme, quantizers)
-    unquantized: dict[fx.Node, fx.Node] = {}
-    narrowed: dict[fx.Node, fx.Node] = {}
-
-    def call(copy: Copy, kind: str, name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
-        target = f"{kind}.{name.replace('.', '_')}"
-        attributes[target] = module
-        return copy.graph.call_module(target, (argument,))
-
-    def weight_quantizer(node: fx.Node) -> WeightQuantizer:
-        layout, bits = queries.weight_layout(node), weights[node]
-        weight = teacher_tensors[queries.weight_name(node)]
-        # A weight that is used twice is one, unless its channels lie along another dimension.
-        key = (id(weight), bits, *layout)
-        if key not in learned:
-            learned[key] = make_weight(weight, bits, *layout)
-        return learned[key]
-
-    def activation_quantizer(node: fx.Node, bits: int) -> ActivationQuantizer:
-        made = make_activation(bits)
-        made.symmetric = scheme.grids.symmetric_activations
-        made.limits = queries.value_limits(node)
-        made.reach = _REACH if scheme.bits == Bits(MAX_BITS, MAX_BITS) else 1.0
-        return made
-
-    def quantizer_of(node: fx.Node) -> ActivationQuantizer:
-        """Return the quantizer of an activation: its own, or that of its group."""
-        if node not in groups:
-            made = activation_quantizer(node, bits_of[node])
-            if node.op == "placeholder":
-                made.known_range = _range_of_inputs(teacher)
-            return made
-        group = groups[node]
-        if group[0] not in shared:
-            made = shared[group[0]] = activation_quantizer(node, bits_of[node])
-            lows, highs = zip(*map(queries.value_limits, group), strict=True)
-            made.limits = min(lows), max(highs)
-        return shared[group[0]]
-
-    def layer_input(copy: Copy, layer: fx.Node) -> fx.Node:
-        """Return a layer's input, rounded again where it is carried with more bits."""
-        source = rounded_input(layer, entering)
-        x = queries.input_of(layer)
-        if source is None:
-            return copy[x]
-        if x not in narrowed:
-            bits = entering[source]
-            by_token = quantizers.tokens
-            activation = by_token(bits) if by_token else activation_quantizer(source, bits)
-            narrowed[x] = call(copy, ACTIVATION, f"{x.name}{_LAYER_INPUT}", activation, copy[x])
-        return narrowed[x]
-
-    def layer(copy: Copy, node: fx.Node) -> fx.Node:
-        x = layer_input(copy, node)
-        new = copy.of(node)
-        quantizer = weight_quantizer(node)
-        new.update_arg(0, x)
-        with copy.graph.inserting_before(new):
-            weight = call(copy, WEIGHT, node.name, quantizer, copy[queries.weight_of(node)])
-        new.update_arg(1, weight)
-        return new
-
-    def batch_norm(copy: Copy, node: fx.Node) -> fx.Node:
-        key = tuple(str(argument) for argument in node.args[1:])
-        if key not in norms:  # a batch norm that is used twice is one
-            norms[key] = StudentBatchNorm(batch_norm_of(teacher, node), fixed_statistics)
-        return call(copy, BATCH_NORM, node.name, norms[key], copy[queries.input_of(node)])
-
-    def change(copy: Copy, node: fx.Node) -> fx.Node | None:
-        if node.op == "output":  # an output is returned unquantized
-            returned = fx.node.map_arg(
-                node.args[0], lambda source: unquantized.get(source, copy[source])
-            )
-            return copy.output(returned)
-        if is_batch_norm(node):
-            new = batch_norm(copy, node)
-        else:
-            new = layer(copy, node) if node in weights else copy.of(node)
-        if node not in bits_of:
-            return new
-        unquantized[node] = new
-        return call(copy, ACTIVATION, node.name, quantizer_of(node), new)
-
-    graph = rewrite(teacher.network.graph, change)
+    bits = _BitsByNode.of(teacher, scheme)
+    _check_quantizable(teacher, scheme, bits)
+    assigned = _Quantizers(teacher, scheme, quantizers, bits)
+    builder = _Builder(teacher, bits, assigned, fixed_statistics=fixed_statistics)
+    graph = rewrite(teacher.network.graph, builder.change)
     graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
-    for activation in shared.values():
-        calls = graph.find_nodes(op="call_module")
-        activation.places = sum(attributes[str(call.target)] is activation for call in calls)
+    fixed = set() if scheme.new_biases else _zero_biases(teacher)
+    attributes = {**_trainable(tensors_of(teacher.network), fixed), **builder.modules}
     used = {str(node.target) for node in graph.nodes if node.op in {"get_attr", "call_module"}}
     chosen = {name: value for name, value in attributes.items() if name in used}
     network = fx.GraphModule(chosen, graph)
+    _count_places_(network)
     _set_unread_weights_apart_(network)
     return Student(network).to(teacher.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _BitsByNode:
+    """The bits of what a scheme quantizes, by nodes of the teacher.
+
+    Attributes:
+        activations: Of activations.
+        layer_inputs: Of activations that are rounded again where they enter layers.
+        weights: Of weights, by their layers.
+    """
+
+    activations: Mapping[fx.Node, int]
+    layer_inputs: Mapping[fx.Node, int]
+    weights: Mapping[fx.Node, int]
+
+    @classmethod
+    def of(cls, teacher: Captured, scheme: Scheme) -> "_BitsByNode":
+        return cls(
+            activations=activation_bits(teacher, scheme),
+            layer_inputs=layer_input_bits(teacher, scheme),
+            weights=scheme.weight_bits(_layers(teacher)),
+        )
+
+
+class _Builder:
+    """Writes the nodes of a student.
+
+    Attributes:
+        modules: Its quantizers and batch norms, by their places.
+    """
+
+    def __init__(
+        self,
+        teacher: Captured,
+        bits: _BitsByNode,
+        quantizers: "_Quantizers",
+        *,
+        fixed_statistics: bool,
+    ) -> None:
+        self._teacher, self._bits, self._quantizers = teacher, bits, quantizers
+        self._fixed_statistics = fixed_statistics
+        self.modules: dict[str, nn.Module] = {}
+        self._norms: dict[tuple[str, ...], StudentBatchNorm] = {}
+        self._unquantized: dict[fx.Node, fx.Node] = {}
+        self._narrowed: dict[fx.Node, fx.Node] = {}
+
+    def change(self, copy: Copy, node: fx.Node) -> fx.Node:
+        """Write a node of the teacher with its quantizers, and return what stands for it."""
+        if node.op == "output":
+            return self._output(copy, node)
+        if is_batch_norm(node):
+            new = self._batch_norm(copy, node)
+        else:
+            new = self._layer(copy, node) if node in self._bits.weights else copy.of(node)
+        if node not in self._bits.activations:
+            return new
+        self._unquantized[node] = new
+        return self._call(copy, ACTIVATION, node.name, self._quantizers.of_activation(node), new)
+
+    def _output(self, copy: Copy, node: fx.Node) -> fx.Node:
+        """Return the outputs unquantized."""
+        unquantized = self._unquantized
+        returned = fx.node.map_arg(
+            node.args[0], lambda source: unquantized.get(source, copy[source])
+        )
+        return copy.output(returned)
+
+    def _batch_norm(self, copy: Copy, node: fx.Node) -> fx.Node:
+        key = tuple(str(argument) for argument in node.args[1:])
+        if key not in self._norms:  # a batch norm that is used twice is one
+            norm = batch_norm_of(self._teacher, node)
+            self._norms[key] = StudentBatchNorm(norm, self._fixed_statistics)
+        return self._call(
+            copy, BATCH_NORM, node.name, self._norms[key], copy[queries.input_of(node)]
+        )
+
+    def _layer(self, copy: Copy, node: fx.Node) -> fx.Node:
+        x = self._layer_input(copy, node)
+        new = copy.of(node)
+        quantizer = self._quantizers.of_weight(node)
+        new.update_arg(0, x)
+        with copy.graph.inserting_before(new):
+            weight = copy[queries.weight_of(node)]
+            new.update_arg(1, self._call(copy, WEIGHT, node.name, quantizer, weight))
+        return new
+
+    def _layer_input(self, copy: Copy, layer: fx.Node) -> fx.Node:
+        """Return a layer's input, rounded again where it is carried with more bits."""
+        source = rounded_input(layer, self._bits.layer_inputs)
+        x = queries.input_of(layer)
+        if source is None:
+            return copy[x]
+        if x not in self._narrowed:
+            quantizer = self._quantizers.of_layer_input(source)
+            name = f"{x.name}{_LAYER_INPUT}"
+            self._narrowed[x] = self._call(copy, ACTIVATION, name, quantizer, copy[x])
+        return self._narrowed[x]
+
+    def _call(
+        self, copy: Copy, kind: str, name: str, module: nn.Module, argument: fx.Node
+    ) -> fx.Node:
+        """Write a call of a module, which gets a place of its own."""
+        target = f"{kind}.{name.replace('.', '_')}"
+        self.modules[target] = module
+        return copy.graph.call_module(target, (argument,))
+
+
+class _Quantizers:
+    """The quantizers of a student: those that share a weight or a grid are the same one."""
+
+    def __init__(
+        self, teacher: Captured, scheme: Scheme, family: QuantizerFamily, bits: _BitsByNode
+    ) -> None:
+        self._teacher, self._scheme, self._bits = teacher, scheme, bits
+        self._by_token = family.tokens
+        self._make_weight = _weight_quantizers(scheme, family)
+        self._make_activation = _activation_quantizers(scheme, family)
+        self._tensors = tensors_of(teacher.network)
+        self._weights: dict[tuple[object, ...], WeightQuantizer] = {}
+        self._groups = _shared_grids(teacher, scheme, bits.activations)
+        self._shared: dict[fx.Node, ActivationQuantizer] = {}
+
+    def of_weight(self, layer: fx.Node) -> WeightQuantizer:
+        """Return the quantizer of a layer's weight."""
+        layout, bits = queries.weight_layout(layer), self._bits.weights[layer]
+        weight = self._tensors[queries.weight_name(layer)]
+        # A weight that is used twice is one, unless its channels lie along another dimension.
+        key = (id(weight), bits, *layout)
+        if key not in self._weights:
+            self._weights[key] = self._make_weight(weight, bits, *layout)
+        return self._weights[key]
+
+    def of_activation(self, node: fx.Node) -> ActivationQuantizer:
+        """Return the quantizer of an activation: its own, or that of its group."""
+        bits = self._bits.activations[node]
+        if node not in self._groups:
+            made = self._activation(node, bits)
+            if node.op == "placeholder":
+                made.known_range = _range_of_inputs(self._teacher)
+            return made
+        group = self._groups[node]
+        if group[0] not in self._shared:
+            made = self._shared[group[0]] = self._activation(node, bits)
+            lows, highs = zip(*map(queries.value_limits, group), strict=True)
+            made.limits = min(lows), max(highs)
+        return self._shared[group[0]]
+
+    def of_layer_input(self, source: fx.Node) -> nn.Module:
+        """Return the quantizer of what enters layers from a node."""
+        bits = self._bits.layer_inputs[source]
+        return self._by_token(bits) if self._by_token else self._activation(source, bits)
+
+    def _activation(self, node: fx.Node, bits: int) -> ActivationQuantizer:
+        made = self._make_activation(bits)
+        made.symmetric = self._scheme.grids.symmetric_activations
+        made.limits = queries.value_limits(node)
+        made.reach = _REACH if self._scheme.bits == Bits(MAX_BITS, MAX_BITS) else 1.0
+        return made
 
 
 def _shared_grids(
@@ -335,6 +403,15 @@ def _without_float_grids(scheme: Scheme, quantizers: QuantizerFamily) -> UsageEr
     )
 
 
+def _count_places_(network: fx.GraphModule) -> None:
+    """Tell activation quantizers how many activations they round, as those of a group share one."""
+    calls = network.graph.find_nodes(op="call_module")
+    modules = [network.get_submodule(str(call.target)) for call in calls]
+    for module in modules:
+        if isinstance(module, ActivationQuantizer):
+            module.places = sum(other is module for other in modules)
+
+
 def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
     """Keep weights that no call reads out of the parameters and of the state: they do not change.
 
@@ -380,26 +457,21 @@ def check_scheme(teacher: Captured, scheme: Scheme, quantizers: QuantizerFamily)
     """Raise the errors of `build_student`, without a search for grids."""
     check_family(scheme, quantizers)
     teacher = quantizers.prepared(teacher)
-    layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
-    _check_quantizable(
-        teacher, scheme, scheme.weight_bits(layers), activation_bits(teacher, scheme)
-    )
+    _check_quantizable(teacher, scheme, _BitsByNode.of(teacher, scheme))
 
 
-def _check_quantizable(
-    teacher: Captured, scheme: Scheme, weights: dict[fx.Node, int], bits_of: dict[fx.Node, int]
-) -> None:
-    if not weights:
+def _check_quantizable(teacher: Captured, scheme: Scheme, bits: _BitsByNode) -> None:
+    if not bits.weights:
         raise UsageError(
             "there must be a convolution or linear layer to quantize; this network has none"
             f"{' but those that stay float' if scheme.layer_bits else ''}."
         )
-    if not bits_of and scheme.placement != "tokens":
+    if not bits.activations and scheme.placement != "tokens":
         raise UsageError(
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, of which this network "
             "has none to quantize: its activations would stay float. Use placement 'full'."
         )
-    for node in filter(queries.has_weight, teacher.network.graph.nodes):
+    for node in _layers(teacher):
         bias = queries.bias_of(node)
         if bias is not None and bias.op != "get_attr":
             raise UsageError(
@@ -408,9 +480,15 @@ def _check_quantizable(
             )
 
 
-def _zero_biases(teacher: Captured, tensors: Mapping[str, Tensor]) -> set[str]:
+def _layers(teacher: Captured) -> list[fx.Node]:
+    """Return the layers of the teacher that have a weight."""
+    return list(filter(queries.has_weight, teacher.network.graph.nodes))
+
+
+def _zero_biases(teacher: Captured) -> set[str]:
     """Return the names of biases that are 0, as those that layers without one are given."""
-    biases = map(queries.bias_of, filter(queries.has_weight, teacher.network.graph.nodes))
+    tensors = tensors_of(teacher.network)
+    biases = map(queries.bias_of, _layers(teacher))
     names = {str(bias.target) for bias in biases if bias is not None}
     return {name for name in names if not bool(tensors[name].any())}
 
