@@ -40,7 +40,8 @@ from gdfq.plan.plan import Plan
 from gdfq.sources.base import joined_inputs
 from gdfq.sources.collapse import CollapsedError
 from gdfq.sources.stream import Feed
-from gdfq.student.build import Student, build_student, check_scheme
+from gdfq.student.assignment import check_scheme
+from gdfq.student.build import Student, build_student
 from gdfq.student.equalization import channel_scales, rescaled
 from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.scheme import LayerBits, Scheme

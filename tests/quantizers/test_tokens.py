@@ -16,7 +16,8 @@ from gdfq.functional.grid import (
 from gdfq.quantizers.family import LSQ, TOKENS
 from gdfq.quantizers.lsq import LearnedWeight
 from gdfq.quantizers.tokens import BlockWeight
-from gdfq.student.build import build_student, check_family
+from gdfq.student.assignment import check_family
+from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
 from gdfq.student.scheme import LayerBits, Scheme, with_ends
 

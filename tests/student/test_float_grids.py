@@ -26,7 +26,8 @@ from gdfq.quantizers.base import QuantizedTensor, WeightQuantizer
 from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, QuantizerFamily
 from gdfq.recipes import RECIPES
 from gdfq.sources.base import Batch
-from gdfq.student.build import build_student, check_scheme
+from gdfq.student.assignment import check_scheme
+from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze, rescaled
 from gdfq.student.integer_network import IntegerNetwork
 from gdfq.student.scheme import GridRules, LayerBits, Scheme

@@ -22,7 +22,7 @@ from gdfq.graph.ends import describe, output_names
 from gdfq.graph.inputs import takes_images
 from gdfq.graph.tensors import tensors_of
 from gdfq.recipes import Recipe
-from gdfq.student.build import check_scheme
+from gdfq.student.assignment import check_scheme
 from gdfq.student.placement import activation_bits, layer_input_bits, rounded_input
 from gdfq.student.scheme import Scheme
 

@@ -15,7 +15,7 @@ from gdfq.functional.grid import Bits
 from gdfq.plan.options import DEFAULT_BITS, EffortOptions, MethodOptions, options_of
 from gdfq.recipes import Recipe, find_recipe, recipe_for, with_code_rate
 from gdfq.sources.trajectories import TrajectorySource
-from gdfq.student.build import check_family
+from gdfq.student.assignment import check_family
 from gdfq.student.scheme import (
     GridRules,
     LayerBits,
