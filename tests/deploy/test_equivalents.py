@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import gdfq
 from gdfq import UsageError
+from gdfq.deploy.onnx import exporter
 from gdfq.deploy.onnx.equivalents import with_equivalents
 from gdfq.deploy.onnx.session import onnx_session
-from gdfq.deploy.onnx.writer import _exported
 from gdfq.functional.windows import source_pixels
 from gdfq.graph import operators
 from gdfq.graph.capture import capture
@@ -45,7 +45,7 @@ def in_onnx(network: nn.Module, x: Tensor) -> list[Tensor]:
     """The outputs of a network that ONNX Runtime computes, from what is written for it."""
     teacher = capture(network, x[:1], classifier=False)
     graph = with_equivalents(teacher.network.graph)
-    model = _exported(flat_module(graph, tensors_of(teacher.network)), teacher.inputs)
+    model = exporter.exported(flat_module(graph, tensors_of(teacher.network)), teacher.inputs)
     model.graph.inputs[0].name = "x"
     session = onnx_session(ir.to_proto(model).SerializeToString())
     return [torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})]
@@ -232,5 +232,5 @@ def test_operator_without_a_form_is_named_without_codes_of_terminals() -> None:
 
     network = torch.export.export(Unknown(), (noise(2, 3, 14, 14),)).module()
     with pytest.raises(UsageError, match=r"adaptive_max_pool2d of 'adaptive_max_pool2d'") as caught:
-        _exported(network, [InputSpec.of("x", noise(1, 3, 14, 14))])
+        exporter.exported(network, [InputSpec.of("x", noise(1, 3, 14, 14))])
     assert "\x1b" not in str(caught.value)

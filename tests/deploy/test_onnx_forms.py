@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import gdfq
 from gdfq import UsageError
+from gdfq.deploy.onnx import exporter
 from gdfq.deploy.onnx.equivalents import with_equivalents
 from gdfq.deploy.onnx.lowering import lower
 from gdfq.deploy.onnx.session import onnx_session
-from gdfq.deploy.onnx.writer import _exported
 from gdfq.deploy.runtimes import computed_in_float
 from gdfq.graph import operators
 from gdfq.graph.capture import capture
@@ -99,7 +99,7 @@ def lowered(*functions: Callable[[Tensor], Tensor]) -> ir.Model:
     """Functions of a tensor [N, 4, 6, 6] in the lowest opset."""
     teacher = capture(Of(*functions), torch.randn(1, 4, 6, 6), classifier=False)
     graph = with_equivalents(teacher.network.graph)
-    model = _exported(flat_module(graph, tensors_of(teacher.network)), teacher.inputs)
+    model = exporter.exported(flat_module(graph, tensors_of(teacher.network)), teacher.inputs)
     model.graph.inputs[0].name = "x"
     lower(model)
     return model

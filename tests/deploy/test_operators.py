@@ -20,7 +20,7 @@ from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy.card import Card
 from gdfq.deploy.executorch import runtime
 from gdfq.deploy.line_process import LineProcess
-from gdfq.deploy.onnx import writer
+from gdfq.deploy.onnx import exporter, writer
 from gdfq.deploy.target import Target
 from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured
@@ -119,7 +119,7 @@ def student_of(kinds: tuple[str, ...], scheme: Scheme) -> QuantizedNetwork:
 @pytest.fixture
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch traces a student once for several targets, which is most of an export's time."""
-    exported = writer._exported
+    exported = exporter.exported
     known: dict[str, Any] = {}
 
     def once(network: Any, inputs: Any) -> Any:
@@ -128,7 +128,7 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
             known[key] = exported(network, inputs)
         return known[key].clone()
 
-    monkeypatch.setattr(writer, "_exported", once)
+    monkeypatch.setattr(writer, "exported", once)
 
 
 def taken(target: Target, group: int) -> list[str]:
