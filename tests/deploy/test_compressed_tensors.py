@@ -12,8 +12,9 @@ from support.language_model import captured_model
 from torch import Tensor
 
 import gdfq
-from gdfq.deploy import compressed_tensors
-from gdfq.deploy.compressed_tensors import COMPRESSED_TENSORS, packed_rows, rounded_by_runtime
+from gdfq.deploy.compressed_tensors.folder import packed_rows
+from gdfq.deploy.compressed_tensors.proof import rounded_by_runtime
+from gdfq.deploy.compressed_tensors.target import COMPRESSED_TENSORS
 from gdfq.equalizers.smooth import Smooth
 from gdfq.errors import GdfqError, UsageError
 from gdfq.functional.grid import Bits
@@ -146,7 +147,7 @@ def test_folder_that_is_not_equal_is_not_kept(
     def wrong(codes: Tensor, bits: int) -> Tensor:
         return packed_rows(codes.flip(0), bits)
 
-    monkeypatch.setattr(compressed_tensors, "packed_rows", wrong)
+    monkeypatch.setattr("gdfq.deploy.compressed_tensors.folder.packed_rows", wrong)
     with pytest.raises(GdfqError, match=r"layers that differ are: model\.layers\.0\.self_attn"):
         quantized.export(tmp_path / "q", target="compressed-tensors", original=model)
     assert not list((tmp_path / "q").iterdir())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdfq.deploy.card import Card
-from gdfq.deploy.compressed_tensors import COMPRESSED_TENSORS
+from gdfq.deploy.compressed_tensors.target import COMPRESSED_TENSORS
 from gdfq.deploy.executorch.target import EXECUTORCH
 from gdfq.deploy.litert.target import LITERT
 from gdfq.deploy.litert_micro.target import LITERT_MICRO
