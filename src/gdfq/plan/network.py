@@ -105,19 +105,10 @@ def resolve_network(
     loaded = load_model(model, weights) if isinstance(model, str) else None
     loaded_at = time.perf_counter()
     sampler = _sampler(of_denoiser, model, loaded, example_input, input_shape)
-    if sampler is not None:
-        captured = _captured(model, loaded, sampler, example_input)
+    if loaded is None or sampler is not None or loaded.vocabulary is not None:
+        captured = _captured(model, loaded, sampler, example_input, classifier)
         preprocessing = _preprocessing(captured, mean, std, resize)
-    elif isinstance(model, Captured):
-        captured, preprocessing = model, _preprocessing(model, mean, std, resize)
-    elif isinstance(model, nn.Module):
-        captured = capture(model, _example(example_input), classifier=classifier)
-        preprocessing = _preprocessing(captured, mean, std, resize)
-    elif loaded is not None and loaded.vocabulary is not None:
-        captured = _language_model(loaded.module, loaded.vocabulary)
-        preprocessing = _preprocessing(captured, mean, std, resize)
-    else:
-        assert loaded is not None
+    else:  # images, whose shape and normalisation its library may know
         shape, preprocessing = loaded.input(input_shape, mean, std)
         captured = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
         preprocessing = replace(preprocessing, resize=resize or preprocessing.resize)
@@ -125,19 +116,19 @@ def resolve_network(
     assumed = _assumed(loaded, mean, std) if is_of_pixels else ()
     if takes_images(captured.inputs) and not assumed:
         captured = replace(captured, input_limits=preprocessing.limits)
-    return Network(
-        captured.to(on),
-        preprocessing,
-        weights_hash(_module(model if loaded is None else loaded.module)),
-        assumed,
-        time.perf_counter() - started,
-        names_of(_module(model)) if loaded is None else loaded.class_names,
-        () if loaded is None else loaded.notes,
-        time.perf_counter() - loaded_at,
-        sampler,
-        None if loaded is None else loaded.encode,
-        None if loaded is None else loaded.decode,
+    network = Network(
+        teacher=captured.to(on),
+        preprocessing=preprocessing,
+        weights_sha256=weights_hash(_module(model if loaded is None else loaded.module)),
+        assumed=assumed,
+        seconds=time.perf_counter() - started,
+        class_names=names_of(_module(model)) if loaded is None else loaded.class_names,
+        capture_seconds=time.perf_counter() - loaded_at,
+        sampler=sampler,
     )
+    if loaded is None:
+        return network
+    return replace(network, notes=loaded.notes, encode=loaded.encode, decode=loaded.decode)
 
 
 def _sampler(
@@ -169,16 +160,25 @@ def _sampler(
 
 
 def _captured(
-    model: Model, loaded: Loaded | None, sampler: Sampler, example_input: ExampleInputs | None
+    model: Model,
+    loaded: Loaded | None,
+    sampler: Sampler | None,
+    example_input: ExampleInputs | None,
+    classifier: bool | None,
 ) -> Captured:
-    """Return a denoiser as it is captured."""
+    """Return a network as it is captured: a denoiser, a language model, or a module."""
     if isinstance(model, Captured):
-        check_inputs(model, sampler)
+        if sampler is not None:
+            check_inputs(model, sampler)
         return model
     module = model if loaded is None else loaded.module
     assert isinstance(module, nn.Module)
-    named = None if example_input is None or isinstance(example_input, Tensor) else example_input
-    return captured_denoiser(module, sampler, named)
+    if sampler is not None:
+        is_named = not isinstance(example_input, Tensor | None)
+        return captured_denoiser(module, sampler, example_input if is_named else None)
+    if loaded is not None and loaded.vocabulary is not None:
+        return _language_model(module, loaded.vocabulary)
+    return capture(module, _example(example_input), classifier=classifier)
 
 
 _CAPTURED_TOKENS = 128
