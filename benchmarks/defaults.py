@@ -12,7 +12,6 @@ extra `bench-efficientnet`. Linux only (peak memory).
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy import compared, tested
+from benchmarks.rows import complete
 from benchmarks.trained_networks import NETWORKS
 from benchmarks.unix import peak_resident_mib
 from support.places import RESULTS
@@ -36,7 +36,7 @@ FILE = RESULTS / "defaults.json"
 BITS = ("w8a8", "w4a8", "w4a4")
 
 
-def measured(name: str, bits: str, seed: int) -> dict[str, Any]:
+def measured(name: str, seed: int, bits: str) -> dict[str, Any]:
     """One row, in the process that calls it."""
     torch.set_num_threads(2)
     keep_freed_memory_()
@@ -64,6 +64,12 @@ def measured(name: str, bits: str, seed: int) -> dict[str, Any]:
         "notes": list(exported.notes),
         "torch": torch.__version__,
     }
+
+
+def measured_alone(name: str, seed: int, bits: str) -> dict[str, Any]:
+    """One row, by a process of its own, so that its peak of memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measured, (name, seed, bits))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -97,22 +103,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    done = {(row["network"], row["bits"], row["seed"]) for row in rows}
-    wanted = [] if options.table else product(options.networks, options.seeds, options.bits)
-    for name, seed, bits in wanted:
-        if (name, bits, seed) in done:
-            continue
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(measured, (name, bits, seed)))
-        print(
-            {
-                key: rows[-1][key]
-                for key in ("network", "bits", "seed", "student", "seconds", "peak_mib")
-            }
-        )
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    wanted = () if options.table else product(options.networks, options.seeds, options.bits)
+    shown = ("student", "seconds", "peak_mib")
+    print(table(complete(FILE, ("network", "seed", "bits"), wanted, measured_alone, shown)))
 
 
 if __name__ == "__main__":

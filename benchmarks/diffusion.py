@@ -20,7 +20,6 @@ Rows are kept in results/diffusion.json.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.rows import complete
 from support import digits_ddpm, mnist_ddpm
 from support.places import RESULTS
 from torch import Tensor, nn
@@ -214,16 +214,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    done = {tuple(row[name] for name in ("network", "bits", "method", "seed")) for row in rows}
+    names = ("network", "bits", "method", "seed")
     wanted = product(options.networks, options.bits, options.methods, options.seeds)
-    for key in () if options.table else wanted:
-        if key in done:
-            continue
-        rows.append(measured(*key))
-        print(*key, rows[-1]["psnr"], rows[-1]["frechet"], flush=True)
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    shown = ("psnr", "frechet")
+    print(table(complete(FILE, names, () if options.table else wanted, measured, shown)))
 
 
 if __name__ == "__main__":

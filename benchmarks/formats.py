@@ -11,7 +11,6 @@ seed.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy import compared, tested
+from benchmarks.rows import complete
 from benchmarks.trained_networks import NETWORKS
 from support.places import RESULTS
 
@@ -39,7 +39,7 @@ def as_float(bits: str) -> str:
     return str(Bits(found.weights, found.activations, float_weights=True, float_activations=True))
 
 
-def measured(name: str, bits: str, seed: int) -> dict[str, Any]:
+def measured(name: str, seed: int, bits: str) -> dict[str, Any]:
     """One row."""
     network = NETWORKS[name]
     preprocessing = network.preprocessing
@@ -110,16 +110,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    done = {(row["network"], row["bits"], row["seed"]) for row in rows}
-    wanted = product(options.networks, options.seeds, options.bits)
-    for name, seed, bits in () if options.table else wanted:
-        if (name, bits, seed) in done:
-            continue
-        rows.append(measured(name, bits, seed))
-        print({key: rows[-1][key] for key in ("network", "bits", "seed", "seconds", "student")})
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    names = ("network", "seed", "bits")
+    wanted = () if options.table else product(options.networks, options.seeds, options.bits)
+    print(table(complete(FILE, names, wanted, measured, ["seconds", "student"])))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ GenQ does not have. Rows are kept in results/generated.json.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ import torch
 from benchmarks.accuracy import compared
 from benchmarks.diffusion import in_words
 from benchmarks.proxies import kl
+from benchmarks.rows import complete
 from support import digits_ddpm
 from support.narrowing import present
 from support.places import CACHE, RESULTS
@@ -205,16 +205,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    done = {(row["bits"], row["seed"], row["pool"]) for row in rows}
-    wanted = product(options.bits, options.seeds, options.pools)
-    for key in () if options.table else wanted:
-        if key in done:
-            continue
-        rows.append(measured(*key))
-        print(*key, rows[-1]["student"]["all"], rows[-1]["kl"], flush=True)
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    wanted = () if options.table else product(options.bits, options.seeds, options.pools)
+    print(table(complete(FILE, ("bits", "seed", "pool"), wanted, measured, ["student", "kl"])))
 
 
 if __name__ == "__main__":

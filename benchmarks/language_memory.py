@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from benchmarks.memory import Meter
+from benchmarks.rows import complete
 from support.language_model import Block, Sizes, TinyLanguageModel, tiny_model, tokens, vocabulary
 from support.places import RESULTS, ROOT
 from torch import nn
@@ -92,9 +93,12 @@ def measured(layers: int, equalizer: str) -> dict[str, Any]:
     }
 
 
-def rows() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    return found
+def measured_alone(layers: int, equalizer: str) -> dict[str, Any]:
+    """A row, by a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.language_memory", "--one", str(layers), equalizer]
+    run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return row
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -122,15 +126,9 @@ def main() -> None:
     if options.one:
         print(json.dumps(measured(int(options.one[0]), options.one[1])))
         return
-    done = {(row["layers"], row["equalizer"]) for row in rows()}
-    wanted = product(options.layers, options.equalizers)
-    for key in () if options.table else (key for key in wanted if key not in done):
-        command = [sys.executable, "-m", "benchmarks.language_memory", "--one", *map(str, key)]
-        run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-        row = json.loads(run.stdout.splitlines()[-1])
-        print(run.stdout, flush=True)
-        FILE.write_text(json.dumps([*rows(), row], indent=1) + "\n")
-    print(table(rows()))
+    wanted = () if options.table else product(options.layers, options.equalizers)
+    shown = ("before_mib", "beyond_mib", "own_kl")
+    print(table(complete(FILE, ("layers", "equalizer"), wanted, measured_alone, shown)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ results/proxies.json.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks.accuracy import compared, tested
+from benchmarks.rows import complete
 from benchmarks.trained_networks import NETWORKS
 from support.places import RESULTS, SHARED
 from torch import Tensor
@@ -97,7 +97,7 @@ POOLS: Mapping[str, Callable[[Setting], dict[str, Any]]] = {
 """What `gdfq.quantize` gets in each row."""
 
 
-def measured(name: str, bits: str, seed: int, pool: str) -> dict[str, Any]:
+def measured(name: str, seed: int, pool: str, bits: str) -> dict[str, Any]:
     """One row."""
     network = NETWORKS[name]
     preprocessing = network.preprocessing
@@ -169,20 +169,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    done = {(row["network"], row["bits"], row["seed"], row["pool"]) for row in rows}
-    wanted = product(options.networks, options.seeds, options.pools)
-    for name, seed, pool in () if options.table else wanted:
-        if pool == "real" and NETWORKS[name].train is None:
-            continue
-        for bits in BITS[name]:
-            if (name, bits, seed, pool) in done or (options.bits and bits not in options.bits):
-                continue
-            rows.append(measured(name, bits, seed, pool))
-            print(
-                {key: rows[-1][key] for key in ("network", "bits", "seed", "pool", "student", "kl")}
-            )
-            FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    wanted = (
+        (name, seed, pool, bits)
+        for name, seed, pool in product(options.networks, options.seeds, options.pools)
+        if pool != "real" or NETWORKS[name].train is not None
+        for bits in BITS[name]
+        if not options.bits or bits in options.bits
+    )
+    names = ("network", "seed", "pool", "bits")
+    rows = complete(FILE, names, () if options.table else wanted, measured, ["student", "kl"])
     print(table(rows))
 
 

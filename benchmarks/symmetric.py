@@ -11,7 +11,6 @@ results/symmetric.json; `--table` prints them with the difference to the default
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy import compared, tested
+from benchmarks.rows import complete
 from benchmarks.trained_networks import NETWORKS
 from support.places import RESULTS
 
@@ -32,7 +32,7 @@ GRIDS = (DEFAULT, "tensorrt", "qnn")
 BITS = ("w8a8", "w4a8")
 
 
-def measured(name: str, bits: str, seed: int, grids: str) -> dict[str, Any]:
+def measured(name: str, seed: int, bits: str, grids: str) -> dict[str, Any]:
     """One row."""
     network = NETWORKS[name]
     preprocessing = network.preprocessing
@@ -91,16 +91,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
-    done = {(row["network"], row["bits"], row["seed"], row["grids"]) for row in rows}
+    names = ("network", "seed", "bits", "grids")
     wanted = product(options.networks, options.seeds, options.bits, options.grids)
-    for name, seed, bits, grids in () if options.table else wanted:
-        if (name, bits, seed, grids) in done:
-            continue
-        rows.append(measured(name, bits, seed, grids))
-        print({key: rows[-1][key] for key in ("network", "bits", "seed", "grids", "student")})
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    print(table(complete(FILE, names, () if options.table else wanted, measured, ["student"])))
 
 
 if __name__ == "__main__":
