@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Self, cast
 
@@ -241,59 +242,15 @@ class PoolStream(Stream):
         teacher: Captured,
         context: Context,
     ) -> None:
-        def added(own: Tensor) -> tuple[Screening, Tensor, Tensor | None]:
-            assert pool.candidates is not None
-            found = screened(teacher, own, pool.candidates, pool.places, context)
-            if found[0].refused:
-                warnings.warn(
-                    f"{found[0]}. The run continues with its own images alone: give other images, "
-                    "or none.",
-                    GdfqWarning,
-                    stacklevel=2,
-                )
-            return found
-
-        self._collected = _Collected(
-            made, pool.images, teacher.device, None if pool.candidates is None else added
-        )
-        draw = random_stream(context.seed, "pool.order")
-        augmented = pool.augmented and takes_images(teacher.inputs)
-        moves = Results({} if augmented else {"them": False})
-
-        def whole_batches(order: Tensor) -> list[Tensor]:
-            size = min(pool.batch, len(order))
-            return [part for part in order.split(size) if len(part) == size][::-1]
-
-        order = Shuffled(draw, whole_batches)
-
-        def make(_: int) -> Batch:
-            inputs, _labels = self._collected()
-            if not moves:
-                (images,) = inputs
-                own = images[: pool.images]  # photographs are more consistent than made images
-                consistency = prediction_consistency(
-                    teacher, own, random_stream(context.seed, "pool.moved")
-                )
-                context.group.broadcast_(
-                    [consistency]
-                )  # devices round differently; processes must agree
-                moves["them"] = bool(consistency >= CONSISTENT_SHARE)
-            chosen = order.next_of(len(inputs[0]))
-            drawn = [vars(random_move(images, draw)) for images in inputs if moves["them"]]
-            return taken({"chosen": chosen, "moves": drawn})
-
-        def taken(origin: Any) -> Batch:
-            inputs, labels = self._collected()
-            chosen = origin["chosen"]
-            drawn = tuple(tensor[chosen] for tensor in inputs)
-            if origin["moves"]:
-                moves_of = (Move(**values) for values in origin["moves"])
-                drawn = tuple(map(moved, drawn, moves_of))
-            own = None if labels is None else labels[chosen]
-            return Batch(drawn, own, None, origin=origin)
-
-        parts: dict[str, Stateful] = {"order": order, "images": self._collected, "moves": moves}
-        super().__init__(make, steps, [draw], parts, again=taken)
+        add = None if pool.candidates is None else partial(_added, pool, teacher, context)
+        self._collected = _Collected(made, pool.images, teacher.device, add)
+        batches = _Batches(pool, teacher, self._collected, context)
+        parts: dict[str, Stateful] = {
+            "order": batches.order,
+            "images": self._collected,
+            "moves": batches.moves,
+        }
+        super().__init__(batches.make, steps, [batches.draw], parts, again=batches.of)
 
     @property
     def screening(self) -> Screening | None:
@@ -309,6 +266,77 @@ class PoolStream(Stream):
                 f"{len(inputs)} inputs. Give the bits, as w4a8."
             )
         return inputs[0]
+
+
+def _added(
+    pool: ImagePool, teacher: Captured, context: Context, own: Tensor
+) -> tuple[Screening, Tensor, Tensor | None]:
+    """Return what a screen found, and the candidates that join a pool's own images."""
+    assert pool.candidates is not None
+    found = screened(teacher, own, pool.candidates, pool.places, context)
+    if found[0].refused:
+        warnings.warn(
+            f"{found[0]}. The run continues with its own images alone: give other images, or none.",
+            GdfqWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+class _Batches:
+    """Draws the batches of a pool.
+
+    Attributes:
+        draw: Randomness of the order and of the moves.
+        order: Which images come next.
+        moves: Whether images are moved, under "them", once it is known.
+    """
+
+    def __init__(
+        self, pool: ImagePool, teacher: Captured, collected: "_Collected", context: Context
+    ) -> None:
+        self._pool, self._teacher, self._context = pool, teacher, context
+        self._collected = collected
+        self.draw = random_stream(context.seed, "pool.order")
+        self.order = Shuffled(self.draw, partial(_whole_batches, pool.batch))
+        augmented = pool.augmented and takes_images(teacher.inputs)
+        self.moves = Results({} if augmented else {"them": False})
+
+    def make(self, _step: int) -> Batch:
+        """Draw a batch."""
+        inputs, _labels = self._collected()
+        if not self.moves:
+            self.moves["them"] = self._are_consistent(inputs)
+        chosen = self.order.next_of(len(inputs[0]))
+        moves = [vars(random_move(images, self.draw)) for images in inputs if self.moves["them"]]
+        return self.of({"chosen": chosen, "moves": moves})
+
+    def of(self, origin: Any) -> Batch:
+        """Return the batch of an origin: the images that were chosen, and how they are moved."""
+        inputs, labels = self._collected()
+        chosen = origin["chosen"]
+        drawn = tuple(tensor[chosen] for tensor in inputs)
+        if origin["moves"]:
+            moves = (Move(**values) for values in origin["moves"])
+            drawn = tuple(map(moved, drawn, moves))
+        own = None if labels is None else labels[chosen]
+        return Batch(drawn, own, None, origin=origin)
+
+    def _are_consistent(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Return whether the teacher predicts the same for images that are moved."""
+        (images,) = inputs
+        own = images[: self._pool.images]  # photographs are more consistent than made images
+        draw = random_stream(self._context.seed, "pool.moved")
+        consistency = prediction_consistency(self._teacher, own, draw)
+        # Devices round differently; processes must agree.
+        self._context.group.broadcast_([consistency])
+        return bool(consistency >= CONSISTENT_SHARE)
+
+
+def _whole_batches(size: int, order: Tensor) -> list[Tensor]:
+    """Return the batches of an epoch, the last one first; a smaller one is left out."""
+    size = min(size, len(order))
+    return [part for part in order.split(size) if len(part) == size][::-1]
 
 
 Add = Callable[[Tensor], tuple[Screening, Tensor, Tensor | None]]
