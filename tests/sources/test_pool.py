@@ -18,7 +18,7 @@ from gdfq.execution.context import Context
 from gdfq.files.states import Frozen, from_bytes, to_bytes
 from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import QUICK
-from gdfq.sources import pool
+from gdfq.sources import collected
 from gdfq.sources.augment import prediction_consistency
 from gdfq.sources.base import Batch, Source
 from gdfq.sources.given import ImageSource, on_images
@@ -239,7 +239,7 @@ def test_images_of_a_pool_are_freed_while_they_are_joined(
     def count() -> None:
         alive.append(sum(tensor() is not None for tensor in made))
 
-    monkeypatch.setattr(pool, "release_freed_memory", count)
+    monkeypatch.setattr(collected, "release_freed_memory", count)
     next(ImagePool(Fresh(), images=6, batch=2).stream(teacher, steps=1))
     assert alive[0] < 3
     assert alive[-1] == 0

@@ -1,0 +1,139 @@
+"""The images of a pool, which are made once, and which a resumed run takes from its checkpoint."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfq.errors import UsageError
+from gdfq.execution.malloc import release_freed_memory
+from gdfq.files.states import Frozen, digest_of
+from gdfq.sources.base import Batch, first_images
+from gdfq.sources.candidates import Screening
+from gdfq.sources.stream import restored_batch, stored_batch
+
+Add = Callable[[Tensor], tuple[Screening, Tensor, Tensor | None]]
+"""Images of a pool -> what a screen found, and the images that it adds, with their labels."""
+
+
+class Collected:
+    """The first `count` images of a stream, those that are added to them, and all their labels.
+
+    They are made once. Each batch is a part of the state that is written when it is finished.
+    """
+
+    def __init__(
+        self, made: Iterator[Batch], count: int, device: torch.device, add: Add | None = None
+    ) -> None:
+        self._made, self._count, self._device, self._add = made, count, device, add
+        self._parts: list[Frozen] = []
+        self._added: Frozen | None = None
+        self.screening: Screening | None = None
+        self._all: tuple[tuple[Tensor, ...], Tensor | None] | None = None
+        self._digests: list[str] | None = None
+
+    def __call__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        if self._all is None:
+            self._take()
+            if self._add is not None and self._added is None:
+                own, _ = first_images(self._count, [Batch(**part.value) for part in self._parts])
+                self.screening, images, labels = self._add(own)
+                self._added = Frozen(vars(Batch((images,), labels, None)))
+            self._all = self._joined()
+            release_freed_memory()
+        return self._all
+
+    def _take(self) -> None:
+        """Take the batches that are missing from the stream."""
+        taken = sum(len(part.value["inputs"][0]) for part in self._parts)
+        while taken < self._count and (batch := next(self._made, None)) is not None:
+            self._parts.append(Frozen(vars(replace(batch, teacher_logits=None, losses={}))))
+            taken += len(batch)
+
+    def _joined(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return all images and labels. The parts become views of them, not to be held twice."""
+        parts = self._parts if self._added is None else [*self._parts, self._added]
+        inputs = _moved_together_(parts)
+        batches = [Batch(**part.value) for part in parts]
+        made = sum(map(len, batches[: len(self._parts)]))
+
+        def used(tensor: Tensor) -> Tensor:
+            """Return the first images that were made, and all that were added."""
+            if self._added is None or made <= self._count:
+                return tensor if self._added is not None else tensor[: self._count]
+            return torch.cat([tensor[: self._count], tensor[made:]])
+
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return tuple(map(used, inputs)), used(torch.cat(labels)) if labels else None
+
+    def state_dict(self) -> dict[str, Any]:
+        stream = self._made.state_dict() if hasattr(self._made, "state_dict") else None
+        parts = [stored_batch(part, stays=True) for part in self._parts]
+        return {
+            "parts": parts,
+            "digests": self._digests_of_all(),
+            "stream": stream,
+            "added": self._added,
+            "screening": None if self.screening is None else dict(vars(self.screening)),
+        }
+
+    def _digests_of_all(self) -> list[str] | None:
+        """Return hashes of all inputs, once they are there and unless they are stored."""
+        if self._all is None:
+            return None
+        if self._digests is None:
+            read = any(part.value["origin"] is not None for part in self._parts)
+            self._digests = list(map(digest_of, self._all[0])) if read else []
+        return self._digests
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parts = state["parts"]
+        if hasattr(self._made, "load_state_dict"):
+            self._made.load_state_dict(state["stream"])
+        elif state["digests"] is None:  # it makes its batches again
+            next(islice(self._made, len(parts), len(parts)), None)
+        self._parts = [restored_batch(part, self._made, self._device) for part in parts]
+        if state["screening"] is not None:
+            self._added = state["added"].to(self._device)
+            self.screening = Screening(**state["screening"])
+        if state["digests"] is not None:
+            self._all = self._joined()
+            if self._digests_of_all() != state["digests"]:
+                raise ValueError("the given images are not those that the run started with")
+
+
+def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
+    """Return the inputs of batches as one tensor each; the batches become views of them.
+
+    On a CPU each batch is freed when it is copied, so that little more is held than one of the two.
+
+    Raises:
+        UsageError: The batches have inputs of different shapes or dtypes.
+    """
+    counts = [len(part.value["inputs"][0]) for part in parts]
+    wholes = [_rows(sum(counts), first) for first in parts[0].value["inputs"]]
+    views = zip(*(whole.split(counts) for whole in wholes), strict=True)
+    for part, own in zip(parts, views, strict=True):
+        for view, tensor in zip(own, part.value["inputs"], strict=True):
+            if (tensor.shape, tensor.dtype) != (view.shape, view.dtype):
+                raise UsageError(
+                    "all batches of a source must have inputs of one shape and dtype; there are "
+                    f"{list(view.shape[1:])} in {view.dtype} and {list(tensor.shape[1:])} in "
+                    f"{tensor.dtype}."
+                )
+            view.copy_(tensor)
+            del tensor
+        part.value = {**part.value, "inputs": own}
+        release_freed_memory()
+    return tuple(wholes)
+
+
+def _rows(count: int, like: Tensor) -> Tensor:
+    """Return an uninitialised tensor of so many rows in the layout that `torch.cat` gives them."""
+    joined = torch.cat([like[:1], like[:1]])
+    layout = torch.contiguous_format if joined.is_contiguous() else torch.channels_last
+    shape = (count, *like.shape[1:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
