@@ -10,6 +10,7 @@ import torch
 from gdfq.data.vocabulary import Vocabulary
 from gdfq.errors import UsageError
 from gdfq.graph.capture import capture
+from gdfq.graph.token_by_token import TokenByToken, reader_of
 from gdfq.models.language import is_causal, vocabulary_of
 from gdfq.models.registry import load_model
 
@@ -93,6 +94,7 @@ def test_families_are_captured_for_any_length(family: str, tmp_path: Path) -> No
         with torch.no_grad():
             expected = model(input_ids=given).logits
             torch.testing.assert_close(captured.network(given), expected, atol=1e-4, rtol=1e-4)
+    assert isinstance(reader_of(captured.network, 24, "cpu"), TokenByToken)
 
 
 @pytest.mark.needs("transformers")

@@ -15,15 +15,16 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.plain_values import tagged
 from gdfq.files.states import Stateful
 from gdfq.graph.capture import Captured
+from gdfq.graph.token_by_token import Reader, reader_of
 from gdfq.sources.base import Batch, Source, next_tokens
 from gdfq.sources.stream import Shuffled, Stream
 
 Beginning = Literal["begin", "uniform"]
 """How sequences begin: with the beginning of a text, or with a uniformly drawn token after it."""
 
-_SAMPLED_AT_ONCE, _MAX_LOGITS = 128, 2**27
-"""Sequences that are sampled together, at most, for more are no faster; and numbers of their logits
-together (512 MiB)."""
+_SAMPLED_AT_ONCE, _MAX_BYTES = 128, 2**29
+"""Sequences that are sampled together, at most, for more are no faster; and bytes that all of them
+have of logits of a whole pass, or of keys and values."""
 
 
 @tagged("Sampling")
@@ -70,9 +71,10 @@ class Sampling:
         return torch.cat(starts, 1)
 
 
-def sampled_at_once(vocabulary: Vocabulary, sampling: Sampling) -> int:
-    """Return how many sequences are sampled together."""
-    return max(1, min(_SAMPLED_AT_ONCE, _MAX_LOGITS // (sampling.length * vocabulary.size)))
+def sampled_at_once(vocabulary: Vocabulary, sampling: Sampling, reader: Reader) -> int:
+    """Return how many sequences a reader samples together."""
+    of_one = max(4 * sampling.length * vocabulary.size, reader.bytes_kept)
+    return max(1, min(_SAMPLED_AT_ONCE, _MAX_BYTES // of_one))
 
 
 @torch.no_grad()
@@ -88,7 +90,7 @@ def sampled(
 ) -> Tensor:
     """Return sequences that a language model samples from its own distribution.
 
-    Each token passes the whole sequence so far: a captured graph has no cache of keys and values.
+    A captured graph computes each new token alone where it can (see `reader_of`).
 
     Args:
         network: Token ids [N, L] -> logits of the next token [N, L, vocabulary].
@@ -102,13 +104,16 @@ def sampled(
     Returns:
         Integers [count, length], on the CPU.
     """
-    at_once = sampled_at_once(vocabulary, sampling)
+    reader = reader_of(network, sampling.length, device)
+    at_once = sampled_at_once(vocabulary, sampling, reader)
     groups = -(-count // at_once)
     steps, step, found = groups * (sampling.length - 1), 0, []
     for group in torch.arange(count).split(at_once):
-        tokens = sampling.first(vocabulary, len(group), draw)[:, : sampling.length]
+        reader.begin()
+        chosen = sampling.first(vocabulary, len(group), draw)[:, : sampling.length]
+        tokens = chosen
         while tokens.shape[1] < sampling.length:
-            logits = network(tokens.to(device))[:, -1].float().cpu()
+            logits = reader.read(chosen.to(device)).float().cpu()
             chosen = (logits / sampling.temperature).softmax(1).multinomial(1, generator=draw)
             tokens = torch.cat([tokens, chosen], 1)
             step += 1
@@ -167,16 +172,16 @@ class OwnText(Source):
 
     @torch.no_grad()
     def seconds_before(self, teacher: Captured, clock: Callable[[], float]) -> float | None:
-        """Return how long writing takes: a pass of half the length, for each token and group."""
+        """Return how long writing takes: the token at half the length, for each token and group."""
         vocabulary = teacher.vocabulary
         if vocabulary is None:
             return None
-        at_once = sampled_at_once(vocabulary, self.sampling)
-        tokens = teacher.inputs[0].zeros(min(self.sequences, at_once))
-        half = tokens[:, : max(2, self.sampling.length // 2)].to(teacher.device)
-        teacher.network(half)  # the first pass prepares the network
+        reader = reader_of(teacher.network, self.sampling.length, teacher.device)
+        at_once = sampled_at_once(vocabulary, self.sampling, reader)
+        tokens = teacher.inputs[0].zeros(min(self.sequences, at_once)).to(teacher.device)
+        reader.read(tokens[:, : max(1, self.sampling.length // 2)])
         started = clock()
-        teacher.network(half)
+        reader.read(tokens[:, :1])
         groups = -(-self.sequences // at_once)
         return (clock() - started) * groups * (self.sampling.length - 1)
 
