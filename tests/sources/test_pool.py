@@ -19,8 +19,9 @@ from gdfq.files.states import Frozen, from_bytes, to_bytes
 from gdfq.graph.capture import Captured, capture
 from gdfq.recipes import QUICK
 from gdfq.sources import collected
-from gdfq.sources.augment import prediction_consistency
+from gdfq.sources.augment import prediction_consistency, spread
 from gdfq.sources.base import Batch, Source
+from gdfq.sources.collected import bytes_of_each
 from gdfq.sources.given import ImageSource, on_images
 from gdfq.sources.pool import ImagePool, StoredImages, collect
 
@@ -113,12 +114,36 @@ def test_pool_augments_images_with_consistent_predictions(where: bool) -> None:
     )
 
 
-def test_prediction_consistency_uses_images_of_the_whole_pool() -> None:
-    teacher = capture(Brightest(where=True).eval(), networks.images(2))
-    even = torch.zeros(512, *teacher.input_shape)  # nowhere brighter, wherever it is moved
-    images = torch.cat([even, networks.images(512)])
-    known = float(prediction_consistency(teacher, images, torch.Generator().manual_seed(0)))
-    assert 0.5 <= known < 0.6
+def test_images_of_the_whole_pool_are_compared() -> None:
+    assert spread(3).tolist() == [0, 1, 2]
+    chosen = spread(1024)
+    assert (len(chosen), chosen[0], chosen[-1]) == (256, 0, 1023)
+    assert set(chosen.diff().tolist()) == {4, 5}
+
+
+def test_large_pools_of_known_pixels_are_kept_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captured = capture(Brightest(True).eval(), torch.zeros(2, 3, 224, 224))
+    large = replace(captured, input_limits=((-2.0, 2.0),) * 3)
+    assert bytes_of_each(captured, 446) == 4  # it could hold values that pixels have not
+    assert bytes_of_each(large, 446) == 2  # 256.1 MiB in single precision
+    assert bytes_of_each(large, 445) == 4
+
+    captured = capture(Brightest(True).eval(), networks.images(2))
+    teacher = replace(captured, input_limits=large.input_limits)
+    pool = ImagePool(Textures(), images=16, batch=8)
+    full = list(pool.stream(teacher, steps=4))
+    monkeypatch.setattr("gdfq.sources.collected._HALF_BYTES", 0)
+    stream = pool.stream(teacher, steps=4)
+    half = [next(stream), next(stream)]
+    kept = stream.state_dict()["parts"]["images"]["parts"]
+    assert {part.value["inputs"][0].dtype for part in kept} == {torch.float16}
+    resumed = pool.stream(teacher, steps=4)
+    resumed.load_state_dict(stream.state_dict())
+    assert not torch.equal(half[0].images, full[0].images)
+    for batch, expected in zip([*half, *resumed], full, strict=True):
+        assert torch.equal(batch.images, expected.images.half().float())
 
 
 def test_pool_augments_images_of_a_network_without_classes() -> None:

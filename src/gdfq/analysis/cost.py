@@ -18,6 +18,7 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
 from gdfq.sources.base import Batch, Source, labels_in_turn, next_tokens
+from gdfq.sources.collected import bytes_of_each
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -56,7 +57,8 @@ def with_costs(
     peak = peak_bytes(teacher.device)
     if peak is not None:
         values = sum(math.prod(spec.shape) for spec in teacher.inputs)
-        peak += 4 * recipe.source.images_held * values
+        held = recipe.source.images_held
+        peak += bytes_of_each(teacher, held) * held * values
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
 
 

@@ -18,6 +18,11 @@ CONSISTENT_SHARE = 0.5
 two networks that were, 0.36 to 0.43 for one that was not."""
 
 
+def spread(count: int) -> Tensor:
+    """Return indices of at most 256 of `count` images, evenly spaced: neighbours are similar."""
+    return torch.linspace(0, count - 1, min(_MAX_IMAGES, count)).round().long()
+
+
 @torch.no_grad()
 def prediction_consistency(teacher: Captured, images: Tensor, draw: torch.Generator) -> Tensor:
     """Return the share of images whose predicted class is the same after a shift and a flip.
@@ -37,10 +42,7 @@ def prediction_consistency(teacher: Captured, images: Tensor, draw: torch.Genera
         predicted: Tensor = teacher.network(images).argmax(1)
         return predicted
 
-    # Evenly spaced images, because images made together are similar.
-    count = min(_MAX_IMAGES, len(images))
-    chosen = torch.linspace(0, len(images) - 1, count, device=images.device).round().long()
-    parts = images[chosen].split(_IMAGES_PER_DRAW)
+    parts = images.split(_IMAGES_PER_DRAW)
     same = [classes(part) == classes(shifted_and_flipped(part, draw)) for part in parts]
     return torch.cat(same).float().mean()
 

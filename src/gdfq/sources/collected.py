@@ -1,5 +1,6 @@
 """The images of a pool, which are made once, and which a resumed run takes from its checkpoint."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -11,9 +12,13 @@ from torch import Tensor
 from gdfq.errors import UsageError
 from gdfq.execution.malloc import release_freed_memory
 from gdfq.files.states import Frozen, digest_of
+from gdfq.graph.capture import Captured
 from gdfq.sources.base import Batch, first_images
 from gdfq.sources.candidates import Screening
 from gdfq.sources.stream import restored_batch, stored_batch
+
+_HALF_BYTES = 2**28
+"""Bytes of images in single precision above which half precision keeps them."""
 
 Add = Callable[[Tensor], tuple[Screening, Tensor, Tensor | None]]
 """Images of a pool -> what a screen found, and the images that it adds, with their labels."""
@@ -23,34 +28,68 @@ class Collected:
     """The first `count` images of a stream, those that are added to them, and all their labels.
 
     They are made once. Each batch is a part of the state that is written when it is finished.
+
+    Args:
+        made: The stream.
+        count: Images that are taken from it.
+        device: Where they stay.
+        add: Adds images.
+        half: Whether images are kept in half precision.
     """
 
     def __init__(
-        self, made: Iterator[Batch], count: int, device: torch.device, add: Add | None = None
+        self,
+        made: Iterator[Batch],
+        count: int,
+        device: torch.device,
+        add: Add | None = None,
+        *,
+        half: bool = False,
     ) -> None:
         self._made, self._count, self._device, self._add = made, count, device, add
+        self._half = half
         self._parts: list[Frozen] = []
         self._added: Frozen | None = None
         self.screening: Screening | None = None
         self._all: tuple[tuple[Tensor, ...], Tensor | None] | None = None
         self._digests: list[str] | None = None
 
-    def __call__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def __len__(self) -> int:
+        return len(self._whole()[0][0])
+
+    def rows(self, chosen: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return the chosen images, a tensor for each input of the network, and their labels."""
+        inputs, labels = self._whole()
+        return (
+            tuple(_in_full(tensor[chosen]) for tensor in inputs),
+            None if labels is None else labels[chosen],
+        )
+
+    def _whole(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return all images as they are kept, and their labels; they are made if they are not."""
         if self._all is None:
             self._take()
             if self._add is not None and self._added is None:
                 own, _ = first_images(self._count, [Batch(**part.value) for part in self._parts])
-                self.screening, images, labels = self._add(own)
-                self._added = Frozen(vars(Batch((images,), labels, None)))
+                self.screening, images, labels = self._add(_in_full(own))
+                self._added = self._kept(Frozen(vars(Batch((images,), labels, None))))
             self._all = self._joined()
             release_freed_memory()
         return self._all
+
+    def _kept(self, part: Frozen) -> Frozen:
+        """Return the values of a batch as they are kept."""
+        inputs = part.value["inputs"]
+        if not self._half or all(tensor.dtype == torch.float16 for tensor in inputs):
+            return part
+        return Frozen({**part.value, "inputs": tuple(tensor.half() for tensor in inputs)})
 
     def _take(self) -> None:
         """Take the batches that are missing from the stream."""
         taken = sum(len(part.value["inputs"][0]) for part in self._parts)
         while taken < self._count and (batch := next(self._made, None)) is not None:
-            self._parts.append(Frozen(vars(replace(batch, teacher_logits=None, losses={}))))
+            part = Frozen(vars(replace(batch, teacher_logits=None, losses={})))
+            self._parts.append(self._kept(part))
             taken += len(batch)
 
     def _joined(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -95,7 +134,8 @@ class Collected:
             self._made.load_state_dict(state["stream"])
         elif state["digests"] is None:  # it makes its batches again
             next(islice(self._made, len(parts), len(parts)), None)
-        self._parts = [restored_batch(part, self._made, self._device) for part in parts]
+        restored = (restored_batch(part, self._made, self._device) for part in parts)
+        self._parts = list(map(self._kept, restored))
         if state["screening"] is not None:
             self._added = state["added"].to(self._device)
             self.screening = Screening(**state["screening"])
@@ -103,6 +143,22 @@ class Collected:
             self._all = self._joined()
             if self._digests_of_all() != state["digests"]:
                 raise ValueError("the given images are not those that the run started with")
+
+
+def bytes_of_each(teacher: Captured, count: int) -> int:
+    """Return the bytes of each number of a pool of `count` images: 2 for large pools of pixels.
+
+    Half precision rounds pixels to an eighth of their step of 1/255, or less. Images of unknown
+    limits keep single precision.
+    """
+    if teacher.input_limits is None:
+        return 4
+    return 2 if 4 * count * math.prod(teacher.input_shape) > _HALF_BYTES else 4
+
+
+def _in_full(images: Tensor) -> Tensor:
+    """Return images in single precision."""
+    return images.float() if images.dtype == torch.float16 else images
 
 
 def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:

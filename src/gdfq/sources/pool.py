@@ -23,10 +23,11 @@ from gdfq.sources.augment import (
     moved,
     prediction_consistency,
     random_move,
+    spread,
 )
 from gdfq.sources.base import Batch, Source, first_images
 from gdfq.sources.candidates import Candidates, Screening
-from gdfq.sources.collected import Collected
+from gdfq.sources.collected import Collected, bytes_of_each
 from gdfq.sources.screen import screened
 from gdfq.sources.stream import Shuffled, Stream
 
@@ -242,7 +243,8 @@ class PoolStream(Stream):
         context: Context,
     ) -> None:
         add = None if pool.candidates is None else partial(_added, pool, teacher, context)
-        self._collected = Collected(made, pool.images, teacher.device, add)
+        half = bytes_of_each(teacher, pool.images) == 2
+        self._collected = Collected(made, pool.images, teacher.device, add, half=half)
         batches = _Batches(pool, teacher, self._collected, context)
         parts: dict[str, Stateful] = {
             "order": batches.order,
@@ -258,7 +260,7 @@ class PoolStream(Stream):
 
     def images(self) -> Tensor:
         """Return all images of the pool [images, *input_shape], in the order of making."""
-        inputs, _ = self._collected()
+        inputs, _ = self._collected.rows(slice(None))
         if len(inputs) > 1:
             raise UsageError(
                 "bits 'auto' is for networks that take images alone; this one has "
@@ -303,33 +305,37 @@ class _Batches:
 
     def make(self, _step: int) -> Batch:
         """Draw a batch."""
-        inputs, _labels = self._collected()
+        count = len(self._collected)
         if not self.moves:
-            self.moves["them"] = self._are_consistent(inputs)
-        chosen = self.order.next_of(len(inputs[0]))
-        moves = [vars(random_move(images, self.draw)) for images in inputs if self.moves["them"]]
-        return self.of({"chosen": chosen, "moves": moves})
+            self.moves["them"] = self._are_consistent()
+        chosen = self.order.next_of(count)
+        drawn, labels = self._collected.rows(chosen)
+        moves = [vars(random_move(images, self.draw)) for images in drawn if self.moves["them"]]
+        return _moved(Batch(drawn, labels, None, origin={"chosen": chosen, "moves": moves}))
 
     def of(self, origin: Any) -> Batch:
         """Return the batch of an origin: the images that were chosen, and how they are moved."""
-        inputs, labels = self._collected()
-        chosen = origin["chosen"]
-        drawn = tuple(tensor[chosen] for tensor in inputs)
-        if origin["moves"]:
-            moves = (Move(**values) for values in origin["moves"])
-            drawn = tuple(map(moved, drawn, moves))
-        own = None if labels is None else labels[chosen]
-        return Batch(drawn, own, None, origin=origin)
+        drawn, labels = self._collected.rows(origin["chosen"])
+        return _moved(Batch(drawn, labels, None, origin=origin))
 
-    def _are_consistent(self, inputs: tuple[Tensor, ...]) -> bool:
+    def _are_consistent(self) -> bool:
         """Return whether the teacher predicts the same for images that are moved."""
-        (images,) = inputs
-        own = images[: self._pool.images]  # photographs are more consistent than made images
+        # Photographs are more consistent than made images, which come first.
+        made = min(self._pool.images, len(self._collected))
+        (own,), _ = self._collected.rows(spread(made))
         draw = random_stream(self._context.seed, "pool.moved")
         consistency = prediction_consistency(self._teacher, own, draw)
         # Devices round differently; processes must agree.
         self._context.group.broadcast_([consistency])
         return bool(consistency >= CONSISTENT_SHARE)
+
+
+def _moved(batch: Batch) -> Batch:
+    """Return a batch with its images moved as its origin says."""
+    moves = [Move(**values) for values in batch.origin["moves"]]
+    if not moves:
+        return batch
+    return replace(batch, inputs=tuple(map(moved, batch.inputs, moves)))
 
 
 def _whole_batches(size: int, order: Tensor) -> list[Tensor]:
