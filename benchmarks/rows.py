@@ -34,6 +34,6 @@ def complete(
         if any(tuple(row[name] for name in names) == values for row in read_rows(file)):
             continue
         row = measured(*values)
-        print({name: row[name] for name in (*names, *shown)}, flush=True)
         file.write_text(json.dumps([*read_rows(file), row], indent=1) + "\n")
+        print({name: row[name] for name in (*names, *shown)}, flush=True)
     return read_rows(file)

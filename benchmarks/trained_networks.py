@@ -1,7 +1,8 @@
 """The networks of the benchmarks, with their weights and images, which are in ../shared.
 
 EfficientNet-Lite0 and -Lite2 come with the extra `bench-efficientnet`. EfficientNet-Lite2 took no
-part in the design of any recipe: it confirms.
+part in the design of any recipe; its test images, of 224x224, are enlarged to the 260x260 that it
+takes.
 """
 
 import warnings

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from gdfq.analysis.accuracy import output_similarities
-from gdfq.analysis.bit_allocation import choose_bits, onnx_sizes
+from gdfq.analysis.bit_allocation import ALLOCATION_IMAGES, choose_bits, onnx_sizes
 from gdfq.analysis.language import language_measures
 from gdfq.analysis.observations import TestPredictions
 from gdfq.analysis.own_text import as_metrics, held_out_measures
@@ -174,7 +174,7 @@ def allocate_bits(
         chosen = choose_bits(
             plan.teacher,
             plan.scheme,
-            plan.source.images_of(feed.stream),
+            plan.source.images_of(feed.stream, ALLOCATION_IMAGES),
             plan.size,
             sizes,
             listener=context.listener,

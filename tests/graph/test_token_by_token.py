@@ -19,7 +19,7 @@ Mixing = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Model(nn.Module):
-    """A causal model with learned positions, whose tokens are mixed by a function."""
+    """A causal model with learned positions, whose tokens a function mixes."""
 
     def __init__(self, mixed: Mixing) -> None:
         super().__init__()
@@ -70,9 +70,26 @@ def _averages(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q + F.conv1d(F.pad(v.mT, (2, 0)), torch.ones(_WIDTH, 1, 3), groups=_WIDTH).mT
 
 
-def _captured(mixed: Mixing) -> Captured:
+def _shift(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    del k
+    return q + F.pad(v, (0, 0, 12, 0))[:, : q.shape[1]]  # what was read twelve tokens before
+
+
+class _Masking(_Model):
+    """Hides a token from those after it, as models do with the token that pads a text."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.place(torch.arange(tokens.shape[1]))
+        q, k, v = (layer(x) for layer in self.layers)
+        hidden = torch.where(tokens == 5, -1e9, 0.0)[:, None]
+        mask = torch.full((q.shape[1], q.shape[1]), -1e9).triu(1)
+        found: Tensor = self.head(x + (q @ k.mT + mask + hidden).softmax(-1) @ v)
+        return found
+
+
+def _captured(mixed: Mixing, model: type[_Model] = _Model) -> Captured:
     example = torch.zeros(1, _LENGTH, dtype=torch.long)
-    return capture(_Model(mixed).eval(), example, vocabulary=Vocabulary(_SIZE, _LENGTH, 0))
+    return capture(model(mixed).eval(), example, vocabulary=Vocabulary(_SIZE, _LENGTH, 0))
 
 
 def _text(count: int = 3, size: int = _SIZE, length: int = _LENGTH) -> Tensor:
@@ -110,12 +127,28 @@ def test_keys_and_values_are_counted() -> None:
     assert reader.bytes_kept == 2 * _WIDTH * _LENGTH * 4  # keys and values of float32
 
 
-@pytest.mark.parametrize("mixed", [_sums, _averages])
+@pytest.mark.parametrize("mixed", [_sums, _averages, _shift])
 def test_model_that_mixes_tokens_otherwise_passes_whole_texts(mixed: Mixing) -> None:
     network = _captured(mixed).network
     reader = reader_of(network, _LENGTH, "cpu")
     assert isinstance(reader, WholePasses)
     _check_same(reader, network, _text(), 1)
+
+
+def test_model_that_compares_tokens_passes_whole_texts() -> None:
+    network = _captured(_products, _Masking).network
+    reader = reader_of(network, _LENGTH, "cpu")
+    assert isinstance(reader, WholePasses)
+    _check_same(reader, network, _text(), 1)
+
+
+def test_shortage_of_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(TokenByToken, "read", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        reader_of(_captured(_products).network, _LENGTH, "cpu")
 
 
 def test_function_that_is_no_graph_passes_whole_texts() -> None:

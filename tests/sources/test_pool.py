@@ -121,6 +121,15 @@ def test_images_of_the_whole_pool_are_compared() -> None:
     assert set(chosen.diff().tolist()) == {4, 5}
 
 
+def test_consistency_is_that_of_the_whole_pool() -> None:
+    teacher = capture(Brightest(where=True).eval(), networks.images(2))
+    even = torch.zeros(256, *teacher.input_shape)  # nowhere brighter, wherever it is moved
+    stored = StoredImages(torch.cat([even, networks.images(768)]), None, batch=64)
+    stream = ImagePool(stored, images=1024, batch=8).stream(teacher, steps=1)
+    next(stream)
+    assert stream.state_dict()["parts"]["moves"] == {"them": False}
+
+
 def test_large_pools_of_known_pixels_are_kept_in_half_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -184,7 +193,8 @@ def test_recipe_optimises_fewer_large_images_at_once(side: int, at_once: int) ->
 def test_pool_makes_as_many_images_at_once_as_fit(teacher: Captured) -> None:
     pool = ImagePool(Counted(), images=10, batch=4, pixels=8 * 8 * 9)
     stream = pool.stream(teacher, steps=1)
-    assert len(stream.images()) == 8
+    assert len(stream.images(9)) == 8
+    assert len(stream.images(5)) == 5
     assert len(next(stream).images) == 4
     _, images = pool.made(teacher)
     assert len(images) == 8

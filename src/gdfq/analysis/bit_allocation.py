@@ -46,7 +46,7 @@ AUTO = "auto"
 """The value of `bits` that asks for bit allocation."""
 DEFAULT_BITS = Bits(4, 8)
 """Bits of the layers that the chosen scheme does not name."""
-_MAX_IMAGES = 128
+ALLOCATION_IMAGES = 128
 """Images that sensitivities are measured on."""
 _EXTRA_BYTES = 16
 """Bytes by which length fields and numbered names in the file may grow when bits other than 4 are
@@ -138,7 +138,7 @@ def choose_bits(
     Args:
         teacher: The teacher.
         scheme: The scheme before the choice.
-        images: Normalised images [N, *input_shape], N >= 1.
+        images: Normalised images [N, *input_shape], N >= 1, all of which are used.
         size: Largest size of the ONNX file in bytes.
         sizes: The result of `onnx_sizes` for this scheme.
         listener: Receives progress.
@@ -150,7 +150,6 @@ def choose_bits(
     teacher = fold_batch_norms(teacher)
     layers = free_layers(teacher, scheme)
     loss = divergence(teacher)
-    images = images[:_MAX_IMAGES]
     costs = sensitivities(teacher, layers, images, loss=loss, listener=listener, memory=memory)
     *chosen, _ = allocate([*costs.values(), {0: 0.0}], sizes.groups, size)
     chosen_bits = dict(zip(layers, chosen, strict=True))

@@ -48,6 +48,11 @@ def layers_of(network: fx.GraphModule) -> list[fx.Node]:
     return [node for node in network.graph.nodes if is_layer(node)]
 
 
+def weighted_layers(network: fx.GraphModule) -> list[fx.Node]:
+    """Return the layers with a weight of their own, in order."""
+    return list(filter(has_weight, network.graph.nodes))
+
+
 def weights_of(network: fx.GraphModule) -> dict[fx.Node, Tensor]:
     """Return the weight of each layer of a teacher.
 

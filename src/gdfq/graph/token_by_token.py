@@ -1,7 +1,9 @@
 """A causal language model that reads a text token by token, and keeps keys and values.
 
 A captured graph computes whole sequences: L tokens that are sampled one after another cost passes
-of 1, 2, ..., L of them. Here a pass computes new tokens alone. Its tensors are of three kinds:
+of 1, 2, ..., L of them. Here a pass computes new tokens alone. That is right for a graph that looks
+its tokens up in an embedding, and mixes them in products of matrices or in attention alone, each
+position with those before it. Its tensors are of three kinds:
 
 - *Fixed*: what depends on how many tokens there are, and on none of them, such as positions and
   masks. It is computed once, for the longest text, and cut to what is needed.
@@ -24,8 +26,6 @@ from gdfq.graph.walk import Walk
 
 _SEQUENCES, _LENGTHS = 3, (5, 7)
 """How many sequences the two texts have that show where tokens are, and of which lengths."""
-_COMPARED = 12
-"""Tokens of the text whose logits must be those of whole passes, at most."""
 _TOLERANCE = 1e-4
 """Greatest difference of logits, relative to the largest: other shapes round otherwise."""
 _KEPT = dict.fromkeys(operators.PRODUCTS, (1,)) | {operators.ATTENTION: (1, 2)}
@@ -98,7 +98,9 @@ class TokenByToken(fx.Interpreter):
         self._shapes = [{node: value.shape for node, value in values} for values in few]
         longest = torch.zeros(1, length, dtype=torch.long, device=device)
         self._fixed = {
-            node: value for node, value in _values(network, longest) if node not in self._rows
+            node: value if self._is_read(node) else None
+            for node, value in _values(network, longest)
+            if node not in self._rows
         }
         self._kept: dict[tuple[fx.Node, int], Tensor] = {}
         self._seen = self._new = 0
@@ -143,6 +145,13 @@ class TokenByToken(fx.Interpreter):
             args[1] = self._sizes(node, args[1])
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    def _is_read(self, fixed: fx.Node) -> bool:
+        """Whether more than other fixed tensors depends on a fixed one."""
+        return any(
+            user in self._rows or user.op == "output" or name_of(user) == operators.BATCH_SIZE
+            for user in fixed.users
+        )
 
     def _axes(self, node: fx.Node) -> tuple[int, ...]:
         """The axes of a tensor that are as long as the text, from the last: -1, -2, ..."""
@@ -200,35 +209,62 @@ class TokenByToken(fx.Interpreter):
 def reader_of(network: Any, length: int, device: torch.device | str) -> Reader:
     """Return what reads texts with a language model the fastest way.
 
-    A captured graph computes new tokens alone if it then gives the logits of whole passes, up to
-    1e-4 of the largest; this is tried out on a short text.
+    A captured graph computes new tokens alone if only an embedding reads its tokens, and if it then
+    gives the logits of whole passes for a text of `length` random tokens.
 
     Args:
         network: Token ids [N, L] -> logits [N, L, vocabulary].
         length: Tokens of the longest text.
         device: Where the network is.
+
+    Raises:
+        OutOfMemoryError: Memory is short.
     """
     whole = WholePasses(network)
-    if not isinstance(network, fx.GraphModule):
+    if not isinstance(network, fx.GraphModule) or not _only_looks_up(network.graph):
         return whole
     try:
         reader = TokenByToken(network, length, device)
-        agree = _agree(reader, whole, min(length, _COMPARED), device)
+        agree = _agree(reader, whole, length, device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, LookupError, TypeError, ValueError):  # a graph of another form
         agree = False
     whole.begin()
     return reader if agree else whole
 
 
+def _only_looks_up(graph: fx.Graph) -> bool:
+    """Whether tokens are only looked up and counted: no text could try all comparisons with ids."""
+    (tokens,) = queries.inputs(graph)
+    return all(name_of(user) in _OF_SHAPES | {operators.EMBEDDING} for user in tokens.users)
+
+
 def _agree(reader: Reader, whole: Reader, length: int, device: torch.device | str) -> bool:
-    """Whether a reader gives the logits of whole passes, for two sequences of so many tokens."""
-    text = (torch.arange(2 * length, device=device) % 3 % 2).view(2, -1)
-    for piece in text.tensor_split([*range(2, length)], 1):
+    """Whether a reader gives the logits of whole passes, for two random texts of so many tokens."""
+    first = torch.zeros(2, 1, dtype=torch.long, device=device)
+    size = whole.read(first).shape[-1]
+    whole.begin()
+    text = torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0))
+    for piece in text.to(device).split(_pieces(length), 1):
         expected, found = whole.read(piece), reader.read(piece)
         if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
             return False
     reader.begin()
     return True
+
+
+def _pieces(length: int) -> list[int]:
+    """Sizes of the pieces of a text, 1, 1, 2, 1, 3, 1, 5, 1, 8, ...: a few read many tokens."""
+    pieces, large, next_large = [], 1, 2
+    while sum(pieces) < length:
+        pieces += [large, 1]
+        large, next_large = next_large, large + next_large
+    kept, left = [], length
+    for piece in pieces:
+        kept.append(min(piece, left))
+        left -= kept[-1]
+    return [piece for piece in kept if piece]
 
 
 def _values(network: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Tensor]]:

@@ -307,13 +307,13 @@ class Source(Protocol):
                 last.append(batch)
         return first_images(count, last)
 
-    def images_of(self, stream: Iterator[Batch]) -> Tensor:
-        """Return all images [N, *input_shape] of a stream of this source, before it is read.
+    def images_of(self, stream: Iterator[Batch], count: int) -> Tensor:
+        """Return the first `count` images of a stream of this source at most, before it is read.
 
         Raises:
             UsageError: The images come while the student learns.
         """
-        del stream
+        del stream, count
         raise UsageError(
             "bits 'auto' needs images before the student learns, and so a recipe with a pool of "
             "them; this recipe's images come while it learns. Use fast or quick."

@@ -54,7 +54,8 @@ class Collected:
         self._all: tuple[tuple[Tensor, ...], Tensor | None] | None = None
         self._digests: list[str] | None = None
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """Return how many images there are; they are made if they are not."""
         return len(self._whole()[0][0])
 
     def rows(self, chosen: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -137,7 +138,7 @@ class Collected:
         restored = (restored_batch(part, self._made, self._device) for part in parts)
         self._parts = list(map(self._kept, restored))
         if state["screening"] is not None:
-            self._added = state["added"].to(self._device)
+            self._added = self._kept(state["added"].to(self._device))
             self.screening = Screening(**state["screening"])
         if state["digests"] is not None:
             self._all = self._joined()
@@ -148,8 +149,8 @@ class Collected:
 def bytes_of_each(teacher: Captured, count: int) -> int:
     """Return the bytes of each number of a pool of `count` images: 2 for large pools of pixels.
 
-    Half precision rounds pixels to an eighth of their step of 1/255, or less. Images of unknown
-    limits keep single precision.
+    Half precision changes a pixel by at most an eighth of the step 1/255 between two values of 8
+    bits. Images of unknown limits keep single precision.
     """
     if teacher.input_limits is None:
         return 4

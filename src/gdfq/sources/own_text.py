@@ -24,7 +24,8 @@ Beginning = Literal["begin", "uniform"]
 
 _SAMPLED_AT_ONCE, _MAX_BYTES = 128, 2**29
 """Sequences that are sampled together, at most, for more are no faster; and bytes that all of them
-have of logits of a whole pass, or of keys and values."""
+have of logits of a whole pass, or of keys and values. How many there are decides what is drawn: it
+depends on the model and the length alone."""
 
 
 @tagged("Sampling")
@@ -180,6 +181,7 @@ class OwnText(Source):
         at_once = sampled_at_once(vocabulary, self.sampling, reader)
         tokens = teacher.inputs[0].zeros(min(self.sequences, at_once)).to(teacher.device)
         reader.read(tokens[:, : max(1, self.sampling.length // 2)])
+        reader.read(tokens[:, :1])  # the first pass of a shape prepares the network
         started = clock()
         reader.read(tokens[:, :1])
         groups = -(-self.sequences // at_once)

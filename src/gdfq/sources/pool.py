@@ -173,12 +173,12 @@ class ImagePool(Source):
         source = self.fitted(teacher.input_shape).source
         return collect(source, teacher, count, context=context)
 
-    def images_of(self, stream: Iterator[Batch]) -> Tensor:
-        """Return all images [images, *input_shape] of a stream of this pool.
+    def images_of(self, stream: Iterator[Batch], count: int) -> Tensor:
+        """Return the first `count` images [N, *input_shape] of a stream of this pool.
 
         Bit allocation uses them before tuning does.
         """
-        return cast(PoolStream, stream).images()
+        return cast(PoolStream, stream).images(count)
 
     def stream(
         self,
@@ -243,7 +243,7 @@ class PoolStream(Stream):
         context: Context,
     ) -> None:
         add = None if pool.candidates is None else partial(_added, pool, teacher, context)
-        half = bytes_of_each(teacher, pool.images) == 2
+        half = bytes_of_each(teacher, pool.images_held) == 2
         self._collected = Collected(made, pool.images, teacher.device, add, half=half)
         batches = _Batches(pool, teacher, self._collected, context)
         parts: dict[str, Stateful] = {
@@ -258,9 +258,9 @@ class PoolStream(Stream):
         """What the screen found; None without candidates and before the first batch."""
         return self._collected.screening
 
-    def images(self) -> Tensor:
-        """Return all images of the pool [images, *input_shape], in the order of making."""
-        inputs, _ = self._collected.rows(slice(None))
+    def images(self, count: int) -> Tensor:
+        """Return the first `count` images of the pool [N, *input_shape], in the order of making."""
+        inputs, _ = self._collected.rows(slice(count))
         if len(inputs) > 1:
             raise UsageError(
                 "bits 'auto' is for networks that take images alone; this one has "
@@ -305,7 +305,7 @@ class _Batches:
 
     def make(self, _step: int) -> Batch:
         """Draw a batch."""
-        count = len(self._collected)
+        count = self._collected.count()
         if not self.moves:
             self.moves["them"] = self._are_consistent()
         chosen = self.order.next_of(count)
@@ -321,7 +321,7 @@ class _Batches:
     def _are_consistent(self) -> bool:
         """Return whether the teacher predicts the same for images that are moved."""
         # Photographs are more consistent than made images, which come first.
-        made = min(self._pool.images, len(self._collected))
+        made = min(self._pool.images, self._collected.count())
         (own,), _ = self._collected.rows(spread(made))
         draw = random_stream(self._context.seed, "pool.moved")
         consistency = prediction_consistency(self._teacher, own, draw)

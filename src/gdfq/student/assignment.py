@@ -41,13 +41,8 @@ class BitsByNode:
         return cls(
             activations=activation_bits(teacher, scheme),
             layer_inputs=layer_input_bits(teacher, scheme),
-            weights=scheme.weight_bits(layers_of(teacher)),
+            weights=scheme.weight_bits(queries.weighted_layers(teacher.network)),
         )
-
-
-def layers_of(teacher: Captured) -> list[fx.Node]:
-    """Return the layers of the teacher that have a weight."""
-    return list(filter(queries.has_weight, teacher.network.graph.nodes))
 
 
 class AssignedQuantizers:
@@ -187,7 +182,7 @@ def check_quantizable(teacher: Captured, scheme: Scheme, bits: BitsByNode) -> No
             f"placement {scheme.placement!r} quantizes the outputs of ReLUs, of which this network "
             "has none to quantize: its activations would stay float. Use placement 'full'."
         )
-    for node in layers_of(teacher):
+    for node in queries.weighted_layers(teacher.network):
         bias = queries.bias_of(node)
         if bias is not None and bias.op != "get_attr":
             raise UsageError(

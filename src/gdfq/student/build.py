@@ -16,7 +16,7 @@ from gdfq.graph.tensors import tensors_of
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
 from gdfq.quantizers.family import MINMAX, QuantizerFamily
 from gdfq.quantizers.recompute import recomputing
-from gdfq.student.assignment import AssignedQuantizers, BitsByNode, check_quantizable, layers_of
+from gdfq.student.assignment import AssignedQuantizers, BitsByNode, check_quantizable
 from gdfq.student.placement import rounded_input
 from gdfq.student.scheme import Scheme
 
@@ -283,7 +283,7 @@ def _set_unread_weights_apart_(network: fx.GraphModule) -> None:
 def _zero_biases(teacher: Captured) -> set[str]:
     """Return the names of biases that are 0, as those that layers without one are given."""
     tensors = tensors_of(teacher.network)
-    biases = map(queries.bias_of, layers_of(teacher))
+    biases = map(queries.bias_of, queries.weighted_layers(teacher.network))
     names = {str(bias.target) for bias in biases if bias is not None}
     return {name for name in names if not bool(tensors[name].any())}
 

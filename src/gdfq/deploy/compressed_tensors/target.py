@@ -50,7 +50,7 @@ def _refusals(teacher: Captured, scheme: Scheme) -> Iterator[str]:
     others = {bits for bits in layer_input_bits(teacher, scheme).values() if bits != _TOKEN_BITS}
     if others and scheme.bits.activations == _TOKEN_BITS:
         yield f"inputs of layers with {', '.join(map(str, sorted(others)))} bits"
-    layers = scheme.weight_bits(list(filter(queries.has_weight, teacher.network.graph.nodes)))
+    layers = scheme.weight_bits(queries.weighted_layers(teacher.network))
     for layer in layers if scheme.group_size is not None else ():
         columns = queries.weight_of(layer).meta["val"].shape[1]
         assert scheme.group_size is not None
