@@ -59,7 +59,7 @@ def figures(group: Group) -> dict[str, Any]:
     )
     fast = replace(_distillation(FAST), schedule=config.schedule)
     return {
-        "pool": pool.images(),
+        "pool": pool.images(POOL.images),
         "optimised": [
             batch.images
             for batch in OptimisedSource(batch=4, iterations=5).stream(

@@ -48,8 +48,8 @@ def _distances(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads = [x.view(x.shape[0], x.shape[1], 2, -1).transpose(1, 2) for x in (q, k, v)]
-    mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+    a, b, c = (x.view(x.shape[0], x.shape[1], 2, -1).transpose(1, 2) for x in (q, k, v))
+    mixed = F.scaled_dot_product_attention(a, b, c, is_causal=True)
     return mixed.transpose(1, 2).reshape(q.shape)
 
 

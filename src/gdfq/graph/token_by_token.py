@@ -221,7 +221,9 @@ def reader_of(network: Any, length: int, device: torch.device | str) -> Reader:
         OutOfMemoryError: Memory is short.
     """
     whole = WholePasses(network)
-    if not isinstance(network, fx.GraphModule) or not _only_looks_up(network.graph):
+    if not isinstance(network, fx.GraphModule):
+        return whole
+    if not all(map(_are_looked_up, queries.inputs(network.graph))):
         return whole
     try:
         reader = TokenByToken(network, length, device)
@@ -234,10 +236,14 @@ def reader_of(network: Any, length: int, device: torch.device | str) -> Reader:
     return reader if agree else whole
 
 
-def _only_looks_up(graph: fx.Graph) -> bool:
-    """Whether tokens are only looked up and counted: no text could try all comparisons with ids."""
-    (tokens,) = queries.inputs(graph)
-    return all(name_of(user) in _OF_SHAPES | {operators.EMBEDDING} for user in tokens.users)
+def _are_looked_up(tokens: fx.Node) -> bool:
+    """Whether token ids are only looked up and counted: no text tries all comparisons with them."""
+    return all(
+        name_of(user) in _OF_SHAPES
+        or name_of(user) == operators.EMBEDDING
+        or (name_of(user) in _WITH_SIZES and _are_looked_up(user))
+        for user in tokens.users
+    )
 
 
 def _agree(reader: Reader, whole: Reader, length: int, device: torch.device | str) -> bool:
@@ -256,7 +262,8 @@ def _agree(reader: Reader, whole: Reader, length: int, device: torch.device | st
 
 def _pieces(length: int) -> list[int]:
     """Sizes of the pieces of a text, 1, 1, 2, 1, 3, 1, 5, 1, 8, ...: a few read many tokens."""
-    pieces, large, next_large = [], 1, 2
+    pieces: list[int] = []
+    large, next_large = 1, 2
     while sum(pieces) < length:
         pieces += [large, 1]
         large, next_large = next_large, large + next_large
