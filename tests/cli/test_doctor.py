@@ -26,7 +26,29 @@ def test_doctor_prints_json_or_a_table(capsys: pytest.CaptureFixture[str], tmp_p
     assert "1 conv2d, 1 add, 1 linear (its input is not the output of a ReLU" in printed
     assert "measured on one step of each" in printed
     assert main([*arguments, "--target", "onnx"]) == 0
-    assert "target      onnx: the network fits; file student.onnx, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"target      onnx: the network fits\n{'':12}file         student.onnx\n" in printed
+
+
+def test_doctor_says_what_a_target_changes_and_that_its_runtime_is_absent(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a network fits can be known before a runtime is installed."""
+    monkeypatch.setattr("gdfq.deploy.target.find_spec", lambda _: None)
+    words = ["doctor", f"{place}/net.py:factory", "--input", "3x8x8", "--steps", "8"]
+    assert main([*words, "--target", "openvino"]) == 1
+    printed = capsys.readouterr().out
+    assert "target      openvino: the network fits\n" in printed
+    assert "placement    full\n" in printed
+    assert "problem     a file for OpenVINO is kept only if it is equal there" in printed
+    assert main([*words, "--target", "tensorrt", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["target"]["name"] == "tensorrt"
+    assert "128 of 256" in facts["target"]["changes"]
+    assert len(facts["problems"]) == 1
+    assert "pip install 'gdfq'" in facts["problems"][0]
+    assert main([*words, "--target", "openvino", "--placement", "relu"]) == 2
+    assert "needs placement full" in capsys.readouterr().err
 
 
 def test_doctor_says_what_is_taken_of_weights_and_images(

@@ -14,6 +14,7 @@ from support.command_line import arguments
 
 from gdfq import TARGETS
 from gdfq.cli import main
+from gdfq.cli.targets import facts
 from gdfq.deploy.benchmark import Candidate
 from gdfq.deploy.onnx.session import onnx_calls
 from gdfq.errors import UsageError
@@ -155,9 +156,18 @@ def test_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["targets"]) == 0
     printed = capsys.readouterr().out
     for name, target in TARGETS.items():
-        assert f"{name:14}{target.summary}" in printed
+        assert re.search(rf"^{name} +{re.escape(target.summary)}$", printed, re.MULTILINE)
         assert f"file         {target.file_name}" in printed
     assert "ONNX Runtime 1.18 or newer (1.21 for weights below 8 bits, 1.23 for" in printed
+    assert "images" in facts(TARGETS["onnx"])
+    assert "placement" not in facts(TARGETS["onnx"])
+    assert "images" not in facts(TARGETS["compressed-tensors"])
+    assert facts(TARGETS["compressed-tensors"])["placement"] == "tokens"
+    assert facts(TARGETS["qnn"])["placement"] == "full"
+    assert facts(TARGETS["qnn"])["changes"] == (
+        "weights of fewer than 8 bits are symmetric; the inputs of a concatenation and its result "
+        "share one grid"
+    )
 
 
 def test_run_writes_the_file_of_its_target(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

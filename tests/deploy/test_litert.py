@@ -106,6 +106,7 @@ def test_litert_file_keeps_the_codes_of_all_bits(weights: int, tmp_path: Path) -
     exported = quantized.export(tmp_path / "q.tflite")
     assert exported.inside.agreement == exported.beyond.agreement == 100
     assert exported.differs_first == ()
+    assert exported.notes[0].startswith("maps are [N, H, W, C]")
     stored = constants_of((tmp_path / "q.tflite").read_bytes())
     weight = next(w for w in quantized.network.weights if w.name == "grouped")
     offsets = (weight.codes - weight.zero_point).permute(0, 2, 3, 1)

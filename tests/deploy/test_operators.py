@@ -59,6 +59,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "pixel_unshuffle": "pixel_unshuffle",
         "volume": "conv3d",
         "bicubic": "upsample_bicubic2d",
+        "wrapped": "pad",
         "local_response_norm": "pow",
         "log_softmax": "log_softmax",
         "glu": "glu",

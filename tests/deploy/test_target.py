@@ -116,7 +116,9 @@ def test_network_that_does_not_fit_is_refused_by_layer(
 
 def test_run_that_would_not_fit_is_refused_before_it_begins(tiny: Recipe) -> None:
     teacher, image = networks.captured("Residual"), networks.images(1)
-    with pytest.raises(UsageError, match=r"the run would give conv1 \(4 bits\), fc \(4 bits\)\."):
+    with pytest.raises(
+        UsageError, match=r"would give conv1 \(4 bits\), fc \(4 bits\)\. Choose other"
+    ):
         gdfq.quantize(teacher, image, "w4a8", tiny, target=NARROW, layer_bits=["conv2=8"])
     fewer = replace(NARROW, weights=Carrier("int8"), activations=Carrier("int8", (8,)))
     with pytest.raises(UsageError, match=r"would give relu \(4 bits\)"):

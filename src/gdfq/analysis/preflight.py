@@ -115,7 +115,7 @@ class Diagnosis:
             f"{self.folded} of {self.batch_norms} batch norms fold; "
             f"{self.parameters / 1e6:.2f} M parameters, {self.operations / 1e6:.1f} M operations; "
             f"weights {self.float_bytes / 1024:.0f} KiB float, "
-            f"about {self.quantized_bytes / 1024:.0f} KiB quantized"
+            f"about {self.quantized_bytes / 1024:.0f} KiB in an ONNX file"
         )
 
 

@@ -170,7 +170,9 @@ def doctor_command(**options: Any) -> int:
 
     Lists the layers with their bits, the operators that stay in float, sizes and operations, and
     which weights and images were read; estimates time and memory from one step of each stage.
-    Exits with 1 if the run could not start.
+    With --target it also says whether the network fits, what the target asks of it, and whether its
+    runtime is installed. Exits with 1, or with 2 if an option is the reason, if the run could not
+    start.
     """
     from gdfq.cli.doctor import doctor
 

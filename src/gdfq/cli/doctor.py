@@ -1,7 +1,8 @@
 """`gdfq doctor`: a diagnosis as a table for people or as JSON for programs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Unpack
 
 import click
@@ -13,7 +14,9 @@ from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import Diagnosis, Layer, diagnose
 from gdfq.analysis.run_costs import Following
 from gdfq.cli.console import budget_in_words
-from gdfq.cli.targets import facts
+from gdfq.cli.targets import facts, print_facts
+from gdfq.deploy.export import named_target
+from gdfq.deploy.target import Target
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
@@ -40,6 +43,10 @@ def doctor(
         raise UsageError(
             "doctor needs the bits; --bits auto chooses them during the run. Give them, as w4a4."
         )
+    said = options.get("target")
+    target = None if said is None else named_target(said)
+    if target is not None:  # what it makes of the network is said without its runtime, too
+        options["target"] = replace(target, runtime=None)
     budget = MemoryBudget.of(memory)
     plan = resolve(
         model,
@@ -52,20 +59,24 @@ def doctor(
     )
     diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
     diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe, budget)
-    inputs = _target(plan) | _inputs(plan)
+    inputs, absence = _inputs(plan), _absence(target)
     if as_json:
-        click.echo(json.dumps({**diagnosis.as_values(), **inputs}, indent=1))
+        values = {**diagnosis.as_values(), **inputs}
+        values["problems"] = [*diagnosis.problems, *absence]
+        if target is not None:
+            values["target"] = {"name": target.name, **facts(target)}
+        click.echo(json.dumps(values, indent=1))
     else:
-        _print(diagnosis, inputs)
-    return 1 if diagnosis.problems else 0
+        _print(diagnosis, inputs, target)
+        _print_problems(absence)
+    return 1 if diagnosis.problems or absence else 0
 
 
-def _target(plan: Plan) -> dict[str, str]:
-    """Where the result is to run, and what that asks of the network, if the user says it."""
-    if plan.target is None:
-        return {}
-    what = ", ".join(f"{title} {text}" for title, text in facts(plan.target).items())
-    return {"target": f"{plan.target.name}: the network fits; {what}"}
+def _absence(target: Target | None) -> list[str]:
+    """Return why a run for the target could not start on this machine."""
+    if target is None or target.runtime is None or target.runtime.is_installed:
+        return []
+    return [target.runtime.absence]
 
 
 def _inputs(plan: Plan) -> dict[str, str]:
@@ -87,9 +98,13 @@ def _inputs(plan: Plan) -> dict[str, str]:
     return found
 
 
-def _print(diagnosis: Diagnosis, inputs: Mapping[str, str]) -> None:
-    for text in diagnosis.problems:
+def _print_problems(problems: Sequence[str]) -> None:
+    for text in problems:
         click.secho(f"{'problem':12}{text}", fg="red")
+
+
+def _print(diagnosis: Diagnosis, inputs: Mapping[str, str], target: Target | None) -> None:
+    _print_problems(diagnosis.problems)
     if diagnosis.problems:
         return
     console = Console()
@@ -99,6 +114,9 @@ def _print(diagnosis: Diagnosis, inputs: Mapping[str, str]) -> None:
     console.print(table)
     for name, text in {**_facts(diagnosis), **inputs}.items():
         click.echo(f"{name:12}{text}")
+    if target is not None:
+        click.echo(f"{'target':12}{target.name}: the network fits")
+        print_facts(facts(target), 12)
     for text in diagnosis.advice:
         click.echo(f"{'expect':12}{text}")
 

@@ -1,17 +1,26 @@
 """`gdfq targets`: where a quantized network can run."""
 
+from collections.abc import Mapping
+
 import click
 
 from gdfq.deploy.export import OTHER_NAMES, TARGETS
 from gdfq.deploy.target import Runtime, Target
+from gdfq.student.scheme import OF_IMAGES
 
 
 def targets() -> None:
     """Print each target: its file, its runtime, what must be installed, what is proven."""
+    width = max(map(len, TARGETS)) + 2
     for target in TARGETS.values():
-        click.echo(f"{target.name:14}{target.summary}")
-        for title, text in facts(target).items():
-            click.echo(f"{'':14}{title:13}{text}")
+        click.echo(f"{target.name:{width}}{target.summary}")
+        print_facts(facts(target), width)
+
+
+def print_facts(found: Mapping[str, str], width: int) -> None:
+    """Print the facts of a target, a line each, behind a margin of this width."""
+    for title, text in found.items():
+        click.echo(f"{'':{width}}{title:13}{text}")
 
 
 def facts(target: Target) -> dict[str, str]:
@@ -23,13 +32,37 @@ def facts(target: Target) -> dict[str, str]:
         found["made for"] = f"{target.made_for}; {target.unproven}"
     if target.runtime is not None:
         found["runs in"] = _versions(target.runtime)
-        comes_along = not target.runtime.extra
-        found["install"] = "installed with gdfq" if comes_along else target.runtime.installation
+        found["install"] = _installation(target.runtime)
     found["weights"] = target.weights.in_words()
     found["activations"] = target.activations.in_words()
-    found["images"] = target.layout.upper()
+    if effects := _effects(target):
+        found["changes"] = effects
+    if not set(OF_IMAGES) <= set(target.placements):
+        found["placement"] = " or ".join(target.placements)
+    if set(OF_IMAGES) & set(target.placements):
+        found["images"] = target.layout.upper()
     found["equal"] = target.equality
     return found
+
+
+def _effects(target: Target) -> str:
+    """Return what becomes of a network's grids for the sake of the target, beside their bits."""
+    rules = target.grids
+    effects = []
+    if rules.symmetric_activations:
+        effects.append("activations behind a ReLU have half of the codes, 128 of 256")
+    if rules.symmetric_weights:
+        effects.append("weights of fewer than 8 bits are symmetric")
+    if rules.one_grid_for_joins:
+        effects.append("the inputs of a concatenation and its result share one grid")
+    return "; ".join(effects)
+
+
+def _installation(runtime: Runtime) -> str:
+    """Return what installs a runtime, and whether it is installed."""
+    if not runtime.extra:
+        return "installed with gdfq"
+    return f"{runtime.installation}{' (it is installed)' if runtime.is_installed else ''}"
 
 
 def _versions(runtime: Runtime) -> str:

@@ -181,18 +181,16 @@ class Runtime:
         found = [version for bits, version in self.oldest if bits <= fewest]
         return found[-1] if found else None
 
-    def require(self) -> None:
-        """Check that the runtime is installed, without importing it.
-
-        Raises:
-            UsageError: It is not.
-        """
-        if not self.is_installed:
-            raise UsageError(
-                f"a file for {self.name} is kept only if it is equal there, so {self.name} must be "
-                f"installed; the module {self.module!r} is not found. Install it with: "
-                f"{self.installation}"
-            )
+    @property
+    def absence(self) -> str:
+        """What is missing, and what installs it; empty if it is installed. It is not imported."""
+        if self.is_installed:
+            return ""
+        return (
+            f"a file for {self.name} is kept only if it is equal there, so {self.name} must be "
+            f"installed; the module {self.module!r} is not found. Install it with: "
+            f"{self.installation}"
+        )
 
 
 @dataclass(frozen=True)
@@ -354,8 +352,8 @@ class Target:
 
     def require_runtime(self) -> None:
         """Raise UsageError if the runtime that proves its files is not installed."""
-        if self.runtime is not None:
-            self.runtime.require()
+        if self.runtime is not None and (absence := self.runtime.absence):
+            raise UsageError(absence)
 
     def check_scheme(self, teacher: Captured, scheme: Scheme) -> None:
         """Check, before a run, that its result will fit this target.
@@ -386,7 +384,10 @@ class Target:
             *self.refusals(teacher, scheme),
         ]
         if misfits:
-            raise UsageError(f"{self._needs()} the run would give {listed(misfits)}.")
+            raise UsageError(
+                f"{self._needs()} the run would give {listed(misfits)}. Choose other --bits or "
+                "--layer-bits, or another target: gdfq targets."
+            )
 
     def check_network(self, network: IntegerNetwork, placement: Placement) -> None:
         """Check that a finished network fits this target.

@@ -40,6 +40,8 @@ def _is_supported(node: fx.Node, constants: AbstractSet[fx.Node]) -> bool:
         return queries.weight_of(node) in constants and name not in operators.OF_VOLUMES
     if queries.is_clamp(node) or name in operators.QUANTIZATION | operators.DIVISIONS:
         return True
+    if queries.pads_circularly(node):  # written as copies into a tensor, which no kernel runs
+        return False
     if name in {operators.BATCH_SIZE, operators.GETITEM}:  # what it is one of is judged itself
         return True
     return short_name(node) in _SUPPORTED

@@ -33,12 +33,19 @@ def _prove(job: Job, written: Path) -> Proof:
     return prove_codes(job, litert_runner(data), values, carriers_of(job.network))
 
 
+def _notes(job: Job, _data: bytes, _proof: Proof) -> Sequence[str]:
+    maps = any(len(spec.shape) == 3 for spec in job.card.inputs)
+    order = ["maps are [N, H, W, C] in the file, inputs and outputs alike"] if maps else []
+    return [*order, "takes one input at a time until the application resizes its input tensor"]
+
+
 LITERT = Target(
     "litert",
     ".tflite",
     "runs as integers in LiteRT (TensorFlow Lite)",
     _write,
     _prove,
+    _notes,
     raw_input=True,
     runtime=Runtime("LiteRT", "ai_edge_litert", "litert", calls=litert_calls),
     weights=Carrier("int8"),
