@@ -146,7 +146,6 @@ def export(
         GdfqError: The outputs differ. Nothing is written; an existing file is kept.
     """
     kind = find_target(target, path)
-    kind.require_runtime()
     if raw_input and not kind.raw_input:
         raise UsageError(
             f"raw input is for the targets {_with_raw_input()}; the target is {kind.name!r}. "
@@ -159,6 +158,7 @@ def export(
     if safe_x86:
         network = without_overflow(network)
     kind.check_network(network, card.placement)
+    kind.require_runtime()
     make_folder(file.parent)
     numbers = sum(math.prod(example.shape[1:]) for example in examples)
     fits = memory.images(training_bytes(network.graph), torch.device("cpu"))

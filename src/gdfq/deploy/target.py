@@ -369,24 +369,21 @@ class Target:
         self._check_placement(scheme.placement)
         self._check_operators(teacher.network.graph)
         layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
-        misfits = [
-            *_misfits(
-                (
-                    queries.layer_name(node),
-                    self.weights.refusal(bits, forms=scheme.weight_formats(bits)),
-                )
-                for node, bits in scheme.weight_bits(layers).items()
-            ),
-            *_misfits(
-                (node.name, self.activations.refusal(bits, forms=scheme.activation_formats(bits)))
-                for node, bits in activation_bits(teacher, scheme).items()
-            ),
-            *self.refusals(teacher, scheme),
-        ]
-        if misfits:
+        weights = (
+            (
+                queries.layer_name(node),
+                self.weights.refusal(bits, forms=scheme.weight_formats(bits)),
+            )
+            for node, bits in scheme.weight_bits(layers).items()
+        )
+        activations = (
+            (node.name, self.activations.refusal(bits, forms=scheme.activation_formats(bits)))
+            for node, bits in activation_bits(teacher, scheme).items()
+        )
+        if text := _in_words((*weights, *activations), self.refusals(teacher, scheme)):
             raise UsageError(
-                f"{self._needs()} the run would give {listed(misfits)}. Choose other --bits or "
-                "--layer-bits, or another target: gdfq targets."
+                f"{self._needs()} the run would give {text}. Choose other --bits or --layer-bits, "
+                "or another target: gdfq targets."
             )
 
     def check_network(self, network: IntegerNetwork, placement: Placement) -> None:
@@ -402,18 +399,15 @@ class Target:
         """
         self._check_placement(placement)
         self._check_operators(network.graph)
-        misfits = [
-            *_misfits((weight.name, self.weights.refusal_of(weight)) for weight in network.weights),
-            *_misfits(
-                (grid.name, self.activations.refusal_of(grid)) for grid in network.activations
-            ),
-            *(_misfits(_unequal_joins(network)) if self.one_grid_for_joins else ()),
-            *self.misfits(network),
+        found = [
+            *((weight.name, self.weights.refusal_of(weight)) for weight in network.weights),
+            *((grid.name, self.activations.refusal_of(grid)) for grid in network.activations),
+            *(_unequal_joins(network) if self.one_grid_for_joins else ()),
         ]
-        if misfits:
+        if text := _in_words(found, self.misfits(network)):
             raise UsageError(
-                f"{self._needs()} this network has {listed(misfits)}. Quantize the network again "
-                f"with --target {self.name}, or choose another target: gdfq targets."
+                f"{self._needs()} this network has {text}. Quantize it again with --target "
+                f"{self.name}, or choose another target: gdfq targets."
             )
 
     def _check_operators(self, graph: fx.Graph) -> None:
@@ -457,8 +451,19 @@ def _unequal_joins(network: IntegerNetwork) -> Iterator[tuple[str, str]]:
             yield " and ".join(dict.fromkeys(grid.name for grid in join)), "several grids"
 
 
-def _misfits(found: Iterator[tuple[str, str]]) -> Iterator[str]:
-    return (f"{name} ({why})" for name, why in found if why)
+def _in_words(found: Iterable[tuple[str, str]], others: Iterable[str]) -> str:
+    """Return what does not fit, by reason: `4 bits in conv1, fc; several grids in cat`.
+
+    Args:
+        found: Names of layers or activations, each with why it does not fit; empty if it does.
+        others: What else does not fit.
+    """
+    names: dict[str, list[str]] = {}
+    for name, why in found:
+        if why:
+            names.setdefault(why, []).append(name)
+    parts = [f"{why} in {listed(those)}" for why, those in names.items()]
+    return "; ".join(filter(None, [*parts, listed(list(others))]))
 
 
 _MAX_LISTED = 20
