@@ -50,6 +50,21 @@ REFUSED: dict[str, dict[str, str]] = {
         "antialiased": "_upsample_bilinear2d_aa",
         "variance": "var",
     },
+    "litert": {
+        "volume": "a layer or pooling of 3 dimensions",
+        "max_pool_dilated": "maximum pooling with dilation",
+        "bicubic": "upsample_bicubic2d",
+        "local_response_norm": "avg_pool3d",
+        "glu": "glu",
+        "selu": "selu",
+        "celu": "celu",
+        "antialiased": "_upsample_bilinear2d_aa",
+        "error_function": "erf",
+        "masked": "where",
+        "variance": "var",
+        "einsum": "einsum",
+        "unfolded": "im2col",
+    },
     "tensorrt": _TRANSPOSED_IN_GROUPS,
     "qnn": _TRANSPOSED_IN_GROUPS,
     "executorch": {
@@ -85,8 +100,11 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 """Kinds that a target refuses, each with a part of its reason. It takes all others."""
 PLANS = [
-    *(("w8a8", ("onnx", "onnx-compat", "openvino"), group) for group in range(len(GROUPS))),
-    *(("w3a5", ("onnx", "openvino"), group) for group in (0, 2, 4)),
+    *(
+        ("w8a8", ("onnx", "onnx-compat", "openvino", "litert"), group)
+        for group in range(len(GROUPS))
+    ),
+    *(("w3a5", ("onnx", "openvino", "litert"), group) for group in (0, 2, 4)),
     *(("w8a8", ("tensorrt",), group) for group in range(0, len(GROUPS), 2)),
     *(("w4a8", ("qnn",), group) for group in range(1, len(GROUPS), 2)),
 ]
@@ -196,5 +214,5 @@ def test_file_of_each_kind_is_equal_in_executorch(
 def test_refusal_before_the_run_names_layer_and_reason(name: str) -> None:
     target = TARGETS[name]
     for kind, reason in REFUSED[name].items():
-        with pytest.raises(UsageError, match=rf"there is none for: .*\S+ \({reason}"):
+        with pytest.raises(UsageError, match=rf"there is none for: .*(\({reason}|{reason} \(')"):
             target.check_scheme(teacher_of(kind), scheme_for(target, "w8a8"))
