@@ -188,7 +188,7 @@ class Writer:
             return self._write(node)
         except NoFormError as error:
             if str(error):  # it is not the consequence of another
-                self.refused.append(f"{error} ({self._title(node)!r})")
+                self.refused.append(f"{self._title(node)} ({error})")
             known = self.known[node]
             made = [
                 _stand_in(_shape_of(one))
