@@ -132,8 +132,8 @@ class TokenByToken(fx.Interpreter):
         if node.op != "call_function" or node not in self._rows:
             return super().run_node(node)
         operands = {each: self._cut(each, node) for each in node.all_input_nodes}
-        found, kwargs = map_arg((node.args, node.kwargs), operands.__getitem__)
-        args = list(found)
+        found: Any = map_arg((node.args, node.kwargs), operands.__getitem__)
+        args, kwargs = list(found[0]), found[1]
         for index, operand in self._keeps(node).items():
             (axis,) = self._axes(operand)
             before = [self._kept[node, index]] if self._seen else []
@@ -192,10 +192,10 @@ class TokenByToken(fx.Interpreter):
 
     def _sizes(self, node: fx.Node, sizes: Any) -> list[int]:
         """The sizes of a result, as many of them tokens as `_cut` says."""
-        sizes = list(sizes)
+        own: list[int] = list(sizes)
         for axis, size in zip(self._axes(node), (self._new, self._seen + self._new), strict=False):
-            sizes[axis] = size
-        return sizes
+            own[axis] = size
+        return own
 
     def _masked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of an attention whose queries are the new tokens alone."""
