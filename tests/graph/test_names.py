@@ -18,6 +18,7 @@ name = st.one_of(st.sampled_from([*unusual.NAMES, "forward", "training"]), part)
 
 @given(st.lists(st.lists(name, min_size=1, max_size=3).map(".".join), unique=True, max_size=8))
 @example(["a-b", "a_b", "a-b.c", "a_b.c", "a_b_"])
+@example(["::name::"])  # __name__ is an attribute of the class alone
 def test_safe_names_are_distinct_and_can_be_attributes_of_graphs(paths: list[str]) -> None:
     safe = safe_paths(paths)
     assert list(safe) == paths

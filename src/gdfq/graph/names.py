@@ -10,8 +10,8 @@ from keyword import iskeyword
 
 from torch import fx
 
-_RESERVED = frozenset(dir(fx.GraphModule))
-"""Attributes of the module that holds a graph and of the modules inside it."""
+_RESERVED = frozenset(dir(fx.GraphModule)) | frozenset(dir(type))
+"""Attributes of the module that holds a graph and of the modules inside it, and of their class."""
 _FOREIGN = re.compile(r"[^A-Za-z0-9_]")
 
 
