@@ -368,7 +368,7 @@ class Target:
         """
         self._check_placement(scheme.placement)
         self._check_operators(teacher.network.graph)
-        layers = list(filter(queries.has_weight, teacher.network.graph.nodes))
+        layers = queries.weighted_layers(teacher.network)
         weights = (
             (
                 queries.layer_name(node),
