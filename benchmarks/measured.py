@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.defaults import FILE as DEFAULTS
-from benchmarks.trained_networks import EFFICIENTNET, MOBILE, R20, R32, R56
+from benchmarks.trained_networks import EFFICIENTNET, MOBILE, R20, R32, R56, UNSEEN
 from support.places import RESULTS, ROOT
 
 from gdfq.functional.grid import Bits
@@ -26,6 +26,7 @@ NETWORKS = {
     R56: "CIFAR-100 ResNet-56",
     MOBILE: "MobileNetV1 x0.25 (ImageNet)",
     EFFICIENTNET: "EfficientNet-Lite0 (ImageNet)",
+    UNSEEN: "EfficientNet-Lite2 (ImageNet)",
 }
 STEPS = find_recipe("fast").steps
 PLACEMENT = "full"
