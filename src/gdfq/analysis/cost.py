@@ -18,7 +18,7 @@ from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured
 from gdfq.recipes import Recipe
 from gdfq.sources.base import Batch, Source, labels_in_turn, next_tokens
-from gdfq.sources.collected import bytes_of_each
+from gdfq.sources.collected import keeps_half
 from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -58,7 +58,7 @@ def with_costs(
     if peak is not None:
         values = sum(math.prod(spec.shape) for spec in teacher.inputs)
         held = recipe.source.images_held
-        peak += bytes_of_each(teacher, held) * held * values
+        peak += (2 if keeps_half(teacher, held) else 4) * held * values
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
 
 

@@ -14,6 +14,7 @@ Which axes of a tensor are tokens is found from its shapes for texts of two leng
 """
 
 from collections.abc import Iterator
+from itertools import accumulate, count, takewhile
 from typing import Any, Protocol
 
 import torch
@@ -252,7 +253,7 @@ def _agree(reader: Reader, whole: Reader, length: int, device: torch.device | st
     size = whole.read(first).shape[-1]
     whole.begin()
     text = torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0))
-    for piece in text.to(device).split(_pieces(length), 1):
+    for piece in text.to(device).tensor_split(_cuts(length), 1):
         expected, found = whole.read(piece), reader.read(piece)
         if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
             return False
@@ -260,18 +261,10 @@ def _agree(reader: Reader, whole: Reader, length: int, device: torch.device | st
     return True
 
 
-def _pieces(length: int) -> list[int]:
-    """Sizes of the pieces of a text, 1, 1, 2, 1, 3, 1, 5, 1, 8, ...: a few read many tokens."""
-    pieces: list[int] = []
-    large, next_large = 1, 2
-    while sum(pieces) < length:
-        pieces += [large, 1]
-        large, next_large = next_large, large + next_large
-    kept, left = [], length
-    for piece in pieces:
-        kept.append(min(piece, left))
-        left -= kept[-1]
-    return [piece for piece in kept if piece]
+def _cuts(length: int) -> list[int]:
+    """Return where a text is cut into pieces of 1, 1, 2, 1, 4, 1, 8, ... tokens."""
+    sizes = (size for power in count() for size in (2**power, 1))
+    return list(takewhile(lambda end: end < length, accumulate(sizes)))
 
 
 def _values(network: fx.GraphModule, tokens: Tensor) -> Iterator[tuple[fx.Node, Tensor]]:

@@ -146,15 +146,15 @@ class Collected:
                 raise ValueError("the given images are not those that the run started with")
 
 
-def bytes_of_each(teacher: Captured, count: int) -> int:
-    """Return the bytes of each number of a pool of `count` images: 2 for large pools of pixels.
+def keeps_half(teacher: Captured, count: int) -> bool:
+    """Return whether a pool of `count` images keeps half precision: large ones of pixels do.
 
     Half precision changes a pixel by at most an eighth of the step 1/255 between two values of 8
     bits. Images of unknown limits keep single precision.
     """
     if teacher.input_limits is None:
-        return 4
-    return 2 if 4 * count * math.prod(teacher.input_shape) > _HALF_BYTES else 4
+        return False
+    return 4 * count * math.prod(teacher.input_shape) > _HALF_BYTES
 
 
 def _in_full(images: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
         UsageError: The batches have inputs of different shapes or dtypes.
     """
     counts = [len(part.value["inputs"][0]) for part in parts]
-    wholes = [_rows(sum(counts), first) for first in parts[0].value["inputs"]]
+    wholes = [_uninitialised(sum(counts), first) for first in parts[0].value["inputs"]]
     views = zip(*(whole.split(counts) for whole in wholes), strict=True)
     for part, own in zip(parts, views, strict=True):
         for view, tensor in zip(own, part.value["inputs"], strict=True):
@@ -188,7 +188,7 @@ def _moved_together_(parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
     return tuple(wholes)
 
 
-def _rows(count: int, like: Tensor) -> Tensor:
+def _uninitialised(count: int, like: Tensor) -> Tensor:
     """Return an uninitialised tensor of so many rows in the layout that `torch.cat` gives them."""
     joined = torch.cat([like[:1], like[:1]])
     layout = torch.contiguous_format if joined.is_contiguous() else torch.channels_last

@@ -27,7 +27,7 @@ from gdfq.sources.augment import (
 )
 from gdfq.sources.base import Batch, Source, first_images
 from gdfq.sources.candidates import Candidates, Screening
-from gdfq.sources.collected import Collected, bytes_of_each
+from gdfq.sources.collected import Collected, keeps_half
 from gdfq.sources.screen import screened
 from gdfq.sources.stream import Shuffled, Stream
 
@@ -243,7 +243,7 @@ class PoolStream(Stream):
         context: Context,
     ) -> None:
         add = None if pool.candidates is None else partial(_added, pool, teacher, context)
-        half = bytes_of_each(teacher, pool.images_held) == 2
+        half = keeps_half(teacher, pool.images_held)
         self._collected = Collected(made, pool.images, teacher.device, add, half=half)
         batches = _Batches(pool, teacher, self._collected, context)
         parts: dict[str, Stateful] = {
