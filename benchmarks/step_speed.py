@@ -59,7 +59,7 @@ from gdfq.quantizers.lsq import LearnedRange
 from gdfq.recipes import QUICK
 from gdfq.sources.base import Batch
 from gdfq.sources.pool import ImagePool
-from gdfq.sources.spectral import Knowledge, SpectralSource, spectral_batches
+from gdfq.sources.spectral import Knowledge, SpectralOptimisation, SpectralSource
 from gdfq.student.build import Student, build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
@@ -149,7 +149,10 @@ def image_variants(name: str) -> dict[str, Timed]:
             draw = stream(0, "step_speed")
             started = processor_seconds()
             with suppress(_EnoughError):
-                next(spectral_batches(source, teacher, knowledge, 1, draw, context, target))
+                optimisation = SpectralOptimisation(
+                    source, teacher, knowledge, 1, draw, context, target
+                )
+                next(optimisation.stream())
             return (ends[-1] - started) / len(ends)
 
         return iteration

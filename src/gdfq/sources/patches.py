@@ -24,7 +24,7 @@ from gdfq.graph.recompute import BudgetedNetwork
 from gdfq.optim import AdamConfig
 from gdfq.sources.base import Source
 from gdfq.sources.input_scale import InputStatistics
-from gdfq.sources.spectral import spectral_batches
+from gdfq.sources.spectral import SpectralOptimisation
 from gdfq.sources.stream import Stream
 
 _MAX_PATCHES = 64
@@ -99,9 +99,9 @@ class PatchSource(Source):
             return outputs, scale - entropy, {"entropy": entropy.detach()}
 
         draw = random_stream(context.seed, "patches.draw")
-        return spectral_batches(
+        return SpectralOptimisation(
             self, teacher, knowledge, steps, draw, context, InputStatistics.unit(teacher)
-        )
+        ).stream()
 
 
 def patch_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -10,6 +10,7 @@ images in this way; see C. Olah et al., Distill 2017, "Feature Visualization".)
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -100,7 +101,7 @@ class SpectralSource(Source):
             return outputs, bns, {"bns": bns.detach()}
 
         draw = random_stream(context.seed, "spectral.draw")
-        return spectral_batches(self, teacher, knowledge, steps, draw, context, target)
+        return SpectralOptimisation(self, teacher, knowledge, steps, draw, context, target).stream()
 
     def input_statistics(self, teacher: Captured, seed: int) -> InputStatistics:
         """Return the target statistics of all images, estimated from the teacher."""
@@ -138,43 +139,6 @@ Knowledge = Callable[[Tensor], tuple[Any, Tensor, dict[str, Tensor]]]
 """Images -> outputs of the teacher, the loss to minimise, and its parts for the log."""
 
 
-def spectral_batches(
-    config: SpectralConfig,
-    teacher: Captured,
-    knowledge: Knowledge,
-    steps: int,
-    draw: torch.Generator,
-    context: Context,
-    target: InputStatistics,
-) -> Stream:
-    """Return batches of images whose Fourier coefficients are optimised with Adam.
-
-    The loss is that of `knowledge` plus, for a network with classes, the focal class loss.
-
-    Args:
-        config: Batch size, optimisation and initial spectrum.
-        teacher: The trained network.
-        knowledge: Returns outputs and loss of the teacher for images [N, *input_shape].
-        steps: Total number of batches.
-        draw: Randomness of the coefficients.
-        context: Context of the run.
-        target: Mean and standard deviation that each channel of the images gets.
-    """
-    optimisation = _Optimisation(config, teacher, knowledge, steps, draw, context, target)
-    in_turn = InTurn(
-        optimisation.start, optimisation.optimised, steps, context.group, teacher.device
-    )
-
-    def make(step: int) -> Batch:
-        images = in_turn(step)
-        labels = labels_in_turn(teacher, step, config.batch)
-        with torch.no_grad():
-            logits = teacher.logits(images)
-        return Batch((images,), labels, logits, optimisation.losses)
-
-    return Stream(make, steps, [draw], {"images": in_turn})
-
-
 class _Images:
     """Coefficients [N, C, *spectrum, 2] and contrast [N, C, 1, ...] -> images [N, *input_shape]."""
 
@@ -208,11 +172,19 @@ class _Losses:
         return loss + self.config.class_weight * boundary, {**parts, "boundary": boundary.detach()}
 
 
-class _Optimisation:
-    """Optimises the images of one batch after the other.
+class SpectralOptimisation:
+    """Makes batches of images whose Fourier coefficients are optimised with Adam.
 
-    Attributes:
-        losses: Of the last images, for the log.
+    The loss is that of `knowledge` plus, for a network with classes, the focal class loss.
+
+    Args:
+        config: Batch size, optimisation and initial spectrum.
+        teacher: The trained network.
+        knowledge: Returns outputs and loss of the teacher for images [N, *input_shape].
+        steps: Total number of batches.
+        draw: Randomness of the coefficients.
+        context: Context of the run.
+        target: Mean and standard deviation that each channel of the images gets.
     """
 
     def __init__(
@@ -226,10 +198,24 @@ class _Optimisation:
         target: InputStatistics,
     ) -> None:
         self.config, self.teacher, self.steps, self.target = config, teacher, steps, target
-        self.draw, self.listener = draw, context.listener
+        self.draw, self.listener, self.group = draw, context.listener, context.group
         self.images_of = _Images(config, teacher, target.mean)
         self.losses: dict[str, Tensor] = {}
         self.evaluated = Replayed(_Losses(config, self.images_of, knowledge))
+
+    def stream(self) -> Stream:
+        """Return the batches."""
+        in_turn = InTurn(self.start, self.optimised, self.steps, self.group, self.teacher.device)
+        make = partial(self.batch, in_turn)
+        return Stream(make, self.steps, [self.draw], {"images": in_turn})
+
+    def batch(self, in_turn: InTurn[tuple[Tensor, Tensor]], step: int) -> Batch:
+        """Return a batch, with the teacher's logits."""
+        images = in_turn(step)
+        labels = labels_in_turn(self.teacher, step, self.config.batch)
+        with torch.no_grad():
+            logits = self.teacher.logits(images)
+        return Batch((images,), labels, logits, self.losses)
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Draw the coefficients of a batch, and the relative contrast of its images."""
