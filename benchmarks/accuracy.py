@@ -4,10 +4,10 @@
     python -m benchmarks.accuracy --recipes fast --bits w3a3 --seeds 0 1 2
 
 Each row (network, widths, placement, recipe, seed) becomes a JSON file under benchmarks/results
-as soon as it is done, and is skipped when it is there and the recipe is still the same; a row that
-was interrupted goes on from its checkpoint under benchmarks/cache. The images of a pool do not depend on the student: they are made once for
-each network and seed, kept under benchmarks/cache, and their time is charged to every row that
-uses them. No run selects anything by accuracy.
+as soon as it is done, and is skipped when it is there and the recipe is still the same. A row that
+was interrupted resumes from its checkpoint under benchmarks/cache. The images of a pool do not
+depend on the student: they are made once for each network and seed, kept under benchmarks/cache,
+and their time is charged to every row that uses them. No run selects anything by accuracy.
 """
 
 import argparse
