@@ -108,6 +108,8 @@ def quantize(
             - size: With bits "auto": the size of the ONNX file in bytes, at most.
             - placement: "full" (deployable) or "relu" (the protocol of the published tables).
             - layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
+            - group_size: Of a language model: most columns of a weight that share a scale.
+            - equalizer: Of a language model: "hadamard", "reassembly", "smooth" or "none".
             - budget: The time of the call, in seconds or as "5m" or "2m30s", without that of
               measuring on `test`. One step of each kind is measured first; images, iterations and
               steps are chosen for the time that is left. `metrics["effort"]` has them; given as
