@@ -318,7 +318,8 @@ def report_command(folder: Path) -> None:
 def compare_command(folders: tuple[Path, ...], out: Path) -> None:
     """Compare runs: accuracy, size, time, expected accuracy drop.
 
-    Runs of another network or with other test images are listed separately.
+    Runs of another network are listed separately. A run that was tested on other images is shown
+    without its accuracy.
     """
     from gdfq.cli.compare import compare
 
