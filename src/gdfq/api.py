@@ -112,8 +112,8 @@ def quantize(
             - equalizer: Of a language model: "hadamard", "reassembly", "smooth" or "none".
             - budget: The time of the call, in seconds or as "5m" or "2m30s", without that of
               measuring on `test`. One step of each kind is measured first; images, iterations and
-              steps are chosen for the time that is left. `metrics["effort"]` has them; given as
-              `images`, `iterations` and `steps` they repeat the run.
+              steps are chosen for the time that is left. `metrics["effort"]` has them, or None
+              where one follows from the others; as options (`**effort`) they repeat the run.
             - images: Images that are made before the student learns.
             - iterations: Updates of each of these images.
             - steps: Batches in total.

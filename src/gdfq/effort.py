@@ -130,7 +130,9 @@ class Costs:
         calibrated: Most batches that calibrate.
         matched: Most batches whose moments are matched, on the average of the layers.
         warmup: Most steps before the first update.
-        steps: Most steps; more of them would calibrate on the same images again.
+        fewest: Fewest steps of a student that is not tuned, of a source that makes no images before
+            it learns.
+        steps: Most steps.
     """
 
     fixed: float
@@ -143,6 +145,7 @@ class Costs:
     calibrated: int = 1
     matched: float = 0.0
     warmup: int = 1
+    fewest: int = 1
     steps: int = MAX_STEPS
 
     def after(self, seconds: float) -> "Costs":
@@ -237,7 +240,7 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
 def _image_efforts(costs: Costs, rule: EffortRule) -> Iterator[Effort]:
     """Yield the images that may be chosen, with the fewest steps, in ascending order."""
     if costs.iteration is None:
-        yield Effort(None, None, 1 if costs.step is None else rule.min_steps)
+        yield Effort(None, None, costs.fewest if costs.step is None else rule.min_steps)
         return
     for images in range(rule.min_images, rule.max_images + 1, rule.min_images):
         steps = -(-images // costs.batch) if costs.step is None else rule.min_steps

@@ -120,7 +120,7 @@ class Recipe:
     @property
     def effort(self) -> Effort:
         """Images, iterations and steps."""
-        made = self.source.images_held if self.source.iterations is not None else 0
+        made = self.source.images_made
         return Effort(made or None, self.source.iterations if made else None, self.steps)
 
     @property

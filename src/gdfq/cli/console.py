@@ -110,13 +110,11 @@ def budget_in_words(plan: Plan) -> str:
     return seconds
 
 
-def repeating_options(plan: Plan) -> str:
-    """Return the options that repeat a run with a budget; images imply the steps without tuning."""
-    effort = plan.effort
-    options = {"images": effort.images, "iterations": effort.iterations}
-    if plan.recipe.tuning.trains or effort.images is None:
-        options["steps"] = effort.steps
-    return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
+def repetition(plan: Plan) -> str:
+    """Return the options that repeat a run with a budget, or that it needs none."""
+    options = plan.effort_options.items()
+    said = " ".join(f"--{name} {value}" for name, value in options if value is not None)
+    return said or "without --budget"
 
 
 def warn(message: str) -> None:

@@ -174,6 +174,11 @@ class Source(Protocol):
         return 0
 
     @property
+    def images_made(self) -> int:
+        """Images that it makes before the student learns; 0 if they come while it learns."""
+        return 0
+
+    @property
     def iterations(self) -> int | None:
         """Updates of each image; None for a source that does not optimise its images."""
         return None
