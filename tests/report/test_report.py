@@ -239,7 +239,9 @@ def test_verdict_without_estimate_gives_the_reason() -> None:
     assert (
         "Measure the accuracy on labelled images: gdfq evaluate a run --test DATA." in found.advice
     )
-    assert verdict(made()).level == "unknown"
+    untried = verdict(made())
+    assert untried.level == "unknown"
+    assert "the accuracy drop was not estimated" in untried.sentence
 
 
 def test_verdict_on_outputs_without_classes_gives_their_error() -> None:

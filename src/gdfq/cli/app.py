@@ -160,6 +160,7 @@ def quantize_command(**options: Any) -> None:
 @equalizer_option
 @layer_bits_option
 @effort_options
+@batch_option
 @memory_option
 @click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
 @proxy_option

@@ -144,7 +144,8 @@ def _lost(run: Run, drop: Drop | None) -> str:
         if errors:
             largest = max(errors, key=lambda name: errors[name])
             return f"relative error of the outputs at most {errors[largest]:.1f} % ({largest})"
-        return "the accuracy drop could not be estimated"
+        failed = "could not be" if why_not_estimated(run) else "was not"
+        return f"the accuracy drop {failed} estimated"
     if drop.kind == "measured":
         before = drop.reference or 0.0
         after = before - drop.points

@@ -219,8 +219,9 @@ class Source(Protocol):
         """
         del once
         raise UsageError(
-            "a number of images is for recipes with a pool of synthetic images, such as fast; the "
-            f"images of this recipe come while the student learns. Remove images; got {images}."
+            "a number of images is for recipes with a pool of synthetic images, such as fast; this "
+            "recipe gets one batch of images in each of its steps. Give steps and batch instead of "
+            f"images; got {images}."
         )
 
     def with_iterations(self, iterations: int) -> Self:
