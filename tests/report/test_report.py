@@ -167,6 +167,7 @@ def test_level_is_that_of_the_measured_drop(after: float, level: str) -> None:
 def test_level_of_few_test_images_is_unknown() -> None:
     found = verdict(made(**measured(90.0, 90.0, images=40)))
     assert found.level == "unknown"
+    assert found.sentence.startswith("The test images are too few to judge the accuracy: ")
     assert any("more labelled images" in line for line in found.advice)
 
 

@@ -18,7 +18,7 @@ _SENTENCES: Mapping[str, Mapping[Level, str]] = {
         "good": "The accuracy is close to the original's",
         "fair": "The accuracy is somewhat lower",
         "poor": "The accuracy is much lower",
-        "unknown": _UNKNOWN,
+        "unknown": "The test images are too few to judge the accuracy",
     },
     "expected": {
         "good": "The accuracy is probably close to the original's",
