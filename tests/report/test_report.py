@@ -138,9 +138,33 @@ def test_no_better_than_noise_warns_of_statistics_like_noise() -> None:
     def of(*synthetic: float) -> list[dict[str, float]]:
         return [{"synthetic": s, "white": 5.0, "natural": 1.0} for s in synthetic]
 
-    assert no_better_than_noise([]) is None
-    assert no_better_than_noise(of(0.1, 0.2)) is None
-    assert "close to that of noise" in present(no_better_than_noise(of(1.0, 0.9)))
+    assert no_better_than_noise([], "why.") is None
+    assert no_better_than_noise(of(0.1, 0.2), "why.") is None
+    assert present(no_better_than_noise(of(1.0, 0.9), "why.")).endswith("of noise (1): why.")
+
+
+@pytest.mark.parametrize(
+    ("config", "history", "advice"),
+    [
+        ({}, (), "Give it more iterations (--iterations)."),
+        ({}, ({"stage": "tune", "step": 1, "generator": 1.0},), "Give it more steps (--steps)."),
+        ({"data": "photos"}, (), "or give other images."),
+    ],
+)
+def test_warnings_advise_what_the_images_of_the_run_allow(
+    config: dict[str, str], history: tuple[dict[str, Any], ...], advice: str
+) -> None:
+    images = {
+        "diversity": {"pixels": 0.01},
+        "clipped": 0.0,
+        "classes": None,
+        "distances": [{"synthetic": 0.7, "white": 0.1, "natural": 0.2}],
+    }
+    alike, like_noise = source_warnings(
+        made(config=config, history=history, evidence={"images": images})
+    )
+    assert like_noise.endswith(advice)
+    assert alike.endswith("Give images that differ." if config else "recipe fast.")
 
 
 def test_not_converging_warns_of_a_constant_loss() -> None:
@@ -151,7 +175,7 @@ def test_not_converging_warns_of_a_constant_loss() -> None:
     # One lucky step at the end does not make it converge.
     assert "does not converge" in present(not_converging([2.0] * 199 + [0.1]))
     history = [{"stage": "tune", "step": i, "generator": 1.0} for i in range(20)]
-    assert len(source_warnings(None, history)) == 1
+    assert len(source_warnings(made(history=history))) == 1
 
 
 # The verdict

@@ -57,7 +57,7 @@ def print_run(run: Run) -> None:
     table.add_row("time", "", f"{seconds:.0f} s", f"{steps} step{'s' * (steps != 1)}")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    found = verdict(run, source_warnings(run.evidence.get("images"), run.history))
+    found = verdict(run, source_warnings(run))
     console.print(found.sentence, markup=False)
     has_estimate = not (is_language_model(run) or is_denoiser(run))
     if has_estimate and drop_of(run) is None and (reason := why_not_estimated(run)):

@@ -65,7 +65,7 @@ def images(run: Run) -> Content | str:
         {
             "images": found,
             "given": bool(run.config.get("data")),
-            "warnings": source_warnings(found, run.history),
+            "warnings": source_warnings(run),
             "rows": rows,
             "noise": list(map(data_uri, noise)) if noise.ndim == 4 else [],
             "means": _means(found["distances"]),
