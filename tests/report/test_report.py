@@ -64,9 +64,7 @@ def made(**parts: Any) -> Run:
     return Run(Path("a run"), **{**empty, **parts}, sizes=sizes, problems=problems)
 
 
-def measured(
-    before: float, after: float, images: int = 10_000, **more: list[dict[str, float | int]]
-) -> dict[str, Any]:
+def measured(before: float, after: float, images: int = 10_000, **more: Any) -> dict[str, Any]:
     accuracy = {"teacher": {"top1": before}, "student": {"top1": after}, "test_images": images}
     return {"metrics": {"float_bytes": 1_000_000, **accuracy, **more}}
 
@@ -299,8 +297,15 @@ def test_advice_names_options_that_help() -> None:
     found = {"layers": {"layers": layers, "sensitivity": "error"}}
     first = verdict(made(**measured(90.0, 70.0), evidence=found)).advice[0]
     assert "67 % of the sum of all layers' own errors" in first
-    assert verdict(made(**measured(90.0, 89.9))).advice == (
-        "Nothing needs to be done. Deploy the file.",
+
+
+def test_advice_for_a_good_run_is_to_deploy_it_unless_there_are_warnings() -> None:
+    run = made(**measured(90.0, 89.9, export={"target": "onnx"}))
+    assert verdict(run).advice == ("Nothing needs to be done. Deploy the file.",)
+    assert verdict(run, ("A warning.",)).advice == ("A warning.",)
+    without_file = made(**measured(90.0, 89.9), sizes={"student.safetensors": 300_000})
+    assert verdict(without_file).advice == (
+        "Nothing needs to be done. To deploy it: gdfq export a run.",
     )
 
 
