@@ -21,6 +21,7 @@ from gdfq.report.drop import drop_of
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Run, read_run
 from gdfq.report.sections import Content, training
+from gdfq.report.sections import test as sections_test
 from gdfq.report.sensitive_layers import sensitive_layers
 from gdfq.report.source_warnings import (
     collapse,
@@ -737,6 +738,25 @@ def test_print_run_shows_size_drop_and_verdict(
     assert lost_or_gained(present(found.drop)) in printed
     assert verdict(found).sentence.split(":")[0] in printed
     print_run(replace(found, evidence={}))
+
+
+def test_errors_behind_a_sigmoid_are_said_to_be_those_of_the_logits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gdfq.cli.console import print_run
+
+    student = {
+        "error_percent": {"mask": 163.9, "depth": 2.5},
+        "decisions_percent": {"mask": 99.5},
+    }
+    run = made(metrics={"student": student, "seconds": {"total": 1.0}, "steps": 1})
+    print_run(run)
+    out = capsys.readouterr().out
+    assert "logits of mask" in out
+    assert "logits of depth" not in out
+    shown = sections_test(run)
+    assert "Equal decisions (a probability above one half): mask 99.50 %." in shown
+    assert "Relative errors of its outputs: logits of mask 163.90 %, depth 2.50 %." in shown
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from gdfq.report.language import is_language_model
 from gdfq.report.read import Run, number
 from gdfq.report.source_warnings import source_warnings
 from gdfq.report.verdict import verdict, why_not_estimated
-from gdfq.report.wording import lost_or_gained, size_words, smaller
+from gdfq.report.wording import errors_by_output, lost_or_gained, size_words, smaller
 
 
 def print_run(run: Run) -> None:
@@ -44,7 +44,7 @@ def print_run(run: Run) -> None:
             f"same first choice for {own['agreement']:.1f} % of {own['tokens']} held-out tokens",
         )
     student = metrics.get("student") or {}
-    for output, error in (student.get("error_percent") or {}).items():
+    for output, error in errors_by_output(student).items():
         table.add_row(output, "", "", f"{error:.2f} % from the original's")
     for output, cosine in (student.get("cosine") or {}).items():
         table.add_row(output, "", "", f"cosine {cosine:.4f} with the original's")
