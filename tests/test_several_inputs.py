@@ -17,6 +17,7 @@ import gdfq
 from gdfq import UsageError
 from gdfq.data.tensors import load_tensors
 from gdfq.deploy.onnx.session import onnx_session
+from gdfq.generation.generation import Generation
 from gdfq.graph.capture import capture
 from gdfq.graph.inputs import InputSpec
 from gdfq.quantized import QuantizedNetwork
@@ -214,12 +215,26 @@ def test_reconstruction_takes_several_inputs() -> None:
 
 def test_automatic_bits_refuse_several_inputs() -> None:
     model, data = network_and_data("tokens")
-    with pytest.raises(UsageError, match="takes images alone"):
+    with pytest.raises(UsageError, match=r"'auto' need .* takes images alone.*Give the bits"):
         gdfq.quantize(model, data, "auto", "fast", size=60_000, data=data)
 
 
+def test_options_of_images_refuse_several_inputs() -> None:
+    model, data = network_and_data("tokens")
+    for options, words in (
+        ({"mean": 0.5}, "mean, std and resize need .*Remove them"),
+        ({"proxy": torch.rand(4, 3, 8, 8)}, "images from elsewhere need .*Remove the images"),
+        (
+            {"generate_with": Generation("diffusers:none", Path("none"))},
+            "images from elsewhere need .*Remove the images",
+        ),
+    ):
+        with pytest.raises(UsageError, match=words):
+            gdfq.quantize(model, data, "w8a8", "quick", data=data, **options)
+
+
 def test_raw_input_refuses_several_inputs(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="takes images alone"):
+    with pytest.raises(UsageError, match=r"raw input needs .*Remove raw_input"):
         case[1].export(tmp_path / "q.onnx", raw_input=True)
 
 

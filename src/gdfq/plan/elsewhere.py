@@ -69,8 +69,9 @@ def planned_generation(
         names: Names of its classes, where the network has them.
 
     Raises:
-        UsageError: The network has no classes, or they have no names.
+        UsageError: The network has no classes, they have no names, or it takes more than images.
     """
+    _image_shape(teacher)  # before images are made, which takes long
     count = _GENERATED_SHARE * recipe.source.images_held
     return PlannedGeneration(generation, generation.names_of(teacher.classes, names), count)
 
@@ -135,5 +136,14 @@ def load_candidates(
     """
     if isinstance(proxy, Candidates):
         return proxy
-    images = load_unlabelled(proxy, image_shape(teacher.inputs), preprocessing.resize)
+    images = load_unlabelled(proxy, _image_shape(teacher), preprocessing.resize)
     return Candidates(images, preprocessing, kind)
+
+
+def _image_shape(teacher: Captured) -> tuple[int, ...]:
+    """Return the shape of images from elsewhere, for a network that only takes images."""
+    return image_shape(
+        teacher.inputs,
+        needs="images from elsewhere need",
+        advice="Remove the images.",
+    )

@@ -202,7 +202,11 @@ def _preprocessing(
     if takes_images(teacher.inputs):
         return Preprocessing.of(teacher.input_shape[0], mean, std, resize)
     if not (mean is None and std is None and resize is None):
-        image_shape(teacher.inputs)  # raises: these are for images
+        image_shape(
+            teacher.inputs,
+            needs="mean, std and resize need",
+            advice="Remove them: data for this network are given as it takes them.",
+        )
     return Preprocessing.of(1, None, None)
 
 
