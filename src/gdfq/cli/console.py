@@ -6,6 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from gdfq.effort import counted
 from gdfq.plan.plan import Plan
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.denoiser import is_denoiser
@@ -54,7 +55,7 @@ def print_run(run: Run) -> None:
         found_in = f"PSNR {samples['psnr']:.1f} dB, {samples['images']} images from the same noise"
         table.add_row("images", "", "", found_in)
     seconds, steps = metrics["seconds"]["total"], metrics["steps"]
-    table.add_row("time", "", f"{seconds:.0f} s", f"{steps} step{'s' * (steps != 1)}")
+    table.add_row("time", "", f"{seconds:.0f} s", counted(steps, "step"))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     found = verdict(run, source_warnings(run))
@@ -93,7 +94,7 @@ def print_bits(bits: Mapping[str, int]) -> None:
     """Print the layers of each bit width, one line for each width."""
     for width in sorted(set(bits.values())):
         names = [name for name, chosen in bits.items() if chosen == width]
-        click.echo(f"{f'{width} bits':10}{len(names)} layers: {', '.join(names)}")
+        click.echo(f"{f'{width} bits':10}{counted(len(names), 'layer')}: {', '.join(names)}")
 
 
 _ENDS_EARLY = 0.85
