@@ -426,6 +426,7 @@ def identity_of(plan: Plan, context: Context) -> dict[str, Any]:
             summary_of(plan.candidates.data),
             frozen_values(plan.candidates.screen),
         ],
+        "input_limits": plan.teacher.input_limits,
         "size": plan.size,
         "recipe": frozen_values(plan.recipe),
         "card": frozen_values(plan.card(plan.scheme, context.seed)),
