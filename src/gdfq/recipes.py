@@ -510,13 +510,18 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     activations = min(scheme.bits.activations, *overrides, MAX_BITS)
     fewest = min(scheme.bits.weights, activations)
     if recipe == TEXT.name and fewest == MAX_BITS:
-        return replace(TEXT_QUICK, name=recipe)
+        return _as_variant_of(recipe, TEXT_QUICK)
     if recipe in _EFFORT_BY_BITS and fewest == MAX_BITS:
-        return replace(_CALIBRATED, name=recipe)
+        return _as_variant_of(recipe, _CALIBRATED)
     gains_by_tuning = recipe == FAST.name and activations < MAX_BITS
     if recipe in _EFFORT_BY_BITS and fewest >= _FITTED_BITS and not gains_by_tuning:
-        return replace(_FITTED, name=recipe)
+        return _as_variant_of(recipe, _FITTED)
     return find_recipe(recipe)
+
+
+def _as_variant_of(name: str, recipe: Recipe) -> Recipe:
+    """Return a recipe under the name of the one that it stands for, with the summary of that."""
+    return replace(recipe, name=name, summary=RECIPES[name].summary)
 
 
 def with_code_rate(recipe: Recipe, scheme: Scheme) -> Recipe:
