@@ -300,6 +300,16 @@ def test_advice_names_options_that_help() -> None:
     assert "67 % of the sum of all layers' own errors" in first
 
 
+def test_speed_can_be_measured_where_a_file_was_exported() -> None:
+    def says_how(**export: str) -> bool:
+        found = verdict(made(**measured(90.0, 89.9, export=export)))
+        return any("Measure it with gdfq bench a run" in line for line in found.evidence)
+
+    assert says_how(target="onnx")
+    assert says_how(path="student.onnx")  # of a version that had no targets
+    assert not says_how()
+
+
 def test_advice_for_a_good_run_is_to_deploy_it_unless_there_are_warnings() -> None:
     run = made(**measured(90.0, 89.9, export={"target": "onnx"}))
     assert verdict(run).advice == ("Nothing needs to be done. Deploy the file.",)

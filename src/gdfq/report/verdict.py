@@ -175,7 +175,7 @@ def _evidence(run: Run, drop: Drop | None) -> Iterator[str]:
         yield _similarity(trust)
     if drop is None:
         yield f"Expected accuracy drop: no estimate. {why_not_estimated(run) or _NO_ESTIMATE}"
-    target = TARGETS.get(str(run.exported.get("target", ONNX.name)))
+    target = TARGETS.get(str(run.exported.get("target", ONNX.name))) if run.exported else None
     is_timed = target is not None and target.runtime is not None and target.runtime.calls
     if is_timed and _faster(run) is None:
         yield f"Speed: not measured. Measure it with gdfq bench {run.folder}."
