@@ -764,7 +764,7 @@ def test_errors_behind_a_sigmoid_are_said_to_be_those_of_the_logits(
     out = capsys.readouterr().out
     assert "logits of mask" in out
     assert "logits of depth" not in out
-    shown = sections_test(run)
+    shown = instance(sections_test(run), str)
     assert "Equal decisions (a probability above one half): mask 99.50 %." in shown
     assert "Relative errors of its outputs: logits of mask 163.90 %, depth 2.50 %." in shown
 
