@@ -102,6 +102,14 @@ def test_capture_refuses_example_inputs_that_do_not_fit(
         capture(model, change(data))
 
 
+def test_capture_asks_for_the_inputs_that_are_missing_not_for_another_shape() -> None:
+    model, data = network_and_data("float time", 3)
+    with pytest.raises(UsageError, match="Give a tensor for each of its inputs: example_input"):
+        capture(model, data["image"])
+    with pytest.raises(UsageError, match="Give the shape it was trained on"):
+        capture(model, (data["image"][..., :4, 0], data["time"]))
+
+
 def test_quantized_network_takes_inputs_in_order_and_by_name(case: Case) -> None:
     model, result, inputs, _ = case
     expected = model(**inputs)
