@@ -79,8 +79,10 @@ def quantize(
             tensor, or a pair of images and labels. A network with several inputs, or with
             integers, needs it: a mapping of the inputs' names to tensors [N, ...].
         test: Labelled images. Teacher and student are measured on them at the end, into the
-            result's `metrics`; they are used for nothing else. For a network that is no classifier
-            they need no labels: the error of its outputs against the teacher's is measured.
+            result's `metrics`; they are used for nothing else, except that floats that no pixel can
+            be normalised to show that the input's grid must not end where pixels do. For a network
+            that is no classifier they need no labels: the error of its outputs against the
+            teacher's is measured.
         proxy: Unlabelled photographs that have nothing to do with the lost data, in the forms of
             `data`; a folder may have any folders in it, and images are resized. Those that the
             network knows join the synthetic images (see "Images from elsewhere" in the docs);

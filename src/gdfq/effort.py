@@ -16,6 +16,11 @@ from gdfq.errors import UsageError
 from gdfq.execution.distributed import Group
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words, such as "1 step" and "2 steps"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much work a run does.
@@ -33,7 +38,7 @@ class Effort:
 
     def __str__(self) -> str:
         """Return the effort in words, such as "256 images of 18 iterations, 400 steps"."""
-        steps = f"{self.steps} step" + "s" * (self.steps != 1)
+        steps = counted(self.steps, "step")
         return f"{self.images_in_words}, {steps}" if self.images is not None else steps
 
     @property
@@ -41,8 +46,8 @@ class Effort:
         """The images alone, such as "256 images of 18 iterations"; empty if there are none."""
         if self.images is None:
             return ""
-        made = "" if self.iterations is None else f" of {self.iterations} iterations"
-        return f"{self.images} images{made}"
+        made = "" if self.iterations is None else f" of {counted(self.iterations, 'iteration')}"
+        return f"{counted(self.images, 'image')}{made}"
 
     def as_values(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -18,7 +18,7 @@ _SENTENCES: Mapping[str, Mapping[Level, str]] = {
         "good": "The accuracy is close to the original's",
         "fair": "The accuracy is somewhat lower",
         "poor": "The accuracy is much lower",
-        "unknown": _UNKNOWN,
+        "unknown": "The test images are too few to judge the accuracy",
     },
     "expected": {
         "good": "The accuracy is probably close to the original's",
@@ -176,7 +176,7 @@ def _evidence(run: Run, drop: Drop | None) -> Iterator[str]:
         yield _similarity(trust)
     if drop is None:
         yield f"Expected accuracy drop: no estimate. {why_not_estimated(run) or _NO_ESTIMATE}"
-    target = TARGETS.get(str(run.exported.get("target", ONNX.name)))
+    target = TARGETS.get(str(run.exported.get("target", ONNX.name))) if run.exported else None
     is_timed = target is not None and target.runtime is not None and target.runtime.calls
     if is_timed and _faster(run) is None:
         yield f"Speed: not measured. Measure it with gdfq bench {run.folder}."
