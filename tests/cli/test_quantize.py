@@ -334,3 +334,23 @@ def test_checkpoint_interval_must_be_a_finite_number(
 ) -> None:
     assert main(arguments(place, "--checkpoint-every", seconds)) == 2
     assert "--checkpoint-every" in capsys.readouterr().err
+
+
+def test_run_that_will_have_no_file_says_so_at_its_start(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--bits", "wfp4afp8", "--recipe", "quick")
+    assert main(arguments(place, *options, "--no-onnx", out="without")) == 0
+    assert "ONNX file" not in capsys.readouterr().err
+    assert main(arguments(place, *options)) == 0
+    said = capsys.readouterr().err
+    assert said.index("the run will write no ONNX file") < said.index("calibrate")
+
+
+def test_one_number_normalises_all_channels(place: Path) -> None:
+    words = arguments(place)
+    for option, value in (("--mean", "0.5"), ("--std", "0.3")):
+        words[words.index(option) + 1] = value
+    assert main(words) == 0
+    config = json.loads((place / "out" / "config.json").read_text())
+    assert config["normalisation"]["mean"] == [0.5] * 3

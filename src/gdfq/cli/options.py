@@ -102,13 +102,14 @@ network_options = together(
     click.option(
         "--mean",
         type=Numbers(),
-        help="Mean of the input normalisation per channel, for pixels in 0..1.  "
+        help="Mean of the input normalisation, one number for each channel or for all, for pixels "
+        "in 0..1.  "
         "[default: the network's own, else 0]",
     ),
     click.option(
         "--std",
         type=Numbers(),
-        help="Standard deviation of the input normalisation per channel, for pixels in 0..1.  "
+        help="Standard deviation of the input normalisation, as --mean.  "
         "[default: the network's own, else 1]",
     ),
     click.option(

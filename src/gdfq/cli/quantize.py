@@ -109,7 +109,7 @@ def quantize(
         )
         timing = Timing(started, Following(export=onnx, report=report))
         plan = plan_of(network, method, context=context, timing=timing, **given)
-        _check(plan, says=group.rank == 0)
+        _check(plan, onnx=onnx, says=group.rank == 0)
         if group.rank:
             _take_part(plan, context)
             return
@@ -137,8 +137,12 @@ def _text(path: object | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _check(plan: Plan, *, says: bool) -> None:
-    """Raise UsageError for a plan that could not begin, as far as its bits are known."""
+def _check(plan: Plan, *, onnx: bool, says: bool) -> None:
+    """Raise UsageError for a plan that could not begin, as far as its bits are known.
+
+    Without a target the run is worth something without its ONNX file: a warning says that there
+    will be none.
+    """
     if plan.size is not None:
         return
     diagnosis = diagnose(plan.teacher, plan.scheme, plan.carried_out)
@@ -148,6 +152,15 @@ def _check(plan: Plan, *, says: bool) -> None:
         click.echo(f"{'output':10}{diagnosis.task}")
         click.echo(f"{'network':10}{diagnosis.summary()}")
         click.echo(f"{'effort':10}{diagnosis.effort}{budget_in_words(plan)}")
+        if onnx and plan.target is None and plan.teacher.vocabulary is None:
+            _warn_without_file(plan)
+
+
+def _warn_without_file(plan: Plan) -> None:
+    try:
+        TARGETS["onnx"].check_scheme(plan.teacher, plan.scheme)
+    except UsageError as error:
+        warn(f"the run will write no ONNX file: {error}")
 
 
 def config_of(plan: Plan, context: Context) -> dict[str, Any]:

@@ -41,13 +41,16 @@ class DataPath(click.ParamType):
 
 
 class Numbers(click.ParamType):
+    """A number for each channel, or one for all."""
+
     name = "a,b,c"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
+    ) -> tuple[float, ...] | float:
         try:
-            return tuple(float(part) for part in str(value).split(","))
+            numbers = tuple(float(part) for part in str(value).split(","))
+            return numbers if len(numbers) > 1 else numbers[0]
         except ValueError:
             self.fail(
                 f"give numbers with commas between, as 0.5,0.5,0.5; got {value!r}.", param, ctx

@@ -149,11 +149,12 @@ class Sweep:
                 bits or DEFAULT_BITS[parse_placement(placement or find_recipe(recipe).placement)],
                 recipe,
                 placement,
-                *others,
+                layer_bits,
+                seed,
                 self.steps,
                 self.budget,
             )
-            for network, bits, recipe, placement, *others in grid
+            for network, bits, recipe, placement, layer_bits, seed in grid
         )
         return list(dict.fromkeys(found))
 
