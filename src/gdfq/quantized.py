@@ -116,7 +116,8 @@ class QuantizedNetwork(nn.Module):
         if self.card.classes is None:
             raise UsageError(
                 "accuracy is for classifiers; the outputs of this network are not classes. "
-                "Give test images to gdfq.quantize, which measures the error of the outputs."
+                "Give test images to gdfq.quantize, which measures the error of the outputs; a "
+                "denoiser is compared by gdfq.compare_samples."
             )
         preprocessing = self.card.preprocessing
         images = load_given(data, self.card.inputs, self.card.classes, preprocessing)

@@ -103,7 +103,7 @@ def test_what_is_on_no_grid_is_float() -> None:
         teacher, Scheme(Bits(4, 4), "full", (LayerBits("2", None),)), recipe
     )
     assert with_float_layer.float_operators == (
-        FloatOperators("conv2d", 1, "float by --layer-bits"),
+        FloatOperators("conv2d", 1, "float by --layer-bits, or by default"),
     )
     published = diagnose(teacher, Scheme(Bits(4, 4), "relu"), recipe)
     why = "its input is not the output of a ReLU; placement relu quantizes only those"

@@ -69,7 +69,7 @@ def _reason(
     if node in scheme.float_nodes(node.graph) and node not in weight_bits:
         return "depends on the time step alone"
     if queries.has_weight(node) and node not in weight_bits:
-        return "float by --layer-bits"
+        return "float by --layer-bits, or by default"
     if scheme.placement == "tokens":
         return None if node in weight_bits else "no linear layer"
     if stays_float(node):
