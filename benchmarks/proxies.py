@@ -6,49 +6,104 @@
 
 Placement `full`, all test images, the last step; recipe, steps and seed of the rows of one table
 line are the same. The proxies of CIFAR-10 networks are CIFAR-100 images and the reverse; those of
-MobileNetV1 are CIFAR-10 images, enlarged. `alone` is on as many images as the mixture has. The last
-column is on real training images, which the user of proxies does not have. Rows are kept in
-results/proxies.json.
+networks of 224x224 are CIFAR-10 images, enlarged, and 1,024 crops of the photographs that
+scikit-image and scikit-learn bring. `alone` is on as many images as the mixture has, or as pass the
+screen. The last column is on real training images, which the user of proxies does not have. Rows are
+kept in results/proxies.json.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from benchmarks.accuracy import compared, tested
 from benchmarks.rows import complete
-from benchmarks.trained_networks import NETWORKS
+from benchmarks.trained_networks import EFFICIENTNET, MOBILE, NETWORKS, R20, R56, Network
+from PIL import Image
 from support.places import RESULTS, SHARED
 from torch import Tensor
 
 import gdfq
-from gdfq.data.datasets import ArrayData, load_unlabelled
+from gdfq.data.datasets import ArrayData, ImageData, load_unlabelled
 from gdfq.data.preprocessing import Resize
 from gdfq.execution.context import Context
 from gdfq.execution.seeding import stream
+from gdfq.functional.grid import Bits
 from gdfq.graph.capture import Captured, capture
-from gdfq.recipes import QUICK
-from gdfq.sources.candidates import Candidates, Screen
+from gdfq.recipes import recipe_for
+from gdfq.sources.candidates import Candidates, Screen, Screening
 from gdfq.sources.pool import ImagePool, collect
 from gdfq.sources.screen import screened
+from gdfq.student.scheme import Scheme
 
 FILE = RESULTS / "proxies.json"
 BITS = {
-    "cifar10_resnet20": ("w3a3",),
-    "cifar100_resnet56": ("w4a4", "w3a3"),
-    "imagenet_mobilenetv1_025": ("w4a4", "w4a8"),
+    R20: ("w3a3",),
+    R56: ("w4a4", "w3a3"),
+    MOBILE: ("w4a4", "w4a8"),
+    EFFICIENTNET: ("w4a4", "w4a8"),
 }
-PROXIES = {
-    "cifar10_resnet20": "cifar100_train5k.npz",
-    "cifar100_resnet56": "cifar10_train5k.npz",
-    "imagenet_mobilenetv1_025": "cifar10_train5k.npz",
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png",
+    "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
+    "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+"""Of scikit-image, one of each thing."""
+CROPS, LEAST_AREA = 1024, 0.1
+"""Crops of photographs, and the least share of a photograph that one shows."""
+
+
+def cifar(classes: int) -> Callable[[Network], ImageData]:
+    """Training images of CIFAR, enlarged where the network takes larger ones."""
+
+    def images(network: Network) -> ImageData:
+        file = SHARED / "data" / f"cifar{classes}_train5k.npz"
+        return load_unlabelled(file, network.shape, network.preprocessing.resize)
+
+    return images
+
+
+def photographs(network: Network) -> ImageData:
+    """Random square crops of photographs, resized to the network's input.
+
+    Raises:
+        ImportError: scikit-image or scikit-learn is not installed.
+    """
+    of_image = Path(import_module("skimage.data").__file__ or "").parent
+    of_learn = Path(import_module("sklearn.datasets").__file__ or "").parent / "images"
+    files = [of_image / name for name in PHOTOGRAPHS] + sorted(of_learn.glob("*.jpg"))
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    draw = np.random.default_rng(0)
+    size = network.shape[1:]
+    crops = []
+    for number in range(CROPS):
+        picture = pictures[number % len(pictures)]
+        side = int(min(picture.size) * np.sqrt(draw.uniform(LEAST_AREA, 1)))
+        left, top = (int(draw.integers(whole - side + 1)) for whole in picture.size)
+        crop = picture.crop((left, top, left + side, top + side)).resize(size[::-1])
+        crops.append(np.asarray(crop).transpose(2, 0, 1))
+    return ArrayData(torch.from_numpy(np.stack(crops)), None)
+
+
+PROXIES: Mapping[str, Callable[[Network], ImageData]] = {
+    "CIFAR-10": cifar(10),
+    "CIFAR-100": cifar(100),
+    "photographs": photographs,
+}
+PROXIES_OF = {
+    R20: ("CIFAR-100",),
+    R56: ("CIFAR-10",),
+    MOBILE: ("CIFAR-10", "photographs"),
+    EFFICIENTNET: ("CIFAR-10", "photographs"),
 }
 
 
@@ -57,55 +112,63 @@ class Setting:
     """What the options of a row are made of."""
 
     teacher: Captured
-    screened: Candidates
+    network: Network
+    bits: str
     seed: int
-    real: Path | None
-
-    @property
-    def unscreened(self) -> Candidates:
-        return replace(self.screened, screen=Screen(filters=False))
 
     @property
     def pool(self) -> ImagePool:
-        """The pool of recipe `quick` for the network."""
-        pool = QUICK.fitted(self.teacher.input_shape).source
+        """The pool of recipe `quick` for the network and the bits."""
+        recipe = recipe_for("quick", Scheme(Bits.parse(self.bits), "full"))
+        pool = recipe.fitted(self.teacher.input_shape).source
         assert isinstance(pool, ImagePool)
         return pool
 
-    def alone(self, candidates: Candidates) -> Tensor:
+    def candidates(self, proxies: str, screen: Screen) -> Candidates:
+        images = PROXIES[proxies](self.network)
+        return Candidates(images, self.network.preprocessing, screen=screen)
+
+    def alone(self, candidates: Candidates) -> tuple[Screening, Tensor]:
         """As many kept candidates as the mixture has images."""
         pool, context = self.pool, Context(seed=self.seed)
         own, _ = collect(pool.source, self.teacher, pool.images, context=context)
-        return screened(self.teacher, own, candidates, 2 * pool.images, context)[1]
+        return screened(self.teacher, own, candidates, 2 * pool.images, context)[:2]
 
     def training(self) -> ArrayData:
         """As many training images as the mixture has, at random."""
-        assert self.real is not None
-        data = load_unlabelled(self.real, self.teacher.input_shape, Resize())
+        assert self.network.train is not None
+        data = load_unlabelled(self.network.train, self.teacher.input_shape, Resize())
         order = torch.randperm(len(data), generator=stream(self.seed, "benchmark.proxies"))
         return ArrayData(data.images(order[: 2 * self.pool.images]), None)
 
 
-POOLS: Mapping[str, Callable[[Setting], dict[str, Any]]] = {
-    "optimised": lambda _: {},
-    "alone, unscreened": lambda setting: {"data": setting.alone(setting.unscreened)},
-    "alone, screened": lambda setting: {"data": setting.alone(setting.screened)},
-    "mixed, unscreened": lambda setting: {"proxy": setting.unscreened},
-    "mixed": lambda setting: {"proxy": setting.screened},
-    "real": lambda setting: {"data": setting.training()},
-}
-"""What `gdfq.quantize` gets in each row."""
+OPTIMISED, REAL = "optimised", "real"
+SCREENS = {"unscreened": Screen(filters=False), "screened": Screen()}
+ALONE = {f"alone, {name}": screen for name, screen in SCREENS.items()}
+MIXED = {"mixed, unscreened": SCREENS["unscreened"], "mixed": SCREENS["screened"]}
+POOLS = (OPTIMISED, *ALONE, *MIXED, REAL)
+"""Images of a row; `mixed` is what `--proxy` does."""
 
 
-def measured(name: str, seed: int, pool: str, bits: str) -> dict[str, Any]:
-    """One row."""
+def measured(name: str, seed: int, pool: str, proxies: str | None, bits: str) -> dict[str, Any]:
+    """One row; without student and KL where the screen refuses all images."""
     network = NETWORKS[name]
     preprocessing = network.preprocessing
     teacher = capture(network.load(), torch.zeros(1, *network.shape))
-    proxies = load_unlabelled(SHARED / "data" / PROXIES[name], network.shape, preprocessing.resize)
     started = time.process_time()
-    setting = Setting(teacher, Candidates(proxies, preprocessing), seed, network.train)
-    options = POOLS[pool](setting)
+    setting = Setting(teacher, network, bits, seed)
+    options: dict[str, Any] = {}
+    found: Screening | None = None
+    if pool == REAL:
+        options["data"] = setting.training()
+    elif proxies is not None and pool in MIXED:
+        options["proxy"] = setting.candidates(proxies, MIXED[pool])
+    elif proxies is not None:
+        found, options["data"] = setting.alone(setting.candidates(proxies, ALONE[pool]))
+    row = {"network": name, "bits": bits, "seed": seed, "pool": pool, "proxies": proxies}
+    screening = None if found is None else found.as_values()
+    if found is not None and found.refused:
+        return {**row, "student": None, "kl": None, "candidates": screening}
     quantized = gdfq.quantize(
         teacher, None, bits, "quick", seed=seed, mean=preprocessing.mean, std=preprocessing.std,
         **options,
@@ -113,14 +176,11 @@ def measured(name: str, seed: int, pool: str, bits: str) -> dict[str, Any]:
     seconds = time.process_time() - started
     student, expected, labels = tested(quantized.network, teacher, network.test, preprocessing)
     return {
-        "network": name,
-        "bits": bits,
-        "seed": seed,
-        "pool": pool,
+        **row,
         **compared(student, expected, labels),
         "kl": kl(student[::2], expected[::2]),
         "cpu_seconds": round(seconds, 1),
-        "candidates": quantized.metrics.get("candidates"),
+        "candidates": quantized.metrics.get("candidates") or screening,
         "torch": torch.__version__,
     }
 
@@ -136,27 +196,37 @@ def kl(student: Tensor, teacher: Tensor) -> float:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in markdown: mean drop of top-1 in points, and mean KL on the even half.
 
-    A cell with fewer seeds than its line says how many it has.
+    A cell with fewer seeds than its line says how many it has; *refused* is a pool of which the
+    screen uses nothing.
     """
     lines = [
-        f"| network (full precision) | bits | seeds | {' | '.join(POOLS)} |",
-        "| --- |" + " --- |" * (2 + len(POOLS)),
+        f"| network (full precision) | proxies | bits | seeds | {' | '.join(POOLS)} |",
+        "| --- | --- |" + " --- |" * (2 + len(POOLS)),
     ]
-    for name, bits in dict.fromkeys((row["network"], row["bits"]) for row in rows):
-        group = [row for row in rows if (row["network"], row["bits"]) == (name, bits)]
+    networks_bits = dict.fromkeys((row["network"], row["bits"]) for row in rows)
+    for (name, bits), proxies in ((key, p) for key in networks_bits for p in PROXIES_OF[key[0]]):
+        group = [
+            row
+            for row in rows
+            if (row["network"], row["bits"]) == (name, bits) and row["proxies"] in (None, proxies)
+        ]
         seeds = len({row["seed"] for row in group})
-        cells = []
-        for pool in POOLS:
-            found = [row for row in group if row["pool"] == pool]
-            if not found:
-                cells.append("")
-                continue
-            drop = statistics.mean(row["teacher"]["all"] - row["student"]["all"] for row in found)
-            fewer = f", {len(found)} of {seeds} seeds" if len(found) < seeds else ""
-            cells.append(f"{drop:.2f} ({statistics.mean(row['kl'] for row in found):.3f}{fewer})")
+        cells = [_cell([row for row in group if row["pool"] == pool], seeds) for pool in POOLS]
         full = group[0]["teacher"]["all"]
-        lines.append(f"| {name} ({full:.2f}) | {bits} | {seeds} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {name} ({full:.2f}) | {proxies} | {bits} | {seeds} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
+    """Mean drop and mean KL of the seeds of one pool."""
+    used = [row for row in rows if row["student"] is not None]
+    if not used:
+        return "refused" if rows else ""
+    drop = statistics.mean(row["teacher"]["all"] - row["student"]["all"] for row in used)
+    fewer = f", {len(used)} of {seeds} seeds" if len(used) < seeds else ""
+    return f"{drop:.2f} ({statistics.mean(row['kl'] for row in used):.3f}{fewer})"
 
 
 def main() -> None:
@@ -170,13 +240,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and end")
     options = parser.parse_args()
     wanted = (
-        (name, seed, pool, bits)
+        (name, seed, pool, proxies, bits)
         for name, seed, pool in product(options.networks, options.seeds, options.pools)
-        if pool != "real" or NETWORKS[name].train is not None
+        if pool != REAL or NETWORKS[name].train is not None
+        for proxies in ((None,) if pool in (OPTIMISED, REAL) else PROXIES_OF[name])
         for bits in BITS[name]
         if not options.bits or bits in options.bits
     )
-    names = ("network", "seed", "pool", "bits")
+    names = ("network", "seed", "pool", "proxies", "bits")
     rows = complete(FILE, names, () if options.table else wanted, measured, ["student", "kl"])
     print(table(rows))
 
