@@ -43,11 +43,12 @@ STORIES = SHARED / "data" / "tinystories_val_tokens.npz"
 ROUND = replace(TEXT_QUICK, equalizer=None, fit_weights=False)
 FIT = replace(TEXT_QUICK, equalizer=None)
 DISTILLED = replace(TEXT, equalizer=None)
+TUNED = "fitted, distilled"
 METHODS: Mapping[str, Recipe] = {
     "rounded": ROUND,
     "fitted": FIT,
     "distilled": replace(DISTILLED, fit_weights=False),
-    "fitted, distilled": DISTILLED,
+    TUNED: DISTILLED,
 }
 
 
@@ -67,27 +68,32 @@ class Row:
         return replace(METHODS[self.method], equalizer=EQUALIZERS[self.equalizer])
 
 
+PLAN: tuple[tuple[Sequence[str], Sequence[str], Sequence[str], str, int | None], ...] = (
+    # bits, equalizers, methods, text, group size. Where activations stay float no equalizer is used.
+    (("w4a4",), tuple(EQUALIZERS), ("rounded", "fitted"), "own", None),
+    (("w8a8", "w4a8"), ("none", "hadamard"), ("rounded", "fitted"), "own", None),
+    (("w4a16", "w3a16"), ("none",), tuple(METHODS), "own", None),
+    (("w4a4",), ("hadamard",), ("distilled", TUNED), "own", None),
+    (("w8a8", "w4a8"), ("hadamard",), (TUNED,), "own", None),
+    (("w4a16",), ("none",), ("rounded", "fitted", TUNED), "own", 16),
+    (("w4a4", "w4a8", "w8a8"), ("hadamard",), ("fitted", TUNED), "real", None),
+    (("w4a16", "w3a16"), ("none",), ("fitted", TUNED), "real", None),
+    (("w4a4",), ("none", "smooth", "reassembly"), (TUNED,), "own", None),
+)
+
+
 def plan() -> list[Row]:
-    """All rows, the most telling ones first."""
-    found = [
-        Row(bits, equalizer, method)
-        for bits in ("w4a4", "w4a16", "w4a8", "w8a8", "w3a16")
-        for method in ("rounded", "fitted")
-        for equalizer in ("none", "hadamard")
+    """All rows, a seed after the other."""
+    return [
+        Row(bits, equalizer, method, text, seed, group_size)
+        for seed in (0, 1, 2)
+        for all_bits, equalizers, methods, text, group_size in PLAN
+        for bits in all_bits
+        for equalizer in equalizers
+        for method in methods
+        # Neither rounding nor fitting to given text is random.
+        if seed == 0 or equalizer != "none" or "distilled" in method or (method, text) == ("fitted", "own")
     ]
-    found += [Row("w4a4", e, m) for e in ("smooth", "reassembly") for m in ("rounded", "fitted")]
-    found += [Row(bits, "hadamard", "fitted", text="real") for bits in ("w4a4", "w4a16")]
-    found += [Row("w4a4", "hadamard", m) for m in ("distilled", "fitted, distilled")]
-    found += [Row(bits, "hadamard", "fitted, distilled") for bits in ("w4a16", "w4a8")]
-    found += [
-        Row(bits, "hadamard", method, seed=seed)  # nothing of rows without own text is random
-        for seed in (1, 2)
-        for bits in ("w4a4", "w4a16")
-        for method in ("rounded", "fitted")
-    ]
-    found += [Row("w4a4", "hadamard", "fitted", text="real", seed=seed) for seed in (1, 2)]
-    found += [Row("w4a16", "none", m, group_size=16) for m in ("fitted", "fitted, distilled")]
-    return list(dict.fromkeys(found))
 
 
 @cache
