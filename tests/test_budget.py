@@ -210,6 +210,49 @@ def command(place: Path, *more: str) -> list[str]:
     return [*words[:at], "--recipe", "fast", "--bits", "w4a4", *words[at + 4 :]]
 
 
+@pytest.mark.parametrize(("bits", "recipe"), [("w8a8", "fast"), ("w4a4", "quick")])
+def test_effort_of_a_run_without_tuning_has_no_steps_and_repeats_it(
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch, bits: str, recipe: str
+) -> None:
+    """With steps the recipe would tune."""
+    costs = Costs(fixed=1.0, iteration=0.01, calibration=0.1, batch=128)
+    monkeypatch.setattr("gdfq.plan.budget.measure_costs", lambda *_, **__: costs)
+    first = gdfq.quantize(teacher, None, bits, recipe, budget=6)
+    effort = first.metrics["effort"]
+    assert effort == {"images": 32, "iterations": 10, "steps": None}
+    again = gdfq.quantize(teacher, None, bits, recipe, **effort)
+    assert same(state(first.network), state(again.network))
+    assert again.metrics["effort"] == effort
+
+
+def test_budget_of_given_images_chooses_steps_alone(
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch, fast: Recipe
+) -> None:
+    """Of 20 steps 5 calibrate: 1 s + 0.5 s + 7.5 s of the 9.4 s that are planned."""
+    costs = replace(COSTS, iteration=None)
+    monkeypatch.setattr("gdfq.plan.budget.measure_costs", lambda *_, **__: costs)
+    plan = planned(teacher, fast, budget=9.7, data=networks.images(16))
+    assert plan.effort_options == {"images": None, "iterations": None, "steps": 20}
+
+
+def test_budget_of_given_images_without_tuning_chooses_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """16 of the 40 images calibrate in each of its four steps, as without a budget."""
+    words = arguments(place, "--data", f"{place}/bare.npz", "--batch", "16")
+    at = words.index("--recipe")
+    words = [*words[:at], "--recipe", "quick", "--bits", "w4a4", *words[at + 4 :]]
+    assert main([*words, "--budget", "1h"]) == 0
+    said = capsys.readouterr().out
+    assert "effort    calibrated without tuning" in said
+    assert said.splitlines()[-1].endswith("the same run: without --budget")
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    assert set(metrics["effort"].values()) == {None}
+    first = (place / "out" / "student.safetensors").read_bytes()
+    assert main([word.replace(f"{place}/out", f"{place}/again") for word in words]) == 0
+    assert (place / "again" / "student.safetensors").read_bytes() == first
+
+
 def test_command_records_and_says_what_was_chosen(
     place: Path, measurements: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -223,3 +223,4 @@ def test_rule_of_a_recipe_knows_its_iterations_and_the_size_of_its_input() -> No
 def test_effort_in_words() -> None:
     assert str(Effort(256, 18, 400)) == "256 images of 18 iterations, 400 steps"
     assert str(Effort(None, None, 1)) == "1 step"
+    assert str(Effort(1, 1, 4)) == "1 image of 1 iteration, 4 steps"

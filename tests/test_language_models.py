@@ -51,9 +51,11 @@ def test_more_bits_are_closer_to_the_original() -> None:
 
 
 def test_fitting_and_tuning_bring_own_text_closer_to_the_original() -> None:
+    """With 32 sequences, or 32 steps, the order of the last two depends on the processor."""
+    source = replace(_SOURCE, sequences=128)
     rounded, fitted, tuned = (
-        quantized("w3a4", recipe).metrics["own_text"]["divergence"]
-        for recipe in (ROUND, QUICK, TEXT)
+        quantized("w3a4", replace(recipe, source=source)).metrics["own_text"]["divergence"]
+        for recipe in (ROUND, QUICK, replace(TEXT, steps=64))
     )
     assert fitted < 0.8 * rounded
     assert tuned < fitted

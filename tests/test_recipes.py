@@ -111,6 +111,7 @@ def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
     recipe = resolve_method(bits, "quick").recipe
     assert recipe.fit_weights
     assert recipe.effort_in_words == "512 images of 24 iterations, calibrated without tuning"
+    assert recipe.summary == find_recipe("quick").summary
     large = instance(recipe.fitted((3, 224, 224)).source, ImagePool)
     assert (large.images, large.batch, large.source.batch) == (256, 64, 32)
 

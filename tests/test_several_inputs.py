@@ -17,6 +17,7 @@ import gdfq
 from gdfq import UsageError
 from gdfq.data.tensors import load_tensors
 from gdfq.deploy.onnx.session import onnx_session
+from gdfq.generation.generation import Generation
 from gdfq.graph.capture import capture
 from gdfq.graph.inputs import InputSpec
 from gdfq.quantized import QuantizedNetwork
@@ -99,6 +100,14 @@ def test_capture_refuses_example_inputs_that_do_not_fit(
     model, data = network_and_data("float time", 3)
     with pytest.raises(UsageError, match=message):
         capture(model, change(data))
+
+
+def test_capture_asks_for_the_inputs_that_are_missing_not_for_another_shape() -> None:
+    model, data = network_and_data("float time", 3)
+    with pytest.raises(UsageError, match="Give a tensor for each of its inputs: example_input"):
+        capture(model, data["image"])
+    with pytest.raises(UsageError, match="Give the shape it was trained on"):
+        capture(model, (data["image"][..., :4, 0], data["time"]))
 
 
 def test_quantized_network_takes_inputs_in_order_and_by_name(case: Case) -> None:
@@ -214,12 +223,26 @@ def test_reconstruction_takes_several_inputs() -> None:
 
 def test_automatic_bits_refuse_several_inputs() -> None:
     model, data = network_and_data("tokens")
-    with pytest.raises(UsageError, match="takes images alone"):
+    with pytest.raises(UsageError, match=r"'auto' need .* takes images alone.*Give the bits"):
         gdfq.quantize(model, data, "auto", "fast", size=60_000, data=data)
 
 
+def test_options_of_images_refuse_several_inputs() -> None:
+    model, data = network_and_data("tokens")
+    for options, words in (
+        ({"mean": 0.5}, "mean, std and resize need .*Remove them"),
+        ({"proxy": torch.rand(4, 3, 8, 8)}, "images from elsewhere need .*Remove the images"),
+        (
+            {"generate_with": Generation("diffusers:none", Path("none"))},
+            "images from elsewhere need .*Remove the images",
+        ),
+    ):
+        with pytest.raises(UsageError, match=words):
+            gdfq.quantize(model, data, "w8a8", "quick", data=data, **options)
+
+
 def test_raw_input_refuses_several_inputs(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="takes images alone"):
+    with pytest.raises(UsageError, match=r"raw input needs .*Remove raw_input"):
         case[1].export(tmp_path / "q.onnx", raw_input=True)
 
 

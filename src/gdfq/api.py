@@ -79,8 +79,10 @@ def quantize(
             tensor, or a pair of images and labels. A network with several inputs, or with
             integers, needs it: a mapping of the inputs' names to tensors [N, ...].
         test: Labelled images. Teacher and student are measured on them at the end, into the
-            result's `metrics`; they are used for nothing else. For a network that is no classifier
-            they need no labels: the error of its outputs against the teacher's is measured.
+            result's `metrics`; they are used for nothing else, except that floats that no pixel can
+            be normalised to show that the input's grid must not end where pixels do. For a network
+            that is no classifier they need no labels: the error of its outputs against the
+            teacher's is measured.
         proxy: Unlabelled photographs that have nothing to do with the lost data, in the forms of
             `data`; a folder may have any folders in it, and images are resized. Those that the
             network knows join the synthetic images (see "Images from elsewhere" in the docs);
@@ -108,10 +110,12 @@ def quantize(
             - size: With bits "auto": the size of the ONNX file in bytes, at most.
             - placement: "full" (deployable) or "relu" (the protocol of the published tables).
             - layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
+            - group_size: Of a language model: most columns of a weight that share a scale.
+            - equalizer: Of a language model: "hadamard", "reassembly", "smooth" or "none".
             - budget: The time of the call, in seconds or as "5m" or "2m30s", without that of
               measuring on `test`. One step of each kind is measured first; images, iterations and
-              steps are chosen for the time that is left. `metrics["effort"]` has them; given as
-              `images`, `iterations` and `steps` they repeat the run.
+              steps are chosen for the time that is left. `metrics["effort"]` has them, or None
+              where one follows from the others; as options (`**effort`) they repeat the run.
             - images: Images that are made before the student learns.
             - iterations: Updates of each of these images.
             - steps: Batches in total.

@@ -16,6 +16,11 @@ from gdfq.errors import UsageError
 from gdfq.execution.distributed import Group
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words, such as "1 step" and "2 steps"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much work a run does.
@@ -33,7 +38,7 @@ class Effort:
 
     def __str__(self) -> str:
         """Return the effort in words, such as "256 images of 18 iterations, 400 steps"."""
-        steps = f"{self.steps} step" + "s" * (self.steps != 1)
+        steps = counted(self.steps, "step")
         return f"{self.images_in_words}, {steps}" if self.images is not None else steps
 
     @property
@@ -41,8 +46,8 @@ class Effort:
         """The images alone, such as "256 images of 18 iterations"; empty if there are none."""
         if self.images is None:
             return ""
-        made = "" if self.iterations is None else f" of {self.iterations} iterations"
-        return f"{self.images} images{made}"
+        made = "" if self.iterations is None else f" of {counted(self.iterations, 'iteration')}"
+        return f"{counted(self.images, 'image')}{made}"
 
     def as_values(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -130,7 +135,9 @@ class Costs:
         calibrated: Most batches that calibrate.
         matched: Most batches whose moments are matched, on the average of the layers.
         warmup: Most steps before the first update.
-        steps: Most steps; more of them would calibrate on the same images again.
+        fewest: Fewest steps of a student that is not tuned, of a source that makes no images before
+            it learns.
+        steps: Most steps.
     """
 
     fixed: float
@@ -143,6 +150,7 @@ class Costs:
     calibrated: int = 1
     matched: float = 0.0
     warmup: int = 1
+    fewest: int = 1
     steps: int = MAX_STEPS
 
     def after(self, seconds: float) -> "Costs":
@@ -237,7 +245,7 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
 def _image_efforts(costs: Costs, rule: EffortRule) -> Iterator[Effort]:
     """Yield the images that may be chosen, with the fewest steps, in ascending order."""
     if costs.iteration is None:
-        yield Effort(None, None, 1 if costs.step is None else rule.min_steps)
+        yield Effort(None, None, costs.fewest if costs.step is None else rule.min_steps)
         return
     for images in range(rule.min_images, rule.max_images + 1, rule.min_images):
         steps = -(-images // costs.batch) if costs.step is None else rule.min_steps

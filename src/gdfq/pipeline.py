@@ -79,7 +79,7 @@ def _quantize(plan: Plan, clock: Stopwatch, seed: int, context: Context) -> Quan
     metrics = {
         "seconds": seconds,
         "steps": plan.recipe.steps,
-        "effort": plan.effort.as_values(),
+        "effort": plan.effort_options,
         "float_bytes": sum(tensor.nbytes for tensor in tensors_of(plan.teacher.network).values()),
         **measured,
     }

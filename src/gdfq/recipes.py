@@ -120,7 +120,7 @@ class Recipe:
     @property
     def effort(self) -> Effort:
         """Images, iterations and steps."""
-        made = self.source.images_held if self.source.iterations is not None else 0
+        made = self.source.images_made
         return Effort(made or None, self.source.iterations if made else None, self.steps)
 
     @property
@@ -150,9 +150,7 @@ class Recipe:
             UsageError: They are not positive whole numbers, or the recipe makes its images while
                 the student learns.
         """
-        for name, value in (("images", images), ("iterations", iterations)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} must be a whole number of at least 1; got {value}.")
+        _check_counts(images=images, iterations=iterations)
         source, once = self.source, not self.tuning.trains
         source = source if images is None else source.with_images(images, once=once)
         source = source if iterations is None else source.with_iterations(iterations)
@@ -174,10 +172,9 @@ class Recipe:
         Raises:
             UsageError: There are too few steps.
         """
+        _check_counts(steps=steps)
         if steps is None:
             return self
-        if not isinstance(steps, int) or steps < 1:
-            raise UsageError(f"steps must be a whole number of at least 1; got {steps}.")
         if not self.tuning.trains:
             return replace(self, steps=steps, calibration=steps, warmup=steps)
         if steps < 4:
@@ -202,15 +199,23 @@ class Recipe:
         Raises:
             UsageError: `batch` is not a positive whole number.
         """
+        _check_counts(batch=batch)
         if batch is None:
             return self
-        if not isinstance(batch, int) or batch < 1:
-            raise UsageError(f"batch must be a whole number of at least 1; got {batch}.")
         return replace(self, source=self.source.with_batch(batch))
 
     def fitted(self, input_shape: Sequence[int]) -> "Recipe":
         """Return this recipe with as many images, and images per step, as the inputs allow."""
         return replace(self, source=self.source.fitted(input_shape))
+
+
+def _check_counts(**counts: int | None) -> None:
+    """Raise UsageError for a count that is no positive whole number; None is none."""
+    for name, count in counts.items():
+        if count is not None and (
+            not isinstance(count, int) or isinstance(count, bool) or count < 1
+        ):
+            raise UsageError(f"{name} must be a whole number of at least 1; got {count}.")
 
 
 _MAX_POOL_PIXELS = 2**26
@@ -505,13 +510,18 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
     activations = min(scheme.bits.activations, *overrides, MAX_BITS)
     fewest = min(scheme.bits.weights, activations)
     if recipe == TEXT.name and fewest == MAX_BITS:
-        return replace(TEXT_QUICK, name=recipe)
+        return _as_variant_of(recipe, TEXT_QUICK)
     if recipe in _EFFORT_BY_BITS and fewest == MAX_BITS:
-        return replace(_CALIBRATED, name=recipe)
+        return _as_variant_of(recipe, _CALIBRATED)
     gains_by_tuning = recipe == FAST.name and activations < MAX_BITS
     if recipe in _EFFORT_BY_BITS and fewest >= _FITTED_BITS and not gains_by_tuning:
-        return replace(_FITTED, name=recipe)
+        return _as_variant_of(recipe, _FITTED)
     return find_recipe(recipe)
+
+
+def _as_variant_of(name: str, recipe: Recipe) -> Recipe:
+    """Return a recipe under the name of the one that it stands for, with the summary of that."""
+    return replace(recipe, name=name, summary=RECIPES[name].summary)
 
 
 def with_code_rate(recipe: Recipe, scheme: Scheme) -> Recipe:

@@ -426,10 +426,14 @@ def identity_of(plan: Plan, context: Context) -> dict[str, Any]:
             summary_of(plan.candidates.data),
             frozen_values(plan.candidates.screen),
         ],
+        "input_limits": plan.teacher.input_limits,
         "size": plan.size,
         "recipe": frozen_values(plan.recipe),
         "card": frozen_values(plan.card(plan.scheme, context.seed)),
         "grids": frozen_values(plan.scheme.grids),
+        "group_size": plan.scheme.group_size,
+        "new_biases": plan.scheme.new_biases,
+        "denoiser": plan.scheme.denoiser,
         "precision": context.precision,
     }
 
@@ -441,6 +445,7 @@ def environment_of(plan: Plan, context: Context) -> dict[str, Any]:
         "device": str(plan.teacher.device),
         "threads": torch.get_num_threads(),
         "processes": context.group.size,
+        "memory": context.memory.bytes,
     }
 
 

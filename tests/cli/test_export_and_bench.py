@@ -48,6 +48,8 @@ def test_export_writes_files_that_bench_measures(
     assert (out / "student.safetensors").read_bytes() == before
     assert main(["bench", f"{place}/new/net.safetensors"]) == 2
     assert "the folder of a run that holds exported files" in capsys.readouterr().err
+    assert main(["export", str(out), "--model", "hf:some/model"]) == 2
+    assert "--model is for targets whose files hold weights" in capsys.readouterr().err
     options = ["--raw-input", "--safe-x86"]
     assert main(["export", str(out), *options]) == 0
     assert "32 usual inputs" in capsys.readouterr().out

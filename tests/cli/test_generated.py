@@ -67,6 +67,13 @@ def test_python_call_generates_into_its_folder(tmp_path: Path) -> None:
     assert len(list((tmp_path / "pool").glob("*.png"))) == 8
 
 
+@pytest.mark.parametrize("name", ["data", "proxy"])
+def test_test_images_that_the_run_uses_are_refused_before_a_network_is_loaded(name: str) -> None:
+    for path in ("photos", Path("photos"), Path("photos").resolve()):
+        with pytest.raises(UsageError, match=f"test and {name} are both photos"):
+            gdfq.quantize("timm:absent", test=path, **{name: "photos"})  # type: ignore[arg-type]
+
+
 def test_generation_is_refused_before_a_network_is_loaded(tmp_path: Path) -> None:
     generation = gdfq.Generation("diffusers:tiny", tmp_path, ["a", "b"])
     for options, said in (

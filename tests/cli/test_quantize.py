@@ -73,6 +73,12 @@ def test_run_writes_all_files_and_can_be_evaluated(
     assert gdfq.load(out).evaluate(place / "test.npz") == pytest.approx(metrics["student"]["top1"])
     assert main(["evaluate", str(out), *test]) == 0
     assert f"top-1 {metrics['student']['top1']:.2f} %" in capsys.readouterr().out
+    for option, words in (
+        (["--model", "nowhere.py:net"], "--model is for language models. Remove it"),
+        (["--weights", "w.safetensors"], "--weights are those of --model, which is missing"),
+    ):
+        assert main(["evaluate", str(out), *test, *option]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weights", ["w.pt", "nested.pt"])

@@ -108,7 +108,7 @@ def test_network_that_does_not_fit_is_refused_by_layer(
         refused.value
     )
     assert "4 bits in conv1, conv2, fc; zero points other than 0 in x, " in str(refused.value)
-    assert "again with --target narrow" in str(refused.value)
+    assert "again with --target narrow and other --bits, or" in str(refused.value)
     with pytest.raises(UsageError, match=r"there is none for: add"):
         small.export(tmp_path / "q.narrow", target=replace(NARROW, unsupported=_sums))
     assert list(tmp_path.iterdir()) == []

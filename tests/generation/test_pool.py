@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -93,18 +94,24 @@ def test_class_file_must_have_a_name_for_each_class(tmp_path: Path) -> None:
 
 
 def test_options_of_generated_images_are_checked_first(tmp_path: Path) -> None:
-    def of(generate_with: str | None, classes: Path | None) -> Generation | None:
-        options = {
-            "generate_with": generate_with, "classes": classes, "guidance": 3.5,
-            "denoising_steps": None, "classes_per_prompt": 1, "generate_batch": 4,
-        }  # fmt: skip
-        return taken_from(options, tmp_path)
+    names = (
+        "generate_with", "classes", "guidance", "denoising_steps", "classes_per_prompt",
+        "generate_batch",
+    )  # fmt: skip
 
-    assert of(None, None) is None
-    assert of("diffusers:some/model", None) is not None
-    with pytest.raises(UsageError, match="remove --classes"):
-        of(None, tmp_path)
+    def of(**given: Any) -> Generation | None:
+        return taken_from({**dict.fromkeys(names), **given}, tmp_path)
+
+    model = "diffusers:some/model"
+    assert of() is None
+    assert of(generate_with=model) == Generation(model, tmp_path)
+    chosen = Generation(model, tmp_path, guidance=0.0, batch=2)
+    assert of(generate_with=model, guidance=0.0, generate_batch=2) == chosen
+    with pytest.raises(UsageError, match="or remove --classes"):
+        of(classes=tmp_path)
+    with pytest.raises(UsageError, match="or remove --guidance, --generate-batch"):
+        of(guidance=0.0, generate_batch=2)
     for name in ("some/model", "diffusers:", "timm:resnet18"):
         with pytest.raises(UsageError, match="diffusers:ID"):
-            of(name, tmp_path)
+            of(generate_with=name)
     assert place_of("diffusers:a:b") == "a:b"

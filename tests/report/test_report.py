@@ -21,6 +21,7 @@ from gdfq.report.drop import drop_of
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Run, read_run
 from gdfq.report.sections import Content, training
+from gdfq.report.sections import test as sections_test
 from gdfq.report.sensitive_layers import sensitive_layers
 from gdfq.report.source_warnings import (
     collapse,
@@ -64,9 +65,7 @@ def made(**parts: Any) -> Run:
     return Run(Path("a run"), **{**empty, **parts}, sizes=sizes, problems=problems)
 
 
-def measured(
-    before: float, after: float, images: int = 10_000, **more: list[dict[str, float | int]]
-) -> dict[str, Any]:
+def measured(before: float, after: float, images: int = 10_000, **more: Any) -> dict[str, Any]:
     accuracy = {"teacher": {"top1": before}, "student": {"top1": after}, "test_images": images}
     return {"metrics": {"float_bytes": 1_000_000, **accuracy, **more}}
 
@@ -138,9 +137,33 @@ def test_no_better_than_noise_warns_of_statistics_like_noise() -> None:
     def of(*synthetic: float) -> list[dict[str, float]]:
         return [{"synthetic": s, "white": 5.0, "natural": 1.0} for s in synthetic]
 
-    assert no_better_than_noise([]) is None
-    assert no_better_than_noise(of(0.1, 0.2)) is None
-    assert "close to that of noise" in present(no_better_than_noise(of(1.0, 0.9)))
+    assert no_better_than_noise([], "why.") is None
+    assert no_better_than_noise(of(0.1, 0.2), "why.") is None
+    assert present(no_better_than_noise(of(1.0, 0.9), "why.")).endswith("of noise (1): why.")
+
+
+@pytest.mark.parametrize(
+    ("config", "history", "advice"),
+    [
+        ({}, (), "Give it more iterations (--iterations)."),
+        ({}, ({"stage": "tune", "step": 1, "generator": 1.0},), "Give it more steps (--steps)."),
+        ({"data": "photos"}, (), "or give other images."),
+    ],
+)
+def test_warnings_advise_what_the_images_of_the_run_allow(
+    config: dict[str, str], history: tuple[dict[str, Any], ...], advice: str
+) -> None:
+    images = {
+        "diversity": {"pixels": 0.01},
+        "clipped": 0.0,
+        "classes": None,
+        "distances": [{"synthetic": 0.7, "white": 0.1, "natural": 0.2}],
+    }
+    alike, like_noise = source_warnings(
+        made(config=config, history=history, evidence={"images": images})
+    )
+    assert like_noise.endswith(advice)
+    assert alike.endswith("Give images that differ." if config else "recipe fast.")
 
 
 def test_not_converging_warns_of_a_constant_loss() -> None:
@@ -151,7 +174,7 @@ def test_not_converging_warns_of_a_constant_loss() -> None:
     # One lucky step at the end does not make it converge.
     assert "does not converge" in present(not_converging([2.0] * 199 + [0.1]))
     history = [{"stage": "tune", "step": i, "generator": 1.0} for i in range(20)]
-    assert len(source_warnings(None, history)) == 1
+    assert len(source_warnings(made(history=history))) == 1
 
 
 # The verdict
@@ -167,6 +190,7 @@ def test_level_is_that_of_the_measured_drop(after: float, level: str) -> None:
 def test_level_of_few_test_images_is_unknown() -> None:
     found = verdict(made(**measured(90.0, 90.0, images=40)))
     assert found.level == "unknown"
+    assert found.sentence.startswith("The test images are too few to judge the accuracy: ")
     assert any("more labelled images" in line for line in found.advice)
 
 
@@ -239,7 +263,9 @@ def test_verdict_without_estimate_gives_the_reason() -> None:
     assert (
         "Measure the accuracy on labelled images: gdfq evaluate a run --test DATA." in found.advice
     )
-    assert verdict(made()).level == "unknown"
+    untried = verdict(made())
+    assert untried.level == "unknown"
+    assert "the accuracy drop was not estimated" in untried.sentence
 
 
 def test_verdict_on_outputs_without_classes_gives_their_error() -> None:
@@ -274,8 +300,25 @@ def test_advice_names_options_that_help() -> None:
     found = {"layers": {"layers": layers, "sensitivity": "error"}}
     first = verdict(made(**measured(90.0, 70.0), evidence=found)).advice[0]
     assert "67 % of the sum of all layers' own errors" in first
-    assert verdict(made(**measured(90.0, 89.9))).advice == (
-        "Nothing needs to be done. Deploy the file.",
+
+
+def test_speed_can_be_measured_where_a_file_was_exported() -> None:
+    def says_how(**export: str) -> bool:
+        found = verdict(made(**measured(90.0, 89.9, export=export)))
+        return any("Measure it with gdfq bench a run" in line for line in found.evidence)
+
+    assert says_how(target="onnx")
+    assert says_how(path="student.onnx")  # of a version that had no targets
+    assert not says_how()
+
+
+def test_advice_for_a_good_run_is_to_deploy_it_unless_there_are_warnings() -> None:
+    run = made(**measured(90.0, 89.9, export={"target": "onnx"}))
+    assert verdict(run).advice == ("Nothing needs to be done. Deploy the file.",)
+    assert verdict(run, ("A warning.",)).advice == ("A warning.",)
+    without_file = made(**measured(90.0, 89.9), sizes={"student.safetensors": 300_000})
+    assert verdict(without_file).advice == (
+        "Nothing needs to be done. To deploy it: gdfq export a run.",
     )
 
 
@@ -707,6 +750,25 @@ def test_print_run_shows_size_drop_and_verdict(
     assert lost_or_gained(present(found.drop)) in printed
     assert verdict(found).sentence.split(":")[0] in printed
     print_run(replace(found, evidence={}))
+
+
+def test_errors_behind_a_sigmoid_are_said_to_be_those_of_the_logits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gdfq.cli.console import print_run
+
+    student = {
+        "error_percent": {"mask": 163.9, "depth": 2.5},
+        "decisions_percent": {"mask": 99.5},
+    }
+    run = made(metrics={"student": student, "seconds": {"total": 1.0}, "steps": 1})
+    print_run(run)
+    out = capsys.readouterr().out
+    assert "logits of mask" in out
+    assert "logits of depth" not in out
+    shown = instance(sections_test(run), str)
+    assert "Equal decisions (a probability above one half): mask 99.50 %." in shown
+    assert "Relative errors of its outputs: logits of mask 163.90 %, depth 2.50 %." in shown
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,22 @@ def test_lock_of_a_dead_process_is_released(tmp_path: Path) -> None:
         pass
 
 
+def test_report_of_an_unfinished_run_does_not_outlive_it(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.begin({"gdfq": "0"})
+        folder.history.write_text("{}")
+        with folder.checkpoints as checkpoints:
+            checkpoints.begin({}, {})
+            checkpoints.save()
+    gdfq.write_report(tmp_path)
+    assert (tmp_path / "report.html").exists()
+    with RunFolder(tmp_path) as folder:
+        folder.begin({"gdfq": "0"})
+        assert not (tmp_path / "report.html").exists()
+        assert not (tmp_path / "report.json").exists()
+        assert folder.history.exists()
+
+
 def test_load_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a run that has finished"):
         gdfq.load(tmp_path)

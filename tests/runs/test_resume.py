@@ -1,5 +1,6 @@
 """A run that is stopped anywhere resumes and ends with the same bits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from support.small_runs import same, small, state
 
 import gdfq
 from gdfq import RECIPES
+from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpoints import Checkpoints
+from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
+from gdfq.files.states import differences
 from gdfq.graph.capture import Captured
+from gdfq.plan.resolve import resolve
 from gdfq.quantized import QuantizedNetwork
+from gdfq.stages import environment_of, identity_of
 
 
 class StopError(Exception):
@@ -117,3 +123,20 @@ def test_run_stopped_anywhere_ends_with_the_same_bits(
     assert torch.equal(present(expected.observations).images, present(got.observations).images)
     assert {**expected.metrics, "seconds": 0} == {**got.metrics, "seconds": 0}
     assert told_once(rows) == whole.rows
+
+
+@pytest.mark.parametrize("changed", [{"group_size": 4}, {"new_biases": False}, {"denoiser": True}])
+def test_run_of_another_scheme_is_another_run(teacher: Captured, changed: dict[str, Any]) -> None:
+    plan = resolve(teacher, None, "w4a8", "quick")
+    plan = replace(plan, scheme=replace(plan.scheme, placement="tokens"))
+    other = replace(plan, scheme=replace(plan.scheme, **changed))
+    (name,) = differences(identity_of(plan, Context()), identity_of(other, Context()))
+    assert name in changed
+
+
+def test_run_with_another_memory_rounds_in_another_way(teacher: Captured) -> None:
+    plan = resolve(teacher, None, "w4a8", "quick")
+    usual, small_one = Context(), Context(memory=MemoryBudget(2**20))
+    assert differences(identity_of(plan, usual), identity_of(plan, small_one)) == {}
+    found = differences(environment_of(plan, usual), environment_of(plan, small_one))
+    assert found == {"memory": (None, 2**20)}

@@ -49,6 +49,23 @@ def test_sweep_has_every_combination_once(tmp_path: Path) -> None:
     assert cells[-1].folder.startswith("b-w8a8-quick-first=8-last=float-seed1-")
 
 
+def test_bits_that_are_not_said_are_those_of_the_placement(tmp_path: Path) -> None:
+    """As in `gdfq quantize`."""
+    cells = read(tmp_path, "networks: [a]\nrecipes: [fast, paper]\nplacement: [full, relu]").cells()
+    found = [(cell.recipe, cell.placement, cell.bits) for cell in cells]
+    assert found == [
+        (recipe, placement, bits)
+        for recipe in ("fast", "paper")
+        for placement, bits in (("full", "w4a8"), ("relu", "w4a4"))
+    ]
+    assert [
+        cell.bits for cell in read(tmp_path, "networks: [a]\nrecipes: [fast, paper]").cells()
+    ] == [
+        "w4a8",
+        "w4a4",
+    ]
+
+
 @pytest.mark.parametrize(("budget", "word"), [("2m30s", "2m30s"), (90, "90"), (0.5, "0.5")])
 def test_each_run_of_a_sweep_has_its_budget(tmp_path: Path, budget: object, word: str) -> None:
     (cell,) = read(tmp_path, f"networks: [a]\nbudget: {budget}").cells()

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 import gdfq
 from gdfq.errors import UsageError
+from gdfq.execution.context import Context
+from gdfq.files.states import differences
 from gdfq.functional.grid import Bits, Layout
 from gdfq.graph.capture import Captured, capture
+from gdfq.plan.plan import Plan
 from gdfq.plan.resolve import resolve
 from gdfq.quantizers.base import ActivationQuantizer
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.minmax import MinMaxWeight
 from gdfq.recipes import RECIPES
 from gdfq.sources.base import Batch
+from gdfq.stages import identity_of
 from gdfq.student.build import StudentBatchNorm, build_student
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import Scheme
@@ -232,9 +236,9 @@ def test_input_grid_is_found_from_images_where_pixels_are_unknown() -> None:
 
 
 def test_images_beyond_the_pixels_lift_the_limits() -> None:
-    def limits(scale: float) -> object:
+    def planned(scale: float) -> Plan:
         images = networks.images(8).clamp(-1, 1) * scale
-        plan = resolve(
+        return resolve(
             networks.make("Residual"),
             networks.images(1),
             "w4a4",
@@ -243,8 +247,10 @@ def test_images_beyond_the_pixels_lift_the_limits() -> None:
             std=_STD,
             test=(images, torch.zeros(8, dtype=torch.long)),
         )
-        return plan.teacher.input_limits
 
-    assert limits(5.0) is None
+    beyond, within = planned(5.0), planned(1.0)
+    assert beyond.teacher.input_limits is None
     expected = [(-m / s, (1 - m) / s) for m, s in zip(_MEAN, _STD, strict=True)]
-    assert limits(1.0) == tuple(expected)
+    assert within.teacher.input_limits == tuple(expected)
+    changed = differences(identity_of(beyond, Context()), identity_of(within, Context()))
+    assert list(changed) == ["input_limits"]  # a checkpoint of the one is refused by the other

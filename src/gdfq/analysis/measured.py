@@ -29,7 +29,7 @@ class MeasuredDrop:
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.drop:.1f} points on a {self.network}"
+        return f"{self.drop:.1f} points on {self.network}"
 
 
 def measured_drops(bits: Bits) -> Iterator[MeasuredDrop]:

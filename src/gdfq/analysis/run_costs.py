@@ -108,7 +108,8 @@ def measure_costs(
     if following.report:
         fixed += _evidence_seconds(teacher, student, source.per_image, context.memory)
     release_freed_memory()
-    made = recipe.effort.images is not None and source.per_image is not None
+    made = recipe.source.images_made and source.per_image is not None
+    fewest, most = _steps(recipe)
     return Costs(
         fixed=fixed,
         iteration=(source.per_image or 0.0) / context.group.size if made else None,
@@ -120,16 +121,19 @@ def measure_costs(
         calibrated=recipe.calibration,
         matched=student.matched,
         warmup=recipe.warmup,
-        steps=_most_steps(recipe),
+        fewest=fewest,
+        steps=most,
     )
 
 
-def _most_steps(recipe: Recipe) -> int:
-    """Return how many steps are of use: without tuning a pool calibrates with each image once."""
-    held = recipe.source.images_held
-    if recipe.tuning.trains or not held:
-        return MAX_STEPS
-    return max(1, held // recipe.source.batch)
+def _steps(recipe: Recipe) -> tuple[int, int]:
+    """Return the fewest and the most steps that a budget may choose.
+
+    Where images are given and the student is not tuned it chooses nothing: the run calibrates as
+    it does without a budget.
+    """
+    gives = recipe.source.images_held > 0 and not recipe.source.images_made
+    return (recipe.steps, recipe.steps) if gives and not recipe.tuning.trains else (1, MAX_STEPS)
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def quantize_command(**options: Any) -> None:
 @equalizer_option
 @layer_bits_option
 @effort_options
+@batch_option
 @memory_option
 @click.option("--data", type=DataPath(), help="Real DATA to tune on instead of synthetic images.")
 @proxy_option
@@ -318,7 +319,8 @@ def report_command(folder: Path) -> None:
 def compare_command(folders: tuple[Path, ...], out: Path) -> None:
     """Compare runs: accuracy, size, time, expected accuracy drop.
 
-    Runs of another network or with other test images are listed separately.
+    Runs of another network are listed separately. A run that was tested on other images is shown
+    without its accuracy.
     """
     from gdfq.cli.compare import compare
 

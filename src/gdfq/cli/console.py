@@ -6,6 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from gdfq.effort import counted
 from gdfq.plan.plan import Plan
 from gdfq.report.compare import Comparison, Row
 from gdfq.report.denoiser import is_denoiser
@@ -14,7 +15,7 @@ from gdfq.report.language import is_language_model
 from gdfq.report.read import Run, number
 from gdfq.report.source_warnings import source_warnings
 from gdfq.report.verdict import verdict, why_not_estimated
-from gdfq.report.wording import lost_or_gained, size_words, smaller
+from gdfq.report.wording import errors_by_output, lost_or_gained, size_words, smaller
 
 
 def print_run(run: Run) -> None:
@@ -44,7 +45,7 @@ def print_run(run: Run) -> None:
             f"same first choice for {own['agreement']:.1f} % of {own['tokens']} held-out tokens",
         )
     student = metrics.get("student") or {}
-    for output, error in (student.get("error_percent") or {}).items():
+    for output, error in errors_by_output(student).items():
         table.add_row(output, "", "", f"{error:.2f} % from the original's")
     for output, cosine in (student.get("cosine") or {}).items():
         table.add_row(output, "", "", f"cosine {cosine:.4f} with the original's")
@@ -54,10 +55,10 @@ def print_run(run: Run) -> None:
         found_in = f"PSNR {samples['psnr']:.1f} dB, {samples['images']} images from the same noise"
         table.add_row("images", "", "", found_in)
     seconds, steps = metrics["seconds"]["total"], metrics["steps"]
-    table.add_row("time", "", f"{seconds:.0f} s", f"{steps} step{'s' * (steps != 1)}")
+    table.add_row("time", "", f"{seconds:.0f} s", counted(steps, "step"))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    found = verdict(run, source_warnings(run.evidence.get("images"), run.history))
+    found = verdict(run, source_warnings(run))
     console.print(found.sentence, markup=False)
     has_estimate = not (is_language_model(run) or is_denoiser(run))
     if has_estimate and drop_of(run) is None and (reason := why_not_estimated(run)):
@@ -93,7 +94,7 @@ def print_bits(bits: Mapping[str, int]) -> None:
     """Print the layers of each bit width, one line for each width."""
     for width in sorted(set(bits.values())):
         names = [name for name, chosen in bits.items() if chosen == width]
-        click.echo(f"{f'{width} bits':10}{len(names)} layers: {', '.join(names)}")
+        click.echo(f"{f'{width} bits':10}{counted(len(names), 'layer')}: {', '.join(names)}")
 
 
 _ENDS_EARLY = 0.85
@@ -110,13 +111,11 @@ def budget_in_words(plan: Plan) -> str:
     return seconds
 
 
-def repeating_options(plan: Plan) -> str:
-    """Return the options that repeat a run with a budget; images imply the steps without tuning."""
-    effort = plan.effort
-    options = {"images": effort.images, "iterations": effort.iterations}
-    if plan.recipe.tuning.trains or effort.images is None:
-        options["steps"] = effort.steps
-    return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
+def repetition(plan: Plan) -> str:
+    """Return the options that repeat a run with a budget, or that it needs none."""
+    options = plan.effort_options.items()
+    said = " ".join(f"--{name} {value}" for name, value in options if value is not None)
+    return said or "without --budget"
 
 
 def warn(message: str) -> None:

@@ -57,8 +57,8 @@ def doctor(
         timing=Timing(following=Following(export=True, report=True)),
         **options,
     )
-    diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
-    diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.recipe, budget)
+    diagnosis = diagnose(plan.teacher, plan.scheme, plan.carried_out)
+    diagnosis = with_costs(diagnosis, plan.teacher, plan.scheme, plan.carried_out, budget)
     inputs, absence = _inputs(plan), _absence(target)
     if as_json:
         values = {**diagnosis.as_values(), **inputs}

@@ -39,6 +39,8 @@ def evaluate(
                 f"{', '.join([*given, *(['features'] if features else [])])} are for --samples. "
                 "Remove them, or give --samples."
             )
+    if model is None and options.get("weights") is not None:
+        raise UsageError("--weights are those of --model, which is missing. Give it, or neither.")
     quantized = load(folder)
     with Terminal() as terminal:
         if samples is not None:
@@ -77,9 +79,12 @@ def _compared(
     terminal: Terminal,
 ) -> str:
     """Return how a quantized language model compares with the original on text, in words."""
+    refusal = UsageError("with --test, --model is for language models. Remove it.")
+    if quantized.card.vocabulary is None:
+        raise refusal
     network = resolve_network(model, weights=weights, device=str(quantized.device))
-    if quantized.card.vocabulary is None or network.teacher.vocabulary is None:
-        raise UsageError("with --test, --model is for language models. Remove it.")
+    if network.teacher.vocabulary is None:
+        raise refusal
     return str(
         quantized.compare_text(network.teacher, load_images(test, network), listener=terminal)
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from gdfq.api import load
-from gdfq.deploy.export import Exported, named_target
+from gdfq.deploy.export import Exported, find_target, named_target
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
 from gdfq.runs.metrics import note_export
@@ -30,9 +30,15 @@ def export(
     path = out or home / (chosen.file_name if chosen else "")
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
+    kind = find_target(chosen, path)
+    if model is not None and not kind.holds_weights_alone:
+        raise UsageError(
+            "--model is for targets whose files hold weights for its code, such as "
+            f"compressed-tensors; the target is {kind.name!r}. Remove --model."
+        )
     exported = quantized.export(
         path,
-        target=chosen,
+        target=kind,
         raw_input=raw_input,
         safe_x86=safe_x86,
         memory=memory,

@@ -235,9 +235,7 @@ generation_options = together(
     click.option(
         "--guidance",
         type=click.FloatRange(min=0),
-        default=3.5,
-        show_default=True,
-        help="Scale of classifier-free guidance of --generate-with.",
+        help="Scale of classifier-free guidance of --generate-with.  [default: 3.5]",
     ),
     click.option(
         "--denoising-steps",
@@ -247,16 +245,12 @@ generation_options = together(
     click.option(
         "--classes-per-prompt",
         type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Classes that a prompt of --generate-with names.",
+        help="Classes that a prompt of --generate-with names.  [default: 1]",
     ),
     click.option(
         "--generate-batch",
         type=click.IntRange(min=1),
-        default=4,
-        show_default=True,
-        help="Images that --generate-with makes together.",
+        help="Images that --generate-with makes together.  [default: 4]",
     ),
 )
 """Images of a text-to-image model."""

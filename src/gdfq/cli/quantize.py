@@ -20,7 +20,7 @@ from gdfq.cli.console import (
     budget_in_words,
     print_bits,
     print_run,
-    repeating_options,
+    repetition,
     warn,
     warn_about_normalisation,
 )
@@ -130,7 +130,7 @@ def quantize(
         report_after(out)
     if countdown is not None:
         used = f"{countdown.used():.0f} s of {countdown.seconds:g} s"
-        click.echo(f"{'budget':10}{used}; the same run: {repeating_options(plan)}")
+        click.echo(f"{'budget':10}{used}; the same run: {repetition(plan)}")
 
 
 def _text(path: object | None) -> str | None:
@@ -141,8 +141,8 @@ def _check(plan: Plan, *, says: bool) -> None:
     """Raise UsageError for a plan that could not begin, as far as its bits are known."""
     if plan.size is not None:
         return
-    diagnosis = diagnose(plan.teacher, plan.scheme, plan.recipe)
-    if diagnosis.problems and plan.given is None:  # with given images it may lack nothing
+    diagnosis = diagnose(plan.teacher, plan.scheme, plan.carried_out)
+    if diagnosis.problems:
         raise UsageError(diagnosis.problems[0])
     if says:
         click.echo(f"{'output':10}{diagnosis.task}")

@@ -31,7 +31,12 @@ class DataPath(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if not Path(value).exists():
-            self.fail(f"there is no data at {value}. Give an .npz file or a folder.", param, ctx)
+            self.fail(
+                f"there is no data at {value}. Give an .npz file, a folder of images, or "
+                "for a language model a text file.",
+                param,
+                ctx,
+            )
         return Path(value)
 
 
@@ -68,8 +73,8 @@ class Size(click.ParamType):
         size = parse_bytes(str(value))
         if size is None:
             self.fail(
-                "a size is a number of bytes, or of KB, MB (thousands, millions) or KiB, MiB "
-                f"(2^10, 2^20), as 300KB; got {value!r}.",
+                "a size is a number of bytes, or of KB, MB, GB (powers of 1,000) or KiB, MiB, GiB "
+                f"(powers of 1,024), as 300KB; got {value!r}.",
                 param,
                 ctx,
             )

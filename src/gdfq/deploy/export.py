@@ -152,7 +152,7 @@ def export(
             "Remove raw_input."
         )
     if raw_input:
-        image_shape(card.inputs)  # raises for a network that takes more than images
+        image_shape(card.inputs, needs="raw input needs", advice="Remove raw_input.")
     file = kind.file_at(path)
     network = copy.deepcopy(network).cpu().eval()
     if safe_x86:

@@ -238,6 +238,12 @@ class Carrier:
         forms = None if found.form is None else (found.form,)
         return self.refusal(found.bits, found.zero_point, forms)
 
+    def holds_bits_of(self, found: IntegerWeight | ActivationGrid) -> bool:
+        """Return whether there is a grid of the same bits and kind that fits."""
+        if found.form is not None:
+            return found.form.bits in {form.bits for form in self.formats}
+        return found.bits in self.bits
+
     def in_words(self) -> str:
         """Return type and grids: `int8, 2 to 8 bits, zero points of 0`."""
         return f"{self.kind}, {self.grids_in_words()}"
@@ -405,9 +411,13 @@ class Target:
             *(_unequal_joins(network) if self.one_grid_for_joins else ()),
         ]
         if text := _in_words(found, self.misfits(network)):
+            holds_bits = all(map(self.weights.holds_bits_of, network.weights)) and all(
+                map(self.activations.holds_bits_of, network.activations)
+            )
+            others = "" if holds_bits else " and other --bits"
             raise UsageError(
                 f"{self._needs()} this network has {text}. Quantize it again with --target "
-                f"{self.name}, or choose another target: gdfq targets."
+                f"{self.name}{others}, or choose another target: gdfq targets."
             )
 
     def _check_operators(self, graph: fx.Graph) -> None:

@@ -34,8 +34,9 @@ def parse_bytes(text: str) -> int | None:
 class MemoryBudget:
     """What the activations of the images that pass a network together may take.
 
-    Every stage that passes images asks it how many of them fit. Results do not depend on it: it
-    decides what is computed together and what is computed twice, not what is computed.
+    Every stage that passes images asks it how many of them fit. It decides what is computed
+    together and what is computed twice, so results depend on it by rounding; a budget far below the
+    default makes the parts smaller that a batch is tuned in, and the student another one.
 
     Attributes:
         bytes: Bytes of activations; None for the default of the device: 1.25 GiB on a CPU, half of

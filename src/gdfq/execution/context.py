@@ -2,10 +2,11 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpointer import Checkpointer, NullCheckpointer
 from gdfq.execution.distributed import ALONE, Group
@@ -25,6 +26,9 @@ class Context:
         precision: Precision of the products in layers, of teacher and student, while images are
             made and the student is tuned.
         memory: What the activations of images that pass a network together may take.
+
+    Raises:
+        UsageError: There is no such precision.
     """
 
     seed: int = 0
@@ -33,6 +37,12 @@ class Context:
     checkpointer: Checkpointer = NullCheckpointer()  # noqa: RUF009 (it has no state)
     precision: Precision = "float32"
     memory: MemoryBudget = MemoryBudget()
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise UsageError(
+                f"precision must be {' or '.join(get_args(Precision))}; got {self.precision!r}."
+            )
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return a context manager in which layers compute in `precision`."""

@@ -71,17 +71,27 @@ class InputSpec:
         return f"{self.name}: {'x'.join(map(str, self.shape)) or 'scalar'} {self.kind}"
 
 
-def image_shape(inputs: Sequence[InputSpec]) -> tuple[int, ...]:
+def image_shape(
+    inputs: Sequence[InputSpec],
+    *,
+    needs: str = "this step needs",
+    advice: str = "To quantize it, give real inputs: data=, a mapping of these names to tensors "
+    "[N, ...].",
+) -> tuple[int, ...]:
     """Return the shape of one image, for a network that only takes images.
+
+    Args:
+        inputs: The inputs of the network.
+        needs: What needs such a network, for the user.
+        advice: What to do where the network is another one.
 
     Raises:
         UsageError: The network takes several inputs, or integers.
     """
     if not takes_images(inputs):
         raise UsageError(
-            "this step needs a network that takes images alone (one tensor of floats); this one "
-            f"takes {', '.join(map(str, inputs))}. To quantize it, give real inputs: data=, a "
-            "mapping of these names to tensors [N, ...]."
+            f"{needs} a network that takes images alone (one tensor of floats); this one takes "
+            f"{', '.join(map(str, inputs))}. {advice}"
         )
     return inputs[0].shape
 

@@ -61,6 +61,14 @@ class Trial:
         with torch.no_grad(), _in_float32():
             return self._network(*arguments.positional, **arguments.named)
 
+    def _has_places_for(self, arguments: Arguments) -> bool:
+        """Whether the network can be called with so many tensors, by these names."""
+        try:
+            inspect.signature(self._network.forward).bind(*arguments.positional, **arguments.named)
+        except TypeError:
+            return False
+        return True
+
     def first(self, arguments: Arguments, specs: Sequence[InputSpec]) -> object:
         """Return what the network returns.
 
@@ -74,9 +82,14 @@ class Trial:
                 taken = f"an input of {'x'.join(map(str, specs[0].shape))}"
             else:
                 taken = f"inputs {', '.join(map(str, specs))}"
-            raise UsageError(
-                f"the network must accept {taken}; it failed with: {first_line(error)}. "
+            advice = (
                 "Give the shape it was trained on (--input CxHxW, or example_input)."
+                if self._has_places_for(arguments)
+                else "Give a tensor for each of its inputs: example_input, of gdfq.quantize in "
+                "Python."
+            )
+            raise UsageError(
+                f"the network must accept {taken}; it failed with: {first_line(error)}. {advice}"
             ) from error
 
     def changed_by(self, arguments: Arguments) -> list[str]:

@@ -62,7 +62,7 @@ def _measured_effort(
     costs = measure_costs(
         plan.teacher,
         plan.scheme,
-        replace(plan.recipe, source=plan.source),
+        plan.carried_out,
         context,
         following=timing.following,
         least=_MEASURED_SHARE * budget,

@@ -1,6 +1,7 @@
 """Images from elsewhere: photographs, and images of a text-to-image model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gdfq.data.class_names import ClassNames
@@ -69,8 +70,9 @@ def planned_generation(
         names: Names of its classes, where the network has them.
 
     Raises:
-        UsageError: The network has no classes, or they have no names.
+        UsageError: The network has no classes, they have no names, or it takes more than images.
     """
+    _image_shape(teacher)  # before images are made, which takes long
     count = _GENERATED_SHARE * recipe.source.images_held
     return PlannedGeneration(generation, generation.names_of(teacher.classes, names), count)
 
@@ -79,9 +81,16 @@ def check_images(method: Method, images: ImageOptions) -> None:
     """Check what can be checked of images before a network is loaded.
 
     Raises:
-        UsageError: The method cannot use images from elsewhere, or two kinds of them were given.
+        UsageError: The method cannot use images from elsewhere, two kinds of them were given, or
+            the run would use the test images.
     """
     proxy, generation = images.get("proxy"), images.get("generate_with")
+    for name, used in (("data", images.get("data")), ("proxy", proxy)):
+        if _are_one_path(used, images.get("test")):
+            raise UsageError(
+                "test images must be used for nothing else, or the test says too much; test and "
+                f"{name} are both {used}. Give other images to one of them, or remove test."
+            )
     if proxy is not None and generation is not None:
         raise UsageError(
             "images from elsewhere are photographs or generated ones; both were given. "
@@ -89,6 +98,13 @@ def check_images(method: Method, images: ImageOptions) -> None:
         )
     if proxy is not None or generation is not None:
         check_takes_candidates(method)
+
+
+def _are_one_path(images: object, others: object) -> bool:
+    """Whether two sets of images are the same file or folder."""
+    if not (isinstance(images, str | Path) and isinstance(others, str | Path)):
+        return False
+    return Path(images).resolve() == Path(others).resolve()
 
 
 def check_takes_candidates(method: Method) -> None:
@@ -135,5 +151,14 @@ def load_candidates(
     """
     if isinstance(proxy, Candidates):
         return proxy
-    images = load_unlabelled(proxy, image_shape(teacher.inputs), preprocessing.resize)
+    images = load_unlabelled(proxy, _image_shape(teacher), preprocessing.resize)
     return Candidates(images, preprocessing, kind)
+
+
+def _image_shape(teacher: Captured) -> tuple[int, ...]:
+    """Return the shape of images from elsewhere, for a network that only takes images."""
+    return image_shape(
+        teacher.inputs,
+        needs="images from elsewhere need",
+        advice="Remove the images.",
+    )

@@ -105,6 +105,8 @@ def resolve_network(
     loaded = load_model(model, weights) if isinstance(model, str) else None
     loaded_at = time.perf_counter()
     sampler = _sampler(of_denoiser, model, loaded, example_input, input_shape)
+    if loaded is None:
+        _check_of_module(weights, None if sampler is not None else input_shape)
     if loaded is None or sampler is not None or loaded.vocabulary is not None:
         captured = _captured(model, loaded, sampler, example_input, classifier)
         preprocessing = _preprocessing(captured, mean, std, resize)
@@ -129,6 +131,20 @@ def resolve_network(
     if loaded is None:
         return network
     return replace(network, notes=loaded.notes, encode=loaded.encode, decode=loaded.decode)
+
+
+def _check_of_module(weights: str | Path | None, input_shape: tuple[int, ...] | None) -> None:
+    """Raise UsageError for options of a name where the network itself was given."""
+    if weights is not None:
+        raise UsageError(
+            "weights are loaded into a model that is given by its name; the network itself was "
+            f"given, and {weights}. Load them with load_state_dict, and remove weights."
+        )
+    if input_shape is not None:
+        raise UsageError(
+            "input_shape is for a model that is given by its name, and for denoisers; the network "
+            "itself was given, and takes the shape of example_input. Remove input_shape."
+        )
 
 
 def _sampler(
@@ -202,7 +218,11 @@ def _preprocessing(
     if takes_images(teacher.inputs):
         return Preprocessing.of(teacher.input_shape[0], mean, std, resize)
     if not (mean is None and std is None and resize is None):
-        image_shape(teacher.inputs)  # raises: these are for images
+        image_shape(
+            teacher.inputs,
+            needs="mean, std and resize need",
+            advice="Remove them: data for this network are given as it takes them.",
+        )
     return Preprocessing.of(1, None, None)
 
 

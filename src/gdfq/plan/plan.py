@@ -88,9 +88,28 @@ class Plan:
     samples: int = SAMPLES
 
     @property
+    def carried_out(self) -> Recipe:
+        """The recipe with the source of this plan: the given images in place of made ones."""
+        return replace(self.recipe, source=self.source)
+
+    @property
     def effort(self) -> Effort:
-        """Images, iterations and steps. Given as options they repeat a run with a budget."""
-        return self.recipe.effort
+        """Images, iterations and steps."""
+        return self.carried_out.effort
+
+    @property
+    def effort_options(self) -> dict[str, int | None]:
+        """The options `images`, `iterations` and `steps` that repeat a run with a budget.
+
+        One is None if the run has it without being told. Without tuning the images imply the steps.
+        """
+        effort = self.effort
+        implied = self.source.images_held > 0 and not self.recipe.tuning.trains
+        return {
+            "images": effort.images,
+            "iterations": effort.iterations,
+            "steps": None if implied else effort.steps,
+        }
 
     def with_effort(self, effort: Effort) -> "Plan":
         """Return this plan with other images, iterations and steps."""
@@ -135,7 +154,7 @@ class Plan:
             **({} if self.scheme.group_size is None else {"group_size": self.scheme.group_size}),
             "layer_bits": list(map(str, self.scheme.layer_bits)),
             "recipe": as_values(self.recipe),
-            "effort": self.effort.as_values(),
+            "effort": self.effort_options,
             "budget": self.budget,
             "target": None if self.target is None else self.target.name,
             "sampler": None if self.sampler is None else self.sampler.plain_value(),

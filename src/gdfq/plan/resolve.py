@@ -200,7 +200,7 @@ def _with_equalizer(recipe: Recipe, method: Method, teacher: Captured) -> Recipe
 
 
 def _check_kind(method: Method, teacher: Captured) -> None:
-    """Raise UsageError for a recipe that is not for this kind of network."""
+    """Raise UsageError for a recipe or a size that is not for this kind of network."""
     recipe, of_text = method.recipe, method.scheme.placement == "tokens"
     if teacher.vocabulary is not None and not of_text:
         raise UsageError(
@@ -217,3 +217,5 @@ def _check_kind(method: Method, teacher: Captured) -> None:
             "a size or a budget is for networks of images; a language model was given. Give the "
             "bits, as w4a8, and the number of steps."
         )
+    if method.size is not None:
+        image_shape(teacher.inputs, needs="bits 'auto' need", advice="Give the bits, as w4a8.")

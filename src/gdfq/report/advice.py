@@ -37,8 +37,9 @@ def advice(run: Run, level: Level, warnings: Sequence[str]) -> Iterator[str]:
     if level == "unknown" and _has_classes(run):
         images = "labelled images" if run.drop is None else "more labelled images"
         yield f"Measure the accuracy on {images}: gdfq evaluate {run.folder} --test DATA."
-    if level == "good":
-        yield "Nothing needs to be done. Deploy the file."
+    if level == "good" and not warnings:
+        deploy = "Deploy the file." if run.exported else f"To deploy it: gdfq export {run.folder}."
+        yield f"Nothing needs to be done. {deploy}"
 
 
 def _has_classes(run: Run) -> bool:

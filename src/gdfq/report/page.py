@@ -117,7 +117,7 @@ def write_figures(folder: Path, drawn: Mapping[str, Drawn]) -> None:
 
 def _verdict(run: Run) -> tuple[Verdict, tuple[str, ...]]:
     try:
-        warnings = source_warnings(run.evidence.get("images"), run.history)
+        warnings = source_warnings(run)
         return verdict(run, warnings), warnings
     except _UNEXPECTED as error:
         sentence = f"This run cannot be judged: its files hold {_unexpected(error)}."

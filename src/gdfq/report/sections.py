@@ -14,6 +14,7 @@ from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Record, Run, number
 from gdfq.report.sensitive_layers import SENSITIVITY_NAMES, sensitive_layers
 from gdfq.report.source_warnings import source_warnings
+from gdfq.report.wording import errors_by_output
 from gdfq.runs.names import CONFIG, EVIDENCE, HISTORY, METRICS
 
 
@@ -65,7 +66,7 @@ def images(run: Run) -> Content | str:
         {
             "images": found,
             "given": bool(run.config.get("data")),
-            "warnings": source_warnings(found, run.history),
+            "warnings": source_warnings(run),
             "rows": rows,
             "noise": list(map(data_uri, noise)) if noise.ndim == 4 else [],
             "means": _means(found["distances"]),
@@ -223,12 +224,16 @@ def test(run: Run) -> Content | str:
 
 def _similarities(student: Record) -> Iterator[str]:
     """What was measured of outputs that are not of classes, a sentence for each measure."""
-    for key, text, form in (
-        ("cosine", "Mean cosine with the original's vectors", "{} {:.4f}"),
-        ("decisions_percent", "Equal decisions (a probability above one half)", "{} {:.2f} %"),
-        ("error_percent", "Relative errors of its outputs", "{} {:.2f} %"),
+    for found, text, form in (
+        (student.get("cosine"), "Mean cosine with the original's vectors", "{} {:.4f}"),
+        (
+            student.get("decisions_percent"),
+            "Equal decisions (a probability above one half)",
+            "{} {:.2f} %",
+        ),
+        (errors_by_output(student), "Relative errors of its outputs", "{} {:.2f} %"),
     ):
-        if found := student.get(key):
+        if found:
             yield f"{text}: {', '.join(form.format(*pair) for pair in found.items())}."
 
 

@@ -1,4 +1,4 @@
-"""Warnings about synthetic images and about the source that makes them.
+"""Warnings about the images of a run and about the source that makes them.
 
 Each check is a function of plain numbers that returns a sentence, or None if all is well.
 """
@@ -6,7 +6,7 @@ Each check is a function of plain numbers that returns a sentence, or None if al
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gdfq.report.read import Record
+from gdfq.report.read import Record, Run
 
 _MIN_DIVERSITY = 0.1
 """Diversity of pixels relative to unrelated images; less is one image with a little noise."""
@@ -23,22 +23,22 @@ _CURVE_PARTS = 10
 """A curve is judged by the means of its first and its last tenth."""
 
 
-def collapse(diversity: Mapping[str, Any]) -> str | None:
+def collapse(diversity: Mapping[str, Any], *, given: bool = False) -> str | None:
     """Warn if all images, or all images of a class, are alike.
 
     `diversity` has the attributes of `gdfq.analysis.images.Diversity`.
     """
+    advice = "Give images that differ." if given else "Use another seed or recipe fast."
     if diversity["pixels"] < _MIN_DIVERSITY:
         return (
             "Collapse: all images are alike (their pixel diversity is "
-            f"{100 * diversity['pixels']:.0f} % of that of unrelated images). Use another seed or "
-            "recipe fast."
+            f"{100 * diversity['pixels']:.0f} % of that of unrelated images). {advice}"
         )
     within = diversity.get("within_class")
     if within is not None and within < _MIN_DIVERSITY_WITHIN_CLASS:
         return (
             "Collapse: the images of a class are alike (their feature distance is "
-            f"{100 * within:.0f} % of that of all images). Use another seed or recipe fast."
+            f"{100 * within:.0f} % of that of all images). {advice}"
         )
     return None
 
@@ -66,8 +66,8 @@ def uncovered(classes: Mapping[str, Any] | None) -> str | None:
     )
 
 
-def no_better_than_noise(distances: Sequence[Mapping[str, Any]]) -> str | None:
-    """Warn if the statistics are as far from the batch norms' as those of noise."""
+def no_better_than_noise(distances: Sequence[Mapping[str, Any]], why: str) -> str | None:
+    """Warn if the statistics are as far from the batch norms' as those of noise, and say why."""
     if not distances:
         return None
     ours = sum(d["synthetic"] for d in distances) / len(distances)
@@ -76,8 +76,7 @@ def no_better_than_noise(distances: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     return (
         f"The distance of the images' statistics from the batch-norm statistics ({ours:.2g}) is "
-        f"close to that of noise ({noise:.2g}): the source has learned almost nothing. Give it "
-        "more steps."
+        f"not clearly below that of noise ({noise:.2g}): {why}"
     )
 
 
@@ -100,15 +99,33 @@ def generator_losses(history: Sequence[Record]) -> list[float]:
     return [float(record["generator"]) for record in history if "generator" in record]
 
 
-def source_warnings(images: Record | None, history: Sequence[Record]) -> tuple[str, ...]:
-    """All warnings of a run; `images` is the section of its evidence, or None."""
+def source_warnings(run: Run) -> tuple[str, ...]:
+    """All warnings of a run about its images, where they were measured, and about their source."""
+    images, losses = run.evidence.get("images"), generator_losses(run.history)
+    given = bool(run.config.get("data"))
 
     def results() -> Iterator[str | None]:
         if images is not None:
-            yield collapse(images["diversity"])
+            yield collapse(images["diversity"], given=given)
             yield saturated(images["clipped"])
             yield uncovered(images["classes"])
-            yield no_better_than_noise(images["distances"])
-        yield not_converging(generator_losses(history))
+            yield no_better_than_noise(images["distances"], _why_like_noise(losses, given=given))
+        yield not_converging(losses)
 
     return tuple(warning for warning in results() if warning is not None)
+
+
+def _why_like_noise(losses: Sequence[float], *, given: bool) -> str:
+    """Why the statistics of images can be like those of noise, and what to do.
+
+    Args:
+        losses: Losses of a source that learns together with the student; none of another one.
+        given: Whether the user gave the images.
+    """
+    if given:
+        return (
+            "these images are unlike those that the network was trained on. Check that --mean and "
+            "--std are those of the network, or give other images."
+        )
+    effort = "steps" if losses else "iterations"
+    return f"the source has learned almost nothing. Give it more {effort} (--{effort})."

@@ -18,7 +18,7 @@ _SENTENCES: Mapping[str, Mapping[Level, str]] = {
         "good": "The accuracy is close to the original's",
         "fair": "The accuracy is somewhat lower",
         "poor": "The accuracy is much lower",
-        "unknown": _UNKNOWN,
+        "unknown": "The test images are too few to judge the accuracy",
     },
     "expected": {
         "good": "The accuracy is probably close to the original's",
@@ -144,7 +144,8 @@ def _lost(run: Run, drop: Drop | None) -> str:
         if errors:
             largest = max(errors, key=lambda name: errors[name])
             return f"relative error of the outputs at most {errors[largest]:.1f} % ({largest})"
-        return "the accuracy drop could not be estimated"
+        failed = "could not be" if why_not_estimated(run) else "was not"
+        return f"the accuracy drop {failed} estimated"
     if drop.kind == "measured":
         before = drop.reference or 0.0
         after = before - drop.points
@@ -175,7 +176,7 @@ def _evidence(run: Run, drop: Drop | None) -> Iterator[str]:
         yield _similarity(trust)
     if drop is None:
         yield f"Expected accuracy drop: no estimate. {why_not_estimated(run) or _NO_ESTIMATE}"
-    target = TARGETS.get(str(run.exported.get("target", ONNX.name)))
+    target = TARGETS.get(str(run.exported.get("target", ONNX.name))) if run.exported else None
     is_timed = target is not None and target.runtime is not None and target.runtime.calls
     if is_timed and _faster(run) is None:
         yield f"Speed: not measured. Measure it with gdfq bench {run.folder}."

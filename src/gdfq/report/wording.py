@@ -25,6 +25,18 @@ def lost_or_gained(points: float) -> str:
     return f"{abs(points):.2f} points {'lost' if points >= 0 else 'gained'}"
 
 
+def errors_by_output(student: Record) -> dict[str, float]:
+    """The relative error of each output in percent, by what it was measured on.
+
+    Behind a sigmoid, whose equal decisions are known, that is the logits of the output.
+    """
+    decided = student.get("decisions_percent") or {}
+    errors = student.get("error_percent") or {}
+    return {
+        f"logits of {name}" if name in decided else name: error for name, error in errors.items()
+    }
+
+
 def faster(metrics: Record, name: str) -> float | None:
     """Speed relative to full precision for one image on one thread; None if not measured.
 

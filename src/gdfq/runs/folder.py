@@ -108,13 +108,13 @@ class RunFolder:
     def begin(self, config: dict[str, Any]) -> None:
         """Remove the files of an unfinished run and write the configuration.
 
-        A run that resumes keeps its files.
+        A run that resumes keeps its files, apart from a report of the unfinished run.
         """
-        if self.checkpoints.exists():
-            return
-        for name in _MADE:
+        resumes = self.checkpoints.exists()
+        for name in _REPORTED if resumes else _MADE:
             (self.path / name).unlink(missing_ok=True)
-        self.write_config(config)
+        if not resumes:
+            self.write_config(config)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the configuration; a resumed run may have other test images or versions."""

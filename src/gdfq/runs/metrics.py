@@ -39,6 +39,8 @@ class Metrics(TypedDict, total=False):
     seconds: dict[str, float]
     """Of each stage, and in total."""
     steps: int
+    effort: dict[str, int | None]
+    """The options `images`, `iterations` and `steps` that the run did or would have."""
     teacher: Top1
     student: Top1
     test_images: int

@@ -15,6 +15,9 @@ from gdfq.data.preprocessing import normalisation
 from gdfq.errors import UsageError, first_line, warn_renamed
 from gdfq.plan.elsewhere import check_takes_candidates
 from gdfq.plan.method import resolve_method
+from gdfq.plan.options import DEFAULT_BITS
+from gdfq.recipes import find_recipe
+from gdfq.student.scheme import parse_placement
 
 Value = TypeVar("Value")
 
@@ -93,12 +96,12 @@ class Cell:
 class Sweep:
     """All combinations of the listed values; each runs as one `gdfq quantize` command.
 
-    A placement of None is the recipe's default. Each element of `layer_bits` holds the overrides of
-    one run.
+    A placement of None is the recipe's default, bits of None are those of the placement. Each
+    element of `layer_bits` holds the overrides of one run.
     """
 
     networks: tuple[Network, ...]
-    bits: tuple[str, ...] = ("w4a8",)
+    bits: tuple[str | None, ...] = (None,)
     recipes: tuple[str, ...] = ("fast",)
     placement: tuple[str | None, ...] = (None,)
     layer_bits: tuple[tuple[str, ...], ...] = ((),)
@@ -140,7 +143,19 @@ class Sweep:
         grid = product(
             self.networks, self.bits, self.recipes, self.placement, self.layer_bits, self.seeds
         )
-        return list(dict.fromkeys(Cell(*values, self.steps, self.budget) for values in grid))
+        found = (
+            Cell(
+                network,
+                bits or DEFAULT_BITS[parse_placement(placement or find_recipe(recipe).placement)],
+                recipe,
+                placement,
+                *others,
+                self.steps,
+                self.budget,
+            )
+            for network, bits, recipe, placement, *others in grid
+        )
+        return list(dict.fromkeys(found))
 
 
 def _check_normalisation(network: Network) -> None:

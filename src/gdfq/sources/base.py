@@ -174,6 +174,11 @@ class Source(Protocol):
         return 0
 
     @property
+    def images_made(self) -> int:
+        """Images that it makes before the student learns; 0 if they come while it learns."""
+        return 0
+
+    @property
     def iterations(self) -> int | None:
         """Updates of each image; None for a source that does not optimise its images."""
         return None
@@ -214,8 +219,9 @@ class Source(Protocol):
         """
         del once
         raise UsageError(
-            "a number of images is for recipes with a pool of synthetic images, such as fast; the "
-            f"images of this recipe come while the student learns. Remove images; got {images}."
+            "a number of images is for recipes with a pool of synthetic images, such as fast; this "
+            "recipe gets one batch of images in each of its steps. Give steps and batch instead of "
+            f"images; got {images}."
         )
 
     def with_iterations(self, iterations: int) -> Self:

@@ -95,6 +95,11 @@ class ImagePool(Source):
         return self.images + self.places
 
     @property
+    def images_made(self) -> int:
+        """Images that its source makes before the student learns; 0 if they are given."""
+        return 0 if self.source.iterations is None else self.images
+
+    @property
     def iterations(self) -> int | None:
         """Updates of each image by the source that fills it."""
         return self.source.iterations
