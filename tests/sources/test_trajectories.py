@@ -4,16 +4,19 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.denoisers import CLASSES, SHAPE, tiny_denoiser
 from support.plain_scheduler import PlainConfig
 
 from gdfq.diffusion.sampler import Sampler
+from gdfq.diffusion.scheduler import SchedulerConfig
 from gdfq.execution.context import Context
 from gdfq.graph.capture import Captured
 from gdfq.plan.denoiser import captured_denoiser
 from gdfq.recipes import QUICK
 from gdfq.sources.base import Batch
-from gdfq.sources.trajectories import TrajectorySource
+from gdfq.sources.trajectories import TrajectorySource, places_by_weight
 
 SAMPLER = Sampler(PlainConfig(noise=0.1), SHAPE, 10, torch.arange(CLASSES))
 
@@ -86,3 +89,36 @@ def test_pool_holds_trajectories_in_place_of_images(teacher: Captured) -> None:
     second = {tuple(row.flatten().tolist()) for batch in batches[3:] for row in batch.inputs[0]}
     assert first == second
     assert len(first) == 12
+
+
+def test_equal_weights_keep_the_middles_of_equal_parts() -> None:
+    assert places_by_weight(torch.ones(10), 5) == [1, 3, 5, 7, 9]
+    assert places_by_weight(torch.ones(3), 16) == [0, 1, 2]
+
+
+def test_places_are_denser_where_weights_are_large() -> None:
+    # 4.5 in all: four parts of 1.125, whose middles are at 0.5625, 1.6875, 2.8125 and 3.9375.
+    assert places_by_weight(torch.tensor([1, 1, 1, 0.6, 0.3, 0.3, 0.3]), 16) == [0, 1, 2, 5]
+    assert places_by_weight(torch.tensor([1.0, 1e-3, 1e-3]), 16) == [0]
+
+
+@given(
+    st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=60),
+    st.integers(1, 20),
+)
+def test_places_are_different_ones_in_their_order(weights: list[float], count: int) -> None:
+    places = places_by_weight(torch.tensor(weights), count)
+    assert 1 <= len(places) <= count
+    assert places == sorted(set(places))
+    assert 0 <= places[0] <= places[-1] < len(weights)
+
+
+@pytest.mark.needs("diffusers")
+def test_last_calls_whose_errors_hardly_matter_give_no_points() -> None:
+    config = SchedulerConfig.of({"_class_name": "DDIMScheduler", "prediction_type": "epsilon"})
+    sampler = Sampler(config, SHAPE, 20)
+    source = TrajectorySource(sampler, batch=2)
+    batches = source.stream(captured_denoiser(tiny_denoiser(), sampler), steps=16)
+    times = sorted({float(time) for batch in batches for time in batch.inputs[1]})
+    assert len(times) == 16
+    assert min(times) > float(sampler.timesteps[-2])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gdfq.diffusion.sampler import Sampler
+from gdfq.diffusion.weights import MinSnr
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
 from gdfq.execution.seeding import stream as random_stream
@@ -28,12 +29,16 @@ class TrajectorySource(Source):
 
     A round runs `batch` trajectories and gives `points` batches. Each batch has one point of each
     of them: batch j has point (i + j) mod `points` of trajectory i. So every batch covers the
-    calls of a trajectory evenly, and no two batches of a round have a point in common.
+    calls of a trajectory, and no two batches of a round have a point in common.
+
+    The points of a trajectory are denser where an error of the prediction changes the image more:
+    they divide the Min-SNR weights of its calls evenly (`places_by_weight`). The inputs of the last
+    calls, which are unlike all others and hardly matter, would widen grids that all calls share.
 
     Attributes:
         sampler: How the denoiser is called.
         batch: Trajectories of a round, and points of a batch.
-        points: Points that are kept of each trajectory, evenly spaced over its calls, at most.
+        points: Points that are kept of each trajectory, at most.
     """
 
     sampler: Sampler
@@ -43,9 +48,9 @@ class TrajectorySource(Source):
     def stream(self, teacher: Captured, *, steps: int, context: Context = Context()) -> Stream:
         """Yield `steps` batches."""
         calls = self.sampler.calls
-        points = min(self.points, calls)
-        # In the middle of equal parts of the calls.
-        places = [(2 * part + 1) * calls // (2 * points) for part in range(points)]
+        weights = MinSnr(self.sampler.scheduler).weights(self.sampler.timesteps)
+        places = places_by_weight(weights, self.points)
+        points = len(places)
         offsets = torch.arange(self.batch)
         rounds = -(-steps // points)
         at_once = forward_images(teacher.network.graph, context.memory, teacher.device)
@@ -82,3 +87,19 @@ class TrajectorySource(Source):
             )
 
         return Stream(make, steps, [])
+
+
+def places_by_weight(weights: Tensor, count: int) -> list[int]:
+    """Return at most `count` different places, in the middle of parts of equal weight.
+
+    There are so many that no part weighs less than one place: then no place is there twice.
+
+    Args:
+        weights: Of each place, positive, [P].
+        count: At least 1.
+    """
+    weights = weights.double()
+    parts = max(1, min(count, int(weights.sum() / weights.max() + 1e-9)))
+    middles = (torch.arange(parts, dtype=torch.float64) + 0.5) / parts
+    found = torch.searchsorted(weights.cumsum(0), middles * weights.sum(), right=True)
+    return found.clamp_max(len(weights) - 1).tolist()
