@@ -92,7 +92,10 @@ def plan() -> list[Row]:
         for equalizer in equalizers
         for method in methods
         # Neither rounding nor fitting to given text is random.
-        if seed == 0 or equalizer != "none" or "distilled" in method or (method, text) == ("fitted", "own")
+        if seed == 0
+        or equalizer != "none"
+        or "distilled" in method
+        or (method, text) == ("fitted", "own")
     ]
 
 
