@@ -20,6 +20,7 @@ from gdfq.analysis.bit_allocation import divergence, free_layers, sensitivities
 from gdfq.cli import main
 from gdfq.deploy.metadata import metadata_of
 from gdfq.deploy.onnx.writer import to_onnx
+from gdfq.effort import counted
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.progress import Step
@@ -210,7 +211,7 @@ def test_command_line_prints_the_chosen_bits(
     printed = capsys.readouterr().out
     for bits in set(allocation["bits"].values()):
         names = [name for name, chosen in allocation["bits"].items() if chosen == bits]
-        assert f"{bits} bits    {len(names)} layers: {', '.join(names)}" in printed
+        assert f"{bits} bits    {counted(len(names), 'layer')}: {', '.join(names)}" in printed
 
 
 @pytest.mark.parametrize(

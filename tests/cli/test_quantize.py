@@ -154,7 +154,7 @@ def test_invalid_networks_weights_and_folders_are_refused(
         (["--input", "3x8"], "must accept an input of 3x8"),
         (["--input", "1x8x8"], "each of the 1 input channels"),
         (["--mean", "a,b,c"], "commas between"),
-        (["--mean", "0.5"], "each of the 3 input channels"),
+        (["--mean", "0.5,0.5"], "each of the 3 input channels"),
         (["--placement", "t2"], "t2"),
         (["--device", "cuda"], "cuda"),
         (["--nonsense"], "--nonsense"),
