@@ -108,7 +108,7 @@ def measure_costs(
     if following.report:
         fixed += _evidence_seconds(teacher, student, source.per_image, context.memory)
     release_freed_memory()
-    made = recipe.source.images_made and source.per_image is not None
+    made = recipe.source.images_made > 0 and source.per_image is not None
     fewest, most = _steps(recipe)
     return Costs(
         fixed=fixed,
@@ -132,8 +132,10 @@ def _steps(recipe: Recipe) -> tuple[int, int]:
     Where images are given and the student is not tuned it chooses nothing: the run calibrates as
     it does without a budget.
     """
-    gives = recipe.source.images_held > 0 and not recipe.source.images_made
-    return (recipe.steps, recipe.steps) if gives and not recipe.tuning.trains else (1, MAX_STEPS)
+    are_given = recipe.source.images_held > 0 and not recipe.source.images_made
+    if are_given and not recipe.tuning.trains:
+        return recipe.steps, recipe.steps
+    return 1, MAX_STEPS
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Metrics(TypedDict, total=False):
     """Of each stage, and in total."""
     steps: int
     effort: dict[str, int | None]
-    """The options `images`, `iterations` and `steps` that the run did or would have."""
+    """The options `images`, `iterations` and `steps` that repeat the run; None for one that it has
+    without being told."""
     teacher: Top1
     student: Top1
     test_images: int

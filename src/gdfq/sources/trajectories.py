@@ -99,7 +99,8 @@ def places_by_weight(weights: Tensor, count: int) -> list[int]:
         count: At least 1.
     """
     weights = weights.double()
-    parts = max(1, min(count, int(weights.sum() / weights.max() + 1e-9)))
+    most = int(weights.sum() / weights.max() + 1e-9)  # equal weights may sum to a little less
+    parts = max(1, min(count, most))
     middles = (torch.arange(parts, dtype=torch.float64) + 0.5) / parts
     found = torch.searchsorted(weights.cumsum(0), middles * weights.sum(), right=True)
     return found.clamp_max(len(weights) - 1).tolist()
