@@ -221,7 +221,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
     """Mean drop and mean KL of the seeds of one pool."""
-    used = [row for row in rows if row["student"] is not None]
+    used = [row for row in rows if not (row.get("candidates") or {}).get("refused")]
     if not used:
         return "refused" if rows else ""
     drop = statistics.mean(row["teacher"]["all"] - row["student"]["all"] for row in used)
