@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import networks
 from support.command_line import arguments
 from support.narrowing import instance, present
@@ -22,7 +23,7 @@ from gdfq.effort import Costs, Effort
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.listeners import History
 from gdfq.execution.progress import Step
-from gdfq.graph.capture import Captured
+from gdfq.graph.capture import Captured, capture
 from gdfq.plan.plan import Plan, Timing
 from gdfq.plan.resolve import resolve
 from gdfq.recipes import Recipe
@@ -207,22 +208,40 @@ def test_stopped_run_resumes_with_the_effort_that_it_started_with(
 def command(place: Path, *more: str) -> list[str]:
     words = arguments(place, *more)
     at = words.index("--recipe")
-    return [*words[:at], "--recipe", "fast", "--bits", "w4a4", *words[at + 4 :]]
+    return [*words[:at], "--recipe", "fast", "--bits", "w3a3", *words[at + 4 :]]
 
 
-@pytest.mark.parametrize(("bits", "recipe"), [("w8a8", "fast"), ("w4a4", "quick")])
+@pytest.mark.parametrize(
+    ("bits", "recipe", "step"),
+    [("w8a8", "fast", None), ("w4a4", "quick", None), ("w4a4", "fast", 0.5)],
+)
 def test_effort_of_a_run_without_tuning_has_no_steps_and_repeats_it(
-    teacher: Captured, monkeypatch: pytest.MonkeyPatch, bits: str, recipe: str
+    teacher: Captured, monkeypatch: pytest.MonkeyPatch, bits: str, recipe: str, step: float | None
 ) -> None:
-    """With steps the recipe would tune."""
-    costs = Costs(fixed=1.0, iteration=0.01, calibration=0.1, batch=128)
+    """With steps the recipe would tune; at w4a4 the time is too short for it."""
+    costs = Costs(fixed=1.0, iteration=0.01, calibration=0.1, step=step, batch=128)
     monkeypatch.setattr("gdfq.plan.budget.measure_costs", lambda *_, **__: costs)
     first = gdfq.quantize(teacher, None, bits, recipe, budget=6)
     effort = first.metrics["effort"]
-    assert effort == {"images": 32, "iterations": 10, "steps": None}
+    assert effort == {"images": 32, "iterations": 10, "steps": 0}
     again = gdfq.quantize(teacher, None, bits, recipe, **effort)
     assert same(state(first.network), state(again.network))
     assert again.metrics["effort"] == effort
+
+
+def test_run_on_large_images_is_repeated_without_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipe fast makes fewer images of 224x224, in smaller batches."""
+    costs = Costs(fixed=1.0, iteration=0.01, calibration=0.1, step=0.5, batch=32)
+    monkeypatch.setattr("gdfq.plan.budget.measure_costs", lambda *_, **__: costs)
+    teacher = capture(networks.make("Residual"), torch.zeros(1, 3, 224, 224))
+    plan = resolve(teacher, None, "w4a4", "fast", budget=60)
+    assert plan.effort_options == {"images": 288, "iterations": 19, "steps": 0}  # 1 + 56.2 + 0.9 s
+    again = resolve(teacher, None, "w4a4", "fast", images=288, iterations=19, steps=0)
+    assert again.recipe == plan.recipe
+    assert not plan.recipe.tuning.trains
+    assert plan.recipe.fit_weights
+    tuned = resolve(teacher, None, "w4a4", "fast", budget=600)
+    assert (present(tuned.effort.images) >= 512, tuned.effort.steps >= 80) == (True, True)
 
 
 def test_budget_of_given_images_chooses_steps_alone(
@@ -245,9 +264,9 @@ def test_budget_of_given_images_without_tuning_chooses_nothing(
     assert main([*words, "--budget", "1h"]) == 0
     said = capsys.readouterr().out
     assert "effort    calibrated without tuning" in said
-    assert said.splitlines()[-1].endswith("the same run: without --budget")
+    assert said.splitlines()[-1].endswith("the same run: --steps 0")
     metrics = json.loads((place / "out" / "metrics.json").read_text())
-    assert set(metrics["effort"].values()) == {None}
+    assert metrics["effort"] == {"images": None, "iterations": None, "steps": 0}
     first = (place / "out" / "student.safetensors").read_bytes()
     assert main([word.replace(f"{place}/out", f"{place}/again") for word in words]) == 0
     assert (place / "again" / "student.safetensors").read_bytes() == first

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.narrowing import present
 
 from gdfq.effort import Costs, Effort, EffortRule, effort_within
 from gdfq.errors import UsageError
@@ -79,6 +80,23 @@ def test_time_for_which_images_may_not_be_seen_makes_more_images() -> None:
     assert effort_within(1e6, costs, rule) == Effort(128, 20, 16)
 
 
+def test_short_time_makes_images_and_does_not_tune() -> None:
+    """64 images and 8 steps of 32 images: 10 + 0.992 + 2 + 3 s. Images alone calibrate in 1 s for 32."""
+    rule = replace(RULE, tuned_images=64, tuned_steps=8)
+    costs = replace(COSTS, batch=32)
+    assert effort_within(16.0, costs, rule) == Effort(64, 15, 8)
+    assert effort_within(15.9, costs, rule) == Effort(64, 15, 0)  # 12.992 s; 96 are for tuning
+    assert effort_within(12.9, costs, rule) == Effort(32, 10, 0)  # 11.336 s
+    assert costs.seconds(Effort(32, 10, 0)) == pytest.approx(11.336)
+    with pytest.raises(UsageError, match="at least 12 s"):
+        effort_within(11.3, costs, rule)
+    given = replace(costs, iteration=None)  # images that are given are tuned on at once
+    assert effort_within(13.0, given, rule) == effort_within(13.0, given, RULE)
+    few = rule.limited(40)  # of a large input: 32 images are enough
+    assert (few.tuned_images, few.tuned_steps) == (32, 8)
+    assert effort_within(20.0, costs, few).images == 32
+
+
 def test_used_share_is_left_for_what_is_not_measured() -> None:
     whole = effort_within(24.4, COSTS, RULE)
     assert effort_within(24.4 / 0.8, COSTS, replace(RULE, used_share=0.8)) == whole
@@ -112,12 +130,14 @@ def test_budget_below_the_least_effort_is_refused_with_the_least() -> None:
 
 seconds = st.floats(1e-4, 10.0)
 rules = st.builds(
-    lambda fewest, many, most, low, more, share, views, steps: EffortRule(
-        fewest, fewest * many, fewest * many * most, low, low + more, share, views, steps, 0.97
+    lambda fewest, many, most, low, more, share, views, steps, tuned, late: EffortRule(
+        *(fewest, fewest * many, fewest * many * most, low, low + more, share, views, steps, 0.97),
+        *(min(tuned, fewest * many * most), late),
     ),
     *(st.integers(1, 40), st.integers(1, 8), st.integers(1, 8)),
     *(st.integers(1, 30), st.integers(0, 30)),
     *(st.floats(0.05, 0.95), st.none() | st.integers(1, 100), st.integers(4, 40)),
+    *(st.integers(1, 500), st.integers(4, 200)),
 )
 costs_of_any_run = st.builds(
     Costs,
@@ -149,7 +169,16 @@ def test_effort_is_within_the_budget_and_at_least_the_minimum(
     if effort is None:
         return
     assert costs.seconds(effort) <= rule.used_share * budget
-    assert effort.steps >= (1 if costs.step is None else rule.min_steps)
+    if not effort.steps:
+        assert costs.step is not None
+        assert present(effort.images) <= max(rule.min_images, rule.tuned_images)
+    elif costs.step is None:
+        assert effort.steps >= 1
+    elif costs.iteration is None:
+        assert effort.steps >= rule.min_steps
+    else:
+        assert effort.steps >= rule.tuned_steps
+        assert present(effort.images) >= rule.tuned_images
     if costs.iteration is None:
         assert (effort.images, effort.iterations) == (None, None)
         return
@@ -181,7 +210,7 @@ def test_one_more_step_of_a_tuned_student_does_not_fit(
     costs: Costs, rule: EffortRule, budget: float
 ) -> None:
     effort = within(budget, costs, rule)
-    if effort is None or costs.step is None:
+    if effort is None or costs.step is None or not effort.steps:
         return
     if effort.steps >= min(costs.steps, rule.max_steps(effort.images, costs.batch)):
         return
@@ -215,6 +244,10 @@ def test_rule_of_a_recipe_knows_its_iterations_and_the_size_of_its_input() -> No
     eight_bits = resolve_method("w8a8").recipe
     assert effort_rule(eight_bits, small).max_images == 1024
     assert effort_rule(eight_bits, small).max_views is None
+    four_bits, three_bits = (effort_rule(resolve_method(b).recipe, small) for b in ("w4a4", "w3a3"))
+    assert (four_bits.tuned_images, four_bits.tuned_steps) == (512, 80)
+    assert (three_bits.tuned_images, three_bits.tuned_steps) == (1, 4)
+    assert effort_rule(resolve_method("w4a4").recipe, huge).tuned_images == 64
     patches = effort_rule(find_recipe("patches"), large)
     assert (patches.min_iterations, patches.max_iterations) == (60, 60)
     assert effort_rule(PAPER, small) == effort_rule(find_recipe("zeroq"), small)

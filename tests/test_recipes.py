@@ -33,6 +33,28 @@ def test_with_steps_scales_the_published_schedule() -> None:
     assert RECIPES["round"].with_steps(60).calibration == 60
 
 
+def test_no_steps_calibrate_on_all_images_and_do_not_tune() -> None:
+    recipe = FAST.with_images(256).with_steps(0)
+    assert (recipe.steps, recipe.calibration, recipe.warmup, recipe.source.batch) == (4, 4, 4, 64)
+    assert not recipe.tuning.trains
+    assert recipe.fit_weights
+    assert recipe.with_steps(0) is recipe
+    for bits, name in (("w8a8", "fast"), ("w4a8", "fast"), ("w4a4", "quick")):
+        untuned = resolve_method(bits, name)
+        assert resolve_method(bits, name, steps=0).recipe == untuned.recipe
+    assert resolve_method("w4a4", "text").recipe.tuning.trains
+    text = resolve_method("w4a4", "text", steps=0).recipe
+    assert replace(text, name="", summary="") == replace(RECIPES["text-quick"], name="", summary="")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("genie", "learns its rounding"), ("paper", "draws its images")]
+)
+def test_recipes_that_need_steps_refuse_none(name: str, why: str) -> None:
+    with pytest.raises(UsageError, match=rf"{name!r} {why} while it tunes.* at least 4 steps"):
+        RECIPES[name].with_steps(0)
+
+
 def test_paper_has_the_published_values() -> None:
     generator = instance(PAPER.source, GeneratorSource)
     tuning, imagenet_tuning = (

@@ -114,11 +114,11 @@ def quantize(
             - equalizer: Of a language model: "hadamard", "reassembly", "smooth" or "none".
             - budget: The time of the call, in seconds or as "5m" or "2m30s", without that of
               measuring on `test`. One step of each kind is measured first; images, iterations and
-              steps are chosen for the time that is left. `metrics["effort"]` has them, or None
-              where one follows from the others; as options (`**effort`) they repeat the run.
+              steps are chosen for the time that is left. `metrics["effort"]` has them; as
+              options (`**effort`) they repeat the run.
             - images: Images that are made before the student learns.
             - iterations: Updates of each of these images.
-            - steps: Batches in total.
+            - steps: Batches in total; 0 without tuning.
             - batch: Images in a batch.
             - mean, std: Input normalisation per channel, for pixels in 0..1.
             - resize: How the files of an image folder get the network's size.

@@ -29,7 +29,8 @@ class Effort:
         images: Images that are made before the student learns; None for a source that makes its
             images while the student learns, and for given images.
         iterations: Updates of each image; None where there are no images, or none are updated.
-        steps: Batches that the student is calibrated and tuned on.
+        steps: Batches that the student is calibrated and tuned on; 0 if all images calibrate it
+            and it is not tuned.
     """
 
     images: int | None
@@ -75,6 +76,9 @@ class EffortRule:
         min_steps: Fewest steps of a student that is tuned.
         used_share: Share of the whole time that is planned. The rest is for what is not measured,
             such as checkpoints.
+        tuned_images: Fewest made images of a student that is tuned.
+        tuned_steps: Fewest steps on made images of a student that is tuned. Where the time is too
+            short for both, all of it makes images, and the student is not tuned.
     """
 
     min_images: int = 32
@@ -86,20 +90,35 @@ class EffortRule:
     max_views: int | None = None
     min_steps: int = 4
     used_share: float = 0.97
+    tuned_images: int = 1
+    tuned_steps: int = 4
 
     def limited(self, images: int) -> "EffortRule":
         """Return this rule with at most so many images, but at least one."""
         most = max(1, min(self.max_images, images))
+        least = min(self.min_images, most)
         return replace(
             self,
-            min_images=min(self.min_images, most),
+            min_images=least,
             many_images=min(self.many_images, most),
             max_images=most,
+            tuned_images=min(self.tuned_images, most // least * least),
         )
 
     def with_iterations(self, iterations: int) -> "EffortRule":
         """Return this rule with a fixed number of iterations."""
         return replace(self, min_iterations=iterations, max_iterations=iterations)
+
+    @property
+    def tunes_late(self) -> bool:
+        """Whether a student is not tuned where the time is short."""
+        return self.tuned_images > self.min_images or self.tuned_steps > self.min_steps
+
+    @property
+    def untuned(self) -> "EffortRule":
+        """This rule for times in which a student is not tuned."""
+        most = max(self.min_images, self.tuned_images)
+        return replace(self, max_images=most, tuned_images=1, tuned_steps=self.min_steps)
 
     def iterations(self, images: int) -> int:
         """Return the iterations of each of so many images."""
@@ -178,12 +197,12 @@ class Costs:
     def seconds(self, effort: Effort) -> float:
         """Return the seconds of a run with an effort."""
         steps, quarter = effort.steps, effort.steps // 4  # as Recipe.with_steps divides them
-        calibrated: float = steps
-        if self.step is not None:
+        calibrated, tuning = float(steps), 0.0
+        if self.step is not None and steps:
             calibrated = min(self.calibrated, quarter)
+            tuning = self.step * (steps - min(self.warmup, quarter))
         elif effort.images is not None:  # each image calibrates once
             calibrated = effort.images / self.batch
-        tuning = 0.0 if self.step is None else self.step * (steps - min(self.warmup, quarter))
         return (
             self.fixed
             + self.of_images(effort)
@@ -198,8 +217,9 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
     """Return the largest effort whose seconds are within a time.
 
     Images take their share of the time, and steps the rest. Where the images may not be seen so
-    often, there are more images and fewer steps. More time never gives fewer images or iterations.
-    It gives fewer steps only together with more images.
+    often, there are more images and fewer steps; where the time is too short to tune on enough
+    images, there are images alone. More time never gives fewer images or iterations. It gives fewer
+    steps only together with more images.
 
     Args:
         seconds: The time of the whole run.
@@ -219,6 +239,10 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
 
     efforts = list(_image_efforts(costs, rule))
     least = efforts[0]
+    tunes = costs.step is not None
+    if tunes and least.images is not None and rule.tunes_late and not fits(least):
+        untuned = effort_within(seconds, replace(costs, step=None), rule.untuned)
+        return replace(untuned, steps=0)
     if not fits(least):
         needed = math.ceil(costs.seconds(least) / rule.used_share)
         raise UsageError(
@@ -226,7 +250,6 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
             f"{math.ceil(costs.fixed)} s do not depend on the effort; got {seconds:g} s. Give a "
             "longer budget."
         )
-    tunes = costs.step is not None
     room = (rule.image_share if tunes else 1.0) * (planned - costs.fixed)
     affordable = [effort for effort in efforts if fits(effort)]
     in_room = [effort for effort in affordable if costs.of_images(effort) <= room]
@@ -248,8 +271,10 @@ def _image_efforts(costs: Costs, rule: EffortRule) -> Iterator[Effort]:
         yield Effort(None, None, costs.fewest if costs.step is None else rule.min_steps)
         return
     for images in range(rule.min_images, rule.max_images + 1, rule.min_images):
-        steps = -(-images // costs.batch) if costs.step is None else rule.min_steps
-        yield Effort(images, rule.iterations(images), steps)
+        if costs.step is None:
+            yield Effort(images, rule.iterations(images), -(-images // costs.batch))
+        elif images >= rule.tuned_images:
+            yield Effort(images, rule.iterations(images), max(rule.min_steps, rule.tuned_steps))
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:

@@ -28,6 +28,8 @@ from gdfq.sources.pool import ImagePool, PoolStream
 from gdfq.sources.screen import screened
 
 PLAIN, SCREEN = Preprocessing((0.0,), (1.0,)), Screen()
+LENIENT = Screen(known_share=1.0, least_share=0.0)
+"""No image is dropped because the network does not know it."""
 
 
 def stripes(count: int, seed: int) -> Tensor:
@@ -93,11 +95,10 @@ def test_screen_stops_at_enough_images(teacher: Captured) -> None:
     assert not other.judged[:5].equal(few.judged[:5])
 
 
-def test_pool_no_nearer_than_noise_is_refused(teacher: Captured) -> None:
+def test_noise_is_refused(teacher: Captured) -> None:
     noise = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3
-    known = Screen(known_share=1.0, least_share=0.0)
-    found, kept, labels = screened(teacher, OWN, pool_of(noise, known), 20, Context())
-    assert "not below that of noise" in present(found.refused)
+    found, kept, labels = screened(teacher, OWN, pool_of(noise, LENIENT), 20, Context())
+    assert "is nearer to that of noise" in present(found.refused)
     assert len(found.kept) == len(kept) == len(present(labels)) == 0
     assert found.distances["kept"] >= found.distances["noise"] > found.distances["own"]
     assert "none of the 50 proxy images is used" in str(found)
@@ -105,6 +106,20 @@ def test_pool_no_nearer_than_noise_is_refused(teacher: Captured) -> None:
     all_of_them = pool_of(noise, Screen(filters=False))
     found, kept, _ = screened(teacher, OWN, all_of_them, 20, Context())
     assert (found.refused, len(kept)) == (None, 20)
+
+
+def test_pool_is_refused_from_the_middle_between_own_images_and_noise_on(teacher: Captured) -> None:
+    refused = []
+    for strength in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
+        draw = torch.Generator().manual_seed(5)
+        pool = stripes(60, 2) + strength * torch.randn(60, 3, 16, 16, generator=draw)
+        found, kept, _ = screened(teacher, OWN, pool_of(pool, LENIENT), 40, Context())
+        place = found.distances
+        assert (found.refused is not None) == (len(kept) == 0)
+        assert (len(kept) == 0) == (2 * place["kept"] >= place["own"] + place["noise"])
+        refused.append(found.refused is not None)
+    assert set(refused) == {False, True}
+    assert refused == sorted(refused)  # more noise never makes a pool suitable
 
 
 def test_pool_of_which_hardly_an_image_is_known_is_refused(teacher: Captured) -> None:

@@ -17,6 +17,7 @@ from gdfq.cli.options import (
     equalizer_option,
     export_target_option,
     generation_options,
+    generator_steps_option,
     group_size_option,
     layer_bits_option,
     memory_option,
@@ -25,7 +26,6 @@ from gdfq.cli.options import (
     proxy_option,
     recipe_option,
     seed_option,
-    steps_option,
     target_option,
 )
 from gdfq.cli.types import PATH, DataPath, Seconds, Shape, Size
@@ -330,7 +330,7 @@ def compare_command(folders: tuple[Path, ...], out: Path) -> None:
 @cli.command("generate")
 @network_options
 @recipe_option
-@steps_option
+@generator_steps_option
 @memory_option
 @seed_option
 @click.option(

@@ -112,10 +112,9 @@ def budget_in_words(plan: Plan) -> str:
 
 
 def repetition(plan: Plan) -> str:
-    """Return the options that repeat a run with a budget, or that it needs none."""
+    """Return the options that repeat a run with a budget."""
     options = plan.effort_options.items()
-    said = " ".join(f"--{name} {value}" for name, value in options if value is not None)
-    return said or "without --budget"
+    return " ".join(f"--{name} {value}" for name, value in options if value is not None)
 
 
 def warn(message: str) -> None:

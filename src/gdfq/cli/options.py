@@ -149,9 +149,16 @@ denoiser_options = together(
 )
 """How a denoiser of a diffusion model is called."""
 
-steps_option = click.option(
-    "--steps", type=click.IntRange(min=1), help="Batches in total.  [default: the recipe's own]"
-)
+
+def _steps_option(least: int, others: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--steps",
+        type=click.IntRange(min=least),
+        help=f"Batches in total{others}.  [default: the recipe's own]",
+    )
+
+
+generator_steps_option = _steps_option(1, "")
 effort_options = together(
     click.option(
         "--budget",
@@ -170,7 +177,7 @@ effort_options = together(
         type=click.IntRange(min=1),
         help="Updates of each of these images.  [default: the recipe's own]",
     ),
-    steps_option,
+    _steps_option(0, "; 0 without tuning"),
 )
 """How much work the run does."""
 

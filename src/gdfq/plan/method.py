@@ -30,7 +30,7 @@ class EffortRequest:
     """How much work the user asks for; None leaves it to the recipe.
 
     Attributes:
-        steps: Batches in total.
+        steps: Batches in total; 0 without tuning.
         images: Images that are made before the student learns.
         iterations: Updates of each of these images.
         batch: Images in a batch.
@@ -165,7 +165,7 @@ def resolve_method(
         group_size=options.get("group_size"),
         new_biases=aim is None or not aim.holds_weights_alone,
     )
-    if effort.steps is None and size is None:
+    if not effort.steps and size is None:
         chosen = recipe_for(recipe, scheme)
     if size is None and not isinstance(recipe, Recipe):
         chosen = with_code_rate(chosen, scheme)

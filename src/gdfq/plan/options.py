@@ -101,7 +101,7 @@ class EffortOptions(TypedDict, total=False):
     """Options that say how much work a run does.
 
     Attributes:
-        steps: Batches in total. By default the recipe's own.
+        steps: Batches in total; 0 without tuning. By default the recipe's own.
         images: Images that are made before the student learns. By default the recipe's own.
         iterations: Updates of each of these images. By default the recipe's own.
         batch: Images in a batch. By default the recipe's own.

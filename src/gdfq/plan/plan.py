@@ -101,14 +101,15 @@ class Plan:
     def effort_options(self) -> dict[str, int | None]:
         """The options `images`, `iterations` and `steps` that repeat a run with a budget.
 
-        One is None if the run has it without being told. Without tuning the images imply the steps.
+        One is None if the run has it without being told. Without tuning the images imply the
+        steps, which are given as 0.
         """
         effort = self.effort
         implied = self.source.images_held > 0 and not self.recipe.tuning.trains
         return {
             "images": effort.images,
             "iterations": effort.iterations,
-            "steps": None if implied else effort.steps,
+            "steps": 0 if implied else effort.steps,
         }
 
     def with_effort(self, effort: Effort) -> "Plan":

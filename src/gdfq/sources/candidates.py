@@ -37,8 +37,10 @@ class Screen:
     - in a network without batch norms, if its entropy of patch similarity is below that of most
       noise images.
 
-    The whole pool is unsuitable if fewer than `least_share` of the judged images pass, or if those
-    that pass are no nearer to the network's batch-norm statistics than 1/f noise.
+    The whole pool is unsuitable if fewer than `least_share` of the judged images pass, or if the
+    batch-norm distance of those that pass is nearer to that of 1/f noise than to that of the run's
+    own images. (Pools that helped had 0.09 to 0.27 of the distance of noise, one that harmed 0.65:
+    docs/proxies.md.)
 
     Attributes:
         temperature: T of the energy.

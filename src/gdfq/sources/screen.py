@@ -297,10 +297,11 @@ def _refusal(screen: Screen, kept: int, judged: int, distances: dict[str, float]
             f"the network knows only {kept} of the {judged} images that were judged, so they are "
             "too far from what it was trained on"
         )
-    if distances and distances["kept"] >= distances["noise"]:
+    if distances and 2 * distances["kept"] >= distances["own"] + distances["noise"]:
         return (
             f"the batch-norm distance of those that passed the filters, {distances['kept']:.3f}, "
-            f"is not below that of noise, {distances['noise']:.3f}, so they would harm the network"
+            f"is nearer to that of noise, {distances['noise']:.3f}, than to that of the run's own "
+            f"images, {distances['own']:.3f}, so they would harm the network"
         )
     return None
 
