@@ -82,7 +82,7 @@ def test_time_for_which_images_may_not_be_seen_makes_more_images() -> None:
 
 def test_short_time_makes_images_and_does_not_tune() -> None:
     """64 images and 8 steps of 32 images: 10 + 0.992 + 2 + 3 s. Images alone calibrate in 1 s for 32."""
-    rule = replace(RULE, tuned_images=64, tuned_steps=8)
+    rule = replace(RULE, tuned_images=64, tuned_steps=8, untuned_images=64)
     costs = replace(COSTS, batch=32)
     assert effort_within(16.0, costs, rule) == Effort(64, 15, 8)
     assert effort_within(15.9, costs, rule) == Effort(64, 15, 0)  # 12.992 s; 96 are for tuning
@@ -90,10 +90,12 @@ def test_short_time_makes_images_and_does_not_tune() -> None:
     assert costs.seconds(Effort(32, 10, 0)) == pytest.approx(11.336)
     with pytest.raises(UsageError, match="at least 12 s"):
         effort_within(11.3, costs, rule)
+    fewer = replace(rule, untuned_images=32)
+    assert effort_within(15.9, costs, fewer) == Effort(32, 10, 0)  # more would be of no use
     given = replace(costs, iteration=None)  # images that are given are tuned on at once
     assert effort_within(13.0, given, rule) == effort_within(13.0, given, RULE)
     few = rule.limited(40)  # of a large input: 32 images are enough
-    assert (few.tuned_images, few.tuned_steps) == (32, 8)
+    assert (few.tuned_images, few.tuned_steps, few.untuned_images) == (32, 8, 40)
     assert effort_within(20.0, costs, few).images == 32
 
 
@@ -130,14 +132,14 @@ def test_budget_below_the_least_effort_is_refused_with_the_least() -> None:
 
 seconds = st.floats(1e-4, 10.0)
 rules = st.builds(
-    lambda fewest, many, most, low, more, share, views, steps, tuned, late: EffortRule(
+    lambda fewest, many, most, low, more, share, views, steps, tuned, late, rest: EffortRule(
         *(fewest, fewest * many, fewest * many * most, low, low + more, share, views, steps, 0.97),
-        *(min(tuned, fewest * many * most), late),
+        *(min(tuned, fewest * many * most), late, min(rest, tuned, fewest * many * most)),
     ),
     *(st.integers(1, 40), st.integers(1, 8), st.integers(1, 8)),
     *(st.integers(1, 30), st.integers(0, 30)),
     *(st.floats(0.05, 0.95), st.none() | st.integers(1, 100), st.integers(4, 40)),
-    *(st.integers(1, 500), st.integers(4, 200)),
+    *(st.integers(1, 500), st.integers(4, 200), st.integers(0, 500)),
 )
 costs_of_any_run = st.builds(
     Costs,
@@ -171,7 +173,8 @@ def test_effort_is_within_the_budget_and_at_least_the_minimum(
     assert costs.seconds(effort) <= rule.used_share * budget
     if not effort.steps:
         assert costs.step is not None
-        assert present(effort.images) <= max(rule.min_images, rule.tuned_images)
+        assert 0 < present(effort.images) <= max(rule.min_images, rule.untuned_images)
+        assert rule.untuned_images
     elif costs.step is None:
         assert effort.steps >= 1
     elif costs.iteration is None:
@@ -247,7 +250,9 @@ def test_rule_of_a_recipe_knows_its_iterations_and_the_size_of_its_input() -> No
     four_bits, three_bits = (effort_rule(resolve_method(b).recipe, small) for b in ("w4a4", "w3a3"))
     assert (four_bits.tuned_images, four_bits.tuned_steps) == (512, 80)
     assert (three_bits.tuned_images, three_bits.tuned_steps) == (1, 4)
-    assert effort_rule(resolve_method("w4a4").recipe, huge).tuned_images == 64
+    four_bit_rules = [effort_rule(resolve_method("w4a4").recipe, s) for s in (small, large, huge)]
+    assert [rule.untuned_images for rule in four_bit_rules] == [512, 256, 12]
+    assert [rule.tuned_images for rule in four_bit_rules] == [512, 512, 64]
     patches = effort_rule(find_recipe("patches"), large)
     assert (patches.min_iterations, patches.max_iterations) == (60, 60)
     assert effort_rule(PAPER, small) == effort_rule(find_recipe("zeroq"), small)

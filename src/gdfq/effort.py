@@ -77,8 +77,9 @@ class EffortRule:
         used_share: Share of the whole time that is planned. The rest is for what is not measured,
             such as checkpoints.
         tuned_images: Fewest made images of a student that is tuned.
-        tuned_steps: Fewest steps on made images of a student that is tuned. Where the time is too
-            short for both, all of it makes images, and the student is not tuned.
+        tuned_steps: Fewest steps on made images of a student that is tuned.
+        untuned_images: Most images of a student that is not tuned because the time is too short for
+            both; 0 if it is always tuned.
     """
 
     min_images: int = 32
@@ -92,6 +93,7 @@ class EffortRule:
     used_share: float = 0.97
     tuned_images: int = 1
     tuned_steps: int = 4
+    untuned_images: int = 0
 
     def limited(self, images: int) -> "EffortRule":
         """Return this rule with at most so many images, but at least one."""
@@ -103,6 +105,7 @@ class EffortRule:
             many_images=min(self.many_images, most),
             max_images=most,
             tuned_images=min(self.tuned_images, most // least * least),
+            untuned_images=min(self.untuned_images, most),
         )
 
     def with_iterations(self, iterations: int) -> "EffortRule":
@@ -110,15 +113,15 @@ class EffortRule:
         return replace(self, min_iterations=iterations, max_iterations=iterations)
 
     @property
-    def tunes_late(self) -> bool:
-        """Whether a student is not tuned where the time is short."""
-        return self.tuned_images > self.min_images or self.tuned_steps > self.min_steps
-
-    @property
     def untuned(self) -> "EffortRule":
-        """This rule for times in which a student is not tuned."""
-        most = max(self.min_images, self.tuned_images)
-        return replace(self, max_images=most, tuned_images=1, tuned_steps=self.min_steps)
+        """This rule for times that are too short to tune."""
+        return replace(
+            self,
+            max_images=max(self.min_images, self.untuned_images),
+            tuned_images=1,
+            tuned_steps=self.min_steps,
+            untuned_images=0,
+        )
 
     def iterations(self, images: int) -> int:
         """Return the iterations of each of so many images."""
@@ -240,7 +243,7 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
     efforts = list(_image_efforts(costs, rule))
     least = efforts[0]
     tunes = costs.step is not None
-    if tunes and least.images is not None and rule.tunes_late and not fits(least):
+    if tunes and least.images is not None and rule.untuned_images and not fits(least):
         untuned = effort_within(seconds, replace(costs, step=None), rule.untuned)
         return replace(untuned, steps=0)
     if not fits(least):

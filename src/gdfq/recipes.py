@@ -168,7 +168,7 @@ class Recipe:
 
         Args:
             steps: Total number of steps; None changes nothing. 0 is a run that does not tune: all
-                images calibrate, and weights are fitted to them where the recipe fits weights.
+                images calibrate, and weights are fitted to them if the recipe fits weights.
 
         Raises:
             UsageError: There are too few steps, or the recipe needs to tune.
@@ -510,12 +510,17 @@ _FINE_TUNINGS = {
 """The tuning of fitted weights of so many bits, by the name of the recipe."""
 
 
-def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
+def recipe_for(recipe: str | Recipe, scheme: Scheme, *, tuned: bool = True) -> Recipe:
     """Return a recipe by its name, with the effort that the bits need, or the recipe itself.
 
     Where all weights and activations have 8 bits, fast, quick and text do not tune: it changes
     nothing.
     With 4 bits and more quick does not tune either, and fast does not where all activations have 8.
+
+    Args:
+        recipe: A recipe, or its name.
+        scheme: Bits of all layers.
+        tuned: Whether fast tunes where it gains by it.
 
     Raises:
         UsageError: There is no such name.
@@ -529,7 +534,7 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme) -> Recipe:
         return _as_variant_of(recipe, TEXT_QUICK)
     if recipe in _EFFORT_BY_BITS and fewest == MAX_BITS:
         return _as_variant_of(recipe, _CALIBRATED)
-    gains_by_tuning = recipe == FAST.name and activations < MAX_BITS
+    gains_by_tuning = tuned and recipe == FAST.name and activations < MAX_BITS
     if recipe in _EFFORT_BY_BITS and fewest >= _FITTED_BITS and not gains_by_tuning:
         return _as_variant_of(recipe, _FITTED)
     return find_recipe(recipe)
@@ -572,9 +577,9 @@ EFFORT_RULE = EffortRule()
 _TUNED_RULE = replace(EFFORT_RULE, max_images=_FAST_POOL.images, max_views=20)
 """The same where they tune. More views of an image gain nothing, and many lose: MobileNetV1 at w4a4
 has a KL of 0.59 to 0.64 with 7 to 30 views, of 0.65 and 0.68 with 60 and 83."""
-_FINE_RULE = replace(_TUNED_RULE, tuned_images=512, tuned_steps=80)
+_FINE_RULE = replace(_TUNED_RULE, tuned_images=512, tuned_steps=80, untuned_images=512)
 """The same where the weights that are tuned are fitted well. A short tuning undoes a part of the
-fit: MobileNetV1 at w4a4 has a KL of 0.84 after 110 steps on 192 images, of 0.71 fitted to 256."""
+fit: MobileNetV1 at w4a4 has a KL of 0.84 after 110 steps on 192 images, of 0.73 fitted to 256."""
 
 
 def effort_rule(recipe: Recipe, input_shape: Sequence[int]) -> EffortRule:
@@ -594,5 +599,7 @@ def effort_rule(recipe: Recipe, input_shape: Sequence[int]) -> EffortRule:
     if recipe.name in _EFFORT_BY_BITS:
         rule = _TUNED_RULE if recipe.tuning.trains else EFFORT_RULE
         rule = _FINE_RULE if recipe.tuning in _FINE_TUNINGS.values() else rule
+        fitted = _FITTED.with_images(rule.max_images).fitted(input_shape).source.images_held
+        rule = replace(rule, untuned_images=min(rule.untuned_images, fitted))
     most = recipe.source.with_images(rule.max_images).fitted(input_shape).images_held
     return rule.limited(most)

@@ -13,7 +13,7 @@ from gdfq.files.states import Results
 from gdfq.graph.inputs import takes_images
 from gdfq.plan.method import Method
 from gdfq.plan.plan import Plan, Timing
-from gdfq.recipes import effort_rule
+from gdfq.recipes import Recipe, effort_rule
 
 _MEASURED_SHARE = 0.02
 """Share of a budget that further steps of each kind are measured for, after the first ones."""
@@ -23,10 +23,19 @@ _RECORD = "effort"
 """The part of a checkpoint that has the effort of a run with a budget."""
 
 
-def within_budget(plan: Plan, method: Method, context: Context, timing: Timing) -> Plan:
+def within_budget(
+    plan: Plan, method: Method, untuned: Recipe, context: Context, timing: Timing
+) -> Plan:
     """Return the plan with the effort of its budget: that of its checkpoint, or else a new one.
 
     A run that resumes takes the effort that it started with, and measures nothing.
+
+    Args:
+        plan: The plan, with the effort of its recipe.
+        method: What the user asks for.
+        untuned: The recipe of a budget that is too short to tune, for the inputs of the network.
+        context: Context of the run.
+        timing: When its time began, and what follows the run.
     """
     assert plan.budget is not None
     assert timing.started is not None
@@ -38,6 +47,8 @@ def within_budget(plan: Plan, method: Method, context: Context, timing: Timing) 
         effort = _recorded_effort(recorded, plan.budget)
     record = Results(budget=plan.budget, **effort.as_values())
     context.checkpointer.register(_RECORD, record)
+    if not effort.steps:
+        plan = replace(plan, recipe=untuned)
     return replace(plan.with_effort(effort), planned_seconds=seconds)
 
 

@@ -115,6 +115,7 @@ class Method:
         effort: How much work the user asks for.
         target: Where the result is to run, where the user says it.
         equalizer_said: Whether the user says the equalizer.
+        untuned: The recipe for a budget that is too short to tune; None without a budget.
     """
 
     scheme: Scheme
@@ -123,6 +124,7 @@ class Method:
     effort: EffortRequest = EffortRequest()
     target: Target | None = None
     equalizer_said: bool = False
+    untuned: Recipe | None = None
 
 
 def resolve_method(
@@ -166,7 +168,7 @@ def resolve_method(
         new_biases=aim is None or not aim.holds_weights_alone,
     )
     if not effort.steps and size is None:
-        chosen = recipe_for(recipe, scheme)
+        chosen = recipe_for(recipe, scheme, tuned=effort.steps != 0)
     if size is None and not isinstance(recipe, Recipe):
         chosen = with_code_rate(chosen, scheme)
     check_family(scheme, chosen.quantizers)
@@ -175,10 +177,19 @@ def resolve_method(
         if placed != "tokens":
             raise UsageError("an equalizer is for language models, with recipe 'text'. Remove it.")
         chosen = replace(chosen, equalizer=find_equalizer(equalizer))
+    untuned = None
+    if effort.budget is not None:
+        untuned = replace(recipe_for(recipe, scheme, tuned=False), placement=placed)
     chosen = chosen.with_steps(effort.steps)
     effort.of_images(chosen)  # refuses what cannot be used before a network is loaded
     return Method(
-        scheme, replace(chosen, placement=placed), size, effort, aim, equalizer is not None
+        scheme,
+        replace(chosen, placement=placed),
+        size,
+        effort,
+        aim,
+        equalizer_said=equalizer is not None,
+        untuned=untuned,
     )
 
 

@@ -91,7 +91,8 @@ def plan_of(
     check_images(method, images)
     started = time.perf_counter() if timing.started is None else timing.started
     teacher, preprocessing, names = network.teacher, network.preprocessing, network.class_names
-    recipe = _fitted(method, network, given=images.get("data") is not None)
+    given = images.get("data") is not None
+    recipe = _fitted(method, network, given=given)
     scheme = replace(method.scheme, denoiser=network.sampler is not None)
     _check_test(network, images)
     generation = images.get("generate_with")
@@ -124,9 +125,11 @@ def plan_of(
     )
     if plan.budget is None:
         return plan
+    assert method.untuned is not None
+    untuned = _fitted(replace(method, recipe=method.untuned), network, given=given)
     following = replace(timing.following, capture_seconds=network.capture_seconds)
     timing = replace(timing, started=started, following=following)
-    return within_budget(plan, method, context, timing)
+    return within_budget(plan, method, untuned, context, timing)
 
 
 def _samples(network: Network, images: ImageOptions) -> int:
