@@ -173,11 +173,11 @@ class Recipe:
         Raises:
             UsageError: There are too few steps, or the recipe needs to tune.
         """
+        _check_counts(0, steps=steps)
         if steps is None:
             return self
         if steps == 0:
             return self._untuned()
-        _check_counts(steps=steps)
         if not self.tuning.trains:
             return replace(self, steps=steps, calibration=steps, warmup=steps)
         if steps < 4:
@@ -225,13 +225,13 @@ class Recipe:
         return replace(self, source=self.source.fitted(input_shape))
 
 
-def _check_counts(**counts: int | None) -> None:
-    """Raise UsageError for a count that is no positive whole number; None is none."""
+def _check_counts(least: int = 1, /, **counts: int | None) -> None:
+    """Raise UsageError for a count that is no whole number of at least `least`; None is none."""
     for name, count in counts.items():
         if count is not None and (
-            not isinstance(count, int) or isinstance(count, bool) or count < 1
+            not isinstance(count, int) or isinstance(count, bool) or count < least
         ):
-            raise UsageError(f"{name} must be a whole number of at least 1; got {count}.")
+            raise UsageError(f"{name} must be a whole number of at least {least}; got {count}.")
 
 
 _MAX_POOL_PIXELS = 2**26
