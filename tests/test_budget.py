@@ -235,17 +235,15 @@ def test_run_on_large_images_is_repeated_without_tuning(monkeypatch: pytest.Monk
     monkeypatch.setattr("gdfq.plan.budget.measure_costs", lambda *_, **__: costs)
     teacher = capture(networks.make("Residual"), torch.zeros(1, 3, 224, 224))
     plan = resolve(teacher, None, "w4a4", "fast", budget=60)
-    assert plan.effort_options == {
-        "images": 256,
-        "iterations": 18,
-        "steps": 0,
-    }  # no more without tuning
+    # More images are of no use without tuning.
+    assert plan.effort_options == {"images": 256, "iterations": 18, "steps": 0}
     again = resolve(teacher, None, "w4a4", "fast", images=256, iterations=18, steps=0)
     assert again.recipe == plan.recipe
     quick = resolve(teacher, None, "w4a4", "quick", images=256, iterations=18).recipe
     assert plan.recipe == replace(quick, name="fast", summary=plan.recipe.summary)
     tuned = resolve(teacher, None, "w4a4", "fast", budget=600)
-    assert (present(tuned.effort.images) >= 512, tuned.effort.steps >= 80) == (True, True)
+    assert present(tuned.effort.images) >= 512
+    assert tuned.effort.steps >= 80
 
 
 def test_budget_of_given_images_chooses_steps_alone(

@@ -112,17 +112,6 @@ class EffortRule:
         """Return this rule with a fixed number of iterations."""
         return replace(self, min_iterations=iterations, max_iterations=iterations)
 
-    @property
-    def untuned(self) -> "EffortRule":
-        """This rule for times that are too short to tune."""
-        return replace(
-            self,
-            max_images=max(self.min_images, self.untuned_images),
-            tuned_images=1,
-            tuned_steps=self.min_steps,
-            untuned_images=0,
-        )
-
     def iterations(self, images: int) -> int:
         """Return the iterations of each of so many images."""
         if images >= self.many_images:
@@ -244,8 +233,9 @@ def effort_within(seconds: float, costs: Costs, rule: EffortRule) -> Effort:
     least = efforts[0]
     tunes = costs.step is not None
     if tunes and least.images is not None and rule.untuned_images and not fits(least):
-        untuned = effort_within(seconds, replace(costs, step=None), rule.untuned)
-        return replace(untuned, steps=0)
+        most = max(rule.min_images, rule.untuned_images)
+        untuned = replace(costs, step=None)
+        return replace(effort_within(seconds, untuned, replace(rule, max_images=most)), steps=0)
     if not fits(least):
         needed = math.ceil(costs.seconds(least) / rule.used_share)
         raise UsageError(

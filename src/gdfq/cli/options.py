@@ -150,15 +150,17 @@ denoiser_options = together(
 """How a denoiser of a diffusion model is called."""
 
 
-def _steps_option(least: int, others: str) -> Callable[[Any], Any]:
+def _steps_option(least: int, note: str = "") -> Callable[[Any], Any]:
     return click.option(
         "--steps",
         type=click.IntRange(min=least),
-        help=f"Batches in total{others}.  [default: the recipe's own]",
+        help=f"Batches in total{note}.  [default: the recipe's own]",
     )
 
 
-generator_steps_option = _steps_option(1, "")
+generator_steps_option = _steps_option(1)
+"""Steps of a generator that learns."""
+
 effort_options = together(
     click.option(
         "--budget",
