@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gdfq.functional
 from gdfq.functional import (
+    fixed_convolution,
     float_grid,
     frechet,
     gemmlowp,
@@ -92,6 +93,7 @@ CALLS: dict[Callable[..., Any], Call] = {
     screening.batch_norm_sensitivity: lambda m: screening.batch_norm_sensitivity([_of_images(m, c) for c in (3, 5)], _statistics(m)),
     moments.moments: lambda m: moments.moments(m(4, 3, 5, 5).detach()),
     moments.norm_with_moments: lambda m: moments.norm_with_moments(m(4, 3, 5, 5), m(1, 3, 1, 1).detach(), m(1, 3, 1, 1).detach()),
+    fixed_convolution.fixed_convolution: lambda m: fixed_convolution.fixed_convolution(m(2, 4, 5, 5), m(6, 2, 3, 3).detach(), m(6).detach(), (2, 1), (1, 0), groups=2),
     moments.input_moments: lambda m: moments.input_moments(m(4, 3, 5, 5)),
     upsample_conv.upsampled_convolution: lambda m: upsample_conv.upsampled_convolution(m(2, 3, 4, 4), m(5, 3, 3, 3), m(5)),
     grid.affine_grid: lambda m: grid.affine_grid(-m(4).abs(), m(4).abs(), 4),

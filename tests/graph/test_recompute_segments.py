@@ -50,5 +50,26 @@ def test_segments_contain_every_node_once(teacher: Captured) -> None:
     parts = segments(graph, computed[::3])
     assert [node for part in parts for node in part.nodes] == computed
     sizes = tensor_bytes(graph)
-    assert recomputed_segments(parts, sizes, 2.0**40) == frozenset()
-    assert recomputed_segments(parts, sizes, 0) == frozenset(range(len(parts)))
+    assert recomputed_segments(parts, sizes, sizes, 2.0**40) == frozenset()
+    assert recomputed_segments(parts, sizes, sizes, 0) == frozenset(range(len(parts)))
+
+
+def test_autograd_holds_no_more_than_is_counted(any_teacher: Captured) -> None:
+    """At most: where images are optimised, many feature maps are not held."""
+    count = 4
+    network = StatisticsNetwork(any_teacher, memory=MemoryBudget(2**40))
+    budgeted = instance(network._module, BudgetedNetwork)
+    held: dict[int, int] = {}
+
+    def hold(tensor: Tensor) -> Tensor:
+        if tensor.ndim > 1 and len(tensor) == count:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        images = networks.images(count).requires_grad_()
+        kept = network(images)
+    assert kept
+    counted = count * sum(budgeted._kept.values())
+    assert sum(held.values()) <= counted <= count * sum(budgeted._sizes.values())

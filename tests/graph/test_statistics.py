@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gdfq import UsageError
 from gdfq.functional.losses import batch_norm_statistics_loss
 from gdfq.graph.capture import Captured, capture
-from gdfq.graph.statistics import StatisticsNetwork
+from gdfq.graph.statistics import StatisticsNetwork, first_moments
 
 
 def independent_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -55,3 +55,10 @@ def test_network_without_batch_norm_is_refused() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(UsageError, match="this network has none"):
         StatisticsNetwork(capture(plain, networks.images(1)))
+
+
+def test_first_moments_are_those_of_the_whole_network(any_teacher: Captured) -> None:
+    x = networks.images(6)
+    _, seen = StatisticsNetwork(any_teacher)(x)
+    for found, wanted in zip(first_moments(any_teacher)(x), seen[0], strict=True):
+        assert torch.equal(found, wanted)

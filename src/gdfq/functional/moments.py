@@ -8,30 +8,51 @@ evaluation form a scale and shift per channel) and the moments of its input are 
     ∂x = s ∂y + (2/n) ∂v x + (∂m − 2 ∂v m)/n        n elements a channel
 
 so the backward pass is two fused multiply-adds over the tensor, exact to rounding. A clamp of y
-that passes gradients strictly inside its ends, such as a ReLU6, is part of the operator: y itself
-is then never saved, because the clamped tensor says where gradients pass.
+that passes gradients strictly inside its ends, such as a ReLU6, is part of the operator. Only x is
+saved: y, which says where gradients pass, is computed again, a few images at a time.
 `benchmarks/speed.py` compares the formulations.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gdfq.execution.precision import to_float32
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each channel of x [N, C, *], both [C]; no gradients."""
-    if x.device.type == "cpu":
-        # The moments kernel of the training batch norm: ten times faster than var_mean there.
-        channels = x.new_zeros(x.shape[1])
-        mean, variance = torch.batch_norm_update_stats(x, channels, channels.clone(), 0.0)
-        return mean, variance
-    dims = [d for d in range(x.ndim) if d != 1]
-    variance, mean = torch.var_mean(x, dims, correction=0)
+    if x.device.type != "cpu":
+        return _two(torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0))
+    last = x.movedim(1, -1)
+    if x.ndim < 3 or not last.is_contiguous():
+        return _by_training_kernel(x)
+    channels = x.shape[1]
+    if channels >= _FEW_CHANNELS:
+        return _by_training_kernel(last.reshape(-1, channels))
+    # Channels of neighbours are counted as channels of their own: the kernel goes along channels.
+    means, variances = _by_training_kernel(last.reshape(-1, last.shape[-2] * channels))
+    mean, between = _two(torch.var_mean(means.view(-1, channels), 0, correction=0))
+    return mean, variances.view(-1, channels).mean(0) + between
+
+
+_FEW_CHANNELS = 16
+
+
+def _by_training_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments kernel of the training batch norm: ten times faster than var_mean on CPUs."""
+    channels = x.new_zeros(x.shape[1])
+    mean, variance = torch.batch_norm_update_stats(x, channels, channels.clone(), 0.0)
+    return mean, variance
+
+
+def _two(variance_and_mean: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    variance, mean = variance_and_mean
     return mean, variance
 
 
@@ -41,26 +62,68 @@ class _NormWithMoments(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, low: float, high: float
     ) -> tuple[Tensor, ...]:
         mean, variance = moments(x)
-        y = torch.addcmul(shift, x, scale)
         ctx.ends = (low, high)
-        if ctx.ends == UNCLAMPED:
-            ctx.save_for_backward(x, scale, mean)
-        else:
-            F.hardtanh_(y, low, high)
-            ctx.save_for_backward(x, scale, mean, y)
+        ctx.save_for_backward(x, scale, shift, mean)
+        y = torch.empty_like(x)
+        for x_part, y_part in _parts(x, y):
+            torch.addcmul(shift, x_part, scale, out=y_part)
+            if ctx.ends != UNCLAMPED:
+                F.hardtanh_(y_part, low, high)
         return y, mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad_y, grad_mean, grad_variance = grads
-        x, scale, mean, *clamped = ctx.saved_tensors
-        if clamped:
-            grad_y = torch.ops.aten.hardtanh_backward(grad_y, *clamped, *ctx.ends)
-        n = x.numel() / mean.numel()
-        slope = (2 / n) * grad_variance
-        offset = grad_mean / n - slope * mean
-        grad_x = torch.addcmul(offset.view_as(scale), x, slope.view_as(scale))
-        return grad_x.addcmul_(grad_y, scale), None, None, None, None
+        x, scale, shift, mean = ctx.saved_tensors
+        offset, slope = _line(x, mean, grad_mean, grad_variance)
+        grad_x = torch.empty_like(x)
+        for x_part, y_part, part in _parts(x, grad_y, grad_x):
+            if ctx.ends != UNCLAMPED:
+                unclamped = torch.addcmul(shift, x_part, scale, out=part)
+                y_part = torch.ops.aten.hardtanh_backward(y_part, unclamped, *ctx.ends)
+            torch.addcmul(offset, x_part, slope, out=part).addcmul_(y_part, scale)
+        return grad_x, None, None, None, None
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance = moments(x)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        offset, slope = _line(x, mean, *grads)
+        return torch.addcmul(offset, x, slope)
+
+
+def _line(
+    x: Tensor, mean: Tensor, grad_mean: Tensor, grad_variance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a and b of the moments' part a + b x of ∂x, both [1, C, 1, ...]."""
+    n = x.numel() / mean.numel()
+    slope = (2 / n) * grad_variance
+    offset = grad_mean / n - slope * mean
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return offset.view(shape), slope.view(shape)
+
+
+_PART_ELEMENTS = 2**21
+"""8 MiB: work space stays small, and what one operator wrote the next finds in the cache."""
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors [N, ...] in parts of a few images; on other devices than CPUs, whole."""
+    first = tensors[0]
+    count = -(-first.numel() // _PART_ELEMENTS) if first.device.type == "cpu" else 1
+    if count <= 1:
+        yield tensors
+    else:
+        yield from zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
 
 
 UNCLAMPED = (-math.inf, math.inf)
@@ -91,5 +154,5 @@ def norm_with_moments(
 
 def input_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance [C] of channels of images [N, C, *], with gradients."""
-    variance, mean = torch.var_mean(images, [0, *range(2, images.ndim)], correction=0)
-    return mean, variance
+    result: tuple[Tensor, Tensor] = _Moments.apply(to_float32(images))
+    return result

@@ -73,6 +73,11 @@ def block_ends(graph: fx.Graph, *, across_skips: bool = False) -> list[fx.Node]:
     return ends
 
 
+def cuts(network: fx.GraphModule) -> list[fx.Node]:
+    """Return where a network may be cut: at the ends of its blocks, or after layers."""
+    return block_ends(network.graph) or queries.weighted_layers(network)
+
+
 def _may_end(node: fx.Node) -> bool:
     reduces = queries.keeps_grid(node) or operators.name_of(node) in operators.POOLING
     return queries.is_activation(node) and not reduces

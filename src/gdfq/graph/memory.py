@@ -1,12 +1,14 @@
 """The bytes that a graph's activations take per image, from which batches fit a `MemoryBudget`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
 
 from gdfq.execution.budget import MemoryBudget
+from gdfq.functional.fixed_convolution import fixed_convolution
+from gdfq.graph import queries
 
 
 def tensor_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -52,16 +54,31 @@ def forward_bytes(graph: fx.Graph) -> int:
 def training_bytes(graph: fx.Graph) -> int:
     """Return the bytes that one image takes in a forward and backward pass.
 
-    Autograd saves all activations at most; the backward pass adds a gradient of the largest one
-    and of its input.
+    Autograd saves all activations at most.
     """
-    return saved_bytes(tensor_bytes(graph).values())
+    sizes = tensor_bytes(graph)
+    return sum(sizes.values()) + gradient_bytes(sizes)
 
 
-def saved_bytes(sizes: Iterable[int]) -> int:
-    """Return `training_bytes` of activations of these sizes."""
-    sizes = list(sizes)
-    return sum(sizes) + 2 * max(sizes, default=0)
+def gradient_bytes(sizes: Mapping[fx.Node, int]) -> int:
+    """Return what a backward pass adds: a gradient of the largest tensor and one of its input."""
+    return 2 * max(sizes.values(), default=0)
+
+
+def kept_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return the bytes for one image of each node's tensor that the backward pass needs.
+
+    A tensor is not needed if neither what makes it nor what reads it keeps it.
+    """
+    return {
+        node: 0 if all(map(_keeps_nothing, (node, *node.users))) else size
+        for node, size in tensor_bytes(graph).items()
+    }
+
+
+def _keeps_nothing(node: fx.Node) -> bool:
+    """Return whether autograd keeps no activation for the gradient of an operator."""
+    return node.target is fixed_convolution or queries.has_constant_gradient(node)
 
 
 _FORWARD_SHARE = 4

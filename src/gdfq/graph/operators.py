@@ -320,6 +320,8 @@ MOVES = frozenset(
 """Operators that return all numbers of their one tensor, in another shape or order."""
 OTHER_MOVES = frozenset({"aten.movedim.int", "aten.t.default"})
 """Those of `MOVES` that change the order of dimensions, beside `SWAP` and `PERMUTE`."""
+OF_CONSTANT_GRADIENT = MOVES | SUMS | JOINS | {GETITEM}
+"""Operators whose gradient depends on no tensor."""
 REPEATED_MOVES = MOVES | {"aten.expand.default"}
 """Operators that return numbers of their one tensor, also several times."""
 _CLAMPS = CLAMPS - {HARDTANH}

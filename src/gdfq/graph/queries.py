@@ -268,6 +268,14 @@ def pads_circularly(node: fx.Node) -> bool:
     return name_of(node) in operators.PADS and "circular" in (*node.args, *node.kwargs.values())
 
 
+def has_constant_gradient(node: fx.Node) -> bool:
+    """Return whether the gradient of an operator depends on no tensor, as that of a sum."""
+    name = name_of(node)
+    if name in operators.PADS:
+        return not {"circular", "reflect", "replicate"} & {*node.args, *node.kwargs.values()}
+    return name in operators.OF_CONSTANT_GRADIENT
+
+
 def elements_per_image(node: fx.Node) -> int:
     """Return the elements of a node's tensor for one entry of the batch."""
     first = inputs(node.graph)[0]

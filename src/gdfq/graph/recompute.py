@@ -15,8 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from gdfq.execution.budget import MemoryBudget
-from gdfq.graph import queries
-from gdfq.graph.memory import saved_bytes, tensor_bytes
+from gdfq.graph.memory import gradient_bytes, kept_bytes, tensor_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,10 @@ def _segment(part: Sequence[fx.Node], index: int, place: Mapping[fx.Node, int]) 
 
 
 def recomputed_segments(
-    parts: Sequence[Segment], sizes: Mapping[fx.Node, int], room: float
+    parts: Sequence[Segment],
+    sizes: Mapping[fx.Node, int],
+    kept: Mapping[fx.Node, int],
+    room: float,
 ) -> frozenset[int]:
     """Choose the segments to compute again so that an image needs at most `room` bytes.
 
@@ -80,19 +82,20 @@ def recomputed_segments(
     Args:
         parts: All segments in order.
         sizes: The bytes of each node's tensor for one image.
+        kept: Those of them that autograd keeps where nothing is computed again.
         room: Bytes for an image, forward and backward.
 
     Returns:
         The indices of the segments; all of them where even that is not enough.
     """
-    inside = [sum(sizes.get(node, 0) for node in part.nodes) for part in parts]
+    inside = [sum(kept.get(node, 0) for node in part.nodes) for part in parts]
     ends = [sum(sizes.get(node, 0) for node in part.outputs) for part in parts]
-    gradients = saved_bytes(sizes.values()) - sum(sizes.values())
+    gradients = gradient_bytes(sizes)
     chosen: set[int] = set()
     for index in sorted(range(len(parts)), key=lambda i: -inside[i]):
-        kept = sum(ends[i] if i in chosen else inside[i] for i in range(len(parts)))
+        held = sum(ends[i] if i in chosen else inside[i] for i in range(len(parts)))
         again = max((inside[i] - ends[i] for i in chosen), default=0)
-        if kept + again + gradients <= room:
+        if held + again + gradients <= room:
             break
         chosen.add(index)
     return frozenset(chosen)
@@ -149,7 +152,7 @@ class BudgetedNetwork:
 
     Args:
         network: Takes images and returns any structure of tensors.
-        ends: Nodes of its graph after which it may be cut; if empty, it is cut after layers.
+        ends: Nodes of its graph after which it may be cut.
         budget: The memory budget.
         device: Where the network is.
     """
@@ -163,8 +166,8 @@ class BudgetedNetwork:
     ) -> None:
         self._network, self._ends = network, ends
         self._budget, self._device = budget, device
-        self._sizes = tensor_bytes(network.graph)
-        self._needed = saved_bytes(self._sizes.values())
+        self._sizes, self._kept = tensor_bytes(network.graph), kept_bytes(network.graph)
+        self._needed = sum(self._kept.values()) + gradient_bytes(self._sizes)
         self._by_count: dict[int, Callable[[Tensor], Any]] = {}
 
     def __call__(self, images: Tensor) -> Any:
@@ -177,7 +180,7 @@ class BudgetedNetwork:
         return self._by_count[count](images)
 
     def _segmented(self, count: int) -> SegmentedNetwork:
-        graph = self._network.graph
-        parts = segments(graph, self._ends or list(filter(queries.has_weight, graph.nodes)))
+        parts = segments(self._network.graph, self._ends)
         room = self._budget.room(self._device) / count
-        return SegmentedNetwork(self._network, parts, recomputed_segments(parts, self._sizes, room))
+        recomputed = recomputed_segments(parts, self._sizes, self._kept, room)
+        return SegmentedNetwork(self._network, parts, recomputed)

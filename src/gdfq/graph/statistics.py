@@ -10,10 +10,11 @@ from torch import Tensor, fx
 from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.distributed import Statistics
+from gdfq.functional.fixed_convolution import fixed_convolution
 from gdfq.functional.moments import UNCLAMPED, input_moments, norm_with_moments
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import BatchNorm, batch_norm_of
-from gdfq.graph.blocks import block_ends
+from gdfq.graph.blocks import cuts
 from gdfq.graph.capture import Captured
 from gdfq.graph.recompute import BudgetedNetwork
 from gdfq.graph.rewrite import Copy, rewrite
@@ -50,7 +51,7 @@ class StatisticsNetwork:
                 "the batch-norm statistics loss needs batch norms; this network has none. "
                 "Use recipe 'patches', or give real images (--data, or data=...)."
             )
-        norms = [batch_norm_of(teacher, node) for node in teacher.batch_norms]
+        norms = _norms_of(teacher)
         self.stored: Statistics = [(norm.mean, norm.variance) for norm in norms]
         self._of_input = of_input is not None
         if of_input is not None:
@@ -67,10 +68,28 @@ class StatisticsNetwork:
         return outputs, statistics
 
 
+def first_moments(teacher: Captured) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Return what finds mean and variance [C] of the first batch norm's input for images.
+
+    It runs no more of the teacher than that.
+    """
+    network, _ = _with_moments(teacher, _norms_of(teacher))
+    (output,) = network.graph.find_nodes(op="output")
+    _, observed = output.args[0]
+    output.args = (observed[0],)
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    return network
+
+
 def unit_input(teacher: Captured) -> tuple[Tensor, Tensor]:
     """Return mean 0 and variance 1 of each channel [C], the statistics of normalised inputs."""
     zero = torch.zeros(teacher.input_shape[0], device=teacher.device)
     return zero, torch.ones_like(zero)
+
+
+def _norms_of(teacher: Captured) -> list[BatchNorm]:
+    return [batch_norm_of(teacher, node) for node in teacher.batch_norms]
 
 
 def _with_moments(
@@ -78,8 +97,8 @@ def _with_moments(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Return a graph with outputs (outputs, [(mean, variance) of each batch norm's input]).
 
-    A rectifier that alone reads a batch norm is part of it. The graph's nodes at the ends of the
-    teacher's blocks are returned too.
+    A rectifier that alone reads a batch norm is part of it, and convolutions keep no input. The
+    graph's nodes at the ends of the teacher's blocks are returned too.
     """
     tensors = tensors_of(teacher.network)
     values = dict(zip(teacher.batch_norms, norms, strict=True))
@@ -116,6 +135,10 @@ def _with_moments(
         if node.all_input_nodes and rectifier_of(node.all_input_nodes[0]) is node:
             changed[node.name] = copy[node.all_input_nodes[0]]
             return changed[node.name]
+        if operators.name_of(node) in operators.PADDED_CONVOLUTIONS and queries.has_weight(node):
+            new = graph.call_function(fixed_convolution, copy.mapped(node.args), dict(node.kwargs))
+            new.meta, changed[node.name] = dict(node.meta), new
+            return new
         if node.op == "output":
             return copy.output((copy.mapped(node.args[0]), observed))
         return None
@@ -123,5 +146,5 @@ def _with_moments(
     graph = rewrite(teacher.network.graph, change)
     graph.eliminate_dead_code()
     by_name = {node.name: node for node in graph.nodes} | changed
-    names = (end.name for end in block_ends(teacher.network.graph))
+    names = (end.name for end in cuts(teacher.network))
     return fx.GraphModule(tensors, graph), [by_name[name] for name in names if name in by_name]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gdfq.functional.losses import relative_statistics_loss
 from gdfq.graph.capture import Captured
-from gdfq.graph.statistics import StatisticsNetwork, unit_input
+from gdfq.graph.statistics import StatisticsNetwork, first_moments, unit_input
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,10 @@ def estimate_input_statistics(teacher: Captured, noise: Tensor) -> tuple[Tensor,
         Mean [C] and deviation, a scalar. They are 0 and 1 where the network gives no information,
         and where what precedes the batch norm is so far from affine that they fit better.
     """
-    network = StatisticsNetwork(teacher)
-    mean, variance = network.stored[0]
+    stored = StatisticsNetwork(teacher).stored[0]
+    mean, variance = stored
     unit = variance.sqrt().clamp_min(1e-3)
-
-    def first(images: Tensor) -> tuple[Tensor, Tensor]:
-        return network(images)[1][0]
-
+    first = first_moments(teacher)
     d = first(noise)[1].sqrt() / unit
 
     def deviation(v: Tensor | float) -> Tensor:
@@ -83,7 +80,7 @@ def estimate_input_statistics(teacher: Captured, noise: Tensor) -> tuple[Tensor,
     s = deviation(first(nothing + m.view(shape))[1])
 
     def error(images: Tensor) -> Tensor:
-        return relative_statistics_loss([first(images)], network.stored[:1])
+        return relative_statistics_loss([first(images)], [stored])
 
     # A comparison with what is not finite is false.
     if s > 0 and error(torch.addcmul(m.view(shape), noise, s)) <= error(noise):

@@ -18,7 +18,7 @@ from gdfq.files.plain_values import tagged
 from gdfq.functional.losses import patch_entropy
 from gdfq.functional.moments import input_moments
 from gdfq.graph import operators, queries
-from gdfq.graph.blocks import block_ends, with_features
+from gdfq.graph.blocks import block_ends, cuts, with_features
 from gdfq.graph.capture import Captured
 from gdfq.graph.recompute import BudgetedNetwork
 from gdfq.optim import AdamConfig
@@ -86,7 +86,7 @@ class PatchSource(Source):
                 f"{len(nodes)} such tensors. Give real inputs instead (--data, or data=...)."
             )
         featured = with_features(teacher.network, nodes)
-        names = {end.name for end in block_ends(teacher.network.graph)}
+        names = {end.name for end in cuts(teacher.network)}
         ends = [node for node in featured.graph.nodes if node.name in names]
         network = BudgetedNetwork(featured, ends, context.memory, teacher.device)
 

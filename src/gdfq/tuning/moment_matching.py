@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.execution.budget import MemoryBudget
+from gdfq.functional.moments import moments
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
@@ -199,7 +200,8 @@ def _channel_moments(layer: fx.Node, parts: Sequence[Tensor]) -> tuple[Tensor, T
 
 def _image_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance over the positions of values [n, O, P], each [n, O]."""
-    variance, mean = torch.var_mean(values, 2, correction=0)
+    found = [moments(image[None]) for image in values]
+    mean, variance = (torch.stack(of_images) for of_images in zip(*found, strict=True))
     return mean.double(), variance.double()
 
 
@@ -218,7 +220,8 @@ def _variance_error(
     variance.
     """
     found = [
-        (_channels_second(layer, part) - mean[:, None]).pow(4).sum(2).double() for part in parts
+        (_channels_second(layer, part) - mean[:, None]).square().square().sum(2).double()
+        for part in parts
     ]
     fourth = torch.cat(found).sum(0).to(variance.dtype)
     count = sum(part.numel() for part in parts) // len(mean)

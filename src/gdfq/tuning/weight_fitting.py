@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,49 +73,100 @@ def fit_weight_(
         x, y = (samples - samples.mean(0) for samples in (x, y))
     x, y = (samples.transpose(0, 1) for samples in (x, y))
     rows = weight.detach().double().reshape(groups, -1, x.shape[2])
-    covariance, cross, variance = _second_moments(x, y)
-    wanted = fitted_weight(rows, covariance, cross, _best_fit_ridge(rows, x, y) * variance)
-    unexplained = _unexplained(rows, x, y)
+    seen, ridge = _moments_and_ridge(rows, x, y)
+    wanted = seen.fitted(rows, ridge)
+    unexplained = seen.unexplained(rows)
     share = (1 - unexplained).clamp_min(0) * trusted.view_as(unexplained)
-    fitted = rows.lerp(wanted, share[:, :, None])
-    ridge = _ROUNDING_RIDGE * variance
-    quantizer.fit_(fitted.to(weight.dtype).view_as(weight), covariance, ridge)
+    fitted = rows.lerp(wanted, share[:, :, None]).to(weight.dtype).view_as(weight)
+    quantizer.fit_(fitted, seen.inputs, _ROUNDING_RIDGE * seen.variance)
 
 
-def _second_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return E[x xᵀ] [G, K, K], E[y xᵀ] [G, R, K] and the mean variance of x, > 0, [G]."""
-    inputs, cross = ((part.mT @ x / x.shape[1]).double() for part in (x, y))
-    return inputs, cross, inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_TINY)
+@dataclass(frozen=True, eq=False)
+class _SecondMoments:
+    """What samples of a layer's inputs x [G, P, K] and wanted outputs y [G, P, R] tell of a weight.
+
+    Attributes:
+        inputs: E[x xᵀ], [G, K, K].
+        cross: E[y xᵀ], [G, R, K].
+        power: E|y|² of each output, [G, R].
+        count: P.
+    """
+
+    inputs: Tensor
+    cross: Tensor
+    power: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> "_SecondMoments":
+        count = x.shape[1]
+        inputs, cross = ((part.mT @ x / count).double() for part in (x, y))
+        return cls(inputs, cross, y.square().mean(1).double(), count)
+
+    def joined(self, other: "_SecondMoments") -> "_SecondMoments":
+        """Return the moments of the samples of both."""
+        count = self.count + other.count
+        share = other.count / count
+        return _SecondMoments(
+            self.inputs.lerp(other.inputs, share),
+            self.cross.lerp(other.cross, share),
+            self.power.lerp(other.power, share),
+            count,
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """The mean variance of x, > 0, [G]."""
+        return self.inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_TINY)
+
+    def fitted(self, weight: Tensor, share: float) -> Tensor:
+        """Return the weight [G, R, K] that is fitted with λ as a share of the variance of x."""
+        return fitted_weight(weight, self.inputs, self.cross, share * self.variance)
+
+    def unexplained(self, weight: Tensor) -> Tensor:
+        """Return E|y − W x|² / E|y|² of each output, [G, R]."""
+        explained = ((2 * self.cross - weight @ self.inputs) * weight).sum(2)
+        return (self.power - explained).clamp_min(0) / self.power.clamp_min(_TINY)
 
 
-def _unexplained(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return E|y − W x|² / E|y|² of each output, [G, R]."""
-    missed, power = (part.double().square().mean(1) for part in (y - x @ weight.to(x.dtype).mT, y))
-    return missed / power.clamp_min(_TINY)
+def _moments_and_ridge(weight: Tensor, x: Tensor, y: Tensor) -> tuple[_SecondMoments, float]:
+    """Return the moments of samples [G, P, K] and [G, P, R], and the ridge that fits them best.
 
-
-def _best_fit_ridge(weight: Tensor, x: Tensor, y: Tensor) -> float:
-    """Return which of `_FIT_RIDGES` predicts the outputs of images best that it was not fitted to.
-
-    The weight is fitted to one half of the images and judged by the other, and the reverse. (One
-    image is halved itself.)
+    The weight is fitted to one half of the images and judged by the other, and the reverse: the
+    ridge is that of `_FIT_RIDGES` which predicts best what it was not fitted to. (One image is
+    halved itself.)
     """
     samples, columns = x.shape[1:]
     if samples < 2:
-        return _FIT_RIDGES[-1]
-    if columns > samples:  # the weight changes in the span of the samples alone: a smaller problem
-        basis = torch.linalg.qr(x.mT).Q  # [G, K, P]
-        weight, x = weight @ basis.to(weight.dtype), x @ basis
-    share_of_columns = x.shape[2] / columns
+        return _SecondMoments.of(x, y), _FIT_RIDGES[-1]
+    if columns <= samples:
+        first, second = _halves(x, y)
+        return first.joined(second), _best_fit_ridge(weight, first, second, columns)
+    # The weight changes in the span of the samples alone: a smaller problem.
+    basis = torch.linalg.qr(x.mT).Q  # [G, K, P]
+    halves = _halves(x @ basis, y)
+    ridge = _best_fit_ridge(weight @ basis.to(weight.dtype), *halves, columns)
+    return _SecondMoments.of(x, y), ridge
+
+
+def _halves(x: Tensor, y: Tensor) -> tuple[_SecondMoments, _SecondMoments]:
     first, second = zip(x.tensor_split(2, 1), y.tensor_split(2, 1), strict=True)
-    errors = torch.zeros(len(_FIT_RIDGES), dtype=torch.float64, device=x.device)
-    for known, unseen in ((first, second), (second, first)):
-        inputs, cross, variance = _second_moments(*known)
-        for i, share in enumerate(_FIT_RIDGES):
-            ridge = share * share_of_columns * variance
-            fitted = fitted_weight(weight, inputs, cross, ridge)
-            errors[i] += _unexplained(fitted, *unseen).clamp_max(1).mean()
-    return _FIT_RIDGES[int(errors.argmin())]
+    return _SecondMoments.of(*first), _SecondMoments.of(*second)
+
+
+def _best_fit_ridge(
+    weight: Tensor, first: _SecondMoments, second: _SecondMoments, columns: int
+) -> float:
+    """Return the share of `_FIT_RIDGES`, of the variance of all `columns`, that predicts best."""
+    of_span = weight.shape[2] / columns
+    errors = [
+        sum(
+            float(unseen.unexplained(known.fitted(weight, share * of_span)).clamp_max(1).mean())
+            for known, unseen in ((first, second), (second, first))
+        )
+        for share in _FIT_RIDGES
+    ]
+    return _FIT_RIDGES[errors.index(min(errors))]
 
 
 def _positions(images: int, places: int, most: int, device: torch.device) -> Tensor:
