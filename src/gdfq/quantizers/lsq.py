@@ -30,7 +30,7 @@ from gdfq.quantizers.recompute import mark_recomputable
 _CANDIDATE_COUNT, _COARSE_STRIDE = 80, 5
 """Number of candidate ranges: the full one times 1, 0.99, 0.98, ...; and the stride of the coarse
 search, which comes first for weights."""
-_CHUNK_ELEMENTS = 2**16
+_CHUNK_ELEMENTS = 2**18
 """Elements that are rounded together, so that they stay in the cache."""
 _SAMPLE_ELEMENTS, _CHANNEL_SAMPLE_ELEMENTS = 2**17, 2**12
 """Elements of an activation, and of one of its channels, that a range search uses."""
