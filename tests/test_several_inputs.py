@@ -88,6 +88,7 @@ def test_input_spec_gives_its_kind() -> None:
     ("change", "message"),
     [
         (lambda d: {"image": d["image"]}, "must fit the arguments"),
+        (lambda d: tuple(d["image"].shape), "must be tensors; got a shape"),
         (lambda d: {**d, "more": d["time"]}, "must fit the arguments"),
         (lambda d: {**d, "time": d["time"][:1]}, "one N for all"),
         (lambda d: {**d, "time": 3}, "time int"),

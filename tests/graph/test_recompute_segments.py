@@ -4,12 +4,12 @@ import pytest
 import torch
 from support import networks
 from support.narrowing import instance
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.losses import relative_statistics_loss
-from gdfq.graph.capture import Captured
-from gdfq.graph.memory import tensor_bytes, training_bytes
+from gdfq.graph.capture import Captured, capture
+from gdfq.graph.memory import gradient_bytes, tensor_bytes, training_bytes
 from gdfq.graph.recompute import BudgetedNetwork, recomputed_segments, segments
 from gdfq.graph.statistics import StatisticsNetwork, unit_input
 
@@ -50,8 +50,43 @@ def test_segments_contain_every_node_once(teacher: Captured) -> None:
     parts = segments(graph, computed[::3])
     assert [node for part in parts for node in part.nodes] == computed
     sizes = tensor_bytes(graph)
-    assert recomputed_segments(parts, sizes, sizes, 2.0**40) == frozenset()
-    assert recomputed_segments(parts, sizes, sizes, 0) == frozenset(range(len(parts)))
+    none, needed = recomputed_segments(parts, sizes, sizes, 2.0**40)
+    assert none == frozenset()
+    assert needed == sum(sizes.get(node, 0) for node in computed) + gradient_bytes(sizes)
+
+
+class Chain(nn.Module):
+    """[N, 4, 8, 8] -> eight times a convolution, a batch norm and a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(8):
+            self.add_module(f"conv{i}", nn.Conv2d(4, 4, 1, bias=False))
+            self.add_module(f"norm{i}", nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(8):
+            x = torch.relu(getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x)))
+        return x.mean((2, 3))
+
+
+def test_segments_are_computed_again_only_where_less_is_held() -> None:
+    """Each layer of a chain keeps the input of its norm: a layer alone gains nothing, four do."""
+    images = torch.randn(2, 4, 8, 8)
+    teacher = capture(Chain(), images)
+    budgeted = instance(StatisticsNetwork(teacher, memory=MemoryBudget())._module, BudgetedNetwork)
+    graph, sizes, kept = budgeted._network.graph, budgeted._sizes, budgeted._kept
+    ends = [node for node in graph.nodes if node in budgeted._ends]
+    one = 4 * 4 * 8 * 8  # bytes of a feature map
+    by_layer = segments(graph, ends)
+    chosen, needed_by_layer = recomputed_segments(by_layer, sizes, kept, 0)
+    assert chosen <= {7}  # the mean keeps its input, too
+    by_four = segments(graph, ends[3::4])
+    chosen, needed = recomputed_segments(by_four, sizes, kept, 0)
+    # Two inputs are held, the inputs of four norms and of the mean, and two gradients.
+    assert chosen == {0, 1}
+    assert needed == pytest.approx((2 + 5 + 2) * one, abs=400)
+    assert needed < needed_by_layer
 
 
 def test_autograd_holds_no_more_than_is_counted(any_teacher: Captured) -> None:

@@ -62,3 +62,28 @@ def test_first_moments_are_those_of_the_whole_network(any_teacher: Captured) -> 
     _, seen = StatisticsNetwork(any_teacher)(x)
     for found, wanted in zip(first_moments(any_teacher)(x), seen[0], strict=True):
         assert torch.equal(found, wanted)
+
+
+class ComputedBias(nn.Module):
+    """A convolution whose bias depends on the image, after a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm2d(3), nn.Linear(3, 4)
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.last = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        bias = self.linear(y.mean((0, 2, 3)))
+        return self.last(torch.nn.functional.conv2d(y, self.weight, bias)).mean((2, 3))
+
+
+def test_bias_that_depends_on_the_image_has_its_gradient() -> None:
+    model = ComputedBias().eval()
+    x = networks.images(4).requires_grad_()
+    network = StatisticsNetwork(capture(model, x.detach()))
+    outputs, _ = network(x)
+    (found,) = torch.autograd.grad(outputs.square().sum(), x)
+    (wanted,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)

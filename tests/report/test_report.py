@@ -302,6 +302,17 @@ def test_advice_names_options_that_help() -> None:
     assert "67 % of the sum of all layers' own errors" in first
 
 
+@pytest.mark.parametrize(
+    ("bits", "steps", "said"), [("w4a4", 0, 1), ("w4a4", 9, 0), ("w4a8", 0, 0)]
+)
+def test_advice_for_a_run_that_had_no_time_to_tune_is_more_time(
+    bits: str, steps: int, said: int
+) -> None:
+    config = {"bits": bits, "recipe": {"name": "fast"}}
+    run = made(**measured(90.0, 70.0, effort={"steps": steps}), config=config)
+    assert sum("--budget" in line for line in verdict(run).advice) == said
+
+
 def test_speed_can_be_measured_where_a_file_was_exported() -> None:
     def says_how(**export: str) -> bool:
         found = verdict(made(**measured(90.0, 89.9, export=export)))

@@ -116,6 +116,35 @@ def test_ridge_of_many_columns_is_found_in_the_span_of_the_samples(
     assert sizes == {12}
 
 
+def test_what_a_weight_misses_is_exact_beside_large_inputs() -> None:
+    """Inputs with a common factor of 1,000 that the weight ignores, as outliers in transformers."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 5, 8, generator=draw, dtype=torch.double)
+    weight -= weight.mean(2, keepdim=True)
+    x = torch.randn(1, 400, 8, generator=draw) + 1000 * torch.randn(1, 400, 1, generator=draw)
+    y = x @ weight.float().mT + 0.05 * torch.randn(1, 400, 5, generator=draw)
+    seen = weight_fitting._SecondMoments.of(weight, x, y)
+    missed = (y - x @ weight.float().mT).double().square().mean(1)
+    wanted = missed / y.double().square().mean(1)
+    torch.testing.assert_close(seen.unexplained(weight), wanted, rtol=1e-4, atol=0)
+    assert float(wanted.max()) < 0.05
+
+
+def test_errors_of_other_weights_follow_from_the_moments() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, other = torch.randn(2, 2, 5, 8, generator=draw, dtype=torch.double)
+    x, noise = torch.randn(2, 400, 8, generator=draw), torch.randn(2, 400, 5, generator=draw)
+    y = x @ weight.float().mT + noise
+    halves = [weight_fitting._SecondMoments.of(weight, x[:, p], y[:, p]) for p in PARTS]
+    seen = halves[0].joined(halves[1])
+    missed = (y - x @ other.float().mT).double().square().mean(1)
+    wanted = missed / y.double().square().mean(1)
+    torch.testing.assert_close(seen.unexplained(other), wanted, rtol=1e-4, atol=0)
+
+
+PARTS = (slice(100), slice(100, None))
+
+
 def _error_of_unseen_halves(old: Tensor, x: Tensor, y: Tensor, share: float) -> float:
     """Return the mean unexplained part of the half that a ridge regression did not see."""
     x, y, found = x.double(), y.double(), 0.0

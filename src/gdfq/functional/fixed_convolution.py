@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gdfq.functional.windows import per_axis
+
 
 class _FixedConvolution(torch.autograd.Function):
     @staticmethod
@@ -37,7 +39,7 @@ class _FixedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         (grad,), (weight,) = grads, ctx.saved_tensors
-        # Read for its shape and layout alone, as torch.nn.grad.conv2d_input does.
+        # Read for its shape and layout alone.
         x = grad.new_empty_strided(*ctx.like)
         grad_x, _, _ = torch.ops.aten.convolution_backward(
             grad, x, weight.to(grad.dtype), None, *ctx.settings, (True, False, False)
@@ -49,9 +51,9 @@ def fixed_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
     """Return a convolution of x, with a gradient for x alone.
@@ -68,9 +70,6 @@ def fixed_convolution(
     Returns:
         [N, K, *size of the output], of the type that autocast asks for.
     """
-    axes = weight.ndim - 2
-    settings = (
-        list(given) * (axes if len(given) == 1 else 1) for given in (stride, padding, dilation)
-    )
+    settings = (per_axis(given, weight.ndim - 2) for given in (stride, padding, dilation))
     result: Tensor = _FixedConvolution.apply(x, weight, bias, *settings, groups)
     return result

@@ -32,16 +32,19 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     last = x.movedim(1, -1)
     if x.ndim < 3 or not last.is_contiguous():
         return _by_training_kernel(x)
+    # Values side by side in memory are counted as channels of their own: the kernel goes along
+    # channels, and sums of fewer values are more exact.
     channels = x.shape[1]
-    if channels >= _FEW_CHANNELS:
-        return _by_training_kernel(last.reshape(-1, channels))
-    # Channels of neighbours are counted as channels of their own: the kernel goes along channels.
-    means, variances = _by_training_kernel(last.reshape(-1, last.shape[-2] * channels))
-    mean, between = _two(torch.var_mean(means.view(-1, channels), 0, correction=0))
-    return mean, variances.view(-1, channels).mean(0) + between
+    rows = x.numel() // channels
+    most = max(1, _KERNEL_CHANNELS // channels)
+    beside = math.gcd(rows, 1 << most.bit_length() - 1)
+    means, variances = _by_training_kernel(last.reshape(rows // beside, beside * channels))
+    mean, between = _two(torch.var_mean(means.view(beside, channels), 0, correction=0))
+    return mean, variances.view(beside, channels).mean(0) + between
 
 
-_FEW_CHANNELS = 16
+_KERNEL_CHANNELS = 256
+"""Channels at which the kernel is fast."""
 
 
 def _by_training_kernel(x: Tensor) -> tuple[Tensor, Tensor]:

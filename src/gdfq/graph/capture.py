@@ -240,6 +240,11 @@ def _by_name(model: nn.Module, given: ExampleInputs) -> dict[str, Tensor]:
     """
     if isinstance(given, Tensor) and given.is_floating_point():
         examples: dict[str, Any] = {IMAGES: given}
+    elif isinstance(given, Sequence) and given and all(isinstance(side, int) for side in given):
+        raise UsageError(
+            f"example inputs must be tensors; got a shape, {list(given)}. "
+            "Give a tensor with the batch first, such as torch.zeros(1, 3, 224, 224)."
+        )
     else:
         signature = inspect.signature(model.forward)
         try:

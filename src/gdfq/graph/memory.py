@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.fixed_convolution import fixed_convolution
-from gdfq.graph import queries
+from gdfq.graph import operators, queries
 
 
 def tensor_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -68,12 +68,15 @@ def gradient_bytes(sizes: Mapping[fx.Node, int]) -> int:
 def kept_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
     """Return the bytes for one image of each node's tensor that the backward pass needs.
 
-    A tensor is not needed if neither what makes it nor what reads it keeps it.
+    A tensor is not needed if neither what makes it nor what reads it keeps it. Beside a maximum
+    the places are kept where it was found, in 64 bits.
     """
-    return {
-        node: 0 if all(map(_keeps_nothing, (node, *node.users))) else size
-        for node, size in tensor_bytes(graph).items()
-    }
+    found = {}
+    for node, size in tensor_bytes(graph).items():
+        is_needed = not all(map(_keeps_nothing, (node, *node.users)))
+        places = operators.name_of(node) in operators.MAX_POOLING
+        found[node] = size * is_needed + 2 * size * places
+    return found
 
 
 def _keeps_nothing(node: fx.Node) -> bool:

@@ -43,6 +43,12 @@ def has_weight(node: fx.Node) -> bool:
     return is_layer(node) and weight_of(node).op == "get_attr"
 
 
+def is_fixed(layer: fx.Node) -> bool:
+    """Return whether neither weight nor bias of a layer is computed."""
+    bias = bias_of(layer)
+    return has_weight(layer) and (bias is None or bias.op == "get_attr")
+
+
 def layers_of(network: fx.GraphModule) -> list[fx.Node]:
     """Return all convolutions and linear layers of a teacher or student, in order."""
     return [node for node in network.graph.nodes if is_layer(node)]

@@ -74,10 +74,11 @@ def recomputed_segments(
     sizes: Mapping[fx.Node, int],
     kept: Mapping[fx.Node, int],
     room: float,
-) -> frozenset[int]:
+) -> tuple[frozenset[int], int]:
     """Choose the segments to compute again so that an image needs at most `room` bytes.
 
     The largest come first: large feature maps cost little arithmetic for each byte that they save.
+    A segment is computed again only if that saves a part of what it keeps: its inputs are held.
 
     Args:
         parts: All segments in order.
@@ -86,19 +87,34 @@ def recomputed_segments(
         room: Bytes for an image, forward and backward.
 
     Returns:
-        The indices of the segments; all of them where even that is not enough.
+        The indices of the segments, and the bytes that an image needs then: more than `room` where
+        no choice suffices.
     """
     inside = [sum(kept.get(node, 0) for node in part.nodes) for part in parts]
-    ends = [sum(sizes.get(node, 0) for node in part.outputs) for part in parts]
-    gradients = gradient_bytes(sizes)
-    chosen: set[int] = set()
+
+    def held(chosen: Collection[int]) -> int:
+        """Return the bytes from the forward pass to the backward pass."""
+        once = (part.nodes for index, part in enumerate(parts) if index not in chosen)
+        found = {node: kept.get(node, 0) for nodes in once for node in nodes}
+        for index in chosen:
+            found |= {node: sizes.get(node, 0) for node in parts[index].inputs}
+        return sum(found.values())
+
+    def needed(chosen: Collection[int]) -> int:
+        again = max((inside[index] for index in chosen), default=0)
+        return held(chosen) + again + gradient_bytes(sizes)
+
+    chosen: frozenset[int] = frozenset()
     for index in sorted(range(len(parts)), key=lambda i: -inside[i]):
-        held = sum(ends[i] if i in chosen else inside[i] for i in range(len(parts)))
-        again = max((inside[i] - ends[i] for i in chosen), default=0)
-        if held + again + gradients <= room:
+        if needed(chosen) <= room:
             break
-        chosen.add(index)
-    return frozenset(chosen)
+        if held(chosen) - held(chosen | {index}) > _LEAST_GAIN * inside[index]:
+            chosen |= {index}
+    return chosen, needed(chosen)
+
+
+_LEAST_GAIN = 0.25
+"""Of the bytes that a segment keeps: for less it is not computed twice."""
 
 
 class SegmentedNetwork(nn.Module):
@@ -180,7 +196,16 @@ class BudgetedNetwork:
         return self._by_count[count](images)
 
     def _segmented(self, count: int) -> SegmentedNetwork:
-        parts = segments(self._network.graph, self._ends)
-        room = self._budget.room(self._device) / count
-        recomputed = recomputed_segments(parts, self._sizes, self._kept, room)
-        return SegmentedNetwork(self._network, parts, recomputed)
+        graph, room = self._network.graph, self._budget.room(self._device) / count
+        ends = [node for node in graph.nodes if node in self._ends]
+        # Long segments hold less between them, and more while one is computed again.
+        lengths = [1 << i for i in range(max(1, len(ends).bit_length()))]
+        found = []
+        for length in lengths:
+            parts = segments(graph, ends[length - 1 :: length])
+            chosen, needed = recomputed_segments(parts, self._sizes, self._kept, room)
+            found.append((needed, parts, chosen))
+            if needed <= room:
+                break
+        _, parts, chosen = min(found, key=lambda choice: max(choice[0], room))
+        return SegmentedNetwork(self._network, parts, chosen)

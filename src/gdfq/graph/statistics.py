@@ -71,7 +71,7 @@ class StatisticsNetwork:
 def first_moments(teacher: Captured) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Return what finds mean and variance [C] of the first batch norm's input for images.
 
-    It runs no more of the teacher than that.
+    It runs the teacher up to that batch norm.
     """
     network, _ = _with_moments(teacher, _norms_of(teacher))
     (output,) = network.graph.find_nodes(op="output")
@@ -97,8 +97,8 @@ def _with_moments(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Return a graph with outputs (outputs, [(mean, variance) of each batch norm's input]).
 
-    A rectifier that alone reads a batch norm is part of it, and convolutions keep no input. The
-    graph's nodes at the ends of the teacher's blocks are returned too.
+    A rectifier that alone reads a batch norm is part of it, and convolutions of fixed weights keep
+    no input. The graph's nodes at the ends of the teacher's blocks are returned too.
     """
     tensors = tensors_of(teacher.network)
     values = dict(zip(teacher.batch_norms, norms, strict=True))
@@ -135,7 +135,7 @@ def _with_moments(
         if node.all_input_nodes and rectifier_of(node.all_input_nodes[0]) is node:
             changed[node.name] = copy[node.all_input_nodes[0]]
             return changed[node.name]
-        if operators.name_of(node) in operators.PADDED_CONVOLUTIONS and queries.has_weight(node):
+        if operators.name_of(node) in operators.PADDED_CONVOLUTIONS and queries.is_fixed(node):
             new = graph.call_function(fixed_convolution, copy.mapped(node.args), dict(node.kwargs))
             new.meta, changed[node.name] = dict(node.meta), new
             return new

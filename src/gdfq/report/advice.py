@@ -29,6 +29,11 @@ def advice(run: Run, level: Level, warnings: Sequence[str]) -> Iterator[str]:
         name = _recipe(run.config)
         if name in {"round", "zeroq"} or (name == "quick" and _fast_tunes(bits)):
             yield f"--recipe fast loses less accuracy than {name} and takes longer."
+        elif name == FAST.name and _fast_tunes(bits) and _was_untuned(run):
+            yield (
+                "A longer --budget, or none and no --steps 0, tunes the student and loses less "
+                "accuracy."
+            )
         if not run.config.get("data"):
             yield (
                 "A few hundred real images, if you have them, can be better than synthetic ones: "
@@ -57,6 +62,11 @@ def _more_bits(bits: str) -> Iterator[str]:
         yield f"--bits w{weights}a{MAX_BITS}: more activation bits do not make the file larger."
     elif int(weights) < MAX_BITS:
         yield f"--bits w{MAX_BITS}a{MAX_BITS}: more weight bits make the file larger."
+
+
+def _was_untuned(run: Run) -> bool:
+    """Whether the student took no step of tuning."""
+    return number((run.metrics.get("effort") or {}).get("steps")) == 0
 
 
 def _fast_tunes(bits: str) -> bool:

@@ -200,8 +200,11 @@ def _channel_moments(layer: fx.Node, parts: Sequence[Tensor]) -> tuple[Tensor, T
 
 def _image_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance over the positions of values [n, O, P], each [n, O]."""
-    found = [moments(image[None]) for image in values]
-    mean, variance = (torch.stack(of_images) for of_images in zip(*found, strict=True))
+    if values.device.type == "cpu":
+        found = [moments(image[None]) for image in values]
+        mean, variance = (torch.stack(of_images) for of_images in zip(*found, strict=True))
+    else:
+        variance, mean = torch.var_mean(values, 2, correction=0)
     return mean.double(), variance.double()
 
 

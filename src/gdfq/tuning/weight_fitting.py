@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def fit_weight_(
     x, y = (samples.transpose(0, 1) for samples in (x, y))
     rows = weight.detach().double().reshape(groups, -1, x.shape[2])
     seen, ridge = _moments_and_ridge(rows, x, y)
-    wanted = seen.fitted(rows, ridge)
+    wanted = seen.fitted(ridge)
     unexplained = seen.unexplained(rows)
     share = (1 - unexplained).clamp_min(0) * trusted.view_as(unexplained)
     fitted = rows.lerp(wanted, share[:, :, None]).to(weight.dtype).view_as(weight)
@@ -85,33 +85,44 @@ def fit_weight_(
 class _SecondMoments:
     """What samples of a layer's inputs x [G, P, K] and wanted outputs y [G, P, R] tell of a weight.
 
+    They are those of what the old weight misses, r = y − W x: of y itself, little would be left of
+    large numbers.
+
     Attributes:
+        weight: The old weight W, [G, R, K].
         inputs: E[x xᵀ], [G, K, K].
-        cross: E[y xᵀ], [G, R, K].
+        cross: E[r xᵀ], [G, R, K].
+        missed: E|r|² of each output, [G, R].
         power: E|y|² of each output, [G, R].
         count: P.
     """
 
+    weight: Tensor
     inputs: Tensor
     cross: Tensor
+    missed: Tensor
     power: Tensor
     count: int
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> "_SecondMoments":
+    def of(cls, weight: Tensor, x: Tensor, y: Tensor) -> "_SecondMoments":
         count = x.shape[1]
-        inputs, cross = ((part.mT @ x / count).double() for part in (x, y))
-        return cls(inputs, cross, y.square().mean(1).double(), count)
+        r = y - x @ weight.to(x.dtype).mT
+        inputs, cross = ((part.mT @ x / count).double() for part in (x, r))
+        missed, power = (part.square().mean(1).double() for part in (r, y))
+        return cls(weight, inputs, cross, missed, power, count)
 
     def joined(self, other: "_SecondMoments") -> "_SecondMoments":
-        """Return the moments of the samples of both."""
+        """Return the moments of the samples of both, for the same weight."""
         count = self.count + other.count
         share = other.count / count
-        return _SecondMoments(
-            self.inputs.lerp(other.inputs, share),
-            self.cross.lerp(other.cross, share),
-            self.power.lerp(other.power, share),
-            count,
+        return replace(
+            self,
+            inputs=self.inputs.lerp(other.inputs, share),
+            cross=self.cross.lerp(other.cross, share),
+            missed=self.missed.lerp(other.missed, share),
+            power=self.power.lerp(other.power, share),
+            count=count,
         )
 
     @property
@@ -119,14 +130,16 @@ class _SecondMoments:
         """The mean variance of x, > 0, [G]."""
         return self.inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_TINY)
 
-    def fitted(self, weight: Tensor, share: float) -> Tensor:
+    def fitted(self, share: float) -> Tensor:
         """Return the weight [G, R, K] that is fitted with λ as a share of the variance of x."""
-        return fitted_weight(weight, self.inputs, self.cross, share * self.variance)
+        cross = self.cross + self.weight @ self.inputs
+        return fitted_weight(self.weight, self.inputs, cross, share * self.variance)
 
     def unexplained(self, weight: Tensor) -> Tensor:
-        """Return E|y − W x|² / E|y|² of each output, [G, R]."""
-        explained = ((2 * self.cross - weight @ self.inputs) * weight).sum(2)
-        return (self.power - explained).clamp_min(0) / self.power.clamp_min(_TINY)
+        """Return E|y − W' x|² / E|y|² of each output for a weight W', [G, R]."""
+        change = weight - self.weight
+        explained = ((2 * self.cross - change @ self.inputs) * change).sum(2)
+        return (self.missed - explained).clamp_min(0) / self.power.clamp_min(_TINY)
 
 
 def _moments_and_ridge(weight: Tensor, x: Tensor, y: Tensor) -> tuple[_SecondMoments, float]:
@@ -138,30 +151,27 @@ def _moments_and_ridge(weight: Tensor, x: Tensor, y: Tensor) -> tuple[_SecondMom
     """
     samples, columns = x.shape[1:]
     if samples < 2:
-        return _SecondMoments.of(x, y), _FIT_RIDGES[-1]
+        return _SecondMoments.of(weight, x, y), _FIT_RIDGES[-1]
     if columns <= samples:
-        first, second = _halves(x, y)
-        return first.joined(second), _best_fit_ridge(weight, first, second, columns)
+        first, second = _halves(weight, x, y)
+        return first.joined(second), _best_fit_ridge(first, second, columns)
     # The weight changes in the span of the samples alone: a smaller problem.
     basis = torch.linalg.qr(x.mT).Q  # [G, K, P]
-    halves = _halves(x @ basis, y)
-    ridge = _best_fit_ridge(weight @ basis.to(weight.dtype), *halves, columns)
-    return _SecondMoments.of(x, y), ridge
+    halves = _halves(weight @ basis.to(weight.dtype), x @ basis, y)
+    return _SecondMoments.of(weight, x, y), _best_fit_ridge(*halves, columns)
 
 
-def _halves(x: Tensor, y: Tensor) -> tuple[_SecondMoments, _SecondMoments]:
+def _halves(weight: Tensor, x: Tensor, y: Tensor) -> tuple[_SecondMoments, _SecondMoments]:
     first, second = zip(x.tensor_split(2, 1), y.tensor_split(2, 1), strict=True)
-    return _SecondMoments.of(*first), _SecondMoments.of(*second)
+    return _SecondMoments.of(weight, *first), _SecondMoments.of(weight, *second)
 
 
-def _best_fit_ridge(
-    weight: Tensor, first: _SecondMoments, second: _SecondMoments, columns: int
-) -> float:
+def _best_fit_ridge(first: _SecondMoments, second: _SecondMoments, columns: int) -> float:
     """Return the share of `_FIT_RIDGES`, of the variance of all `columns`, that predicts best."""
-    of_span = weight.shape[2] / columns
+    of_span = first.weight.shape[2] / columns
     errors = [
         sum(
-            float(unseen.unexplained(known.fitted(weight, share * of_span)).clamp_max(1).mean())
+            float(unseen.unexplained(known.fitted(share * of_span)).clamp_max(1).mean())
             for known, unseen in ((first, second), (second, first))
         )
         for share in _FIT_RIDGES
