@@ -88,7 +88,11 @@ def test_input_spec_gives_its_kind() -> None:
     ("change", "message"),
     [
         (lambda d: {"image": d["image"]}, "must fit the arguments"),
-        (lambda d: tuple(d["image"].shape), "must be tensors; got a shape"),
+        (lambda d: tuple(d["image"].shape), r"must be tensors; got \(3, 3, 8, 8\)"),
+        (lambda d: d["image"].shape, "must be tensors; got torch.Size"),
+        (lambda _: "3x8x8", "must be tensors; got '3x8x8'"),
+        (lambda _: 8, "must be tensors; got 8"),
+        (lambda _: (), r"must be tensors; got \(\)"),
         (lambda d: {**d, "more": d["time"]}, "must fit the arguments"),
         (lambda d: {**d, "time": d["time"][:1]}, "one N for all"),
         (lambda d: {**d, "time": 3}, "time int"),
@@ -101,6 +105,12 @@ def test_capture_refuses_example_inputs_that_do_not_fit(
     model, data = network_and_data("float time", 3)
     with pytest.raises(UsageError, match=message):
         capture(model, change(data))
+
+
+@pytest.mark.parametrize("given", [(1, 3, 8, 8), "3x8x8", 8])
+def test_quantize_refuses_a_shape_in_place_of_example_inputs(given: Any) -> None:
+    with pytest.raises(UsageError, match="example inputs must be tensors"):
+        gdfq.quantize(networks.make("Residual"), given)
 
 
 def test_capture_asks_for_the_inputs_that_are_missing_not_for_another_shape() -> None:

@@ -51,6 +51,42 @@ def test_doctor_says_what_a_target_changes_and_that_its_runtime_is_absent(
     assert "needs placement full" in capsys.readouterr().err
 
 
+def test_doctor_names_the_line_where_tracing_stopped(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And prints nothing of what PyTorch prints of the graph."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        if x.sum() > 0:\n"
+        "            return x\n"
+        "        return -x\n"
+    )
+    assert main(["doctor", f"{tmp_path}/net.py:Net", "--input", "3x8x8"]) == 2
+    printed = capfd.readouterr().err
+    assert f"{tmp_path}/net.py:4: if x.sum() > 0:. Make its forward" in printed
+    assert "torch.ops" not in printed
+
+
+def test_doctor_asks_for_the_weights_of_batch_norms_that_never_learned(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "new.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())\n"
+        "def trained():\n"
+        "    found = net()\n"
+        "    found[1].running_mean.fill_(0.5)\n"
+        "    return found\n"
+    )
+    asked = "all batch norms hold mean 0 and variance 1"
+    assert main(["doctor", f"{place}/new.py:net", "--input", "3x8x8"]) == 0
+    assert asked in capsys.readouterr().out
+    assert main(["doctor", f"{place}/new.py:trained", "--input", "3x8x8"]) == 0
+    assert asked not in capsys.readouterr().out
+
+
 def test_doctor_says_what_is_taken_of_weights_and_images(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,8 @@ def test_generation_is_refused_before_a_network_is_loaded(tmp_path: Path) -> Non
     ):
         with pytest.raises(UsageError, match=said):
             gdfq.quantize("timm:absent", generate_with=generation, **options)
+    with pytest.raises(UsageError, match=r"must be a gdfq.Generation; got 'diffusers:tiny'"):
+        gdfq.quantize("timm:absent", generate_with="diffusers:tiny")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=f"each of the network's {CLASSES} classes needs a name"):
         gdfq.quantize(
             networks.make("Residual"), torch.zeros(1, *networks.SHAPE), generate_with=generation

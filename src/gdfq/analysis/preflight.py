@@ -16,7 +16,7 @@ from gdfq.deploy.onnx.sizes import WEIGHT_BITS
 from gdfq.errors import GdfqError
 from gdfq.functional.grid import Bits
 from gdfq.graph import operators, queries
-from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.batch_norms import batch_norm_of, fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.ends import describe, output_names
 from gdfq.graph.inputs import takes_images
@@ -176,8 +176,17 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
                 scheme.bits,
                 _narrow_depthwise(found, layers),
                 normalises_batches=any(map(queries.normalises_batch, nodes)),
+                untrained=_is_untrained(teacher),
             )
         ),
+    )
+
+
+def _is_untrained(teacher: Captured) -> bool:
+    """Return whether all running statistics are those that a batch norm begins with."""
+    norms = [batch_norm_of(teacher, node) for node in teacher.batch_norms]
+    return bool(norms) and all(
+        bool((norm.mean == 0).all() and (norm.variance == 1).all()) for norm in norms
     )
 
 

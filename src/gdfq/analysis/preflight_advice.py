@@ -10,7 +10,11 @@ MAX_NARROW_CHANNELS = 16
 
 
 def preflight_advice(
-    bits: Bits, narrow: Sequence[str], *, normalises_batches: bool = False
+    bits: Bits,
+    narrow: Sequence[str],
+    *,
+    normalises_batches: bool = False,
+    untrained: bool = False,
 ) -> Iterator[str]:
     """Yield what to expect of a network at these bits.
 
@@ -18,7 +22,13 @@ def preflight_advice(
         bits: Bits of weights and activations.
         narrow: Names of narrow depthwise layers.
         normalises_batches: Whether it has batch norms without running statistics.
+        untrained: Whether its batch norms hold what they hold before training.
     """
+    if untrained:
+        yield (
+            "all batch norms hold mean 0 and variance 1, as before training: is the network "
+            "trained, and were its weights given (--weights, or load_state_dict)?"
+        )
     if normalises_batches:
         yield (
             "batch norms without running statistics stay float, and the outputs of an image depend "

@@ -54,8 +54,9 @@ def print_run(run: Run) -> None:
     if samples := metrics.get("samples"):
         found_in = f"PSNR {samples['psnr']:.1f} dB, {samples['images']} images from the same noise"
         table.add_row("images", "", "", found_in)
-    seconds, steps = metrics["seconds"]["total"], metrics["steps"]
-    table.add_row("time", "", f"{seconds:.0f} s", counted(steps, "step"))
+    steps = metrics["effort"]["steps"] if "effort" in metrics else metrics["steps"]
+    tuned = counted(steps, "step") if steps else "without tuning"
+    table.add_row("time", "", f"{metrics['seconds']['total']:.0f} s", tuned)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     found = verdict(run, source_warnings(run))

@@ -233,18 +233,26 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
+def check_tensors(given: object) -> None:
+    """Raise UsageError for example inputs that are no tensors, such as a shape."""
+    if isinstance(given, Tensor | Mapping):
+        return
+    parts = given if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if all(isinstance(part, int) for part in parts):
+        raise UsageError(
+            f"example inputs must be tensors; got {given!r}. "
+            "Give a tensor with the batch first, such as torch.zeros(1, 3, 224, 224)."
+        )
+
+
 def _by_name(model: nn.Module, given: ExampleInputs) -> dict[str, Tensor]:
     """Return example inputs by name, in the order of the arguments of the network's forward.
 
     The one input of a network that takes images is called `images`, whatever its argument is.
     """
+    check_tensors(given)
     if isinstance(given, Tensor) and given.is_floating_point():
         examples: dict[str, Any] = {IMAGES: given}
-    elif isinstance(given, Sequence) and given and all(isinstance(side, int) for side in given):
-        raise UsageError(
-            f"example inputs must be tensors; got a shape, {list(given)}. "
-            "Give a tensor with the batch first, such as torch.zeros(1, 3, 224, 224)."
-        )
     else:
         signature = inspect.signature(model.forward)
         try:

@@ -1,9 +1,12 @@
 """Running a private copy of a user's network, and tracing it with `torch.export`."""
 
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,7 +131,8 @@ def trace(model: nn.Module, arguments: Arguments, dynamic: Sequence[int] = (0,))
     failed: Exception | None = None
     for count in _NUMBERS_TRACED:
         given = arguments.with_entries(count) if count else arguments
-        with exclusive_tracing():
+        # torch.export prints the graph so far when it fails: the message says all that helps.
+        with exclusive_tracing(), redirect_stderr(StringIO()):
             try:
                 # A copy of its own: a network may remember the shapes of its last call.
                 return _exported(private_copy(model), given, dynamic)
@@ -138,9 +142,28 @@ def trace(model: nn.Module, arguments: Arguments, dynamic: Sequence[int] = (0,))
     lengths = " and any length" if 1 in dynamic else ""
     raise UsageError(
         f"the network must be traceable by torch.export with any batch size{lengths}; tracing "
-        f"failed with: {first_line(failed)}. "
+        f"failed with: {first_line(failed)}{_place_of(failed)}. "
         "Make its forward independent of the values and of the length of the batch."
     ) from failed
+
+
+def _place_of(error: Exception) -> str:
+    """Return the last line of the user's own code that led to an error, in words."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+    return f", at {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
+
+
+_TORCH, _GDFQ = Path(torch.__file__).parent, Path(__file__).parents[1]
+_PYTHON = Path(inspect.__file__).parent
+
+
+def _is_own(filename: str) -> bool:
+    """Return whether a file is neither of PyTorch, nor of this package, nor of Python itself."""
+    path = Path(filename)
+    of_python = path.is_relative_to(_PYTHON) and "site-packages" not in path.parts
+    return path.is_file() and not (
+        of_python or path.is_relative_to(_TORCH) or path.is_relative_to(_GDFQ)
+    )
 
 
 def _exported(network: nn.Module, arguments: Arguments, dynamic: Sequence[int]) -> fx.GraphModule:

@@ -91,6 +91,11 @@ def check_images(method: Method, images: ImageOptions) -> None:
                 "test images must be used for nothing else, or the test says too much; test and "
                 f"{name} are both {used}. Give other images to one of them, or remove test."
             )
+    if generation is not None and not isinstance(generation, Generation):
+        raise UsageError(
+            f"generate_with must be a gdfq.Generation; got {generation!r}. "
+            "Give gdfq.Generation(model, folder=...), where the images are kept."
+        )
     if proxy is not None and generation is not None:
         raise UsageError(
             "images from elsewhere are photographs or generated ones; both were given. "

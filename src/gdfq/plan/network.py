@@ -17,7 +17,7 @@ from gdfq.diffusion.sampler import Sampler
 from gdfq.errors import UsageError
 from gdfq.execution.precision import find_device
 from gdfq.execution.seeding import stream as random_stream
-from gdfq.graph.capture import Captured, ExampleInputs, capture
+from gdfq.graph.capture import Captured, ExampleInputs, capture, check_tensors
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.graph.wrappers import unwrapped
 from gdfq.models.denoisers import Denoiser
@@ -104,6 +104,8 @@ def resolve_network(
     of_denoiser = DenoiserOptions.of(scheduler, sampling_steps, conditions)
     loaded = load_model(model, weights) if isinstance(model, str) else None
     loaded_at = time.perf_counter()
+    if example_input is not None:
+        check_tensors(example_input)
     sampler = _sampler(of_denoiser, model, loaded, example_input, input_shape)
     if loaded is None:
         _check_of_module(weights, None if sampler is not None else input_shape)
