@@ -107,7 +107,7 @@ def quantize(
 
             - target: Where the result is to run: a name in `gdfq.TARGETS` or a `Target`. What it
               cannot express is refused before the run. `QuantizedNetwork.export` writes the file.
-            - size: With bits "auto": the size of the ONNX file in bytes, at most.
+            - size: With bits "auto": the size of the ONNX file, at most, as "300KB" or in bytes.
             - placement: "full" (deployable) or "relu" (the protocol of the published tables).
             - layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
             - group_size: Of a language model: most columns of a weight that share a scale.

@@ -77,7 +77,7 @@ class SchemeOptions(TypedDict, total=False):
     """Options that say what is quantized, apart from the bits.
 
     Attributes:
-        size: With bits "auto": the size of the ONNX file in bytes, at most.
+        size: With bits "auto": the size of the ONNX file, at most, as "300KB" or in bytes.
         placement: "full" (deployable) or "relu" (weights and ReLU outputs alone, the protocol of
             the published tables). By default the recipe's own.
         group_size: Of a language model: most columns of a weight that share a scale. By default
@@ -90,7 +90,7 @@ class SchemeOptions(TypedDict, total=False):
             language model, its head, stays float unless it is named: "last=8".
     """
 
-    size: int | None
+    size: str | int | None
     placement: str | None
     group_size: int | None
     equalizer: str | None
