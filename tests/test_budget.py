@@ -162,7 +162,7 @@ def test_images_and_iterations_are_positive_numbers(
         ("paper", {"images": 8}, "recipes with a pool"),
         ("paper", {"iterations": 8}, "images that are optimised"),
         ("zeroq", {"images": 8}, "recipes with a pool"),
-        ("real", {"images": 8}, r"that you give with --data .*got images 8\."),
+        ("real", {"images": 8}, r"give with --data .*got images 8\."),
     ],
 )
 def test_images_are_refused_by_recipes_that_make_none_beforehand(
