@@ -124,7 +124,7 @@ def quantize(
             - resize: How the files of an image folder get the network's size.
             - classifier: Whether the output is the logits of classes.
             - weights, input_shape: Weights file and shape of one input, of a model that is a name.
-            - device: "cpu", "cuda" or "auto".
+            - device: "cpu", "cuda" or "auto", or a `torch.device`.
             - scheduler: Of a denoiser of a diffusion model: the scheduler of diffusers that it is
               sampled with, its configuration, or the file of that. The denoiser is quantized on
               its own trajectories; `input_shape` is the shape of its image.
