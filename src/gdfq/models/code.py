@@ -76,7 +76,7 @@ def _missing(spec: str) -> str:
     if spec.endswith(".py"):
         return f"{spec} needs the name of a factory: {spec}:NAME."
     if os.path.isdir(spec):  # False for what can be no path
-        return f"{spec} is a folder: hf:FOLDER or diffusers:FOLDER."
+        return f"{spec} is a folder; give it as hf:FOLDER or diffusers:FOLDER."
     if spec.isidentifier():
         return f"{spec} needs its library: timm:{spec} or torchvision:{spec}, for instance."
     return "MODEL must name a library, a factory or a program."
