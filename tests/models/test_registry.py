@@ -31,7 +31,9 @@ def test_spec_without_a_place_or_a_factory_is_refused(spec: str, message: str) -
 
 
 def test_folder_without_its_library_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is a folder; give it as hf:FOLDER or diffusers:FOLDER\. MODEL is"):
+    with pytest.raises(
+        UsageError, match=r"is a folder; give it as hf:FOLDER or diffusers:FOLDER\. MODEL is"
+    ):
         load_model(str(tmp_path))
 
 
