@@ -119,7 +119,7 @@ def test_at_8_bits_all_images_calibrate_once(
     ("options", "message"),
     [
         ({"steps": 8}, "chooses images, iterations and steps; steps was given"),
-        ({"images": 8, "iterations": 2}, "images, iterations was given"),
+        ({"images": 8, "iterations": 2}, "images, iterations were given, too. Remove them"),
         ({"bits": "auto", "size": 10**6}, "a budget needs the bits"),
         ({"budget": "5 parsecs"}, "positive time, such as 90s"),
         ({"budget": -1}, "positive time, such as 90s"),
@@ -162,7 +162,7 @@ def test_images_and_iterations_are_positive_numbers(
         ("paper", {"images": 8}, "recipes with a pool"),
         ("paper", {"iterations": 8}, "images that are optimised"),
         ("zeroq", {"images": 8}, "recipes with a pool"),
-        ("real", {"images": 8}, "these are given"),
+        ("real", {"images": 8}, r"give with --data .*got images 8\."),
     ],
 )
 def test_images_are_refused_by_recipes_that_make_none_beforehand(
@@ -325,7 +325,9 @@ def test_command_refuses_a_budget_with_steps(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(place, "--budget", "12s")) == 2
-    assert "steps was given, too" in capsys.readouterr().err
+    assert "steps was given, too. Remove it or the budget" in capsys.readouterr().err
+    assert main(arguments(place, "--budget", "12s", "--images", "8")) == 2
+    assert "steps, images were given, too. Remove them or" in capsys.readouterr().err
     assert main(command(place, "--budget", "soon")) == 2
     assert "such as 90s, 5m, 2m30s" in capsys.readouterr().err
     assert not (place / "out").exists()

@@ -17,6 +17,7 @@ from gdfq import RECIPES, UsageError
 from gdfq.execution.progress import Step
 from gdfq.graph.capture import Captured
 from gdfq.optim import SgdConfig
+from gdfq.quantized import QuantizedNetwork
 from gdfq.recipes import PAPER, Recipe
 from gdfq.tuning.distill import Distillation
 
@@ -160,17 +161,19 @@ def test_generate_returns_the_last_images(teacher: Captured, tiny: Recipe) -> No
         ({"seed": "a"}, "a seed must be a whole number, at least 0; got 'a'"),
         ({"steps": -1}, "steps must be a whole number of at least 0; got -1"),
         ({"steps": False}, "steps must be a whole number of at least 0; got False"),
-        ({"steps": 2}, "at least 4; got 2"),
+        ({"steps": 2}, "at least 4, or 0 for no tuning; got 2"),
         ({"steps": 4.5}, "whole number"),
         ({"images": True}, "whole number of at least 1; got True"),
         ({"precision": "float16"}, "float32 or bfloat16; got 'float16'"),
         ({"weights": "w.pt"}, "by its name.* and w.pt. Load them with load_state_dict"),
         ({"input_shape": (3, 9, 9)}, "takes the shape of example_input. Remove input_shape"),
         ({"bits": 4}, "w4a4"),
+        ({"layer_bits": "last=8"}, r'got the text .last=8.\. Give a list: \["last=8"\]'),
         ({"data": [1, 2, 3]}, "pair of images and labels"),
         ({"data": torch.zeros(4, 3, 8, 8, dtype=torch.int32)}, "uint8 pixels or floats"),
         ({"placement": "half"}, "one of relu, full"),
         ({"device": "tpu"}, "one of auto, cpu"),
+        ({"device": torch.device("meta")}, "one of auto, cpu.*got 'meta'"),
         ({"mean": (0.5,)}, "each of the 3 input channels; got 1"),
         ({"std": (1, 0, 1)}, "must be positive"),
         ({"mean": (0, float("nan"), 0)}, "finite"),
@@ -189,6 +192,37 @@ def test_quantize_refuses_invalid_options(
 ) -> None:
     with pytest.raises(UsageError, match=f"(?s){message}"):
         gdfq.quantize(teacher, networks.images(1), **options)
+
+
+def test_quantize_refuses_what_is_no_network_of_full_precision(
+    quantized: QuantizedNetwork, tmp_path: Path
+) -> None:
+    for model in (quantized, quantized.network):
+        with pytest.raises(UsageError, match="this network is already quantized"):
+            gdfq.quantize(model, networks.images(1))
+    quantized.save(tmp_path)
+    with pytest.raises(UsageError, match="is a run of gdfq, already quantized"):
+        gdfq.quantize(str(tmp_path))
+    state: Any = quantized.state_dict()
+    with pytest.raises(UsageError, match=r"a state dict, which holds weights alone\. Load it"):
+        gdfq.quantize(state, networks.images(1))
+
+
+def test_example_of_a_name_is_refused_with_the_option_for_its_shape(place: Path) -> None:
+    with pytest.raises(UsageError, match=r"example_input is for .* Give input_shape=\(3, 8, 8\)"):
+        gdfq.quantize(f"{place}/net.py:factory", networks.images(1))
+
+
+def test_device_may_be_one_of_torch(teacher: Captured) -> None:
+    device = torch.device("cpu")
+    images, _ = gdfq.generate(teacher, None, 2, "zeroq", device=device)
+    assert images.device == device
+
+
+@pytest.mark.parametrize("count", ["2", 0, 1.5, True])
+def test_generate_needs_a_number_of_images(teacher: Captured, count: Any) -> None:
+    with pytest.raises(UsageError, match="count must be a positive whole number; got"):
+        gdfq.generate(teacher, None, count)
 
 
 def test_quantize_refuses_an_option_that_it_does_not_have(teacher: Captured, tiny: Recipe) -> None:

@@ -55,6 +55,15 @@ def test_recipes_that_need_steps_refuse_none(name: str, why: str) -> None:
         RECIPES[name].with_steps(0)
 
 
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("quick", "at least 4, or 0 for no tuning; got 2"), ("genie", "at least 4; got 2")],
+)
+def test_too_few_steps_are_refused_with_what_is_allowed(name: str, least: str) -> None:
+    with pytest.raises(UsageError, match=least):
+        RECIPES[name].with_steps(2)
+
+
 def test_paper_has_the_published_values() -> None:
     generator = instance(PAPER.source, GeneratorSource)
     tuning, imagenet_tuning = (

@@ -107,7 +107,7 @@ def quantize(
 
             - target: Where the result is to run: a name in `gdfq.TARGETS` or a `Target`. What it
               cannot express is refused before the run. `QuantizedNetwork.export` writes the file.
-            - size: With bits "auto": the size of the ONNX file in bytes, at most.
+            - size: With bits "auto": the size of the ONNX file, at most, as "300KB" or in bytes.
             - placement: "full" (deployable) or "relu" (the protocol of the published tables).
             - layer_bits: Layers with other bits, as ["stage1.*=float", "last=8"].
             - group_size: Of a language model: most columns of a weight that share a scale.
@@ -124,7 +124,7 @@ def quantize(
             - resize: How the files of an image folder get the network's size.
             - classifier: Whether the output is the logits of classes.
             - weights, input_shape: Weights file and shape of one input, of a model that is a name.
-            - device: "cpu", "cuda" or "auto".
+            - device: "cpu", "cuda" or "auto", or a `torch.device`.
             - scheduler: Of a denoiser of a diffusion model: the scheduler of diffusers that it is
               sampled with, its configuration, or the file of that. The denoiser is quantized on
               its own trajectories; `input_shape` is the shape of its image.

@@ -121,8 +121,8 @@ def make_images(
         UsageError: The source cannot make images for this network, or takes no steps.
         GdfqError: A loss is not finite.
     """
-    if count < 1:
-        raise UsageError(f"count must be at least 1; got {count}.")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UsageError(f"count must be a positive whole number; got {count!r}.")
     context = replace(context, listener=allowing_tracing(context.listener))
     device = teacher.device
     with (

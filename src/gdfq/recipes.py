@@ -181,9 +181,10 @@ class Recipe:
         if not self.tuning.trains:
             return replace(self, steps=steps, calibration=steps, warmup=steps)
         if steps < 4:
+            otherwise = "" if self._reason_to_tune else ", or 0 for no tuning"
             raise UsageError(
                 f"recipe {self.name!r} calibrates in a quarter of its steps and so needs at "
-                f"least 4; got {steps}."
+                f"least 4{otherwise}; got {steps}."
             )
         quarter = steps // 4
         return replace(
@@ -193,12 +194,18 @@ class Recipe:
             warmup=min(self.warmup, quarter),
         )
 
+    @property
+    def _reason_to_tune(self) -> str:
+        """Why this recipe cannot do without tuning; empty if it can."""
+        if self.tuning.learns_rounding:
+            return "learns its rounding"
+        return "" if self.source.images_held else "draws its images"
+
     def _untuned(self) -> "Recipe":
         """Return this recipe without its tuning."""
         if not self.tuning.trains:
             return self
-        if self.tuning.learns_rounding or not self.source.images_held:
-            why = "learns its rounding" if self.tuning.learns_rounding else "draws its images"
+        if why := self._reason_to_tune:
             raise UsageError(
                 f"recipe {self.name!r} {why} while it tunes, so it needs at least 4 steps; got 0."
             )

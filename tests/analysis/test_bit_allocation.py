@@ -28,6 +28,7 @@ from gdfq.functional.grid import Bits, Layout, fake_quantize
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured
 from gdfq.graph.memory import forward_bytes
+from gdfq.plan.method import resolve_method
 from gdfq.quantized import QuantizedNetwork
 from gdfq.quantizers.lsq import best_weight_grid
 from gdfq.recipes import QUICK
@@ -180,10 +181,13 @@ def test_layer_bits_match_exact_names() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": "auto"}, "belong together.*'auto' and size None"),
+        ({"bits": "auto"}, "belong together.*no --size was given"),
         ({"bits": "w4a4", "size": 4000}, "belong together.*'w4a4' and size 4000"),
-        ({"bits": "auto", "size": 0}, "at least 1; got 0"),
-        ({"bits": "auto", "size": "3KB"}, "whole number of bytes, at least 1; got '3KB'"),
+        ({"bits": "auto", "size": 0}, "at least 1, or a text such as 300KB.* got 0"),
+        (
+            {"bits": "auto", "size": "3 apples"},
+            "whole number of bytes, .*such as 300KB.*'3 apples'",
+        ),
         ({"bits": "auto", "size": 4000, "recipe": "paper"}, "so a recipe with a pool"),
         ({"bits": "auto", "size": 4000, "layer_bits": ["*=4"]}, "all 3 of this network are"),
         ({"bits": "auto", "size": 4000, "layer_bits": ["nowhere=4"]}, "nowhere"),
@@ -229,6 +233,11 @@ def test_command_line_refuses_invalid_sizes(
 ) -> None:
     assert main(arguments(place, *more)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["300KB", 300_000])
+def test_size_is_text_or_bytes(size: str | int) -> None:
+    assert resolve_method("auto", "fast", size=size).size == 300_000
 
 
 @pytest.mark.parametrize(

@@ -196,4 +196,6 @@ def test_unknown_target_is_refused_before_anything_is_read(
     assert "the target must be one of onnx, " in capsys.readouterr().err
     assert main(arguments(place, "--target", "toaster")) == 2
     assert "got 'toaster'" in capsys.readouterr().err
+    assert main(arguments(place, "--target", "onnx", "--no-onnx")) == 2
+    assert "--no-onnx writes none; got both, with target 'onnx'" in capsys.readouterr().err
     assert not (place / "out").exists()

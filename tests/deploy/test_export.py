@@ -50,13 +50,16 @@ def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -
         small.export(tmp_path / "q.gguf")
     with pytest.raises(UsageError, match=r"one of onnx, litert, pt2, safetensors, .*; got 'gguf'"):
         small.export(tmp_path / "q.onnx", target="gguf")
+    for name, target in (("q.tflite", "onnx"), ("q.onnx", "safetensors"), ("q.pte", "qnn")):
+        with pytest.raises(UsageError, match=f"those of another; got '{name}'. Name it 'q"):
+            small.export(tmp_path / name, target=target)
     with pytest.raises(UsageError, match="raw input is for the targets onnx, "):
         small.export(tmp_path / "q.pt2", raw_input=True)
     assert small.export(tmp_path / "new" / "q.bin", target="safetensors").target == "safetensors"
     with pytest.warns(gdfq.errors.GdfqDeprecationWarning, match="is now called target"):
         assert small.export(tmp_path / "old.bin", format="pt2").target == "pt2"
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot be created"):
+    with pytest.raises(UsageError, match="must be a folder"):
         small.export(tmp_path / "file" / "q.onnx")
 
 

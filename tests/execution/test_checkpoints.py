@@ -434,7 +434,7 @@ def test_lock_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
         pass
     assert (tmp_path / "elsewhere").read_text() == "kept"
     (tmp_path / "c").write_text("a file")
-    with pytest.raises(UsageError, match="must be writable"), Checkpoints(tmp_path / "c"):
+    with pytest.raises(UsageError, match="must be a folder"), Checkpoints(tmp_path / "c"):
         pass
 
 

@@ -148,9 +148,24 @@ def test_outputs_have_the_order_of_the_network() -> None:
         assert torch.allclose(actual, expected, atol=1e-6)
 
 
-def test_capture_refuses_a_wrong_input_shape(residual: nn.Module) -> None:
-    with pytest.raises(UsageError, match="must accept an input of 1x8x8"):
-        capture(residual, torch.zeros(1, 1, 8, 8))
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 8, 8), r"must accept an input of 1x8x8.*Give the shape it was trained on"),
+        ((3, 8, 8), r"needs the batch first; got \[3, 8, 8\]\. Give x\[None\]"),
+        ((1, 1, 3, 8, 8), r"shape is given without the batch: 3x8x8\."),
+    ],
+)
+def test_capture_refuses_a_wrong_input_shape(
+    residual: nn.Module, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        capture(residual, torch.zeros(shape))
+
+
+def test_capture_refuses_a_state_dict(residual: nn.Module) -> None:
+    with pytest.raises(UsageError, match=r"holds weights alone\. Load it into the network first"):
+        capture(residual.state_dict(), networks.images(1))  # type: ignore[arg-type]
 
 
 def test_capture_refuses_weights_that_are_not_finite() -> None:

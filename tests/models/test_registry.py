@@ -14,6 +14,29 @@ from gdfq.models.registry import Loaded, load_model
 _OPERATORS = torchvision_shim.define_missing_operators()  # they are there while this lives
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet18", "resnet18 needs its library: timm:resnet18 or .* MODEL is .* timm:NAME"),
+        ("net.py", r"net\.py needs the name of a factory: net\.py:NAME\. MODEL is "),
+        ("", "must name a library, a factory or a program. MODEL is "),
+        (":", "must name a library, a factory or a program. MODEL is "),
+        ("torchvison:resnet18", r"no 'torchvison'\. Did you mean torchvision:resnet18\?"),
+        ("nowhere_at_all:net", "must be importable"),
+    ],
+)
+def test_spec_without_a_place_or_a_factory_is_refused(spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_model(spec)
+
+
+def test_folder_without_its_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"is a folder; give it as hf:FOLDER or diffusers:FOLDER\. MODEL is"
+    ):
+        load_model(str(tmp_path))
+
+
 def test_given_values_override_known_ones() -> None:
     own = Preprocessing((0.1,) * 3, (0.2,) * 3, Resize(0.9, interpolation="bicubic"))
     loaded = Loaded(nn.Identity(), (3, 8, 8), own)
@@ -39,8 +62,6 @@ def test_unknown_shape_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_spec_that_names_no_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ONNX files cannot be read.*\.pt2 file"):
         load_model("net.onnx")
-    with pytest.raises(UsageError, match="timm:NAME"):
-        load_model("resnet18")
     (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
     with pytest.raises(UsageError, match="Remove --weights"):
         load_model(f"{tmp_path}/net.py:factory", "random")

@@ -107,8 +107,8 @@ def test_family_and_placement_must_be_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("bits", "placement", "block", "message"),
     [
-        ("w4a16", "full", None, "activations of 16 bits are for language models"),
-        ("w4a8", "full", 32, "groups of columns are for language models"),
+        ("w4a16", "full", None, r"activations of 16 bits are for .* Use for instance w4a8\.$"),
+        ("w4a8", "full", 32, "groups of columns are for .* instance w4a8 without a group size"),
         ("w4a8", "tokens", 1, "two columns or more"),
         ("wfp4afp8", "tokens", None, "have integer grids"),
     ],

@@ -70,14 +70,12 @@ def parse_bits(bits: str | Bits, size: int | None) -> Bits:
             without "auto".
     """
     if (bits == AUTO) != (size is not None):
+        found = "no --size was given" if size is None else f"got bits {str(bits)!r} and size {size}"
         raise UsageError(
             "bits 'auto' and a size belong together: bits are chosen so that the ONNX file fits "
-            f"the size; got bits {str(bits)!r} and size {size}. Give both: --bits auto "
-            "--size 300KB."
+            f"the size; {found}. Give both: --bits auto --size 300KB."
         )
     if size is not None:
-        if not isinstance(size, int) or size < 1:
-            raise UsageError(f"size must be a whole number of bytes, at least 1; got {size!r}.")
         return DEFAULT_BITS
     return bits if isinstance(bits, Bits) else Bits.parse(str(bits))
 

@@ -84,6 +84,11 @@ def quantize(
     """Quantize, by as many processes as torchrun started."""
     if tensorboard:
         require_tensorboard()
+    if not onnx and (target := options.get("target")) is not None:
+        raise UsageError(
+            "--target names the file that a run writes, and --no-onnx writes none; got both, with "
+            f"target {target!r}. Remove one; gdfq export writes a file afterwards."
+        )
     folder = RunFolder(out, checkpoint_every)
     if resume and not folder.checkpoints.exists():
         raise UsageError(

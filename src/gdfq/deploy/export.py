@@ -227,12 +227,14 @@ def find_target(target: str | Target | None, path: Path) -> Target:
         path: The file to write.
 
     Raises:
-        UsageError: There is no such target, or the path is a folder.
+        UsageError: There is no such target, the path is a folder, or it has the suffix of a file of
+            another kind.
     """
     named = None if target is None else named_target(target)
     if path.is_dir() and (named is None or not named.file_in_folder):
         raise UsageError(f"an export is a file; {path} is a folder. Give the name of a file in it.")
     if named is not None:
+        _check_suffix(named, path)
         return named
     fitting = [known for known in TARGETS.values() if path.name.endswith(known.suffix)]
     if fitting:
@@ -242,3 +244,14 @@ def find_target(target: str | Target | None, path: Path) -> Target:
         f"the name of an exported file must end with {suffixes}; got {path.name!r}. "
         "Rename it or give the target."
     )
+
+
+def _check_suffix(target: Target, path: Path) -> None:
+    """Raise UsageError for a file of a target with the suffix of another kind of file."""
+    own, found = Path(f"x{target.suffix}").suffix, path.suffix
+    kinds = {Path(known.file_name).suffix for known in TARGETS.values()}
+    if found != own and found in kinds - {""}:
+        raise UsageError(
+            f"the name of a file of target {target.name!r} must not end as those of another; got "
+            f"{path.name!r}. Name it {path.with_suffix(own).name!r}, or give the target of {found}."
+        )

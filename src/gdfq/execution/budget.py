@@ -30,6 +30,21 @@ def parse_bytes(text: str) -> int | None:
     return size if size >= 1 else None
 
 
+def bytes_of(size: str | int | None) -> int | None:
+    """Return the bytes of the size of a file that a user gives; None is none.
+
+    Raises:
+        UsageError: The text is no size, or it is no positive whole number.
+    """
+    found = parse_bytes(size) if isinstance(size, str) else size
+    if size is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 1):
+        raise UsageError(
+            "size must be a whole number of bytes, at least 1, or a text such as 300KB or 1.5MiB; "
+            f"got {size!r}."
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class MemoryBudget:
     """What the activations of the images that pass a network together may take.

@@ -105,11 +105,11 @@ def in_full_float32(device: torch.device) -> Iterator[None]:
         _full_float32.leave()
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     """Return the device of a name.
 
     Args:
-        name: "cpu", "cuda", or "auto" for the GPU if there is one.
+        name: "cpu", "cuda", or "auto" for the GPU if there is one; or such a device.
 
     Raises:
         UsageError: There is no such device here.
@@ -117,6 +117,10 @@ def find_device(name: str) -> torch.device:
     available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if name == "auto":
         return torch.device(available[-1])
+    name = str(name)
     if name not in available:
-        raise UsageError(f"device must be one of auto, {', '.join(available)} here; got {name!r}.")
+        without = "" if torch.cuda.is_available() else ": PyTorch finds no CUDA GPU"
+        raise UsageError(
+            f"device must be one of auto, {', '.join(available)} here{without}; got {name!r}."
+        )
     return torch.device(name)

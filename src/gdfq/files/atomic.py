@@ -15,6 +15,8 @@ Found = TypeVar("Found")
 def check_folder(path: Path) -> None:
     """Raise UsageError if the folder cannot be written, or created if it does not exist."""
     there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+    if there.is_file():
+        raise UsageError(f"the out folder must be a folder; {there} is a file. Give a folder.")
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f"the out folder must be writable; {there} is not. Choose another.")
 
@@ -25,6 +27,7 @@ def make_folder(path: Path) -> None:
     Raises:
         UsageError: It cannot be created or written.
     """
+    check_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -32,7 +35,6 @@ def make_folder(path: Path) -> None:
             f"the out folder must be writable; {path} cannot be created: {error.strerror}. "
             "Choose another."
         ) from error
-    check_folder(path)
 
 
 def write_checked(path: Path, data: bytes, check: Callable[[Path], Found]) -> Found:

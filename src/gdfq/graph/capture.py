@@ -31,7 +31,7 @@ from gdfq.graph.inputs import (
 from gdfq.graph.outputs import Structure, built, flattened, in_order, structure_of
 from gdfq.graph.tensors import tensors_of
 from gdfq.graph.tracing import Arguments, Trial, trace
-from gdfq.graph.wrappers import unwrapped
+from gdfq.graph.wrappers import described, unwrapped
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def capture(
             be, or is no language model and must be.
     """
     if not isinstance(model, nn.Module):
-        raise UsageError(f"capture needs an nn.Module; got a {type(model).__name__}.")
+        raise UsageError(f"capture needs an nn.Module; got {described(model)}.")
     model = unwrapped(model)
     given = _by_name(model, example_inputs)
     if vocabulary is not None:
@@ -141,7 +141,7 @@ def capture(
     named = isinstance(example_inputs, Mapping)
     arguments = Arguments((), examples) if named else Arguments(inputs, {})
     trial = Trial(model)
-    returned = trial.first(arguments, specs)
+    returned = trial.first(arguments, specs, len(next(iter(given.values()))))
     expected = flattened(returned)
     _check_outputs(expected, len(inputs[0]))
     if vocabulary is not None:

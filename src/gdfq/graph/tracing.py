@@ -72,8 +72,13 @@ class Trial:
             return False
         return True
 
-    def first(self, arguments: Arguments, specs: Sequence[InputSpec]) -> object:
+    def first(self, arguments: Arguments, specs: Sequence[InputSpec], entries: int) -> object:
         """Return what the network returns.
+
+        Args:
+            arguments: What it is called with.
+            specs: What its inputs are.
+            entries: How many of the arguments' entries the user gave; for the error.
 
         Raises:
             UsageError: It does not accept the arguments.
@@ -86,7 +91,7 @@ class Trial:
             else:
                 taken = f"inputs {', '.join(map(str, specs))}"
             advice = (
-                "Give the shape it was trained on (--input CxHxW, or example_input)."
+                _shape_advice(specs, entries)
                 if self._has_places_for(arguments)
                 else "Give a tensor for each of its inputs: example_input, of gdfq.quantize in "
                 "Python."
@@ -102,6 +107,22 @@ class Trial:
         trial(arguments)
         after = _named(trial._network)
         return [name for name, tensor in after.items() if not _same(tensor, before.get(name))]
+
+
+def _shape_advice(specs: Sequence[InputSpec], entries: int) -> str:
+    """What to do about a shape that a network does not accept."""
+    shape = specs[0].shape
+    if takes_images(specs) and len(shape) == 4 and shape[0] == 1:
+        return f"The shape is given without the batch: {'x'.join(map(str, shape[1:]))}."
+    if takes_images(specs) and len(shape) == 2 and entries > 1:
+        return (
+            f"An example needs the batch first; got {[entries, *shape]}. Give x[None] of one image "
+            "x, or --input CxHxW."
+        )
+    return (
+        "Give the shape it was trained on (--input CxHxW, or example_input with the batch first: "
+        "x[None] of one image x)."
+    )
 
 
 def _named(network: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Modules that only wrap a network: for several devices, for compiling, for averaging weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 "(FSDP). Gather a full state dict and load it into a plain module."
             )
     return model
+
+
+def described(model: object) -> str:
+    """What was given in the place of a network, for people, and what to do with it."""
+    if isinstance(model, Mapping):
+        return (
+            "a state dict, which holds weights alone. Load it into the network first "
+            "(load_state_dict), and give the network"
+        )
+    return f"a {type(model).__name__}"
 
 
 def unwrap_inside_(model: nn.Module) -> nn.Module:

@@ -6,9 +6,11 @@ folder.
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from gdfq.errors import UsageError, first_line
+from gdfq.models.hubs import HUBS
 from gdfq.models.loaded import Loaded
 
 
@@ -32,8 +35,9 @@ def from_factory(spec: str) -> nn.Module:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise UsageError(
-            "MODEL is path/to/file.py:factory, package.module:factory, program.pt2, timm:NAME, "
-            f"torchvision:NAME, hf:ID, ptcv:NAME or diffusers:ID; got {spec!r}."
+            f"{_missing(spec)} MODEL is path/to/file.py:factory, package.module:factory, "
+            "program.pt2, timm:NAME, torchvision:NAME, hf:ID, ptcv:NAME or diffusers:ID; "
+            f"got {spec!r}."
         )
     is_file = place.endswith(".py")
     if is_file and not Path(place).is_file():
@@ -43,6 +47,12 @@ def from_factory(spec: str) -> nn.Module:
         try:
             module = _import_file(Path(place)) if is_file else importlib.import_module(place)
         except Exception as error:
+            near = get_close_matches(place, HUBS, n=1)
+            if near and isinstance(error, ModuleNotFoundError) and error.name == place:
+                raise UsageError(
+                    f"MODEL must begin with a library, a package or a file; there is no {place!r}. "
+                    f"Did you mean {near[0]}:{name}?"
+                ) from error
             raise UsageError(f"{place} must be importable; it failed with: {error!r}.") from error
         factory = getattr(module, name, None)
         if not callable(factory):
@@ -59,6 +69,17 @@ def from_factory(spec: str) -> nn.Module:
             f"the factory {spec} must return an nn.Module; it returned a {type(model).__name__}."
         )
     return model
+
+
+def _missing(spec: str) -> str:
+    """What a MODEL without a library or a factory lacks."""
+    if spec.endswith(".py"):
+        return f"{spec} needs the name of a factory: {spec}:NAME."
+    if os.path.isdir(spec):  # False for what can be no path
+        return f"{spec} is a folder; give it as hf:FOLDER or diffusers:FOLDER."
+    if spec.isidentifier():
+        return f"{spec} needs its library: timm:{spec} or torchvision:{spec}, for instance."
+    return "MODEL must name a library, a factory or a program."
 
 
 @contextmanager

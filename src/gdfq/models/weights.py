@@ -129,6 +129,8 @@ def _read(path: Path) -> Any:
             f"weights must be a safetensors file or a torch state dict; {path} is neither: it is "
             f"{kind}."
         )
+    if path.is_dir():
+        raise UsageError(f"weights must be a file; {path} is a folder. Give a file in it.")
     if not path.is_file():
         raise UsageError(f"there is no weights file at {path}.")
     with _refused_if_unreadable(path):

@@ -1,5 +1,6 @@
 """What is to be done, before it is fitted to a network."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
 
@@ -10,6 +11,7 @@ from gdfq.diffusion.sampler import Sampler
 from gdfq.diffusion.weights import MinSnr
 from gdfq.equalizers.named import find_equalizer
 from gdfq.errors import UsageError
+from gdfq.execution.budget import bytes_of
 from gdfq.execution.durations import seconds_of
 from gdfq.functional.grid import Bits
 from gdfq.plan.options import DEFAULT_BITS, EffortOptions, MethodOptions, options_of
@@ -142,7 +144,7 @@ def resolve_method(
     Raises:
         UsageError: One of them cannot be used.
     """
-    target, size = options.get("target"), options.get("size")
+    target, size = options.get("target"), bytes_of(options.get("size"))
     aim = None if target is None else named_target(target)
     if aim is not None:
         _check_target(aim, size)
@@ -154,7 +156,7 @@ def resolve_method(
         )
     chosen = find_recipe(recipe)
     placed = parse_placement(options.get("placement") or chosen.placement)
-    overrides = tuple(map(LayerBits.parse, options.get("layer_bits", ())))
+    overrides = _layer_bits(options.get("layer_bits", ()))
     wanted = parse_bits(bits or DEFAULT_BITS[placed], size)
     if size is None:
         overrides = with_ends(overrides, wanted, placed)
@@ -193,6 +195,15 @@ def resolve_method(
     )
 
 
+def _layer_bits(texts: Sequence[str]) -> tuple[LayerBits, ...]:
+    """Parse the bits of layers. Raise UsageError for one text in the place of a list."""
+    if isinstance(texts, str):
+        raise UsageError(
+            f'layer_bits must be a list of texts; got the text {texts!r}. Give a list: ["{texts}"].'
+        )
+    return tuple(map(LayerBits.parse, texts))
+
+
 def _check_target(target: Target, size: int | None) -> None:
     """Raise UsageError for a target whose files cannot be proven here, or have no known size."""
     target.require_runtime()
@@ -207,7 +218,8 @@ def _refuse_chosen(**others: int | None) -> None:
     """Raise UsageError for options that a budget chooses."""
     given = [name for name, value in others.items() if value is not None]
     if given:
+        verb, them = ("was", "it") if len(given) == 1 else ("were", "them")
         raise UsageError(
-            f"a budget chooses images, iterations and steps; {', '.join(given)} was given, too. "
-            "Give either."
+            f"a budget chooses images, iterations and steps; {', '.join(given)} {verb} given, too. "
+            f"Remove {them} or the budget."
         )

@@ -1,5 +1,6 @@
 """The network of a plan: loaded, captured, and how images become its inputs."""
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,18 +14,21 @@ from gdfq.data.class_names import ClassNames
 from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
 from gdfq.data.tokens import Decode, Encode
 from gdfq.data.vocabulary import Vocabulary
+from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.diffusion.sampler import Sampler
 from gdfq.errors import UsageError
 from gdfq.execution.precision import find_device
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph.capture import Captured, ExampleInputs, capture, check_tensors
 from gdfq.graph.inputs import image_shape, takes_images
-from gdfq.graph.wrappers import unwrapped
+from gdfq.graph.wrappers import described, unwrapped
 from gdfq.models.denoisers import Denoiser
 from gdfq.models.loaded import names_of
 from gdfq.models.registry import Loaded, load_model, weights_hash
 from gdfq.plan.denoiser import Conditions, DenoiserOptions, captured_denoiser, check_inputs
 from gdfq.plan.options import Model
+from gdfq.quantized import QuantizedNetwork
+from gdfq.student.integer_network import IntegerNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +73,7 @@ def resolve_network(
     std: PerChannel | None = None,
     resize: Resize | None = None,
     classifier: bool | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     scheduler: str | Path | Mapping[str, Any] | None = None,
     sampling_steps: int | None = None,
     conditions: Conditions | None = None,
@@ -99,10 +103,13 @@ def resolve_network(
     if not isinstance(model, str | nn.Module | Captured):
         raise UsageError(
             "a model is an nn.Module, a network that gdfq.capture returned, or a name such as "
-            f"timm:resnet18; got a {type(model).__name__}."
+            f"timm:resnet18; got {described(model)}."
         )
+    if isinstance(model, str):
+        _refuse_saved(model)
     of_denoiser = DenoiserOptions.of(scheduler, sampling_steps, conditions)
     loaded = load_model(model, weights) if isinstance(model, str) else None
+    _refuse_quantized(model if loaded is None else loaded.module)
     loaded_at = time.perf_counter()
     if example_input is not None:
         check_tensors(example_input)
@@ -113,6 +120,7 @@ def resolve_network(
         captured = _captured(model, loaded, sampler, example_input, classifier)
         preprocessing = _preprocessing(captured, mean, std, resize)
     else:  # images, whose shape and normalisation its library may know
+        _check_example_of_name(loaded, example_input, input_shape)
         shape, preprocessing = loaded.input(input_shape, mean, std)
         captured = capture(loaded.module, torch.zeros(1, *shape), classifier=classifier)
         preprocessing = replace(preprocessing, resize=resize or preprocessing.resize)
@@ -146,6 +154,39 @@ def _check_of_module(weights: str | Path | None, input_shape: tuple[int, ...] | 
         raise UsageError(
             "input_shape is for a model that is given by its name, and for denoisers; the network "
             "itself was given, and takes the shape of example_input. Remove input_shape."
+        )
+
+
+def _check_example_of_name(
+    loaded: Loaded, example_input: ExampleInputs | None, input_shape: tuple[int, ...] | None
+) -> None:
+    """Raise UsageError for an example in the place of the shape that a name does not know."""
+    if example_input is None or input_shape or loaded.input_shape:
+        return
+    shape: tuple[int, ...] = (3, 32, 32)
+    if isinstance(example_input, Tensor) and example_input.ndim > 2:
+        shape = tuple(example_input.shape[1:])
+    raise UsageError(
+        "the shape of one input must be known; this network does not define it, and example_input "
+        f"is for a model that is a module. Give input_shape={shape} instead."
+    )
+
+
+def _refuse_saved(model: str) -> None:
+    """Raise UsageError for the folder of a quantized network in the place of a model."""
+    if os.path.isfile(os.path.join(model, STUDENT_FILE)):  # False for what can be no path
+        raise UsageError(
+            f"MODEL must be a network to quantize; {model} is a run of gdfq, already quantized. "
+            "Give the network that it was made from; gdfq.load reads the folder."
+        )
+
+
+def _refuse_quantized(model: Model) -> None:
+    """Raise UsageError for a network that gdfq made."""
+    if isinstance(model, QuantizedNetwork | IntegerNetwork):
+        raise UsageError(
+            "a model must be a network of full precision; this network is already quantized. Give "
+            "the network that it was made from."
         )
 
 

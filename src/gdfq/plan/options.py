@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from gdfq.data.datasets import ImageData
@@ -51,7 +52,7 @@ class NetworkOptions(TypedDict, total=False):
             probabilities. By default it is if it is one tensor [N, C] with C >= 2 that is no
             sigmoid and no unit vector. Any other network (detection, segmentation, regression) has
             no labels: its outputs themselves are matched, relative to their size.
-        device: "cpu", "cuda" or "auto".
+        device: "cpu", "cuda" or "auto", or a `torch.device`.
         scheduler: The scheduler of a diffusion model, of which the network is the denoiser: its
             configuration of diffusers, or the file of it. By default that of the pipeline, for a
             `model` that is one.
@@ -67,7 +68,7 @@ class NetworkOptions(TypedDict, total=False):
     std: PerChannel | None
     resize: Resize | None
     classifier: bool | None
-    device: str
+    device: str | torch.device
     scheduler: str | Path | Mapping[str, Any] | None
     sampling_steps: int | None
     conditions: str | Path | Tensor | None
@@ -77,7 +78,7 @@ class SchemeOptions(TypedDict, total=False):
     """Options that say what is quantized, apart from the bits.
 
     Attributes:
-        size: With bits "auto": the size of the ONNX file in bytes, at most.
+        size: With bits "auto": the size of the ONNX file, at most, as "300KB" or in bytes.
         placement: "full" (deployable) or "relu" (weights and ReLU outputs alone, the protocol of
             the published tables). By default the recipe's own.
         group_size: Of a language model: most columns of a weight that share a scale. By default
@@ -90,7 +91,7 @@ class SchemeOptions(TypedDict, total=False):
             language model, its head, stays float unless it is named: "last=8".
     """
 
-    size: int | None
+    size: str | int | None
     placement: str | None
     group_size: int | None
     equalizer: str | None

@@ -125,8 +125,8 @@ class ImagePool(Source):
         """
         if self.source.iterations is None:
             raise UsageError(
-                "a number of images is for images that are made; these are given. Remove images; "
-                f"got {images}."
+                "a number of images is for recipes that make them; this one takes all that you "
+                f"give with --data (data=...). Give --data and remove images; got images {images}."
             )
         batches = -(-images // self.source.batch)
         source = self.source.with_batch(-(-images // batches))

@@ -189,10 +189,11 @@ class Scheme:
             if self.group_size is not None and self.group_size < 2:
                 raise UsageError(f"a group needs two columns or more; got {self.group_size}.")
         elif self.bits.activations == UNROUNDED or self.group_size is not None:
-            what = "groups of columns" if self.group_size is not None else "activations of 16 bits"
+            grouped = self.group_size is not None
+            what = "groups of columns" if grouped else "activations of 16 bits"
             raise UsageError(
                 f"{what} are for language models, with recipe 'text'; the placement is "
-                f"{self.placement!r}. Use for instance w4a8 without a group size."
+                f"{self.placement!r}. Use for instance w4a8{' without a group size' * grouped}."
             )
 
     def weight_formats(self, bits: int) -> tuple[NumberFormat, ...] | None:
