@@ -3,7 +3,7 @@
     y = conv(x, w, b);   ∂x = conv's transpose of ∂y with w
 
 Autograd keeps x for the gradient of w. Here that has none, so nothing but w is kept: where images
-are optimised against a network (arXiv 1912.08795), half of all feature maps need not be held.
+are optimised against a network, half of all feature maps need not be held.
 """
 
 from collections.abc import Sequence
