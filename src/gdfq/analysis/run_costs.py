@@ -42,7 +42,7 @@ work of Python for each operator. Measured on ResNet-20, ResNet-56 and MobileNet
 _ITERATION_PASSES = 4.0
 """Forward passes that take as long as one iteration of the images, where that is not measured."""
 _SAMPLE_IMAGES = 32
-"""Images that equalization looks at, and that pass the networks."""
+"""Images that are enough to time a stage: one of more images takes so many times longer."""
 _FEW_IMAGES = 2
 """A pass of so few images shows what a stage takes apart from its images."""
 _MEASURED_STEPS = 10_000
@@ -220,10 +220,13 @@ class _Measurement:
         """
         teacher, recipe = self.teacher, self.recipe
         batch = _noise(teacher, recipe.source.batch)
-        few = tuple(tensor[:_FEW_IMAGES] for tensor in batch.inputs)
+        sample, few = (
+            tuple(tensor[:count] for tensor in batch.inputs)
+            for count in (_SAMPLE_IMAGES, _FEW_IMAGES)
+        )
+        samples = len(batch) / len(sample[0])
         laps = _Laps(self.clock)
         if recipe.quantizers.equalizes:
-            sample = [tensor[:_SAMPLE_IMAGES] for tensor in batch.inputs]
             teacher = rescaled(teacher, channel_scales(teacher, self.scheme, *sample))
         student = build_student(
             teacher,
@@ -233,16 +236,16 @@ class _Measurement:
         )
         calibrate_(student, [Batch(few, None, None)], steps=1, context=self.context)
         setup = laps.lap()
-        calibrate_(student, [batch], steps=1, context=self.context)
-        calibration, matching, fits = laps.lap(), 0.0, recipe.fit_weights
+        calibrate_(student, [Batch(sample, None, None)], steps=1, context=self.context)
+        calibration, matching, fits = samples * laps.lap(), 0.0, recipe.fit_weights
         if recipe.match_moments:
             match = partial(
                 match_moments_, student, teacher, memory=self.context.memory, fit_weights=fits
             )
             match(few)
             preparing = laps.lap()
-            match(batch.inputs)
-            setup, matching = setup + preparing, max(0.0, laps.lap() - preparing)
+            match(sample)
+            setup, matching = setup + preparing, samples * max(0.0, laps.lap() - preparing)
         network = freeze(student)
         setup += laps.lap()
         counts = matched_images(teacher.network.graph, EFFORT_RULE.max_images)
