@@ -361,7 +361,8 @@ def speed_table() -> str:
         for name, ms in speed["ms"].items()
     ]
     lines += [
-        f"\nThe batch-norm statistics cost {100 * speed['statistics_share']:.0f} % of the teacher's own forward and "
+        "\nMeasured before convolutions of fixed weights kept no input. "
+        f"The batch-norm statistics cost {100 * speed['statistics_share']:.0f} % of the teacher's own forward and "
         f"backward (median of the rounds' ratios). Peak memory of the process: {speed['peak_mib']:.0f} MiB.",
     ]
     return "\n".join(lines) + "\n"
