@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from torch import Tensor
 from gdfq.execution.seeding import stream
 from gdfq.functional.grid import Bits
 from gdfq.functional.losses import batch_norm_statistics_loss
-from gdfq.functional.moments import moments
+from gdfq.functional.moments import input_moments
 from gdfq.functional.upsample_conv import upsampled_convolution
 from gdfq.graph.capture import capture
 from gdfq.graph.statistics import StatisticsNetwork
@@ -45,24 +44,6 @@ from gdfq.student.build import build_student
 from gdfq.student.scheme import Scheme
 from gdfq.tuning.calibrate import calibrate_
 from gdfq.tuning.distill import Distillation, tune_
-
-
-class _Moments(torch.autograd.Function):
-    """Mean and variance with the two-pass backward, not fused with the batch norm."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, variance = moments(x)
-        ctx.save_for_backward(x, mean)
-        return mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors
-        n = x.numel() / mean.numel()
-        slope = (2 / n) * grad_variance
-        shape = (1, -1, 1, 1)
-        return torch.addcmul((grad_mean / n - slope * mean).view(shape), x, slope.view(shape))
 
 
 def by_sum(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +185,7 @@ def main() -> None:
         "naive mean and variance": by_sum,
         "var_mean": by_var_mean,
         "matmul": by_matmul,
-        "own moments": _Moments.apply,
+        "own moments": input_moments,
     }
 
     def hooked_gradient(formula: Callable[[Tensor], tuple[Tensor, Tensor]]) -> object:

@@ -1,6 +1,7 @@
 """Capture of modules as graphs, and what it refuses."""
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from support import networks
 from torch import Tensor, nn
 
 from gdfq import UsageError
-from gdfq.graph import operators, queries
+from gdfq.graph import operators, queries, tracing
 from gdfq.graph.capture import capture
 from gdfq.graph.tensors import tensors_of
 
@@ -232,3 +233,22 @@ def test_capture_makes_a_mask_of_fixed_size_constant() -> None:
     assert not any("fill" in name or "zeros" in name or "copy" in name for name in names)
     x = networks.images(3, shape=(3, 4, 4))
     assert torch.allclose(captured.network(x), model(x), atol=1e-6)
+
+
+class Talking(nn.Module):
+    """Prints to standard error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("I run", file=sys.stderr)
+        return self.linear(x)
+
+
+def test_what_a_network_prints_while_it_is_traced_is_not_lost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tracing.trace(Talking(), tracing.Arguments((torch.zeros(2, 4),), {}))
+    assert "I run" in capsys.readouterr().err

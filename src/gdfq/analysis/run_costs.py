@@ -224,7 +224,7 @@ class _Measurement:
             tuple(tensor[:count] for tensor in batch.inputs)
             for count in (_SAMPLE_IMAGES, _FEW_IMAGES)
         )
-        samples = len(batch) / len(sample[0])
+        in_batch = len(batch) / len(sample[0])  # samples
         laps = _Laps(self.clock)
         if recipe.quantizers.equalizes:
             teacher = rescaled(teacher, channel_scales(teacher, self.scheme, *sample))
@@ -237,7 +237,7 @@ class _Measurement:
         calibrate_(student, [Batch(few, None, None)], steps=1, context=self.context)
         setup = laps.lap()
         calibrate_(student, [Batch(sample, None, None)], steps=1, context=self.context)
-        calibration, matching, fits = samples * laps.lap(), 0.0, recipe.fit_weights
+        calibration, matching, fits = in_batch * laps.lap(), 0.0, recipe.fit_weights
         if recipe.match_moments:
             match = partial(
                 match_moments_, student, teacher, memory=self.context.memory, fit_weights=fits
@@ -245,7 +245,7 @@ class _Measurement:
             match(few)
             preparing = laps.lap()
             match(sample)
-            setup, matching = setup + preparing, samples * max(0.0, laps.lap() - preparing)
+            setup, matching = setup + preparing, in_batch * max(0.0, laps.lap() - preparing)
         network = freeze(student)
         setup += laps.lap()
         counts = matched_images(teacher.network.graph, EFFORT_RULE.max_images)

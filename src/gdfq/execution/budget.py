@@ -30,18 +30,19 @@ def parse_bytes(text: str) -> int | None:
     return size if size >= 1 else None
 
 
-def bytes_of(size: str | int | None) -> int | None:
-    """Return the bytes of the size of a file that a user gives; None is none.
+def bytes_of(given: str | int | None, must: str) -> int | None:
+    """Return the bytes that a user means; None is none.
+
+    Args:
+        given: A size such as "300KB", or bytes.
+        must: What the error says that must hold.
 
     Raises:
         UsageError: The text is no size, or it is no positive whole number.
     """
-    found = parse_bytes(size) if isinstance(size, str) else size
-    if size is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 1):
-        raise UsageError(
-            "size must be a whole number of bytes, at least 1, or a text such as 300KB or 1.5MiB; "
-            f"got {size!r}."
-        )
+    found = parse_bytes(given) if isinstance(given, str) else given
+    if given is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 1):
+        raise UsageError(f"{must}; got {given!r}.")
     return found
 
 
@@ -69,13 +70,8 @@ class MemoryBudget:
         """
         if isinstance(memory, MemoryBudget):
             return memory
-        size = parse_bytes(memory) if isinstance(memory, str) else memory
-        if memory is not None and (not isinstance(size, int) or size < 1):
-            raise UsageError(
-                "memory must be a positive number of bytes, or a size such as 512MiB or 2GiB; "
-                f"got {memory!r}."
-            )
-        return cls(size)
+        must = "memory must be a positive number of bytes, or a size such as 512MiB or 2GiB"
+        return cls(bytes_of(memory, must))
 
     def room(self, device: "torch.device") -> int:
         """Return the bytes of activations that a device has room for."""

@@ -28,7 +28,7 @@ from gdfq.execution.precision import to_float32
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each channel of x [N, C, *], both [C]; no gradients."""
     if x.device.type != "cpu":
-        return _two(torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0))
+        return _mean_first(torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0))
     last = x.movedim(1, -1)
     if x.ndim < 3 or not last.is_contiguous():
         return _by_training_kernel(x)
@@ -39,7 +39,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     most = max(1, _KERNEL_CHANNELS // channels)
     beside = math.gcd(rows, 1 << most.bit_length() - 1)
     means, variances = _by_training_kernel(last.reshape(rows // beside, beside * channels))
-    mean, between = _two(torch.var_mean(means.view(beside, channels), 0, correction=0))
+    mean, between = _mean_first(torch.var_mean(means.view(beside, channels), 0, correction=0))
     return mean, variances.view(beside, channels).mean(0) + between
 
 
@@ -54,7 +54,7 @@ def _by_training_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _two(variance_and_mean: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _mean_first(variance_and_mean: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     variance, mean = variance_and_mean
     return mean, variance
 

@@ -207,5 +207,5 @@ class BudgetedNetwork:
             found.append((needed, parts, chosen))
             if needed <= room:
                 break
-        _, parts, chosen = min(found, key=lambda choice: max(choice[0], room))
+        _, parts, chosen = min(found, key=lambda choice: choice[0])
         return SegmentedNetwork(self._network, parts, chosen)

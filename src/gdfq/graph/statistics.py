@@ -98,7 +98,7 @@ def _with_moments(
     """Return a graph with outputs (outputs, [(mean, variance) of each batch norm's input]).
 
     A rectifier that alone reads a batch norm is part of it, and convolutions of fixed weights keep
-    no input. The graph's nodes at the ends of the teacher's blocks are returned too.
+    no input. The graph's nodes after which it may be cut are returned, too.
     """
     tensors = tensors_of(teacher.network)
     values = dict(zip(teacher.batch_norms, norms, strict=True))

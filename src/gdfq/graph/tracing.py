@@ -1,6 +1,7 @@
 """Running a private copy of a user's network, and tracing it with `torch.export`."""
 
 import inspect
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -153,12 +154,16 @@ def trace(model: nn.Module, arguments: Arguments, dynamic: Sequence[int] = (0,))
     for count in _NUMBERS_TRACED:
         given = arguments.with_entries(count) if count else arguments
         # torch.export prints the graph so far when it fails: the message says all that helps.
-        with exclusive_tracing(), redirect_stderr(StringIO()):
+        with exclusive_tracing(), redirect_stderr(StringIO()) as printed:
             try:
                 # A copy of its own: a network may remember the shapes of its last call.
-                return _exported(private_copy(model), given, dynamic)
+                network = _exported(private_copy(model), given, dynamic)
             except Exception as error:
                 failed = failed or error
+                continue
+        if text := printed.getvalue():  # the network's own
+            sys.stderr.write(text)
+        return network
     assert failed is not None
     lengths = " and any length" if 1 in dynamic else ""
     raise UsageError(

@@ -144,7 +144,11 @@ def resolve_method(
     Raises:
         UsageError: One of them cannot be used.
     """
-    target, size = options.get("target"), bytes_of(options.get("size"))
+    target = options.get("target")
+    size = bytes_of(
+        options.get("size"),
+        "size must be a whole number of bytes, at least 1, or a text such as 300KB or 1.5MiB",
+    )
     aim = None if target is None else named_target(target)
     if aim is not None:
         _check_target(aim, size)

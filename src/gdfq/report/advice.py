@@ -31,8 +31,8 @@ def advice(run: Run, level: Level, warnings: Sequence[str]) -> Iterator[str]:
             yield f"--recipe fast loses less accuracy than {name} and takes longer."
         elif name == FAST.name and _fast_tunes(bits) and _was_untuned(run):
             yield (
-                "A longer --budget, or none and no --steps 0, tunes the student and loses less "
-                "accuracy."
+                "A tuned student loses less accuracy: give a longer --budget, or neither --budget "
+                "nor --steps 0."
             )
         if not run.config.get("data"):
             yield (

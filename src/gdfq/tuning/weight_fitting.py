@@ -170,13 +170,12 @@ def _best_fit_ridge(first: _SecondMoments, second: _SecondMoments, columns: int)
     """Return the share of `_FIT_RIDGES`, of the variance of all `columns`, that predicts best."""
     of_span = first.weight.shape[2] / columns
     errors = [
-        sum(
-            float(unseen.unexplained(known.fitted(share * of_span)).clamp_max(1).mean())
-            for known, unseen in ((first, second), (second, first))
-        )
+        unseen.unexplained(known.fitted(share * of_span)).clamp_max(1).mean()
         for share in _FIT_RIDGES
+        for known, unseen in ((first, second), (second, first))
     ]
-    return _FIT_RIDGES[errors.index(min(errors))]
+    of_ridges = torch.stack(errors).view(-1, 2).sum(1)
+    return _FIT_RIDGES[int(of_ridges.argmin())]
 
 
 def _positions(images: int, places: int, most: int, device: torch.device) -> Tensor:
