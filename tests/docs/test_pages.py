@@ -79,6 +79,16 @@ def test_page_has_no_unrecognized_block(page: Path) -> None:
     assert {block.mark for block in found} <= {None, "check", "skip"}
 
 
+@pytest.mark.parametrize("page", pages.PAGES, ids=name_of)
+def test_links_lead_to_what_readers_can_reach(page: Path) -> None:
+    """Pages of docs/ become a site that holds docs/ alone."""
+    root = DOCS if page.is_relative_to(DOCS) else ROOT
+    for link in re.findall(r"\]\((?![a-z]+:)([^)#\s]+)", page.read_text()):
+        target = (page.parent / link).resolve()
+        assert target.is_relative_to(root), link
+        assert target.exists() or target.suffix == ".html", link
+
+
 def test_blocks_of_a_hand_made_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
