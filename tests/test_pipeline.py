@@ -165,6 +165,8 @@ def test_generate_returns_the_last_images(teacher: Captured, tiny: Recipe) -> No
         ({"steps": 4.5}, "whole number"),
         ({"images": True}, "whole number of at least 1; got True"),
         ({"precision": "float16"}, "float32 or bfloat16; got 'float16'"),
+        ({"listener": 3}, "a function that takes a step; got 3"),
+        ({"group": 2, "checkpoints": "run"}, "distributed.joined gives; got 2"),
         ({"weights": "w.pt"}, "by its name.* and w.pt. Load them with load_state_dict"),
         ({"input_shape": (3, 9, 9)}, "takes the shape of example_input. Remove input_shape"),
         ({"bits": 4}, "w4a4"),

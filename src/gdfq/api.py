@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack, cast
 
@@ -11,7 +12,6 @@ from gdfq.analysis.samples import SAMPLES, Features, SampleComparison
 from gdfq.analysis.samples import compare_samples as _compare_samples
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.execution.budget import MemoryBudget
-from gdfq.execution.checkpointer import Checkpointer, NullCheckpointer
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
@@ -143,10 +143,12 @@ def quantize(
         seed=check_seed(seed),
         listener=listener,
         group=group,
-        checkpointer=_checkpointer(checkpoints, group),
         precision=precision,
         memory=MemoryBudget.of(memory),
     )
+    if checkpoints is not None:
+        checkpointer = Checkpoints.of(checkpoints, writes=group.rank == 0)
+        context = replace(context, checkpointer=checkpointer)
     plan = resolve(
         model,
         example_input,
@@ -282,9 +284,3 @@ def _renamed(options: RunOptions) -> Settings:
         warn_renamed("keep", "layer_bits")
         values["layer_bits"] = values.pop("keep")
     return cast(Settings, values)
-
-
-def _checkpointer(folder: str | Path | Checkpoints | None, group: Group) -> Checkpointer:
-    if folder is None:
-        return NullCheckpointer()
-    return Checkpoints.of(folder, writes=group.rank == 0)

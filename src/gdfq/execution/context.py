@@ -28,7 +28,7 @@ class Context:
         memory: What the activations of images that pass a network together may take.
 
     Raises:
-        UsageError: There is no such precision.
+        UsageError: There is no such precision, or the listener or the group is something else.
     """
 
     seed: int = 0
@@ -42,6 +42,14 @@ class Context:
         if self.precision not in get_args(Precision):
             raise UsageError(
                 f"precision must be {' or '.join(get_args(Precision))}; got {self.precision!r}."
+            )
+        if not callable(self.listener):
+            raise UsageError(
+                f"listener must be a function that takes a step; got {self.listener!r}."
+            )
+        if not isinstance(self.group, Group):
+            raise UsageError(
+                f"group must be what gdfq.execution.distributed.joined gives; got {self.group!r}."
             )
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
