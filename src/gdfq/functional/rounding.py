@@ -1,7 +1,11 @@
 """Weights that are fitted to wanted outputs, and rounding whose errors compensate one another.
 
 For a layer y = W x with inputs x [K] and outputs y [R], in G groups that share nothing. Covariances
-are over images and positions; a bias takes care of the means.
+are over images and positions; a bias takes care of the means. Rounded weights are W_q = Δ q, with
+numbers q of a grid and a scale Δ for each output, or for each block of columns of an output. Their
+error is that of the outputs, with A = E[x xᵀ] + λ I:
+
+    E(W_q) = (W_q − W) A (W_q − W)ᵀ        for each output
 """
 
 from collections.abc import Callable
@@ -11,8 +15,17 @@ from torch import Tensor
 
 from gdfq.functional.grid import code_bounds
 
+Nearest = Callable[[Tensor], Tensor]
+"""Returns for each number [G, R, ...] the nearest number of a grid whose scale is 1."""
+
 _BLOCK_COLUMNS = 64
 """Columns that are rounded before the columns after them are updated together."""
+_FINE_BITS = 8
+"""Bits from which on a grid is so fine that neither scales nor codes are improved."""
+_SCALES = (1.0, 0.9, 0.8, 0.7)
+"""Factors on the scales that are tried."""
+_ROUNDS = 3
+"""How often all codes and then the scales are improved."""
 
 
 def fitted_weight(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
@@ -34,76 +47,185 @@ def fitted_weight(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: Tensor) 
     return solution.mT
 
 
-def compensated_codes(
-    weight: Tensor, inputs: Tensor, ridge: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> Tensor:
-    """Return latent codes of `bits` bits whose rounding changes the outputs least.
+def nearest_codes(zero_point: Tensor, bits: int) -> Nearest:
+    """Return the rounding to q − z, with codes q of `bits` bits.
 
     Args:
-        weight: See `compensated`, as for `inputs` and `ridge`.
-        inputs: Covariance of the inputs.
-        ridge: λ of each group.
-        scale: Δ [G, R, 1].
-        zero_point: z [G, R, 1].
+        zero_point: z, such as [G, R, 1].
         bits: Bits of a code.
-
-    Returns:
-        W / Δ + z [G, R, K] as each column was when it was rounded: clamped to the bounds and
-        rounded they are the codes.
     """
     low, high = code_bounds(bits)
-    return compensated(
-        weight,
-        inputs,
-        ridge,
-        lambda column: column / scale + zero_point,
-        lambda latent: (latent.clamp(low, high).round() - zero_point) * scale,
-    )
+    return lambda units: (units + zero_point).clamp(low, high).round() - zero_point
 
 
-def compensated(
-    weight: Tensor,
-    inputs: Tensor,
-    ridge: Tensor,
-    latent_of: Callable[[Tensor], Tensor],
-    rounded: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return latent numbers whose rounding changes the outputs least (GPTQ, arXiv 2210.17323).
+def rounded_for_outputs(
+    weight: Tensor, inputs: Tensor, ridge: Tensor, scale: Tensor, nearest: Nearest, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Round a weight so that its outputs change little; return latent numbers and scales.
 
-    One column after the other is rounded, those of the largest inputs first, and the columns that
-    are left change so that the error E|(W_q − W) x|² + λ|W_q − W|² is the least possible: with the
-    upper Cholesky factor U of (E[x xᵀ] + λ I)⁻¹ and the error e of column i,
-
-        W_j ← W_j − e U_ij / U_ii        for all j after i
+    Codes are found by `compensated`, with each of several multiples of the scales; each output
+    keeps the multiple of least error. Then codes and scales are improved in turn (`descended`,
+    `refitted_scale`). The error never rises. Grids of 8 bits keep their scales, and the codes that
+    were found first: their rounding hardly counts.
 
     Args:
         weight: W [G, R, K].
         inputs: Covariance of the inputs, E[x xᵀ], [G, K, K].
         ridge: λ > 0 of each group, [G].
-        latent_of: Returns the latent numbers of a column [G, R, 1], such as W / Δ.
-        rounded: Returns the values on the grid of a column of latent numbers.
+        scale: Δ > 0 to begin with, [G, R, B]: one for each of B blocks of columns. All blocks have
+            as many columns, but the last may have fewer.
+        nearest: The rounding to the grid.
+        bits: Bits of a code.
 
     Returns:
-        The latent numbers [G, R, K] of each column as it was when it was rounded.
+        - Latent numbers u [G, R, K]: `nearest(u)` is q.
+        - Δ [G, R, B].
+    """
+    system = inputs.clone()
+    system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    latent = compensated(weight, system, _columns(scale, weight), nearest)
+    if bits >= _FINE_BITS:
+        return latent, scale
+    least = output_error(weight, system, nearest(latent) * _columns(scale, weight))
+    start = scale
+    for factor in _SCALES[1:]:
+        tried = factor * start
+        found = compensated(weight, system, _columns(tried, weight), nearest)
+        error = output_error(weight, system, nearest(found) * _columns(tried, weight))
+        better = (error < least)[:, :, None]
+        latent, scale = torch.where(better, found, latent), torch.where(better, tried, scale)
+        least = torch.minimum(error, least)
+    for _ in range(_ROUNDS):
+        latent = descended(weight, system, _columns(scale, weight), latent, nearest)
+        scale = refitted_scale(weight, system, scale, nearest(latent))
+    return descended(weight, system, _columns(scale, weight), latent, nearest), scale
+
+
+def output_error(weight: Tensor, system: Tensor, values: Tensor) -> Tensor:
+    """Return the error (V − W) A (V − W)ᵀ of values V in place of W, of each output, [G, R].
+
+    Args:
+        weight: W [G, R, K].
+        system: A [G, K, K].
+        values: V [G, R, K].
+    """
+    apart = values - weight
+    return ((apart @ system) * apart).sum(2)
+
+
+def compensated(weight: Tensor, system: Tensor, scale: Tensor, nearest: Nearest) -> Tensor:
+    """Return latent numbers whose rounding changes the outputs little (GPTQ, arXiv 2210.17323).
+
+    One column after the other is rounded, those of the largest inputs first, and the columns that
+    are left change so that the error is the least possible: with the upper Cholesky factor U of
+    A⁻¹ and the error e of column i,
+
+        W_j ← W_j − e U_ij / U_ii        for all j after i
+
+    Args:
+        weight: W [G, R, K].
+        system: A [G, K, K].
+        scale: Δ of each column, [G, R, K].
+        nearest: The rounding to the grid.
+
+    Returns:
+        W / Δ [G, R, K], each column as it was when it was rounded.
     """
     groups, rows, columns = weight.shape
-    order = inputs.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    system = inputs.gather(1, order[:, :, None].expand_as(inputs))
-    system = system.gather(2, order[:, None].expand_as(inputs))
-    system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    order = system.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    ordered = system.gather(1, order[:, :, None].expand_as(system))
+    ordered = ordered.gather(2, order[:, None].expand_as(system))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
     upper: Tensor = torch.linalg.cholesky(inverse).mT
-    left = weight.gather(2, order[:, None].expand_as(weight)).clone()
+    left, steps = (x.gather(2, order[:, None].expand_as(weight)) for x in (weight, scale))
     latent = torch.empty_like(left)
     for start in range(0, columns, _BLOCK_COLUMNS):
         end = min(columns, start + _BLOCK_COLUMNS)
         errors = left.new_empty(groups, rows, end - start)
         for i in range(start, end):
-            column = left[:, :, i : i + 1]
-            latent[:, :, i : i + 1] = latent_of(column)
-            error = column - rounded(latent[:, :, i : i + 1])
-            error = error / upper[:, i : i + 1, i : i + 1]
+            column, step = left[:, :, i : i + 1], steps[:, :, i : i + 1]
+            units = column / step
+            latent[:, :, i : i + 1] = units
+            error = (column - nearest(units) * step) / upper[:, i : i + 1, i : i + 1]
             errors[:, :, i - start : i - start + 1] = error
             left[:, :, i + 1 : end] -= error * upper[:, i : i + 1, i + 1 : end]
         left[:, :, end:] -= errors @ upper[:, start:end, end:]
     return latent.gather(2, order.argsort(1)[:, None].expand_as(latent))
+
+
+def descended(
+    weight: Tensor, system: Tensor, scale: Tensor, latent: Tensor, nearest: Nearest
+) -> Tensor:
+    """Return latent numbers of less error: each column in turn, given all others.
+
+    The error is a parabola in the values V_i of a column, whose least value on the grid is the
+    nearest one to its lowest point (coordinate descent, as in arXiv 2309.01885):
+
+        V_i − ((V − W) A)_i / A_ii
+
+    Args:
+        weight: W [G, R, K].
+        system: A [G, K, K].
+        scale: Δ of each column, [G, R, K].
+        latent: Latent numbers u [G, R, K]; V is Δ times their nearest numbers of the grid.
+        nearest: The rounding to the grid.
+
+    Returns:
+        The lowest point of each column / Δ, when the column was rounded, [G, R, K].
+    """
+    groups, rows, columns = weight.shape
+    values = nearest(latent) * scale
+    slope = (values - weight) @ system
+    power = system.diagonal(dim1=1, dim2=2)[:, None]
+    latent = torch.empty_like(latent)
+    for start in range(0, columns, _BLOCK_COLUMNS):
+        end = min(columns, start + _BLOCK_COLUMNS)
+        near = slope[:, :, start:end].clone()
+        changes = near.new_empty(groups, rows, end - start)
+        for i in range(start, end):
+            column, step = values[:, :, i : i + 1], scale[:, :, i : i + 1]
+            units = (column - near[:, :, i - start : i - start + 1] / power[:, :, i : i + 1]) / step
+            latent[:, :, i : i + 1] = units
+            change = nearest(units) * step - column
+            changes[:, :, i - start : i - start + 1] = change
+            near += change * system[:, i : i + 1, start:end]
+        slope += changes @ system[:, start:end]
+    return latent
+
+
+def refitted_scale(weight: Tensor, system: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
+    """Return scales of less error for given numbers of the grid, one block after the other.
+
+    The error is a parabola in the scale Δ_b of a block of columns, with its lowest point at
+
+        Δ_b − (V − W) A q_bᵀ / (q_b A q_bᵀ),        q_b: q in this block, 0 elsewhere
+
+    A scale stays where that is not positive.
+
+    Args:
+        weight: W [G, R, K].
+        system: A [G, K, K].
+        scale: Δ > 0 [G, R, B].
+        numbers: q [G, R, K].
+    """
+    size = -(-weight.shape[2] // scale.shape[2])
+    slope = (numbers * _columns(scale, weight) - weight) @ system
+    found = scale.clone()
+    for block, part in enumerate(numbers.split(size, 2)):
+        columns = slice(block * size, block * size + part.shape[2])
+        image = part @ system[:, columns]
+        curvature = (image[:, :, columns] * part).sum(2)
+        change = -(slope[:, :, columns] * part).sum(2) / curvature
+        lowest = scale[:, :, block] + change
+        change = torch.where((curvature > 0) & (lowest > 0), change, 0.0)
+        found[:, :, block] += change
+        slope += change[:, :, None] * image
+    return found
+
+
+def _columns(scale: Tensor, weight: Tensor) -> Tensor:
+    """Return scales [G, R, B] of blocks as those of all columns, [G, R, K]."""
+    columns, blocks = weight.shape[2], scale.shape[2]
+    if blocks == 1:
+        return scale.expand_as(weight)
+    return scale.repeat_interleave(-(-columns // blocks), 2)[:, :, :columns]

@@ -18,7 +18,7 @@ from gdfq.functional.float_grid import (
     nearest,
 )
 from gdfq.functional.grid import Layout, channel_range, code_bounds
-from gdfq.functional.rounding import compensated
+from gdfq.functional.rounding import rounded_for_outputs
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.quantizers.lsq import channel_sum, learned_float_scale, sample_of_parts
 
@@ -103,10 +103,10 @@ class FloatWeight(WeightQuantizer):
             part.to(inputs.dtype).reshape(len(inputs), -1, columns)
             for part, columns in ((weight, inputs.shape[-1]), (scale, 1))
         )
-        latent = compensated(
-            rows, inputs, ridge, lambda column: column / steps, lambda u: nearest(u, form) * steps
+        latent, steps = rounded_for_outputs(
+            rows, inputs, ridge, steps, lambda units: nearest(units, form), self.bits
         )
-        self.scale.copy_(scale)
+        self.scale.copy_(steps.view_as(scale))
         self.chosen.fill_(self.forms.index(form))
         latent = _inside(latent.view_as(weight).to(weight.dtype), form)
         self.codes.copy_(latent * self._codes_per_unit())

@@ -23,7 +23,7 @@ from gdfq.functional.grid import (
     weight_grid,
 )
 from gdfq.functional.losses import inner
-from gdfq.functional.rounding import compensated_codes
+from gdfq.functional.rounding import nearest_codes, rounded_for_outputs
 from gdfq.quantizers.base import ActivationQuantizer, QuantizedTensor, WeightQuantizer
 from gdfq.quantizers.recompute import mark_recomputable
 
@@ -65,7 +65,7 @@ class LearnedWeight(WeightQuantizer):
         scale, zero_point = best_weight_grid(weight, bits, layout, groups, symmetric=symmetric)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
-        self.codes = nn.Parameter(_inside(weight / scale + zero_point, bits))
+        self.codes = nn.Parameter(inside(weight / scale + zero_point, bits))
         self.log_scale = nn.Parameter(torch.zeros_like(scale))
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it was read at construction)
@@ -87,10 +87,12 @@ class LearnedWeight(WeightQuantizer):
             part.to(inputs.dtype).reshape(len(inputs), -1, columns)
             for part, columns in ((weight, inputs.shape[-1]), (scale, 1), (zero_point, 1))
         )
-        latent = compensated_codes(rows, inputs, ridge, steps, zeros, self.bits)
-        self.scale.copy_(scale)
+        nearest = nearest_codes(zeros, self.bits)
+        latent, steps = rounded_for_outputs(rows, inputs, ridge, steps, nearest, self.bits)
+        latent += zeros
+        self.scale.copy_(steps.view_as(scale))
         self.zero_point.copy_(zero_point)
-        self.codes.copy_(_inside(latent.view_as(weight).to(weight.dtype), self.bits))
+        self.codes.copy_(inside(latent.view_as(weight).to(weight.dtype), self.bits))
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
@@ -140,7 +142,7 @@ class LearnedRange(ActivationQuantizer):
         return self._learned(), self.zero_point
 
 
-def _inside(latent: Tensor, bits: int) -> Tensor:
+def inside(latent: Tensor, bits: int) -> Tensor:
     """Return latent codes that round to the bounds where they were beyond; they stay clipped."""
     low, high = code_bounds(bits)
     return latent.clamp(low - 0.49, high + 0.49)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from gdfq.execution.precision import to_float32
 from gdfq.functional.grid import Layout, block_size, tokens_straight_through
+from gdfq.functional.rounding import nearest_codes, rounded_for_outputs
 from gdfq.quantizers.base import QuantizedTensor
-from gdfq.quantizers.lsq import LearnedWeight
+from gdfq.quantizers.lsq import LearnedWeight, inside
 
 
 class BlockWeight(LearnedWeight):
@@ -28,11 +29,9 @@ class BlockWeight(LearnedWeight):
         self, weight: Tensor, bits: int, layout: Layout, groups: int = 1, *, block: int
     ) -> None:
         assert layout is Layout.ROWS, "only linear layers have blocks of columns"
-        columns = weight.shape[1]
-        size = block_size(columns, block)
-        padded = F.pad(weight.detach(), (0, -columns % size))
-        super().__init__(padded.reshape(-1, size), bits, layout, groups, symmetric=True)
-        self.rows, self.columns, self.block = len(weight), columns, block
+        blocks = _blocks(weight.detach(), block)
+        super().__init__(blocks, bits, layout, groups, symmetric=True)
+        self.rows, self.columns, self.block = *weight.shape, block
 
     def _joined(self, blocks: Tensor) -> Tensor:
         """Return blocks [O B, size] as rows [O, I], without the padding."""
@@ -43,9 +42,13 @@ class BlockWeight(LearnedWeight):
 
     @torch.no_grad()
     def fit_(self, weight: Tensor, inputs: Tensor, ridge: Tensor) -> None:
-        """Start again from another weight, each code rounded to nearest."""
-        del inputs, ridge
         fresh = BlockWeight(weight, self.bits, self.layout, self.groups, block=self.block)
+        scale = fresh.scale.view(1, self.rows, -1).to(inputs.dtype)
+        nearest = nearest_codes(torch.zeros_like(ridge), self.bits)  # symmetric: z is 0
+        rows = weight[None].to(inputs.dtype)
+        latent, scale = rounded_for_outputs(rows, inputs, ridge, scale, nearest, self.bits)
+        fresh.scale.copy_(scale.view_as(fresh.scale))
+        fresh.codes.copy_(inside(_blocks(latent[0].to(weight.dtype), self.block), self.bits))
         self.load_state_dict(fresh.state_dict())
 
     @torch.no_grad()
@@ -53,6 +56,12 @@ class BlockWeight(LearnedWeight):
         found = super().quantized(weight)
         scale, zero_point = (x.reshape(self.rows, -1) for x in (found.scale, found.zero_point))
         return QuantizedTensor(self._joined(found.codes), scale, zero_point, self.bits)
+
+
+def _blocks(rows: Tensor, block: int) -> Tensor:
+    """Return rows [O, I] as blocks [O B, size], padded with 0."""
+    size = block_size(rows.shape[1], block)
+    return F.pad(rows, (0, -rows.shape[1] % size)).reshape(-1, size)
 
 
 class TokenRounding(nn.Module):
