@@ -61,6 +61,10 @@ def _covariance(make: Callable[..., Tensor]) -> Tensor:
     return x @ x.mT
 
 
+def _system(make: Callable[..., Tensor]) -> Tensor:
+    return _covariance(make) + torch.eye(4).to(make(1).device)
+
+
 def _labels(make: Callable[..., Tensor]) -> Tensor:
     return torch.arange(6).to(make(1).device) % 5
 
@@ -115,8 +119,12 @@ CALLS: dict[Callable[..., Any], Call] = {
     grid.tokens_straight_through: lambda m: grid.tokens_straight_through(m(4, 3), 4),
     grid.straight_through: lambda m: grid.straight_through(m(4, 3), *_of(m), 8),
     rounding.fitted_weight: lambda m: rounding.fitted_weight(m(2, 3, 4).detach(), _covariance(m), m(2, 3, 4).detach(), m(2).detach().abs()),
-    rounding.compensated_codes: lambda m: rounding.compensated_codes(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), m(2, 3, 1).detach().abs() + 0.1, m(2, 3, 1).detach().round(), 4),
-    rounding.compensated: lambda m: rounding.compensated(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs(), lambda x: x, torch.round),
+    rounding.nearest_codes: lambda m: rounding.nearest_codes(m(2, 3, 1).detach().round(), 4)(m(2, 3, 4).detach()),
+    rounding.output_error: lambda m: rounding.output_error(m(2, 3, 4).detach(), _covariance(m), m(2, 3, 4).detach()),
+    rounding.compensated: lambda m: rounding.compensated(m(2, 3, 4).detach(), _system(m), m(2, 3, 4).detach().abs() + 0.1, torch.round),
+    rounding.descended: lambda m: rounding.descended(m(2, 3, 4).detach(), _system(m), m(2, 3, 4).detach().abs() + 0.1, m(2, 3, 4).detach(), torch.round),
+    rounding.refitted_scale: lambda m: rounding.refitted_scale(m(2, 3, 4).detach(), _system(m), m(2, 3, 2).detach().abs() + 0.1, m(2, 3, 4).detach().round()),
+    rounding.rounded_for_outputs: lambda m: rounding.rounded_for_outputs(m(2, 3, 4).detach(), _covariance(m), m(2).detach().abs() + 0.1, m(2, 3, 2).detach().abs() + 0.1, torch.round, 4),
     rotations.rotated: lambda m: rotations.rotated(m(2, 12), m(3, 3), m(4, 4)),
     reassembly.reassembled: lambda m: reassembly.reassembled(m(2, 4), torch.arange(4).to(m(1).device), torch.arange(4).to(m(1).device), m(2, 4)),
     reassembly.new_channels: lambda m: reassembly.new_channels(m(9, 6).detach(), m(3, 6).detach(), 1.0).shares,

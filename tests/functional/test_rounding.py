@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from gdfq.functional.rounding import compensated_codes, fitted_weight
+from gdfq.functional.rounding import (
+    compensated,
+    descended,
+    fitted_weight,
+    nearest_codes,
+    output_error,
+    refitted_scale,
+    rounded_for_outputs,
+)
 
 
 def column(*values: float) -> Tensor:
@@ -38,11 +48,9 @@ def test_fitted_weight_stays_where_the_inputs_say_nothing() -> None:
 
 
 def codes_of(weight: Tensor, inputs: Tensor, bits: int = 4) -> Tensor:
-    """Latent codes with Δ = 1 and z = 0, almost without a ridge."""
-    rows = weight.shape[:2]
-    ones = torch.ones(*rows, 1, dtype=weight.dtype)
-    ridge = torch.full(rows[:1], 1e-12, dtype=weight.dtype)
-    return compensated_codes(weight, inputs, ridge, ones, 0 * ones, bits)
+    """Latent codes with Δ = 1 and z = 0."""
+    nearest = nearest_codes(torch.zeros((), dtype=weight.dtype), bits)
+    return compensated(weight, inputs, torch.ones_like(weight), nearest)
 
 
 def test_compensated_codes_match_hand_computed_values() -> None:
@@ -79,3 +87,109 @@ def test_compensation_halves_the_error_of_correlated_inputs(columns: int) -> Non
         return float(torch.einsum("grk,gkl,grl->", apart, inputs, apart))
 
     assert error(codes_of(weight, inputs)) < 0.5 * error(weight)
+
+
+def test_nearest_codes_match_hand_computed_values() -> None:
+    """Codes of 3 bits are −4 to 3: with z = −1 the numbers q − z are −3 to 4."""
+    found = nearest_codes(torch.tensor(-1.0), 3)(torch.tensor([-9.0, -2.6, 0.4, 3.6, 9.0]))
+    assert found.tolist() == [-3, -3, 0, 4, 4]
+
+
+def test_output_error_matches_hand_computed_value() -> None:
+    """(1, −1) A (1, −1)ᵀ of A = ((2, 1), (1, 3)): 2 − 1 − 1 + 3."""
+    system = torch.tensor([[[2.0, 1.0], [1.0, 3.0]]])
+    weight = torch.tensor([[[1.0, 2.0], [4.0, 4.0]]])
+    values = torch.tensor([[[2.0, 1.0], [4.0, 4.0]]])
+    assert output_error(weight, system, values).tolist() == [[3.0, 0.0]]
+
+
+def test_descended_codes_match_hand_computed_values() -> None:
+    """From the codes (1, 1) of W = (0.6, 0.6), with A = ((2, 1), (1, 1)).
+
+    The slope of the first column is 2·0.4 + 1·0.4 = 1.2, and its lowest point 1 − 1.2/2 = 0.4, which
+    is rounded to 0. The slope of the second is then −0.6 + 0.4 = −0.2, its lowest point 1.2.
+    """
+    weight = column(0.6, 0.6).view(1, 1, 2)
+    system = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
+    ones = torch.ones_like(weight)
+    found = descended(weight, system, ones, ones, torch.round)
+    torch.testing.assert_close(found.flatten(), column(0.4, 1.2))
+
+
+def test_refitted_scales_match_hand_computed_values() -> None:
+    """One scale: (q A W) / (q A q) = (3·1.5 + 2·2.2) / (2 + 2 + 1). Two: each is exact."""
+    weight = column(1.5, 2.2).view(1, 1, 2)
+    system = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
+    ones = torch.ones_like(weight)
+    one = refitted_scale(weight, system, ones[:, :, :1], ones)
+    torch.testing.assert_close(one.flatten(), column(8.9 / 5))
+    two = ones
+    for _ in range(100):
+        two = refitted_scale(weight, system, two, ones)
+    torch.testing.assert_close(two, weight)
+
+
+def test_scales_stay_where_no_positive_one_is_better() -> None:
+    weight = column(-1.0, 2.0).view(1, 2, 1)
+    numbers = column(1.0, 0.0).view(1, 2, 1)
+    ones = torch.ones(1, 2, 1, dtype=torch.float64)
+    assert torch.equal(refitted_scale(weight, ones[:, :1], ones, numbers), ones)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight [G, R, K], the covariance of correlated inputs, and scales of blocks."""
+    groups, rows = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    columns, blocks = draw(st.sampled_from([(1, 1), (7, 1), (7, 2), (70, 1), (70, 3)]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**30)))
+    x = torch.randn(groups, 100, columns, generator=random, dtype=torch.float64)
+    x = x + 2 * torch.randn(groups, 100, 1, generator=random, dtype=torch.float64)
+    weight = torch.randn(groups, rows, columns, generator=random, dtype=torch.float64)
+    scale = torch.rand(groups, rows, blocks, generator=random, dtype=torch.float64) + 0.1
+    return weight, x.mT @ x / 100, scale
+
+
+@given(layer=layers(), bits=st.integers(2, 8))
+def test_each_improvement_lowers_the_error(layer: tuple[Tensor, Tensor, Tensor], bits: int) -> None:
+    weight, inputs, scale = layer
+    nearest = nearest_codes(torch.zeros((), dtype=weight.dtype), bits)
+    ridge = torch.full((len(weight),), 0.1, dtype=weight.dtype)
+    system = inputs + 0.1 * torch.eye(inputs.shape[1], dtype=weight.dtype)
+    size = -(-weight.shape[2] // scale.shape[2])
+
+    def all_columns(scale: Tensor) -> Tensor:
+        return scale.repeat_interleave(size, 2)[:, :, : weight.shape[2]]
+
+    def error(latent: Tensor, scale: Tensor) -> Tensor:
+        return output_error(weight, system, nearest(latent) * all_columns(scale))
+
+    first = compensated(weight, system, all_columns(scale), nearest)
+    codes = descended(weight, system, all_columns(scale), first, nearest)
+    assert (error(codes, scale) <= error(first, scale) * (1 + 1e-9) + 1e-12).all()
+    refitted = refitted_scale(weight, system, scale, nearest(codes))
+    assert (refitted > 0).all()
+    assert (error(codes, refitted) <= error(codes, scale) * (1 + 1e-9) + 1e-12).all()
+    latent, found = rounded_for_outputs(weight, inputs, ridge, scale, nearest, bits)
+    assert (error(latent, found) <= error(first, scale) * (1 + 1e-9) + 1e-12).all()
+    if bits == 8:
+        assert torch.equal(found, scale)
+        assert torch.equal(latent, first)
+
+
+def test_no_single_code_can_be_improved() -> None:
+    """Against all other codes of each column, one at a time, of a converged descent."""
+    random = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 50, 6, generator=random, dtype=torch.float64)
+    weight = torch.randn(1, 3, 6, generator=random, dtype=torch.float64)
+    system, scale = x.mT @ x / 50, torch.full_like(weight, 0.5)
+    nearest = nearest_codes(torch.zeros((), dtype=weight.dtype), 3)
+    latent = weight / scale
+    for _ in range(20):
+        latent = descended(weight, system, scale, latent, nearest)
+    numbers = nearest(latent)
+    least = output_error(weight, system, numbers * scale)
+    for i in range(6):
+        for code in range(-4, 4):
+            other = numbers.clone()
+            other[:, :, i] = code
+            assert (output_error(weight, system, other * scale) >= least - 1e-12).all()
