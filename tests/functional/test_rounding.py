@@ -10,6 +10,7 @@ from gdfq.functional.rounding import (
     compensated,
     descended,
     fitted_weight,
+    inverse_factor,
     nearest_codes,
     output_error,
     refitted_scale,
@@ -50,7 +51,14 @@ def test_fitted_weight_stays_where_the_inputs_say_nothing() -> None:
 def codes_of(weight: Tensor, inputs: Tensor, bits: int = 4) -> Tensor:
     """Latent codes with Δ = 1 and z = 0."""
     nearest = nearest_codes(torch.zeros((), dtype=weight.dtype), bits)
-    return compensated(weight, inputs, torch.ones_like(weight), nearest)
+    return compensated(weight, inverse_factor(inputs), torch.ones_like(weight), nearest)
+
+
+def test_inverse_factor_matches_hand_computed_values() -> None:
+    """A = ((1, 1), (1, 2)) in the other order is ((2, 1), (1, 1)), its inverse ((1, −1), (−1, 2))."""
+    found = inverse_factor(torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
+    assert found.order.tolist() == [[1, 0]]
+    torch.testing.assert_close(found.upper, torch.tensor([[[1.0, -1.0], [0.0, 1.0]]]))
 
 
 def test_compensated_codes_match_hand_computed_values() -> None:
@@ -163,7 +171,7 @@ def test_each_improvement_lowers_the_error(layer: tuple[Tensor, Tensor, Tensor],
     def error(latent: Tensor, scale: Tensor) -> Tensor:
         return output_error(weight, system, nearest(latent) * all_columns(scale))
 
-    first = compensated(weight, system, all_columns(scale), nearest)
+    first = compensated(weight, inverse_factor(system), all_columns(scale), nearest)
     codes = descended(weight, system, all_columns(scale), first, nearest)
     assert (error(codes, scale) <= error(first, scale) * (1 + 1e-9) + 1e-12).all()
     refitted = refitted_scale(weight, system, scale, nearest(codes))

@@ -9,6 +9,7 @@ error is that of the outputs, with A = E[x xᵀ] + λ I:
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,10 +23,8 @@ _BLOCK_COLUMNS = 64
 """Columns that are rounded before the columns after them are updated together."""
 _FINE_BITS = 8
 """Bits from which on a grid is so fine that neither scales nor codes are improved."""
-_SCALES = (1.0, 0.9, 0.8, 0.7)
-"""Factors on the scales that are tried."""
-_ROUNDS = 3
-"""How often all codes and then the scales are improved."""
+_MULTIPLES = (1.0, 0.9, 0.8, 0.7)
+"""Multiples of the scales that are tried."""
 
 
 def fitted_weight(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
@@ -64,9 +63,9 @@ def rounded_for_outputs(
     """Round a weight so that its outputs change little; return latent numbers and scales.
 
     Codes are found by `compensated`, with each of several multiples of the scales; each output
-    keeps the multiple of least error. Then codes and scales are improved in turn (`descended`,
-    `refitted_scale`). The error never rises. Grids of 8 bits keep their scales, and the codes that
-    were found first: their rounding hardly counts.
+    keeps the multiple of least error. Then the codes are improved, the scales, and the codes again
+    (`descended`, `refitted_scale`). The error never rises. Grids of 8 bits keep their scales and
+    the codes that were found first: their rounding hardly counts.
 
     Args:
         weight: W [G, R, K].
@@ -83,21 +82,21 @@ def rounded_for_outputs(
     """
     system = inputs.clone()
     system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    latent = compensated(weight, system, _columns(scale, weight), nearest)
+    factor = inverse_factor(system)
+    latent = compensated(weight, factor, _columns(scale, weight), nearest)
     if bits >= _FINE_BITS:
         return latent, scale
     least = output_error(weight, system, nearest(latent) * _columns(scale, weight))
     start = scale
-    for factor in _SCALES[1:]:
-        tried = factor * start
-        found = compensated(weight, system, _columns(tried, weight), nearest)
+    for multiple in _MULTIPLES[1:]:
+        tried = multiple * start
+        found = compensated(weight, factor, _columns(tried, weight), nearest)
         error = output_error(weight, system, nearest(found) * _columns(tried, weight))
         better = (error < least)[:, :, None]
         latent, scale = torch.where(better, found, latent), torch.where(better, tried, scale)
         least = torch.minimum(error, least)
-    for _ in range(_ROUNDS):
-        latent = descended(weight, system, _columns(scale, weight), latent, nearest)
-        scale = refitted_scale(weight, system, scale, nearest(latent))
+    latent = descended(weight, system, _columns(scale, weight), latent, nearest)
+    scale = refitted_scale(weight, system, scale, nearest(latent))
     return descended(weight, system, _columns(scale, weight), latent, nearest), scale
 
 
@@ -113,18 +112,39 @@ def output_error(weight: Tensor, system: Tensor, values: Tensor) -> Tensor:
     return ((apart @ system) * apart).sum(2)
 
 
-def compensated(weight: Tensor, system: Tensor, scale: Tensor, nearest: Nearest) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class InverseFactor:
+    """The upper Cholesky factor U of A⁻¹, Uᵀ U = A⁻¹, with the columns of A in another order.
+
+    Attributes:
+        order: The columns, those of the largest diagonal elements of A first, [G, K].
+        upper: U in this order, [G, K, K].
+    """
+
+    order: Tensor
+    upper: Tensor
+
+
+def inverse_factor(system: Tensor) -> InverseFactor:
+    """Return the factor of A⁻¹ for a positive definite A [G, K, K]."""
+    order = system.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    ordered = system.gather(1, order[:, :, None].expand_as(system))
+    ordered = ordered.gather(2, order[:, None].expand_as(system))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+    return InverseFactor(order, torch.linalg.cholesky(inverse).mT)
+
+
+def compensated(weight: Tensor, factor: InverseFactor, scale: Tensor, nearest: Nearest) -> Tensor:
     """Return latent numbers whose rounding changes the outputs little (GPTQ, arXiv 2210.17323).
 
-    One column after the other is rounded, those of the largest inputs first, and the columns that
-    are left change so that the error is the least possible: with the upper Cholesky factor U of
-    A⁻¹ and the error e of column i,
+    One column after the other is rounded, in the order of the factor, and the columns that are left
+    change so that the error is the least possible: with the error e of column i,
 
         W_j ← W_j − e U_ij / U_ii        for all j after i
 
     Args:
         weight: W [G, R, K].
-        system: A [G, K, K].
+        factor: That of A⁻¹.
         scale: Δ of each column, [G, R, K].
         nearest: The rounding to the grid.
 
@@ -132,11 +152,7 @@ def compensated(weight: Tensor, system: Tensor, scale: Tensor, nearest: Nearest)
         W / Δ [G, R, K], each column as it was when it was rounded.
     """
     groups, rows, columns = weight.shape
-    order = system.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    ordered = system.gather(1, order[:, :, None].expand_as(system))
-    ordered = ordered.gather(2, order[:, None].expand_as(system))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-    upper: Tensor = torch.linalg.cholesky(inverse).mT
+    order, upper = factor.order, factor.upper
     left, steps = (x.gather(2, order[:, None].expand_as(weight)) for x in (weight, scale))
     latent = torch.empty_like(left)
     for start in range(0, columns, _BLOCK_COLUMNS):
