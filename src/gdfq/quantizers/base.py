@@ -70,7 +70,7 @@ class WeightQuantizer(nn.Module, ABC):
         Args:
             weight: The weight, in the layout `ROWS`.
             inputs: Covariance of the inputs of each group, [G, K, K].
-            ridge: λ > 0 of each group, [G] (`gdfq.functional.rounding.compensated_codes`).
+            ridge: λ > 0 of each group, [G] (`gdfq.functional.rounding.rounded_for_outputs`).
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be fitted")
 

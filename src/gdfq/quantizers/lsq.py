@@ -89,10 +89,10 @@ class LearnedWeight(WeightQuantizer):
         )
         nearest = nearest_codes(zeros, self.bits)
         latent, steps = rounded_for_outputs(rows, inputs, ridge, steps, nearest, self.bits)
-        latent += zeros
+        codes = (latent + zeros).view_as(weight).to(weight.dtype)
         self.scale.copy_(steps.view_as(scale))
         self.zero_point.copy_(zero_point)
-        self.codes.copy_(inside(latent.view_as(weight).to(weight.dtype), self.bits))
+        self.codes.copy_(inside(codes, self.bits))
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
