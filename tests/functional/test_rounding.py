@@ -1,12 +1,17 @@
 """Fitted weights and compensated rounding against values computed by hand and by other means."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gdfq.functional.float_grid import E2M1 as FP4
+from gdfq.functional.float_grid import nearest as nearest_number
 from gdfq.functional.rounding import (
+    Nearest,
     compensated,
     descended,
     fitted_weight,
@@ -137,11 +142,13 @@ def test_refitted_scales_match_hand_computed_values() -> None:
     torch.testing.assert_close(two, weight)
 
 
-def test_scales_stay_where_no_positive_one_is_better() -> None:
-    weight = column(-1.0, 2.0).view(1, 2, 1)
-    numbers = column(1.0, 0.0).view(1, 2, 1)
-    ones = torch.ones(1, 2, 1, dtype=torch.float64)
-    assert torch.equal(refitted_scale(weight, ones[:, :1], ones, numbers), ones)
+def test_refitted_scales_are_limited() -> None:
+    """The best ones are −1, 5, 1.2 and, of codes that are all 0, any."""
+    weight = column(-1.0, 5.0, 1.2, 2.0).view(1, 4, 1)
+    numbers = column(1.0, 1.0, 1.0, 0.0).view(1, 4, 1)
+    ones = torch.ones(1, 4, 1, dtype=torch.float64)
+    found = refitted_scale(weight, ones[:, :1], ones, numbers)
+    torch.testing.assert_close(found.flatten(), column(0.5, 2.0, 1.2, 1.0))
 
 
 @st.composite
@@ -182,6 +189,38 @@ def test_each_improvement_lowers_the_error(layer: tuple[Tensor, Tensor, Tensor],
     if bits == 8:
         assert torch.equal(found, scale)
         assert torch.equal(latent, first)
+
+
+E2M1 = partial(nearest_number, form=FP4)
+
+
+@pytest.mark.parametrize(
+    ("nearest", "bits", "most"),
+    [
+        (nearest_codes(torch.tensor(0.0), 3), 3, 0.92),
+        (nearest_codes(torch.tensor(2.0), 3), 3, 0.85),  # codes −4 to 3, numbers −6 to 1
+        (E2M1, 4, 0.85),
+        (nearest_codes(torch.tensor(0.0), 8), 8, 1.0),
+    ],
+)
+def test_scales_and_codes_are_better_than_compensation_alone(
+    nearest: Nearest, bits: int, most: float
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 300, 40, generator=draw, dtype=torch.float64)
+    x = x + torch.randn(1, 300, 1, generator=draw, dtype=torch.float64)
+    weight = torch.randn(1, 50, 40, generator=draw, dtype=torch.float64)
+    inputs, ridge = x.mT @ x / 300, column(0.1)
+    system = inputs + 0.1 * torch.eye(40, dtype=torch.float64)
+    largest = nearest(torch.tensor([-99.0, 99.0])).abs().amax()
+    scale = weight.abs().amax(2, keepdim=True) / largest
+    first = compensated(weight, inverse_factor(system), scale.expand_as(weight), nearest)
+    latent, found = rounded_for_outputs(weight, inputs, ridge, scale, nearest, bits)
+    errors = [
+        output_error(weight, system, nearest(numbers) * steps).sum()
+        for numbers, steps in ((latent, found), (first, scale))
+    ]
+    assert errors[0] <= most * errors[1]
 
 
 def test_no_single_code_can_be_improved() -> None:

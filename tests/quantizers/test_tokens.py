@@ -66,7 +66,10 @@ def test_block_weight_is_its_columns_quantized_apart() -> None:
 
 @pytest.mark.parametrize("columns", [10, 7])  # blocks of 5 and 5; of 4 and 3
 def test_fitted_blocks_compensate_one_another(columns: int) -> None:
-    """The outputs change by less than half of what rounding to nearest changes them by."""
+    """The outputs change by a third of what rounding to nearest changes them by, or less.
+
+    With compensation alone, on the first scales, it is 0.47 and 0.42.
+    """
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(6, columns, generator=draw)
     x = torch.randn(200, columns, generator=draw) + 2 * torch.randn(200, 1, generator=draw)
@@ -75,7 +78,7 @@ def test_fitted_blocks_compensate_one_another(columns: int) -> None:
     fitted = BlockWeight(torch.zeros(6, columns), 3, Layout.ROWS, block=5)
     fitted.fit_(weight, inputs, torch.tensor([1e-6], dtype=torch.float64))
     errors = [((x @ (q(weight) - weight).mT) ** 2).mean().item() for q in (fitted, nearest)]
-    assert errors[0] < 0.5 * errors[1]
+    assert errors[0] < 0.36 * errors[1]
     frozen = fitted.quantized(weight)
     found = dequantize(frozen.codes, frozen.scale, frozen.zero_point, 3)
     torch.testing.assert_close(found, fitted(weight))

@@ -24,7 +24,7 @@ _BLOCK_COLUMNS = 64
 _FINE_BITS = 8
 """Bits from which on a grid is so fine that neither scales nor codes are improved."""
 _MULTIPLES = (1.0, 0.9, 0.8, 0.7)
-"""Multiples of the scales that are tried."""
+"""Multiples of the scales that are tried, the same one for all blocks of an output."""
 
 
 def fitted_weight(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
@@ -62,17 +62,17 @@ def rounded_for_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Round a weight so that its outputs change little; return latent numbers and scales.
 
-    Codes are found by `compensated`, with each of several multiples of the scales; each output
-    keeps the multiple of least error. Then the codes are improved, the scales, and the codes again
-    (`descended`, `refitted_scale`). The error never rises. Grids of 8 bits keep their scales and
-    the codes that were found first: their rounding hardly counts.
+    Codes are found by `compensated`, with each of several multiples of the scales, and each output
+    keeps the multiple of least error. Of the winner the codes are improved, the scales, and the
+    codes again (`descended`, `refitted_scale`). The error is never above that of `compensated` with
+    the given scales. Grids of 8 bits keep these scales and the codes that were found first.
 
     Args:
         weight: W [G, R, K].
         inputs: Covariance of the inputs, E[x xᵀ], [G, K, K].
         ridge: λ > 0 of each group, [G].
-        scale: Δ > 0 to begin with, [G, R, B]: one for each of B blocks of columns. All blocks have
-            as many columns, but the last may have fewer.
+        scale: Δ > 0 to begin with, [G, R, B]: one for each of B blocks of ⌈K / B⌉ columns, of which
+            the last may be smaller (`gdfq.functional.grid.block_size`).
         nearest: The rounding to the grid.
         bits: Bits of a code.
 
@@ -95,6 +95,7 @@ def rounded_for_outputs(
         better = (error < least)[:, :, None]
         latent, scale = torch.where(better, found, latent), torch.where(better, tried, scale)
         least = torch.minimum(error, least)
+    del factor  # as large as A
     latent = descended(weight, system, _columns(scale, weight), latent, nearest)
     scale = refitted_scale(weight, system, scale, nearest(latent))
     return descended(weight, system, _columns(scale, weight), latent, nearest), scale
@@ -216,12 +217,13 @@ def refitted_scale(weight: Tensor, system: Tensor, scale: Tensor, numbers: Tenso
 
         Δ_b − (V − W) A q_bᵀ / (q_b A q_bᵀ),        q_b: q in this block, 0 elsewhere
 
-    A scale stays where that is not positive.
+    A scale stays within half and twice of what it was: small blocks of correlated inputs could
+    otherwise make up for one another with scales near 0 and far above it.
 
     Args:
         weight: W [G, R, K].
         system: A [G, K, K].
-        scale: Δ > 0 [G, R, B].
+        scale: Δ > 0 of blocks of ⌈K / B⌉ columns, [G, R, B].
         numbers: q [G, R, K].
     """
     size = -(-weight.shape[2] // scale.shape[2])
@@ -232,8 +234,8 @@ def refitted_scale(weight: Tensor, system: Tensor, scale: Tensor, numbers: Tenso
         image = part @ system[:, columns]
         curvature = (image[:, :, columns] * part).sum(2)
         change = -(slope[:, :, columns] * part).sum(2) / curvature
-        lowest = scale[:, :, block] + change
-        change = torch.where((curvature > 0) & (lowest > 0), change, 0.0)
+        old = scale[:, :, block]
+        change = torch.where(curvature > 0, change.clamp(-0.5 * old, old), 0.0)
         found[:, :, block] += change
         slope += change[:, :, None] * image
     return found

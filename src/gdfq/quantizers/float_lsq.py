@@ -107,6 +107,7 @@ class FloatWeight(WeightQuantizer):
             rows, inputs, ridge, steps, lambda units: nearest(units, form), self.bits
         )
         self.scale.copy_(steps.view_as(scale))
+        self.log_scale.zero_()
         self.chosen.fill_(self.forms.index(form))
         latent = _inside(latent.view_as(weight).to(weight.dtype), form)
         self.codes.copy_(latent * self._codes_per_unit())

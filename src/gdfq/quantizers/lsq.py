@@ -65,7 +65,7 @@ class LearnedWeight(WeightQuantizer):
         scale, zero_point = best_weight_grid(weight, bits, layout, groups, symmetric=symmetric)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
-        self.codes = nn.Parameter(inside(weight / scale + zero_point, bits))
+        self.codes = nn.Parameter(within_bounds(weight / scale + zero_point, bits))
         self.log_scale = nn.Parameter(torch.zeros_like(scale))
 
     def forward(self, weight: Tensor) -> Tensor:  # noqa: ARG002 (it was read at construction)
@@ -91,8 +91,9 @@ class LearnedWeight(WeightQuantizer):
         latent, steps = rounded_for_outputs(rows, inputs, ridge, steps, nearest, self.bits)
         codes = (latent + zeros).view_as(weight).to(weight.dtype)
         self.scale.copy_(steps.view_as(scale))
+        self.log_scale.zero_()
         self.zero_point.copy_(zero_point)
-        self.codes.copy_(inside(codes, self.bits))
+        self.codes.copy_(within_bounds(codes, self.bits))
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:  # noqa: ARG002
@@ -142,7 +143,7 @@ class LearnedRange(ActivationQuantizer):
         return self._learned(), self.zero_point
 
 
-def inside(latent: Tensor, bits: int) -> Tensor:
+def within_bounds(latent: Tensor, bits: int) -> Tensor:
     """Return latent codes that round to the bounds where they were beyond; they stay clipped."""
     low, high = code_bounds(bits)
     return latent.clamp(low - 0.49, high + 0.49)

@@ -8,7 +8,7 @@ from gdfq.execution.precision import to_float32
 from gdfq.functional.grid import Layout, block_size, tokens_straight_through
 from gdfq.functional.rounding import nearest_codes, rounded_for_outputs
 from gdfq.quantizers.base import QuantizedTensor
-from gdfq.quantizers.lsq import LearnedWeight, inside
+from gdfq.quantizers.lsq import LearnedWeight, within_bounds
 
 
 class BlockWeight(LearnedWeight):
@@ -48,7 +48,7 @@ class BlockWeight(LearnedWeight):
         rows = weight[None].to(inputs.dtype)
         latent, scale = rounded_for_outputs(rows, inputs, ridge, scale, nearest, self.bits)
         fresh.scale.copy_(scale.view_as(fresh.scale))
-        fresh.codes.copy_(inside(_blocks(latent[0].to(weight.dtype), self.block), self.bits))
+        fresh.codes.copy_(within_bounds(_blocks(latent[0].to(weight.dtype), self.block), self.bits))
         self.load_state_dict(fresh.state_dict())
 
     @torch.no_grad()
