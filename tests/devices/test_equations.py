@@ -115,6 +115,7 @@ CALLS: dict[Callable[..., Any], Call] = {
     grid.fake_quantize: lambda m: grid.fake_quantize(m(4, 3).detach(), *_of(m), 8),
     grid.fake_quantize_tokens: lambda m: grid.fake_quantize_tokens(m(4, 3).detach(), 4),
     grid.token_scales: lambda m: grid.token_scales(m(4, 3).detach(), 4),
+    grid.of_columns: lambda m: grid.of_columns(m(2, 3).detach(), 7),
     grid.along_blocks: lambda m: grid.along_blocks(m(4, 2).detach(), m(4, 6).detach()),
     grid.tokens_straight_through: lambda m: grid.tokens_straight_through(m(4, 3), 4),
     grid.straight_through: lambda m: grid.straight_through(m(4, 3), *_of(m), 8),

@@ -277,13 +277,22 @@ def block_size(columns: int, most: int) -> int:
     return -(-columns // -(-columns // most))
 
 
+def of_columns(values: Tensor, columns: int) -> Tensor:
+    """Return values [..., B] of blocks, one for each block, as those of all columns, [..., K].
+
+    Args:
+        values: A value for each of B blocks of ⌈K / B⌉ columns, of which the last may be smaller.
+        columns: K.
+    """
+    size = -(-columns // values.shape[-1])
+    return values.repeat_interleave(size, -1)[..., :columns]
+
+
 def along_blocks(values: Tensor, codes: Tensor) -> Tensor:
     """Return values [O, B] of blocks as [O, I], to broadcast against codes; any others as given."""
     if values.ndim != 2 or codes.ndim != 2 or not 1 < values.shape[1] < codes.shape[1]:
         return values
-    columns = codes.shape[1]
-    size = -(-columns // values.shape[1])
-    return values.repeat_interleave(size, 1)[:, :columns]
+    return of_columns(values, codes.shape[1])
 
 
 def dequantize_bias(codes: Tensor, activation_scale: Tensor, weight_scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdfq.functional.grid import code_bounds
+from gdfq.functional.grid import code_bounds, of_columns
 
 Nearest = Callable[[Tensor], Tensor]
 """Returns for each number [G, R, ...] the nearest number of a grid whose scale is 1."""
@@ -23,8 +23,9 @@ _BLOCK_COLUMNS = 64
 """Columns that are rounded before the columns after them are updated together."""
 _FINE_BITS = 8
 """Bits from which on a grid is so fine that neither scales nor codes are improved."""
-_MULTIPLES = (1.0, 0.9, 0.8, 0.7)
-"""Multiples of the scales that are tried, the same one for all blocks of an output."""
+_MULTIPLES = (0.9, 0.8, 0.7)
+"""Multiples of the scales that are tried beside the scales themselves. All blocks of an output have
+the same one."""
 
 
 def fitted_weight(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
@@ -83,22 +84,25 @@ def rounded_for_outputs(
     system = inputs.clone()
     system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     factor = inverse_factor(system)
-    latent = compensated(weight, factor, _columns(scale, weight), nearest)
+    columns = weight.shape[2]
+    steps = of_columns(scale, columns)
+    latent = compensated(weight, factor, steps, nearest)
     if bits >= _FINE_BITS:
         return latent, scale
-    least = output_error(weight, system, nearest(latent) * _columns(scale, weight))
+    least = output_error(weight, system, nearest(latent) * steps)
     start = scale
-    for multiple in _MULTIPLES[1:]:
+    for multiple in _MULTIPLES:
         tried = multiple * start
-        found = compensated(weight, factor, _columns(tried, weight), nearest)
-        error = output_error(weight, system, nearest(found) * _columns(tried, weight))
+        steps = of_columns(tried, columns)
+        found = compensated(weight, factor, steps, nearest)
+        error = output_error(weight, system, nearest(found) * steps)
         better = (error < least)[:, :, None]
         latent, scale = torch.where(better, found, latent), torch.where(better, tried, scale)
         least = torch.minimum(error, least)
     del factor  # as large as A
-    latent = descended(weight, system, _columns(scale, weight), latent, nearest)
+    latent = descended(weight, system, of_columns(scale, columns), latent, nearest)
     scale = refitted_scale(weight, system, scale, nearest(latent))
-    return descended(weight, system, _columns(scale, weight), latent, nearest), scale
+    return descended(weight, system, of_columns(scale, columns), latent, nearest), scale
 
 
 def output_error(weight: Tensor, system: Tensor, values: Tensor) -> Tensor:
@@ -227,7 +231,7 @@ def refitted_scale(weight: Tensor, system: Tensor, scale: Tensor, numbers: Tenso
         numbers: q [G, R, K].
     """
     size = -(-weight.shape[2] // scale.shape[2])
-    slope = (numbers * _columns(scale, weight) - weight) @ system
+    slope = (numbers * of_columns(scale, weight.shape[2]) - weight) @ system
     found = scale.clone()
     for block, part in enumerate(numbers.split(size, 2)):
         columns = slice(block * size, block * size + part.shape[2])
@@ -239,11 +243,3 @@ def refitted_scale(weight: Tensor, system: Tensor, scale: Tensor, numbers: Tenso
         found[:, :, block] += change
         slope += change[:, :, None] * image
     return found
-
-
-def _columns(scale: Tensor, weight: Tensor) -> Tensor:
-    """Return scales [G, R, B] of blocks as those of all columns, [G, R, K]."""
-    columns, blocks = weight.shape[2], scale.shape[2]
-    if blocks == 1:
-        return scale.expand_as(weight)
-    return scale.repeat_interleave(-(-columns // blocks), 2)[:, :, :columns]
