@@ -273,8 +273,8 @@ def time_table() -> str:
 RUNTIME = """
 ## Exported files
 
-`python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick`, for ResNet-20 and ResNet-56 of an earlier form (one ridge for all layers) (their times with
-two threads were measured while other work used the two cores, and say nothing), for the others in an earlier form. All files of a network are
+`python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick` of earlier versions, so that top-1 and
+sizes differ a little from the README. The times of ResNet-20 and ResNet-56 with two threads say nothing: other work used the two cores. All files of a network are
 timed in turn in one process of ONNX Runtime 1.32 on a CPU with VNNI, 1.5 seconds for each file and setting. Times are
 median [first, third quartile] milliseconds per call. `quantize_static` is ONNX Runtime's own quantization of the same
 float32 file with the same images (uint8 activations, int8 weights per channel, QDQ). Parity is the agreement of

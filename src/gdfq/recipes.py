@@ -276,7 +276,7 @@ _QUICK_TUNING = replace(_FAST_TUNING, schedule=Cosine(warmup=0.1))
 QUICK = replace(
     FAST,
     name="quick",
-    summary="weights fitted to few images; below 4 bits also tuned: a minute",
+    summary="weights fitted to few images; below 4 bits also tuned: seconds to minutes",
     source=ImagePool(SpectralSource(), images=256, batch=100, pixels=_MAX_POOL_PIXELS),
     steps=80,
     calibration=3,

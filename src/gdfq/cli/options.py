@@ -66,7 +66,8 @@ target_option = click.option(
     "--target",
     metavar="NAME",
     help="Where the result is to run (gdfq targets lists all). What it cannot express is refused "
-    "before the run, and the exported file is of this kind.  [default: onnx]",
+    "before the run, and the exported file is of this kind.  [default: onnx; of a language model "
+    "none]",
 )
 export_target_option = together(
     click.option(
