@@ -27,6 +27,7 @@ from gdfq.recipes import find_recipe
 from gdfq.report.read import read_run
 from gdfq.report.verdict import verdict
 from gdfq.runs.diagnostics import gather, write_evidence
+from gdfq.sources.base import joined_inputs
 from gdfq.student.placement import activation_bits
 from gdfq.student.scheme import LayerBits, Scheme
 from gdfq.tuning.base import NO_TUNING
@@ -195,6 +196,21 @@ def test_rounding_is_learned_on_trajectories() -> None:
         for recipe in (nearest, learned)
     )
     assert tuned.metrics["samples"]["psnr"] > rounded.metrics["samples"]["psnr"] + 3
+
+
+def test_tuned_denoiser_has_the_mean_of_the_original_on_its_points() -> None:
+    """What training leaves of a mean error would add up over a trajectory."""
+    model = tiny_denoiser()
+    recipe = find_recipe("quick").with_images(24).with_batch(8).with_steps(8)
+    assert recipe.tuning.trains
+    calibration = recipe.calibration
+    plan = resolve(model, None, "w3a8", recipe, **OF_MODEL)
+    batches = plan.source.stream(plan.teacher, steps=plan.recipe.steps)
+    points = joined_inputs([next(batches) for _ in range(calibration)])
+    quantized = gdfq.quantize(model, None, "w3a8", recipe, samples=0, **OF_MODEL)
+    with torch.no_grad():
+        error = (quantized(*points) - model(*points)).transpose(0, 1).flatten(1)
+    assert bool((error.mean(1).abs() < 0.02 * error.std(1)).all())
 
 
 def test_report_shows_images_side_by_side(quantized: QuantizedNetwork, tmp_path: Path) -> None:

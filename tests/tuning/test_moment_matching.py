@@ -7,6 +7,7 @@ import torch
 from support.students import noise, student_of
 from torch import Tensor, fx, nn
 
+from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.capture import Captured, capture
@@ -17,7 +18,7 @@ from gdfq.student.freeze import freeze
 from gdfq.student.scheme import Scheme
 from gdfq.tuning import moment_matching
 from gdfq.tuning.calibrate import calibrate_
-from gdfq.tuning.moment_matching import match_moments_, matched_images
+from gdfq.tuning.moment_matching import match_moments_, match_output_mean_, matched_images
 
 
 @pytest.fixture
@@ -86,6 +87,27 @@ def test_matched_moments_match_hand_computed_values() -> None:
     assert bool((factor > 0.5).all() and (factor < 2).all())
     expected = (q - q.mean(0)) * factor + wanted.mean(0)
     torch.testing.assert_close(student(x).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_output_mean_is_the_bias_of_least_square_error() -> None:
+    """Only the last layer's bias moves, by the mean error; the error's deviation stays."""
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 3, bias=False)
+    teacher = capture(nn.Sequential(*layers).eval(), torch.zeros(2, 1, 2, 2))
+    x = torch.randn(50, 1, 2, 2)
+    student = build_student(teacher, Scheme(Bits(3, 8), "full"), quantizers=LSQ)
+    calibrate_(student, [Batch((x,), None, None)], steps=1)
+    wanted = teacher.network(x)
+    error = student(x).detach() - wanted
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    match_output_mean_(student, teacher, (x,))
+    torch.testing.assert_close(student(x).detach() - wanted, error - error.mean(0))
+    changed = [n for n, v in student.state_dict().items() if not torch.equal(v, before[n])]
+    assert len(changed) == 1
+    torch.testing.assert_close(student.state_dict()[changed[0]], -error.mean(0))
+    parts = MemoryBudget(1)  # one input at a time
+    match_output_mean_(student, teacher, (x,), parts)
+    torch.testing.assert_close(student.state_dict()[changed[0]], -error.mean(0))
 
 
 def test_channel_whose_variance_few_values_make_up_is_left_as_it_is() -> None:

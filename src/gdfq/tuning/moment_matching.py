@@ -12,8 +12,9 @@ from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.moments import moments
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
+from gdfq.graph.blocks import with_features
 from gdfq.graph.capture import Captured
-from gdfq.graph.memory import part_images
+from gdfq.graph.memory import forward_images, part_images
 from gdfq.graph.tensors import tensors_of
 from gdfq.graph.walk import Inputs, PartsInterpreter
 from gdfq.quantizers.base import ActivationQuantizer, WeightQuantizer
@@ -62,6 +63,41 @@ def match_moments_(
             parts[name] = split_inputs(joining, at_once)
     first = parts.pop(next(iter(counts)))
     _MatchMoments(student.network, network, first, parts, fit_weights).run_parts(first, parts)
+
+
+@torch.no_grad()
+def match_output_mean_(
+    student: Student,
+    teacher: Captured,
+    inputs: Sequence[Tensor],
+    memory: MemoryBudget = MemoryBudget(),
+) -> None:
+    """Give the last layer's output channels the teacher's mean, by the bias alone.
+
+    This bias has the least square error, b + E[y − ŷ]. Training leaves it near that, but what is
+    left has the same sign in every call of a denoiser and adds up over a trajectory.
+
+    Args:
+        student: A student that was trained, changed in place.
+        teacher: The network whose mean is the target.
+        inputs: [N, *shape] for each input of the network.
+        memory: Decides how many inputs pass together.
+    """
+    network = fold_batch_norms(teacher).network
+    layer = queries.weighted_layers(network)[-1]
+    own = next(node for node in student.network.graph.nodes if node.name == layer.name)
+    bias = queries.bias_of(own)
+    if bias is None:  # a layer that stays float, as the teacher's without one
+        return
+    at_once = forward_images(network.graph, memory, inputs[0].device)
+    target, found = (
+        _channel_moments(node, [predict(*part)[1][0] for part in split_inputs(inputs, at_once)])[0]
+        for node, predict in (
+            (layer, with_features(network, [layer])),
+            (own, with_features(student.network, [own])),
+        )
+    )
+    tensors_of(student.network)[str(bias.target)].add_(target - found)
 
 
 def matched_images(graph: fx.Graph, images: int) -> dict[str, int]:
