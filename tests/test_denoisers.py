@@ -198,15 +198,17 @@ def test_rounding_is_learned_on_trajectories() -> None:
     assert tuned.metrics["samples"]["psnr"] > rounded.metrics["samples"]["psnr"] + 3
 
 
-def test_tuned_denoiser_has_the_mean_of_the_original_on_its_points() -> None:
-    """What training leaves of a mean error would add up over a trajectory."""
-    model = tiny_denoiser()
-    recipe = find_recipe("quick").with_images(24).with_batch(8).with_steps(8)
-    assert recipe.tuning.trains
-    calibration = recipe.calibration
+@pytest.mark.parametrize(("name", "seen"), [("quick", 8), ("patches", 8), ("genie", 3)])
+def test_trained_denoiser_has_the_mean_of_the_original(name: str, seen: int) -> None:
+    """On the points that it saw: what training leaves of a mean error adds up in a trajectory."""
+    model, recipe = tiny_denoiser(), find_recipe(name)
+    if isinstance(recipe.tuning, Reconstruction):
+        recipe = replace(recipe, tuning=replace(recipe.tuning, images=24), calibration=1, warmup=1)
+    recipe = replace(recipe, placement="full").with_images(24).with_batch(8).with_steps(8)
     plan = resolve(model, None, "w3a8", recipe, **OF_MODEL)
+    assert plan.recipe.tuning.trains
     batches = plan.source.stream(plan.teacher, steps=plan.recipe.steps)
-    points = joined_inputs([next(batches) for _ in range(calibration)])
+    points = joined_inputs([next(batches) for _ in range(seen)])
     quantized = gdfq.quantize(model, None, "w3a8", recipe, samples=0, **OF_MODEL)
     with torch.no_grad():
         error = (quantized(*points) - model(*points)).transpose(0, 1).flatten(1)

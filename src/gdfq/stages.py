@@ -292,6 +292,9 @@ def tune(
 ) -> None:
     """Let the generator warm up while the student waits, then tune the student.
 
+    The calls of a sampler repeat the mean error of a denoiser, so its predictions get the teacher's
+    mean at the end, on the last points that it saw.
+
     Args:
         plan: The plan of the run.
         student: The calibrated student, changed in place.
@@ -316,8 +319,8 @@ def tune(
         batch=recipe.source.batch,
         context=context,
     )
-    if plan.sampler is not None and feed.held:  # the calls of a sampler repeat a mean error
-        match_output_mean_(student, teacher, joined_inputs(feed.held), context.memory)
+    if plan.sampler is not None and (seen := feed.recent.inputs()) is not None:
+        match_output_mean_(student, recipe.quantizers.prepared(teacher), seen[0], context.memory)
         context.group.broadcast_(student.state_dict().values())
     context.checkpointer.unregister(*recipe.tuning.parts)  # what trains is not needed any more
     marks.end("tune")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.students import noise, student_of
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from gdfq.execution.budget import MemoryBudget
 from gdfq.functional.grid import Bits
@@ -89,25 +90,41 @@ def test_matched_moments_match_hand_computed_values() -> None:
     torch.testing.assert_close(student(x).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_output_mean_is_the_bias_of_least_square_error() -> None:
-    """Only the last layer's bias moves, by the mean error; the error's deviation stays."""
+class GatedDenoiser(nn.Module):
+    """What follows the last layer is known: a factor that depends on the time step alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.last = nn.Conv2d(5, 2, 3, padding=1, bias=False)
+        self.gate = nn.Linear(1, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        predicted = self.last(F.silu(self.first(x)))
+        return predicted * self.gate(t[:, None]).exp()[:, :, None, None]
+
+
+@pytest.mark.parametrize("memory", [MemoryBudget(), MemoryBudget(1)], ids=["whole", "one by one"])
+def test_output_mean_is_the_bias_of_least_square_error(memory: MemoryBudget) -> None:
+    """The bias of the layer that predicts moves by its mean error, and nothing else does."""
     torch.manual_seed(0)
-    layers = nn.Flatten(), nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 3, bias=False)
-    teacher = capture(nn.Sequential(*layers).eval(), torch.zeros(2, 1, 2, 2))
-    x = torch.randn(50, 1, 2, 2)
-    student = build_student(teacher, Scheme(Bits(3, 8), "full"), quantizers=LSQ)
-    calibrate_(student, [Batch((x,), None, None)], steps=1)
-    wanted = teacher.network(x)
-    error = student(x).detach() - wanted
-    before = {name: value.clone() for name, value in student.state_dict().items()}
-    match_output_mean_(student, teacher, (x,))
-    torch.testing.assert_close(student(x).detach() - wanted, error - error.mean(0))
-    changed = [n for n, v in student.state_dict().items() if not torch.equal(v, before[n])]
-    assert len(changed) == 1
-    torch.testing.assert_close(student.state_dict()[changed[0]], -error.mean(0))
-    parts = MemoryBudget(1)  # one input at a time
-    match_output_mean_(student, teacher, (x,), parts)
-    torch.testing.assert_close(student.state_dict()[changed[0]], -error.mean(0))
+    x, t = torch.randn(20, 3, 4, 4), torch.rand(20)
+    teacher = capture(GatedDenoiser().eval(), (x[:2], t[:2]))
+    student = build_student(teacher, Scheme(Bits(3, 8), "full", denoiser=True), quantizers=LSQ)
+    calibrate_(student, [Batch((x, t), None, None)], steps=1)
+    gate = teacher.network.get_parameter
+    factor = (t[:, None] @ gate("gate.weight").T + gate("gate.bias")).exp()[:, :, None, None]
+
+    def error() -> Tensor:
+        """Of the last layer, [20, 2, 4, 4]."""
+        return ((student(x, t) - teacher.network(x, t)) / factor).detach()
+
+    old, before = error(), {name: value.clone() for name, value in student.state_dict().items()}
+    match_output_mean_(student, fold_batch_norms(teacher), (x, t), memory)
+    mean = old.mean((0, 2, 3))
+    torch.testing.assert_close(error(), old - mean.view(1, 2, 1, 1), rtol=1e-3, atol=1e-5)
+    (name,) = (n for n, value in student.state_dict().items() if not value.equal(before[n]))
+    torch.testing.assert_close(student.state_dict()[name], -mean)
 
 
 def test_channel_whose_variance_few_values_make_up_is_left_as_it_is() -> None:

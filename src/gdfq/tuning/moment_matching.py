@@ -1,4 +1,4 @@
-"""Moment matching: the correction of a student, layer by layer, to its teacher's outputs."""
+"""Moment matching: the correction of a student, in all layers or the last, to its teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,28 +72,30 @@ def match_output_mean_(
     inputs: Sequence[Tensor],
     memory: MemoryBudget = MemoryBudget(),
 ) -> None:
-    """Give the last layer's output channels the teacher's mean, by the bias alone.
+    """Give the output channels of a denoiser's last layer the teacher's mean, by the bias alone.
 
-    This bias has the least square error, b + E[y − ŷ]. Training leaves it near that, but what is
-    left has the same sign in every call of a denoiser and adds up over a trajectory.
+    b + E[y − ŷ] is the bias of least square error. Training leaves it near that, but a mean error
+    has the same sign in every call of a sampler, so that it adds up over a trajectory.
 
     Args:
         student: A student that was trained, changed in place.
-        teacher: The network whose mean is the target.
-        inputs: [N, *shape] for each input of the network.
+        teacher: The network that it was built from: without batch norms where they are folded.
+        inputs: [N, *shape] for each input of the network, the noisy image first.
         memory: Decides how many inputs pass together.
     """
-    network = fold_batch_norms(teacher).network
-    layer = queries.weighted_layers(network)[-1]
+    graph = teacher.network.graph
+    image = queries.inputs(graph)[0]
+    of_image = queries.computed_from(image)
+    layer = [node for node in queries.weighted_layers(teacher.network) if node in of_image][-1]
     own = next(node for node in student.network.graph.nodes if node.name == layer.name)
     bias = queries.bias_of(own)
-    if bias is None:  # a layer that stays float, as the teacher's without one
+    if bias is None:  # as the teacher's, where batch norms stay that would have given it one
         return
-    at_once = forward_images(network.graph, memory, inputs[0].device)
+    at_once = forward_images(graph, memory, inputs[0].device)
     target, found = (
         _channel_moments(node, [predict(*part)[1][0] for part in split_inputs(inputs, at_once)])[0]
         for node, predict in (
-            (layer, with_features(network, [layer])),
+            (layer, with_features(teacher.network, [layer])),
             (own, with_features(student.network, [own])),
         )
     )
