@@ -47,7 +47,7 @@ tuned without (on images that were still made with it; one run each; 1,000 image
 the GPU in the latter way, so that these differences say little. ResNet-20 at w3a3, seed 0: 89.73 % on the CPU, 89.76 % on the GPU
 in this way.
 
-`genie` and `synq` are those methods built from the pieces of this package and cut to about the time of `fast`,
+`genie` and `synq` are those methods built from the pieces of this package and cut to about 6 minutes on one thread,
 far less than their published schedules (`synq` without its activation maps). `mct` is Sony's
 model-compression-toolkit 2.6.1 with its own generated images and gradient-based quantization: 512 images of 200
 iterations and 40 epochs (its "steps"), chosen here to fit the time; the rest are its defaults.
