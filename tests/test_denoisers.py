@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gdfq
 from gdfq import UsageError
+from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
 from gdfq.graph import queries
 from gdfq.plan.network import resolve_network
@@ -213,6 +214,23 @@ def test_trained_denoiser_has_the_mean_of_the_original(name: str, seen: int) -> 
     with torch.no_grad():
         error = (quantized(*points) - model(*points)).transpose(0, 1).flatten(1)
     assert bool((error.mean(1).abs() < 0.02 * error.std(1)).all())
+
+
+def test_stopped_tuning_of_a_denoiser_resumes_to_the_bit(tmp_path: Path) -> None:
+    """The points whose mean error is corrected at the end outlive the stop."""
+    recipe = find_recipe("quick").with_images(24).with_batch(8).with_steps(8)
+    run: dict[str, Any] = {"bits": "w3a8", "recipe": recipe, "samples": 0, **OF_MODEL}
+
+    def stop(step: Step) -> None:
+        if (step.stage, step.index) == ("tune", 6):
+            raise KeyboardInterrupt
+
+    whole = gdfq.quantize(tiny_denoiser(), **run)
+    with pytest.raises(KeyboardInterrupt):
+        gdfq.quantize(tiny_denoiser(), **run, checkpoints=tmp_path, listener=stop)
+    resumed = gdfq.quantize(tiny_denoiser(), **run, checkpoints=tmp_path)
+    x, t = torch.randn(4, *SHAPE), torch.full((4,), 30)
+    assert resumed(x, t).equal(whole(x, t))
 
 
 def test_report_shows_images_side_by_side(quantized: QuantizedNetwork, tmp_path: Path) -> None:
