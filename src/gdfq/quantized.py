@@ -250,10 +250,10 @@ class QuantizedNetwork(nn.Module):
             path: The file. The target is that of its suffix, unless it is given.
             target: A name in `gdfq.TARGETS`, or a `Target` of your own.
             format: The old spelling of `target`.
-            raw_input: Write a file that takes uint8 pixels and normalises them itself (ONNX and
-                LiteRT).
+            raw_input: Write a file that takes uint8 pixels and normalises them itself (ONNX,
+                LiteRT and OpenVINO).
             safe_x86: Use 7-bit weights in layers whose 8-bit sums could saturate on x86 processors
-                without VNNI.
+                without VNNI (ONNX and OpenVINO).
             memory: As in `gdfq.quantize`. The file is compared on as many of `examples` as fit.
             original: The model that this network was made from, as `hf:ID`: target
                 `compressed-tensors` writes a folder of weights for its code.

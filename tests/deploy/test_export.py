@@ -55,6 +55,10 @@ def test_target_follows_the_file_name(small: QuantizedNetwork, tmp_path: Path) -
             small.export(tmp_path / name, target=target)
     with pytest.raises(UsageError, match="raw input is for the targets onnx, "):
         small.export(tmp_path / "q.pt2", raw_input=True)
+    with pytest.raises(
+        UsageError, match=r"safe x86 is for the targets onnx, .*; the target is 'pt2'"
+    ):
+        small.export(tmp_path / "q.pt2", safe_x86=True)
     assert small.export(tmp_path / "new" / "q.bin", target="safetensors").target == "safetensors"
     with pytest.warns(gdfq.errors.GdfqDeprecationWarning, match="is now called target"):
         assert small.export(tmp_path / "old.bin", format="pt2").target == "pt2"

@@ -225,12 +225,13 @@ def evaluate_command(folder: Path, **options: Any) -> None:
 @click.option(
     "--raw-input",
     is_flag=True,
-    help="ONNX and LiteRT: take uint8 pixels and normalise them inside the file.",
+    help="ONNX, LiteRT and OpenVINO: take uint8 pixels and normalise them inside the file.",
 )
 @click.option(
     "--safe-x86",
     is_flag=True,
-    help="Use 7-bit weights in layers whose 8-bit sums could saturate on x86 without VNNI.",
+    help="ONNX and OpenVINO: use 7-bit weights in layers whose 8-bit sums could saturate on x86 "
+    "without VNNI.",
 )
 @click.option(
     "--model",

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -146,11 +146,10 @@ def export(
         GdfqError: The outputs differ. Nothing is written; an existing file is kept.
     """
     kind = find_target(target, path)
-    if raw_input and not kind.raw_input:
-        raise UsageError(
-            f"raw input is for the targets {_with_raw_input()}; the target is {kind.name!r}. "
-            "Remove raw_input."
-        )
+    if raw_input:
+        _check_option("raw input", kind, lambda target: target.raw_input)
+    if safe_x86:
+        _check_option("safe x86", kind, lambda target: target.may_saturate)
     if raw_input:
         image_shape(card.inputs, needs="raw input needs", advice="Remove raw_input.")
     file = kind.file_at(path)
@@ -200,8 +199,14 @@ def _oldest_version(kind: Target, network: IntegerNetwork) -> list[str]:
     return [f"needs {kind.runtime.name} {oldest} or newer"]
 
 
-def _with_raw_input() -> str:
-    return ", ".join(target.name for target in TARGETS.values() if target.raw_input)
+def _check_option(option: str, kind: Target, takes: Callable[[Target], bool]) -> None:
+    """Raise UsageError if a target does not take an option, with the names of those that do."""
+    if not takes(kind):
+        names = ", ".join(target.name for target in TARGETS.values() if takes(target))
+        raise UsageError(
+            f"{option} is for the targets {names}; the target is {kind.name!r}. "
+            f"Remove {option.replace(' ', '_')}."
+        )
 
 
 def named_target(target: str | Target) -> Target:

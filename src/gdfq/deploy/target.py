@@ -277,6 +277,8 @@ class Target:
             GdfqError if they differ.
         notes: Returns remarks about the written file for the user.
         raw_input: Whether its files can take uint8 pixels.
+        may_saturate: Whether kernels of its runtime add products in 16 bits on some processors
+            (`gdfq.deploy.saturation`).
         runtime: The runtime that proves its files.
         weights: What holds the codes of weights.
         activations: What holds the codes of activations.
@@ -309,6 +311,7 @@ class Target:
     prove: Callable[[Job, Path], Proof]
     notes: Callable[[Job, bytes, Proof], Sequence[str]] = _no_notes
     raw_input: bool = False
+    may_saturate: bool = False
     runtime: Runtime | None = None
     weights: Carrier = Carrier("int8")
     activations: Carrier = Carrier("int8")

@@ -40,6 +40,7 @@ ONNX_FP8 = Target(
     partial(write_onnx, runtime=_RUNTIME),
     _prove,
     raw_input=True,
+    may_saturate=True,
     runtime=_RUNTIME,
     weights=Carrier("float8, int2, int4 or int8", formats=tuple(STORED_FLOATS)),
     activations=Carrier("float8 or uint8", formats=(E4M3, E5M2)),

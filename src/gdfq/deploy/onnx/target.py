@@ -125,6 +125,7 @@ ONNX = Target(
     _prove,
     _notes,
     raw_input=True,
+    may_saturate=True,
     runtime=ONNX_RUNTIME,
     weights=Carrier("int2, int4 or int8"),
     activations=Carrier("uint8"),

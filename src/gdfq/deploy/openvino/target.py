@@ -102,6 +102,7 @@ OPENVINO = Target(
     _prove,
     _notes,
     raw_input=True,
+    may_saturate=True,
     runtime=Runtime(
         "OpenVINO",
         "openvino",
