@@ -168,19 +168,9 @@ def test_problems_are_returned_and_not_raised() -> None:
     assert with_costs(diagnosis, teacher, FULL, find_recipe("fast")).seconds is None
 
 
-def test_advice_names_narrow_depthwise_layers() -> None:
+def test_networks_of_8_bits_need_no_advice() -> None:
     teacher = networks.captured("Branches")
-    advice = " ".join(diagnose(teacher, FULL, find_recipe("fast")).advice)
-    assert "16 channels or fewer lose most and gain no speed: depthwise." in advice
-    eight_bits = diagnose(teacher, Scheme(Bits(8, 8), "full"), find_recipe("fast"))
-    assert eight_bits.advice == ()
-
-
-def test_advice_does_not_take_a_layer_of_one_input_channel_for_depthwise() -> None:
-    stem = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
-    model = nn.Sequential(stem, nn.Linear(16 * 36, 10)).eval()
-    diagnosis = diagnose(capture(model, torch.zeros(1, 1, 8, 8)), FULL, find_recipe("fast"))
-    assert "depthwise" not in " ".join(diagnosis.advice)
+    assert diagnose(teacher, Scheme(Bits(8, 8), "full"), find_recipe("fast")).advice == ()
 
 
 def test_diagnosis_says_what_stays_float_of_unusual_networks() -> None:

@@ -19,7 +19,7 @@ from gdfq.quantizers.tokens import BlockWeight
 from gdfq.student.assignment import check_family
 from gdfq.student.build import build_student
 from gdfq.student.freeze import freeze
-from gdfq.student.scheme import LayerBits, Scheme, with_ends
+from gdfq.student.scheme import LayerBits, Scheme, with_default_layer_bits
 
 
 def test_each_token_has_a_scale_of_its_own() -> None:
@@ -112,8 +112,10 @@ def test_frozen_model_computes_what_its_student_does(bits: str, block: int | Non
 
 def test_head_stays_float_unless_it_is_named() -> None:
     bits = Bits.parse("w4a8")
-    assert with_ends((), bits, "tokens") == (LayerBits("last", None),)
-    assert with_ends((LayerBits("last", 8),), bits, "tokens") == (LayerBits("last", 8),)
+    assert with_default_layer_bits((), bits, "tokens") == (LayerBits("last", None),)
+    assert with_default_layer_bits((LayerBits("last", 8),), bits, "tokens") == (
+        LayerBits("last", 8),
+    )
 
 
 def test_family_and_placement_must_be_of_one_kind() -> None:

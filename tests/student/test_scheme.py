@@ -1,17 +1,21 @@
 """Bits of single layers."""
 
 import pytest
+import torch
 from support import networks
+from torch import Tensor, nn
 
 import gdfq
 from gdfq.errors import UsageError
 from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
+from gdfq.graph import queries
 from gdfq.plan.method import resolve_method
+from gdfq.plan.resolve import resolve
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import LearnedWeight
 from gdfq.student.build import build_student
-from gdfq.student.placement import activation_bits
+from gdfq.student.placement import activation_bits, layer_input_bits
 from gdfq.student.scheme import LayerBits, Placement, Scheme
 
 
@@ -54,21 +58,64 @@ def test_layer_bits_apply_to_weights() -> None:
 @pytest.mark.parametrize(
     ("bits", "placement", "said", "expected"),
     [
-        ("w2a2", "full", [], ["first=8", "last=8"]),
-        ("w2a8", "full", [], ["first=8", "last=8"]),
-        ("w4a2", "full", [], ["first=8", "last=8"]),
-        ("w2a2", "full", ["fc=4"], ["fc=4", "first=8", "last=8"]),  # the first match counts
-        ("w2a2", "full", ["last=2"], ["last=2", "first=8"]),
-        ("w2a2", "full", ["first=float", "last=2"], ["first=float", "last=2"]),
-        ("w3a3", "full", [], []),
+        ("w2a2", "full", [], ["first=8", "last=8", "depthwise=8"]),
+        ("w2a8", "full", [], ["first=8", "last=8", "depthwise=8"]),
+        ("w4a2", "full", [], ["first=8", "last=8", "depthwise=8"]),
+        # The first match counts.
+        ("w2a2", "full", ["fc=4"], ["fc=4", "first=8", "last=8", "depthwise=8"]),
+        ("w2a2", "full", ["last=2"], ["last=2", "first=8", "depthwise=8"]),
+        ("w2a2", "full", ["first=float", "last=2", "depthwise=2"],
+         ["first=float", "last=2", "depthwise=2"]),
+        ("w3a3", "full", [], ["depthwise=8"]),
+        ("w4a8", "full", [], ["depthwise=8"]),
+        ("w8a4", "full", ["depthwise=4"], ["depthwise=4"]),
+        ("w8a8", "full", [], []),
         ("w2a2", "relu", [], []),
     ],
-)
-def test_ends_have_8_bits_by_default_below_3(
+)  # fmt: skip
+def test_some_layers_of_deployable_networks_have_8_bits_by_default(
     bits: str, placement: str, said: list[str], expected: list[str]
 ) -> None:
     scheme = resolve_method(bits, placement=placement, layer_bits=said).scheme
     assert list(map(str, scheme.layer_bits)) == expected
+
+
+class Depthwise(nn.Module):
+    """One depthwise convolution among others: in two groups, and on a single channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3)
+        self.depthwise = nn.Conv2d(4, 8, 3, groups=4)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.stem(x).relu()).relu()
+        return self.fc(self.grouped(x).relu().mean((2, 3)))
+
+
+def test_depthwise_layers_and_their_inputs_have_8_bits() -> None:
+    def bits(*said: str) -> tuple[dict[str, int], dict[str, int]]:
+        options = {"recipe": "quick", "bits": "w4a4", "layer_bits": said}
+        plan = resolve(Depthwise(), torch.randn(1, 1, 12, 12), **options)
+        layers = queries.weighted_layers(plan.teacher.network)
+        weights = plan.scheme.weight_bits(layers)
+        entering = layer_input_bits(plan.teacher, plan.scheme)
+        whole = activation_bits(plan.teacher, plan.scheme)
+        read = {layer: queries.input_of(layer) for layer in layers}
+        inputs = {layer: (whole | entering)[read[layer]] for layer in layers}
+        return tuple({queries.layer_name(k): v for k, v in of.items()} for of in (weights, inputs))
+
+    few = dict.fromkeys(("stem", "depthwise", "grouped", "fc"), 4)
+    pixels = {"stem": 8}
+    assert bits() == (few | {"depthwise": 8}, few | {"depthwise": 8} | pixels)
+    assert bits("depthwise=4") == (few, few | pixels)
+
+
+def test_networks_without_depthwise_layers_have_no_bits_for_them() -> None:
+    plan = resolve(networks.captured("Residual"), None, "w4a4", "quick")
+    assert plan.scheme.layer_bits == ()
 
 
 def test_size_instead_of_bits_leaves_the_ends_to_the_choice() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from gdfq.analysis.float_operators import FloatOperators, find_float_operators
 from gdfq.analysis.operations import layer_operations, product_operations
-from gdfq.analysis.preflight_advice import MAX_NARROW_CHANNELS, preflight_advice
+from gdfq.analysis.preflight_advice import preflight_advice
 from gdfq.deploy.onnx.sizes import WEIGHT_BITS
 from gdfq.errors import GdfqError
 from gdfq.functional.grid import Bits
@@ -174,7 +174,6 @@ def diagnose(teacher: Captured, scheme: Scheme, recipe: Recipe) -> Diagnosis:
         else tuple(
             preflight_advice(
                 scheme.bits,
-                _narrow_depthwise(found, layers),
                 normalises_batches=any(map(queries.normalises_batch, nodes)),
                 untrained=_is_untrained(teacher),
             )
@@ -226,18 +225,6 @@ def _layer(
 def _input_bits(layer: fx.Node, input_bits: Mapping[fx.Node, int]) -> int | None:
     source = rounded_input(layer, input_bits)
     return None if source is None else input_bits[source]
-
-
-def _narrow_depthwise(layers: Sequence[Layer], nodes: Sequence[fx.Node]) -> list[str]:
-    """The names of depthwise convolutions of few channels."""
-    return [
-        layer.name
-        for layer, node in zip(layers, nodes, strict=True)
-        if operators.name_of(node) in operators.CONVOLUTIONS
-        and layer.weight[1] == 1
-        and node.all_input_nodes[0].meta["val"].shape[1] > 1  # else a stem of one channel
-        and layer.weight[0] <= MAX_NARROW_CHANNELS
-    ]
 
 
 def _recurrent_bytes(teacher: Captured) -> int:

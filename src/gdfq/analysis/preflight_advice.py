@@ -1,17 +1,13 @@
 """What to expect of a run at its bits, from measured runs, with advice."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from gdfq.analysis.measured import measured_drops
 from gdfq.functional.grid import MAX_BITS, Bits
 
-MAX_NARROW_CHANNELS = 16
-"""Depthwise layers of so few channels lose the most accuracy and are slow in integer kernels."""
-
 
 def preflight_advice(
     bits: Bits,
-    narrow: Sequence[str],
     *,
     normalises_batches: bool = False,
     untrained: bool = False,
@@ -20,7 +16,6 @@ def preflight_advice(
 
     Args:
         bits: Bits of weights and activations.
-        narrow: Names of narrow depthwise layers.
         normalises_batches: Whether it has batch norms without running statistics.
         untrained: Whether its batch norms hold what they hold before training.
     """
@@ -40,11 +35,6 @@ def preflight_advice(
             "with integer grids, and not faster than the network as it is."
         )
     smallest = min(bits.weights, bits.activations)
-    if narrow and smallest < MAX_BITS:
-        yield (
-            f"depthwise layers of {MAX_NARROW_CHANNELS} channels or fewer lose most and gain no "
-            f"speed: {', '.join(narrow)}. Give them more bits: --layer-bits NAME=8 or NAME=float."
-        )
     if smallest == MAX_BITS:
         return
     if drops := ", ".join(map(str, measured_drops(bits))):

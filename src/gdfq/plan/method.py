@@ -23,7 +23,7 @@ from gdfq.student.scheme import (
     LayerBits,
     Scheme,
     parse_placement,
-    with_ends,
+    with_default_layer_bits,
 )
 
 
@@ -163,7 +163,7 @@ def resolve_method(
     overrides = _layer_bits(options.get("layer_bits", ()))
     wanted = parse_bits(bits or DEFAULT_BITS[placed], size)
     if size is None:
-        overrides = with_ends(overrides, wanted, placed)
+        overrides = with_default_layer_bits(overrides, wanted, placed)
     grids = GridRules() if aim is None else aim.grids
     scheme = Scheme(
         wanted,

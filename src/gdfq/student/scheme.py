@@ -1,7 +1,7 @@
 """Schemes: what is quantized, and to how many bits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from glob import escape
@@ -21,8 +21,10 @@ OF_IMAGES: tuple[Placement, ...] = ("relu", "full")
 """Placements of networks that are no language models."""
 _OLD_RELU = "t1"
 
-_POSITIONS = ("first", "last")
-"""Patterns that are positions in the network rather than names."""
+_ENDS = ("first", "last")
+_DEPTHWISE = "depthwise"
+_NO_NAMES = (*_ENDS, _DEPTHWISE)
+"""Patterns that are positions or a kind of layer rather than names."""
 
 
 def parse_placement(text: str) -> Placement:
@@ -45,7 +47,8 @@ class LayerBits:
     """The bits of some layers, and of the activations that only enter these.
 
     Attributes:
-        pattern: An `fnmatch` pattern for the names of layers' modules, or `first` or `last`.
+        pattern: An `fnmatch` pattern for the names of layers' modules; or `first` or `last`; or
+            `depthwise` for all depthwise convolutions, of which a network may have none.
         bits: 2..8, or None for float. The grids are integer or floating-point ones as those of all
             other layers.
     """
@@ -74,14 +77,16 @@ class LayerBits:
     def exactly(cls, name: str, bits: int) -> "LayerBits":
         """Return the bits of the one layer of this name, which may contain wildcard characters."""
         pattern = escape(name)
-        return cls(f"[{name[0]}]{name[1:]}" if name in _POSITIONS else pattern, bits)
+        return cls(f"[{name[0]}]{name[1:]}" if name in _NO_NAMES else pattern, bits)
 
     def __str__(self) -> str:
         return f"{self.pattern}={'float' if self.bits is None else self.bits}"
 
-    def matches(self, name: str, index: int, count: int) -> bool:
+    def matches(self, name: str, index: int, count: int, *, depthwise: bool = False) -> bool:
         """Return whether the pattern matches layer number `index` of `count`."""
-        if self.pattern in _POSITIONS:
+        if self.pattern == _DEPTHWISE:
+            return depthwise
+        if self.pattern in _ENDS:
             return index == (0 if self.pattern == "first" else count - 1)
         return fnmatchcase(name, self.pattern)
 
@@ -90,28 +95,33 @@ _FEWEST_BITS_OF_ENDS = 3
 """Fewest bits of weights and activations with which the first and the last layer have them, too."""
 
 
-def with_ends(
+def with_default_layer_bits(
     layer_bits: Sequence[LayerBits], bits: Bits, placement: Placement
 ) -> tuple[LayerBits, ...]:
-    """Return the bits of layers with those that the first and the last layer have by default.
+    """Return the bits of layers with those that some layers have by default.
 
-    With 2 bits of weights or activations these two layers of a deployable network have 8: they
-    hold few of the weights, and their rounding makes up a ninth of the divergence of a ResNet-20.
-    The last layer of a language model, its head, stays float with any bits. What the user says
-    about these layers counts. The published protocol has the same bits everywhere.
+    In a deployable network (placement "full") depthwise convolutions have 8 bits. Each of their
+    outputs is a sum of a few products, k², in which errors of rounding hardly cancel one another;
+    and they hold few of the weights. With 2 bits of weights or activations the first and the last
+    layer have 8 bits, too: they hold few of the weights, and their rounding makes up a ninth of the
+    divergence of a ResNet-20. The last layer of a language model, its head, stays float with any
+    bits. What the user says about these layers counts. The published protocol has the same bits
+    everywhere.
 
     Args:
         layer_bits: The layers with other bits, as the user says.
         bits: Bits of all other layers.
         placement: Where activations are quantized.
     """
-    said = {layers.pattern for layers in layer_bits}
+    fewest = min(bits.weights, bits.activations)
+    defaults: list[LayerBits] = []
     if placement == "tokens":
-        return (*layer_bits, *(() if "last" in said else (LayerBits("last", None),)))
-    if placement != "full" or min(bits.weights, bits.activations) >= _FEWEST_BITS_OF_ENDS:
-        return tuple(layer_bits)
-    ends = (LayerBits(position, MAX_BITS) for position in _POSITIONS if position not in said)
-    return (*layer_bits, *ends)
+        defaults = [LayerBits("last", None)]
+    elif placement == "full" and fewest < MAX_BITS:
+        ends = _ENDS if fewest < _FEWEST_BITS_OF_ENDS else ()
+        defaults = [LayerBits(pattern, MAX_BITS) for pattern in (*ends, _DEPTHWISE)]
+    said = {layers.pattern for layers in layer_bits}
+    return (*layer_bits, *(layers for layers in defaults if layers.pattern not in said))
 
 
 @tagged("GridRules", added={"formats": ALL_FORMATS})
@@ -205,6 +215,13 @@ class Scheme:
         """Return the formats that activations of so many bits may have; None for integer grids."""
         return formats_of(bits, self.grids.formats) if self.bits.float_activations else None
 
+    def for_layers(self, layers: Sequence[fx.Node]) -> "Scheme":
+        """Return the scheme of a network, without bits of depthwise layers if it has none."""
+        if any(map(queries.is_depthwise, layers)):
+            return self
+        kept = tuple(part for part in self.layer_bits if part.pattern != _DEPTHWISE)
+        return replace(self, layer_bits=kept)
+
     def overridden(self, layers: Sequence[fx.Node]) -> dict[fx.Node, LayerBits]:
         """Return the layers with other bits, and these bits.
 
@@ -218,12 +235,14 @@ class Scheme:
         places = {layer: place for place, layer in enumerate(ordered)}
 
         def matches(override: LayerBits, layer: fx.Node, name: str) -> bool:
-            return override.matches(name, places.get(layer, -1), len(ordered))
+            place = places.get(layer, -1)
+            depthwise = queries.is_depthwise(layer)
+            return override.matches(name, place, len(ordered), depthwise=depthwise)
 
         for override in self.layer_bits:
             if not any(map(partial(matches, override), layers, names)):
                 raise UsageError(
-                    "layer_bits must name layers of the network, or be first or last; "
+                    "layer_bits must name layers of the network, or be first, last or depthwise; "
                     f"{override.pattern!r} matches none of: {', '.join(names)}."
                 )
         chosen = {}
