@@ -6,8 +6,9 @@ import pytest
 import torch
 from support.narrowing import present
 
-from gdfq.analysis.cost import now, peak_bytes, with_costs
+from gdfq.analysis.cost import with_costs
 from gdfq.analysis.preflight import diagnose
+from gdfq.execution.stopwatch import now, peak_bytes
 from gdfq.functional.grid import Bits
 from gdfq.graph.batch_norms import fold_batch_norms
 from gdfq.graph.blocks import block_ends, blocks
@@ -37,6 +38,7 @@ def test_measuring_costs_leaves_the_teacher_unchanged(name: str, teacher: Captur
     found = with_costs(diagnose(teacher, FULL, recipe), teacher, FULL, recipe)
     assert found.seconds is not None
     assert found.seconds["images"] > 0
+    assert found.seconds["calibration"] > 0
     assert (present(found.seconds)["tuning"] > 0) == (name != "round")
     assert found.peak_bytes is not None
     assert found.peak_bytes > 2**26

@@ -1,21 +1,22 @@
 """Time and memory of a run, estimated from one measured step of each stage."""
 
 import math
-import sys
-import time
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from gdfq.analysis.preflight import Diagnosis
+from gdfq.analysis.run_costs import calibration_seconds
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.context import Context
 from gdfq.execution.precision import in_full_float32
 from gdfq.execution.progress import Step
 from gdfq.execution.replay import calls_before_replay
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.execution.stopwatch import now, peak_bytes
 from gdfq.graph.capture import Captured
+from gdfq.graph.inputs import takes_images
 from gdfq.recipes import Recipe
 from gdfq.sources.base import Batch, Source, labels_in_turn, next_tokens
 from gdfq.sources.collected import keeps_half
@@ -50,38 +51,16 @@ def with_costs(
         torch.cuda.reset_peak_memory_stats(teacher.device)
     made = "text" if recipe.source.makes_text else "images"
     with in_full_float32(teacher.device):
-        seconds = {
-            made: _source_seconds(recipe.source, teacher, recipe.steps, memory),
-            "tuning": _tuning_seconds(teacher, scheme, recipe),
-        }
+        seconds = {made: _source_seconds(recipe.source, teacher, recipe.steps, memory)}
+        if takes_images(teacher.inputs):
+            seconds["calibration"] = calibration_seconds(teacher, scheme, recipe, memory)
+        seconds["tuning"] = _tuning_seconds(teacher, scheme, recipe)
     peak = peak_bytes(teacher.device)
     if peak is not None:
         values = sum(math.prod(spec.shape) for spec in teacher.inputs)
         held = recipe.source.images_held
         peak += (2 if keeps_half(teacher, held) else 4) * held * values
     return replace(diagnosis, seconds=seconds, peak_bytes=peak)
-
-
-def now(device: torch.device) -> float:
-    """Seconds of a monotonic clock, read after a device has finished all queued work."""
-    if device.type == "cuda":  # kernels run asynchronously
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak memory in bytes: what PyTorch took on a GPU, else that of this process.
-
-    None on systems that do not report it: only Unix does.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _StopError(Exception):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from gdfq.analysis.accuracy_drop import drop_work
-from gdfq.analysis.cost import now
 from gdfq.analysis.images import images_work
 from gdfq.analysis.layers import layers_work
 from gdfq.effort import MAX_STEPS, Costs
@@ -21,6 +20,7 @@ from gdfq.execution.precision import in_full_float32
 from gdfq.execution.progress import Step
 from gdfq.execution.replay import calls_before_replay
 from gdfq.execution.seeding import stream as random_stream
+from gdfq.execution.stopwatch import now
 from gdfq.graph.capture import Captured
 from gdfq.graph.inputs import takes_images
 from gdfq.recipes import EFFORT_RULE, Recipe
@@ -103,7 +103,7 @@ def measure_costs(
     measurement = _Measurement(teacher, scheme, recipe, alone, least, clock)
     with in_full_float32(teacher.device):
         source = measurement.source()
-        student = measurement.student(context.group.size, following.report)
+        student = measurement.student(context.group.size, passes=following.report)
     fixed = source.setup + student.setup + following.seconds
     if following.report:
         fixed += _evidence_seconds(teacher, student, source.per_image, context.memory)
@@ -124,6 +124,41 @@ def measure_costs(
         fewest=fewest,
         steps=most,
     )
+
+
+def calibration_seconds(
+    teacher: Captured,
+    scheme: Scheme,
+    recipe: Recipe,
+    memory: MemoryBudget = MemoryBudget(),
+    clock: Clock | None = None,
+) -> float:
+    """Return the seconds from images to a student that can be tuned, measured on noise.
+
+    They are those of the search for grids, the calibration, and the matching of moments, which fits
+    and rounds the weights.
+
+    Args:
+        teacher: The captured network, which takes images.
+        scheme: What is quantized.
+        recipe: The recipe, fitted to the input.
+        memory: Budget for the images that pass together.
+        clock: Returns the present time in seconds.
+    """
+    clock = clock or partial(now, teacher.device)
+    context = Context(memory=memory)
+    measured = _Measurement(teacher, scheme, recipe, context, 0.0, clock).student(updates=False)
+    costs = Costs(
+        fixed=measured.setup,
+        calibration=measured.calibration,
+        matching=measured.matching,
+        step=0.0 if recipe.tuning.trains else None,
+        batch=recipe.source.batch,
+        calibrated=recipe.calibration,
+        matched=measured.matched,
+        warmup=recipe.warmup,
+    )
+    return costs.seconds(recipe.effort)
 
 
 def _steps(recipe: Recipe) -> tuple[int, int]:
@@ -211,12 +246,15 @@ class _Measurement:
     def _before(self) -> int:
         return calls_before_replay(self.teacher.device)
 
-    def student(self, processes: int, passes: bool) -> _StudentSeconds:
+    def student(
+        self, processes: int = 1, *, passes: bool = False, updates: bool = True
+    ) -> _StudentSeconds:
         """Time a batch of calibration, of moment matching and of tuning, shared by processes.
 
         Args:
             processes: How many processes share a batch of tuning.
             passes: Whether to time an image that passes each network.
+            updates: Whether to time an update of a student that is tuned.
         """
         teacher, recipe = self.teacher, self.recipe
         batch = _noise(teacher, recipe.source.batch)
@@ -255,7 +293,9 @@ class _Measurement:
             calibration,
             matching,
             fmean(counts.values()) / len(batch),
-            self._step(student, teacher, batch.split(-(-len(batch) // processes))[0]),
+            self._step(student, teacher, batch.split(-(-len(batch) // processes))[0])
+            if updates
+            else None,
             *(_seconds_of_pass(module, batch, self.clock) for module in timed),
         )
 

@@ -1,8 +1,11 @@
-"""How long each stage of a run takes, and how much of a given time is left."""
+"""How long each stage of a run takes, how much of a given time is left, and what memory it took."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 
 class Stopwatch:
@@ -69,3 +72,25 @@ class Countdown:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._started -= state["used"]
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a monotonic clock, read after a device has finished all queued work."""
+    if device.type == "cuda":  # kernels run asynchronously
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the peak memory in bytes: what PyTorch took on a GPU, else that of this process.
+
+    None on systems that do not report it: only Unix does.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
