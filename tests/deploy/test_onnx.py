@@ -55,8 +55,8 @@ def test_onnx_file_keeps_the_codes_of_all_bits(weights: int, tmp_path: Path) -> 
     stored = {i.name: i for i in model.graph.initializer}
     kinds = {i.data_type for name, i in stored.items() if name.endswith(".weight")}
     expected = {2: onnx.TensorProto.INT2, 3: onnx.TensorProto.INT4, 4: onnx.TensorProto.INT4}
-    ends = {onnx.TensorProto.INT8} if weights == 2 else set()  # the first and the last layer
-    assert kinds == {expected.get(weights, onnx.TensorProto.INT8)} | ends
+    depthwise = onnx.TensorProto.INT8
+    assert kinds == {expected.get(weights, onnx.TensorProto.INT8), depthwise}
     assert model.opset_import[0].version == (25 if weights == 2 else 21)
     for name, tensor in stored.items():
         if name.endswith(".weight"):
