@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from support import torchvision_shim
 from torch import nn
 
@@ -65,3 +66,40 @@ def test_spec_that_names_no_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("import torch\nfactory = torch.nn.Identity\n")
     with pytest.raises(UsageError, match="Remove --weights"):
         load_model(f"{tmp_path}/net.py:factory", "random")
+
+
+_NAMED = """
+from types import SimpleNamespace
+from torch import nn
+
+class Named(nn.Linear):
+    def __init__(self, **values):
+        super().__init__(4, 2)
+        vars(self).update(values)
+
+def ultralytics():
+    return Named(names={0: "red car", 1: "bus"})
+
+def transformers():
+    return Named(config=SimpleNamespace(id2label={0: "red car", 1: "bus"}))
+
+def wrapped():
+    return nn.DataParallel(ultralytics())
+
+def nameless():
+    return Named()
+"""
+"""Factories of networks that have names of their classes, and of one that has none."""
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("factory", ["ultralytics", "transformers", "wrapped", "nameless"])
+def test_network_of_code_has_its_own_class_names(
+    tmp_path: Path, factory: str, weights: bool
+) -> None:
+    (tmp_path / "net.py").write_text(_NAMED)
+    file = tmp_path / "w.safetensors"
+    save_file(nn.Linear(4, 2).state_dict(), file)
+    loaded = load_model(f"{tmp_path}/net.py:{factory}", file if weights else None)
+    expected = None if factory == "nameless" else (("red car",), ("bus",))
+    assert loaded.class_names == expected

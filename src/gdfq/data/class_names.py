@@ -49,6 +49,14 @@ def class_names(values: object) -> ClassNames | None:
     return with_imagenet_ids(split)
 
 
+def of_outputs(names: ClassNames | None, classes: int | None) -> ClassNames | None:
+    """Return the names if there is one for each of the network's classes.
+
+    Others, such as those of the classes before a last layer was replaced, say nothing about it.
+    """
+    return names if names is not None and len(names) == classes else None
+
+
 def normalised(name: str) -> str:
     """A name without what writers differ in: case, spaces, underscores, hyphens."""
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()

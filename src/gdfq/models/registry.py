@@ -72,8 +72,9 @@ def load_model(spec: str, weights: str | Path | None = None) -> Loaded:
     else:
         loaded = Loaded(from_factory(spec))
     loaded = replace(loaded, module=unwrapped(loaded.module))
+    own = names_of(loaded.module)
     if weights is None or untrained:
-        return loaded
+        return replace(loaded, class_names=loaded.class_names or own)
     note = load_weights_(loaded.module, Path(weights))
     # Other weights may be for other classes; only a configuration belongs to the network.
-    return replace(loaded, class_names=names_of(loaded.module), notes=(note,))
+    return replace(loaded, class_names=own, notes=(note,))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdfq.data.class_names import ClassNames
+from gdfq.data.class_names import ClassNames, of_outputs
 from gdfq.data.preprocessing import PerChannel, Preprocessing, Resize, normalisation
 from gdfq.data.tokens import Decode, Encode
 from gdfq.data.vocabulary import Vocabulary
@@ -42,7 +42,7 @@ class Network:
             0 and 1 were taken.
         weights_sha256: A hash of the weights, as the user's network has them.
         seconds: How long loading and capturing took.
-        class_names: What the outputs stand for, where the network says it.
+        class_names: A name for each class, where the network says it.
         notes: What was taken of the weights file, for the user.
         capture_seconds: How long capturing alone took.
         sampler: How it is called, if it is a denoiser of a diffusion model.
@@ -128,13 +128,14 @@ def resolve_network(
     assumed = _assumed(loaded, mean, std) if is_of_pixels else ()
     if takes_images(captured.inputs) and not assumed:
         captured = replace(captured, input_limits=preprocessing.limits)
+    names = names_of(_module(model)) if loaded is None else loaded.class_names
     network = Network(
         teacher=captured.to(on),
         preprocessing=preprocessing,
         weights_sha256=weights_hash(_module(model if loaded is None else loaded.module)),
         assumed=assumed,
         seconds=time.perf_counter() - started,
-        class_names=names_of(_module(model)) if loaded is None else loaded.class_names,
+        class_names=of_outputs(names, captured.classes),
         capture_seconds=time.perf_counter() - loaded_at,
         sampler=sampler,
     )
