@@ -21,6 +21,7 @@ from support.mutations import (
     scramble,
 )
 from support.valid_files import (
+    CLASS_NAMES,
     CLASSES,
     SHAPE,
     checkpoint,
@@ -211,7 +212,9 @@ LOADERS = {
         read_weights(".pth"), torch_files(legacy=True), scramble, 11
     ),
     "quantized network": Loader(read_student, [student()], of_safetensors, 12),
-    "quantized network, signed": Loader(read_student, [student()], of_document, 4),
+    "quantized network, signed": Loader(
+        read_student, [student(), student(CLASS_NAMES)], of_document, 4
+    ),
     "run folder": Loader(
         read_run, [json.dumps({name: data.hex() for name, data in RUN.items()}).encode()], of_run, 3
     ),

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import fx, nn
 
+from gdfq.data.class_names import ClassNames
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.deploy import safetensors as packed
 from gdfq.deploy.card import Card
@@ -25,6 +26,7 @@ from gdfq.runs.names import CONFIG, EVIDENCE, EVIDENCE_ARRAYS, EXAMPLES, HISTORY
 from gdfq.student.integer_network import IntegerNetwork
 
 SHAPE, CLASSES = (3, 8, 8), 5
+CLASS_NAMES: ClassNames = tuple((f"class {index}", str(index)) for index in range(CLASSES))
 
 
 def network() -> nn.Module:
@@ -33,7 +35,7 @@ def network() -> nn.Module:
     )
 
 
-def student() -> bytes:
+def student(class_names: ClassNames | None = None) -> bytes:
     """A small frozen network that is written by hand."""
     graph = fx.Graph()
     tensors = {
@@ -60,8 +62,9 @@ def student() -> bytes:
     graph.output(call("aten.linear.default", x, stored["fc.weight"]))
     preprocessing = Preprocessing.of(3, [0.5] * 3, [0.2] * 3)
     card = Card(
-        (InputSpec("images", SHAPE),), CLASSES, 0, preprocessing, Bits(4, 8), "full", "fast", 0
-    )
+        (InputSpec("images", SHAPE),), CLASSES, 0, preprocessing, Bits(4, 8), "full", "fast", 0,
+        class_names=class_names,
+    )  # fmt: skip
     return packed.to_safetensors(IntegerNetwork(flat_module(graph, tensors)), card)
 
 

@@ -119,8 +119,8 @@ class QuantizedNetwork(nn.Module):
                 "Give test images to gdfq.quantize, which measures the error of the outputs; a "
                 "denoiser is compared by gdfq.compare_samples."
             )
-        preprocessing = self.card.preprocessing
-        images = load_given(data, self.card.inputs, self.card.classes, preprocessing)
+        card, preprocessing = self.card, self.card.preprocessing
+        images = load_given(data, card.inputs, card.classes, preprocessing, card.class_names)
         budget = MemoryBudget.of(memory)
         with smaller_budget_suggested("evaluating", budget.room(self.device)):
             return top1(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gdfq.data.class_names import ClassNames
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.vocabulary import Vocabulary
 from gdfq.files.plain_values import tagged
@@ -13,7 +14,11 @@ from gdfq.version import __version__
 
 
 @tagged(
-    "Card", renamed={"layer_bits": "keep"}, spellings={"relu": "t1"}, added={"candidates": None}
+    "Card",
+    renamed={"layer_bits": "keep"},
+    spellings={"relu": "t1"},
+    ignored=("class_names",),
+    added={"candidates": None},
 )
 @dataclass(frozen=True)
 class Card:
@@ -33,6 +38,8 @@ class Card:
     gdfq_version: str = __version__
     candidates: str | None = None
     """Which images from elsewhere it was tuned on, in words; None if there were none."""
+    class_names: ClassNames | None = None
+    """Names of each class, which identify class folders; None if the network has none."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from gdfq.data.class_names import ClassNames, of_outputs
 from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.data.vocabulary import Vocabulary
 from gdfq.deploy.card import Card
@@ -192,8 +193,9 @@ def _card_values(card: Card) -> dict[str, Any]:
     """Return the card as plain values."""
     inputs = list(map(_input_values, card.inputs))
     values = {**asdict(card), "inputs": inputs, "bits": str(card.bits)}
-    if card.candidates is None:  # files of other runs do not change
-        del values["candidates"]
+    for name in ("candidates", "class_names"):  # files without them do not change
+        if values[name] is None:
+            del values[name]
     return values
 
 
@@ -227,19 +229,34 @@ def _card(values: dict[str, Any]) -> Card:
     mean, std = (tuple(map(float, preprocessing[name])) for name in ("mean", "std"))
     resize = Resize(**preprocessing.get("resize", {}))  # version 0.1.0 wrote none
     channels = inputs[0].shape[0] if takes_images(inputs) else len(mean)
+    classes = None if values["classes"] is None else int(values["classes"])
     return Card(
         **{
             **values,
             "bits": Bits.parse(values["bits"]),
-            "classes": None if values["classes"] is None else int(values["classes"]),
+            "classes": classes,
             "outputs": read_structure(values["outputs"]),
             "inputs": inputs,
             "placement": parse_placement(values["placement"]),
             "candidates": None if "candidates" not in values else str(values["candidates"]),
+            "class_names": _class_names(values.get("class_names"), classes),
             "layer_bits": tuple(str(pattern) for pattern in values["layer_bits"]),
             "preprocessing": Preprocessing.of(channels, mean, std, resize),
         }
     )
+
+
+def _class_names(values: Any, classes: int | None) -> ClassNames | None:
+    """Read the class names of a card; raises `_READ_ERRORS` for what is not written here."""
+    if values is None:
+        return None
+    lists = isinstance(values, list) and all(isinstance(own, list) and own for own in values)
+    if not lists or not all(isinstance(name, str) for own in values for name in own):
+        raise TypeError("class names must be lists of names, one for each class")
+    names = of_outputs(tuple(map(tuple, values)), classes)
+    if names is None:
+        raise ValueError(f"{len(values)} classes cannot have names where there are {classes}")
+    return names
 
 
 _INPUT_DTYPES = {

@@ -5,6 +5,7 @@ from typing import Any
 
 from gdfq.analysis.run_costs import Following
 from gdfq.analysis.samples import SAMPLES
+from gdfq.data.class_names import ClassNames
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tokens import Decode
@@ -65,6 +66,7 @@ class Plan:
         decode: The text of token ids, of a language model with a tokenizer.
         sampler: How a denoiser of a diffusion model is called; None for any other network.
         samples: Images that such a denoiser and its student generate at the end, to be compared.
+        class_names: Names of each class, where the network says them.
     """
 
     teacher: Captured
@@ -86,6 +88,7 @@ class Plan:
     decode: Decode | None = None
     sampler: Sampler | None = None
     samples: int = SAMPLES
+    class_names: ClassNames | None = None
 
     @property
     def carried_out(self) -> Recipe:
@@ -140,6 +143,7 @@ class Plan:
             recipe=self.recipe.name,
             seed=seed,
             layer_bits=tuple(map(str, scheme.layer_bits)),
+            class_names=self.class_names,
         )
 
     def as_values(self) -> dict[str, Any]:

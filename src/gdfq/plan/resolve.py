@@ -124,6 +124,7 @@ def plan_of(
         decode=network.decode,
         sampler=network.sampler,
         samples=_samples(network, images),
+        class_names=names,
     )
     if plan.budget is None:
         return plan
