@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,30 @@ def test_proxies_of_a_sweep_are_passed_on_and_refused_where_they_are_of_no_use(
     for more, said in (("budget: 5m", "does not count"), ("recipes: synq", "learns labels")):
         with pytest.raises(UsageError, match=said):
             read(tmp_path, f"networks: [{{model: a, proxy: pool}}]\n{more}")
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (Network("nets.py:make", weights="b.safetensors"), "weights"),
+        (Network("nets.py:make", weights="a.safetensors", mean="0.5", proxy="pool"), "mean, proxy"),
+        (Network("elsewhere/nets.py:make", weights="a.safetensors"), "model"),
+        (Network("ptcv:resnet20", name="nets.py:make", weights="a.safetensors"), "model, name"),
+    ],
+)
+def test_different_networks_of_one_name_are_refused(other: Network, differs: str) -> None:
+    """The table would give their mean, as if they were seeds of one network."""
+    one = Network("nets.py:make", weights="a.safetensors")
+    said = f"differ in {differs} are called 'nets.py:make'. Give each a name of its own"
+    with pytest.raises(UsageError, match=said):
+        Sweep((one, Network("b.py:n"), other))
+    named = replace(other, name="other")
+    assert len({cell.network.title for cell in Sweep((one, named)).cells()}) == 2
+
+
+def test_equal_networks_of_a_sweep_are_duplicates() -> None:
+    one, same = (Network("nets.py:make", weights="a.safetensors") for _ in range(2))
+    assert len(Sweep((one, same)).cells()) == 1
 
 
 def test_size_is_passed_to_automatic_bits_only() -> None:

@@ -29,7 +29,8 @@ _MAX_FILE_BYTES, _MAX_DEPTH, _MAX_RUNS = 2**20, 8, 10_000
 class Network:
     """A network of a sweep: the argument and the options of `gdfq quantize` that belong to it.
 
-    `name` stands for it in the table; by default it is the end of `model`.
+    `name` stands for it in the table; by default it is the end of `model`. Networks of a sweep
+    that differ have different ones, because the table takes runs of one name for one network.
     """
 
     model: str
@@ -118,6 +119,7 @@ class Sweep:
             )
         for network in self.networks:
             _check_normalisation(network)
+        _check_titles(self.networks)
         for network, bits in product(self.networks, self.bits):
             if bits == AUTO and network.size is None:
                 raise UsageError(
@@ -157,6 +159,21 @@ class Sweep:
             for network, bits, recipe, placement, layer_bits, seed in grid
         )
         return list(dict.fromkeys(found))
+
+
+def _check_titles(networks: Sequence[Network]) -> None:
+    """Raise UsageError for different networks with one title; equal ones are duplicates."""
+    seen: dict[str, Network] = {}
+    for network in networks:
+        other = seen.setdefault(network.title, network)
+        if other != network:
+            names = [field.name for field in fields(Network)]
+            differs = [name for name in names if getattr(network, name) != getattr(other, name)]
+            raise UsageError(
+                "different networks of a sweep must have different names, by which the table "
+                f"tells them apart; two that differ in {', '.join(differs)} are called "
+                f"{short(network.title)}. Give each a name of its own, as name: small."
+            )
 
 
 def _check_normalisation(network: Network) -> None:
