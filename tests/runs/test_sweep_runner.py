@@ -130,6 +130,28 @@ def test_killed_run_is_reported_with_its_signal(place: Path) -> None:
     assert "SIGKILL" in present(row.error)
 
 
+def test_failed_run_is_reported_with_its_own_message_not_that_of_an_earlier_attempt(
+    place: Path,
+) -> None:
+    """The log of a run grows with each attempt."""
+    sweep = Sweep((Network("net.py:small", input="1x8x8"),))
+    reported = []
+    for body in (
+        "raise RuntimeError('no such weights here')",
+        "print('out of disk', flush=True); os._exit(3)",
+        "os._exit(3)",
+    ):
+        (place / "net.py").write_text(f"import os\ndef small():\n    {body}\n")
+        (row,) = run_sweep(sweep, place / "out", home=place, jobs=1, tell=silent)
+        assert row.status == "failed"
+        reported.append(present(row.error))
+    assert "no such weights here" in reported[0]
+    assert reported[1:] == ["out of disk", "exit code 3"]
+    log = (place / "out" / row.folder / "log.txt").read_text()
+    assert "no such weights here" in log
+    assert "out of disk" in log
+
+
 def test_table_has_mean_and_deviation_over_seeds() -> None:
     def row(
         seed: int, top1: float | None, status: Literal["finished", "failed"] = "finished"

@@ -107,8 +107,8 @@ def run_sweep(
 
         async def run(i: int) -> None:
             async with slots:
-                code = await _run(cells[i], out, home, environment)
-            rows[i] = _row(cells[i], out, code)
+                ended = await _run(cells[i], out, home, environment)
+            rows[i] = _row(cells[i], out, ended)
             _write(sweep, rows, out)
             tell(rows[i], sum(row.status != "waiting" for row in rows), len(rows))
 
@@ -130,13 +130,27 @@ _STOPPING = ("SIGTERM", "SIGHUP")
 """Signals that end a sweep like Ctrl-C, unless the process ignores them (nohup)."""
 
 
-async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]) -> int:
-    """Run a cell's command and return its exit code, negative for a signal."""
+@dataclass(frozen=True)
+class _Ended:
+    """How the process of a cell ended.
+
+    Attributes:
+        code: Its exit code, negative for a signal.
+        log_start: Bytes of the log before the process began: those of earlier attempts.
+    """
+
+    code: int
+    log_start: int
+
+
+async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]) -> _Ended:
+    """Run a cell's command, whose output is appended to its log."""
     folder = (out / cell.folder).resolve()
     folder.mkdir(exist_ok=True)
     # -P: no module is taken from `home`.
     words = [sys.executable, "-P", "-m", "gdfq", "quantize", f"--out={folder}", *cell.words()]
     with (folder / LOG).open("ab") as log:
+        log_start = log.tell()
         # In its own session the process receives Ctrl-C only once, from the sweep.
         process = await asyncio.create_subprocess_exec(
             *words,
@@ -148,7 +162,7 @@ async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]
             start_new_session=True,
         )
         try:
-            return await process.wait()
+            return _Ended(await process.wait(), log_start)
         except asyncio.CancelledError:
             if process.returncode is None:
                 process.terminate()
@@ -156,14 +170,14 @@ async def _run(cell: Cell, out: Path, home: Path, environment: Mapping[str, str]
             raise
 
 
-def _row(cell: Cell, out: Path, code: int | None = None) -> Row:
-    """Read the row of a cell from its folder; `code` is the exit code of its ended process."""
+def _row(cell: Cell, out: Path, ended: _Ended | None = None) -> Row:
+    """Read the row of a cell from its folder, whose process has ended if it was started."""
     folder = out / cell.folder
     status: Literal["finished", "failed", "waiting"] = "waiting"
     error: str | None = None
     metrics: Metrics = {}
-    if code:
-        status, error = "failed", _why(folder / LOG, code)
+    if ended is not None and ended.code:
+        status, error = "failed", _why(folder / LOG, ended)
     elif (folder / METRICS).exists():
         try:
             metrics, status = read_metrics(folder), "finished"
@@ -191,15 +205,19 @@ def _row(cell: Cell, out: Path, code: int | None = None) -> Row:
     )
 
 
-def _why(log: Path, code: int) -> str:
-    """Return why a process failed: the signal, or its last message."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}; see {log}"
+_MAX_SAID_BYTES = 4096
+"""Of a log, in which the last message of a process is looked for."""
+
+
+def _why(log: Path, ended: _Ended) -> str:
+    """Return why a process failed: the signal, or the last message that it wrote itself."""
+    if ended.code < 0:
+        return f"killed by {signal.Signals(-ended.code).name}; see {log}"
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
+        file.seek(max(ended.log_start, log.stat().st_size - _MAX_SAID_BYTES))
         lines = file.read().decode(errors="replace").strip().splitlines()
     said = [line for line in lines if line.startswith(("error: ", "failed: "))] or lines
-    return said[-1] if said else f"exit code {code}"
+    return said[-1] if said else f"exit code {ended.code}"
 
 
 def _write(sweep: Sweep, rows: Sequence[Row], out: Path) -> None:
