@@ -53,6 +53,7 @@ from gdfq.functional.grid import Bits
 from gdfq.models.loaded import Loaded
 from gdfq.models.registry import load_model, load_weights_
 from gdfq.recipes import find_recipe
+from gdfq.report.compare import rows_of, side_by_side
 from gdfq.report.read import read_run as read_for_report
 from gdfq.runs.folder import RunFolder
 from gdfq.runs.metrics import check_export
@@ -104,7 +105,8 @@ def read_run(data: bytes, folder: Path) -> None:
     else:
         path.symlink_to("/etc/passwd")
     errors = []
-    read_for_report(folder).drop  # noqa: B018
+    rows, notes = rows_of([read_for_report(folder)])
+    assert side_by_side(rows).rows or notes
     for reads in (RunFolder, check_export, load):
         try:
             reads(folder)

@@ -722,6 +722,62 @@ def test_compare_names_folders_that_it_cannot_read(
         compare([tmp_path / "nowhere"], page)
 
 
+def changed(folder: Path, name: str, key: str, value: object) -> Path:
+    """A copy of a run beside it, in which a JSON file has another value."""
+    other = Path(shutil.copytree(folder, folder.parent / "changed"))
+    document = json.loads((other / name).read_text())
+    (other / name).write_text(json.dumps({**document, key: value}))
+    return other
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "error"),
+    [
+        ("metrics.json", "seconds", 5, "AttributeError"),
+        ("metrics.json", "seconds", {"total": 10**400}, "OverflowError"),
+        ("evidence.json", "trust", [1], "AttributeError"),
+        ("evidence.json", "trust", {"expected_drop": 1.0, "interval": [0.5]}, "IndexError"),
+        ("evidence.json", "test", "mine", "AttributeError"),
+    ],
+)
+def test_compare_names_a_run_with_unexpected_values_and_compares_the_rest(
+    run: Path, undrawn: None, tmp_path: Path, name: str, key: str, value: object, error: str
+) -> None:
+    damaged = changed(run, name, key, value)
+    found = compare([run, damaged], tmp_path / "c.html")
+    assert [row.name for row in found.rows] == ["run"]
+    (note,) = found.notes
+    assert f"{damaged} is not compared: its files hold values that no run writes" in note
+    assert error in note
+    with pytest.raises(UsageError, match=r"at least one folder must hold a run.*no run writes"):
+        compare([damaged], tmp_path / "c.html")
+    assert main(["report", str(damaged)]) == 0  # as the note advises
+
+
+@pytest.mark.parametrize("value", [[1], 5, {"a": 1}])
+@pytest.mark.parametrize("key", ["weights_sha256", "test"])
+def test_compare_takes_what_is_not_text_for_unknown(
+    run: Path, undrawn: None, tmp_path: Path, key: str, value: object
+) -> None:
+    found = compare([run, changed(run, "config.json", key, value)], tmp_path / "c.html")
+    if key == "test":
+        assert [row.name for row in found.rows] == ["run", "changed"]
+    else:
+        assert [row.network for row in found.apart] == [None]
+        assert "its weights have the hash unknown" in found.notes[0]
+
+
+def test_table_of_runs_shows_brackets(
+    run: Path, undrawn: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no markup of the terminal."""
+    other = changed(run, "config.json", "bits", "[/x]").rename(tmp_path / "[red]run")
+    assert main(["compare", str(other), "--out", str(tmp_path / "c.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "[/x]" in printed
+    assert "[red]run" in printed
+
+
 def test_page_names_the_runs_that_the_plot_leaves_out() -> None:
     rows = [row("a", bytes=1, accuracy=90.0), row("b", bytes=2, accuracy=91.0)]
     page = str(Text(_page(side_by_side([*rows, row("untested", bytes=3)]))))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gdfq.effort import counted
@@ -71,7 +72,7 @@ def print_comparison(comparison: Comparison) -> None:
     """Print runs side by side, and below them the runs that cannot be compared."""
     table = Table("run", "bits", "recipe", "top-1", "lost", "expected", "size", "seconds")
     for row in comparison.rows:
-        table.add_row(*_cells(row))
+        table.add_row(*map(escape, _cells(row)))
     console = Console(highlight=False)
     console.print(table)
     for note in comparison.notes:

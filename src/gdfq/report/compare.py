@@ -12,8 +12,8 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.report import figures
 from gdfq.report.figures import svg
-from gdfq.report.page import environment
-from gdfq.report.read import Run, number, read_run
+from gdfq.report.page import UNEXPECTED, environment, unexpected
+from gdfq.report.read import Run, number, read_run, text
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,30 @@ class Comparison:
 def compare(folders: Sequence[str | Path], out: Path) -> Comparison:
     """Compare the runs in the given folders and write the page `out`.
 
-    A note names each folder that holds no run, and the other runs are compared.
+    A note names each folder that holds no run or a damaged one, and the other runs are compared.
 
     Raises:
-        UsageError: No folder holds a run, or the page cannot be written.
+        UsageError: No folder holds a run that can be compared, or the page cannot be written.
     """
-    runs, notes = [], []
+    runs, left_out = [], []
     for folder in folders:
         try:
             runs.append(read_run(folder))
         except GdfqError as error:
-            notes.append(str(error))
-    if not runs:
+            left_out.append(str(error))
+    rows, damaged = rows_of(runs)
+    left_out += damaged
+    if not rows:
         raise UsageError(
-            "at least one folder must hold a run; none of these does: "
-            f"{', '.join(map(str, folders))}. Give folders that gdfq quantize wrote."
+            "at least one folder must hold a run that can be compared; none of these does: "
+            f"{', '.join(map(str, folders))}. {' '.join(left_out)}"
         )
-    notes += [
-        f"{run.folder}: {text}" for run in runs for text in dict.fromkeys(run.problems.values())
+    notes = left_out + [
+        f"{run.folder}: {problem}"
+        for run in runs
+        for problem in dict.fromkeys(run.problems.values())
     ]
-    comparison = side_by_side(_named(runs), notes)
+    comparison = side_by_side(rows, notes)
     make_folder(out.parent)
     try:
         write_atomically(out, _page(comparison).encode())
@@ -89,6 +93,24 @@ def compare(folders: Sequence[str | Path], out: Path) -> Comparison:
             f"the page must be writable; {out} is not ({error.strerror}). Choose another --out."
         ) from error
     return comparison
+
+
+def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
+    """A row for each run, and a note for each whose files hold what no run writes.
+
+    A run is named by its folder, or by its path if two folders have one name.
+    """
+    rows, notes = [], []
+    counts = Counter(run.name for run in runs)
+    for run in runs:
+        try:
+            rows.append(row_of(run, run.name if counts[run.name] == 1 else str(run.folder)))
+        except UNEXPECTED as error:
+            notes.append(
+                f"{run.folder} is not compared: its files hold {unexpected(error)}. "
+                f"gdfq report {run.folder} shows what can be read."
+            )
+    return rows, notes
 
 
 def side_by_side(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
@@ -116,19 +138,23 @@ def side_by_side(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
 
 
 def row_of(run: Run, name: str) -> Row:
-    """The row of a run; values that are missing from its files or are not numbers are None."""
+    """The row of a run; values that are missing from its files or of another type are None.
+
+    Raises:
+        UNEXPECTED: A part of a file is not what a run writes there, such as a list for a mapping.
+    """
     config, metrics = run.config, run.metrics
     trust = run.evidence.get("trust") or {}
-    test = (run.evidence.get("test") or {}).get("fingerprint") or config.get("test")
+    test = text((run.evidence.get("test") or {}).get("fingerprint")) or text(config.get("test"))
     recipe: Any = config.get("recipe")
-    drop = run.drop
+    drop = number(run.drop)
     return Row(
         name=name,
-        network=config.get("weights_sha256"),
+        network=text(config.get("weights_sha256")),
         test=test,
         bits=str(config.get("bits", "–")),
         recipe=str(recipe.get("name", "–") if isinstance(recipe, dict) else recipe or "–"),
-        accuracy=None if drop is None else number(metrics["student"]["top1"]),
+        accuracy=None if drop is None else float(metrics["student"]["top1"]),
         drop=drop,
         agreement=number(trust.get("agreement")),
         expected=_expected(trust),
@@ -152,12 +178,6 @@ def quality(rows: Sequence[Row]) -> tuple[str, list[tuple[str, float, float]]]:
         if row.bytes is not None and value is not None
     ]
     return words, points
-
-
-def _named(runs: Sequence[Run]) -> list[Row]:
-    """A row for each run, named by its folder, or by its path if two folders have one name."""
-    counts = Counter(run.name for run in runs)
-    return [row_of(run, run.name if counts[run.name] == 1 else str(run.folder)) for run in runs]
 
 
 def _expected(trust: Any) -> str:

@@ -21,7 +21,7 @@ from gdfq.runs.names import REPORT, REPORT_NUMBERS
 from gdfq.version import __version__
 
 FIGURES = "report"
-_UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError)
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError)
 """Errors that values raise which no run writes."""
 
 
@@ -119,8 +119,8 @@ def _verdict(run: Run) -> tuple[Verdict, tuple[str, ...]]:
     try:
         warnings = source_warnings(run)
         return verdict(run, warnings), warnings
-    except _UNEXPECTED as error:
-        sentence = f"This run cannot be judged: its files hold {_unexpected(error)}."
+    except UNEXPECTED as error:
+        sentence = f"This run cannot be judged: its files hold {unexpected(error)}."
         return Verdict("unknown", sentence, (), ("Quantize again.",)), ()
 
 
@@ -146,17 +146,18 @@ def _section(
             run=run, figures=pictures, **content.values
         )
         return Section(key, title, Markup(body), None, drawn)  # noqa: S704
-    except _UNEXPECTED as error:
+    except UNEXPECTED as error:
         return Section(
             key,
             title,
             None,
-            f"This section cannot be shown: its file holds {_unexpected(error)}.",
+            f"This section cannot be shown: its file holds {unexpected(error)}.",
             {},
         )
 
 
-def _unexpected(error: BaseException) -> str:
+def unexpected(error: BaseException) -> str:
+    """In words, what a file holds whose values raised one of `UNEXPECTED`."""
     return f"values that no run writes ({type(error).__name__}: {first_line(error)})"
 
 

@@ -181,6 +181,11 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in text.split("."))
 
 
+def text(value: object) -> str | None:
+    """The value if it is text, else None: a damaged file can hold anything."""
+    return value if isinstance(value, str) else None
+
+
 def number(value: object) -> float | None:
     """The value if it is a finite number, else None: a damaged file can hold anything."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
