@@ -767,6 +767,14 @@ def test_compare_takes_what_is_not_text_for_unknown(
         assert "its weights have the hash unknown" in found.notes[0]
 
 
+def test_text_that_is_not_unicode_is_damage(run: Path, undrawn: None, tmp_path: Path) -> None:
+    """JSON can spell half of a surrogate pair, which no page can hold."""
+    damaged = changed(run, "config.json", "bits", "\ud800")
+    problem = r"config.json is damaged or was modified (it holds '\ud800', which is no character)"
+    assert problem in str(page_of(damaged))
+    assert any(problem in note for note in compare([damaged], tmp_path / "c.html").notes)
+
+
 def test_table_of_runs_shows_brackets(
     run: Path, undrawn: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not valid JSON, or is nested too deeply.
+        ValueError: It is not valid JSON, is nested too deeply, or holds text that is not Unicode.
     """
     return parse_json(path.read_bytes())
 
@@ -70,7 +70,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON text.
 
     Raises:
-        ValueError: It is not valid JSON, or is nested too deeply.
+        ValueError: It is not valid JSON, is nested too deeply, or holds text that is not Unicode.
     """
     try:
         value = json.loads(text)
@@ -78,7 +78,18 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
     if isinstance(value, dict | list):
         _check_depth(value, MAX_JSON_DEPTH)
+    _check_unicode(value)
     return value
+
+
+def _check_unicode(value: Any) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"it holds {error.object[error.start]!r}, which is no character"
+        ) from error
 
 
 def _check_depth(value: Any, levels: int) -> None:
