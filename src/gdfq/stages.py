@@ -363,7 +363,7 @@ def measure(
         )
         predictions = {"teacher": tested.teacher, "student": tested.student}
         top1 = {who: {"top1": round(p.top1(tested.labels), 4)} for who, p in predictions.items()}
-        return tested, metrics | top1
+        return tested, metrics | {"test_data": summary_of(images)} | top1
     found = output_similarities(
         network,
         teacher,

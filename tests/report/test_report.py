@@ -1,5 +1,6 @@
 """The report of a run, complete or damaged, and the comparison of runs."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from gdfq.errors import UsageError
 from gdfq.report import figures
 from gdfq.report.compare import Row, _page, compare, quality, side_by_side
 from gdfq.report.drop import drop_of
+from gdfq.report.fingerprints import ImageFingerprints
 from gdfq.report.pictures import data_uri, histogram_path, place
 from gdfq.report.read import Run, read_run
 from gdfq.report.sections import Content, training
@@ -672,9 +674,10 @@ def test_page_of_a_hundred_layers_is_small(run: Path) -> None:
 # Comparison
 
 
-def row(name: str, **more: float | str) -> Row:
+def row(name: str, **more: Any) -> Row:
     empty: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__)
-    return Row(**{**empty, "name": name, "network": "n", "bits": "w4a4", "expected": "–", **more})
+    usual = {"network": "n", "bits": "w4a4", "expected": "–", "test": ImageFingerprints("t")}
+    return Row(**{**empty, **usual, "name": name, **more})
 
 
 def test_comparison_separates_runs_of_other_networks() -> None:
@@ -687,11 +690,97 @@ def test_comparison_separates_runs_of_other_networks() -> None:
 
 def test_comparison_leaves_out_accuracies_on_other_images() -> None:
     rows = [
-        row(n, accuracy=90.0, drop=1.0, test=t) for n, t in (("a", "t"), ("b", "t"), ("c", "u"))
+        row(n, accuracy=90.0, drop=1.0, test=ImageFingerprints(t))
+        for n, t in (("c", "u"), ("a", "t"), ("b", "t"), ("d", None))
     ]
-    found = side_by_side(rows)
-    assert [r.accuracy for r in found.rows] == [90.0, 90.0, None]
-    assert "the accuracy of c is not compared: it was tested on other images" in found.notes[0]
+    found = side_by_side([*rows, row("untested", test=ImageFingerprints())])
+    assert [r.accuracy for r in found.rows] == [None, 90.0, 90.0, None, None]
+    assert [r.drop for r in found.rows] == [None, 1.0, 1.0, None, None]
+    assert found.notes[0] == (
+        "the accuracy of c is not compared: it was tested on other images than a."
+    )
+    unknown = "it is not known whether it was tested on the same images as a"
+    assert f"the accuracy of d is not compared: {unknown}" in found.notes[1]
+    assert len(found.notes) == 2
+
+
+def test_accuracy_of_a_single_run_is_shown_whatever_is_known_of_its_images() -> None:
+    (only,) = side_by_side([row("a", accuracy=90.0, test=ImageFingerprints())]).rows
+    assert only.accuracy == 90.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"data": "t"}, {"data": "t"}, True),
+        ({"data": "t"}, {"data": "u"}, False),
+        ({"data": "t"}, {"predictions": "t"}, None),
+        ({}, {}, None),
+        # A run of today beside one of an earlier version, both with a report.
+        ({"data": "t", "predictions": "p"}, {"predictions": "p"}, True),
+        ({"data": "t", "predictions": "p"}, {"predictions": "q"}, False),
+        # Pixels are surer than predictions, which another processor can round to other classes.
+        ({"data": "t", "predictions": "p"}, {"data": "t", "predictions": "q"}, True),
+        ({"data": "t", "predictions": "p"}, {"data": "u", "predictions": "p"}, False),
+        # A copy of a file is the same under another path; another file can have the same path.
+        ({"data": "t", "file": ("a.npz", 9, 80.0)}, {"data": "t", "file": ("b.npz", 9, 80.0)}, True),
+        ({"data": "t", "file": ("a.npz", 9, 80.0)}, {"data": "u", "file": ("a.npz", 9, 80.0)}, False),
+        # Runs of earlier versions, one of them without a report.
+        ({"predictions": "p", "file": ("a.npz", 9, 80.0)}, {"file": ("a.npz", 9, 80.0)}, True),
+        ({"predictions": "p", "file": ("a.npz", 9, 80.0)}, {"file": ("b.npz", 9, 80.0)}, None),
+        ({"file": ("a.npz", 9, 80.0)}, {"file": ("a.npz", 8, 80.0)}, None),
+        ({"file": ("a.npz", 9, 80.0)}, {"file": ("a.npz", 9, 70.0)}, None),
+    ],
+)  # fmt: skip
+def test_images_are_the_same_by_the_surest_fingerprint_that_both_runs_have(
+    one: dict[str, Any], other: dict[str, Any], same: bool | None
+) -> None:
+    a, b = ImageFingerprints(**one), ImageFingerprints(**other)
+    assert (a.same_as(b), b.same_as(a)) == (same, same)
+
+
+def test_run_without_report_is_compared_with_one_that_has_it(
+    finished: Path, tmp_path: Path
+) -> None:
+    """They are known by their images, not by the path: one run reads a copy of the test file."""
+    place, out = finished.parent, tmp_path / "unreported"
+    shutil.copy(place / "test.npz", tmp_path / "copy.npz")
+    words = ["quantize", f"{place}/net.py:factory", "--weights", f"{place}/w.safetensors"]
+    words += ["--input", "3x8x8", "--mean", ".5,.5,.5", "--std", ".3,.3,.3", "--recipe", "round"]
+    words += ["--steps", "1", "--no-report", "--no-onnx", "--test", f"{tmp_path}/copy.npz"]
+    assert main([*words, "--out", str(out)]) == 0
+    found = compare([finished, out], tmp_path / "c.html")
+    expected = [
+        json.loads((folder / METRICS).read_text())["student"]["top1"] for folder in (finished, out)
+    ]
+    assert [row.accuracy for row in found.rows] == expected
+    assert not any("accuracy" in note for note in found.notes if "is not compared" in note)
+
+
+def test_metrics_have_a_hash_of_labels_and_of_every_third_of_40_images(finished: Path) -> None:
+    """At most 16 images are hashed."""
+    with np.load(finished.parent / "test.npz") as file:
+        content = file["images"][::3].tobytes() + file["labels"].astype(np.int64).tobytes()
+    found = json.loads((finished / METRICS).read_text())["test_data"]
+    assert found == f"40 images, {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def test_runs_of_earlier_versions_are_compared_by_predictions_or_path(
+    run: Path, undrawn: None, tmp_path: Path
+) -> None:
+    metrics = json.loads((run / METRICS).read_text())
+    del metrics["test_data"]
+    (run / METRICS).write_text(json.dumps(metrics))
+    unreported = Path(shutil.copytree(run, tmp_path / "unreported"))
+    (unreported / "evidence.json").unlink()
+    other = Path(shutil.copytree(unreported, tmp_path / "other"))
+    config = json.loads((run / CONFIG).read_text())
+    (other / CONFIG).write_text(json.dumps({**config, "test": "elsewhere.npz"}))
+    found = compare([run, unreported, other], tmp_path / "c.html")
+    top1 = metrics["student"]["top1"]
+    assert [row.accuracy for row in found.rows] == [top1, top1, None]
+    said = "the accuracy of other is not compared: it is not known whether it was tested on the"
+    assert any(said in note for note in found.notes)
 
 
 def test_quality_is_agreement_where_no_run_was_tested() -> None:

@@ -57,7 +57,9 @@ def summary_of(data: Data) -> str:
     few = data.inputs(chosen) if isinstance(data, TensorData) else (data.images(chosen),)
     for tensor in (*few, data.labels):
         if tensor is not None:
-            digest.update(tensor.contiguous().numpy().tobytes())
+            # Viewed as bytes, because NumPy has no bfloat16; only a copy is dense for every tensor.
+            dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            digest.update(dense.view(torch.uint8).numpy().data)
     return f"{len(data)} images, {digest.hexdigest()[:16]}"
 
 

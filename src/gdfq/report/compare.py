@@ -12,6 +12,7 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.files.atomic import make_folder, write_atomically
 from gdfq.report import figures
 from gdfq.report.figures import svg
+from gdfq.report.fingerprints import ImageFingerprints, fingerprints_of
 from gdfq.report.page import UNEXPECTED, environment, unexpected
 from gdfq.report.read import Run, number, read_run, text
 
@@ -23,7 +24,7 @@ class Row:
     Attributes:
         name: Name of the run.
         network: Hash of the original network's weights.
-        test: Fingerprint or name of its test data.
+        test: What identifies its test images.
         bits: Its default bits.
         recipe: Name of its recipe.
         accuracy: Top-1 accuracy in percent.
@@ -37,7 +38,7 @@ class Row:
 
     name: str
     network: str | None
-    test: str | None
+    test: ImageFingerprints
     bits: str
     recipe: str
     accuracy: float | None
@@ -114,7 +115,10 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
 
 
 def side_by_side(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
-    """Separate runs of other networks than most, and remove accuracies on other test images."""
+    """Separate runs of other networks than most, and remove accuracies on other test images.
+
+    An accuracy is removed, too, if it is not known whether it is of the same images.
+    """
     notes = list(notes)
     network = _most(row.network for row in rows)
     same = [row for row in rows if row.network == network]
@@ -124,17 +128,37 @@ def side_by_side(rows: Sequence[Row], notes: Sequence[str] = ()) -> Comparison:
         f"{_hash(row.network)}, those of {same[0].name} {_hash(network)})."
         for row in apart
     ]
-    test = _most(row.test for row in same if row.accuracy is not None)
+    reference = _reference([row for row in same if row.accuracy is not None])
     compared = []
     for row in same:
-        if row.accuracy is not None and row.test != test:
-            notes.append(
-                f"the accuracy of {row.name} is not compared: it was tested on other images than "
-                "most runs."
-            )
+        problem = None if reference is None else _other_images(row, reference)
+        if problem is not None:
+            notes.append(f"the accuracy of {row.name} is not compared: {problem}")
             row = replace(row, accuracy=None, drop=None)
         compared.append(row)
     return Comparison(tuple(compared), tuple(apart), tuple(notes))
+
+
+def _reference(tested: Sequence[Row]) -> Row | None:
+    """The first row that was tested on the same images as most others."""
+    return max(
+        tested,
+        key=lambda row: sum(bool(row.test.same_as(other.test)) for other in tested),
+        default=None,
+    )
+
+
+def _other_images(row: Row, reference: Row) -> str | None:
+    """Why the accuracy of a row cannot be compared with that of the reference; None if it can."""
+    if row is reference or row.accuracy is None:
+        return None
+    same = row.test.same_as(reference.test)
+    if same is not None:
+        return None if same else f"it was tested on other images than {reference.name}."
+    return (
+        f"it is not known whether it was tested on the same images as {reference.name}, because "
+        "their files hold no fingerprint of them in common. Measure both with gdfq evaluate."
+    )
 
 
 def row_of(run: Run, name: str) -> Row:
@@ -145,13 +169,12 @@ def row_of(run: Run, name: str) -> Row:
     """
     config, metrics = run.config, run.metrics
     trust = run.evidence.get("trust") or {}
-    test = text((run.evidence.get("test") or {}).get("fingerprint")) or text(config.get("test"))
     recipe: Any = config.get("recipe")
     drop = number(run.drop)
     return Row(
         name=name,
         network=text(config.get("weights_sha256")),
-        test=test,
+        test=fingerprints_of(run),
         bits=str(config.get("bits", "–")),
         recipe=str(recipe.get("name", "–") if isinstance(recipe, dict) else recipe or "–"),
         accuracy=None if drop is None else float(metrics["student"]["top1"]),

@@ -45,6 +45,9 @@ class Metrics(TypedDict, total=False):
     teacher: Top1
     student: Top1
     test_images: int
+    test_data: str
+    """Of a classifier: number of test images, and a hash of labels and pixels
+    (`gdfq.data.tensors.summary_of`), by which `gdfq compare` recognises them."""
     own_text: dict[str, float]
     """Of a language model on text that its original wrote and no stage saw."""
     test_sequences: int
