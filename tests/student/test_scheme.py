@@ -10,11 +10,13 @@ from gdfq.errors import UsageError
 from gdfq.execution.progress import Step
 from gdfq.functional.grid import Bits
 from gdfq.graph import queries
+from gdfq.graph.capture import capture
 from gdfq.plan.method import resolve_method
 from gdfq.plan.resolve import resolve
 from gdfq.quantizers.family import LSQ
 from gdfq.quantizers.lsq import LearnedWeight
 from gdfq.student.build import build_student
+from gdfq.student.narrow import narrow_layers
 from gdfq.student.placement import activation_bits, layer_input_bits
 from gdfq.student.scheme import LayerBits, Placement, Scheme
 
@@ -58,17 +60,17 @@ def test_layer_bits_apply_to_weights() -> None:
 @pytest.mark.parametrize(
     ("bits", "placement", "said", "expected"),
     [
-        ("w2a2", "full", [], ["first=8", "last=8", "depthwise=8"]),
-        ("w2a8", "full", [], ["first=8", "last=8", "depthwise=8"]),
-        ("w4a2", "full", [], ["first=8", "last=8", "depthwise=8"]),
+        ("w2a2", "full", [], ["first=8", "last=8", "narrow=8"]),
+        ("w2a8", "full", [], ["first=8", "last=8", "narrow=8"]),
+        ("w4a2", "full", [], ["first=8", "last=8", "narrow=8"]),
         # The first match counts.
-        ("w2a2", "full", ["fc=4"], ["fc=4", "first=8", "last=8", "depthwise=8"]),
-        ("w2a2", "full", ["last=2"], ["last=2", "first=8", "depthwise=8"]),
-        ("w2a2", "full", ["first=float", "last=2", "depthwise=2"],
-         ["first=float", "last=2", "depthwise=2"]),
-        ("w3a3", "full", [], ["depthwise=8"]),
-        ("w4a8", "full", [], ["depthwise=8"]),
-        ("w8a4", "full", ["depthwise=4"], ["depthwise=4"]),
+        ("w2a2", "full", ["fc=4"], ["fc=4", "first=8", "last=8", "narrow=8"]),
+        ("w2a2", "full", ["last=2"], ["last=2", "first=8", "narrow=8"]),
+        ("w2a2", "full", ["first=float", "last=2", "narrow=2"],
+         ["first=float", "last=2", "narrow=2"]),
+        ("w3a3", "full", [], ["narrow=8"]),
+        ("w4a8", "full", [], ["narrow=8"]),
+        ("w8a4", "full", ["narrow=4"], ["narrow=4"]),
         ("w8a8", "full", [], []),
         ("w2a2", "relu", [], []),
     ],
@@ -80,40 +82,67 @@ def test_some_layers_of_deployable_networks_have_8_bits_by_default(
     assert list(map(str, scheme.layer_bits)) == expected
 
 
-class Depthwise(nn.Module):
-    """One depthwise convolution among others: in two groups, and on a single channel."""
+class Narrow(nn.Module):
+    """Layers on both sides of each condition, and enough weights for all narrow ones."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3)
-        self.depthwise = nn.Conv2d(4, 8, 3, groups=4)
-        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
-        self.fc = nn.Linear(8, 3)
+        self.stem = nn.Conv2d(3, 8, 3, 2)  # 27 products, of pixels
+        self.depthwise = nn.Conv2d(8, 16, 7, groups=8, padding=3)  # 49, from one channel
+        self.grouped = nn.Conv2d(16, 36, 3, groups=4)  # 36, from four channels
+        self.expand = nn.Conv2d(36, 32, 1)  # 36
+        self.project = nn.Conv2d(32, 32, 1)  # 32
+        self.wide = nn.Conv2d(32, 600, 3)  # 288
+        self.fc = nn.Linear(600, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.depthwise(self.stem(x).relu()).relu()
-        return self.fc(self.grouped(x).relu().mean((2, 3)))
+        for layer in (
+            self.stem,
+            self.depthwise,
+            self.grouped,
+            self.expand,
+            self.project,
+            self.wide,
+        ):
+            x = layer(x).relu()
+        found: Tensor = self.fc(x.mean((2, 3)))
+        return found
 
 
-def test_depthwise_layers_and_their_inputs_have_8_bits() -> None:
+def test_narrow_layers_and_their_inputs_have_8_bits() -> None:
     def bits(*said: str) -> tuple[dict[str, int], dict[str, int]]:
-        options = {"recipe": "quick", "bits": "w4a4", "layer_bits": said}
-        plan = resolve(Depthwise(), torch.randn(1, 1, 12, 12), **options)
+        plan = resolve(Narrow(), torch.randn(1, 3, 16, 16), "w4a4", "quick", layer_bits=said)
         layers = queries.weighted_layers(plan.teacher.network)
+        entering = activation_bits(plan.teacher, plan.scheme)
+        entering |= layer_input_bits(plan.teacher, plan.scheme)
+        inputs = {queries.layer_name(layer): entering[queries.input_of(layer)] for layer in layers}
         weights = plan.scheme.weight_bits(layers)
-        entering = layer_input_bits(plan.teacher, plan.scheme)
-        whole = activation_bits(plan.teacher, plan.scheme)
-        read = {layer: queries.input_of(layer) for layer in layers}
-        inputs = {layer: (whole | entering)[read[layer]] for layer in layers}
-        return tuple({queries.layer_name(k): v for k, v in of.items()} for of in (weights, inputs))
+        return {queries.layer_name(layer): n for layer, n in weights.items()}, inputs
 
-    few = dict.fromkeys(("stem", "depthwise", "grouped", "fc"), 4)
+    few = dict.fromkeys(("stem", "depthwise", "grouped", "expand", "project", "wide", "fc"), 4)
+    narrow = dict.fromkeys(("depthwise", "project"), 8)
     pixels = {"stem": 8}
-    assert bits() == (few | {"depthwise": 8}, few | {"depthwise": 8} | pixels)
-    assert bits("depthwise=4") == (few, few | pixels)
+    assert bits() == (few | narrow, few | narrow | pixels)
+    assert bits("narrow=4") == (few, few | pixels)
+    assert bits("wide=8", "project=2")[0] == few | narrow | {"wide": 8, "project": 2}
 
 
-def test_networks_without_depthwise_layers_have_no_bits_for_them() -> None:
+def test_narrow_layers_hold_a_sixteenth_of_the_weights_at_most() -> None:
+    """Of 16 n weights n are 1 or 2 layers, the smaller of which goes first."""
+
+    def narrow(wide: int) -> list[str]:
+        stem = nn.Conv2d(4, 4, 1, bias=False)
+        layers = [stem, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, wide, 3)]
+        return narrow_layers(capture(nn.Sequential(*layers), torch.zeros(1, 4, 3, 3)))
+
+    assert narrow(12) == ["1", "2"]  # 16 + 24 of 704
+    assert narrow(11) == ["1", "2"]  # of 650: 6.15 %
+    assert narrow(10) == ["1"]  # of 596: 6.7 %
+    assert narrow(4) == ["1"]  # 16 of 272: 5.9 %
+    assert narrow(3) == []  # 16 of 218
+
+
+def test_networks_without_narrow_layers_have_no_bits_for_them() -> None:
     plan = resolve(networks.captured("Residual"), None, "w4a4", "quick")
     assert plan.scheme.layer_bits == ()
 

@@ -9,7 +9,6 @@ from gdfq.analysis.samples import SAMPLES
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.context import Context
 from gdfq.functional.grid import UNROUNDED, Bits
-from gdfq.graph import queries
 from gdfq.graph.capture import Captured, ExampleInputs
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.plan.budget import within_budget
@@ -94,7 +93,7 @@ def plan_of(
     teacher, preprocessing, names = network.teacher, network.preprocessing, network.class_names
     given = images.get("data") is not None
     recipe = _fitted(method, network, given=given)
-    scheme = method.scheme.for_layers(queries.weighted_layers(teacher.network))
+    scheme = method.scheme.for_network(teacher)
     scheme = replace(scheme, denoiser=network.sampler is not None)
     _check_test(network, images)
     generation = images.get("generate_with")

@@ -14,6 +14,8 @@ from gdfq.files.plain_values import tagged
 from gdfq.functional.float_grid import ALL_FORMATS, NumberFormat, formats_of
 from gdfq.functional.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, UNROUNDED, Bits
 from gdfq.graph import queries
+from gdfq.graph.capture import Captured
+from gdfq.student.narrow import narrow_layers
 
 Placement = Literal["relu", "full", "tokens"]
 PLACEMENTS: tuple[Placement, ...] = ("relu", "full", "tokens")
@@ -22,8 +24,8 @@ OF_IMAGES: tuple[Placement, ...] = ("relu", "full")
 _OLD_RELU = "t1"
 
 _ENDS = ("first", "last")
-_DEPTHWISE = "depthwise"
-_NO_NAMES = (*_ENDS, _DEPTHWISE)
+_NARROW = "narrow"
+_NO_NAMES = (*_ENDS, _NARROW)
 """Patterns that are positions or a kind of layer rather than names."""
 
 
@@ -48,7 +50,7 @@ class LayerBits:
 
     Attributes:
         pattern: An `fnmatch` pattern for the names of layers' modules; or `first` or `last`; or
-            `depthwise` for all depthwise convolutions, of which a network may have none.
+            `narrow` for all narrow layers (`gdfq.student.narrow`); a network may have none.
         bits: 2..8, or None for float. The grids are integer or floating-point ones as those of all
             other layers.
     """
@@ -82,10 +84,10 @@ class LayerBits:
     def __str__(self) -> str:
         return f"{self.pattern}={'float' if self.bits is None else self.bits}"
 
-    def matches(self, name: str, index: int, count: int, *, depthwise: bool = False) -> bool:
+    def matches(self, name: str, index: int, count: int, *, narrow: bool = False) -> bool:
         """Return whether the pattern matches layer number `index` of `count`."""
-        if self.pattern == _DEPTHWISE:
-            return depthwise
+        if self.pattern == _NARROW:
+            return narrow
         if self.pattern in _ENDS:
             return index == (0 if self.pattern == "first" else count - 1)
         return fnmatchcase(name, self.pattern)
@@ -100,13 +102,11 @@ def with_default_layer_bits(
 ) -> tuple[LayerBits, ...]:
     """Return the bits of layers with those that some layers have by default.
 
-    In a deployable network (placement "full") depthwise convolutions have 8 bits. Each of their
-    outputs is a sum of a few products, k², in which errors of rounding hardly cancel one another;
-    and they hold few of the weights. With 2 bits of weights or activations the first and the last
-    layer have 8 bits, too: they hold few of the weights, and their rounding makes up a ninth of the
-    divergence of a ResNet-20. The last layer of a language model, its head, stays float with any
-    bits. What the user says about these layers counts. The published protocol has the same bits
-    everywhere.
+    In a deployable network (placement "full") narrow layers have 8 bits (`gdfq.student.narrow`).
+    With 2 bits of weights or activations the first and the last layer have 8 bits, too: they hold
+    few of the weights, and their rounding makes up a ninth of the divergence of a ResNet-20. The
+    last layer of a language model, its head, stays float with any bits. What the user says about
+    these layers counts. The published protocol has the same bits everywhere.
 
     Args:
         layer_bits: The layers with other bits, as the user says.
@@ -119,7 +119,7 @@ def with_default_layer_bits(
         defaults = [LayerBits("last", None)]
     elif placement == "full" and fewest < MAX_BITS:
         ends = _ENDS if fewest < _FEWEST_BITS_OF_ENDS else ()
-        defaults = [LayerBits(pattern, MAX_BITS) for pattern in (*ends, _DEPTHWISE)]
+        defaults = [LayerBits(pattern, MAX_BITS) for pattern in (*ends, _NARROW)]
     said = {layers.pattern for layers in layer_bits}
     return (*layer_bits, *(layers for layers in defaults if layers.pattern not in said))
 
@@ -165,6 +165,7 @@ class Scheme:
         group_size: Most columns of a weight that share a scale, in placement "tokens"; None for one
             scale an output channel.
         new_biases: Whether layers without a bias may learn one.
+        narrow: Names of the narrow layers of the network.
 
     Raises:
         UsageError: The parts do not go together.
@@ -177,6 +178,7 @@ class Scheme:
     denoiser: bool = False
     group_size: int | None = None
     new_biases: bool = True
+    narrow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_placement()
@@ -215,12 +217,12 @@ class Scheme:
         """Return the formats that activations of so many bits may have; None for integer grids."""
         return formats_of(bits, self.grids.formats) if self.bits.float_activations else None
 
-    def for_layers(self, layers: Sequence[fx.Node]) -> "Scheme":
-        """Return the scheme of a network, without bits of depthwise layers if it has none."""
-        if any(map(queries.is_depthwise, layers)):
-            return self
-        kept = tuple(part for part in self.layer_bits if part.pattern != _DEPTHWISE)
-        return replace(self, layer_bits=kept)
+    def for_network(self, teacher: Captured) -> "Scheme":
+        """Return the scheme with the narrow layers of a network, or without bits for them."""
+        narrow = tuple(narrow_layers(teacher))
+        said = self.layer_bits
+        kept = said if narrow else tuple(part for part in said if part.pattern != _NARROW)
+        return replace(self, layer_bits=kept, narrow=narrow)
 
     def overridden(self, layers: Sequence[fx.Node]) -> dict[fx.Node, LayerBits]:
         """Return the layers with other bits, and these bits.
@@ -235,14 +237,13 @@ class Scheme:
         places = {layer: place for place, layer in enumerate(ordered)}
 
         def matches(override: LayerBits, layer: fx.Node, name: str) -> bool:
-            place = places.get(layer, -1)
-            depthwise = queries.is_depthwise(layer)
-            return override.matches(name, place, len(ordered), depthwise=depthwise)
+            place, narrow = places.get(layer, -1), name in self.narrow
+            return override.matches(name, place, len(ordered), narrow=narrow)
 
         for override in self.layer_bits:
             if not any(map(partial(matches, override), layers, names)):
                 raise UsageError(
-                    "layer_bits must name layers of the network, or be first, last or depthwise; "
+                    "layer_bits must name layers of the network, or be first, last or narrow; "
                     f"{override.pattern!r} matches none of: {', '.join(names)}."
                 )
         chosen = {}
