@@ -62,6 +62,32 @@ def test_export_writes_files_that_bench_measures(
     assert "changed afterwards. Export it again" in capsys.readouterr().err
 
 
+def test_file_of_a_run_is_exported_as_the_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place / "out"
+    assert main(arguments(place, "--no-onnx", "--test", f"{place}/test.npz")) == 0
+    assert main(["export", str(out)]) == 0
+    noted, exported = (out / "metrics.json").read_text(), (out / "student.onnx").read_bytes()
+    capsys.readouterr()
+    assert main(["export", str(out / "student.safetensors"), "--raw-input"]) == 0
+    assert (out / "student.onnx").read_bytes() != exported
+    assert main(["bench", str(out), "--seconds", "0.01", *_QUICK]) == 0
+    assert main(["export", str(out / "student.safetensors")]) == 0
+    assert (out / "student.onnx").read_bytes() == exported  # with the accuracies of the run
+    facts = {entry.key for entry in onnx.load(out / "student.onnx").metadata_props}
+    assert {"top1_teacher", "top1_student"} <= facts
+    assert json.loads((out / "metrics.json").read_text())["export"] == json.loads(noted)["export"]
+
+    other = out / "other.safetensors"
+    other.write_bytes((out / "student.safetensors").read_bytes())
+    capsys.readouterr()
+    assert main(["export", str(other)]) == 2
+    assert "must be of its network" in capsys.readouterr().err
+    assert (out / "student.onnx").read_bytes() == exported
+    assert main(["export", str(other), "--out", f"{place}/new/net.onnx"]) == 0
+
+
 def _network(inputs: list[list[Any]], folder: Path, outside: bool = False) -> str:
     """An ONNX file that sums its inputs, with a constant that may be in a file of its own."""
     values = [

@@ -8,7 +8,7 @@ from gdfq.api import load
 from gdfq.deploy.export import Exported, find_target, named_target
 from gdfq.deploy.safetensors import STUDENT_FILE
 from gdfq.errors import UsageError
-from gdfq.runs.metrics import note_export
+from gdfq.runs.metrics import finished, note_export, run_of
 
 
 def export(
@@ -25,9 +25,15 @@ def export(
     if target is None and out is None:
         target = "onnx"
     chosen = None if target is None else named_target(target)
+    folder = run_of(folder)
     quantized = load(folder)
     home = folder if folder.is_dir() else folder.parent
     path = out or home / (chosen.file_name if chosen else "")
+    if folder != home and finished(home) and path.resolve().parent == home.resolve():
+        raise UsageError(
+            f"exported files in the folder of a run must be of its network, {home / STUDENT_FILE}; "
+            f"{folder} is another file. Give --out in another folder, or export {home}."
+        )
     if path.exists() and path.resolve() == (home / STUDENT_FILE).resolve():
         raise UsageError(f"{path} is the network itself. Give another file with --out.")
     kind = find_target(chosen, path)
@@ -44,8 +50,7 @@ def export(
         memory=memory,
         original=model,
     )
-    if folder.is_dir():
-        note_export(folder, exported.path, exported.as_values())
+    note_export(home, exported.path, exported.as_values())
     print_export(exported)
 
 

@@ -10,7 +10,7 @@ from gdfq.deploy.target import Target
 from gdfq.errors import UsageError, first_line
 from gdfq.files.atomic import write_json
 from gdfq.files.untrusted import read_json, within
-from gdfq.runs.names import CONFIG, METRICS, ONNX_FILE
+from gdfq.runs.names import CONFIG, METRICS, ONNX_FILE, STUDENT_FILE
 
 EXPORT: Final = "export"
 BENCH: Final = "bench"
@@ -76,6 +76,19 @@ def is_run(config: Path) -> bool:
         return False
 
 
+def finished(folder: Path) -> bool:
+    """Whether a folder is that of a finished run."""
+    return (folder / METRICS).exists()
+
+
+def run_of(path: Path) -> Path:
+    """Return the finished run whose network a file is; any other path as it is.
+
+    The network alone has neither the figures of its run nor the images that files are compared on.
+    """
+    return path.parent if path.name == STUDENT_FILE and finished(path.parent) else path
+
+
 def read_metrics(folder: Path) -> Metrics:
     """Read the metrics of a finished run; they are empty in a folder that no run wrote.
 
@@ -108,7 +121,7 @@ def read_metrics(folder: Path) -> Metrics:
 
 def note_export(folder: Path, path: Path, exported: Mapping[str, Any]) -> None:
     """Write into the metrics of a run what an exported file is, if it is in the run's folder."""
-    if (folder / METRICS).exists():
+    if finished(folder):
         _note(folder, noted_export(folder, path, exported, read_metrics(folder)))
 
 
@@ -149,7 +162,7 @@ def note_bench(folder: Path, timings: Sequence[Mapping[str, Any]]) -> None:
 
 def _note(folder: Path, changes: Mapping[str, Any]) -> None:
     """Update the metrics of a finished run; a folder that no run wrote has none."""
-    if (folder / METRICS).exists():
+    if finished(folder):
         write_json(folder / METRICS, {**read_metrics(folder), **changes})
 
 
