@@ -444,6 +444,19 @@ def test_damaged_metrics_are_refused(run: Path, text: str) -> None:
             read(run)
 
 
+def test_advice_for_damaged_metrics_gives_the_network(run: Path) -> None:
+    expected = gdfq.load(run)
+    (run / METRICS).write_text("damaged")
+    with pytest.raises(UsageError, match="damaged or was changed") as refused:
+        gdfq.load(run)
+    call = str(refused.value).rpartition(": ")[2]
+    assert call == f"gdfq.load('{run / STUDENT_FILE}')"
+    network = gdfq.load(run / STUDENT_FILE)
+    images = torch.rand(4, *SHAPE)
+    assert network(images).equal(expected(images))
+    assert not network.metrics
+
+
 def test_last_of_two_equal_member_names_is_read(run: Path) -> None:
     (run / METRICS).write_text('{"steps": 1, "steps": 2}')
     assert read_metrics(run)["steps"] == 2

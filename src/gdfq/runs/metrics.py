@@ -114,7 +114,9 @@ def read_metrics(folder: Path) -> Metrics:
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(
             f"{path} must be as a run wrote it; it is damaged or was changed "
-            f"({first_line(error)}). Remove it to continue without the run's figures."
+            f"({first_line(error)}). Restore it from a copy: without it the run counts as "
+            "unfinished, and gdfq quantize would make it again. The network itself can be used "
+            f"without the run's figures: gdfq.load({str(folder / STUDENT_FILE)!r})"
         ) from error
     return cast(Metrics, metrics)
 
