@@ -31,6 +31,21 @@ def test_missing_network_leaves_no_folder(place: Path, capsys: pytest.CaptureFix
     assert not (place / "made").exists()
 
 
+def test_options_of_recipes_are_refused_beside_a_pipeline(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    call = ["generate", "file.py:absent", "--generate-with", "diffusers:tiny", "--out", "made"]
+    assert main(call) == 2
+    assert "must be given without" not in capsys.readouterr().err  # defaults are not given
+    for given, named in (
+        (["--recipe", "fast"], "--recipe"),
+        (["--steps", "5", "--png"], "--steps, --png"),
+        (["--memory", "1GiB"], "--memory"),
+    ):
+        assert main([*call, *given]) == 2
+        assert f"{named} must be given without --generate-with" in capsys.readouterr().err
+
+
 def test_png_folder_is_accepted_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(networks.__file__.rpartition("/")[0])

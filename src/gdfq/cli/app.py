@@ -351,12 +351,16 @@ def generate_command(**options: Any) -> None:
     png/CLASS/N.png      with --png: an image folder, as --test and --data read it
 
     With --generate-with the images are PNG files of a text-to-image model, which gdfq quantize
-    reads with --proxy. They are made once, for any network with these classes.
+    reads with --proxy. They are made once, for any network with these classes. --recipe, --steps,
+    --png and --memory are refused then.
     """
     from gdfq.cli.generate import generate
-    from gdfq.cli.generation import taken_from
+    from gdfq.cli.generation import check_no_recipe, taken_from
 
-    generate(generation=taken_from(options, options["out"]), **options)
+    generation = taken_from(options, options["out"])
+    if generation is not None:
+        check_no_recipe(click.get_current_context())
+    generate(generation=generation, **options)
 
 
 @cli.command("recipes")
