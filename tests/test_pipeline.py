@@ -109,6 +109,20 @@ def test_data_replaces_the_source(teacher: Captured, tiny: Recipe) -> None:
     assert not same(state(few), state(none))
 
 
+@pytest.mark.parametrize("name", ["data", "proxy"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_of_half_precision_are_those_in_single(
+    teacher: Captured, name: str, dtype: torch.dtype
+) -> None:
+    images, recipe = networks.images(24).to(dtype), small(RECIPES["quick"]).with_steps(5)
+
+    def quantized(given: torch.Tensor) -> gdfq.QuantizedNetwork:
+        options: dict[str, Any] = {name: given}
+        return gdfq.quantize(teacher, None, "w4a4", recipe, **options)
+
+    assert same(state(quantized(images).network), state(quantized(images.float()).network))
+
+
 def test_evaluate_counts_correct_predictions(teacher: Captured, tiny: Recipe) -> None:
     result = gdfq.quantize(teacher, networks.images(1), "w8a8", tiny)
     images = networks.images(40)

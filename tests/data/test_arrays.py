@@ -1,5 +1,6 @@
 """Images and labels in arrays and .npz files: what fits, and what else they may be."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from support.narrowing import present
 
 from gdfq.data.datasets import as_labels, load_data, warn_of_unnormalised_floats
 from gdfq.data.preprocessing import Preprocessing
+from gdfq.data.tensors import summary_of
 from gdfq.errors import GdfqWarning, UsageError
 
 SHAPE = (3, 8, 6)
@@ -109,3 +111,13 @@ def test_floats_that_look_like_pixels_are_told(low: float, high: float, warns: b
     else:
         warn_of_unnormalised_floats(images, half)
     warn_of_unnormalised_floats(images, Preprocessing((0.0,) * 3, (1 / 255,) * 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+def test_summary_hashes_the_bytes_of_every_dtype(dtype: torch.dtype) -> None:
+    images = (200 * torch.rand(4, *SHAPE)).to(dtype)
+    whole = torch.int16 if dtype == torch.bfloat16 else dtype  # NumPy has no bfloat16
+    labels = np.array([0, 4, 2, 3])
+    stored = images.view(whole).numpy().tobytes() + labels.tobytes()
+    summary = summary_of(load_data((images, labels), SHAPE, 5))
+    assert summary == f"4 images, {hashlib.sha256(stored).hexdigest()[:16]}"
