@@ -50,6 +50,8 @@ from gdfq.errors import GdfqError, UsageError
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.files.states import name_of
 from gdfq.functional.grid import Bits
+from gdfq.generation.pipelines import Pipeline
+from gdfq.generation.pool import PoolSettings, make_pool
 from gdfq.models.loaded import Loaded
 from gdfq.models.registry import load_model, load_weights_
 from gdfq.recipes import find_recipe
@@ -161,6 +163,18 @@ def read_sweep_(data: bytes, folder: Path) -> None:
     read_sweep(folder / "sweep.yaml").cells()
 
 
+SETTINGS = PoolSettings("diffusers:tiny", ("cat", "dog"))
+
+
+def _no_pipeline() -> Pipeline:
+    raise AssertionError("no image is missing")
+
+
+def read_generated(data: bytes, folder: Path) -> None:
+    (folder / "generated.json").write_bytes(data)
+    make_pool(folder, SETTINGS, 0, _no_pipeline)
+
+
 WORDS = [
     b"w4a8",
     b"stage1.*=float",
@@ -202,7 +216,10 @@ class Loader:
 LOADERS = {
     "npz": Loader(read_npz_, [images_npz()], of_zip, 11),
     "tokens": Loader(read_tokens, [tokens_npz()], of_zip, 3),
-    "image folder": Loader(read_images, image_files(), of_image, 15),
+    "image folder": Loader(read_images, image_files(), of_image, 14),
+    "generated images": Loader(
+        read_generated, [json.dumps(SETTINGS.as_values()).encode()], of_sweep, 1
+    ),
     "weights, safetensors": Loader(
         read_weights(".safetensors"),
         [safetensors.torch.save(network().state_dict())],

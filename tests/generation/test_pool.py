@@ -83,6 +83,27 @@ def test_stopped_pool_resumes_with_the_images_of_a_whole_one(tmp_path: Path) -> 
         make_pool(part, PoolSettings("diffusers:tiny", NAMES, seed=1), 7, load)
 
 
+@pytest.mark.parametrize("text", ["", "{", '{"seed": 0', "[" * 1000, "\x00"])
+def test_damaged_settings_of_a_pool_are_refused(tmp_path: Path, text: str) -> None:
+    make_pool(tmp_path, SETTINGS, 2, Painter)
+    (tmp_path / "generated.json").write_text(text)
+    with pytest.raises(UsageError, match=r"generated\.json must be as gdfq wrote it"):
+        make_pool(tmp_path, SETTINGS, 2, Painter)
+
+
+@pytest.mark.parametrize("name", ["000000.png", "000005.png", "1000000.png"])
+def test_images_that_no_pool_wrote_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    make_pool(tmp_path, SETTINGS, 1, Painter)
+    assert (tmp_path / "000000.png").exists()
+    (tmp_path / "other").mkdir()
+    foreign = tmp_path / "other" / name
+    foreign.write_bytes(b"a picture of mine")
+    with pytest.raises(UsageError, match=f"holds {name} without it"):
+        make_pool(tmp_path / "other", SETTINGS, 2, Painter)
+    assert [path.name for path in foreign.parent.iterdir()] == [name]
+
+
 def test_class_file_must_have_a_name_for_each_class(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("cat\n\n dog\nship\n")

@@ -2,12 +2,13 @@
 
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gdfq.errors import UsageError
+from gdfq.errors import UsageError, first_line
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.files.atomic import make_folder, write_atomically, write_json
@@ -17,6 +18,8 @@ from gdfq.generation.pipelines import Pipeline, Request
 from gdfq.generation.prompts import Prompts
 
 _SETTINGS = "generated.json"
+_NUMBERED = re.compile(r"[0-9]{6,}\.png")
+"""Names of the images."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def make_pool(
         The folder.
 
     Raises:
-        UsageError: The folder holds images with other settings.
+        UsageError: The folder holds images with other settings, or whose settings are unknown.
     """
     _check_settings(folder, settings)
     missing = [index for index in range(count) if not _file(folder, index).exists()]
@@ -108,10 +111,36 @@ def _file(folder: Path, index: int) -> Path:
 
 
 def _check_settings(folder: Path, settings: PoolSettings) -> None:
-    """Raise UsageError for a folder whose images were made with other settings."""
+    """Raise UsageError for a folder whose images are not of these settings."""
     path = within(folder, folder / _SETTINGS)
-    if path.exists() and read_json(path) != settings.as_values():
+    if not path.exists():
+        _check_empty(folder)
+        return
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} must be as gdfq wrote it; it is damaged or was changed ({first_line(error)}), "
+            f"and how the images of {folder} were generated is unknown. Remove the folder, or "
+            "choose another one."
+        ) from error
+    if found != settings.as_values():
         raise UsageError(
             f"{folder} holds images that were generated with other settings ({_SETTINGS}). Use "
             "these, remove the folder, or choose another one."
+        )
+
+
+def _check_empty(folder: Path) -> None:
+    """Raise UsageError for a folder without settings that has files with the names of images.
+
+    The settings are written before the first image, so these files are something else.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(entry.name for entry in entries if _NUMBERED.fullmatch(entry.name))
+    if found:
+        raise UsageError(
+            f"a folder with generated images must hold {_SETTINGS}; {folder} holds {found[0]} "
+            "without it, which would be taken for one of them. Choose another folder, or remove "
+            f"its files whose names are numbers ({len(found)})."
         )
