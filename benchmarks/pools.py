@@ -96,9 +96,10 @@ def measured(name: str, bits: str, pool: str) -> dict[str, Any]:
     images = POOLS[pool](teacher, network)
     distance = Judge(teacher, Screen(), Context()).distance(images[:JUDGED])
     preprocessing = network.preprocessing
-    normalisation = {"mean": preprocessing.mean, "std": preprocessing.std}
     data = ArrayData(preprocessing.pixels(images), None)
-    student = gdfq.quantize(teacher, None, bits, "quick", data=data, **normalisation)
+    student = gdfq.quantize(
+        teacher, None, bits, "quick", data=data, mean=preprocessing.mean, std=preprocessing.std
+    )
     outputs, expected, labels = tested(student.network, teacher, network.test, preprocessing)
     return {
         **row,
@@ -113,7 +114,7 @@ def screening(teacher: Captured, network: Network) -> dict[str, Any]:
     """Processor seconds in which both CIFAR training sets are judged, each image once."""
     both = [cifar(classes)(network) for classes in (10, 100)]
     everything = torch.arange(CANDIDATES // len(both))
-    pixels = torch.cat([part.pixels(everything) for part in both])
+    pixels = torch.cat([part.images(everything) for part in both])
     candidates = Candidates(ArrayData(pixels, None), network.preprocessing)
     own = optimised(teacher, network)
     started = time.process_time()

@@ -148,7 +148,7 @@ def is_depthwise(layer: fx.Node) -> bool:
     """Return whether each output channel of a layer is computed from one of several inputs."""
     if name_of(layer) not in operators.CONVOLUTIONS:
         return False
-    channels = input_of(layer).meta["val"].shape[1]
+    channels = int(input_of(layer).meta["val"].shape[1])
     return channels > 1 and group_count(layer) == channels
 
 
