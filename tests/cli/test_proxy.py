@@ -3,39 +3,29 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support import networks
 from support.command_line import arguments
-from support.narrowing import present
-from support.small_runs import same, small, state
+from support.small_runs import small
 
 import gdfq
 from gdfq.cli import main
 from gdfq.cli.quantize import Outputs, config_of, quantize_into
-from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.context import Context
-from gdfq.execution.progress import Step
 from gdfq.graph.capture import capture
 from gdfq.plan.resolve import resolve
 from gdfq.recipes import QUICK
 from gdfq.report import write_report
 from gdfq.runs.folder import RunFolder
-from gdfq.sources.pool import ImagePool
 from gdfq.stages import identity_of
 
 
-def striped(count: int) -> torch.Tensor:
-    """Pixels [count, 3, 16, 16] that `networks.that_saw` some of knows."""
+def test_run_with_proxies_says_what_was_kept_and_why(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     mask = (torch.arange(16) % 2 == 0).float()
-    return (200 * torch.rand(count, 3, 16, 16, generator=draw) * mask).to(torch.uint8)
-
-
-def test_run_with_proxies_says_what_was_kept_and_why(tmp_path: Path) -> None:
-    pixels = striped(80)
+    pixels = (200 * torch.rand(80, 3, 16, 16, generator=draw) * mask).to(torch.uint8)
     model = networks.that_saw(pixels[:40] / 255)
     teacher = capture(model, torch.zeros(1, 3, 16, 16))
     recipe = replace(small(QUICK).with_steps(5), name="small")
@@ -65,49 +55,6 @@ def test_run_with_proxies_says_what_was_kept_and_why(tmp_path: Path) -> None:
     none = resolve(teacher, None, "w4a4", recipe, mean=0.0, std=1.0)
     identities = [identity_of(p, context)["candidates"] for p in (plan, other, none)]
     assert len(set(map(str, identities))) == 3
-
-
-def test_proxies_are_at_most_half_of_the_mixture() -> None:
-    teacher = capture(networks.that_saw(striped(40) / 255), torch.zeros(1, 3, 16, 16))
-    recipe = small(QUICK)  # of 24 images
-    proxy = striped(60)
-
-    def places(**options: Any) -> int:
-        source = resolve(teacher, None, "w4a4", recipe, proxy=proxy, **options).source
-        assert isinstance(source, ImagePool)
-        return source.places
-
-    assert places() == 24
-    assert places(data=striped(10)) == 10
-    assert places(data=striped(30)) == 24
-    generation = gdfq.Generation("diffusers:tiny", "pool", list("abcd"))
-    for options, count in ((dict[str, Any](), 48), ({"data": striped(10)}, 20)):
-        plan = resolve(teacher, None, "w4a4", recipe, generate_with=generation, **options)
-        assert present(plan.generation).count == count  # the screen drops about half
-
-
-def test_run_with_given_images_and_proxies_resumes(tmp_path: Path) -> None:
-    pixels = striped(80)
-    teacher = capture(networks.that_saw(pixels[:40] / 255), torch.zeros(1, 3, 16, 16))
-
-    def quantized(checkpoints: Checkpoints | None, stop: str | None) -> gdfq.QuantizedNetwork:
-        def listen(step: Step) -> None:
-            if (step.stage, step.index) == (stop, 3):
-                raise InterruptedError
-
-        return gdfq.quantize(
-            teacher, None, "w4a4", small(QUICK).with_steps(5), data=pixels[:10], proxy=pixels[40:],
-            mean=0.0, std=1.0, checkpoints=checkpoints, listener=listen,
-        )  # fmt: skip
-
-    whole = quantized(None, None)
-    with pytest.raises(InterruptedError):
-        quantized(Checkpoints(tmp_path), "tune")
-    resumed = quantized(Checkpoints(tmp_path), None)
-    assert same(state(resumed.network), state(whole.network))
-    found = resumed.metrics["candidates"]
-    assert found == whole.metrics["candidates"]
-    assert 0 < found["kept"] <= found["own"] == 10
 
 
 def test_folder_without_images_is_refused_before_the_run(

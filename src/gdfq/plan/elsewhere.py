@@ -7,7 +7,6 @@ from typing import Any
 from gdfq.data.class_names import ClassNames
 from gdfq.data.datasets import load_unlabelled
 from gdfq.data.preprocessing import Preprocessing
-from gdfq.data.tensors import Data as GivenData
 from gdfq.errors import UsageError
 from gdfq.execution.context import Context
 from gdfq.generation.generation import Generation
@@ -19,22 +18,8 @@ from gdfq.recipes import Recipe
 from gdfq.sources.candidates import Candidates
 
 _GENERATED_SHARE = 2
-"""Images that are generated, relative to those that may join. The screen drops about half of
-them."""
-
-
-def places_beside(given: GivenData | None, recipe: Recipe) -> int:
-    """Return how many images from elsewhere may join those that a recipe makes or is given.
-
-    They are as many as the recipe makes, and no more than are given in place of these: at most half
-    of all images.
-
-    Args:
-        given: Real images, if there are any.
-        recipe: The recipe, fitted to the network's input.
-    """
-    made = recipe.source.images_held
-    return made if given is None else min(made, len(given))
+"""Images that are generated, relative to those that the recipe makes. The screen drops about half
+of them."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +59,13 @@ class PlannedGeneration:
 
 
 def planned_generation(
-    generation: Generation, places: int, teacher: Captured, names: ClassNames | None
+    generation: Generation, recipe: Recipe, teacher: Captured, names: ClassNames | None
 ) -> PlannedGeneration:
     """Return how many images of a text-to-image model a run makes, and of what.
 
     Args:
         generation: What the user asks for.
-        places: How many of them may join the others.
+        recipe: The recipe, fitted to the network's input.
         teacher: The captured network.
         names: Names of its classes, where the network has them.
 
@@ -88,9 +73,8 @@ def planned_generation(
         UsageError: The network has no classes, they have no names, or it takes more than images.
     """
     _image_shape(teacher)  # before images are made, which takes long
-    return PlannedGeneration(
-        generation, generation.names_of(teacher.classes, names), _GENERATED_SHARE * places
-    )
+    count = _GENERATED_SHARE * recipe.source.images_held
+    return PlannedGeneration(generation, generation.names_of(teacher.classes, names), count)
 
 
 def check_images(method: Method, images: ImageOptions) -> None:

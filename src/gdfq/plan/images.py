@@ -11,7 +11,7 @@ from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tensors import TensorData
 from gdfq.errors import UsageError
 from gdfq.graph.capture import Captured
-from gdfq.plan.elsewhere import load_candidates, places_beside
+from gdfq.plan.elsewhere import load_candidates
 from gdfq.plan.network import Network
 from gdfq.plan.options import Data, ImageOptions
 from gdfq.recipes import Recipe
@@ -127,10 +127,14 @@ def source_of(
     preprocessing: Preprocessing,
     candidates: Candidates | None = None,
 ) -> Source:
-    """Return the recipe's source, or that of the given images, with candidates if there are any."""
+    """Return the recipe's source, or that of the given images, with candidates if there are any.
+
+    At most as many candidates join as the recipe has images, so that they are at most half of those
+    that the run makes.
+    """
     source = recipe.source
     if given is not None:
         source = on_images(source, given, preprocessing)
     if candidates is None:
         return source
-    return source.with_candidates(candidates, places_beside(given, recipe))
+    return source.with_candidates(candidates, recipe.source.images_held)

@@ -12,7 +12,7 @@ from gdfq.functional.grid import UNROUNDED, Bits
 from gdfq.graph.capture import Captured, ExampleInputs
 from gdfq.graph.inputs import image_shape, takes_images
 from gdfq.plan.budget import within_budget
-from gdfq.plan.elsewhere import check_images, places_beside, planned_generation
+from gdfq.plan.elsewhere import check_images, planned_generation
 from gdfq.plan.images import GivenImages, source_of
 from gdfq.plan.method import Method, resolve_method
 from gdfq.plan.network import Network, resolve_network
@@ -96,9 +96,9 @@ def plan_of(
     scheme = method.scheme.for_network(teacher)
     scheme = replace(scheme, denoiser=network.sampler is not None)
     _check_test(network, images)
+    generation = images.get("generate_with")
+    planned = None if generation is None else planned_generation(generation, recipe, teacher, names)
     read = GivenImages.read(images, network)
-    generation, places = images.get("generate_with"), places_beside(read.data, recipe)
-    planned = None if generation is None else planned_generation(generation, places, teacher, names)
     source = source_of(recipe, read.data, preprocessing, read.candidates)
     if read.data is None and not source.within_limits:
         teacher = replace(teacher, input_limits=None)  # the student would clip these images
