@@ -429,7 +429,7 @@ def identity_of(plan: Plan, context: Context) -> dict[str, Any]:
         if plan.candidates is None
         else [
             plan.candidates.kind,
-            summary_of(plan.candidates.data),
+            summary_of(plan.candidates.data, complete=False),
             frozen_values(plan.candidates.screen),
         ],
         "input_limits": plan.teacher.input_limits,

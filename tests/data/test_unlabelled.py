@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gdfq.data.datasets import load_unlabelled
+from gdfq.data.datasets import load_unlabelled, readable_images
 from gdfq.data.preprocessing import Resize
 from gdfq.errors import GdfqWarning, UsageError
 
@@ -55,6 +55,21 @@ def test_small_images_are_enlarged_with_a_warning(tmp_path: Path) -> None:
         load_unlabelled(tmp_path, (3, 8, 8), Resize())
     with pytest.warns(GdfqWarning, match="7x30, smaller than the network's input"):
         load_unlabelled(np.zeros((2, 3, 30, 7), np.uint8), (3, 8, 8), Resize())
+
+
+def test_damaged_photographs_are_named_and_the_others_read(tmp_path: Path) -> None:
+    files = [photograph(tmp_path / f"{name}.png", colour=9 * at) for at, name in enumerate("abc")]
+    whole = load_unlabelled(tmp_path, (3, 8, 8), Resize()).images(torch.arange(3))
+    files[1].write_bytes(files[1].read_bytes()[:45])  # its header is whole
+    data = load_unlabelled(tmp_path, (3, 8, 8), Resize())
+    chosen = torch.tensor([2, 1, 0])
+    images, damaged = readable_images(data, chosen)
+    whole[1] = 0
+    assert images.equal(whole[chosen])
+    assert list(damaged) == [1]
+    assert damaged[1].startswith(f"{files[1]} (")
+    with pytest.raises(UsageError, match=r"b\.png is not"):
+        data.images(chosen)
 
 
 def test_unusable_photographs_are_refused(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """Which images from elsewhere a screen keeps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support import networks
 from support.narrowing import present
 from torch import Tensor, nn
 
-from gdfq.data.datasets import ArrayData
-from gdfq.data.preprocessing import Preprocessing
+from gdfq.analysis.candidates import measure_candidates
+from gdfq.data.datasets import ArrayData, load_unlabelled
+from gdfq.data.preprocessing import Preprocessing, Resize
 from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.context import Context
 from gdfq.files.states import from_bytes, to_bytes
@@ -157,6 +160,60 @@ def test_network_without_batch_norms_is_screened_by_patches() -> None:
     assert found.distances == {}
     scores = found.scores[found.verdicts == 0]
     assert (scores >= present(found.min_entropy)).all()
+
+
+def files_of(folder: Path, pixels: Tensor, damaged: Sequence[int]) -> Candidates:
+    """Image files of pixels, of which some end behind their headers."""
+    for index, image in enumerate(pixels):
+        file = folder / f"{index:03d}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+        if index in damaged:
+            file.write_bytes(file.read_bytes()[:45])
+    return Candidates(load_unlabelled(folder, (3, 16, 16), Resize()), PLAIN)
+
+
+def test_damaged_files_are_left_out_and_change_nothing_else(
+    teacher: Captured, tmp_path: Path
+) -> None:
+    pixels = (255 * stripes(60, 2)).clip(0, 255).to(torch.uint8)
+    whole = Candidates(ArrayData(pixels, None), PLAIN)
+    expected, images, labels = screened(teacher, OWN, whole, 60, Context())
+    unknown = expected.of("energy")[:2]  # the network does not know these, so nothing else changes
+    damaged = expected.judged[unknown].tolist()
+    assert len(damaged) == 2
+
+    candidates = files_of(tmp_path, pixels, damaged)
+    with pytest.warns(GdfqWarning, match=r"of 60 proxy images that were judged 2 cannot") as told:
+        found, kept, answers = screened(teacher, OWN, candidates, 60, Context())
+    assert f"such as {tmp_path}/{damaged[0]:03d}.png (" in str(told[0].message)
+    assert found.of("unreadable").equal(unknown)
+    assert found.energies[unknown].isnan().all()
+    for of_found, of_expected in (
+        (found.verdicts, expected.verdicts),
+        (found.energies, expected.energies),
+    ):
+        of_expected[unknown] = of_found[unknown]
+        assert of_found.nan_to_num().equal(of_expected.nan_to_num())
+    assert found.scores.nan_to_num().equal(expected.scores.nan_to_num())
+    assert found.judged.equal(expected.judged)
+    assert kept.equal(images)
+    assert present(answers).equal(present(labels))
+    assert found.as_values()["dropped"]["unreadable"] == 2
+    assert "2 because they cannot be decoded (unreadable)" in str(found)
+    shown = measure_candidates(candidates, found)  # reads no damaged file
+    assert {example.verdict for example in shown.dropped} == set(found.as_values()["dropped"]) - {
+        "unreadable"
+    }
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_pool_of_damaged_files_is_refused(teacher: Captured, tmp_path: Path, filters: bool) -> None:
+    candidates = files_of(tmp_path, torch.zeros(4, 3, 16, 16, dtype=torch.uint8), range(4))
+    candidates = replace(candidates, screen=Screen(filters=filters))
+    with pytest.warns(GdfqWarning, match="4 cannot be decoded"):
+        found, kept, labels = screened(teacher, OWN, candidates, 4, Context())
+    assert str(found) == ("none of the 4 proxy images is used: none of them can be decoded")
+    assert len(kept) == len(present(labels)) == 0
 
 
 def test_network_that_cannot_judge_is_refused() -> None:

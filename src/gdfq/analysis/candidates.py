@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdfq.analysis.images import thumbnails
-from gdfq.sources.candidates import KEPT, VERDICTS, Candidates, Screening
+from gdfq.sources.candidates import FILTERS, KEPT, VERDICTS, Candidates, Screening
 
 _EXAMPLES = 16
 """Images of each kind that the report shows."""
@@ -61,7 +61,7 @@ def measure_candidates(candidates: Candidates, screening: Screening) -> Candidat
         screening: What was found of them.
     """
     places = {name: screening.of(name)[:_EXAMPLES] for name in VERDICTS}
-    used = [name for name in VERDICTS[1:] if len(places[name])]
+    used = [name for name in FILTERS if len(places[name])]
     each = -(-_EXAMPLES // max(1, len(used)))
     dropped = torch.cat([places[KEPT][:0], *(places[name][:each] for name in used)])
     return CandidateExamples(

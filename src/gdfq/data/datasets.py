@@ -74,13 +74,43 @@ class FolderData:
     def images(self, chosen: Tensor) -> Tensor:
         return torch.stack([self._read(self.files[int(i)]) for i in chosen])
 
+    def readable(self, chosen: Tensor) -> tuple[Tensor, dict[int, str]]:
+        """Return images of which some may be damaged, as `readable_images` does."""
+        images = torch.zeros(len(chosen), *self.shape, dtype=torch.uint8)
+        damaged = {}
+        for place, index in enumerate(chosen.tolist()):
+            try:
+                images[place] = self._decoded(self.files[index])
+            except Exception as error:  # each decoder has types of its own for damaged files
+                damaged[place] = f"{self.files[index]} ({first_line(error)})"
+        return images, damaged
+
     def _read(self, file: Path) -> Tensor:
-        channels, height, width = self.shape
         try:
-            image = self.resize(decoded(file, channels), (width, height))
+            return self._decoded(file)
         except Exception as error:  # each decoder has types of its own for damaged files
             raise _unreadable(file, error) from error
+
+    def _decoded(self, file: Path) -> Tensor:
+        channels, height, width = self.shape
+        image = self.resize(decoded(file, channels), (width, height))
         return _channels_first(np.array(image), channels)
+
+
+def readable_images(data: ImageData, chosen: Tensor) -> tuple[Tensor, dict[int, str]]:
+    """Read images of which some may be damaged.
+
+    Args:
+        data: The images.
+        chosen: Indices [n].
+
+    Returns:
+        As `data.images`, with zeros for files that cannot be decoded; and for each of these its
+        place in `chosen`, its name and what is wrong with it.
+    """
+    if isinstance(data, FolderData):
+        return data.readable(chosen)
+    return data.images(chosen), {}
 
 
 def _channels_first(image: np.ndarray[Any, Any], channels: int) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdfq.data.datasets import ImageData, as_labels, check_labels
+from gdfq.data.datasets import ImageData, as_labels, check_labels, readable_images
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.errors import UsageError
 from gdfq.files.untrusted import read_npz
@@ -50,11 +50,19 @@ def network_inputs(data: Data, chosen: Tensor, preprocessing: Preprocessing) -> 
     return (preprocessing(data.images(chosen)),)
 
 
-def summary_of(data: Data) -> str:
-    """How many entries, and a hash of the labels and of a few entries spread over all."""
+def summary_of(data: Data, *, complete: bool = True) -> str:
+    """How many entries, and a hash of the labels and of a few entries spread over all.
+
+    Args:
+        data: The entries.
+        complete: Whether each image must be readable; if not, zeros stand for damaged ones.
+    """
     digest = hashlib.sha256()
     chosen = torch.arange(0, len(data), -(-len(data) // 16))
-    few = data.inputs(chosen) if isinstance(data, TensorData) else (data.images(chosen),)
+    if isinstance(data, TensorData):
+        few = data.inputs(chosen)
+    else:
+        few = (data.images(chosen) if complete else readable_images(data, chosen)[0],)
     for tensor in (*few, data.labels):
         if tensor is not None:
             # Viewed as bytes, because NumPy has no bfloat16; only a copy is dense for every tensor.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gdfq.data.datasets import ImageData, how_labelled
+from gdfq.data.datasets import ImageData, how_labelled, readable_images
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.data.tensors import Data as GivenData
 from gdfq.data.tensors import TensorData
@@ -111,7 +111,7 @@ _LIMITS_SLACK = 0.01
 def _within(data: ImageData, limits: Sequence[tuple[float, float]]) -> bool:
     """Whether images are pixels, or floats [N, C, *] that pixels could be normalised to."""
     chosen = torch.arange(0, len(data), -(-len(data) // _LIMITS_CHECKED))
-    if not data.images(chosen[:1]).is_floating_point():
+    if not readable_images(data, chosen[:1])[0].is_floating_point():
         return True
     by_channel = data.images(chosen).transpose(0, 1).flatten(1)
     low, high = torch.tensor(limits).T

@@ -9,19 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdfq.data.datasets import ImageData
+from gdfq.data.datasets import ImageData, readable_images
 from gdfq.data.preprocessing import Preprocessing
 from gdfq.files.plain_values import tagged
 
 KEPT, ENERGY, SENSITIVITY, ENTROPY = "kept", "energy", "sensitivity", "entropy"
-VERDICTS = (KEPT, ENERGY, SENSITIVITY, ENTROPY)
-"""What happened to a candidate: it was kept, or the filter that dropped it."""
+UNREADABLE = "unreadable"
+FILTERS = (ENERGY, SENSITIVITY, ENTROPY)
+VERDICTS = (KEPT, *FILTERS, UNREADABLE)
+"""What happened to a candidate: it was kept, a filter dropped it, or its file is damaged.
+
+Checkpoints hold places in this list."""
 _REASONS = {
     ENERGY: "are unlike what the network knows (energy)",
     SENSITIVITY: "worsen the match of the batch-norm statistics (sensitivity)",
     ENTROPY: "have less structure than noise (entropy)",
+    UNREADABLE: "cannot be decoded (unreadable)",
 }
-"""Of each filter, what is wrong with the images that it drops."""
+"""Of each verdict that drops images, what is wrong with them."""
 
 
 @tagged("Screen")
@@ -78,6 +83,16 @@ class Candidates:
         """Return normalised images of the given indices, [N, *input_shape]."""
         return self.preprocessing(self.data.images(chosen)).to(device)
 
+    def readable(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, dict[int, str]]:
+        """Return normalised images of the given indices, and those of them that are damaged.
+
+        Returns:
+            As `images`, black where a file cannot be decoded; and for each of these its place in
+            `chosen`, its name and what is wrong with it.
+        """
+        images, damaged = readable_images(self.data, chosen)
+        return self.preprocessing(images).to(device), damaged
+
 
 @dataclass(frozen=True, eq=False)
 class Screening:
@@ -87,8 +102,8 @@ class Screening:
         kind: What the candidates are.
         candidates: Number of candidates.
         judged: Indices of those that were judged, in their order, [n].
-        verdicts: Of each, its place in "kept", "energy", "sensitivity", "entropy", [n].
-        energies: Of each, [n]; empty for a network without classes.
+        verdicts: Of each, its place in `VERDICTS`, [n].
+        energies: Of each, [n]; NaN where it is unreadable; empty for a network without classes.
         scores: Sensitivity of each or, without batch norms, entropy, [n]; NaN where an image was
             dropped before; empty if the network has neither.
         own: Number of images that the run makes or is given.

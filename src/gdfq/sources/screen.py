@@ -5,13 +5,14 @@ given, and noise.
 """
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gdfq.errors import UsageError
+from gdfq.errors import GdfqWarning, UsageError
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import Statistics
 from gdfq.execution.progress import Step
@@ -34,6 +35,7 @@ from gdfq.sources.candidates import (
     ENTROPY,
     KEPT,
     SENSITIVITY,
+    UNREADABLE,
     VERDICTS,
     Candidates,
     Screen,
@@ -51,6 +53,7 @@ _GROUP_IMAGES, _MAX_GROUP_BYTES = 1024, 2**28
 """Candidates that are judged together, and maximum bytes of their statistics."""
 _FORWARD_IMAGES = 32
 """Images that pass the network together; more are not faster."""
+_UNREADABLE = VERDICTS.index(UNREADABLE)
 
 
 class Judge:
@@ -188,6 +191,8 @@ def screened(
 ) -> tuple[Screening, Tensor, Tensor | None]:
     """Judge candidates until `count` of them are kept.
 
+    Files that cannot be decoded are left out, with a warning.
+
     Args:
         teacher: The trained network.
         own: The images that the run makes or is given, [N, *input_shape].
@@ -208,11 +213,12 @@ def screened(
     limits = _limits(judge, own, screen, context)
     images, labels = [own[:0]], [own.new_empty(0).long()]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    needed = count
+    needed, damaged = count, dict[int, str]()
     for chosen in order.split(judge.group_images):
-        group = candidates.images(chosen, teacher.device)
+        group, broken = candidates.readable(chosen, teacher.device)
+        damaged |= {int(chosen[place]): what for place, what in broken.items()}
         observed = judge.observe(group)
-        verdict, score = _judged(observed, limits, judge, screen)
+        verdict, score = _judged(observed, limits, judge, screen, list(broken))
         verdict = context.group.broadcast(0, verdict)
         kept = (verdict == VERDICTS.index(KEPT)).nonzero().flatten()
         judged = len(chosen)
@@ -221,7 +227,9 @@ def screened(
         images.append(group[kept])
         if observed.predictions is not None:
             labels.append(context.group.broadcast(0, observed.predictions[kept]))
-        energies = score[:0] if observed.energies is None else observed.energies
+        energies = score[:0]
+        if observed.energies is not None:
+            energies = observed.energies.masked_fill(verdict == _UNREADABLE, math.nan)
         parts.append((verdict[:judged].cpu(), energies[:judged].cpu(), score[:judged].cpu()))
         context.listener(Step("screen", sum(len(part[0]) for part in parts), len(order), {}))
         needed -= len(kept)
@@ -229,8 +237,9 @@ def screened(
             break
     verdicts, energies, scores = map(torch.cat, zip(*parts, strict=True))
     used, predictions = torch.cat(images), torch.cat(labels)
-    distances = _distances(judge, own, candidates, order, used, context)
-    refused = _refusal(screen, len(used), len(verdicts), distances)
+    readable = order[: len(verdicts)][verdicts != _UNREADABLE]
+    distances = _distances(judge, own, candidates, readable, used, context)
+    refused = _refusal(screen, len(used), len(readable), distances)
     if refused is not None:
         used, predictions = used[:0], predictions[:0]
     screening = Screening(
@@ -246,7 +255,23 @@ def screened(
         distances=distances,
         refused=refused,
     )
+    _warn_of_unreadable(screening, damaged)
     return screening, used, None if teacher.classes is None else predictions
+
+
+def _warn_of_unreadable(screening: Screening, damaged: Mapping[int, str]) -> None:
+    """Warn of files that were left out; `damaged` has what is wrong with each, by its index."""
+    places = screening.of(UNREADABLE)
+    if len(places):
+        first = int(screening.judged[places[0]])
+        warnings.warn(
+            f"of {len(screening.judged)} {screening.kind} images that were judged {len(places)} "
+            f"cannot be decoded and are left out, such as {damaged.get(first, f'image {first}')}. "
+            "Repair or remove them when the run has finished: a stopped run resumes with the same "
+            "images alone.",
+            GdfqWarning,
+            stacklevel=3,
+        )
 
 
 def _limits(judge: Judge, own: Tensor, screen: Screen, context: Context) -> _Limits:
@@ -267,18 +292,18 @@ def _distances(
     judge: Judge,
     own: Tensor,
     candidates: Candidates,
-    order: Tensor,
+    readable: Tensor,
     used: Tensor,
     context: Context,
 ) -> dict[str, float]:
-    """Return the batch-norm distance of each pool; empty without batch norms."""
-    if not judge.stored:
+    """Return the batch-norm distance of each pool; empty without batch norms or candidates."""
+    if not judge.stored or not len(readable):
         return {}
-    count = min(_SAMPLE_IMAGES, len(used) or len(order))
+    count = min(_SAMPLE_IMAGES, len(used) or len(readable))
     pools = {
         "noise": noise_like_inputs(count, judge.teacher)["natural"],
         "own": _spaced(own, count),
-        "candidates": candidates.images(order[:count], own.device),
+        "candidates": candidates.images(readable[:count], own.device),
         "kept": used[:count],
     }
     return {
@@ -289,7 +314,9 @@ def _distances(
 
 
 def _refusal(screen: Screen, kept: int, judged: int, distances: dict[str, float]) -> str | None:
-    """Return why a pool is unsuitable; None if it is not."""
+    """Return why a pool, of whose readable images so many were judged, is unsuitable, or None."""
+    if not judged:
+        return "none of them can be decoded"
     if not screen.filters:
         return None
     if not kept or kept < screen.least_share * judged:
@@ -318,16 +345,21 @@ def _agreed(number: Tensor, context: Context) -> float:
 
 
 def _judged(
-    observed: Observed, limits: _Limits, judge: Judge, screen: Screen
+    observed: Observed, limits: _Limits, judge: Judge, screen: Screen, unreadable: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the verdict on each image of a group, [N], and its sensitivity or entropy, [N]."""
+    """Return the verdict on each image of a group, [N], and its sensitivity or entropy, [N].
+
+    Images at the places `unreadable` stand for files that cannot be decoded.
+    """
     count = observed.count
     verdict = torch.zeros(count, dtype=torch.long, device=judge.teacher.device)
+    verdict[torch.tensor(unreadable, dtype=torch.long, device=verdict.device)] = _UNREADABLE
     score = torch.full((count,), math.nan, device=verdict.device)
     if not screen.filters:
         return verdict, score
     if observed.energies is not None and limits.max_energy is not None:
-        verdict[observed.energies > limits.max_energy] = VERDICTS.index(ENERGY)
+        unknown = (observed.energies > limits.max_energy) & (verdict == 0)
+        verdict[unknown] = VERDICTS.index(ENERGY)
     rest = (verdict == 0).nonzero().flatten()
     if judge.stored and len(rest) > 1:
         score[rest] = batch_norm_sensitivity(observed.at(rest).moments, judge.stored)
