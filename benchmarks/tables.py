@@ -39,6 +39,9 @@ them. The load differed, and so did the machines: seeds of one row differ by a f
 *float step* is a plain training step of the same network on the row's own batch (100 for `mct`), measured in the same
 process (batch norms in evaluation form). Peak memory is that of the process.
 
+Rows of placement `full` are from before weights were [rounded for the outputs](research/round-17-rounding.md), and in those of ResNet-56 two
+[narrow layers](research/round-18-narrow-layers.md) have the bits of the others, which makes no difference beyond chance.
+
 Some seeds were run on a GPU (an H200, torch 2.11, up to 15 rows at a time), which the files under `benchmarks/results` say;
 seconds and peak memory (that of the process, not of the GPU) are of seeds on the CPU where there are any, and marked with ‡ where all ran on the GPU. In all of these but
 `paper`, `real` of ResNet-56 at w2a2 and the third seed of MobileNetV1, the GPU computed convolutions in TF32, PyTorch's default, which
