@@ -51,12 +51,16 @@ def test_more_bits_are_closer_to_the_original() -> None:
 
 
 def test_fitting_and_tuning_bring_own_text_closer_to_the_original() -> None:
-    """With 32 sequences, or 32 steps, the order of the last two depends on the processor."""
+    """With fewer sequences, steps or seeds the order of the last two depends on rounding, which decides
+    about the text that the model writes."""
     source = replace(_SOURCE, sequences=128)
-    rounded, fitted, tuned = (
-        quantized("w3a4", replace(recipe, source=source)).metrics["own_text"]["divergence"]
-        for recipe in (ROUND, QUICK, replace(TEXT, steps=64))
-    )
+
+    def divergence(recipe: Recipe) -> float:
+        of_text = replace(recipe, source=source)
+        runs = [quantized("w3a4", of_text, seed=seed) for seed in (0, 1)]
+        return sum(run.metrics["own_text"]["divergence"] for run in runs)
+
+    rounded, fitted, tuned = map(divergence, (ROUND, QUICK, replace(TEXT, steps=160)))
     assert fitted < 0.8 * rounded
     assert tuned < fitted
 

@@ -19,7 +19,7 @@ def test_doctor_prints_json_or_a_table(capsys: pytest.CaptureFixture[str], tmp_p
     assert main([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [layer["name"] for layer in facts["layers"]] == ["conv1", "conv2", "fc"]
-    assert facts["seconds"].keys() == {"images", "tuning"}
+    assert facts["seconds"].keys() == {"images", "calibration", "tuning"}
     assert main([*arguments, "--recipe", "zeroq", "--placement", "relu"]) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 batch norms fold" in printed

@@ -38,4 +38,4 @@ def test_doctor_and_sweep_run_without_unix_only_modules(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["peak_bytes"] is None  # nothing tells it
-    assert found["seconds"].keys() == {"images", "tuning"}
+    assert found["seconds"].keys() == {"images", "calibration", "tuning"}
