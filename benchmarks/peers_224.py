@@ -318,7 +318,7 @@ INTRODUCTION = """
 {threads}; `mct` with one, the machine was busy). gdfq and `mct` see no real image. `quantize_static` is calibrated on 100 images: those of the run of gdfq, every
 tenth of the labelled ones, or noise; its seconds are without the images. `mct` makes images with fewer iterations than its
 default of 500, because of the time, and calibrates with its default target. Seconds are of the clock, in brackets of all
-processors together. Rows of gdfq at w4a8 are of an earlier version than those at w8a8; the README has present ones.
+processors together. Rows of gdfq at w4a8 are of an earlier version, with 4 bits in all layers; the README has present ones.
 
 *gdfq better by* is by how many points gdfq is correct on more images than the row, with the paired 95 % bootstrap interval.
 *900 others* leaves out the images of the calibration on real ones. *Same answers* is the share of images for which the
