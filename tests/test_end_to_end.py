@@ -116,7 +116,7 @@ def test_expected_drop_contains_the_measured_drop(digits: TrainedDigits, teacher
         )
 
     expected = []
-    for bits in ("w8a8", "w6a6", "w4a4"):
+    for bits in ("w8a8", "w4a4", "w3a3"):
         both = torch.tensor([seen(bits, seed) for seed in (0, 1)]).mean(0)
         drop, error, low, high, estimate = both.tolist()
         assert low - 2 * error <= max(drop, 0) <= high + 2 * error
