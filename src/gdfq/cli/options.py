@@ -214,10 +214,10 @@ layer_bits_option = together(
         metavar="PATTERN=BITS",
         callback=_with_old,
         help="Other bits for matching layers, such as 'stage1.*=float' or last=8 (first and last "
-        "are the first and the last layer, narrow the depthwise convolutions and those of 32 "
-        "products an output). May be given several times; the first match counts. By default "
-        "narrow=8, and where weights or activations have 2 bits first=8 and last=8; of a language "
-        "model last=float, its head.",
+        "are the first and the last layer; narrow are depthwise convolutions, and others whose "
+        "outputs are sums of 32 products or fewer). May be given several times; the first match "
+        "counts. In placement full narrow=8 is the default, and where weights or activations have "
+        "2 bits first=8 and last=8; of a language model last=float, its head.",
     ),
     click.option(
         "--keep", multiple=True, hidden=True, is_eager=True, expose_value=False, callback=_renamed

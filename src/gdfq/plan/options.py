@@ -86,10 +86,11 @@ class SchemeOptions(TypedDict, total=False):
         equalizer: Of a language model: "hadamard", "reassembly", "smooth" or "none". By default
             the recipe's own, where the model has a form that it can change.
         layer_bits: Layers with other bits, as "stage1.*=float" or "last=8"; the first pattern that
-            matches a layer counts. Narrow layers of a deployable network have 8 bits
-            unless they are named here, as "narrow=4"; so have the first and the last layer with
-            2 bits of weights or activations. The last layer of a language model, its head, stays
-            float unless it is named: "last=8".
+            matches a layer counts. Narrow layers of a deployable network (depthwise convolutions,
+            and others whose outputs are sums of 32 products or fewer) have 8 bits unless they are
+            named here, as "narrow=4"; so have the first and the last layer with 2 bits of weights
+            or activations. The last layer of a language model, its head, stays float unless it is
+            named: "last=8".
     """
 
     size: str | int | None

@@ -19,8 +19,8 @@ def narrow_layers(teacher: Captured) -> list[str]:
     outputs is a sum of few products. Few weights can hardly make up for one another's rounding, and
     what such layers lose is lost for all layers after them. A layer of the network's inputs is none
     of them: pixels have 8 bits anyway. Narrow layers hold few of the weights: the largest ones are
-    left out where all together hold more than a sixteenth, so that 8 bits in place of 4 make a file
-    larger by a sixteenth at most.
+    left out where all together hold more than a sixteenth, so that 8 bits in place of 4 make the
+    weights larger by a sixteenth at most.
     """
     tensors = tensors_of(teacher.network)
     layers = queries.weighted_layers(teacher.network)
