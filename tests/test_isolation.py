@@ -3,6 +3,9 @@
 import logging
 import threading
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ import torch
 from support import networks
 from support.choice import checked
 from support.small_runs import same, small, state
-from torch import nn
+from torch import Tensor, nn
 
 import gdfq
 from gdfq import RECIPES
+from gdfq.errors import UsageError
 from gdfq.graph.capture import capture
 from gdfq.quantized import QuantizedNetwork
 
@@ -59,6 +63,50 @@ def test_quantize_leaves_the_state_of_the_process_unchanged(
         result.save(tmp_path / "saved")
         gdfq.load(tmp_path / "saved")
         assert changed(before, surroundings()) == []
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, partial(torch.autocast, "cpu"), partial(torch.device, "meta")],
+    ids=["inference mode", "autocast", "default device"],
+)
+def test_modes_of_the_caller_change_no_result(
+    mode: Callable[[], AbstractContextManager[Any]], residual: nn.Module, tmp_path: Path
+) -> None:
+    example = networks.images(1)
+
+    def found(folder: Path) -> tuple[dict[str, Tensor], Tensor, bytes]:
+        small_fast = small(RECIPES["fast"])
+        result = gdfq.quantize(residual, example, "w4a4", small_fast, steps=5)
+        result.save(folder)
+        exported = gdfq.load(folder).export(folder / "student.onnx")
+        images, _ = gdfq.generate(residual, example, 4, small_fast)
+        return state(result.network), images, exported.path.read_bytes()
+
+    states, images, file = found(tmp_path / "outside")
+    with mode():
+        states_within, images_within, file_within = found(tmp_path / "within")
+    assert same(states, states_within)
+    assert torch.equal(images, images_within)
+    assert not images_within.is_inference()
+    assert file == file_within
+
+
+def test_network_made_in_inference_mode_is_quantized() -> None:
+    with torch.inference_mode():
+        network = networks.make("Residual")
+    gdfq.quantize(network, networks.images(1), "w4a4", small(RECIPES["fast"]), steps=5)
+
+
+def test_another_default_dtype_is_refused_with_what_to_do(residual: nn.Module) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(
+            UsageError, match=r"it is torch\.float64\. Call torch\.set_default_dtype"
+        ):
+            gdfq.capture(residual, torch.zeros(1, 3, 8, 8))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_quantize_and_export_show_no_foreign_warnings(residual: nn.Module, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.checkpoints import Checkpoints
 from gdfq.execution.context import Context
 from gdfq.execution.distributed import ALONE, Group
+from gdfq.execution.modes import without_modes_of_caller
 from gdfq.execution.precision import Precision
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import check_seed
@@ -43,6 +44,7 @@ class RunOptions(Settings, total=False):
     keep: Sequence[str]
 
 
+@without_modes_of_caller()
 def quantize(
     model: Model,
     example_input: ExampleInputs | None = None,
@@ -166,6 +168,7 @@ def quantize(
     return run(plan, context)
 
 
+@without_modes_of_caller()
 def generate(
     model: Model,
     example_input: ExampleInputs | None = None,
@@ -205,6 +208,7 @@ def generate(
     return make_images(network.teacher, chosen, count, context, steps=steps)
 
 
+@without_modes_of_caller()
 def load(path: str | Path) -> QuantizedNetwork:
     """Load a quantized network.
 
@@ -219,6 +223,7 @@ def load(path: str | Path) -> QuantizedNetwork:
     return load_folder(path) if path.is_dir() else QuantizedNetwork.read(path)
 
 
+@without_modes_of_caller()
 def compare_samples(
     student: QuantizedNetwork,
     model: Model,

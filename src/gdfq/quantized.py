@@ -21,6 +21,7 @@ from gdfq.errors import UsageError, warn_renamed
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.guards import smaller_budget_suggested
 from gdfq.execution.malloc import release_freed_memory
+from gdfq.execution.modes import without_modes_of_caller
 from gdfq.execution.progress import Listener, silent
 from gdfq.execution.seeding import stream
 from gdfq.files.atomic import make_folder, write_atomically
@@ -93,6 +94,7 @@ class QuantizedNetwork(nn.Module):
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
+    @without_modes_of_caller()
     def evaluate(
         self, data: Any, *, listener: Listener = silent, memory: str | int | None = None
     ) -> float:
@@ -132,6 +134,7 @@ class QuantizedNetwork(nn.Module):
                 memory=budget,
             )
 
+    @without_modes_of_caller()
     def compare_text(
         self, original: Captured, data: Any, *, listener: Listener = silent
     ) -> LanguageMeasures:
@@ -204,6 +207,7 @@ class QuantizedNetwork(nn.Module):
         body, ends = split(network.module)
         return cls(IntegerNetwork(body), card, metrics, examples, ends=ends)
 
+    @without_modes_of_caller()
     def save(self, folder: str | Path) -> None:
         """Write `student.safetensors` and `examples.npz` into the folder, which `load` reads."""
         folder = Path(folder)
@@ -231,6 +235,7 @@ class QuantizedNetwork(nn.Module):
         """
         return with_denoiser(original, self, len(self.card.inputs))
 
+    @without_modes_of_caller()
     def export(
         self,
         path: str | Path,

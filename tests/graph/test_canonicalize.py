@@ -70,7 +70,8 @@ def captured_clamp(function: Callable[[Tensor], Tensor]) -> list[Any]:
     x = torch.randn(3, 4, 6, 6)
     captured = capture(model, x[:1], classifier=False)
     with torch.no_grad():
-        assert captured.network(x).equal(model(x))
+        # Layouts in memory differ, and with them the rounding of sums on some processors.
+        torch.testing.assert_close(captured.network(x), model(x))
     names = [operators.short_name(node) for node in captured.network.graph.nodes]
     return [name for name in names[names.index("mul") + 1 :] if name]
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from gdfq.data.vocabulary import TOKENS, Vocabulary
 from gdfq.errors import UsageError, first_line
+from gdfq.execution.modes import without_modes_of_caller
 from gdfq.execution.seeding import stream as random_stream
 from gdfq.graph import operators
 from gdfq.graph.allowed import check_constants, check_operators
@@ -100,6 +101,7 @@ ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Example inputs of a network: one tensor, a tensor for each argument, or tensors by name."""
 
 
+@without_modes_of_caller()
 def capture(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -218,6 +220,7 @@ def _check_equal_at_half(
         )
 
 
+@torch.no_grad()
 def _check_weights(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if torch.nn.parameter.is_lazy(tensor):
