@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -273,18 +274,30 @@ def calibrate(
     )
     if recipe.match_moments:
         release_freed_memory()
-        match_moments_(
-            student,
-            teacher,
-            joined_inputs(feed.held),
-            context.memory,
-            fit_weights=recipe.fit_weights,
-        )
+        with _begun_again_on_resume(student, context):
+            match_moments_(
+                student,
+                teacher,
+                joined_inputs(feed.held),
+                context,
+                fit_weights=recipe.fit_weights,
+            )
     elif recipe.fit_weights:
         fit_weights_(student, teacher, joined_inputs(feed.held), context)
     # All processes saw the same batches: they differ at most by the rounding of their devices.
     context.group.broadcast_(student.state_dict().values())
     marks.end("calibrate")
+
+
+@contextmanager
+def _begun_again_on_resume(student: Student, context: Context) -> Iterator[None]:
+    """Within this context checkpoints hold the student as it is at the start.
+
+    For what changes a student in a way that cannot continue from its middle.
+    """
+    context.checkpointer.register("student", Results(deepcopy(student.state_dict())))
+    yield
+    context.checkpointer.register("student", student)
 
 
 def tune(

@@ -123,7 +123,7 @@ def test_moments_of_parts_are_those_of_the_whole_batch(teacher: Captured) -> Non
     students = [student_of(teacher, MemoryBudget()) for _ in range(2)]
     before = students[0](images)
     for student, memory in zip(students, (MemoryBudget(), TINY), strict=True):
-        match_moments_(student, teacher, (images,), memory)
+        match_moments_(student, teacher, (images,), Context(memory=memory))
     whole, parts = (student(images) for student in students)
     assert not torch.allclose(before, whole, rtol=1e-2)
     # A value at the border between two codes may round the other way.

@@ -7,6 +7,8 @@ import torch
 from support.students import noise, student_of
 from torch import Tensor, nn
 
+from gdfq.execution.context import Context
+from gdfq.execution.progress import Step
 from gdfq.functional.grid import Layout
 from gdfq.functional.rounding import fitted_weight
 from gdfq.graph import queries
@@ -168,6 +170,19 @@ def test_fitting_brings_a_student_nearer_to_its_teacher(teacher: Captured) -> No
         match_moments_(student, teacher, (images,), fit_weights=fit_weights)
         errors.append(float((student(others) - wanted).detach().norm()))
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize(("fit_weights", "stage"), [(True, "fit"), (False, "match")])
+def test_listener_hears_of_each_layer(teacher: Captured, fit_weights: bool, stage: str) -> None:
+    images = noise()
+    heard: list[Step] = []
+    student = student_of(teacher, images)
+    context = Context(listener=heard.append)
+    match_moments_(student, teacher, (images,), context, fit_weights=fit_weights)
+    layers = len(queries.weighted_layers(teacher.network))
+    assert [(step.stage, step.index, step.total) for step in heard] == [
+        (stage, index, layers) for index in range(1, layers + 1)
+    ]
 
 
 def test_transposed_convolutions_are_not_fitted() -> None:

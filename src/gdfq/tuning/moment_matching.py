@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from gdfq.execution.budget import MemoryBudget
+from gdfq.execution.context import Context
+from gdfq.execution.progress import Listener, Step
 from gdfq.functional.moments import moments
 from gdfq.graph import operators, queries
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -28,7 +30,7 @@ def match_moments_(
     student: Student,
     teacher: Captured,
     inputs: Sequence[Tensor],
-    memory: MemoryBudget = MemoryBudget(),
+    context: Context = Context(),
     *,
     fit_weights: bool = False,
 ) -> None:
@@ -48,21 +50,25 @@ def match_moments_(
         inputs: [N, *shape] for each input of the network. Each layer is corrected with so many of
             them that no feature map from this layer on has more than 2^26 elements: 55 images while
             there are 96 channels at half the resolution of 224x224, all of 256 at an eighth.
-        memory: Decides whether the images pass in parts. The moments of a batch in parts differ
-            only by the rounding of sums.
+        context: Its budget of memory decides whether the images pass in parts: the moments of a
+            batch in parts differ only by the rounding of sums. Its listener hears of each layer, as
+            a step of "fit" or "match".
         fit_weights: Whether each weight is fitted to the teacher's outputs and rounded with
             compensation before (`gdfq.tuning.weight_fitting`).
     """
     network = fold_batch_norms(teacher).network
     counts = matched_images(network.graph, len(inputs[0]))
-    at_once = part_images(network.graph, max(counts.values()), memory, inputs[0].device)
+    at_once = part_images(network.graph, max(counts.values()), context.memory, inputs[0].device)
     parts: dict[str, list[tuple[Tensor, ...]]] = {}
     for name, (before, count) in zip(counts, pairwise([0, *counts.values()]), strict=True):
         if count > before:
             joining = tuple(tensor[before:count] for tensor in inputs)
             parts[name] = split_inputs(joining, at_once)
     first = parts.pop(next(iter(counts)))
-    _MatchMoments(student.network, network, first, parts, fit_weights).run_parts(first, parts)
+    matching = _MatchMoments(
+        student.network, network, first, parts, context.listener, fit_weights=fit_weights
+    )
+    matching.run_parts(first, parts)
 
 
 @torch.no_grad()
@@ -159,11 +165,15 @@ class _MatchMoments(PartsInterpreter):
         teacher: fx.GraphModule,
         parts: Sequence[Inputs],
         later: Mapping[str, Sequence[Inputs]],
+        listener: Listener,
+        *,
         fit_weights: bool,
     ) -> None:
         super().__init__(network)
         self.corrected: set[WeightQuantizer] = set()
         self.fit_weights = fit_weights
+        self._listener = listener
+        self._total = len(set(filter(None, map(self._uncorrected, network.graph.nodes))))
         self._weights = tensors_of(teacher)
         self._teacher = PartsInterpreter(teacher).nodes_of_parts(parts, later)
         self._target: _Target | None = None
@@ -207,6 +217,8 @@ class _MatchMoments(PartsInterpreter):
         shape[queries.channel_dim(node)] = -1
         for env in envs:
             env[node] = env[node] * factor.view(shape) + shift.view(shape)
+        stage = "fit" if self.fit_weights else "match"
+        self._listener(Step(stage, len(self.corrected), self._total, {}))
 
     def _uncorrected(self, node: fx.Node) -> WeightQuantizer | None:
         """Return the quantizer of a layer's weight, if the node is one and it is the first use."""
