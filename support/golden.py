@@ -1,10 +1,12 @@
 """Golden values: hashes of what runs produce, to prove that a change of the code changed no number.
 
-    python -m support.golden FILE [--only NAME ...]     # write the values of the present code
+    python -m support.golden FILE [--only NAME ...]     # write golden.json with the present values
 
 A hash stands for the tensors of a student in any order and under any names, for the graph of an
 ONNX file without its metadata, or for images. The numbers depend on the processor and on torch's
-kernels, so they are compared only where `probe` is the same.
+kernels: `golden.json` has a set of values for each kind of processor, by the hash of a network that
+was trained on it (`Digits.probe`). What is written is `golden.json` with the new values of the
+processor that wrote it.
 """
 
 import argparse
@@ -114,9 +116,17 @@ def _resumed(digits: Digits, recipe: Any) -> Any:
     raise AssertionError("the run was to be stopped")
 
 
-def digits_values(only: set[str] | None = None) -> dict[str, str]:
+RECORDED = Path(__file__).with_name("golden.json")
+
+
+def recorded() -> dict[str, dict[str, str]]:
+    """The values of `golden.json`, by name, for each kind of processor by its probe."""
+    values: dict[str, dict[str, str]] = json.loads(RECORDED.read_text())
+    return values
+
+
+def digits_values(digits: Digits, only: set[str] | None = None) -> dict[str, str]:
     """The golden values of runs on the digits network, by name."""
-    digits = Digits()
     cases: dict[str, Callable[[], Any]] = {
         "quick-w4a4-full-0": lambda: digits.quantize("w4a4", _small("quick", 16)),
         "quick-w8a8-full-1": lambda: digits.quantize("w8a8", _small("quick", 12), seed=1),
@@ -140,7 +150,7 @@ def digits_values(only: set[str] | None = None) -> dict[str, str]:
             "w4a4", _small("real", 12), data=digits.test.images[:64]
         ),
     }
-    values = {"probe": digits.probe()}
+    values = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, make in cases.items():
@@ -183,10 +193,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    values = digits_values(set(arguments.only) if arguments.only else None)
+    digits, known = Digits(), recorded()
+    values = digits_values(digits, set(arguments.only) if arguments.only else None)
     if SHARED.is_dir() and not arguments.only:
         values |= shared_values()
-    arguments.file.write_text(json.dumps(values, indent=1) + "\n")
+    known[digits.probe()] = known.get(digits.probe(), {}) | values
+    arguments.file.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ FOLDER = Path(os.environ.get("GDFQ_RUNTIMES", Path(sys.prefix) / "runtimes"))
 _ONNX_RUNTIME = """
 import sys, numpy, onnxruntime
 onnxruntime.set_default_logger_severity(4)
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # saturates on no processor
 try:
-    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 except Exception as error:
     sys.exit(f"does not load: {error}")
 (name,) = [value.name for value in session.get_inputs()]

@@ -115,9 +115,12 @@ def test_recipe_refuses_calibration_after_warmup(tiny: Recipe) -> None:
         replace(tiny, calibration=5, warmup=2)
 
 
+@pytest.mark.parametrize("bits", ["w8a8", "w7a8", "w8a7"])
 @pytest.mark.parametrize("name", ["fast", "quick"])
-def test_recipe_is_calibrated_without_tuning_where_all_has_8_bits(name: str) -> None:
-    method = resolve_method("w8a8", name)
+def test_recipe_is_calibrated_without_tuning_where_all_has_7_bits_or_more(
+    name: str, bits: str
+) -> None:
+    method = resolve_method(bits, name)
     assert not method.recipe.tuning.trains
     assert (method.recipe.steps, method.recipe.source.images_held) == (1, 128)
     assert method.recipe.effort_in_words == (
@@ -153,7 +156,8 @@ def test_quick_fits_weights_without_tuning_from_4_bits_on(bits: str) -> None:
         ("w4a8", {}, False),
         ("w6a8", {}, False),
         ("w3a8", {}, True),
-        ("w4a7", {}, True),
+        ("w4a7", {}, False),
+        ("w4a6", {}, True),
         ("w4a8", {"layer_bits": ("first=8", "last=float")}, False),
         ("w8a8", {"layer_bits": ("last=4",)}, True),
     ],

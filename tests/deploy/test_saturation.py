@@ -37,10 +37,29 @@ def test_safe_x86_writes_7_bit_weights_where_sums_may_saturate(tmp_path: Path) -
     x = networks.images(8)
     error = (network(x) - quantized(x)).norm() / quantized(x).norm()
     assert float(error) < 0.05
-    assert (
-        layers_that_may_overflow(quantized_by_fast(networks.captured("Residual"), "w4a4").network)
-        == []
-    )
+
+
+@pytest.mark.parametrize("bits", ["w2a8", "w4a8", "w7a8"])
+def test_layers_of_fewer_than_8_bits_cannot_saturate(bits: str) -> None:
+    """Each layer's bits are those of a default run: with 2 bits the ends have more."""
+    network = quantized_by_fast(networks.captured("Residual"), bits).network
+    assert max(bits for bits in network.code_bits().values()) < 8
+    assert layers_that_may_overflow(network) == []
+
+
+def test_fewer_bits_keep_the_sum_of_each_channel() -> None:
+    """What lies between two codes is rounded up as often as down; none moves by a whole code."""
+    network = quantized_by_fast(networks.captured("Residual"), "w8a8").network
+    bits = network.code_bits()
+    for before, after in zip(
+        network.weights, network.with_bits(dict.fromkeys(bits, 7)).weights, strict=True
+    ):
+        change = (after.codes.float() - before.codes.float() / 2).flatten(1)
+        is_last = before.codes.flatten(1) == 127  # 63.5 has no code above it
+        assert (change.abs() <= 0.5).all()
+        assert (change.sum(1).abs() <= 0.5 + 0.5 * is_last.sum(1)).all()
+        torch.testing.assert_close(after.scale, 2 * before.scale)
+    assert {weight.bits for weight in network.with_bits(dict.fromkeys(bits, 7)).weights} == {7}
 
 
 def _saturating(monkeypatch: pytest.MonkeyPatch, also_precise: bool = False) -> None:

@@ -34,7 +34,7 @@ CHAINS = {
 
 def quantized(network: nn.Module) -> QuantizedNetwork:
     data = networks.images(32, seed=4, shape=unusual.SHAPE)
-    return gdfq.quantize(network, EXAMPLE, "w8a8", "real", data=data, steps=4, batch=16)
+    return gdfq.quantize(network, EXAMPLE, "w7a8", "real", data=data, steps=4, batch=16)
 
 
 def error_of(actual: Tensor, expected: Tensor) -> float:
@@ -88,7 +88,7 @@ def test_unusual_network_runs_as_a_program(name: str, tmp_path: Path) -> None:
 def test_layers_of_any_name_run_from_every_kind_of_file(tmp_path: Path) -> None:
     student = quantized(unusual.named(*unusual.NAMES))
     assert len(student.network.layers) == len(unusual.NAMES)
-    assert all(layer.bits == 8 for layer in student.network.layers)
+    assert all(layer.bits == 7 for layer in student.network.layers)
     check_files(student, tmp_path)
 
 

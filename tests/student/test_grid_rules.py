@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from support import networks
 from support.small_runs import same, state
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from gdfq.functional.grid import (
     Layout,
     code_bounds,
     dequantize,
+    fake_quantize,
     symmetric_grid,
     weight_grid,
 )
@@ -67,6 +70,30 @@ def test_symmetric_grid_has_its_last_code_at_the_farther_end(bits: int) -> None:
     torch.testing.assert_close(scale, expected)
     assert not zero_point.any()
     assert torch.equal(weight_grid(low, high, bits, symmetric=True)[0], scale)
+
+
+ENDS = st.tuples(st.floats(-10, 10, width=32), st.floats(-10, 10, width=32)).map(sorted)
+
+
+@given(ends=ENDS, bits=st.integers(2, 8))
+@example(ends=[9.5, 10.0], bits=6)  # far from 0: the widened grid has z = -32
+@example(ends=[-1.0, 0.5], bits=7)
+def test_products_with_weights_of_up_to_7_bits_fit_into_16_bits_in_pairs(
+    ends: list[float], bits: int
+) -> None:
+    low, high = map(torch.tensor, ends)
+    scale, zero_point = weight_grid(low, high, bits)
+    reach = max(abs(code - float(zero_point)) for code in code_bounds(bits))
+    assert 2 * 255 * reach <= 2**15 - 1 if bits < 8 else reach <= 128
+    assert not zero_point or bits < 7
+    rounded = fake_quantize(torch.stack([low, high]), scale, zero_point, bits)
+    assert ((rounded - torch.stack([low, high])).abs() <= 1.001 * scale).all()
+
+
+def test_grid_of_7_bits_is_symmetric() -> None:
+    scale, zero_point = weight_grid(torch.tensor(-1.0), torch.tensor(0.5), 7)
+    assert float(scale) == pytest.approx(1 / 63)
+    assert float(zero_point) == 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -60,22 +60,26 @@ def test_layer_bits_apply_to_weights() -> None:
 @pytest.mark.parametrize(
     ("bits", "placement", "said", "expected"),
     [
-        ("w2a2", "full", [], ["first=8", "last=8", "narrow=8"]),
-        ("w2a8", "full", [], ["first=8", "last=8", "narrow=8"]),
-        ("w4a2", "full", [], ["first=8", "last=8", "narrow=8"]),
+        ("w2a2", "full", [], ["first=7", "last=7", "narrow=7"]),
+        ("w2a8", "full", [], ["first=7", "last=7", "narrow=7"]),
+        ("w4a2", "full", [], ["first=7", "last=7", "narrow=7"]),
+        ("w8a2", "full", [], ["first=8", "last=8", "narrow=8"]),
         # The first match counts.
-        ("w2a2", "full", ["fc=4"], ["fc=4", "first=8", "last=8", "narrow=8"]),
-        ("w2a2", "full", ["last=2"], ["last=2", "first=8", "narrow=8"]),
+        ("w2a2", "full", ["fc=4"], ["fc=4", "first=7", "last=7", "narrow=7"]),
+        ("w2a2", "full", ["last=2"], ["last=2", "first=7", "narrow=7"]),
         ("w2a2", "full", ["first=float", "last=2", "narrow=2"],
          ["first=float", "last=2", "narrow=2"]),
-        ("w3a3", "full", [], ["narrow=8"]),
-        ("w4a8", "full", [], ["narrow=8"]),
+        ("w3a3", "full", [], ["narrow=7"]),
+        ("w4a8", "full", [], ["narrow=7"]),
+        ("w7a8", "full", [], ["narrow=7"]),
+        ("wfp4a8", "full", [], ["narrow=8"]),
+        ("w4afp4", "full", [], ["narrow=8"]),
         ("w8a4", "full", ["narrow=4"], ["narrow=4"]),
         ("w8a8", "full", [], []),
         ("w2a2", "relu", [], []),
     ],
 )  # fmt: skip
-def test_some_layers_of_deployable_networks_have_8_bits_by_default(
+def test_some_layers_of_deployable_networks_have_more_bits_by_default(
     bits: str, placement: str, said: list[str], expected: list[str]
 ) -> None:
     scheme = resolve_method(bits, placement=placement, layer_bits=said).scheme
@@ -109,9 +113,9 @@ class Narrow(nn.Module):
         return found
 
 
-def test_narrow_layers_and_their_inputs_have_8_bits() -> None:
-    def bits(*said: str) -> tuple[dict[str, int], dict[str, int]]:
-        plan = resolve(Narrow(), torch.randn(1, 3, 16, 16), "w4a4", "quick", layer_bits=said)
+def test_narrow_layers_and_their_inputs_have_7_bits() -> None:
+    def bits(*said: str, all_bits: str = "w4a4") -> tuple[dict[str, int], dict[str, int]]:
+        plan = resolve(Narrow(), torch.randn(1, 3, 16, 16), all_bits, "quick", layer_bits=said)
         layers = queries.weighted_layers(plan.teacher.network)
         entering = activation_bits(plan.teacher, plan.scheme)
         entering |= layer_input_bits(plan.teacher, plan.scheme)
@@ -120,10 +124,11 @@ def test_narrow_layers_and_their_inputs_have_8_bits() -> None:
         return {queries.layer_name(layer): n for layer, n in weights.items()}, inputs
 
     few = dict.fromkeys(("stem", "depthwise", "grouped", "expand", "project", "wide", "fc"), 4)
-    narrow = dict.fromkeys(("depthwise", "project"), 8)
+    narrow = dict.fromkeys(("depthwise", "project"), 7)
     pixels = {"stem": 8}
     assert bits() == (few | narrow, few | narrow | pixels)
     assert bits("narrow=4") == (few, few | pixels)
+    assert bits(all_bits="w4a8") == (few | narrow, dict.fromkeys(few, 8))
     assert bits("wide=8", "project=2")[0] == few | narrow | {"wide": 8, "project": 2}
 
 
@@ -140,6 +145,17 @@ def test_narrow_layers_hold_a_sixteenth_of_the_weights_at_most() -> None:
     assert narrow(10) == ["1"]  # of 596: 6.7 %
     assert narrow(4) == ["1"]  # 16 of 272: 5.9 %
     assert narrow(3) == []  # 16 of 218
+
+
+def test_weights_of_a_layer_with_several_calls_count_once() -> None:
+    stem, few, many = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def narrow(*layers: nn.Module) -> list[str]:
+        return narrow_layers(capture(nn.Sequential(*layers), torch.zeros(1, 4, 3, 3)))
+
+    assert narrow(stem, few, many, many, many) == []  # 16 of 176
+    assert narrow(stem, few, few, nn.Conv2d(4, 7, 3)) == ["2"]  # 16 of 284
+    assert narrow(stem, few, few, nn.Conv2d(4, 6, 3)) == []  # 16 of 248
 
 
 def test_networks_without_narrow_layers_have_no_bits_for_them() -> None:

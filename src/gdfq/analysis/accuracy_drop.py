@@ -120,7 +120,7 @@ class Law:
         return max(low, 0.0), min(high, 100.0)
 
 
-LAW = Law(shift=-2.01, power=1.96, error=0.53, limit=0.6)
+LAW = Law(shift=-1.62, power=2.24, error=0.54, limit=0.6)
 """Fitted by `python -m benchmarks.trust` to the runs in benchmarks/results/trust.json."""
 
 

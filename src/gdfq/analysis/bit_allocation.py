@@ -25,7 +25,7 @@ from gdfq.errors import UsageError
 from gdfq.execution.budget import MemoryBudget
 from gdfq.execution.progress import Listener, Step, silent
 from gdfq.execution.seeding import stream
-from gdfq.functional.grid import MAX_BITS, Bits, code_bounds, fake_quantize
+from gdfq.functional.grid import UNSATURATED_BITS, Bits, code_bounds, fake_quantize
 from gdfq.functional.losses import distillation_loss, feature_loss
 from gdfq.graph import queries
 from gdfq.graph.batch_norms import fold_batch_norms
@@ -287,7 +287,7 @@ def _fill_(network: IntegerNetwork) -> None:
         if layer.weight is not None:
             layer.weight.codes.random_(*code_bounds(layer.weight.bits), generator=draw)
             layer.weight.scale.uniform_(1, 2, generator=draw)
-            layer.weight.zero_point.fill_(layer.weight.bits < MAX_BITS)
+            layer.weight.zero_point.fill_(layer.weight.bits < UNSATURATED_BITS)
         if layer.bias is not None and layer.bias.is_floating_point():
             layer.bias.uniform_(1, 2, generator=draw)
         elif layer.bias is not None:

@@ -278,7 +278,7 @@ class _Measurement:
         calibration, matching, fits = in_batch * laps.lap(), 0.0, recipe.fit_weights
         if recipe.match_moments:
             match = partial(
-                match_moments_, student, teacher, memory=self.context.memory, fit_weights=fits
+                match_moments_, student, teacher, context=self.context, fit_weights=fits
             )
             match(few)
             preparing = laps.lap()

@@ -216,8 +216,8 @@ layer_bits_option = together(
         help="Other bits for matching layers, such as 'stage1.*=float' or last=8 (first and last "
         "are the first and the last layer; narrow are depthwise convolutions, and others whose "
         "outputs are sums of 32 products or fewer). May be given several times; the first match "
-        "counts. In placement full narrow=8 is the default, and where weights or activations have "
-        "2 bits first=8 and last=8; of a language model last=float, its head.",
+        "counts. In placement full narrow=7 is the default below 8 bits, and where weights or "
+        "activations have 2 bits first=7 and last=7; of a language model last=float, its head.",
     ),
     click.option(
         "--keep", multiple=True, hidden=True, is_eager=True, expose_value=False, callback=_renamed

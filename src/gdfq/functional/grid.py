@@ -24,8 +24,10 @@ from gdfq.errors import UsageError
 from gdfq.files.plain_values import tagged
 
 MIN_BITS, MAX_BITS = 2, 8
-_MAX_INT8_CODE = 127
-"""The largest magnitude of a symmetric code of 8 signed bits."""
+UNSATURATED_BITS = 7
+"""Most bits of weights with which sums of two products with 8-bit activations fit into 16 bits."""
+_MAX_UNSATURATED_CODE = 64
+"""The largest |q − z| of such weights: 2 · 255 · 64 < 2^15."""
 _MAX_BIAS_CODE = 2**30
 """Half the range of 32 signed bits: the other half is reserved for the sum of the products."""
 
@@ -202,8 +204,10 @@ def weight_grid(
 ) -> tuple[Tensor, Tensor]:
     """Return the `affine_grid` of weights, whose codes minus zero point fit into 8 signed bits.
 
-    Integer runtimes multiply by q − z as one int8 number. Where |q − z| could exceed 127 the range
-    is widened: to contain 0, and at 8 bits, where only z = 0 leaves room, to [−m, m].
+    Integer runtimes multiply by q − z as one int8 number, and kernels of x86 processors without
+    VNNI add two products with 8-bit activations in 16 bits. So |q − z| is 64 at most with up to 7
+    bits. Where it could exceed that the range is widened: to contain 0, and at 7 and 8 bits, where
+    only z = 0 leaves room, to [−m, m].
 
     Args:
         low: Lower ends, of any shape.
@@ -215,10 +219,11 @@ def weight_grid(
         Scale (> 0) and zero point, both shaped as `low`.
     """
     lowest, highest = code_bounds(bits)
-    if symmetric or highest - lowest > _MAX_INT8_CODE:
+    if symmetric or bits >= UNSATURATED_BITS:
         return symmetric_grid(low, high, bits)
     scale, zero_point = affine_grid(low, high, bits)
-    fits = (lowest - zero_point >= -_MAX_INT8_CODE) & (highest - zero_point <= _MAX_INT8_CODE)
+    reach = torch.maximum(zero_point - lowest, highest - zero_point)
+    fits = reach <= _MAX_UNSATURATED_CODE
     wide_scale, wide_zero_point = affine_grid(low.clamp(max=0), high.clamp(min=0), bits)
     return torch.where(fits, scale, wide_scale), torch.where(fits, zero_point, wide_zero_point)
 

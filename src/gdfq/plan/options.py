@@ -87,10 +87,10 @@ class SchemeOptions(TypedDict, total=False):
             the recipe's own, where the model has a form that it can change.
         layer_bits: Layers with other bits, as "stage1.*=float" or "last=8"; the first pattern that
             matches a layer counts. Narrow layers of a deployable network (depthwise convolutions,
-            and others whose outputs are sums of 32 products or fewer) have 8 bits unless they are
+            and others whose outputs are sums of 32 products or fewer) have 7 bits unless they are
             named here, as "narrow=4"; so have the first and the last layer with 2 bits of weights
-            or activations. The last layer of a language model, its head, stays float unless it is
-            named: "last=8".
+            or activations. They have 8 where the weights of other layers have. The last layer of a
+            language model, its head, stays float unless it is named: "last=8".
     """
 
     size: str | int | None

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, fx, nn
 
 from gdfq.errors import UsageError
-from gdfq.functional.grid import MAX_BITS, Bits, Layout
+from gdfq.functional.grid import MAX_BITS, UNSATURATED_BITS, Bits, Layout
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured
 from gdfq.graph.tensors import tensors_of
@@ -17,9 +17,10 @@ from gdfq.student.placement import activation_bits, joined_groups, layer_input_b
 from gdfq.student.scheme import Scheme
 
 _REACH = 1.2
-"""How far grids of activations reach where weights have 8 bits, too, of the range of the images
+"""How far grids of activations reach where weights have 7 or 8 bits, of the range of the images
 that they were found from. Other images have larger values, and a coarser step then costs less than
 to clip them; with weights of 4 bits it does not (docs/research/round-15-reach.md)."""
+_BITS_WITH_REACH = frozenset({Bits(MAX_BITS, MAX_BITS), Bits(UNSATURATED_BITS, MAX_BITS)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class AssignedQuantizers:
         made = self._make_activation(bits)
         made.symmetric = self._scheme.grids.symmetric_activations
         made.limits = queries.value_limits(node)
-        made.reach = _REACH if self._scheme.bits == Bits(MAX_BITS, MAX_BITS) else 1.0
+        made.reach = _REACH if self._scheme.bits in _BITS_WITH_REACH else 1.0
         return made
 
 

@@ -9,7 +9,7 @@ where their arguments stand.
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -274,9 +274,7 @@ class IntegerNetwork(nn.Module):
         for weight in self.weights:
             if weight.codes_name not in bits:
                 continue
-            fewer = bits[weight.codes_name]
-            narrow = replace(weight.quantized, bits=fewer)
-            found = coarser(narrow, torch.tensor(2.0 ** (weight.bits - fewer)))
+            found = _with_fewer_bits(weight.quantized, bits[weight.codes_name])
             changed[weight.codes_name] = found.codes
             changed[weight.scale_name] = found.scale
             changed[weight.zero_point_name] = found.zero_point
@@ -406,6 +404,38 @@ def coarser(tensor: QuantizedTensor, factor: Tensor) -> QuantizedTensor:
     codes = ((tensor.codes - tensor.zero_point) / factor).round() + zero_point
     codes = codes.clamp(*code_bounds(tensor.bits)).to(tensor.codes.dtype)
     return QuantizedTensor(codes, tensor.scale * factor, zero_point, tensor.bits)
+
+
+def _with_fewer_bits(tensor: QuantizedTensor, bits: int) -> QuantizedTensor:
+    """Return a weight requantized to fewer bits, the sum of each channel's weights kept.
+
+    Half of the codes of a bit more lie at ties. Rounded each by itself they shift the sum, and with
+    it the mean of the channel's outputs, for inputs that are not negative. So the codes that cost
+    least are rounded to their other neighbour, until the sum is that of before.
+    """
+    factor = 2.0 ** (tensor.bits - bits)
+    zero_point = (tensor.zero_point / factor).round()
+    low, high = code_bounds(bits)
+    exact = (tensor.codes - tensor.zero_point) / factor + zero_point
+    nearest = exact.round().clamp(low, high)
+    missing = exact - nearest
+    along = [d for d in range(exact.ndim) if tensor.scale.shape[d] == 1]
+    direction = missing.sum(along, keepdim=True).sign()
+    beside = nearest + direction
+    gain = torch.where((beside >= low) & (beside <= high), missing * direction, 0)
+    wanted = missing.sum(along, keepdim=True).abs().round()
+    moved = (gain > 0) & (_ranks(-gain, along) < wanted)
+    codes = torch.where(moved, beside, nearest).to(tensor.codes.dtype)
+    return QuantizedTensor(codes, tensor.scale * factor, zero_point, bits)
+
+
+def _ranks(values: Tensor, dims: list[int]) -> Tensor:
+    """Return the place of each value, from 0 on, among those that differ in these dimensions."""
+    last = [-1 - i for i in range(len(dims))]
+    together = values.movedim(dims, last)
+    flat = together.flatten(-len(dims))
+    ranks = flat.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return ranks.view(together.shape).movedim(last, dims)
 
 
 def _names(node: fx.Node) -> list[str]:

@@ -19,18 +19,19 @@ def narrow_layers(teacher: Captured) -> list[str]:
     outputs is a sum of few products. Few weights can hardly make up for one another's rounding, and
     what such layers lose is lost for all layers after them. A layer of the network's inputs is none
     of them: pixels have 8 bits anyway. Narrow layers hold few of the weights: the largest ones are
-    left out where all together hold more than a sixteenth, so that 8 bits in place of 4 make the
-    weights larger by a sixteenth at most.
+    left out where all together hold more than a sixteenth, so that a byte in place of 4 bits makes
+    the weights larger by a sixteenth at most.
     """
     tensors = tensors_of(teacher.network)
-    layers = queries.weighted_layers(teacher.network)
-    weights = {layer: tensors[queries.weight_name(layer)] for layer in layers}
+    calls = reversed(queries.weighted_layers(teacher.network))
+    layers = {queries.weight_name(layer): layer for layer in calls}  # the first call of each
+    weights = {name: tensors[name] for name in layers}
     few = sorted(
-        (weight.numel(), queries.layer_name(layer))
-        for layer, weight in weights.items()
+        (weights[name].numel(), queries.layer_name(layer))
+        for name, layer in layers.items()
         if operators.name_of(layer) in operators.CONVOLUTIONS
         and queries.input_of(layer).op != "placeholder"
-        and (queries.is_depthwise(layer) or weight[0].numel() <= _NARROW_PRODUCTS)
+        and (queries.is_depthwise(layer) or weights[name][0].numel() <= _NARROW_PRODUCTS)
     )
     most = _NARROW_SHARE * sum(weight.numel() for weight in weights.values())
     held = accumulate(count for count, _ in few)

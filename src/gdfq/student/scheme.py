@@ -12,7 +12,14 @@ from torch import fx
 from gdfq.errors import UsageError, warn_renamed
 from gdfq.files.plain_values import tagged
 from gdfq.functional.float_grid import ALL_FORMATS, NumberFormat, formats_of
-from gdfq.functional.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, UNROUNDED, Bits
+from gdfq.functional.grid import (
+    FLOAT_BITS,
+    MAX_BITS,
+    MIN_BITS,
+    UNROUNDED,
+    UNSATURATED_BITS,
+    Bits,
+)
 from gdfq.graph import queries
 from gdfq.graph.capture import Captured
 from gdfq.student.narrow import narrow_layers
@@ -102,11 +109,13 @@ def with_default_layer_bits(
 ) -> tuple[LayerBits, ...]:
     """Return the bits of layers with those that some layers have by default.
 
-    In a deployable network (placement "full") narrow layers have 8 bits (`gdfq.student.narrow`).
-    With 2 bits of weights or activations the first and the last layer have 8 bits, too: they hold
-    few of the weights, and their rounding makes up a ninth of the divergence of a ResNet-20. The
-    last layer of a language model, its head, stays float with any bits. What the user says about
-    these layers counts. The published protocol has the same bits everywhere.
+    In a deployable network (placement "full") narrow layers have 7 bits (`gdfq.student.narrow`).
+    With 2 bits of weights or activations the first and the last layer have 7 bits, too: they hold
+    few of the weights, and their rounding makes up a ninth of the divergence of a ResNet-20. With 7
+    bits no kernel saturates (`functional.grid.weight_grid`); 8 bits it is where other weights have
+    8, or floating-point grids. The last layer of a language model, its head, stays float with any
+    bits. What the user says about these layers counts. The published protocol has the same bits
+    everywhere.
 
     Args:
         layer_bits: The layers with other bits, as the user says.
@@ -119,7 +128,9 @@ def with_default_layer_bits(
         defaults = [LayerBits("last", None)]
     elif placement == "full" and fewest < MAX_BITS:
         ends = _ENDS if fewest < _FEWEST_BITS_OF_ENDS else ()
-        defaults = [LayerBits(pattern, MAX_BITS) for pattern in (*ends, _NARROW)]
+        may_saturate = bits.weights == MAX_BITS or bits.float_weights
+        more = MAX_BITS if may_saturate or bits.float_activations else UNSATURATED_BITS
+        defaults = [LayerBits(pattern, more) for pattern in (*ends, _NARROW)]
     said = {layers.pattern for layers in layer_bits}
     return (*layer_bits, *(layers for layers in defaults if layers.pattern not in said))
 

@@ -76,14 +76,15 @@ def _notes(job: Job, data: bytes, proof: Proof) -> list[str]:
     if proof.saturates_here:
         notes.append(
             f"ON THIS PROCESSOR 8-BIT SUMS SATURATE (no VNNI) in up to {len(risky)} layers, "
-            "and predictions differ from the student's: use gdfq export --safe-x86, or the session "
-            f"option {'='.join(PRECISE)}, with which the file is equal"
+            "and predictions differ from the student's: quantize to 7-bit weights (w7a8), or use "
+            f"gdfq export --safe-x86, or the session option {'='.join(PRECISE)}, with which the "
+            "file is equal"
         )
     elif risky:
         notes.append(
             f"8-bit sums may saturate on x86 processors without VNNI, in {len(risky)} of "
-            f"{len(job.network.layers)} layers: gdfq export --safe-x86 avoids it, or the session "
-            f"option {'='.join(PRECISE)}"
+            f"{len(job.network.layers)} layers: 7-bit weights (w7a8) avoid it, or gdfq export "
+            f"--safe-x86, or the session option {'='.join(PRECISE)}"
         )
     return notes
 

@@ -14,7 +14,9 @@ from gdfq.deploy.onnx.target import ONNX_RUNTIME, write_onnx
 from gdfq.deploy.openvino.calls import FLOAT32, openvino_calls
 from gdfq.deploy.openvino.runtime import openvino_runner, openvino_values
 from gdfq.deploy.refusal import refused
+from gdfq.deploy.saturation import layers_that_may_overflow
 from gdfq.deploy.target import Carrier, Job, Proof, Runtime, Target, prove_codes
+from gdfq.errors import GdfqError
 from gdfq.functional.windows import per_axis
 from gdfq.graph import operators, queries
 
@@ -22,7 +24,17 @@ from gdfq.graph import operators, queries
 def _prove(job: Job, written: Path) -> Proof:
     data = written.read_bytes()
     run, values = openvino_runner(data), partial(openvino_values, data)
-    return prove_codes(job, run, values, stored_codes(job.network), same_beside_codes=True)
+    try:
+        return prove_codes(job, run, values, stored_codes(job.network), same_beside_codes=True)
+    except GdfqError as error:
+        risky = layers_that_may_overflow(job.network)
+        if not risky:
+            raise
+        raise GdfqError(
+            f"{error} On x86 processors without VNNI 8-bit sums of OpenVINO saturate, here in up "
+            f"to {len(risky)} of {len(job.network.layers)} layers. If this is one, quantize to "
+            "7-bit weights (w7a8), or use gdfq export --safe-x86."
+        ) from None
 
 
 def _unsupported(graph: fx.Graph) -> list[str]:
