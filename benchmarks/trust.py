@@ -56,7 +56,7 @@ from gdfq.sources.generator import GeneratorSource
 from gdfq.sources.pixels import OptimisedSource
 from gdfq.sources.pool import ImagePool
 from gdfq.student.integer_network import IntegerNetwork
-from gdfq.student.scheme import Scheme
+from gdfq.student.scheme import Scheme, with_default_layer_bits
 from gdfq.tuning.base import NO_TUNING
 
 FILE = RESULTS / "trust.json"
@@ -168,12 +168,12 @@ PLAN = [
     *_runs(
         EFFICIENTNET,
         "rounded 0: w8a8 w6a6",
-        "matched 0: w8a8 w4a8 w5a5",
+        "matched 0: w8a8 w4a8 w5a5 w4a4 w3a8",
     ),
     *_runs(
         MOBILE,
         "rounded 0: w8a8 w6a8 w6a6",
-        "matched 0: w8a8 w6a6 w5a5 w4a8 w4a4",
+        "matched 0: w8a8 w6a6 w5a5 w4a8 w4a4 w3a8",
     ),
     *_runs(
         R56,
@@ -233,7 +233,9 @@ def student_of(run: Run, teacher: Captured) -> IntegerNetwork:
             made = replace(pool.source, batch=count)  # type: ignore[type-var]
             recipe = replace(recipe, source=replace(pool, images=count, batch=count, source=made))
         recipe = replace(recipe, placement=run.placement)  # type: ignore[arg-type]
-        scheme = Scheme(Bits.parse(run.bits), recipe.placement)
+        bits = Bits.parse(run.bits)
+        layer_bits = with_default_layer_bits((), bits, recipe.placement)
+        scheme = Scheme(bits, recipe.placement, layer_bits).for_network(teacher)
         with Terminal() as listener:
             recipe, _ = stored(recipe, teacher, run, listener)  # type: ignore[arg-type]
             plan = Plan(teacher, scheme, recipe, recipe.source, shapes(run.network)[1])
