@@ -307,8 +307,9 @@ in one process; all give the same outputs):
 
 
 WITHOUT_VNNI = """
-The same, students of the present version, on an older processor (AVX2, no VNNI; nothing else ran). 8-bit products are slower there, and their sums
-saturate, which files of 8-bit weights show in top-1 and parity; so do 4-bit ones by their narrow layers.
+The same on an older processor (AVX2, no VNNI; nothing else ran). 8-bit products are slower there, and their sums
+saturate, which files of 8-bit weights show in top-1 and parity. So do w4a8 and w4a4 here, whose [narrow layers](research/round-18-narrow-layers.md) had 8 bits then;
+with [their 7 bits of now](research/round-20-seven-bits.md) no sum saturates.
 [Export](export.md#x86-processors-without-vnni) names two ways out:
 """
 
