@@ -41,8 +41,8 @@ them. The load differed, and so did the machines: seeds of one row differ by a f
 process (batch norms in evaluation form). Peak memory is that of the process.
 
 Rows of the ResNets in placement `full` are from before weights were [rounded for the outputs](research/round-17-rounding.md) (`fast` on ResNet-20, seed 0, measured again: 89.63 % for 89.73 at w3a3, 83.17 for 83.98 at
-w2a2, no difference beyond chance), and in those of ResNet-56 two
-[narrow layers](research/round-18-narrow-layers.md) have the bits of the others, which makes no difference beyond chance.
+w2a2), and in those of ResNet-56 two [narrow layers](research/round-18-narrow-layers.md) have the bits of the others (at w4a4 no difference). At w2a2 the first and the last layer have 8 bits, and in the row of MobileNetV1
+narrow layers have 8; both have [7 now](research/round-20-seven-bits.md).
 
 Some seeds were run on a GPU (an H200, torch 2.11, up to 15 rows at a time), which the files under `benchmarks/results` say;
 seconds and peak memory (that of the process, not of the GPU) are of seeds on the CPU where there are any, and marked with ‡ where all ran on the GPU. In all of these but
@@ -277,7 +277,7 @@ RUNTIME = """
 ## Exported files
 
 `python -m benchmarks.runtime make`, then `measure`: placement `full`, recipe `quick` of earlier versions: MobileNetV1 at w4a4, then with 4 bits in narrow layers, has 23.6 %
-instead of the README's 48.0; others differ a little. The times of ResNet-20 and ResNet-56 with two threads say nothing: other work used the two cores. All files of a network are
+instead of the README's 48.0, and `quantize_static` there, on the images of that version, 25.7 % (48 to 50 % in the tables below); others differ a little. The times of ResNet-20 and ResNet-56 with two threads say nothing: other work used the two cores. All files of a network are
 timed in turn in one process of ONNX Runtime 1.32 on a CPU with VNNI, 1.5 seconds for each file and setting. Times are
 median [first, third quartile] milliseconds per call. `quantize_static` is ONNX Runtime's own quantization of the same
 float32 file with the same images (uint8 activations, int8 weights per channel, QDQ). Parity is the agreement of
@@ -310,7 +310,7 @@ WITHOUT_VNNI = """
 The same on an older processor (AVX2, no VNNI; nothing else ran). 8-bit products are slower there, and their sums
 saturate, which files of 8-bit weights show in top-1 and parity. So do w4a8 and w4a4 here, whose [narrow layers](research/round-18-narrow-layers.md) had 8 bits then;
 with [their 7 bits of now](research/round-20-seven-bits.md) no sum saturates.
-[Export](export.md#x86-processors-without-vnni) names two ways out:
+[Export](export.md#x86-processors-without-vnni) names three ways out:
 """
 
 
