@@ -521,7 +521,7 @@ def recipe_for(recipe: str | Recipe, scheme: Scheme, *, tuned: bool = True) -> R
     """Return a recipe by its name, with the effort that the bits need, or the recipe itself.
 
     Where all weights and activations have 7 bits or more, fast and quick make few images and do not
-    tune, and text does not with 8: it changes nothing.
+    tune, because it changes nothing; for the same reason text does not tune where all have 8.
     With 4 bits and more quick does not tune either, and fast does not where all activations have 7
     bits or more.
 

@@ -43,7 +43,7 @@ def test_safe_x86_writes_7_bit_weights_where_sums_may_saturate(tmp_path: Path) -
 def test_layers_of_fewer_than_8_bits_cannot_saturate(bits: str) -> None:
     """Each layer's bits are those of a default run: with 2 bits the ends have more."""
     network = quantized_by_fast(networks.captured("Residual"), bits).network
-    assert max(bits for bits in network.code_bits().values()) < 8
+    assert max(network.code_bits().values()) < 8
     assert layers_that_may_overflow(network) == []
 
 

@@ -230,8 +230,8 @@ def evaluate_command(folder: Path, **options: Any) -> None:
 @click.option(
     "--safe-x86",
     is_flag=True,
-    help="ONNX and OpenVINO: take a bit of the weights of layers whose 8-bit sums could saturate "
-    "on x86 without VNNI (better: quantize to w7a8).",
+    help="ONNX and OpenVINO: use 7-bit weights in layers whose 8-bit sums could saturate on x86 "
+    "without VNNI (quantizing to w7a8 loses less).",
 )
 @click.option(
     "--model",

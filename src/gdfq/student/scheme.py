@@ -112,10 +112,10 @@ def with_default_layer_bits(
     In a deployable network (placement "full") narrow layers have 7 bits (`gdfq.student.narrow`).
     With 2 bits of weights or activations the first and the last layer have 7 bits, too: they hold
     few of the weights, and their rounding makes up a ninth of the divergence of a ResNet-20. With 7
-    bits no kernel saturates (`functional.grid.weight_grid`); 8 bits it is where other weights have
-    8, or floating-point grids. The last layer of a language model, its head, stays float with any
-    bits. What the user says about these layers counts. The published protocol has the same bits
-    everywhere.
+    bits no kernel saturates (`functional.grid.weight_grid`). They have 8 bits where other weights
+    have 8, or where grids are floating-point. The last layer of a language model, its head, stays
+    float with any bits. What the user says about these layers counts. The published protocol has
+    the same bits everywhere.
 
     Args:
         layer_bits: The layers with other bits, as the user says.

@@ -32,8 +32,8 @@ def _prove(job: Job, written: Path) -> Proof:
             raise
         raise GdfqError(
             f"{error} On x86 processors without VNNI 8-bit sums of OpenVINO saturate, here in up "
-            f"to {len(risky)} of {len(job.network.layers)} layers. If this is one, quantize to "
-            "7-bit weights (w7a8), or use gdfq export --safe-x86."
+            f"to {len(risky)} of {len(job.network.layers)} layers. If this is such a processor, "
+            "quantize to 7-bit weights (w7a8), or use gdfq export --safe-x86."
         ) from None
 
 
